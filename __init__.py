@@ -1,0 +1,10 @@
+"""ComfyUI-SVDQuant: FLUX.1 in 4 bits. The entry point that ComfyUI imports; it registers the nodes, nothing else."""
+
+WEB_DIRECTORY = "web"
+
+
+async def comfy_entrypoint():
+    # Imported here, not above, so that quant/ and cuda/ can be used where no ComfyUI is installed.
+    from .nodes import SVDQuantExtension
+
+    return SVDQuantExtension()

@@ -1,0 +1,96 @@
+"""Every op of SVDQuant in plain PyTorch: the oracle of the tests, and the path where there is no GPU kernel.
+
+One linear layer (arXiv 2411.05007; tensor shapes as in comfy-kitchen's svdquant_w4a4):
+
+    y = Q(x / smooth) Wq^T + (x proj_down) proj_up^T + bias
+
+Q quantizes each token on the fly. From column `unsigned_from` on, the input is the output of a GELU: it is shifted by
+0.171875 to be non-negative and coded without a sign; the layer's bias already holds the correction for the shift.
+`unsigned_from` is K for an ordinary layer, 0 for the second layer of an MLP, and between the two for a single block's
+linear2, whose input is [attention ; GELU]. The low-rank branch reads the raw x.
+
+M tokens, K inputs, N outputs, R the rank, G = K / 64 groups.
+"""
+
+import torch
+
+from .int4 import GELU_SHIFT, GROUP_SIZE, INT8_MAX, SIGNED_MAX, UNSIGNED_MAX, unpack_signed, unpack_unsigned
+
+
+def scaled_codes(codes, scales):
+    """codes: (rows, K), scales: (rows, G), both in the dtype of the result. Returns (rows, K): what the codes stand
+    for."""
+    return (codes.unflatten(-1, (-1, GROUP_SIZE)) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def dequantize_weight(weight, weight_scale, dtype=torch.float32):
+    """weight: (N, K/2) int8 packed, weight_scale: (G, N). Returns (N, K) in `dtype`."""
+    return scaled_codes(unpack_signed(weight).to(dtype), weight_scale.to(dtype).t())
+
+
+def quantize_activation(x, smooth, unsigned_from, act_bits=4, dtype=torch.float32):
+    """Smooth and quantize each token.
+
+    x: (M, K) float; smooth: (K,) float, the divisor; unsigned_from: int, a multiple of 64.
+    act_bits 4: a scale per token and group of 64; signed codes -7..7, or 0..15 from `unsigned_from` on.
+    act_bits 8: a scale per token and part (the columns before and from `unsigned_from`); codes -127..127.
+    Returns codes (M, K) as whole numbers in `dtype`, and scales (M, G) in `dtype`.
+
+    NaN and Inf in a token turn that token's scale, and so its output, into NaN: they stay visible.
+    """
+    shifted = x.to(dtype)
+    if unsigned_from < x.shape[-1]:
+        shifted = torch.cat((shifted[:, :unsigned_from], shifted[:, unsigned_from:] + GELU_SHIFT), dim=-1)
+    groups = (shifted / smooth.to(dtype)).unflatten(-1, (-1, GROUP_SIZE))  # (M, G, 64)
+    absmax = groups.abs().amax(dim=-1)  # (M, G)
+    first_unsigned = unsigned_from // GROUP_SIZE
+    if act_bits == 8:
+        parts = [part for part in absmax.tensor_split([first_unsigned], dim=-1) if part.shape[-1]]
+        absmax = torch.cat([part.amax(dim=-1, keepdim=True).expand_as(part) for part in parts], dim=-1)
+        high = torch.full_like(absmax[:1], INT8_MAX)
+        low = -high
+    else:
+        high = torch.full_like(absmax[:1], SIGNED_MAX)
+        high[:, first_unsigned:] = UNSIGNED_MAX
+        low = -high
+        low[:, first_unsigned:] = 0
+    scales = absmax / high
+    # A group of zeros keeps the scale 0; dividing by 1 instead gives codes of 0, not 0 / 0.
+    divisor = torch.where(scales == 0, torch.ones_like(scales), scales).unsqueeze(-1)
+    codes = (groups / divisor).round()
+    codes = torch.minimum(torch.maximum(codes, low.unsqueeze(-1)), high.unsqueeze(-1))
+    return codes.flatten(-2), scales
+
+
+def svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits=4,
+                    dtype=torch.float32):
+    """One SVDQuant layer, computed and accumulated in `dtype`.
+
+    x: (..., K); weight: (N, K/2) int8; weight_scale: (G, N); proj_down: (K, R); proj_up: (N, R); smooth: (K,);
+    bias: (N,) or None. Returns (..., N) in x.dtype.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    act = scaled_codes(*quantize_activation(tokens, smooth, unsigned_from, act_bits, dtype))
+    y = act @ dequantize_weight(weight, weight_scale, dtype).t()
+    y += (tokens.to(dtype) @ proj_down.to(dtype)) @ proj_up.to(dtype).t()
+    if bias is not None:
+        y += bias.to(dtype)
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def dequantize_awq(weight, weight_scale, weight_zeros, dtype=torch.float32):
+    """weight: (N, K/2) int8 holding codes 0..15; weight_scale, weight_zeros: (G, N). Returns (N, K) in `dtype`.
+
+    W = (code - 8) * scale + zero, the rule of ComfyUI's awq_w4a16.
+    """
+    codes = unpack_unsigned(weight).to(dtype) - 8
+    zeros = weight_zeros.to(dtype).t().repeat_interleave(GROUP_SIZE, dim=-1)
+    return scaled_codes(codes, weight_scale.to(dtype).t()) + zeros
+
+
+def awq_linear(x, weight, weight_scale, weight_zeros, bias, dtype=torch.float32):
+    """One W4A16 layer: 4-bit weights, x unquantized. Shapes as in dequantize_awq; returns (..., N) in x.dtype."""
+    y = x.to(dtype) @ dequantize_awq(weight, weight_scale, weight_zeros, dtype).t()
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return y.to(x.dtype)

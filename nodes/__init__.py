@@ -1,0 +1,12 @@
+"""What a user sees: one module a node."""
+
+from comfy_api.latest import ComfyExtension
+
+from .load_model import SVDQuantLoadModel
+from .quantize_model import SVDQuantQuantizeModel
+from .save_model import SVDQuantSaveModel
+
+
+class SVDQuantExtension(ComfyExtension):
+    async def get_node_list(self):
+        return [SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel]

@@ -1,0 +1,47 @@
+"""SVDQuant Load Model: a FLUX.1 from a file, in 4 bits or as it is."""
+
+import os
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..quant.host.build import load_model
+
+COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class SVDQuantLoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SVDQuantLoadModel",
+            display_name="SVDQuant Load Model",
+            category="loaders/svdquant",
+            description="Loads a FLUX.1 model: one that SVDQuant Save Model wrote, in 4 bits, or an ordinary one in "
+                        "bf16, fp16 or fp8, ready to be quantized.",
+            inputs=[
+                io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"),
+                               tooltip="A FLUX.1 file from models/diffusion_models."),
+                io.Combo.Input("compute_dtype", options=list(COMPUTE_DTYPES), default="auto",
+                               tooltip="The precision of everything that is not in 4 bits. auto takes what ComfyUI "
+                                       "takes on this device; fp16 is for cards older than the RTX 30 series."),
+            ],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model, for samplers and other model nodes.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, compute_dtype):
+        path = folder_paths.get_full_path("diffusion_models", model_name) if model_name else None
+        if path is None:
+            return None
+        stat = os.stat(path)
+        return stat.st_mtime_ns, stat.st_size
+
+    @classmethod
+    def execute(cls, model_name, compute_dtype):
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        patcher = load_model(path, COMPUTE_DTYPES[compute_dtype])
+        if not getattr(patcher, "source", ""):
+            patcher.source = model_name
+        return io.NodeOutput(patcher)

@@ -1,0 +1,74 @@
+"""SVDQuant Quantize Model: a FLUX.1 MODEL into its 4-bit twin, in the graph."""
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io
+from server import PromptServer
+
+from ..quant import quantizer, report
+from ..quant.host.quantize import quantize
+
+
+class NodeProgress:
+    """Progress of a node: its bar, the line of text under it, and Cancel."""
+
+    def __init__(self, node_id):
+        self.node_id = node_id
+        self.bar = None
+
+    def total(self, steps):
+        self.bar = comfy.utils.ProgressBar(steps, node_id=self.node_id)
+
+    def step(self, text):
+        self.check()
+        self.bar.update(1)
+        if self.node_id is not None and PromptServer.instance is not None:
+            PromptServer.instance.send_progress_text(text, self.node_id)
+
+    def check(self):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+class SVDQuantQuantizeModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SVDQuantQuantizeModel",
+            display_name="SVDQuant Quantize Model",
+            category="model/svdquant",
+            description="Quantizes a FLUX.1 model to 4 bits: 4-bit weights and activations beside a small 16-bit "
+                        "branch. It watches the model draw your prompts to find where precision matters. LoRAs on the "
+                        "model are baked in.",
+            inputs=[
+                io.Model.Input("model", tooltip="A FLUX.1 model in bf16, fp16 or fp8, with any LoRAs to bake in."),
+                io.Conditioning.Input("positive", optional=True,
+                                      tooltip="Prompts to watch the model draw; join several with Conditioning "
+                                              "(Combine). More prompts of the kind you draw give a better model. Only "
+                                              "the preset fast needs them."),
+                io.Latent.Input("latent", optional=True,
+                                tooltip="The picture size to draw while watching: an empty latent of your usual size."),
+                io.Int.Input("steps", default=8, min=1, max=100,
+                             tooltip="Sampling steps for each prompt. They cover all noise levels, so 8 are enough."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                             tooltip="Noise of the pictures that are drawn while watching."),
+                io.Int.Input("rank", default=32, min=quantizer.MIN_RANK, max=quantizer.MAX_RANK,
+                             step=quantizer.RANK_STEP,
+                             tooltip="Width of the 16-bit branch. 32 suits most; more is closer to the original and "
+                                     "makes the model larger."),
+                io.Combo.Input("preset", options=list(quantizer.PRESETS), default="fast",
+                               tooltip="fast: calibrated on your prompts. data-free: no calibration, weaker. naive: "
+                                       "plain rounding without the method, only to compare with."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The 4-bit model, for samplers and SVDQuant Save Model."),
+                io.String.Output(display_name="report", tooltip="Error and size of every layer, as text."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, steps, seed, rank, preset, positive=None, latent=None):
+        recipe = quantizer.recipe(preset, rank)
+        progress = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
+        quantized, records = quantize(model, recipe, positive, latent, steps, seed, progress)
+        return io.NodeOutput(quantized, report.text(records, recipe))

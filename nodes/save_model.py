@@ -1,0 +1,59 @@
+"""SVDQuant Save Model: a quantized MODEL into a file that anybody can load."""
+
+import os
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..quant.checkpoint import native
+from ..quant.host import build
+from ..quant.host.patcher import SVDQuantModelPatcher
+
+EXTENSION = ".safetensors"
+
+
+def target_path(filename):
+    """(absolute path, name within the folder) for a filename given by the user. Raises ValueError outside the folder."""
+    folder = folder_paths.get_folder_paths("diffusion_models")[0]
+    name = filename.strip().replace("\\", "/")
+    name = name if name.endswith(EXTENSION) else name + EXTENSION
+    path = os.path.abspath(os.path.join(folder, name))
+    inside = os.path.commonpath((path, os.path.abspath(folder))) == os.path.abspath(folder)
+    if not inside or os.path.basename(name) == EXTENSION:
+        raise ValueError(f"The filename {filename!r} does not name a file within models/diffusion_models; write a plain "
+                         "name such as my_model, or folder/my_model.")
+    return path, os.path.relpath(path, folder)
+
+
+class SVDQuantSaveModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SVDQuantSaveModel",
+            display_name="SVDQuant Save Model",
+            category="model/svdquant",
+            description="Saves a model that SVDQuant Quantize Model made into models/diffusion_models.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model from SVDQuant Quantize Model."),
+                io.String.Input("filename", default="flux_svdquant",
+                                tooltip="Name of the file in models/diffusion_models; a folder may stand before it."),
+                io.Boolean.Input("overwrite", default=False,
+                                 tooltip="Replace a file of that name. Off: an existing file is left alone and the "
+                                         "node stops."),
+            ],
+            outputs=[io.Combo.Output(display_name="model_name",
+                                     tooltip="The saved file, for SVDQuant Load Model's model_name.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, filename, overwrite):
+        if not isinstance(model, SVDQuantModelPatcher):
+            raise ValueError("SVDQuant Save Model saves quantized models; put SVDQuant Quantize Model before it, or save "
+                             "a 16-bit model with ComfyUI's own nodes.")
+        path, name = target_path(filename)
+        diffusion_model = model.model.diffusion_model
+        tensors = {build.stored_name(key): tensor for key, tensor in diffusion_model.state_dict().items()}
+        specs = {layer: module.spec for layer, module in model.packed_layers().items()}
+        native.save(path, tensors, specs, build.stored_config(model.model), model.recipe, model.source, overwrite)
+        return io.NodeOutput(name)

@@ -1,0 +1,1 @@
+"""What SVDQuant is: the layers, the quantizer and the checkpoints. Knows models, not graphs."""

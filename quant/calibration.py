@@ -1,0 +1,153 @@
+"""What the layers see: statistics of their inputs on real forwards of the model, one block at a time.
+
+A few calls of the diffusion model are recorded while it samples. Then the blocks are streamed: for each block, every
+call is replayed up to it and no further, with the blocks before it replaced by their stored output, so that a block
+runs once a call in all, and only its own statistics and one hidden state a call are held. The model's own forward does
+everything between the blocks, so nothing here depends on how a ComfyUI version writes it.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+SAMPLE_TOKENS = 1024  # inputs kept a layer, spread over all the calls
+
+
+class InputStats:
+    """Running statistics of one linear's input, float32 on the input's device.
+
+    absmax, rms: (K,) over all tokens seen; sample: (at most SAMPLE_TOKENS, K).
+    """
+
+    def __init__(self, expected_calls):
+        self.tokens = 0
+        self._per_call = max(1, SAMPLE_TOKENS // max(1, expected_calls))
+        self._samples = []
+        self._absmax = self._square = None
+
+    def add(self, x):
+        """x: (..., K), the input of one call."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        absmax, square = x.abs().amax(dim=0), x.square().sum(dim=0)
+        if self._absmax is None:
+            self._absmax, self._square = absmax, square
+        else:
+            self._absmax = torch.maximum(self._absmax, absmax)
+            self._square = self._square + square
+        rows = torch.linspace(0, x.shape[0] - 1, min(x.shape[0], self._per_call), device=x.device).round().long()
+        self._samples.append(x[rows])
+        self.tokens += x.shape[0]
+
+    def spans(self):
+        """{"absmax": (K,), "rms": (K,)} of all the tokens seen."""
+        return {"absmax": self._absmax, "rms": (self._square / self.tokens).sqrt()}
+
+    def sample(self):
+        """(at most SAMPLE_TOKENS, K) float32."""
+        return torch.cat(self._samples)[:SAMPLE_TOKENS]
+
+
+class _Reached(Exception):
+    """Raised inside a replayed forward when the block of interest has run; nothing after it is needed."""
+
+
+def to_device(value, device):
+    """Move the tensors inside nested lists, tuples and dicts; leave everything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return value
+
+
+@contextmanager
+def recorded_calls(diffusion_model, calls):
+    """Within it, the arguments of every forward of `diffusion_model` are appended to `calls`, on the CPU."""
+
+    def record(_module, args, kwargs):
+        calls.append((to_device(args, "cpu"), to_device(kwargs, "cpu")))
+
+    hook = diffusion_model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def spread_calls(calls, most):
+    """At most `most` of the calls, evenly spread over the trajectory; all noise levels are heard."""
+    if len(calls) <= most:
+        return calls
+    return [calls[i] for i in torch.linspace(0, len(calls) - 1, most).round().long().tolist()]
+
+
+@contextmanager
+def _forward_replaced(modules_and_forwards):
+    """Within it, each module's forward is the given function; restored whatever happens."""
+    try:
+        for module, forward in modules_and_forwards:
+            module.forward = forward
+        yield
+    finally:
+        for module, _ in modules_and_forwards:
+            module.__dict__.pop("forward", None)
+
+
+def _pass_through(block_name):
+    """A forward that hands the hidden states on: (img, txt) in a double block, one tensor in a single block."""
+    if block_name.startswith("double_blocks"):
+        return lambda img, txt, *args, **kwargs: (img, txt)
+    return lambda x, *args, **kwargs: x
+
+
+@contextmanager
+def _observed(layers, stats):
+    """Within it, each layer's input goes into its InputStats."""
+    hooks = [layer.register_forward_pre_hook(lambda _module, args, name=name: stats[name].add(args[0]))
+             for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _replay(diffusion_model, call, device, blocks, index, previous):
+    """Run one recorded call up to and with block `index`; `previous` is the output of the block before. Returns its
+    output."""
+    reached = {}
+
+    def stop(_module, _args, output):
+        reached["output"] = to_device(output, "cpu")
+        raise _Reached
+
+    replaced = [(block, _pass_through(name)) for name, block in blocks[:index]]
+    if index:
+        replaced[-1] = (blocks[index - 1][1], lambda *args, **kwargs: to_device(previous, device))
+    hook = blocks[index][1].register_forward_hook(stop)
+    try:
+        with _forward_replaced(replaced):
+            args, kwargs = call
+            diffusion_model(*to_device(args, device), **to_device(kwargs, device))
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return reached["output"]
+
+
+def stream_blocks(diffusion_model, calls, device, blocks, layers_of):
+    """Yield (block name, {layer name: InputStats}) for each block in turn; the statistics are dropped before the next.
+
+    calls: from recorded_calls; blocks: [(name, module)] in running order; layers_of(name, block): {name: linear}.
+    """
+    outputs = [None] * len(calls)
+    for index, (name, block) in enumerate(blocks):
+        layers = layers_of(name, block)
+        stats = {layer: InputStats(len(calls)) for layer in layers}
+        with _observed(layers, stats):
+            for i, call in enumerate(calls):
+                outputs[i] = _replay(diffusion_model, call, device, blocks, index, outputs[i])
+        yield name, stats

@@ -1,0 +1,133 @@
+"""The header of a safetensors file, checked before anything is allocated.
+
+Every reader starts here, so that a truncated, hostile or foreign file ends in one sentence (CheckpointError) and
+changes nothing. Format: https://huggingface.co/docs/safetensors (8 bytes little-endian length, JSON, data).
+"""
+
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+class CheckpointError(ValueError):
+    """A file that can't be used. The message is one sentence: file, tensor, remedy."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One entry of the header. start, stop: byte offsets in the file."""
+
+    shape: tuple
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """path; tensors: {name: TensorInfo}; metadata: {str: str}."""
+
+    path: str
+    tensors: dict
+    metadata: dict
+
+    @property
+    def file(self):
+        """The file's name, for messages."""
+        return os.path.basename(self.path)
+
+    def read_bytes(self, name):
+        """The raw bytes of one tensor; for the small ones that hold JSON."""
+        info = self.tensors[name]
+        with open(self.path, "rb") as file:
+            file.seek(info.start)
+            return file.read(info.stop - info.start)
+
+
+def read_header(path):
+    """Header of a safetensors file. Raises CheckpointError on anything that is not one, whole and consistent."""
+    name = os.path.basename(path)
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        if prefix.startswith(PICKLE_MAGIC):
+            raise CheckpointError(f"{name} is a pickle, which can run code when it is opened; convert it to "
+                                  "safetensors, or download the safetensors version of the model.")
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
+            raise CheckpointError(f"{name} is not a safetensors file; choose a .safetensors FLUX model.")
+        if 8 + length > size:
+            raise CheckpointError(f"{name} is cut off: its header needs {8 + length} bytes and the file has {size}; "
+                                  "download it again.")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        raise CheckpointError(f"{name} is not a safetensors file, or its header is damaged; download it again.") from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{name} has a damaged header; download it again.")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{name} has damaged metadata in its header; download it again.")
+    tensors = {key: _tensor_info(name, key, entry, 8 + length, size) for key, entry in entries.items()}
+    _check_layout(name, tensors, 8 + length, size)
+    return Header(path, tensors, metadata)
+
+
+def _without_duplicates(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return entries
+
+
+def _is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _tensor_info(name, key, entry, data_start, size):
+    """TensorInfo of one header entry, checked by itself."""
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{name} has a damaged header entry for tensor {key}; download it again.")
+    shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
+    well_formed = (isinstance(shape, list) and all(map(_is_count, shape)) and isinstance(offsets, list)
+                   and len(offsets) == 2 and all(map(_is_count, offsets)))
+    if not well_formed:
+        raise CheckpointError(f"{name} has a damaged header entry for tensor {key}; download it again.")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{name} stores tensor {key} as {dtype!r}, a type that is not supported; choose a "
+                              "bf16, fp16 or fp8 version of the model.")
+    start, stop = data_start + offsets[0], data_start + offsets[1]
+    count = 1
+    for extent in shape:
+        count *= extent
+    if stop - start != count * DTYPES[dtype].itemsize:
+        raise CheckpointError(f"{name} declares tensor {key} as {dtype} {shape} but gives it {stop - start} bytes; the "
+                              "file is damaged, download it again.")
+    if stop > size:
+        raise CheckpointError(f"{name} is cut off: tensor {key} ends at byte {stop} and the file has {size}; download "
+                              "it again.")
+    return TensorInfo(tuple(shape), DTYPES[dtype], start, stop)
+
+
+def _check_layout(name, tensors, data_start, size):
+    """No overlaps and no holes: the tensors must cover the data exactly."""
+    position = data_start
+    for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != position:
+            raise CheckpointError(f"{name} is damaged: tensor {key} starts at byte {info.start} where {position} is "
+                                  "due; download it again.")
+        position = info.stop
+    if position != size:
+        raise CheckpointError(f"{name} is damaged: its tensors end at byte {position} and the file has {size}; "
+                              "download it again.")

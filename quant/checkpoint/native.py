@@ -1,0 +1,150 @@
+"""Our own checkpoint: a quantized FLUX under ComfyUI's parameter names.
+
+Every 16-bit tensor has the name it has in an ordinary FLUX file, without prefix; every packed layer has the tensors of
+layout.py, and `X.comfy_quant` says what it is. The file's metadata:
+
+    svdquant.version   "1"; a reader refuses a higher number
+    svdquant.config    JSON: the FLUX configuration (hidden_size, num_heads, depth, ...)
+    svdquant.recipe    JSON: how it was quantized
+    svdquant.source    name of the model that was quantized
+    modelspec.*        title, architecture, date: what ComfyUI's model browser shows
+"""
+
+import json
+import os
+import shutil
+from datetime import datetime, timezone
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .. import flux, layout
+from .header import CheckpointError
+
+VERSION = 1
+MODULE_FORMATS = (layout.SVDQUANT, layout.SVDQUANT_SPLIT, layout.AWQ)
+SPARE_BYTES = 1 << 20  # header and file system overhead, when asking whether the disk has room
+
+
+def matches(header):
+    """Whether the file is one of ours."""
+    return "svdquant.version" in header.metadata
+
+
+def _json_metadata(header, key):
+    try:
+        value = json.loads(header.metadata.get(key, ""))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{header.file} has no valid {key} in its metadata; save or download it again.")
+    return value
+
+
+def config(header):
+    """The FLUX configuration of the file, a dict. Raises CheckpointError on a newer version or a damaged entry."""
+    version = header.metadata["svdquant.version"]
+    if not version.isdecimal() or int(version) > VERSION:
+        raise CheckpointError(f"{header.file} has SVDQuant format version {version}, and this pack reads up to "
+                              f"{VERSION}; update ComfyUI-SVDQuant.")
+    return _json_metadata(header, "svdquant.config")
+
+
+def recipe(header):
+    """How the file was quantized, a dict."""
+    return _json_metadata(header, "svdquant.recipe")
+
+
+def layer_specs(header):
+    """{layer name: LayerSpec} of the packed layers. Raises CheckpointError where name, description and tensors do not
+    agree."""
+    suffix = f".{layout.QUANT_KEY}"
+    names = [key.removesuffix(suffix) for key in header.tensors if key.endswith(suffix)]
+    return {name: _layer_spec(header, name) for name in names}
+
+
+def _layer_spec(header, name):
+    key = f"{name}.{layout.QUANT_KEY}"
+    try:
+        conf = layout.decode_conf(header.read_bytes(key))
+    except ValueError as error:
+        raise CheckpointError(f"{header.file}: {key} {error}; save or download the file again.") from None
+    if conf.get("format") not in MODULE_FORMATS or conf.get("group_size") != layout.GROUP_SIZE:
+        raise CheckpointError(f"{header.file}: layer {name} has format {conf.get('format')!r} with group size "
+                              f"{conf.get('group_size')!r}, which this version can't run; update ComfyUI-SVDQuant.")
+    if flux.layer_format(name) is None:
+        raise CheckpointError(f"{header.file}: layer {name} is packed, but FLUX.1 has no such layer to pack; choose a "
+                              "FLUX.1 model.")
+    weight, scale = (_info(header, f"{name}.{part}") for part in ("weight", "weight_scale"))
+    if len(weight.shape) != 2:
+        raise CheckpointError(f"{header.file}: {name}.weight has shape {list(weight.shape)} where (N, K/2) is due; "
+                              "save or download the file again.")
+    n, k = weight.shape[0], weight.shape[1] * 2
+    unsigned = {layout.SVDQUANT: 0 if conf.get("act_unsigned") else k,
+                layout.SVDQUANT_SPLIT: conf.get("act_unsigned_from"), layout.AWQ: k}[conf["format"]]
+    rank = 0 if conf["format"] == layout.AWQ else conf.get("rank")
+    if not isinstance(unsigned, int) or not isinstance(rank, int) or rank < 0 or unsigned < 0:
+        raise CheckpointError(f"{header.file}: {key} lacks a valid rank or act_unsigned_from; save or download the "
+                              "file again.")
+    try:
+        spec = layout.LayerSpec(conf["format"], k, n, rank, unsigned, f"{name}.bias" in header.tensors, scale.dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{header.file}: layer {name} {error}; save or download the file again.") from None
+    for part, (shape, dtype) in spec.tensors().items():
+        check_tensor(header, f"{name}.{part}", shape, dtype)
+    return spec
+
+
+def _info(header, key):
+    if key not in header.tensors:
+        raise CheckpointError(f"{header.file} lacks tensor {key}; the file is incomplete, download or save it again.")
+    return header.tensors[key]
+
+
+def check_tensor(header, key, shape, dtype=None):
+    """Raise CheckpointError unless the file has tensor `key` with this shape (and dtype, if given)."""
+    info = _info(header, key)
+    if info.shape != tuple(shape):
+        raise CheckpointError(f"{header.file}: tensor {key} has shape {list(info.shape)} where {list(shape)} is due; "
+                              "the file does not fit its own configuration, download or save it again.")
+    if dtype is not None and info.dtype != dtype:
+        raise CheckpointError(f"{header.file}: tensor {key} is {info.dtype} where {dtype} is due; the file is damaged, "
+                              "download or save it again.")
+
+
+def save(path, tensors, specs, config, recipe, source, overwrite=False):
+    """Write a checkpoint: to a temporary file beside `path`, then renamed, so that no half-written file is ever seen.
+
+    tensors: {name: tensor} of the whole diffusion model; specs: {layer name: LayerSpec} of its packed layers; config,
+    recipe: JSON-able dicts; source: str. Raises CheckpointError where the file exists (and overwrite is False), the
+    disk is full or the folder can't be written.
+    """
+    name = os.path.basename(path)
+    if os.path.exists(path) and not overwrite:
+        raise CheckpointError(f"{name} exists already; choose another filename, or switch overwrite on.")
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    for layer, spec in specs.items():
+        tensors[f"{layer}.{layout.QUANT_KEY}"] = layout.encode_conf(spec.conf())
+    metadata = {
+        "svdquant.version": str(VERSION), "svdquant.config": json.dumps(config), "svdquant.recipe": json.dumps(recipe),
+        "svdquant.source": source, "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "flux-1",
+        "modelspec.title": f"{os.path.splitext(name)[0]} (SVDQuant)",
+        "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    # The real file's folder, with a name that no model list shows: it does not end in .safetensors.
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        needed = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
+        free = shutil.disk_usage(os.path.dirname(path)).free
+        if needed > free:
+            raise CheckpointError(f"There is no room to save {name}: it needs {needed / 1e9:.2f} GB and the disk has "
+                                  f"{free / 1e9:.2f} GB free; free some space or save to another disk.")
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Saving {name} failed ({error}); free some space on the disk or check that its folder "
+                              "can be written.") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

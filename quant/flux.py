@@ -1,0 +1,58 @@
+"""FLUX.1's inventory: which linears are quantized and how, and the order of the blocks."""
+
+import re
+
+from . import layout
+
+# One pattern a kind of layer. Everything else (embedders, final layer, norms) stays in 16 bits.
+W4A4 = re.compile(r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]")
+W4A16 = re.compile(r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modulation\.lin")
+
+
+def layer_format(name):
+    """layout.SVDQUANT, layout.AWQ, or None for a linear that stays in 16 bits.
+
+    name: relative to the diffusion model, e.g. "double_blocks.0.img_attn.qkv".
+    """
+    if W4A4.fullmatch(name):
+        return layout.SVDQUANT
+    return layout.AWQ if W4A16.fullmatch(name) else None
+
+
+def unsigned_from(name, in_features, out_features):
+    """The first column of a W4A4 layer's input that comes out of a GELU; in_features if none does.
+
+    The MLP's second layer reads nothing else; a single block's linear2 reads [attention (hidden) ; GELU].
+    """
+    if name.endswith("_mlp.2"):
+        return 0
+    return out_features if name.endswith(".linear2") else in_features
+
+
+def layer_spec(name, weight_shape, rank, bias, dtype):
+    """LayerSpec of linear `name`, from its (N, K). Raises ValueError naming the layer where K does not fit."""
+    n, k = weight_shape
+    try:
+        if layer_format(name) == layout.AWQ:
+            return layout.LayerSpec(layout.AWQ, k, n, bias=bias, dtype=dtype)
+        return layout.svdquant_spec(k, n, rank, unsigned_from(name, k, n), bias, dtype)
+    except ValueError as error:
+        raise ValueError(f"Layer {name} {error}, so it can't be packed in 4 bits.") from None
+
+
+def blocks(diffusion_model):
+    """[(name, module)] of the transformer blocks, in the order in which they run."""
+    return [(f"{kind}.{i}", block) for kind in ("double_blocks", "single_blocks")
+            for i, block in enumerate(getattr(diffusion_model, kind))]
+
+
+def block_layers(block_name, block):
+    """{full name: linear} of a block's layers that are to be quantized."""
+    named = ((f"{block_name}.{name}", module) for name, module in block.named_modules() if name)
+    return {name: module for name, module in named if layer_format(name)}
+
+
+def quantized_names(keys):
+    """Names of the layers that `keys` (tensor names) hold and that a quantized FLUX packs, in order of appearance."""
+    names = (key.removesuffix(".weight") for key in keys if key.endswith(".weight"))
+    return [name for name in names if layer_format(name)]

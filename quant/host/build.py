@@ -1,0 +1,216 @@
+"""Models from checkpoints and from other models, built on ComfyUI's own FLUX classes."""
+
+import copy
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+
+from .. import layout
+from ..checkpoint import native
+from ..checkpoint.header import CheckpointError, read_header
+from .ops import Operations
+from .patcher import SVDQuantModelPatcher
+
+# What of a FLUX configuration is written to a file: everything that a header can't tell, and what identifies it.
+CONFIG_KEYS = ("image_model", "in_channels", "out_channels", "hidden_size", "num_heads", "depth", "depth_single_blocks",
+               "context_in_dim", "vec_in_dim", "mlp_ratio", "axes_dim", "theta", "patch_size", "qkv_bias",
+               "guidance_embed")
+
+FLUX_KEYS = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight")
+
+# A key that gives a foreign model away, and what to call it.
+FOREIGN = (
+    ("distilled_guidance_layer", "a Chroma model"),
+    ("double_stream_modulation_img.lin.weight", "a FLUX.2 model"),
+    (".qweight", "a Nunchaku model"),
+    ("input_blocks.0.0.weight", "a Stable Diffusion or SDXL UNet"),
+    ("joint_blocks.0.", "a Stable Diffusion 3 model"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
+    ("text_model.encoder.layers.0.", "a CLIP text encoder"),
+    ("decoder.conv_in.weight", "a VAE"),
+    ("taesd_decoder.", "a VAE"),
+    ("lora_", "a LoRA"),
+)
+
+
+def load_model(path, compute_dtype=None):
+    """A ModelPatcher from a file: our quantized FLUX, or an ordinary one in bf16, fp16 or fp8.
+
+    compute_dtype: torch.bfloat16, torch.float16, or None for what ComfyUI takes on this device.
+    Raises CheckpointError, one sentence, on any file that is not a whole FLUX.1.
+    """
+    header = read_header(path)
+    if native.matches(header):
+        return _load_native(header, compute_dtype)
+    return _load_plain(header, compute_dtype)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _load_native(header, compute_dtype):
+    specs = native.layer_specs(header)
+    shapes = {name: info.shape for name, info in header.tensors.items() if not name.endswith(f".{layout.QUANT_KEY}")}
+    model = _empty_model(_detect(header, shapes, native.config(header)), specs, compute_dtype)
+    _check_complete(header, model, shapes, exact=True)
+    _load_weights(model, header, {name: name for name in shapes})
+    patcher = make_patcher(model, SVDQuantModelPatcher)
+    patcher.source, patcher.recipe = header.metadata.get("svdquant.source", ""), native.recipe(header)
+    return patcher
+
+
+def _load_plain(header, compute_dtype):
+    prefix = _flux_prefix(header)
+    if prefix is None:
+        return _load_by_core(header, compute_dtype)
+    shapes = {name.removeprefix(prefix): info.shape for name, info in header.tensors.items() if name.startswith(prefix)}
+    model = _empty_model(_detect(header, shapes, {}), {}, compute_dtype)
+    _check_complete(header, model, shapes, exact=False)
+    if _core_knows(shapes):
+        return _load_by_core(header, compute_dtype)
+    # ComfyUI before 0.9 takes every FLUX for one of 24 heads; a FLUX of another width is loaded here.
+    _load_weights(model, header, {name: prefix + name for name in shapes})
+    return make_patcher(model, comfy.model_patcher.ModelPatcher)
+
+
+def _flux_prefix(header):
+    """The prefix of a FLUX.1's tensors in ComfyUI's naming, None where the file is a FLUX.1 in diffusers' naming.
+
+    Raises CheckpointError where it is something else.
+    """
+    what = next((what for key, what in FOREIGN if any(key in name for name in header.tensors)), None)
+    if what is None:
+        for prefix in ("", "model.diffusion_model."):
+            has_norm = any(prefix + key in header.tensors for key in FLUX_KEYS)
+            if has_norm and f"{prefix}img_in.weight" in header.tensors:
+                return prefix
+        if "transformer_blocks.0.attn.norm_added_k.weight" in header.tensors and "x_embedder.weight" in header.tensors:
+            return None
+    raise CheckpointError(f"{header.file} is {what or 'not a FLUX.1 model'}; choose a FLUX.1 model in safetensors "
+                          "format.")
+
+
+def _load_by_core(header, compute_dtype):
+    patcher = comfy.sd.load_diffusion_model(header.path)
+    if compute_dtype is not None:
+        patcher.set_model_compute_dtype(compute_dtype)
+    return patcher
+
+
+def _load_weights(model, header, names):
+    """Put the file's tensors into an empty model, as they are: no copy, no cast. names: {model's name: file's}."""
+    tensors = comfy.utils.load_torch_file(header.path, safe_load=True)
+    fill(model, {name: tensors[stored] for name, stored in names.items()})
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+def _shapes_as_tensors(shapes):
+    """ComfyUI's detection reads shapes from tensors; these have shapes and no memory."""
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _core_knows(shapes):
+    """Whether this ComfyUI's own detection gets the number of heads right."""
+    config = comfy.model_detection.detect_unet_config(_shapes_as_tensors(shapes), "")
+    return config["num_heads"] * sum(config["axes_dim"]) == config["hidden_size"]
+
+
+def _detect(header, shapes, stored):
+    """ComfyUI's model configuration for a FLUX with tensors {name: shape}; `stored` (from the file) has the last word.
+
+    Detection comes first because each ComfyUI version wants keys of its own in a configuration.
+    """
+    tensors = _shapes_as_tensors(shapes)
+    for name in ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"):
+        if len(shapes.get(name, ())) != 2:
+            raise CheckpointError(f"{header.file} has no matrix {name}; the file is incomplete, download or save it "
+                                  "again.")
+    config = comfy.model_detection.detect_unet_config(tensors, "")
+    if config is None or config.get("image_model") != "flux":
+        raise CheckpointError(f"{header.file} is not a FLUX.1 model; choose a FLUX.1 model in safetensors format.")
+    config["num_heads"] = config["hidden_size"] // sum(config["axes_dim"])
+    config.update({key: value for key, value in stored.items() if key in CONFIG_KEYS})
+    model_config = comfy.model_detection.model_config_from_unet_config(config, tensors)
+    if model_config is None:
+        raise CheckpointError(f"{header.file} has a FLUX configuration that this ComfyUI does not know; update ComfyUI.")
+    return model_config
+
+
+def _empty_model(model_config, specs, compute_dtype):
+    """A BaseModel without memory: ComfyUI's FLUX on the meta device, its packed layers in place.
+
+    compute_dtype: None for ComfyUI's choice.
+    """
+    if compute_dtype is None:
+        supported = list(model_config.supported_inference_dtypes)
+        compute_dtype = comfy.model_management.unet_dtype(supported_dtypes=supported)
+    model_config.set_inference_dtype(compute_dtype, None)
+    model_config.custom_operations = Operations
+    model = model_config.get_model({}, "", device=torch.device("meta"))
+    for name, spec in specs.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.diffusion_model.get_submodule(parent), child, Operations.packed(spec))
+    return model
+
+
+def _check_complete(header, model, shapes, exact):
+    """Compare the file's tensors with the model's: none missing, every shape right and, if `exact`, none left over."""
+    found = model.model_config.process_unet_state_dict(_shapes_as_tensors(shapes))
+    expected = model.diffusion_model.state_dict()
+    for name, tensor in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it "
+                                  "again.")
+        if found[name].shape != tensor.shape:
+            raise CheckpointError(f"{header.file}: tensor {name} has shape {list(found[name].shape)} where "
+                                  f"{list(tensor.shape)} is due; the file does not fit a FLUX.1 of its size, download "
+                                  "or save it again.")
+    left_over = [name for name in found if name not in expected]
+    if exact and left_over:
+        raise CheckpointError(f"{header.file} has tensor {left_over[0]}, which its model has no place for; download or "
+                              "save it again.")
+
+
+def fill(model, tensors):
+    """Give an empty model its tensors, {name: tensor} in the file's naming; they are used as they are, not copied."""
+    tensors = model.model_config.process_unet_state_dict(dict(tensors))
+    wanted = model.diffusion_model.state_dict()
+    model.diffusion_model.load_state_dict({name: tensors[name] for name in wanted}, assign=True)
+
+
+def make_patcher(model, patcher_class):
+    """A patcher for a filled model, on the devices that ComfyUI uses for diffusion models."""
+    offload_device = comfy.model_management.unet_offload_device()
+    model.device = offload_device
+    model.to(offload_device)
+    return patcher_class(model, comfy.model_management.get_torch_device(), offload_device)
+
+
+def empty_like(model, specs, compute_dtype):
+    """An empty model of another FLUX model's configuration, with packed layers {name: LayerSpec} in place."""
+    model_config = copy.copy(model.model_config)
+    model_config.unet_config = dict(model_config.unet_config)
+    # The 16-bit model's ways of storing its weights (scaled fp8 and the like) end with its weights.
+    for attribute in ("scaled_fp8", "layer_quant_config", "quant_config"):
+        if hasattr(model_config, attribute):
+            setattr(model_config, attribute, None)
+    return _empty_model(model_config, specs, compute_dtype)
+
+
+def stored_config(model):
+    """The FLUX configuration to write into a file: JSON-able."""
+    config = model.model_config.unet_config
+    return {key: list(value) if isinstance(value := config[key], (list, tuple)) else value
+            for key in CONFIG_KEYS if key in config}
+
+
+def stored_name(name):
+    """A parameter's name in a file. ComfyUI renamed the q and k norms' scale in 0.14 and still reads the old name,
+    which is the only one that earlier versions know."""
+    return name.replace("_norm.weight", "_norm.scale")

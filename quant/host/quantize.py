@@ -1,0 +1,150 @@
+"""Quantizing a MODEL in the graph: sample with it, stream its blocks, build its 4-bit twin."""
+
+import comfy.ldm.flux.model
+import comfy.lora
+import comfy.model_management
+import comfy.sample
+import torch
+
+from .. import calibration, flux, quantizer
+from ..linear import PackedLinear
+from . import build
+from .patcher import SVDQuantModelPatcher
+
+MAX_CALLS = 64  # recorded calls of the model, spread over prompts and noise levels
+
+
+def check_model(patcher):
+    """Raise ValueError unless the MODEL is a FLUX.1 in 16 or 8 bits."""
+    model = getattr(patcher.model, "diffusion_model", None)
+    if not isinstance(model, comfy.ldm.flux.model.Flux) or getattr(model.params, "global_modulation", False):
+        raise ValueError(f"SVDQuant quantizes FLUX.1 models, and this MODEL is a {type(patcher.model).__name__}; "
+                         "connect a FLUX.1 model.")
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("This MODEL is quantized already; connect the 16-bit model that it was made from.")
+
+
+def check_conditioning(patcher, conditioning):
+    """Raise ValueError unless every prompt's conditioning is as wide as the model's text input."""
+    width = patcher.model.diffusion_model.params.context_in_dim
+    for tensor, _ in conditioning:
+        if tensor.shape[-1] != width:
+            raise ValueError(f"The conditioning is {tensor.shape[-1]} wide and this FLUX model takes {width}; encode "
+                             "the prompt with the text encoders that belong to the model.")
+
+
+def compute_dtype(patcher):
+    """The dtype in which a model computes."""
+    return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
+
+
+def storage_dtype(patcher):
+    """The 16-bit dtype that the quantized model's scales, branches and unpacked weights are stored in."""
+    weight = patcher.model.diffusion_model.img_in.weight
+    return torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
+
+
+def effective_weight(patcher, name, device):
+    """A parameter of the diffusion model as the MODEL uses it, LoRAs and merges baked in.
+
+    Returns it in its own dtype where nothing is applied to it, else in float32; on `device`.
+    """
+    key = f"diffusion_model.{name}"
+    (stored, convert), *patches = patcher.get_key_patches(key)[key]
+    weight = convert(stored.to(device), inplace=False)
+    if patches:
+        weight = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
+    return weight
+
+
+def record_trajectory(patcher, conditioning, latent, steps, seed, progress):
+    """Sample every prompt once and return the recorded calls of the diffusion model."""
+    samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
+    with calibration.recorded_calls(patcher.model.diffusion_model, []) as calls:
+        for i, entry in enumerate(conditioning):
+            noise = comfy.sample.prepare_noise(samples, seed + i)
+            comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", [entry], [entry], samples,
+                                callback=lambda *_: progress.step(f"sampling prompt {i + 1} of {len(conditioning)}"),
+                                disable_pbar=True, seed=seed + i)
+    return calibration.spread_calls(calls, MAX_CALLS)
+
+
+def block_statistics(patcher, calls, blocks):
+    """Yield (block name, {layer: InputStats}) block by block; without calls, the statistics are empty."""
+    if not calls:
+        yield from ((name, {}) for name, _ in blocks)
+        return
+    comfy.model_management.load_models_gpu([patcher])
+    yield from calibration.stream_blocks(patcher.model.diffusion_model, calls, patcher.load_device, blocks,
+                                         flux.block_layers)
+
+
+def layer_specs(diffusion_model, rank, dtype):
+    """{layer name: LayerSpec} of everything that will be packed. Raises ValueError where a layer does not fit."""
+    return {name: flux.layer_spec(name, layer.weight.shape, rank, layer.bias is not None, dtype)
+            for block_name, block in flux.blocks(diffusion_model)
+            for name, layer in flux.block_layers(block_name, block).items()}
+
+
+def quantize(patcher, recipe, conditioning, latent, steps, seed, progress):
+    """A 4-bit twin of a FLUX MODEL; the MODEL itself is left as it was, also when this fails or is cancelled.
+
+    recipe: quantizer.Recipe; conditioning, latent: what the MODEL draws while it is watched, or None where the recipe
+    needs no calibration; progress: .total(n), .step(text) and .check(), which raises to cancel.
+    Returns (SVDQuantModelPatcher, [LayerRecord]).
+    """
+    check_model(patcher)
+    calibrated = conditioning is not None and latent is not None
+    if recipe.smooth == "search" and not calibrated:
+        raise ValueError(f"The preset {recipe.preset} watches the model draw: connect positive and latent, or choose "
+                         "the preset data-free.")
+    specs = layer_specs(patcher.model.diffusion_model, recipe.rank, storage_dtype(patcher))
+    progress.total(len(specs) + (len(conditioning) * steps if calibrated else 0))
+    calls = []
+    if calibrated:
+        check_conditioning(patcher, conditioning)
+        calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress)
+    packed, records = _quantize_blocks(patcher, specs, recipe, calls, progress)
+    return _twin(patcher, specs, packed, recipe), records
+
+
+def _quantize_blocks(patcher, specs, recipe, calls, progress):
+    """{tensor name: packed tensor} of all the layers, and their records."""
+    device = patcher.load_device
+    blocks = flux.blocks(patcher.model.diffusion_model)
+    packed, records = {}, []
+    for block_name, stats in block_statistics(patcher, calls, blocks):
+        for name in [name for name in specs if name.startswith(f"{block_name}.")]:
+            weight = effective_weight(patcher, f"{name}.weight", device)
+            bias = effective_weight(patcher, f"{name}.bias", device) if specs[name].bias else None
+            tensors, record = quantizer.quantize_layer(name, weight, bias, stats.get(name), specs[name], recipe,
+                                                       progress.check)
+            packed |= {f"{name}.{part}": tensor.to(patcher.offload_device) for part, tensor in tensors.items()}
+            records.append(record)
+            progress.step(f"{name}: error {record.error:.1%}")
+    return packed, records
+
+
+def _twin(patcher, specs, packed, recipe):
+    """A patcher around a new model that has the packed layers and, for the rest, the MODEL's weights in 16 bits."""
+    twin = build.empty_like(patcher.model, specs, compute_dtype(patcher))
+    dtype = storage_dtype(patcher)
+    # The twin's parameters have the names of the MODEL's, so nothing is renamed on the way.
+    rest = {name: effective_weight(patcher, name, patcher.offload_device).to(dtype)
+            for name in twin.diffusion_model.state_dict() if name not in packed}
+    twin.diffusion_model.load_state_dict(packed | rest, assign=True)
+    quantized = build.make_patcher(twin, SVDQuantModelPatcher)
+    _carry_over(patcher, quantized)
+    quantized.recipe = recipe.as_dict()
+    quantized.source = getattr(patcher, "source", "") or "FLUX.1"
+    return quantized
+
+
+def _carry_over(patcher, quantized):
+    """What other nodes have put on the MODEL beside weights: sampling settings, attention patches, wrappers."""
+    settings = patcher.clone()
+    quantized.model_options = settings.model_options
+    quantized.object_patches = {key: value for key, value in settings.object_patches.items()
+                                if not key.startswith("diffusion_model") and key != "manual_cast_dtype"}
+    for attribute in ("attachments", "additional_models", "callbacks", "wrappers", "injections"):
+        setattr(quantized, attribute, getattr(settings, attribute))

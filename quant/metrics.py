@@ -1,0 +1,8 @@
+"""How far two tensors are apart."""
+
+import torch
+
+
+def relative_error(estimate, exact):
+    """‖estimate - exact‖ / ‖exact‖ (Frobenius) as a float; 0 where both are zero."""
+    return float((estimate - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
