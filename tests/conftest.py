@@ -1,0 +1,90 @@
+"""What every test can count on: the pack under the name `comfyui_svdquant`, and a real ComfyUI to import.
+
+ComfyUI is the one of COMFYUI_PATH or of .comfyui (`make test` puts it there). Its classes run in this process as its main.py
+would run them with --cpu (unless there is a CUDA device) and a base folder of our own. Where there is no ComfyUI, tests/nodes,
+tests/host and tests/quant/test_comfy*.py are left out and the rest runs.
+"""
+
+import importlib.util
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from host import launch, setup
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = setup.locate()
+HAS_COMFY = (HOST.comfy / "main.py").is_file()
+BASE = Path(tempfile.mkdtemp(prefix="svdquant-tests-"))
+
+collect_ignore_glob = [] if HAS_COMFY else ["nodes/*", "host/*", "quant/test_comfy*"]
+
+
+def load_pack() -> None:
+    """Import the repository as a package; ComfyUI does it the same way, under the folder's path as a name."""
+    spec = importlib.util.spec_from_file_location("comfyui_svdquant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+
+
+def enter_comfy() -> None:
+    """Make `import comfy...` and `import folder_paths` work here, with the options that a server of ours gets."""
+    import torch
+
+    launch.define_torchvision_ops()
+    sys.path.insert(0, str(HOST.comfy))
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    arguments = sys.argv
+    sys.argv = ["main.py", "--base-directory", str(BASE), *([] if torch.cuda.is_available() else ["--cpu"])]
+    try:
+        import comfy.cli_args  # reads sys.argv, once
+    finally:
+        sys.argv = arguments
+    for name in ("diffusion_models", "unet", "vae"):
+        (BASE / "models" / name).mkdir(parents=True)
+
+
+load_pack()
+if HAS_COMFY:
+    enter_comfy()
+
+
+def pytest_report_header() -> str:
+    return f"ComfyUI: {HOST.comfy}" if HAS_COMFY else "ComfyUI: none, so its tests are left out; `make test` sets one up"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect GPU tests where there is no GPU."""
+    import torch
+
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu and not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if item not in needs_gpu]
+        config.stash[DESELECTED] = len(needs_gpu)
+
+
+DESELECTED = pytest.StashKey[int]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if count := config.stash.get(DESELECTED, 0):
+        terminalreporter.write_line(f"{count} tests marked gpu were deselected: this machine has no CUDA device.")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(BASE, ignore_errors=True)
+
+
+@pytest.fixture
+def comfy_base() -> Path:
+    """The base folder that ComfyUI's folder_paths has in this process."""
+    if not HAS_COMFY:
+        pytest.skip("needs a ComfyUI; `make test` sets one up")
+    return BASE
