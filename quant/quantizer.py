@@ -1,5 +1,6 @@
 """The pipeline: from a 16-bit linear and what it sees to a packed layer, and the record of what that cost."""
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -9,6 +10,7 @@ from . import layout, lowrank, rounding, smoothing
 from .metrics import relative_error
 
 MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
+SMALL_LAYER = 1 << 22  # elements of a weight up to which one CPU thread is as fast as many
 
 
 @dataclass(frozen=True)
@@ -139,31 +141,47 @@ def layer_error(weight, bias, tensors, stats, spec):
     return relative_error(estimate, exact), "outputs"
 
 
+@contextmanager
+def threads_for(weight):
+    """One thread while a small layer is worked on by the CPU: LAPACK meets its threads thousands of times on the way,
+    and each meeting costs a time slice where the cores are busy with something else (measured: 20 s in place of 0.3)."""
+    before = torch.get_num_threads()
+    if weight.device.type == "cpu" and weight.numel() <= SMALL_LAYER:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_finite(name, weight, bias, stats):
+    """Raise ValueError naming the layer where its weight, its bias or the input seen holds NaN or Inf."""
+    for part, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"Layer {name} has NaN or Inf in its {part}: the model file is damaged or was merged "
+                             "wrongly; load a sound copy of the model.")
+    if stats is not None and not torch.isfinite(stats.spans()["absmax"]).all():
+        raise ValueError(f"Layer {name} saw NaN or Inf during calibration; check that the model draws with these "
+                         "settings, or load it with another compute dtype.")
+
+
 def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
     """Quantize one linear.
 
     weight: (N, K), bias: (N,) or None, any float dtype, on the device that is to do the work; stats: InputStats or
     None; check: called often, to cancel. Returns ({parameter name: tensor}, LayerRecord).
-    Raises ValueError naming the layer where the weight, the bias or the input holds NaN or Inf.
     """
     bytes_before = weight.nbytes + (0 if bias is None else bias.nbytes)
     weight = weight.float()
     bias = None if bias is None else bias.float()
-    for part, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"Layer {name} has NaN or Inf in its {part}: the model file is damaged or was merged "
-                             "wrongly. Load a sound copy of the model.")
-    label = "-"
-    if spec.format == layout.AWQ:
-        tensors = pack_awq(weight, bias, spec)
-    else:
-        if stats is not None and not torch.isfinite(stats.spans()["absmax"]).all():
-            raise ValueError(f"Layer {name} saw NaN or Inf during calibration. Check that the model draws with these "
-                             "settings, or load it with another compute dtype.")
-        factor, label = choose_smoothing(weight, stats, spec, recipe, check)
-        tensors = pack_svdquant(weight, bias, factor, spec)
-    check()
-    error, measured_on = layer_error(weight, bias, tensors, stats, spec)
-    record = LayerRecord(name, spec.format, error, measured_on, label, 0 if stats is None else stats.tokens,
-                         bytes_before, spec.nbytes())
-    return tensors, record
+    check_finite(name, weight, bias, stats)
+    with threads_for(weight):
+        if spec.format == layout.AWQ:
+            tensors, label = pack_awq(weight, bias, spec), "-"
+        else:
+            factor, label = choose_smoothing(weight, stats, spec, recipe, check)
+            tensors = pack_svdquant(weight, bias, factor, spec)
+        check()
+        error, measured_on = layer_error(weight, bias, tensors, stats, spec)
+    tokens = 0 if stats is None else stats.tokens
+    return tensors, LayerRecord(name, spec.format, error, measured_on, label, tokens, bytes_before, spec.nbytes())

@@ -65,7 +65,7 @@ def output_error(weight, x, factor, rank, unsigned, dtype):
     weight: (N, K) float32, x: (M, K) float32, factor: (K,), unsigned: whether x comes out of a GELU.
     """
     smoothed = weight * factor
-    up, down = lowrank.low_rank(smoothed, rank)
+    up, down = lowrank.low_rank(smoothed, rank, lowrank.SEARCH_ITERATIONS)
     residual = smoothed - up @ down.t()
     scales = rounding.absmax_scales(residual, dtype)
     packed = scaled_codes(rounding.round_to_nearest(residual, scales).float(), scales.float().t())

@@ -1,0 +1,197 @@
+"""The stages of the quantizer, each against what it must never be worse than."""
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import reference
+from comfyui_svdquant.quant import layout, lowrank, quantizer, rounding, smoothing
+from comfyui_svdquant.quant.calibration import InputStats
+from comfyui_svdquant.quant.metrics import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def weight(n, k, seed=0):
+    """A matrix with a falling spectrum and a few large columns, as trained ones have."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=g) / k**0.5
+    w += 2 * torch.randn(n, 4, generator=g) @ torch.randn(4, k, generator=g) / k**0.5 / 2
+    w[:, torch.randperm(k, generator=g)[: max(1, k // 40)]] *= 3
+    return w
+
+
+def tokens(m, k, seed=1):
+    """Inputs with a few outlier channels, the same ones whatever the seed."""
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
+    x[:, :: max(1, k // 8)] *= 20
+    return x
+
+
+def stats_of(x):
+    stats = InputStats(1)
+    stats.add(x)
+    return stats
+
+
+# --- branch --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [16, 32, 64])
+def test_the_randomized_svd_is_within_a_third_of_a_percent_of_the_full_one(rank):
+    w = weight(192, 320)
+    up, down = lowrank.low_rank(w, rank)
+    u, s, v = torch.linalg.svd(w.double(), full_matrices=False)
+    full = float(s[rank:].norm() / s.norm())
+    error = relative_error(up @ down.t(), w)
+    assert error < 1.003 * full, f"residual {error:.5f}, of the full SVD {full:.5f}"
+
+
+def test_low_rank_is_deterministic_and_leaves_the_generator_alone():
+    w = weight(96, 128)
+    before = torch.get_rng_state()
+    first = lowrank.low_rank(w, 16)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert all(map(torch.equal, first, lowrank.low_rank(w, 16)))
+
+
+def test_a_matrix_smaller_than_the_rank_is_reproduced():
+    w = weight(20, 64)
+    up, down = lowrank.low_rank(w, 32)
+    assert up.shape == (20, 32) and down.shape == (64, 32)
+    assert relative_error(up @ down.t(), w) < 1e-5
+
+
+# --- rounding ------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 2**31), st.sampled_from([torch.bfloat16, torch.float16]))
+@settings(max_examples=50, deadline=None)
+def test_round_to_nearest_is_within_half_a_step(n, groups, seed, dtype):
+    w = torch.randn(n, 64 * groups, generator=torch.Generator().manual_seed(seed))
+    scales = rounding.absmax_scales(w, dtype)
+    codes = rounding.round_to_nearest(w, scales)
+    assert codes.min() >= -8 and codes.max() <= 7
+    step = scales.float().t().repeat_interleave(64, dim=1)
+    # Half a step, and what the largest code loses when its scale is rounded down to 8 bits of mantissa.
+    assert ((codes * step - w).abs() <= step * (0.5 + 7 * 2**-8)).all()
+
+
+def test_rounding_a_group_of_zeros_gives_zeros():
+    w = torch.zeros(3, 64)
+    scales = rounding.absmax_scales(w, torch.bfloat16)
+    assert not rounding.round_to_nearest(w, scales).any() and not scales.any()
+
+
+def test_awq_is_within_half_a_step_also_for_lopsided_and_constant_groups():
+    w = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)) + 3
+    w[0] = 1.5
+    codes, scales, zeros = rounding.awq_round(w, torch.float16)
+    back = (codes.float() - 8) * scales.float().t().repeat_interleave(64, 1) + zeros.float().t().repeat_interleave(64, 1)
+    step = scales.float().t().repeat_interleave(64, 1)
+    assert codes.min() == 0 and codes.max() == 15
+    assert ((back - w).abs() <= 0.55 * step + 2e-3).all(), f"largest error {(back - w).abs().max():.4f}"
+
+
+# --- smoothing -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_search_is_never_worse_than_no_smoothing_and_helps_where_there_are_outliers(seed, unsigned):
+    w, x = weight(128, 256, seed), tokens(300, 256, seed + 10)
+    x = torch.nn.functional.gelu(x, approximate="tanh") if unsigned else x
+    found = smoothing.search(w, x, smoothing.spans(x), 16, unsigned, torch.bfloat16)
+    assert found.error <= found.error_unsmoothed
+    assert found.error < 0.8 * found.error_unsmoothed, f"{found.error:.4f} with {found.label}, {found.error_unsmoothed:.4f} without"
+
+
+def test_dead_channels_do_not_break_the_factor():
+    w, x = weight(64, 128), tokens(50, 128)
+    x[:, 3], w[:, 5], x[:, 6], w[:, 6] = 0, 0, 0, 0
+    for _, factor in smoothing.candidates(smoothing.spans(x), smoothing.spans(w)):
+        assert torch.isfinite(factor).all() and (factor > 0).all()
+    zeros = dict.fromkeys(smoothing.SPANS, torch.zeros(128))
+    assert all((factor == 1).all() for _, factor in smoothing.candidates(zeros, smoothing.spans(w)))
+
+
+def test_the_search_can_be_cancelled():
+    def check():
+        raise KeyboardInterrupt
+
+    x = tokens(20, 64)
+    with pytest.raises(KeyboardInterrupt):
+        smoothing.search(weight(16, 64), x, smoothing.spans(x), 16, False, torch.bfloat16, check)
+
+
+# --- a layer -------------------------------------------------------------------------------------------------------
+
+
+def quantized(preset, name="layer", unsigned_from=256, dtype=torch.bfloat16, seed=0):
+    """(record, error on fresh tokens) of one layer under a preset."""
+    w, bias = weight(160, 256, seed), torch.randn(160, generator=torch.Generator().manual_seed(seed))
+    gelu = torch.arange(256) >= unsigned_from
+
+    def inputs(m, seed):
+        x = tokens(m, 256, seed)
+        return torch.where(gelu, torch.nn.functional.gelu(x, approximate="tanh"), x)
+
+    recipe = quantizer.recipe(preset, 32)
+    spec = layout.svdquant_spec(256, 160, recipe.rank, unsigned_from, True, dtype)
+    tensors, record = quantizer.quantize_layer(name, w, bias, stats_of(inputs(512, 1)), spec, recipe)
+    assert {part: (tuple(t.shape), t.dtype) for part, t in tensors.items()} == spec.tensors()
+    fresh = inputs(200, 2)
+    y = reference.svdquant_linear(fresh, tensors["weight"], tensors["weight_scale"], tensors["weight_proj_down"],
+                                  tensors["weight_proj_up"], tensors["weight_smooth_factor"], tensors["bias"], unsigned_from)
+    return record, relative_error(y, fresh @ w.t() + bias)
+
+
+@pytest.mark.parametrize("unsigned_from", [0, 64, 256])
+def test_svdquant_beats_naive_rounding_by_a_wide_margin(unsigned_from):
+    _, naive = quantized("naive", unsigned_from=unsigned_from)
+    record, fast = quantized("fast", unsigned_from=unsigned_from)
+    assert fast < 0.75 * naive, f"error {fast:.4f}, naive {naive:.4f}"
+    assert record.measured_on == "outputs" and abs(record.error - fast) < 0.3 * fast
+
+
+def test_the_gelu_shift_costs_nothing_on_average():
+    """The bias takes back what the shift adds: the mean of the error is far below its spread."""
+    w, bias = weight(64, 128), torch.zeros(64)
+    x = torch.nn.functional.gelu(torch.randn(4096, 128, generator=torch.Generator().manual_seed(0)), approximate="tanh")
+    spec = layout.svdquant_spec(128, 64, 16, 0, True, torch.float32)
+    t, _ = quantizer.quantize_layer("fc2", w, bias, stats_of(x), spec, quantizer.recipe("fast", 16))
+    y = reference.svdquant_linear(x, t["weight"], t["weight_scale"], t["weight_proj_down"], t["weight_proj_up"],
+                                  t["weight_smooth_factor"], t["bias"], 0, act_bits=8)
+    exact = x @ w.t()
+    drift = (y - exact).mean(dim=0).norm() / exact.mean(dim=0).norm()
+    assert drift < 0.05, f"mean of the output is off by {drift:.3f}"
+
+
+def test_storing_the_branch_in_16_bits_loses_nothing():
+    """The residual is taken beside the stored branch, so its rounding to bf16 does not add to the error."""
+    _, bf16 = quantized("fast", dtype=torch.bfloat16)
+    _, f32 = quantized("fast", dtype=torch.float32)
+    assert bf16 < 1.02 * f32, f"error {bf16:.5f} in bf16, {f32:.5f} in float32"
+
+
+def test_modulation_layers_are_w4a16():
+    w = weight(96, 128)
+    spec = layout.LayerSpec(layout.AWQ, 128, 96)
+    tensors, record = quantizer.quantize_layer("mod", w, torch.randn(96), None, spec, quantizer.recipe("fast", 16))
+    assert {part: (tuple(t.shape), t.dtype) for part, t in tensors.items()} == spec.tensors()
+    assert record.error < 0.12, f"relative error of the weight {record.error:.3f}"
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_in_a_layer_is_named(part, bad):
+    w, bias = weight(64, 128), torch.zeros(64)
+    (w if part == "weight" else bias).view(-1)[5] = bad
+    spec = layout.svdquant_spec(128, 64, 16, 128, True, torch.bfloat16)
+    with pytest.raises(ValueError, match=rf"Layer double_blocks.0.img_attn.qkv has NaN or Inf in its {part}"):
+        quantizer.quantize_layer("double_blocks.0.img_attn.qkv", w, bias, None, spec, quantizer.recipe("data-free", 16))
+
+
+@pytest.mark.parametrize(("preset", "rank"), [("best-ever", 32), ("fast", 0), ("fast", 24), ("fast", 512)])
+def test_impossible_recipes_are_refused(preset, rank):
+    with pytest.raises(ValueError, match="choose"):
+        quantizer.recipe(preset, rank)
