@@ -14,7 +14,9 @@ EXTENSION = ".safetensors"
 
 def target_path(filename):
     """(absolute path, name within the folder) for a filename given by the user. Raises ValueError outside the folder."""
-    folder = folder_paths.get_folder_paths("diffusion_models")[0]
+    folders = folder_paths.get_folder_paths("diffusion_models")
+    # ComfyUI lists models/unet, the old name of the same kind, first.
+    folder = next((path for path in folders if os.path.basename(path) == "diffusion_models"), folders[0])
     name = filename.strip().replace("\\", "/")
     name = name if name.endswith(EXTENSION) else name + EXTENSION
     path = os.path.abspath(os.path.join(folder, name))
@@ -41,8 +43,9 @@ class SVDQuantSaveModel(io.ComfyNode):
                                  tooltip="Replace a file of that name. Off: an existing file is left alone and the "
                                          "node stops."),
             ],
-            outputs=[io.Combo.Output(display_name="model_name",
-                                     tooltip="The saved file, for SVDQuant Load Model's model_name.")],
+            # Not io.Combo.Output: its type is its list of options, which no V3 combo input accepts.
+            outputs=[io.Custom("COMBO").Output(display_name="model_name",
+                                               tooltip="The saved file, for SVDQuant Load Model's model_name.")],
             is_output_node=True,
         )
 
