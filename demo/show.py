@@ -10,7 +10,7 @@ from PIL import Image
 
 import contact_sheet
 from host import setup, workflow
-from host.client import NodeFailed
+from host.client import NodeFailed, PromptRejected
 from host.server import DEMO_NODES, Server, ServerError
 
 HERE = Path(__file__).parent
@@ -44,7 +44,7 @@ def main() -> int:
                 serve(server)
             else:
                 show(server)
-    except (ServerError, NodeFailed) as error:
+    except (ServerError, PromptRejected, NodeFailed) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

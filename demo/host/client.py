@@ -15,7 +15,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class PromptRejected(RuntimeError):
-    """The server did not accept the prompt; the message is the server's."""
+    """The server did not accept all of the prompt; the message is the server's."""
 
 
 class NodeFailed(RuntimeError):
@@ -75,7 +75,7 @@ class Client:
         body = {"prompt": prompt, "client_id": self.id}
         async with session.post(self.url + "/prompt", json=body) as answer:
             reply = await answer.json()
-        if answer.status != 200:
+        if answer.status != 200 or reply["node_errors"]:  # with errors in one branch the server runs the others
             raise PromptRejected(rejection(reply))
         return reply["prompt_id"]
 

@@ -149,7 +149,8 @@ def run(arguments: list[str]) -> int:
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1
-    environment = dict(os.environ)
+    # A worker thread of OpenMP that waits is to sleep: spinning, it takes a busy machine's other core from the one it waits for.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     if host.foreign:  # byte code beside the sources is a write into the checkout too
         environment.setdefault("PYTHONPYCACHEPREFIX", str(STATE / "pycache"))
     if not arguments:

@@ -1,0 +1,151 @@
+"""The templates that users get: they look right in the list, fit the server's nodes, and run."""
+
+import io
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from host import workflow
+from host.server import PACK, TINY, Server
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+GRAPHS = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES}
+CAPTIONS = "small red circle left of large blue star on white\nlarge yellow moon above small green square on navy"
+TITLE = 30  # pixels above a node's position
+SIDE = 64  # of the pictures that the tests draw
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def object_info(server: Server) -> dict:
+    return server.client.object_info()
+
+
+@pytest.fixture(params=NAMES)
+def graph(request: pytest.FixtureRequest) -> dict:
+    return GRAPHS[request.param]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_lists_and_serves_it(server, name):
+    assert name in server.client.get("/workflow_templates")[PACK]
+    assert server.client.get(f"/api/workflow_templates/{PACK}/{name}.json") == GRAPHS[name]
+    thumbnail = server.client.fetch(f"/api/workflow_templates/{PACK}/{name}.jpg")
+    assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
+    assert len(thumbnail) < 100_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_name_works_in_a_link(name):
+    assert re.fullmatch("[A-Za-z0-9_-]+", name), "the page ignores ?template= with any other character"
+
+
+def test_it_fits_the_servers_nodes(graph, object_info):
+    assert workflow.problems(workflow.to_prompt(graph, object_info), object_info) == []
+
+
+def test_no_node_has_a_widget_value_too_many(graph, object_info):
+    for node in graph["nodes"]:
+        if node.get("widgets_values") and node["type"] not in workflow.NOTES:
+            with pytest.raises(workflow.WorkflowError, match="has no value for"):
+                workflow.widget_values({**node, "widgets_values": node["widgets_values"][:-1]}, object_info[node["type"]])
+
+
+def test_links_and_nodes_agree(graph):
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    for number, source, out_slot, target, in_slot, kind in graph["links"]:
+        assert number in nodes[source]["outputs"][out_slot]["links"]
+        assert nodes[target]["inputs"][in_slot]["link"] == number
+        assert nodes[source]["outputs"][out_slot]["type"] == kind
+    assert sum(len(out["links"]) for node in nodes.values() for out in node["outputs"]) == len(graph["links"])
+
+
+def test_every_node_says_where_it_comes_from(graph):
+    for node in graph["nodes"]:
+        if node["type"] not in workflow.NOTES:
+            pack = "svdquant" if node["type"].startswith("SVDQuant") else "comfy-core"
+            assert node["properties"]["cnr_id"] == pack
+            assert node["properties"]["ver"]
+            assert node["properties"]["Node name for S&R"] == node["type"]
+
+
+def test_model_links_name_a_chosen_file_and_a_known_folder(graph, server):
+    folders = {folder["name"] for folder in server.client.get("/experiment/models")}
+    for node in graph["nodes"]:
+        for model in node["properties"].get("models", []):
+            assert model["name"] in node["widgets_values"]
+            assert model["directory"] in folders
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith("/" + model["name"])
+
+
+def box(node: dict) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of a node with its title."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE, x + width, y + height
+
+
+def test_nothing_overlaps_and_every_step_is_in_its_group(graph):
+    boxes = [box(node) for node in graph["nodes"]]
+    assert [(a, b) for a, b in combinations(boxes, 2) if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]] == []
+    for node, (left, top, right, bottom) in zip(graph["nodes"], boxes):
+        homes = [group["title"] for group in graph["groups"]
+                 if group["bounding"][0] < left and right < group["bounding"][0] + group["bounding"][2]
+                 and group["bounding"][1] < top and bottom < group["bounding"][1] + group["bounding"][3]]
+        assert len(homes) == (node["type"] not in workflow.NOTES), node.get("title", node["type"])
+
+
+def shrunk(graph: dict, object_info: dict) -> dict:
+    """The template's prompt for the tiny model: its files, its words in place of text encoders, few steps, small pictures."""
+    prompt = workflow.to_prompt(graph, object_info)
+    encoders = {number for number, node in prompt.items() if node["class_type"] == "CLIPTextEncode"}
+    for number, node in list(prompt.items()):
+        inputs = node["inputs"]
+        if node["class_type"] == "DualCLIPLoader":
+            del prompt[number]
+        elif number in encoders:
+            node.update(class_type="SVDQuantDemoWords", inputs={"text": CAPTIONS.splitlines()[int(number) % 2]})
+        elif node["class_type"] == "VAELoader":
+            inputs["vae_name"] = TINY["vae"]
+        elif inputs.get("model_name") == "flux1-dev.safetensors":
+            inputs["model_name"] = TINY["diffusion_models"]
+        elif node["class_type"] == "EmptySD3LatentImage":
+            inputs.update(width=SIDE, height=SIDE)
+        if "steps" in inputs:
+            inputs["steps"] = 2
+        # The words node gives its conditioning as a list to map over, then as one; an encoder's only output is the latter.
+        inputs = node["inputs"]
+        inputs.update({name: [value[0], 1] for name, value in inputs.items() if isinstance(value, list) and value[0] in encoders})
+    assert workflow.problems(prompt, object_info) == []
+    return prompt
+
+
+def pictures(server: Server, outputs: dict) -> list[Image.Image]:
+    found = [image for output in outputs.values() for image in output.get("images", [])]
+    return [Image.open(io.BytesIO(server.client.picture(image))) for image in found]
+
+
+@pytest.fixture(scope="module")
+def quantized(server: Server, object_info: dict):
+    """Outputs of the quantizing template; its saved file is there as long as the tests of this module run."""
+    saved = server.base / "models" / "diffusion_models" / "flux1-dev-svdquant.safetensors"
+    yield server.client.post(shrunk(GRAPHS["Quantize_FLUX1"], object_info))
+    saved.unlink()
+
+
+def test_the_quantizing_template_runs_as_it_is(server, quantized):
+    drawn = pictures(server, quantized)
+    assert [picture.size for picture in drawn] == [(SIDE, SIDE)] * 2
+    assert drawn[0].tobytes() != drawn[1].tobytes(), "the 4-bit model drew the very bytes of the 16-bit one"
+    assert any("W4A4" in text for output in quantized.values() for text in output.get("text", []))
+
+
+def test_the_drawing_template_runs_on_the_file_that_the_other_saves(server, quantized, object_info):
+    drawn = pictures(server, server.client.post(shrunk(GRAPHS["Draw_with_4-bit_FLUX1"], object_info)))
+    assert [picture.size for picture in drawn] == [(SIDE, SIDE)]
