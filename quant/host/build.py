@@ -15,10 +15,10 @@ from ..checkpoint.header import CheckpointError, read_header
 from .ops import Operations
 from .patcher import SVDQuantModelPatcher
 
-# What of a FLUX configuration is written to a file: everything that a header can't tell, and what identifies it.
-CONFIG_KEYS = ("image_model", "in_channels", "out_channels", "hidden_size", "num_heads", "depth", "depth_single_blocks",
-               "context_in_dim", "vec_in_dim", "mlp_ratio", "axes_dim", "theta", "patch_size", "qkv_bias",
-               "guidance_embed")
+# What of a FLUX configuration is written to a file: what identifies the model, and what no tensor's shape tells.
+UNSEEN_KEYS = ("axes_dim", "theta", "mlp_ratio", "patch_size", "out_channels")
+CONFIG_KEYS = UNSEEN_KEYS + ("image_model", "in_channels", "hidden_size", "num_heads", "depth", "depth_single_blocks",
+                             "context_in_dim", "vec_in_dim", "qkv_bias", "guidance_embed")
 
 FLUX_KEYS = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight")
 
@@ -55,7 +55,12 @@ def load_model(path, compute_dtype=None):
 def _load_native(header, compute_dtype):
     specs = native.layer_specs(header)
     shapes = {name: info.shape for name, info in header.tensors.items() if not name.endswith(f".{layout.QUANT_KEY}")}
-    model = _empty_model(_detect(header, shapes, native.config(header)), specs, compute_dtype)
+    model_config = _detect(header, shapes, native.config(header))
+    try:
+        model = _empty_model(model_config, specs, compute_dtype)
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
+                              "again.") from error
     _check_complete(header, model, shapes, exact=True)
     _load_weights(model, header, {name: name for name in shapes})
     patcher = make_patcher(model, SVDQuantModelPatcher)
@@ -134,12 +139,37 @@ def _detect(header, shapes, stored):
     config = comfy.model_detection.detect_unet_config(tensors, "")
     if config is None or config.get("image_model") != "flux":
         raise CheckpointError(f"{header.file} is not a FLUX.1 model; choose a FLUX.1 model in safetensors format.")
-    config["num_heads"] = config["hidden_size"] // sum(config["axes_dim"])
-    config.update({key: value for key, value in stored.items() if key in CONFIG_KEYS})
+    _apply_stored(header, config, stored)
     model_config = comfy.model_detection.model_config_from_unet_config(config, tensors)
     if model_config is None:
         raise CheckpointError(f"{header.file} has a FLUX configuration that this ComfyUI does not know; update ComfyUI.")
     return model_config
+
+
+def _apply_stored(header, config, stored):
+    """Take from a file's own configuration what no shape tells; where a shape tells, the two must agree."""
+    for key, value in stored.items():
+        if key in UNSEEN_KEYS:
+            if not _is_sound(value, config[key]):
+                raise CheckpointError(f"{header.file} says {key} = {value!r} in its configuration, which can't be; save or "
+                                      "download it again.")
+            config[key] = value
+    if config["hidden_size"] % sum(config["axes_dim"]):
+        raise CheckpointError(f"{header.file} says axes_dim = {config['axes_dim']} in its configuration, which does not "
+                              f"divide its hidden_size {config['hidden_size']}; save or download it again.")
+    config["num_heads"] = config["hidden_size"] // sum(config["axes_dim"])
+    for key, value in stored.items():
+        if key in CONFIG_KEYS and config.get(key) != value:
+            raise CheckpointError(f"{header.file} says {key} = {value!r} in its configuration and its tensors say "
+                                  f"{config.get(key)!r}; save or download it again.")
+
+
+def _is_sound(value, usual):
+    """Whether a stored number (or list of them) is of the kind that FLUX has there; `usual` is what FLUX.1 has."""
+    if isinstance(usual, (list, tuple)):
+        return isinstance(value, list) and len(value) == len(usual) and all(map(_is_sound, value, usual))
+    kinds = (int, float) if isinstance(usual, float) else int
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 1e6
 
 
 def _empty_model(model_config, specs, compute_dtype):
@@ -154,9 +184,18 @@ def _empty_model(model_config, specs, compute_dtype):
     model_config.custom_operations = Operations
     model = model_config.get_model({}, "", device=torch.device("meta"))
     for name, spec in specs.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.diffusion_model.get_submodule(parent), child, Operations.packed(spec))
+        swap(model.diffusion_model, name, spec)
     return model
+
+
+def swap(diffusion_model, name, spec):
+    """Put a packed layer in the place of linear `name`. Raises ValueError unless the two have the same features."""
+    parent, _, child = name.rpartition(".")
+    linear = diffusion_model.get_submodule(name)
+    if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
+        raise ValueError(f"layer {name} is {spec.out_features} x {spec.in_features} where the model has "
+                         f"{linear.out_features} x {linear.in_features}")
+    setattr(diffusion_model.get_submodule(parent), child, Operations.packed(spec))
 
 
 def _check_complete(header, model, shapes, exact):

@@ -25,12 +25,24 @@ def check_model(patcher):
 
 
 def check_conditioning(patcher, conditioning):
-    """Raise ValueError unless every prompt's conditioning is as wide as the model's text input."""
+    """Raise ValueError unless there are prompts and each one's conditioning is as wide as the model's text input."""
+    if not conditioning:
+        raise ValueError("The conditioning holds no prompt; connect a text encode node with a prompt.")
     width = patcher.model.diffusion_model.params.context_in_dim
     for tensor, _ in conditioning:
         if tensor.shape[-1] != width:
             raise ValueError(f"The conditioning is {tensor.shape[-1]} wide and this FLUX model takes {width}; encode "
                              "the prompt with the text encoders that belong to the model.")
+
+
+def check_weights(patcher):
+    """Raise ValueError naming the first parameter that holds NaN or Inf: calibration would only show where it arrives."""
+    for name, parameter in patcher.model.diffusion_model.named_parameters():
+        # fp8 has no isfinite of its own.
+        values = parameter.half() if parameter.dtype.itemsize == 1 else parameter
+        if not torch.isfinite(values).all():
+            raise ValueError(f"The MODEL's {name} holds NaN or Inf: its file is damaged or was merged wrongly; load a "
+                             "sound copy.")
 
 
 def compute_dtype(patcher):
@@ -94,6 +106,7 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress):
     Returns (SVDQuantModelPatcher, [LayerRecord]).
     """
     check_model(patcher)
+    check_weights(patcher)
     calibrated = conditioning is not None and latent is not None
     if recipe.smooth == "search" and not calibrated:
         raise ValueError(f"The preset {recipe.preset} watches the model draw: connect positive and latent, or choose "

@@ -1,0 +1,124 @@
+"""The three nodes, called as ComfyUI calls them."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from comfyui_svdquant import comfy_entrypoint
+from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
+from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
+from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel, target_path
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError
+from comfyui_svdquant.quant.host.build import load_model
+from safetensors.torch import save_file
+
+TINY = Path(__file__).parents[2] / "demo" / "tiny_flux" / "tiny_flux.safetensors"
+FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
+
+
+@pytest.fixture(autouse=True)
+def inference_mode():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_in_models():
+    """The embedded model, where ComfyUI looks for models."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    link = FOLDER / "tiny_flux.safetensors"
+    link.symlink_to(TINY)
+    yield
+    for file in FOLDER.glob("*.safetensors"):
+        file.unlink()
+
+
+def quantize(**inputs):
+    model = SVDQuantLoadModel.execute("tiny_flux.safetensors", "auto").result[0]
+    return SVDQuantQuantizeModel.execute(**({"model": model, "steps": 2, "seed": 0, "rank": 16, "preset": "data-free"} | inputs)).result
+
+
+def test_the_extension_offers_the_three_nodes():
+    extension = asyncio.run(comfy_entrypoint())
+    ids = [node.GET_SCHEMA().node_id for node in asyncio.run(extension.get_node_list())]
+    assert ids == ["SVDQuantLoadModel", "SVDQuantQuantizeModel", "SVDQuantSaveModel"]
+
+
+@pytest.mark.parametrize("node", [SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel])
+def test_every_input_and_output_says_what_it_is(node):
+    schema = node.GET_SCHEMA()
+    assert schema.description and schema.display_name.startswith("SVDQuant ")
+    assert all(port.tooltip and port.tooltip.endswith(".") for port in [*schema.inputs, *schema.outputs])
+    for widget in schema.inputs:
+        if getattr(widget, "options", None) and widget.id != "model_name":
+            assert widget.default in widget.options
+
+
+def test_load_quantize_save_load():
+    twin, report = quantize()
+    lines = report.splitlines()
+    assert "preset data-free, rank 16" in lines[0] and "x smaller" in lines[0]
+    layers = [line.split()[0] for line in lines[3:]]
+    assert set(layers) == set(twin.packed_layers()) and "double_blocks.0.img_attn.qkv" in layers
+    name = SVDQuantSaveModel.execute(twin, "out/tiny_4bit", False).result[0]
+    assert name == os.path.join("out", "tiny_4bit.safetensors")
+    loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
+    assert loaded.recipe == json.loads(json.dumps(twin.recipe)) and loaded.source == "tiny_flux.safetensors"
+    state, again = twin.model.state_dict(), loaded.model.state_dict()
+    assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
+    with pytest.raises(CheckpointError, match="exists already"):
+        SVDQuantSaveModel.execute(twin, "out/tiny_4bit", False)
+    SVDQuantSaveModel.execute(twin, "out/tiny_4bit.safetensors", True)
+
+
+def test_a_changed_file_changes_the_fingerprint():
+    path = FOLDER / "changing.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    first = SVDQuantLoadModel.fingerprint_inputs("changing.safetensors", "auto")
+    save_file({"a": torch.zeros(2)}, path)
+    assert SVDQuantLoadModel.fingerprint_inputs("changing.safetensors", "auto") != first
+    assert SVDQuantLoadModel.fingerprint_inputs("absent.safetensors", "auto") is None
+
+
+@pytest.mark.parametrize("filename", ["../escape", "a/../../escape", "/etc/escape", "C:/../../escape", "..\\..\\escape", "", " ", "a/", "/"])
+def test_a_filename_outside_the_folder_is_refused(filename):
+    try:
+        path, name = target_path(filename)
+    except ValueError as error:
+        assert "within models/diffusion_models" in str(error)
+    else:
+        assert Path(path).resolve().is_relative_to(target_folder()) and ".." not in Path(name).parts
+
+
+def target_folder():
+    return Path(target_path("x")[0]).resolve().parent
+
+
+def test_the_usual_filenames():
+    assert target_path("flux")[1] == "flux.safetensors" == target_path(" flux.safetensors ")[1]
+    assert target_path("mine\\flux")[1] == os.path.join("mine", "flux.safetensors")
+
+
+def test_an_ordinary_model_is_not_saved():
+    model = SVDQuantLoadModel.execute("tiny_flux.safetensors", "auto").result[0]
+    with pytest.raises(ValueError, match="put SVDQuant Quantize Model before it"):
+        SVDQuantSaveModel.execute(model, "x", False)
+
+
+def test_cancel_stops_the_node():
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        quantize()
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def test_the_embedded_model_has_the_documented_size():
+    patcher = load_model(str(TINY))
+    params = patcher.model.diffusion_model.params
+    assert (params.hidden_size, params.num_heads, params.in_channels) == (256, 2, 16)
+    assert 10e6 < sum(p.numel() for p in patcher.model.diffusion_model.parameters()) < 16e6
