@@ -7,9 +7,10 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from host import workflow
 from host.server import PACK, TINY, Server
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
