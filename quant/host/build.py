@@ -1,7 +1,5 @@
 """Models from checkpoints and from other models, built on ComfyUI's own FLUX classes."""
 
-import copy
-
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -233,12 +231,13 @@ def make_patcher(model, patcher_class):
 
 def empty_like(model, specs, compute_dtype):
     """An empty model of another FLUX model's configuration, with packed layers {name: LayerSpec} in place."""
-    model_config = copy.copy(model.model_config)
+    # Neither copy.copy nor hasattr works on newer model configs: they answer None for every attribute that they lack.
+    model_config = object.__new__(type(model.model_config))
+    vars(model_config).update(vars(model.model_config))
     model_config.unet_config = dict(model_config.unet_config)
     # The 16-bit model's ways of storing its weights (scaled fp8 and the like) end with its weights.
     for attribute in ("scaled_fp8", "layer_quant_config", "quant_config"):
-        if hasattr(model_config, attribute):
-            setattr(model_config, attribute, None)
+        setattr(model_config, attribute, None)
     return _empty_model(model_config, specs, compute_dtype)
 
 
