@@ -36,8 +36,10 @@ def enter_comfy() -> None:
     import torch
 
     launch.define_torchvision_ops()
+    launch.define_torchaudio()
     sys.path.insert(0, str(HOST.comfy))
     import comfy.options
+    import utils  # noqa: F401  now, as main.py does: ComfyUI's nodes.py will put a folder with another utils in front
 
     comfy.options.enable_args_parsing()
     arguments = sys.argv

@@ -1,14 +1,16 @@
 """Run ComfyUI's main.py, as it is, as a child of the demo or the tests:  python launch.py FOLDER ARGS...
 
-Two things come first. torchvision is to be importable beside a torch without CUDA, and the server is to end when the
-process that started it ends, however that happens.
+Before that, torchvision and torchaudio are made importable where their native halves do not fit the installed torch, and the
+server is made to end when the process that started it ends, however that happens.
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import runpy
 import sys
 import threading
+import types
 from pathlib import Path
 
 
@@ -41,11 +43,19 @@ def define_torchvision_ops() -> None:
     define_torchvision_ops.kept = operators  # a Library takes its operators with it when it is collected
 
 
+def define_torchaudio() -> None:
+    """Put an empty torchaudio where there is none: ComfyUI imports it at start and uses it in audio models only."""
+    if importlib.util.find_spec("torchaudio") is None:
+        module = types.ModuleType("torchaudio")
+        module.__spec__ = importlib.machinery.ModuleSpec("torchaudio", loader=None)
+        sys.modules["torchaudio"] = module
+
+
 def end_with_parent() -> None:
     """End this process once its standard input, a pipe from the parent, is closed."""
 
     def watch():
-        while sys.stdin.buffer.read(1):
+        while os.read(sys.stdin.fileno(), 1):
             pass
         os._exit(1)
 
@@ -58,6 +68,7 @@ def main() -> None:
     sys.path[0] = str(comfy)
     end_with_parent()
     define_torchvision_ops()
+    define_torchaudio()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
