@@ -72,7 +72,8 @@ def show(server: Server) -> None:
     (OUT / "table.json").write_text(json.dumps(contact_sheet.table(rows, captions), indent=2), encoding="utf-8")
     for node, output in outputs.items():
         if "text" in output:
-            (OUT / f"{prompt[node]['_meta']['title']}.txt").write_text("\n".join(output["text"]), encoding="utf-8")
+            name = prompt[node]["_meta"]["title"].replace(" ", "_")
+            (OUT / f"{name}.txt").write_text("\n".join(output["text"]), encoding="utf-8")
     print(contact_sheet.text_table(rows, captions))
     print(f"\nThe pictures, side by side: {OUT / 'contact_sheet.png'}")
 
