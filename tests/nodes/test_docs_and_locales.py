@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import utils.install_util  # noqa: F401  as main.py does: once ComfyUI's nodes are imported, `utils` would be comfy/utils.py
 from comfyui_svdquant import WEB_DIRECTORY, comfy_entrypoint
 
 ROOT = Path(__file__).resolve().parents[2]
