@@ -85,7 +85,9 @@ def test_a_changed_file_changes_the_fingerprint():
     assert SVDQuantLoadModel.fingerprint_inputs("absent.safetensors", "auto") is None
 
 
-@pytest.mark.parametrize("filename", ["../escape", "a/../../escape", "/etc/escape", "C:/../../escape", "..\\..\\escape", "", " ", "a/", "/"])
+@pytest.mark.parametrize(
+    "filename", ["../escape", "a/../../escape", "/etc/escape", "C:/../../escape", "..\\..\\escape", "", " ", "a/", "/"]
+)
 def test_a_filename_outside_the_folder_is_refused(filename):
     try:
         path, name = target_path(filename)
