@@ -86,6 +86,8 @@ class Trainer:
     def _log(self, step):
         mean = torch.stack(self.recent).mean().item()
         self.recent.clear()
+        if not math.isfinite(mean):  # nothing after it would be worth its seconds
+            raise RuntimeError(f"The loss is {mean} at step {step}; try again, or with --no-compile.")
         self.history.append([step, round(mean, 5)])
         if step % (10 * self.log_every) == 0 or step == self.log_every:
             print(f"  step {step:6d}   {self.budget.elapsed:6.1f} s   loss {mean:.5f}", flush=True)
@@ -208,6 +210,8 @@ def encode_pool(vae, source, args):
         with autocast(args.device):
             latents[start:start + chunk] = vae.taesd_encoder(pictures.contiguous(memory_format=torch.channels_last))
         captions[start:start + chunk] = batch.words
+    if not torch.isfinite(latents).all():
+        raise RuntimeError(f"{(~torch.isfinite(latents)).flatten(1).any(1).sum()} of the {args.pool} encoded pictures hold NaN.")
     return latents, captions
 
 

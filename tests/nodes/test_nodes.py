@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 from pathlib import Path
 
 import comfy.model_management
@@ -17,7 +18,8 @@ from comfyui_svdquant.quant.checkpoint.header import CheckpointError
 from comfyui_svdquant.quant.host.build import load_model
 from safetensors.torch import save_file
 
-TINY = Path(__file__).parents[2] / "demo" / "tiny_flux" / "tiny_flux.safetensors"
+from tiny_flux.untrained import tiny_flux
+
 FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
 
 
@@ -28,11 +30,10 @@ def inference_mode():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny_in_models():
+def tiny_in_models(tmp_path_factory):
     """The embedded model, where ComfyUI looks for models."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    link = FOLDER / "tiny_flux.safetensors"
-    link.symlink_to(TINY)
+    shutil.copy2(tiny_flux(tmp_path_factory.mktemp("tiny")), FOLDER)
     yield
     for file in FOLDER.glob("*.safetensors"):
         file.unlink()
@@ -120,7 +121,7 @@ def test_cancel_stops_the_node():
 
 
 def test_the_embedded_model_has_the_documented_size():
-    patcher = load_model(str(TINY))
+    patcher = load_model(str(FOLDER / "tiny_flux.safetensors"))
     params = patcher.model.diffusion_model.params
     assert (params.hidden_size, params.num_heads, params.in_channels) == (256, 2, 16)
     assert 10e6 < sum(p.numel() for p in patcher.model.diffusion_model.parameters()) < 16e6

@@ -14,6 +14,8 @@ from comfyui_svdquant.quant.host import build, quantize
 from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
 from safetensors.torch import load_file, save_file
 
+from tiny_flux.untrained import flux_tensors
+
 CONTEXT, POOLED, HIDDEN = 128, 64, 256
 
 
@@ -33,32 +35,6 @@ class Progress:
     def check(self):
         if self.cancel_at is not None and len(self.texts) >= self.cancel_at:
             raise KeyboardInterrupt
-
-
-def flux_tensors(hidden=HIDDEN, in_channels=16, guidance=True, dtype=torch.bfloat16):
-    """A random FLUX.1 of depth 1 + 2 under the names of a file, scaled to give outputs of order one."""
-    g = torch.Generator().manual_seed(0)
-    shapes = {"img_in": (hidden, in_channels * 4), "txt_in": (hidden, CONTEXT), "final_layer.linear": (64, hidden),
-              "final_layer.adaLN_modulation.1": (2 * hidden, hidden)}
-    for embedder, width in (("time_in", 256), ("vector_in", POOLED), *((("guidance_in", 256),) if guidance else ())):
-        shapes |= {f"{embedder}.in_layer": (hidden, width), f"{embedder}.out_layer": (hidden, hidden)}
-    norms = []
-    for stream in ("img", "txt"):
-        block = f"double_blocks.0.{stream}"
-        shapes |= {f"{block}_mod.lin": (6 * hidden, hidden), f"{block}_attn.qkv": (3 * hidden, hidden),
-                   f"{block}_attn.proj": (hidden, hidden), f"{block}_mlp.0": (4 * hidden, hidden),
-                   f"{block}_mlp.2": (hidden, 4 * hidden)}
-        norms.append(f"{block}_attn.norm")
-    for i in range(2):
-        block = f"single_blocks.{i}"
-        shapes |= {f"{block}.linear1": (7 * hidden, hidden), f"{block}.linear2": (hidden, 5 * hidden),
-                   f"{block}.modulation.lin": (3 * hidden, hidden)}
-        norms.append(f"{block}.norm")
-    tensors = {f"{norm}.{qk}_norm.scale": torch.ones(128) for norm in norms for qk in ("query", "key")}
-    for name, shape in shapes.items():
-        tensors[f"{name}.weight"] = torch.randn(shape, generator=g) / shape[1] ** 0.5
-        tensors[f"{name}.bias"] = torch.randn(shape[0], generator=g) * 0.02
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def write_flux(path, prefix="", **changes):

@@ -1,0 +1,53 @@
+"""Random FLUX.1 weights under the names of a file: for tests of any size, and in place of the trained small FLUX.
+
+tiny_flux.safetensors comes out of train.py on a CUDA GPU. A checkout that does not have it yet gets a random model of the
+same shape, so that everything but the picture can be seen to work; what it draws is noise.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from . import outliers, words
+
+TRAINED = Path(__file__).with_name("tiny_flux.safetensors")
+
+
+def flux_tensors(hidden=256, depth=1, depth_single=2, in_channels=16, context=words.CONTEXT_DIM, pooled=words.POOLED_DIM,
+                 guidance=True, dtype=torch.bfloat16):
+    """{name: tensor} of a random FLUX.1 whose activations stay of order one."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"img_in": (hidden, in_channels * 4), "txt_in": (hidden, context), "final_layer.linear": (64, hidden),
+              "final_layer.adaLN_modulation.1": (2 * hidden, hidden)}
+    for embedder, width in (("time_in", 256), ("vector_in", pooled), *((("guidance_in", 256),) if guidance else ())):
+        shapes |= {f"{embedder}.in_layer": (hidden, width), f"{embedder}.out_layer": (hidden, hidden)}
+    norms = []
+    for i in range(depth):
+        for block in (f"double_blocks.{i}.img", f"double_blocks.{i}.txt"):
+            shapes |= {f"{block}_mod.lin": (6 * hidden, hidden), f"{block}_attn.qkv": (3 * hidden, hidden),
+                       f"{block}_attn.proj": (hidden, hidden), f"{block}_mlp.0": (4 * hidden, hidden),
+                       f"{block}_mlp.2": (hidden, 4 * hidden)}
+            norms.append(f"{block}_attn.norm")
+    for i in range(depth_single):
+        block = f"single_blocks.{i}"
+        shapes |= {f"{block}.linear1": (7 * hidden, hidden), f"{block}.linear2": (hidden, 5 * hidden),
+                   f"{block}.modulation.lin": (3 * hidden, hidden)}
+        norms.append(f"{block}.norm")
+    tensors = {f"{norm}.{qk}_norm.scale": torch.ones(128) for norm in norms for qk in ("query", "key")}
+    for name, shape in shapes.items():
+        tensors[f"{name}.weight"] = torch.randn(shape, generator=g) / shape[1] ** 0.5
+        tensors[f"{name}.bias"] = torch.randn(shape[0], generator=g) * 0.02
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def tiny_flux(folder):
+    """The small FLUX's file: the trained one, else a random one that is written into `folder` (made if missing)."""
+    if TRAINED.is_file():
+        return TRAINED
+    path = Path(folder) / TRAINED.name
+    print("demo/tiny_flux/tiny_flux.safetensors is not trained yet: a random model stands in, and draws noise.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = outliers.add_outliers(flux_tensors(depth=2, depth_single=6))
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, path)
+    return path
