@@ -22,6 +22,9 @@ class NodeProgress:
     def step(self, text):
         self.check()
         self.bar.update(1)
+        self.say(text)
+
+    def say(self, text):
         if self.node_id is not None and PromptServer.instance is not None:
             PromptServer.instance.send_progress_text(text, self.node_id)
 
@@ -71,4 +74,5 @@ class SVDQuantQuantizeModel(io.ComfyNode):
         recipe = quantizer.recipe(preset, rank)
         progress = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
         quantized, records = quantize(model, recipe, positive, latent, steps, seed, progress)
+        progress.say(report.summary(records))
         return io.NodeOutput(quantized, report.text(records, recipe))

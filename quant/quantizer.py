@@ -52,7 +52,7 @@ class LayerRecord:
     measured_on: str  # "outputs" or "weights"
     smoothing: str
     tokens: int
-    bytes_before: int
+    bytes_before: int  # of the layer in 16 bits, whatever the model at hand stores it in
     bytes_after: int
 
 
@@ -79,7 +79,7 @@ def choose_smoothing(weight, stats, spec, recipe, check):
         else:
             factors.append(torch.ones(stop - start, device=weight.device))
             labels.append("1")
-    return torch.cat(factors), " | ".join(labels)
+    return torch.cat(factors), " / ".join(labels)
 
 
 def pack_svdquant(weight, bias, factor, spec):
@@ -171,7 +171,7 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
     weight: (N, K), bias: (N,) or None, any float dtype, on the device that is to do the work; stats: InputStats or
     None; check: called often, to cancel. Returns ({parameter name: tensor}, LayerRecord).
     """
-    bytes_before = weight.nbytes + (0 if bias is None else bias.nbytes)
+    bytes_before = 2 * (weight.numel() + (0 if bias is None else bias.numel()))
     weight = weight.float()
     bias = None if bias is None else bias.float()
     check_finite(name, weight, bias, stats)

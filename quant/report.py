@@ -1,21 +1,37 @@
-"""The quantization report: what was done to each layer and what it cost, as text."""
+"""The quantization report: what was done to each layer and what it cost, as Markdown that also reads well as text."""
 
 from . import layout
 
+COLUMNS = ("layer", "format", "error", "of", "tokens", "MB", "smoothing")
+
+
+def summary(records):
+    """One line: how much smaller the packed layers became."""
+    before, after = (sum(getattr(record, field) for record in records) for field in ("bytes_before", "bytes_after"))
+    return f"{len(records)} layers, {before / 1e6:.2f} MB in 16 bits -> {after / 1e6:.2f} MB ({before / after:.2f}x smaller)"
+
+
+def row(record):
+    """The table's cells for one LayerRecord, as strings."""
+    form = "W4A16" if record.format == layout.AWQ else "W4A4"
+    return (record.name, form, f"{record.error:.2%}", record.measured_on, str(record.tokens),
+            f"{record.bytes_after / 1e6:.2f}", record.smoothing)
+
+
+def table(rows):
+    """Rows of strings as a Markdown table whose columns line up in a plain text view too."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |" for cells in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
 
 def text(records, recipe):
-    """records: [LayerRecord] in model order; recipe: Recipe. Returns the report, one line a layer."""
-    before = sum(record.bytes_before for record in records)
-    after = sum(record.bytes_after for record in records)
+    """records: [LayerRecord] in model order; recipe: Recipe. Returns the report, a line a layer."""
     packed = [record for record in records if record.format != layout.AWQ]
-    width = max(len(record.name) for record in records)
-    lines = [
-        f"SVDQuant, preset {recipe.preset}, rank {recipe.rank}: {len(records)} layers, "
-        f"{before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({before / after:.2f}x smaller)",
-        f"W4A4 layers: mean relative error {sum(r.error for r in packed) / len(packed):.2%}, "
-        f"largest {max(packed, key=lambda r: r.error).error:.2%} in {max(packed, key=lambda r: r.error).name}",
-        f"{'layer':{width}}  {'format':12}  {'error':>7}  {'of':7}  {'tokens':>7}  {'MB':>8}  smoothing",
-    ]
-    lines += [f"{r.name:{width}}  {'W4A16' if r.format == layout.AWQ else 'W4A4':12}  {r.error:7.2%}  "
-              f"{r.measured_on:7}  {r.tokens:7}  {r.bytes_after / 1e6:8.2f}  {r.smoothing}" for r in records]
-    return "\n".join(lines)
+    mean = sum(record.error for record in packed) / len(packed)
+    worst = max(packed, key=lambda record: record.error)
+    return "\n\n".join((
+        f"SVDQuant, preset {recipe.preset}, rank {recipe.rank}: {summary(records)}",
+        f"W4A4 layers: mean relative error {mean:.2%}, largest {worst.error:.2%} in {worst.name}",
+        table([COLUMNS, *map(row, records)]),
+    ))

@@ -25,7 +25,7 @@ class Smoothing:
     """A smoothing factor and how it was found."""
 
     factor: torch.Tensor  # (K,) float32
-    label: str  # "1", or "absmax^0.7/rms^0.3": span of x, exponent, span of w, exponent
+    label: str  # "1", or "absmax^0.7 : rms^0.3": span of x and its exponent, span of w and its exponent
     error: float  # relative output error of the candidate layer on the search's rows and tokens
     error_unsmoothed: float  # the same with s = 1
 
@@ -50,7 +50,7 @@ def candidates(x_spans, w_spans):
     for x_kind in SPANS:
         for w_kind in SPANS:
             for a in EXPONENTS:
-                yield f"{x_kind}^{a:g}/{w_kind}^{1 - a:.2g}", candidate(x_spans[x_kind], w_spans[w_kind], a)
+                yield f"{x_kind}^{a:g} : {w_kind}^{1 - a:.2g}", candidate(x_spans[x_kind], w_spans[w_kind], a)
 
 
 def data_free(w_spans):

@@ -64,7 +64,7 @@ def test_load_quantize_save_load():
     twin, report = quantize()
     lines = report.splitlines()
     assert "preset data-free, rank 16" in lines[0] and "x smaller" in lines[0]
-    layers = [line.split()[0] for line in lines[3:]]
+    layers = [line.split()[1] for line in lines[6:]]
     assert set(layers) == set(twin.packed_layers()) and "double_blocks.0.img_attn.qkv" in layers
     name = SVDQuantSaveModel.execute(twin, "out/tiny_4bit", False).result[0]
     assert name == os.path.join("out", "tiny_4bit.safetensors")
