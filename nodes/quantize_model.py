@@ -46,8 +46,8 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="A FLUX.1 model in bf16, fp16 or fp8, with any LoRAs to bake in."),
                 io.Conditioning.Input("positive", optional=True,
                                       tooltip="Prompts to watch the model draw; join several with Conditioning "
-                                              "(Combine). More prompts of the kind you draw give a better model. Only "
-                                              "the preset fast needs them."),
+                                              "(Combine). More prompts of the kind you draw give a better model. The "
+                                              "presets best and fast need them."),
                 io.Latent.Input("latent", optional=True,
                                 tooltip="The picture size to draw while watching: an empty latent of your usual size."),
                 io.Int.Input("steps", default=8, min=1, max=100,
@@ -58,9 +58,10 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                              step=quantizer.RANK_STEP,
                              tooltip="Width of the 16-bit branch. 32 suits most; more is closer to the original and "
                                      "makes the model larger."),
-                io.Combo.Input("preset", options=list(quantizer.PRESETS), default="fast",
-                               tooltip="fast: calibrated on your prompts. data-free: no calibration, weaker. naive: "
-                                       "plain rounding without the method, only to compare with."),
+                io.Combo.Input("preset", options=list(quantizer.PRESETS), default="best",
+                               tooltip="best: calibrated on your prompts, with GPTQ. fast: without GPTQ. data-free: no "
+                                       "calibration, weaker. naive: plain rounding without the method, only to compare "
+                                       "with."),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The 4-bit model, for samplers and SVDQuant Save Model."),

@@ -16,11 +16,13 @@ SAMPLE_TOKENS = 1024  # inputs kept a layer, spread over all the calls
 class InputStats:
     """Running statistics of one linear's input, float32 on the input's device.
 
-    absmax, rms: (K,) over all tokens seen; sample: (at most SAMPLE_TOKENS, K).
+    absmax, rms: (K,) over all tokens seen; sample: (at most SAMPLE_TOKENS, K); gram: (K, K), the mean of x^T x, if
+    `with_gram` (it is K * K * 4 bytes: 944 MB for the widest layer of FLUX.1).
     """
 
-    def __init__(self, expected_calls):
+    def __init__(self, expected_calls, with_gram=False):
         self.tokens = 0
+        self._with_gram, self._gram = with_gram, None
         self._per_call = max(1, SAMPLE_TOKENS // max(1, expected_calls))
         self._samples = []
         self._absmax = self._square = None
@@ -37,6 +39,12 @@ class InputStats:
         rows = torch.linspace(0, x.shape[0] - 1, min(x.shape[0], self._per_call), device=x.device).round().long()
         self._samples.append(x[rows])
         self.tokens += x.shape[0]
+        if self._with_gram:
+            self._gram = x.t() @ x if self._gram is None else self._gram.addmm_(x.t(), x)
+
+    def gram(self):
+        """(K, K) float32, E[x^T x]; None where it was not asked for."""
+        return None if self._gram is None else self._gram / self.tokens
 
     def spans(self):
         """{"absmax": (K,), "rms": (K,)} of all the tokens seen."""
@@ -138,7 +146,7 @@ def _replay(diffusion_model, call, device, blocks, index, previous):
     return reached["output"]
 
 
-def stream_blocks(diffusion_model, calls, device, blocks, layers_of):
+def stream_blocks(diffusion_model, calls, device, blocks, layers_of, with_gram=False):
     """Yield (block name, {layer name: InputStats}) for each block in turn; the statistics are dropped before the next.
 
     calls: from recorded_calls; blocks: [(name, module)] in running order; layers_of(name, block): {name: linear}.
@@ -146,7 +154,7 @@ def stream_blocks(diffusion_model, calls, device, blocks, layers_of):
     outputs = [None] * len(calls)
     for index, (name, block) in enumerate(blocks):
         layers = layers_of(name, block)
-        stats = {layer: InputStats(len(calls)) for layer in layers}
+        stats = {layer: InputStats(len(calls), with_gram) for layer in layers}
         with _observed(layers, stats):
             for i, call in enumerate(calls):
                 outputs[i] = _replay(diffusion_model, call, device, blocks, index, outputs[i])

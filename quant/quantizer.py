@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..cuda import int4, reference
-from . import layout, lowrank, rounding, smoothing
+from . import gptq, layout, lowrank, rounding, scales, smoothing
 from .metrics import relative_error
 
 MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
@@ -15,21 +15,33 @@ SMALL_LAYER = 1 << 22  # elements of a weight up to which one CPU thread is as f
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a quantization run does. smooth: "search" (calibrated), "weights" (no calibration) or "none"."""
+    """What a quantization run does.
+
+    smooth: "search" (calibrated), "weights" (no calibration) or "none"; rounds: how often branch and codes are fitted to
+    each other; scales: "integer" (c_n * i), "free" or "absmax"; gptq, refit: the two stages after that.
+    """
 
     preset: str
     rank: int
     smooth: str
-    activations: int = 4  # bits of the activations that the report's errors are measured with
+    rounds: int = 5
+    scales: str = "integer"
+    gptq: bool = False
+    refit: bool = False
 
     def as_dict(self):
         return asdict(self)
 
+    def needs_gram(self):
+        """Whether the stages need the inputs' Gram matrix."""
+        return self.gptq or self.refit
+
 
 PRESETS = {
-    "fast": "search",  # smoothing search on calibration data, SVD branch, round to nearest
-    "data-free": "weights",  # smoothing from the weights alone, SVD branch, round to nearest
-    "naive": "none",  # plain round to nearest, no smoothing, no branch: the baseline to compare with
+    "best": {"smooth": "search", "gptq": True, "refit": True},
+    "fast": {"smooth": "search", "refit": True},  # round to nearest in place of GPTQ
+    "data-free": {"smooth": "weights"},  # nothing is calibrated
+    "naive": {"smooth": "none", "rounds": 1, "scales": "absmax"},  # plain rounding, no branch: the baseline to compare with
 }
 
 
@@ -39,7 +51,7 @@ def recipe(preset, rank):
         raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(PRESETS)}.")
     if not MIN_RANK <= rank <= MAX_RANK or rank % RANK_STEP:
         raise ValueError(f"Rank {rank} is not possible; choose {MIN_RANK} to {MAX_RANK} in steps of {RANK_STEP}.")
-    return Recipe(preset, 0 if preset == "naive" else rank, PRESETS[preset])
+    return Recipe(preset, 0 if preset == "naive" else rank, **PRESETS[preset])
 
 
 @dataclass(frozen=True)
@@ -82,26 +94,90 @@ def choose_smoothing(weight, stats, spec, recipe, check):
     return torch.cat(factors), " / ".join(labels)
 
 
-def pack_svdquant(weight, bias, factor, spec):
+@dataclass(frozen=True)
+class Metric:
+    """How much each smoothed input matters. energy: (K,) its mean square; cholesky: (K, K) of the damped Gram matrix."""
+
+    energy: torch.Tensor | None = None
+    cholesky: torch.Tensor | None = None
+
+
+def input_metric(stats, smooth, recipe):
+    """The Metric of a layer's smoothed inputs; empty where nothing was calibrated.
+
+    The shift of unsigned columns is left out: what it adds to the output goes into the bias, with the weight's own error.
+    """
+    if stats is None or recipe.smooth != "search":
+        return Metric()
+    energy = (stats.spans()["rms"] / smooth).square()
+    if not recipe.needs_gram():
+        return Metric(energy)
+    gram = stats.gram() / (smooth * smooth.unsqueeze(-1))
+    return Metric(energy, gptq.damped_cholesky(gram, gptq.damping(stats.tokens, len(gram))))
+
+
+def find_scales(residual, metric, dtype, recipe):
+    """(G, N) scales by the recipe's rule. residual: (N, K) float32."""
+    if recipe.scales == "absmax":
+        return rounding.absmax_scales(residual, dtype)
+    return scales.search(residual, metric.energy, dtype, integer=recipe.scales == "integer")
+
+
+def stored_branch(up, down, smooth, dtype):
+    """The branch as the layer stores it, and what it adds to the smoothed weight.
+
+    The branch reads the raw x, so down takes 1/smooth. Whatever rounding to 16 bits does to it is seen by the stages that
+    come after, which work on the weight less the stored branch. Returns up (N, R), down (K, R) in `dtype`, and (N, K) float32.
+    """
+    up, down = up.to(dtype), (down / smooth.unsqueeze(-1)).to(dtype)
+    return up, down, up.float() @ (down.float() * smooth.unsqueeze(-1)).t()
+
+
+def alternate(smoothed, metric, spec, recipe, check):
+    """Fit branch and codes to each other, keeping the round that leaves least: L = SVD(W - Q), Q = round(W - L).
+
+    smoothed: (N, K) float32. Returns up (N, R), down (K, R), float32.
+    """
+    best, least, packed = None, float("inf"), 0
+    for _ in range(recipe.rounds):
+        check()
+        up, down = lowrank.low_rank(smoothed - packed, spec.rank)
+        residual = smoothed - up @ down.t()
+        if recipe.rounds == 1:
+            return up, down
+        found = find_scales(residual, metric, spec.dtype, recipe)
+        packed = reference.scaled_codes(rounding.round_to_nearest(residual, found).float(), found.float().t())
+        left = float(residual.sub_(packed).norm())
+        if left < least:
+            best, least = (up, down), left
+    return best
+
+
+def pack_svdquant(weight, bias, factor, spec, recipe, stats=None, check=lambda: None):
     """Split a smoothed weight into branch and 4-bit residual.
 
-    weight: (N, K) float32; bias: (N,) float32 or None; factor: (K,) float32. Returns {parameter name: tensor}, shapes
-    and dtypes as spec.tensors().
+    weight: (N, K) float32; bias: (N,) float32 or None; factor: (K,) float32; stats: InputStats or None. Returns
+    {parameter name: tensor}, shapes and dtypes as spec.tensors().
     """
-    dtype = spec.dtype
-    smooth = factor.to(dtype)
-    smoothed = weight * smooth.float()
-    up, down = lowrank.low_rank(smoothed, spec.rank)
-    # The branch reads the raw x, so it takes 1/smooth. What it loses by being stored in 16 bits goes into the
-    # residual: the residual is what is left of the weight beside the stored branch, not beside the exact one.
-    up, down = up.to(dtype), (down / smooth.float().unsqueeze(-1)).to(dtype)
-    residual = smoothed - up.float() @ (down.float() * smooth.float().unsqueeze(-1)).t()
-    scales = rounding.absmax_scales(residual, dtype)
-    codes = rounding.round_to_nearest(residual, scales)
-    tensors = {"weight": int4.pack(codes), "weight_scale": scales, "weight_proj_down": down.contiguous(),
-               "weight_proj_up": up.contiguous(), "weight_smooth_factor": smooth}
+    stored = factor.to(spec.dtype)
+    smooth = stored.float()
+    smoothed = weight * smooth
+    metric = input_metric(stats, smooth, recipe)
+    up, down, branch = stored_branch(*alternate(smoothed, metric, spec, recipe, check), smooth, spec.dtype)
+    residual = smoothed - branch
+    found = find_scales(residual, metric, spec.dtype, recipe)
+    check()
+    if recipe.gptq:
+        codes = gptq.gptq_round(residual, found, metric.cholesky, check)
+    else:
+        codes = rounding.round_to_nearest(residual, found)
+    if recipe.refit:
+        error = smoothed - reference.scaled_codes(codes.float(), found.float().t())
+        up, down, _ = stored_branch(*lowrank.refit(error, spec.rank, metric.cholesky), smooth, spec.dtype)
+    tensors = {"weight": int4.pack(codes), "weight_scale": found, "weight_proj_down": down.contiguous(),
+               "weight_proj_up": up.contiguous(), "weight_smooth_factor": stored}
     if bias is not None:
-        tensors["bias"] = fold_shift(bias, tensors, spec).to(dtype)
+        tensors["bias"] = fold_shift(bias, tensors, spec).to(spec.dtype)
     return tensors
 
 
@@ -180,7 +256,7 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
             tensors, label = pack_awq(weight, bias, spec), "-"
         else:
             factor, label = choose_smoothing(weight, stats, spec, recipe, check)
-            tensors = pack_svdquant(weight, bias, factor, spec)
+            tensors = pack_svdquant(weight, bias, factor, spec, recipe, stats, check)
         check()
         error, measured_on = layer_error(weight, bias, tensors, stats, spec)
     tokens = 0 if stats is None else stats.tokens

@@ -81,14 +81,14 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress):
     return calibration.spread_calls(calls, MAX_CALLS)
 
 
-def block_statistics(patcher, calls, blocks):
+def block_statistics(patcher, calls, blocks, with_gram):
     """Yield (block name, {layer: InputStats}) block by block; without calls, the statistics are empty."""
     if not calls:
         yield from ((name, {}) for name, _ in blocks)
         return
     comfy.model_management.load_models_gpu([patcher])
     yield from calibration.stream_blocks(patcher.model.diffusion_model, calls, patcher.load_device, blocks,
-                                         flux.block_layers)
+                                         flux.block_layers, with_gram)
 
 
 def layer_specs(diffusion_model, rank, dtype):
@@ -126,7 +126,7 @@ def _quantize_blocks(patcher, specs, recipe, calls, progress):
     device = patcher.load_device
     blocks = flux.blocks(patcher.model.diffusion_model)
     packed, records = {}, []
-    for block_name, stats in block_statistics(patcher, calls, blocks):
+    for block_name, stats in block_statistics(patcher, calls, blocks, recipe.needs_gram()):
         for name in [name for name in specs if name.startswith(f"{block_name}.")]:
             weight = effective_weight(patcher, f"{name}.weight", device)
             bias = effective_weight(patcher, f"{name}.bias", device) if specs[name].bias else None

@@ -108,7 +108,7 @@ def test_the_demo_workflow_at_reduced_size(client: Client, info: dict):
     assert {("SVDQuantQuantizeModel", True), ("KSampler", True)} <= seen
 
 
-@pytest.mark.parametrize("preset", ["naive", "fast"])
+@pytest.mark.parametrize("preset", ["naive", "best"])
 def test_a_reloaded_model_draws_the_same_to_the_bit(client: Client, preset: str):
     prompt = base_prompt() | pictures("model", "bf16") | pictures("quantized", "in graph") | pictures("loaded", "reloaded")
     prompt["quantized"] = quantize("model", preset)

@@ -1,0 +1,158 @@
+"""Nunchaku's byte order against ours: every packed array of its INT4 files, both ways.
+
+Each array is a permutation of ours, chosen so that one warp's mma fragments lie side by side. An index is split by
+writing it as a sum, and the axes are listed slowest to fastest (a lower-case axis has the length in brackets):
+
+    codes    n = 128 T + 16 p[8] + 8 a[2] + i[8],  k = 64 G + 32 b[2] + 8 j[4] + c[8]       int32 words of 8 codes c
+             file T G p i j a b,   ours T p a i G b j
+    vector   n = 128 T + 16 p[8] + 8 a[2] + 2 d[4] + e[2], one value a group G (scales) or one in all (bias, smooth)
+             file T G p d a e,     ours G T p a d e
+    down     k = 16 C + 8 c[2] + 2 d[4] + e[2],  r = 16 R + 8 a[2] + x[8];  file C R x d a c e,  ours C c d e R a x
+    up       n = 16 C + 8 a[2] + x[8],  r = 16 R + 8 c[2] + 2 d[4] + e[2];  file C R x d a c e,  ours C a x R c d e
+
+The eight codes of a word have the same places in both, so codes move as whole words and are never unpacked.
+
+Modulation layers (W4A16) have codes 0..15, four rows side by side, and in each run of 32 columns eight 16-bit words
+that hold the columns j, 8 + j, 16 + j, 24 + j. Their rows are interleaved: row j S + s of the file is row s d + j of
+the layer, S = 6 or 3 chunks (shift, scale, gate once or twice) of d rows. The bias of the scale chunks has 1 added.
+"""
+
+import torch
+
+from ..layout import GROUP_SIZE
+
+TILE = 128  # N and K are multiples of it
+RANK_TILE = 16  # the rank is a multiple of it
+AWQ_ROWS = 4  # rows that lie side by side
+AWQ_GROUP_TILE = 16  # groups are padded to a multiple of it
+
+# Transposing a 4 x 4 matrix of nibbles in 64 bits: swap within the 2 x 2 blocks, then swap the blocks.
+NIBBLE_SWAPS = ((12, 0x0000F0F00000F0F0), (24, 0x00000000FF00FF00))
+
+
+def _reorder(tensor, axes, order):
+    """View a flat array with `axes`, permute to `order`, and return it flat. The inverse has the permuted axes."""
+    # NumPy copies a permuted array of words about three times as fast as PyTorch does on a CPU.
+    words = tensor.contiguous().view(torch.int32 if tensor.dtype in (torch.int8, torch.int32) else torch.int16)
+    moved = words.numpy().reshape(axes).transpose(order).reshape(-1)
+    return torch.from_numpy(moved).view(tensor.dtype)
+
+
+def unpack_codes(qweight):
+    """(N, K/2) int8 in Nunchaku's order -> (N, K/2) int8 in ours (cuda/int4.py)."""
+    n, half = qweight.shape
+    return _reorder(qweight, (n // TILE, half * 2 // 64, 8, 8, 4, 2, 2), (0, 2, 5, 3, 1, 6, 4)).view(n, half)
+
+
+def pack_codes(weight):
+    """(N, K/2) int8 in our order -> (N, K/2) int8 in Nunchaku's."""
+    n, half = weight.shape
+    return _reorder(weight, (n // TILE, 8, 2, 8, half * 2 // 64, 2, 4), (0, 4, 1, 3, 6, 2, 5)).view(n, half)
+
+
+def unpack_scales(wscales):
+    """(G, N) 16 bit, nominally; row g of the file is not group g. Returns (G, N) in our order."""
+    groups, n = wscales.shape
+    return _reorder(wscales, (n // TILE, groups, 8, 4, 2, 2), (1, 0, 2, 4, 3, 5)).view(groups, n)
+
+
+def pack_scales(scales):
+    """(G, N) 16 bit -> the same shape in Nunchaku's order."""
+    groups, n = scales.shape
+    return _reorder(scales, (groups, n // TILE, 8, 2, 4, 2), (1, 0, 2, 4, 3, 5)).view(groups, n)
+
+
+def unpack_vector(vector):
+    """(N) bias or (K) smooth in Nunchaku's order -> in ours."""
+    return unpack_scales(vector.unsqueeze(0)).squeeze(0)
+
+
+def pack_vector(vector):
+    """(N) or (K) 16 bit -> in Nunchaku's order."""
+    return pack_scales(vector.unsqueeze(0)).squeeze(0)
+
+
+def unpack_down(lora_down):
+    """(K, R) 16 bit in Nunchaku's order -> weight_proj_down, (K, R)."""
+    k, rank = lora_down.shape
+    return _reorder(lora_down, (k // 16, rank // 16, 8, 4, 2, 2, 2), (0, 5, 3, 6, 1, 4, 2)).view(k, rank)
+
+
+def pack_down(proj_down):
+    """weight_proj_down (K, R) -> (K, R) in Nunchaku's order."""
+    k, rank = proj_down.shape
+    return _reorder(proj_down, (k // 16, 2, 4, 2, rank // 16, 2, 8), (0, 4, 6, 2, 5, 1, 3)).view(k, rank)
+
+
+def unpack_up(lora_up):
+    """(N, R) 16 bit in Nunchaku's order -> weight_proj_up, (N, R)."""
+    n, rank = lora_up.shape
+    return _reorder(lora_up, (n // 16, rank // 16, 8, 4, 2, 2, 2), (0, 4, 2, 1, 5, 3, 6)).view(n, rank)
+
+
+def pack_up(proj_up):
+    """weight_proj_up (N, R) -> (N, R) in Nunchaku's order."""
+    n, rank = proj_up.shape
+    return _reorder(proj_up, (n // 16, 2, 8, rank // 16, 2, 4, 2), (0, 3, 2, 5, 1, 4, 6)).view(n, rank)
+
+
+# --- modulation layers ---------------------------------------------------------------------------------------------
+
+
+def _transpose_nibbles(words):
+    """int64 words, each a 4 x 4 matrix of nibbles, transposed in place; its own inverse."""
+    for shift, mask in NIBBLE_SWAPS:
+        swapped = ((words >> shift) ^ words) & mask
+        words ^= swapped ^ (swapped << shift)
+    return words
+
+
+def _interleave(rows, chunks):
+    """(N, ...) in the layer's order -> in the file's."""
+    return rows.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _deinterleave(rows, chunks):
+    """(N, ...) in the file's order -> in the layer's."""
+    return rows.unflatten(0, (-1, chunks)).transpose(0, 1).flatten(0, 1)
+
+
+def _awq_bias(bias, chunks, one):
+    """Add `one` to the bias (N, in the layer's order) of the scale chunks: the second of every three."""
+    bias = bias.float().unflatten(0, (chunks, -1)).clone()
+    bias[1::3] += one
+    return bias.flatten()
+
+
+def unpack_awq(qweight, wscales, wzeros, bias, chunks):
+    """A modulation layer: (N/4, K/2) int32, (padded G, N), (padded G, N), (N) as the file has them.
+
+    Returns {parameter name: tensor} of our awq_w4a16 layer. The file says w = code * s + z, we say
+    w = (code - 8) * s + z'; z' = z + 8 s is rounded to the dtype once, which moves a group by at most 2^-9 of z', and
+    as z is about -7 s, z' is about s: a five-hundredth of a code's step. The bias less 1 is exact where it was.
+    """
+    n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
+    words = _transpose_nibbles(qweight.contiguous().view(torch.int64).clone()).view(torch.int16)
+    codes = _reorder(words, (n // AWQ_ROWS, k // 64, AWQ_ROWS, 2, 2, 4), (0, 2, 1, 3, 5, 4))
+    codes = _deinterleave(codes.view(torch.int8).view(n, k // 2), chunks)
+    scales, zeros = (_deinterleave(t[: k // GROUP_SIZE].t(), chunks).t().contiguous() for t in (wscales, wzeros))
+    zeros = (zeros.float() + 8 * scales.float()).to(scales.dtype)
+    return {"weight": codes, "weight_scale": scales, "weight_zeros": zeros,
+            "bias": _awq_bias(_deinterleave(bias, chunks), chunks, -1).to(bias.dtype)}
+
+
+def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
+    """The inverse of unpack_awq: {leaf name: tensor} as the file has them.
+
+    z = z' - 8 s is rounded to the dtype: at most 2^-9 of z, which for |z| up to 8 s is a sixtieth of a code's step.
+    """
+    (n, half), groups = weight.shape, weight_scale.shape[0]
+    codes = _interleave(weight, chunks).contiguous().view(torch.int16)
+    words = _reorder(codes, (n // AWQ_ROWS, AWQ_ROWS, half // 32, 2, 4, 2), (0, 2, 1, 3, 5, 4))
+    qweight = _transpose_nibbles(words.view(torch.int64)).view(torch.int32).view(n // AWQ_ROWS, half)
+    zeros = (weight_zeros.float() - 8 * weight_scale.float()).to(weight_zeros.dtype)
+    padding = (0, 0, 0, -groups % AWQ_GROUP_TILE)
+    scales, zeros = (torch.nn.functional.pad(_interleave(t.t(), chunks).t(), padding).contiguous()
+                     for t in (weight_scale, zeros))
+    return {"qweight": qweight, "wscales": scales, "wzeros": zeros,
+            "bias": _interleave(_awq_bias(bias, chunks, 1).to(bias.dtype), chunks).contiguous()}
