@@ -11,19 +11,13 @@ layout.py, and `X.comfy_quant` says what it is. The file's metadata:
 """
 
 import json
-import os
-import shutil
-from datetime import datetime, timezone
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from .. import flux, layout
 from .header import CheckpointError
+from .write import modelspec, write
 
 VERSION = 1
 MODULE_FORMATS = (layout.SVDQUANT, layout.SVDQUANT_SPLIT, layout.AWQ)
-SPARE_BYTES = 1 << 20  # header and file system overhead, when asking whether the disk has room
 
 
 def matches(header):
@@ -113,38 +107,16 @@ def check_tensor(header, key, shape, dtype=None):
 
 
 def save(path, tensors, specs, config, recipe, source, overwrite=False):
-    """Write a checkpoint: to a temporary file beside `path`, then renamed, so that no half-written file is ever seen.
+    """Write a checkpoint, as write.write does.
 
     tensors: {name: tensor} of the whole diffusion model; specs: {layer name: LayerSpec} of its packed layers; config,
     recipe: JSON-able dicts; source: str. Raises CheckpointError where the file exists (and overwrite is False), the
     disk is full or the folder can't be written.
     """
-    name = os.path.basename(path)
-    if os.path.exists(path) and not overwrite:
-        raise CheckpointError(f"{name} exists already; choose another filename, or switch overwrite on.")
-    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
-    for layer, spec in specs.items():
-        tensors[f"{layer}.{layout.QUANT_KEY}"] = layout.encode_conf(spec.conf())
+    tensors = dict(tensors) | {f"{layer}.{layout.QUANT_KEY}": layout.encode_conf(spec.conf()) for layer, spec in specs.items()}
     metadata = {
         "svdquant.version": str(VERSION), "svdquant.config": json.dumps(config), "svdquant.recipe": json.dumps(recipe),
-        "svdquant.source": source, "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "flux-1",
-        "modelspec.title": f"{os.path.splitext(name)[0]} (SVDQuant)",
-        "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "svdquant.source": source, **modelspec(path),
     }
-    # The real file's folder, with a name that no model list shows: it does not end in .safetensors.
-    temporary = f"{path}.{os.getpid()}.part"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        needed = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
-        free = shutil.disk_usage(os.path.dirname(path)).free
-        if needed > free:
-            raise CheckpointError(f"There is no room to save {name}: it needs {needed / 1e9:.2f} GB and the disk has "
-                                  f"{free / 1e9:.2f} GB free; free some space or save to another disk.")
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Saving {name} failed ({error}); free some space on the disk or check that its folder "
-                              "can be written.") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    infos = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+    write(path, infos, tensors.items(), metadata, overwrite)

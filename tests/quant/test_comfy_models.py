@@ -8,7 +8,7 @@ import comfy.sd
 import pytest
 import torch
 from comfyui_svdquant.quant import layout, quantizer
-from comfyui_svdquant.quant.checkpoint import native
+from comfyui_svdquant.quant.checkpoint import native, write
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import build, quantize
 from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
@@ -245,7 +245,7 @@ def test_a_full_disk_leaves_nothing_half_written(native_file, tmp_path, taken):
 
 
 def test_too_little_room_is_told_before_writing(native_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "SPARE_BYTES", 10**18)
+    monkeypatch.setattr(write, "SPARE_BYTES", 10**18)
     with pytest.raises(CheckpointError, match="There is no room to save"):
         save(build.load_model(native_file), tmp_path / "big.safetensors")
     assert os.listdir(tmp_path) == []
