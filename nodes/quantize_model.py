@@ -62,18 +62,25 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                                tooltip="best: calibrated on your prompts, with GPTQ. fast: without GPTQ. data-free: no "
                                        "calibration, weaker. naive: plain rounding without the method, only to compare "
                                        "with."),
+                io.String.Input("exceptions", default="", multiline=True, optional=True,
+                                tooltip="Layers to treat differently, one a line: a name or pattern to keep in 16 bits, "
+                                        "such as single_blocks.37.*, or one with a rank of its own, such as "
+                                        "*.linear2 = 64."),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The 4-bit model, for samplers and SVDQuant Save Model."),
                 io.String.Output(display_name="report", tooltip="Error and size of every layer, as text."),
+                io.Image.Output(display_name="chart", tooltip="The errors as a picture: plain rounding above, this model "
+                                                              "below."),
+                io.String.Output(display_name="json", tooltip="The report for programs, as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, steps, seed, rank, preset, positive=None, latent=None):
-        recipe = quantizer.recipe(preset, rank)
+    def execute(cls, model, steps, seed, rank, preset, positive=None, latent=None, exceptions=""):
+        recipe = quantizer.recipe(preset, rank, exceptions)
         progress = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
         quantized, records = quantize(model, recipe, positive, latent, steps, seed, progress)
         progress.say(report.summary(records))
-        return io.NodeOutput(quantized, report.text(records, recipe))
+        return io.NodeOutput(quantized, report.text(records, recipe), report.picture(records), report.as_json(records, recipe))

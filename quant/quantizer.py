@@ -1,7 +1,9 @@
 """The pipeline: from a 16-bit linear and what it sees to a packed layer, and the record of what that cost."""
 
+import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -28,9 +30,19 @@ class Recipe:
     scales: str = "integer"
     gptq: bool = False
     refit: bool = False
+    keep: tuple = ()  # patterns of layers that stay in 16 bits
+    ranks: tuple = ()  # (pattern, rank) of layers with a rank of their own; the last match counts
 
     def as_dict(self):
         return asdict(self)
+
+    def keeps(self, name):
+        """Whether layer `name` stays in 16 bits."""
+        return any(fnmatchcase(name, pattern) for pattern in self.keep)
+
+    def rank_of(self, name):
+        """The rank of layer `name`."""
+        return next((rank for pattern, rank in reversed(self.ranks) if fnmatchcase(name, pattern)), self.rank)
 
     def needs_gram(self):
         """Whether the stages need the inputs' Gram matrix."""
@@ -45,13 +57,34 @@ PRESETS = {
 }
 
 
-def recipe(preset, rank):
-    """The Recipe of a preset. Raises ValueError on an unknown preset or a rank outside 16..256 in steps of 16."""
+def recipe(preset, rank, exceptions=""):
+    """The Recipe of a preset.
+
+    exceptions: patterns of layer names, one a line or separated by commas: `pattern` keeps its layers in 16 bits,
+    `pattern = rank` gives them another rank; * stands for any text. Raises ValueError on an unknown preset, a rank outside
+    16..256 in steps of 16, or an exception that can't be read.
+    """
     if preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+    keep, ranks = [], []
+    for entry in filter(None, map(str.strip, exceptions.replace(",", "\n").splitlines())):
+        pattern, equals, value = map(str.strip, entry.partition("="))
+        if equals and not value.isdecimal():
+            raise ValueError(f"The exception {entry!r} can't be read; write a layer pattern, or pattern = rank.")
+        if equals:
+            ranks.append((pattern, _checked_rank(int(value))))
+        else:
+            keep.append(pattern)
+    chosen = Recipe(preset, _checked_rank(rank), **PRESETS[preset])
+    if preset == "naive":
+        return replace(chosen, rank=0, keep=tuple(keep))
+    return replace(chosen, keep=tuple(keep), ranks=tuple(ranks))
+
+
+def _checked_rank(rank):
     if not MIN_RANK <= rank <= MAX_RANK or rank % RANK_STEP:
         raise ValueError(f"Rank {rank} is not possible; choose {MIN_RANK} to {MAX_RANK} in steps of {RANK_STEP}.")
-    return Recipe(preset, 0 if preset == "naive" else rank, **PRESETS[preset])
+    return rank
 
 
 @dataclass(frozen=True)
@@ -60,10 +93,14 @@ class LayerRecord:
 
     name: str
     format: str
+    rank: int
     error: float  # relative output error on the sample; of the weight itself where no input was seen
+    error_naive: float  # the same for plain rounding to nearest, without smoothing or branch
     measured_on: str  # "outputs" or "weights"
     smoothing: str
+    scales: tuple  # smallest, median and largest magnitude of the group scales, and the share that is negative
     tokens: int
+    seconds: float
     bytes_before: int  # of the layer in 16 bits, whatever the model at hand stores it in
     bytes_after: int
 
@@ -82,7 +119,7 @@ def choose_smoothing(weight, stats, spec, recipe, check):
         if recipe.smooth == "search":
             part_spans = {kind: span[start:stop] for kind, span in stats.spans().items()}
             unsigned = start == spec.unsigned_from
-            found = smoothing.search(part, sample[:, start:stop], part_spans, recipe.rank, unsigned, spec.dtype, check)
+            found = smoothing.search(part, sample[:, start:stop], part_spans, spec.rank, unsigned, spec.dtype, check)
             factors.append(found.factor)
             labels.append(found.label)
         elif recipe.smooth == "weights":
@@ -247,6 +284,7 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
     weight: (N, K), bias: (N,) or None, any float dtype, on the device that is to do the work; stats: InputStats or
     None; check: called often, to cancel. Returns ({parameter name: tensor}, LayerRecord).
     """
+    start = time.perf_counter()
     bytes_before = 2 * (weight.numel() + (0 if bias is None else bias.numel()))
     weight = weight.float()
     bias = None if bias is None else bias.float()
@@ -259,5 +297,23 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
             tensors = pack_svdquant(weight, bias, factor, spec, recipe, stats, check)
         check()
         error, measured_on = layer_error(weight, bias, tensors, stats, spec)
-    tokens = 0 if stats is None else stats.tokens
-    return tensors, LayerRecord(name, spec.format, error, measured_on, label, tokens, bytes_before, spec.nbytes())
+        naive = error if spec.format == layout.AWQ else naive_error(weight, bias, stats, spec)
+        spread = scale_statistics(tensors["weight_scale"])
+    return tensors, LayerRecord(name, spec.format, spec.rank, error, naive, measured_on, label, spread,
+                                0 if stats is None else stats.tokens, round(time.perf_counter() - start, 3), bytes_before,
+                                spec.nbytes())
+
+
+def naive_error(weight, bias, stats, spec):
+    """What layer_error would be under plain rounding: the "before" of the report."""
+    plain = replace(spec, rank=0)
+    ones = torch.ones(spec.in_features, device=weight.device)
+    tensors = pack_svdquant(weight, bias, ones, plain, recipe("naive", MIN_RANK))
+    return layer_error(weight, bias, tensors, stats, plain)[0]
+
+
+def scale_statistics(group_scales):
+    """(smallest, median, largest magnitude, share of negative ones) of (G, N) scales, as floats."""
+    magnitudes = group_scales.float().abs()
+    negative = (group_scales < 0).float().mean()
+    return tuple(round(float(v), 8) for v in (magnitudes.min(), magnitudes.median(), magnitudes.max(), negative))

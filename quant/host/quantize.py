@@ -1,5 +1,8 @@
 """Quantizing a MODEL in the graph: sample with it, stream its blocks, build its 4-bit twin."""
 
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+
 import comfy.ldm.flux.model
 import comfy.lora
 import comfy.model_management
@@ -74,10 +77,11 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress):
     samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
     with calibration.recorded_calls(patcher.model.diffusion_model, []) as calls:
         for i, entry in enumerate(conditioning):
-            noise = comfy.sample.prepare_noise(samples, seed + i)
+            prompt_seed = (seed + i) % 2**64  # what torch takes as a seed
+            noise = comfy.sample.prepare_noise(samples, prompt_seed)
             comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", [entry], [entry], samples,
                                 callback=lambda *_: progress.step(f"sampling prompt {i + 1} of {len(conditioning)}"),
-                                disable_pbar=True, seed=seed + i)
+                                disable_pbar=True, seed=prompt_seed)
     return calibration.spread_calls(calls, MAX_CALLS)
 
 
@@ -91,11 +95,17 @@ def block_statistics(patcher, calls, blocks, with_gram):
                                          flux.block_layers, with_gram)
 
 
-def layer_specs(diffusion_model, rank, dtype):
-    """{layer name: LayerSpec} of everything that will be packed. Raises ValueError where a layer does not fit."""
-    return {name: flux.layer_spec(name, layer.weight.shape, rank, layer.bias is not None, dtype)
-            for block_name, block in flux.blocks(diffusion_model)
-            for name, layer in flux.block_layers(block_name, block).items()}
+def layer_specs(diffusion_model, recipe, dtype):
+    """{layer name: LayerSpec} of everything that will be packed. Raises ValueError where a layer does not fit, or where an
+    exception of the recipe meets no layer."""
+    linears = {name: layer for block_name, block in flux.blocks(diffusion_model)
+               for name, layer in flux.block_layers(block_name, block).items()}
+    for pattern in (*recipe.keep, *(pattern for pattern, _ in recipe.ranks)):
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise ValueError(f"No layer is called {pattern!r}; layers are called like {next(iter(linears))}, and * stands "
+                             "for any text.")
+    return {name: flux.layer_spec(name, layer.weight.shape, recipe.rank_of(name), layer.bias is not None, dtype)
+            for name, layer in linears.items() if not recipe.keeps(name)}
 
 
 def quantize(patcher, recipe, conditioning, latent, steps, seed, progress):
@@ -111,14 +121,14 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress):
     if recipe.smooth == "search" and not calibrated:
         raise ValueError(f"The preset {recipe.preset} watches the model draw: connect positive and latent, or choose "
                          "the preset data-free.")
-    specs = layer_specs(patcher.model.diffusion_model, recipe.rank, storage_dtype(patcher))
+    specs = layer_specs(patcher.model.diffusion_model, recipe, storage_dtype(patcher))
     progress.total(len(specs) + (len(conditioning) * steps if calibrated else 0))
     calls = []
     if calibrated:
         check_conditioning(patcher, conditioning)
         calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress)
     packed, records = _quantize_blocks(patcher, specs, recipe, calls, progress)
-    return _twin(patcher, specs, packed, recipe), records
+    return _twin(patcher, specs, packed, recipe, records), records
 
 
 def _quantize_blocks(patcher, specs, recipe, calls, progress):
@@ -138,7 +148,7 @@ def _quantize_blocks(patcher, specs, recipe, calls, progress):
     return packed, records
 
 
-def _twin(patcher, specs, packed, recipe):
+def _twin(patcher, specs, packed, recipe, records):
     """A patcher around a new model that has the packed layers and, for the rest, the MODEL's weights in 16 bits."""
     twin = build.empty_like(patcher.model, specs, compute_dtype(patcher))
     dtype = storage_dtype(patcher)
@@ -148,7 +158,7 @@ def _twin(patcher, specs, packed, recipe):
     twin.diffusion_model.load_state_dict(packed | rest, assign=True)
     quantized = build.make_patcher(twin, SVDQuantModelPatcher)
     _carry_over(patcher, quantized)
-    quantized.recipe = recipe.as_dict()
+    quantized.recipe = recipe.as_dict() | {"layers": [asdict(record) for record in records]}
     quantized.source = getattr(patcher, "source", "") or "FLUX.1"
     return quantized
 

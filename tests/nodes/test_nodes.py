@@ -61,20 +61,36 @@ def test_every_input_and_output_says_what_it_is(node):
 
 
 def test_load_quantize_save_load():
-    twin, report = quantize()
+    twin, report, chart, data = quantize()
     lines = report.splitlines()
     assert "preset data-free, rank 16" in lines[0] and "x smaller" in lines[0]
-    layers = [line.split()[1] for line in lines[6:]]
+    layers = [line.split()[1] for line in lines if line.startswith(("| double_blocks", "| single_blocks"))]
     assert set(layers) == set(twin.packed_layers()) and "double_blocks.0.img_attn.qkv" in layers
+    assert [layer["name"] for layer in json.loads(data)["layers"]] == layers
+    assert chart.shape[0] == 1 and chart.shape[3] == 3 and 0 <= chart.min() < 0.3 and 0.9 < chart.max() <= 1
     name = SVDQuantSaveModel.execute(twin, "out/tiny_4bit", False).result[0]
     assert name == os.path.join("out", "tiny_4bit.safetensors")
     loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
-    assert loaded.recipe == json.loads(json.dumps(twin.recipe)) and loaded.source == "tiny_flux.safetensors"
+    assert loaded.recipe == json.loads(json.dumps(twin.recipe)) and len(loaded.recipe["layers"]) == len(layers) and loaded.source == "tiny_flux.safetensors"
     state, again = twin.model.state_dict(), loaded.model.state_dict()
     assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
     with pytest.raises(CheckpointError, match="exists already"):
         SVDQuantSaveModel.execute(twin, "out/tiny_4bit", False)
     SVDQuantSaveModel.execute(twin, "out/tiny_4bit.safetensors", True)
+
+
+def test_exceptions_keep_layers_in_16_bits_or_give_them_rank():
+    twin, report, *_ = quantize(exceptions="single_blocks.5.*\n*.linear2 = 32, *txt_mlp.? = 48")
+    specs = {name: layer.spec for name, layer in twin.packed_layers().items()}
+    assert not any(name.startswith("single_blocks.5.") for name in specs) and "single_blocks.5" not in report
+    assert specs["single_blocks.0.linear2"].rank == 32 and specs["double_blocks.0.txt_mlp.2"].rank == 48
+    assert specs["single_blocks.0.linear1"].rank == 16
+    name = SVDQuantSaveModel.execute(twin, "exceptions", True).result[0]
+    again = SVDQuantLoadModel.execute(name, "auto").result[0].model.state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in twin.model.state_dict().items())
+    for wrong in ("single_blocks.99.*", "*.linear2 = much", "*.linear2 = 7"):
+        with pytest.raises(ValueError, match="No layer is called|can't be read|not possible"):
+            quantize(exceptions=wrong)
 
 
 def test_a_changed_file_changes_the_fingerprint():

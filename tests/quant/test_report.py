@@ -1,0 +1,41 @@
+"""The report: its numbers, its warnings, its picture."""
+
+import json
+
+import torch
+from comfyui_svdquant.quant import layout, quantizer, report
+
+
+def record(name, error, naive=0.3, form=layout.SVDQUANT):
+    return quantizer.LayerRecord(name, form, 32, error, naive, "outputs", "1", (0.1, 0.2, 0.3, 0.5), 100, 0.1, 4000, 1000)
+
+
+RECORDS = [record(f"single_blocks.{i}.{part}", 0.05 + 0.001 * i) for i in range(5) for part in ("linear1", "linear2")]
+
+
+def test_a_layer_that_stands_out_is_named_with_a_remedy():
+    assert report.warnings(RECORDS) == []
+    bad = [*RECORDS, record("single_blocks.5.linear1", 0.2)]
+    (warning,) = report.warnings(bad)
+    assert "single_blocks.5.linear1 stands out with an error of 20.0%" in warning and "exceptions" in warning
+    assert warning in report.text(bad, quantizer.recipe("best", 32))
+    assert json.loads(report.as_json(bad, quantizer.recipe("best", 32)))["warnings"] == [warning]
+
+
+def test_the_summary_adds_up():
+    assert report.summary(RECORDS) == "10 layers, 0.04 MB in 16 bits -> 0.01 MB (4.00x smaller)"
+    assert report.text([], quantizer.recipe("best", 32)).startswith("Every layer was kept")
+
+
+def test_the_picture_shows_where_the_error_is():
+    picture = report.picture([*RECORDS, record("single_blocks.5.linear2", 0.30)])
+    assert picture.dtype == torch.float32 and picture.ndim == 4
+    red = (picture - torch.tensor(report.colour(0.30)) / 255).abs().amax(-1) < 0.01
+    lower = red[0, picture.shape[1] // 2 + 20 : -60].float()
+    x, y = report.LABELS + 5 * report.CELL, lower.nonzero()
+    assert (y[:, 1] >= x).all() and (y[:, 1] < x + report.CELL).all(), "one red cell, in the sixth block's column"
+    assert len(y) > 300
+
+
+def test_colours_follow_the_error():
+    assert report.colour(0) == report.COLOURS[0][1] and report.colour(2.0) == report.COLOURS[-1][1]
