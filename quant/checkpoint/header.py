@@ -6,7 +6,7 @@ changes nothing. Format: https://huggingface.co/docs/safetensors (8 bytes little
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,6 +46,13 @@ class Header:
     def file(self):
         """The file's name, for messages."""
         return os.path.basename(self.path)
+
+    def within(self, prefix):
+        """The same file as if it held only the tensors whose names begin with `prefix`, without it."""
+        if not prefix:
+            return self
+        inside = {name.removeprefix(prefix): info for name, info in self.tensors.items() if name.startswith(prefix)}
+        return replace(self, tensors=inside)
 
     def read_bytes(self, name):
         """The raw bytes of one tensor; for the small ones that hold JSON."""

@@ -8,12 +8,15 @@ layout.py, and `X.comfy_quant` says what it is. The file's metadata:
     svdquant.recipe    JSON: how it was quantized
     svdquant.source    name of the model that was quantized
     modelspec.*        title, architecture, date: what ComfyUI's model browser shows
+
+Files that others made under comfy-kitchen's names have none of these metadata; kitchen.py reads them through here.
 """
 
 import json
 
 from .. import flux, layout
 from .header import CheckpointError
+from .packed import PackedFile
 from .write import modelspec, write
 
 VERSION = 1
@@ -23,6 +26,20 @@ MODULE_FORMATS = (layout.SVDQUANT, layout.SVDQUANT_SPLIT, layout.AWQ)
 def matches(header):
     """Whether the file is one of ours."""
     return "svdquant.version" in header.metadata
+
+
+def open_file(header):
+    """PackedFile of a file of ours. Raises CheckpointError, before any weight is read, unless its packed layers are
+    whole and its metadata is sound."""
+    return packed_file(header, "", config(header), recipe(header), header.metadata.get("svdquant.source", ""))
+
+
+def packed_file(header, prefix, config, recipe, source):
+    """PackedFile of a header that has our names under `prefix`."""
+    own = header.within(prefix)
+    shapes = {name: info.shape for name, info in own.tensors.items() if not name.endswith(f".{layout.QUANT_KEY}")}
+    return PackedFile(header, layer_specs(own), shapes, config, recipe, source,
+                      lambda: ((name, own.read_tensor(name)) for name in shapes), prefix)
 
 
 def _json_metadata(header, key):
@@ -63,20 +80,22 @@ def _layer_spec(header, name):
         conf = layout.decode_conf(header.read_bytes(key))
     except ValueError as error:
         raise CheckpointError(f"{header.file}: {key} {error}; save or download the file again.") from None
-    if conf.get("format") not in MODULE_FORMATS or conf.get("group_size") != layout.GROUP_SIZE:
+    group_size = conf.get("group_size", layout.GROUP_SIZE)
+    if conf.get("format") not in MODULE_FORMATS or group_size != layout.GROUP_SIZE:
         raise CheckpointError(f"{header.file}: layer {name} has format {conf.get('format')!r} with group size "
-                              f"{conf.get('group_size')!r}, which this version can't run; update ComfyUI-SVDQuant.")
+                              f"{group_size!r}, which this version can't run; update ComfyUI-SVDQuant.")
     if flux.layer_format(name) is None:
         raise CheckpointError(f"{header.file}: layer {name} is packed, but FLUX.1 has no such layer to pack; choose a "
                               "FLUX.1 model.")
     weight, scale = (_info(header, f"{name}.{part}") for part in ("weight", "weight_scale"))
     if len(weight.shape) != 2:
+        # comfy-kitchen also has a form of four dimensions, packed for one kernel's tiles.
         raise CheckpointError(f"{header.file}: {name}.weight has shape {list(weight.shape)} where (N, K/2) is due; "
-                              "save or download the file again.")
+                              "choose a file that is not packed in tiles, or save or download it again.")
     n, k = weight.shape[0], weight.shape[1] * 2
     unsigned = {layout.SVDQUANT: 0 if conf.get("act_unsigned") else k,
                 layout.SVDQUANT_SPLIT: conf.get("act_unsigned_from"), layout.AWQ: k}[conf["format"]]
-    rank = 0 if conf["format"] == layout.AWQ else conf.get("rank")
+    rank = 0 if conf["format"] == layout.AWQ else conf.get("rank", _rank(header, name))
     if not isinstance(unsigned, int) or not isinstance(rank, int) or rank < 0 or unsigned < 0:
         raise CheckpointError(f"{header.file}: {key} lacks a valid rank or act_unsigned_from; save or download the "
                               "file again.")
@@ -87,6 +106,12 @@ def _layer_spec(header, name):
     for part, (shape, dtype) in spec.tensors().items():
         check_tensor(header, f"{name}.{part}", shape, dtype)
     return spec
+
+
+def _rank(header, name):
+    """The rank that a layer's branch has, whatever is said of it."""
+    shape = _info(header, f"{name}.weight_proj_down").shape
+    return shape[1] if len(shape) == 2 else None
 
 
 def _info(header, key):

@@ -129,7 +129,8 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
 
     Returns {parameter name: tensor} of our awq_w4a16 layer. The file says w = code * s + z, we say
     w = (code - 8) * s + z'; z' = z + 8 s is rounded to the dtype once, which moves a group by at most 2^-9 of z', and
-    as z is about -7 s, z' is about s: a five-hundredth of a code's step. The bias less 1 is exact where it was.
+    as z is about -7 s, z' is about s: a five-hundredth of a code's step. What adding 1 cost the bias of the scale chunks
+    was lost when the file was written (2^-8 in bf16, as much as in computing 1 + scale); taking it off costs nothing.
     """
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
     words = _transpose_nibbles(qweight.contiguous().view(torch.int64).clone()).view(torch.int16)

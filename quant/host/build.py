@@ -7,8 +7,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from .. import layout
-from ..checkpoint import native
+from ..checkpoint import kitchen, native, nunchaku
 from ..checkpoint.header import CheckpointError, read_header
 from .ops import Operations
 from .patcher import SVDQuantModelPatcher
@@ -20,11 +19,12 @@ CONFIG_KEYS = UNSEEN_KEYS + ("image_model", "in_channels", "hidden_size", "num_h
 
 FLUX_KEYS = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight")
 
+PACKED_FORMATS = (native, nunchaku, kitchen)
+
 # A key that gives a foreign model away, and what to call it.
 FOREIGN = (
     ("distilled_guidance_layer", "a Chroma model"),
     ("double_stream_modulation_img.lin.weight", "a FLUX.2 model"),
-    (".qweight", "a Nunchaku model"),
     ("input_blocks.0.0.weight", "a Stable Diffusion or SDXL UNet"),
     ("joint_blocks.0.", "a Stable Diffusion 3 model"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
@@ -36,33 +36,37 @@ FOREIGN = (
 
 
 def load_model(path, compute_dtype=None):
-    """A ModelPatcher from a file: our quantized FLUX, or an ordinary one in bf16, fp16 or fp8.
+    """A ModelPatcher from a file: a quantized FLUX (ours, Nunchaku's INT4 or comfy-kitchen's names), or an ordinary one
+    in bf16, fp16 or fp8.
 
     compute_dtype: torch.bfloat16, torch.float16, or None for what ComfyUI takes on this device.
     Raises CheckpointError, one sentence, on any file that is not a whole FLUX.1.
     """
     header = read_header(path)
-    if native.matches(header):
-        return _load_native(header, compute_dtype)
+    reader = next((reader for reader in PACKED_FORMATS if reader.matches(header)), None)
+    if reader is not None:
+        return _load_packed(reader.open_file(header), compute_dtype)
     return _load_plain(header, compute_dtype)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _load_native(header, compute_dtype):
-    specs = native.layer_specs(header)
-    shapes = {name: info.shape for name, info in header.tensors.items() if not name.endswith(f".{layout.QUANT_KEY}")}
-    model_config = _detect(header, shapes, native.config(header))
+def _load_packed(packed, compute_dtype):
+    header = packed.header
+    model_config = _detect(header, packed.shapes, packed.config)
     try:
-        model = _empty_model(model_config, specs, compute_dtype)
+        model = _empty_model(model_config, packed.specs, compute_dtype)
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
                               "again.") from error
-    _check_complete(header, model, shapes, exact=True)
-    _load_weights(model, header, {name: name for name in shapes})
+    _check_complete(header, model, packed.shapes, exact=True)
+    if packed.prefix is None:
+        fill(model, packed.tensors())
+    else:
+        _load_weights(model, header, {name: packed.prefix + name for name in packed.shapes})
     patcher = make_patcher(model, SVDQuantModelPatcher)
-    patcher.source, patcher.recipe = header.metadata.get("svdquant.source", ""), native.recipe(header)
+    patcher.source, patcher.recipe = packed.source, packed.recipe
     return patcher
 
 
