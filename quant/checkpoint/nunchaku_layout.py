@@ -130,7 +130,8 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     Returns {parameter name: tensor} of our awq_w4a16 layer. The file says w = code * s + z, we say
     w = (code - 8) * s + z'; z' = z + 8 s is rounded to the dtype once, which moves a group by at most 2^-9 of z', and
     as z is about -7 s, z' is about s: a five-hundredth of a code's step. What adding 1 cost the bias of the scale chunks
-    was lost when the file was written (2^-8 in bf16, as much as in computing 1 + scale); taking it off costs nothing.
+    was lost when the file was written; taking it off is exact where the file says 0.5 or more, and rounds by at most
+    2^-9 in bf16 where it says less, as computing 1 + scale in that type does.
     """
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
     words = _transpose_nibbles(qweight.contiguous().view(torch.int64).clone()).view(torch.int16)
@@ -145,7 +146,9 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
 def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
     """The inverse of unpack_awq: {leaf name: tensor} as the file has them.
 
-    z = z' - 8 s is rounded to the dtype: at most 2^-9 of z, which for |z| up to 8 s is a sixtieth of a code's step.
+    z = z' - 8 s is rounded to the dtype: not at all where it is the smallest weight of its group and the weights had that
+    dtype, else by at most 2^-9 of z, a sixtieth of a code's step. 1 more on the bias of the scale chunks rounds it to
+    multiples of 2^-7 in bf16 (2^-10 in fp16), as computing 1 + scale in that type does.
     """
     (n, half), groups = weight.shape, weight_scale.shape[0]
     codes = _interleave(weight, chunks).contiguous().view(torch.int16)
