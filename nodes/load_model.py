@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..quant.host.build import load_model
+from ..quant.host.quantize import SOURCE
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +43,5 @@ class SVDQuantLoadModel(io.ComfyNode):
     def execute(cls, model_name, compute_dtype):
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         patcher = load_model(path, COMPUTE_DTYPES[compute_dtype])
-        if not getattr(patcher, "source", ""):
-            patcher.source = model_name
+        patcher.set_attachments(SOURCE, model_name)
         return io.NodeOutput(patcher)

@@ -20,7 +20,7 @@ def target_path(filename):
     name = filename.strip().replace("\\", "/")
     name = name if name.endswith(EXTENSION) else name + EXTENSION
     path = os.path.abspath(os.path.join(folder, name))
-    inside = os.path.commonpath((path, os.path.abspath(folder))) == os.path.abspath(folder)
+    inside = path.startswith(os.path.join(os.path.abspath(folder), ""))
     if not inside or os.path.basename(name) == EXTENSION:
         raise ValueError(f"The filename {filename!r} does not name a file within models/diffusion_models; write a plain "
                          "name such as my_model, or folder/my_model.")
@@ -54,6 +54,9 @@ class SVDQuantSaveModel(io.ComfyNode):
         if not isinstance(model, SVDQuantModelPatcher):
             raise ValueError("SVDQuant Save Model saves quantized models; put SVDQuant Quantize Model before it, or save "
                              "a 16-bit model with ComfyUI's own nodes.")
+        if model.patches:
+            raise ValueError("There are LoRAs or other weight patches on this 4-bit MODEL, which its file can't hold; save it "
+                             "without them, or put them before SVDQuant Quantize Model, which bakes them in.")
         path, name = target_path(filename)
         diffusion_model = model.model.diffusion_model
         tensors = {build.stored_name(key): tensor for key, tensor in diffusion_model.state_dict().items()}

@@ -6,6 +6,7 @@ runs once a call in all, and only its own statistics and one hidden state a call
 everything between the blocks, so nothing here depends on how a ComfyUI version writes it.
 """
 
+import itertools
 from contextlib import contextmanager
 
 import torch
@@ -71,11 +72,13 @@ def to_device(value, device):
 
 
 @contextmanager
-def recorded_calls(diffusion_model, calls):
-    """Within it, the arguments of every forward of `diffusion_model` are appended to `calls`, on the CPU."""
+def recorded_calls(diffusion_model, calls, every=1):
+    """Within it, the arguments of every n-th forward of `diffusion_model` are appended to `calls`, on the CPU."""
+    counter = itertools.count()
 
     def record(_module, args, kwargs):
-        calls.append((to_device(args, "cpu"), to_device(kwargs, "cpu")))
+        if next(counter) % every == 0:
+            calls.append((to_device(args, "cpu"), to_device(kwargs, "cpu")))
 
     hook = diffusion_model.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -84,23 +87,21 @@ def recorded_calls(diffusion_model, calls):
         hook.remove()
 
 
-def spread_calls(calls, most):
-    """At most `most` of the calls, evenly spread over the trajectory; all noise levels are heard."""
-    if len(calls) <= most:
-        return calls
-    return [calls[i] for i in torch.linspace(0, len(calls) - 1, most).round().long().tolist()]
-
-
 @contextmanager
 def _forward_replaced(modules_and_forwards):
-    """Within it, each module's forward is the given function; restored whatever happens."""
+    """Within it, each module's forward is the given function; restored whatever happens, also where a module has a forward of
+    its own from elsewhere."""
+    own = [(module, module.__dict__.get("forward")) for module, _ in modules_and_forwards]
     try:
         for module, forward in modules_and_forwards:
             module.forward = forward
         yield
     finally:
-        for module, _ in modules_and_forwards:
-            module.__dict__.pop("forward", None)
+        for module, forward in own:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 def _pass_through(block_name):
@@ -123,8 +124,8 @@ def _observed(layers, stats):
 
 
 def _replay(diffusion_model, call, device, blocks, index, previous):
-    """Run one recorded call up to and with block `index`; `previous` is the output of the block before. Returns its
-    output."""
+    """Run one recorded call up to and with block `index`; `previous` is the output of the block before. Returns its output,
+    None where the call does not run the block (some nodes skip blocks)."""
     reached = {}
 
     def stop(_module, _args, output):
@@ -143,19 +144,24 @@ def _replay(diffusion_model, call, device, blocks, index, previous):
         pass
     finally:
         hook.remove()
-    return reached["output"]
+    return reached.get("output")
 
 
 def stream_blocks(diffusion_model, calls, device, blocks, layers_of, with_gram=False):
     """Yield (block name, {layer name: InputStats}) for each block in turn; the statistics are dropped before the next.
 
-    calls: from recorded_calls; blocks: [(name, module)] in running order; layers_of(name, block): {name: linear}.
+    calls: from recorded_calls; blocks: [(name, module)] in running order; layers_of(name, block): {name: linear}. A call that
+    does not run every block is left out from there on; ValueError where none is left.
     """
     outputs = [None] * len(calls)
     for index, (name, block) in enumerate(blocks):
         layers = layers_of(name, block)
         stats = {layer: InputStats(len(calls), with_gram) for layer in layers}
         with _observed(layers, stats):
-            for i, call in enumerate(calls):
-                outputs[i] = _replay(diffusion_model, call, device, blocks, index, outputs[i])
+            outputs = [_replay(diffusion_model, call, device, blocks, index, output) for call, output in zip(calls, outputs)]
+        whole = [(call, output) for call, output in zip(calls, outputs) if output is not None]
+        if not whole:
+            raise ValueError(f"The model never ran its block {name} while it was watched; take nodes that skip blocks off the "
+                             "MODEL, and put them behind SVDQuant Quantize Model.")
+        calls, outputs = map(list, zip(*whole))
         yield name, stats

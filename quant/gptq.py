@@ -24,8 +24,10 @@ def damped_cholesky(gram, damp):
     gram: (K, K) float32, symmetric. Returns (K, K).
     """
     mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    damped = gram.clone()
     for attempt in range(RETRIES):
-        factor, info = torch.linalg.cholesky_ex(gram + torch.eye(len(gram), device=gram.device) * (mean * damp * 10**attempt))
+        damped.diagonal().copy_(gram.diagonal() + mean * damp * 10**attempt)
+        factor, info = torch.linalg.cholesky_ex(damped)
         if not info:
             return factor
     raise ValueError("The statistics of a layer's input are not usable: no Cholesky factor. Calibrate on other prompts.")

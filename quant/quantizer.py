@@ -119,6 +119,9 @@ def choose_smoothing(weight, stats, spec, recipe, check):
         if recipe.smooth == "search":
             part_spans = {kind: span[start:stop] for kind, span in stats.spans().items()}
             unsigned = start == spec.unsigned_from
+            if unsigned:
+                # What is quantized is x + shift, so a channel that is nearly dead is not small, and must not be taken for it.
+                part_spans = {kind: span.clamp_min(int4.GELU_SHIFT) for kind, span in part_spans.items()}
             found = smoothing.search(part, sample[:, start:stop], part_spans, spec.rank, unsigned, spec.dtype, check)
             factors.append(found.factor)
             labels.append(found.label)
@@ -144,8 +147,8 @@ def input_metric(stats, smooth, recipe):
 
     The shift of unsigned columns is left out: what it adds to the output goes into the bias, with the weight's own error.
     """
-    if stats is None or recipe.smooth != "search":
-        return Metric()
+    if stats is None or recipe.smooth != "search" or not stats.spans()["absmax"].any():
+        return Metric()  # nothing is known of the inputs, or they are all zero
     energy = (stats.spans()["rms"] / smooth).square()
     if not recipe.needs_gram():
         return Metric(energy)
@@ -166,7 +169,11 @@ def stored_branch(up, down, smooth, dtype):
     The branch reads the raw x, so down takes 1/smooth. Whatever rounding to 16 bits does to it is seen by the stages that
     come after, which work on the weight less the stored branch. Returns up (N, R), down (K, R) in `dtype`, and (N, K) float32.
     """
-    up, down = up.to(dtype), (down / smooth.unsqueeze(-1)).to(dtype)
+    down = down / smooth.unsqueeze(-1)
+    # Each rank's two vectors get the same length: the product is what it was, and neither leaves the range of fp16.
+    ratio = (down.norm(dim=0) / up.norm(dim=0)).sqrt()
+    ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
+    up, down = (up * ratio).to(dtype), (down / ratio).to(dtype)
     return up, down, up.float() @ (down.float() * smooth.unsqueeze(-1)).t()
 
 
@@ -204,11 +211,11 @@ def pack_svdquant(weight, bias, factor, spec, recipe, stats=None, check=lambda: 
     residual = smoothed - branch
     found = find_scales(residual, metric, spec.dtype, recipe)
     check()
-    if recipe.gptq:
+    if recipe.gptq and metric.cholesky is not None:
         codes = gptq.gptq_round(residual, found, metric.cholesky, check)
     else:
         codes = rounding.round_to_nearest(residual, found)
-    if recipe.refit:
+    if recipe.refit and metric.cholesky is not None:
         error = smoothed - reference.scaled_codes(codes.float(), found.float().t())
         up, down, _ = stored_branch(*lowrank.refit(error, spec.rank, metric.cholesky), smooth, spec.dtype)
     tensors = {"weight": int4.pack(codes), "weight_scale": found, "weight_proj_down": down.contiguous(),
@@ -296,6 +303,10 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
             factor, label = choose_smoothing(weight, stats, spec, recipe, check)
             tensors = pack_svdquant(weight, bias, factor, spec, recipe, stats, check)
         check()
+        overflown = [part for part, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if overflown:
+            raise ValueError(f"Layer {name} does not fit {spec.dtype}: its {overflown[0]} overflows; quantize a bf16 version of "
+                             f"the model, or keep the layer in 16 bits with the input exceptions.")
         error, measured_on = layer_error(weight, bias, tensors, stats, spec)
         naive = error if spec.format == layout.AWQ else naive_error(weight, bias, stats, spec)
         spread = scale_statistics(tensors["weight_scale"])

@@ -17,6 +17,8 @@ from .metrics import relative_error
 EXPONENTS = tuple(i / 10 for i in range(1, 11))
 SPANS = ("absmax", "rms")
 SEARCH_ROWS = 256  # rows of W that stand for all: more change nothing (measured against the whole matrix)
+ROWS_PER_RANK = 4  # a branch as wide as the rows would be exact on them, and say nothing of the rest
+LARGEST = 2.0**12  # of a factor and of its inverse: fp16 holds both, and 1 / factor in the branch beside them
 SEARCH_TOKENS = 512
 
 
@@ -41,7 +43,7 @@ def candidate(x_span, w_span, exponent):
     alive = torch.isfinite(factor) & (factor > 0)
     if not alive.any():
         return torch.ones_like(factor)
-    return torch.where(alive, factor / factor[alive].log().mean().exp(), 1.0)
+    return torch.where(alive, factor / factor[alive].log().mean().exp(), 1.0).clamp(1 / LARGEST, LARGEST)
 
 
 def candidates(x_spans, w_spans):
@@ -84,7 +86,7 @@ def search(weight, x, x_spans, rank, unsigned, dtype, check=lambda: None):
     Returns Smoothing; never worse than s = 1 on its own objective, since s = 1 is a candidate.
     """
     w_spans = spans(weight)
-    rows = weight[spread(weight.shape[0], SEARCH_ROWS).to(weight.device)]
+    rows = weight[spread(weight.shape[0], max(SEARCH_ROWS, ROWS_PER_RANK * rank)).to(weight.device)]
     tokens = x[spread(x.shape[0], SEARCH_TOKENS).to(x.device)]
     best = None
     for label, factor in candidates(x_spans, w_spans):

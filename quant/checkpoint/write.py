@@ -58,8 +58,8 @@ def write(path, layout, tensors, metadata, overwrite=False):
             raise ValueError(f"tensor {next(iter(starts))} was planned and did not come")
         os.replace(temporary, path)
     except OSError as error:
-        raise CheckpointError(f"Saving {name} failed ({error}); free some space on the disk or check that its folder "
-                              "can be written.") from error
+        raise CheckpointError(f"Saving {name} failed ({error}); free some space on the disk, or check that its folder "
+                              "can be written and that no loaded model still uses the file.") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 import comfy.ldm.flux.model
 import comfy.lora
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.sample
 import torch
 
@@ -14,7 +15,9 @@ from ..linear import PackedLinear
 from . import build
 from .patcher import SVDQuantModelPatcher
 
+SOURCE = "svdquant.source"  # attachment of a MODEL that SVDQuant Load Model opened: its file's name
 MAX_CALLS = 64  # recorded calls of the model, spread over prompts and noise levels
+WEIGHT_COPIES, GRAM_COPIES = 8, 6  # at the peak of quantizer.pack_svdquant
 
 
 def check_model(patcher):
@@ -27,20 +30,49 @@ def check_model(patcher):
         raise ValueError("This MODEL is quantized already; connect the 16-bit model that it was made from.")
 
 
+def check_extras(patcher):
+    """Raise ValueError where a node has put something on the MODEL that lives in its 16-bit modules and would be lost."""
+    wrappers = patcher.wrappers.get(comfy.patcher_extension.WrappersMP.APPLY_MODEL, {})
+    if "torch.compile" in wrappers or "torch_compile_kwargs" in patcher.model_options:
+        raise ValueError("This MODEL goes through TorchCompileModel or a node like it, which would go on running the 16-bit model; "
+                         "put that node behind SVDQuant Quantize Model.")
+    inside = [key for key in patcher.object_patches if key.startswith("diffusion_model")]
+    if inside or patcher.injections:
+        what = f"replaces {inside[0]}" if inside else "hooks into its layers, as a bypass LoRA does"
+        raise ValueError(f"A node on this MODEL {what}, which can't be carried into 4 bits; put it behind SVDQuant Quantize Model, "
+                         "or use the ordinary Load LoRA node.")
+
+
+def check_latent(patcher, latent):
+    """Raise ValueError unless the latent is one that the MODEL can draw."""
+    samples, channels = latent["samples"], patcher.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or (samples.shape[1] != channels and samples.any()):
+        raise ValueError(f"The latent has shape {list(samples.shape)} and this model draws pictures with {channels} channels; "
+                         "connect an empty latent of your usual picture size.")
+
+
 def check_conditioning(patcher, conditioning):
     """Raise ValueError unless there are prompts and each one's conditioning is as wide as the model's text input."""
     if not conditioning:
         raise ValueError("The conditioning holds no prompt; connect a text encode node with a prompt.")
     width = patcher.model.diffusion_model.params.context_in_dim
-    for tensor, _ in conditioning:
+    for tensor, extras in conditioning:
+        if extras.get("pooled_output") is None:
+            raise ValueError("The conditioning has no pooled output, which FLUX.1 needs; encode the prompt with FLUX.1's text "
+                             "encoders, clip_l and t5xxl.")
         if tensor.shape[-1] != width:
             raise ValueError(f"The conditioning is {tensor.shape[-1]} wide and this FLUX model takes {width}; encode "
                              "the prompt with the text encoders that belong to the model.")
 
 
-def check_weights(patcher):
-    """Raise ValueError naming the first parameter that holds NaN or Inf: calibration would only show where it arrives."""
+def check_weights(patcher, check):
+    """Raise ValueError naming the first parameter that is no floating point tensor, or holds NaN or Inf: calibration would only
+    show where it arrives."""
     for name, parameter in patcher.model.diffusion_model.named_parameters():
+        check()
+        if not parameter.dtype.is_floating_point:
+            raise ValueError(f"The MODEL's {name} is stored as {parameter.dtype}, in a format of its own; load a bf16, fp16 or "
+                             "fp8 version of the model.")
         # fp8 has no isfinite of its own.
         values = parameter.half() if parameter.dtype.itemsize == 1 else parameter
         if not torch.isfinite(values).all():
@@ -73,16 +105,19 @@ def effective_weight(patcher, name, device):
 
 
 def record_trajectory(patcher, conditioning, latent, steps, seed, progress):
-    """Sample every prompt once and return the recorded calls of the diffusion model."""
+    """Sample every prompt once and return recorded calls of the diffusion model, at most MAX_CALLS, evenly spread."""
+    every = -(-len(conditioning) * steps // MAX_CALLS)
     samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
-    with calibration.recorded_calls(patcher.model.diffusion_model, []) as calls:
+    with calibration.recorded_calls(patcher.model.diffusion_model, [], every) as calls:
         for i, entry in enumerate(conditioning):
             prompt_seed = (seed + i) % 2**64  # what torch takes as a seed
             noise = comfy.sample.prepare_noise(samples, prompt_seed)
             comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", [entry], [entry], samples,
                                 callback=lambda *_: progress.step(f"sampling prompt {i + 1} of {len(conditioning)}"),
                                 disable_pbar=True, seed=prompt_seed)
-    return calibration.spread_calls(calls, MAX_CALLS)
+    if not calls:
+        raise ValueError("The model was never called while it was watched; check the timestep range of the conditioning.")
+    return calls
 
 
 def block_statistics(patcher, calls, blocks, with_gram):
@@ -90,9 +125,17 @@ def block_statistics(patcher, calls, blocks, with_gram):
     if not calls:
         yield from ((name, {}) for name, _ in blocks)
         return
-    comfy.model_management.load_models_gpu([patcher])
+    comfy.model_management.load_models_gpu([patcher], memory_required=working_memory(blocks, with_gram))
     yield from calibration.stream_blocks(patcher.model.diffusion_model, calls, patcher.load_device, blocks,
                                          flux.block_layers, with_gram)
+
+
+def working_memory(blocks, with_gram):
+    """Bytes on the device that quantizing the widest layer takes beside the model: copies of its weight in float32 and, with
+    GPTQ or refit, of its inputs' Gram matrix."""
+    shapes = [layer.weight.shape for name, block in blocks for layer in flux.block_layers(name, block).values()]
+    weights = max(n * k for n, k in shapes) * 4 * WEIGHT_COPIES
+    return weights + (max(k for _, k in shapes) ** 2 * 4 * GRAM_COPIES if with_gram else 0)
 
 
 def layer_specs(diffusion_model, recipe, dtype):
@@ -116,9 +159,10 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress):
     Returns (SVDQuantModelPatcher, [LayerRecord]).
     """
     check_model(patcher)
-    check_weights(patcher)
-    calibrated = conditioning is not None and latent is not None
-    if recipe.smooth == "search" and not calibrated:
+    check_extras(patcher)
+    check_weights(patcher, progress.check)
+    calibrated = recipe.smooth == "search"
+    if calibrated and (conditioning is None or latent is None):
         raise ValueError(f"The preset {recipe.preset} watches the model draw: connect positive and latent, or choose "
                          "the preset data-free.")
     specs = layer_specs(patcher.model.diffusion_model, recipe, storage_dtype(patcher))
@@ -126,6 +170,7 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress):
     calls = []
     if calibrated:
         check_conditioning(patcher, conditioning)
+        check_latent(patcher, latent)
         calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress)
     packed, records = _quantize_blocks(patcher, specs, recipe, calls, progress)
     return _twin(patcher, specs, packed, recipe, records), records
@@ -159,7 +204,7 @@ def _twin(patcher, specs, packed, recipe, records):
     quantized = build.make_patcher(twin, SVDQuantModelPatcher)
     _carry_over(patcher, quantized)
     quantized.recipe = recipe.as_dict() | {"layers": [asdict(record) for record in records]}
-    quantized.source = getattr(patcher, "source", "") or "FLUX.1"
+    quantized.source = patcher.get_attachment(SOURCE) or "FLUX.1"
     return quantized
 
 
@@ -167,7 +212,6 @@ def _carry_over(patcher, quantized):
     """What other nodes have put on the MODEL beside weights: sampling settings, attention patches, wrappers."""
     settings = patcher.clone()
     quantized.model_options = settings.model_options
-    quantized.object_patches = {key: value for key, value in settings.object_patches.items()
-                                if not key.startswith("diffusion_model") and key != "manual_cast_dtype"}
-    for attribute in ("attachments", "additional_models", "callbacks", "wrappers", "injections"):
+    quantized.object_patches = {key: value for key, value in settings.object_patches.items() if key != "manual_cast_dtype"}
+    for attribute in ("attachments", "additional_models", "callbacks", "wrappers"):
         setattr(quantized, attribute, getattr(settings, attribute))

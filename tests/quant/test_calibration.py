@@ -105,8 +105,43 @@ def test_the_sample_hears_every_call_and_stays_small():
     assert len(sample) <= calibration.SAMPLE_TOKENS and sample[:, 0].unique().tolist() == list(range(16))
 
 
-@pytest.mark.parametrize("count", [1, 5, 64, 200])
-def test_spread_calls_keeps_the_ends(count):
-    calls = list(range(count))
-    kept = calibration.spread_calls(calls, 64)
-    assert kept[0] == 0 and kept[-1] == count - 1 and len(kept) == min(count, 64) == len(set(kept))
+def test_only_every_nth_call_is_kept():
+    model = torch.nn.Identity()
+    with calibration.recorded_calls(model, [], every=3) as calls:
+        for i in range(8):
+            model(torch.tensor(i))
+    assert [int(args[0]) for args, _ in calls] == [0, 3, 6]
+
+
+def test_a_call_that_skips_a_block_is_left_out_from_there_on():
+    class Skipping(Model):
+        def forward(self, img, txt, options=None):
+            blocks = self.double_blocks[:1] if options.get("skip") else self.double_blocks
+            for block in blocks:
+                img, txt = block(img=img.clone(), txt=txt.clone(), vec=options["scale"])
+            return torch.cat((txt, img), 1)
+
+    model = Skipping()
+    blocks = named_blocks(model)[:3]
+
+    def call(skip):
+        return (torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0, "skip": skip}}
+
+    def layers(name, block):
+        return {name: block.lin}
+
+    with torch.no_grad():
+        streamed = calibration.stream_blocks(model, [call(False), call(True)], "cpu", blocks, layers)
+        assert [stats[name].tokens for name, stats in streamed] == [16, 8, 8]
+        with pytest.raises(ValueError, match="never ran its block double_blocks.1"):
+            list(calibration.stream_blocks(model, [call(True)], "cpu", blocks, layers))
+
+
+def test_a_forward_that_a_module_has_of_its_own_stays():
+    model = Model()
+    block = model.double_blocks[0]
+    own = block.forward = block.forward
+    calls = [((torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0}})]
+    with torch.no_grad():
+        list(calibration.stream_blocks(model, calls, "cpu", named_blocks(model), lambda name, block: {name: block.lin}))
+    assert block.__dict__["forward"] is own

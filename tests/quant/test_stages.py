@@ -300,6 +300,43 @@ def test_modulation_layers_are_w4a16():
     assert record.error < 0.12, f"relative error of the weight {record.error:.3f}"
 
 
+@pytest.mark.parametrize("preset", ["best", "fast", "data-free"])
+@pytest.mark.parametrize("case", ["zero input", "nearly dead input", "nearly dead weight", "zero weight"])
+def test_extreme_channels_give_finite_layers_in_fp16(preset, case):
+    w, x = weight(64, 128), tokens(300, 128)
+    if case == "zero input":
+        x = torch.zeros_like(x)
+    elif case == "nearly dead input":
+        x[:, 3] *= 1e-9
+    elif case == "nearly dead weight":
+        w[:, 3] = 1e-12
+    else:
+        w[:] = 0
+    spec = layout.svdquant_spec(128, 64, 16, 128, True, torch.float16)
+    tensors, record = quantizer.quantize_layer("layer", w, torch.zeros(64), stats_of(x), spec, quantizer.recipe(preset, 16))
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+    assert record.error < 0.2, f"{case}: error {record.error:.3f}"
+
+
+def test_nearly_dead_gelu_channels_do_not_spoil_their_groups():
+    """A channel at zero is quantized as the shift, which must not be blown up by a smoothing factor near zero."""
+    w, errors = weight(96, 256), []
+    for dead in (0, 40):
+        x = torch.nn.functional.gelu(tokens(1200, 256) / 4, approximate="tanh")
+        x[:, :dead] *= 1e-4
+        spec = layout.svdquant_spec(256, 96, 16, 0, True, torch.bfloat16)
+        tensors, record = quantizer.quantize_layer("fc2", w, torch.zeros(96), stats_of(x), spec, quantizer.recipe("best", 16))
+        errors.append(record.error)
+    assert errors[1] < 1.15 * errors[0], f"error {errors[1]:.4f} with dead channels, {errors[0]:.4f} without"
+
+
+def test_the_search_means_something_at_the_highest_rank(monkeypatch):
+    monkeypatch.setattr(smoothing, "EXPONENTS", (0.5,))  # one candidate a pair of spans is enough here
+    w, x = weight(1200, 320), tokens(400, 320)
+    found = smoothing.search(w, x, smoothing.spans(x), 256, False, torch.bfloat16)
+    assert found.error > 1e-3, f"search error {found.error:.1e}: the branch is exact on the rows searched"
+
+
 @pytest.mark.parametrize("part", ["weight", "bias"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_in_a_layer_is_named(part, bad):
