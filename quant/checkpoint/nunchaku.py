@@ -11,6 +11,8 @@ that has zeros where they do not meet; where the files share what can be shared 
 
 import json
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,7 @@ from .packed import PackedFile
 BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
 CONFIG_FILES = {"config": "config.json", "comfy_config": "comfy_config.json"}
 MAX_CONFIG_BYTES = 1 << 20
+AHEAD = 3  # layers that are read before they are asked for
 MODEL_CLASSES = ("NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 FLOAT_TYPES = (*HALF_TYPES, torch.float32)
@@ -298,13 +301,31 @@ def _check_left_over(source, layers, plain):
 
 def _tensors(source, layers, plain):
     """Yield (our name, tensor) of the whole model, a layer at a time."""
-    for name, layer in layers.items():
-        read = _read_modulation if layer.chunks else _read_linear
-        for part, tensor in read(source, name, layer).items():
-            yield f"{name}.{part}", tensor
+    def read(name):
+        layer = layers[name]
+        return name, (_read_modulation if layer.chunks else _read_linear)(source, name, layer)
+
+    for name, tensors in _ahead(read, layers):
+        yield from ((f"{name}.{part}", tensor) for part, tensor in tensors.items())
     for name, stored in plain.items():
         tensor = source.read(stored)
         yield name, torch.cat(tensor.chunk(2)[::-1]) if name.startswith(names.SWAPPED) else tensor
+
+
+def _ahead(function, items):
+    """map(function, items), in order, with a few calls running ahead: reading and unpacking both take their time."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _read_modulation(source, _name, layer):

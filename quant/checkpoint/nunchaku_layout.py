@@ -17,6 +17,7 @@ that hold the columns j, 8 + j, 16 + j, 24 + j. Their rows are interleaved: row 
 the layer, S = 6 or 3 chunks (shift, scale, gate once or twice) of d rows. The bias of the scale chunks has 1 added.
 """
 
+import numpy as np
 import torch
 
 from ..layout import GROUP_SIZE
@@ -25,6 +26,7 @@ TILE = 128  # N and K are multiples of it
 RANK_TILE = 16  # the rank is a multiple of it
 AWQ_ROWS = 4  # rows that lie side by side
 AWQ_GROUP_TILE = 16  # groups are padded to a multiple of it
+AWQ_BLOCK = 96  # rows that are worked on at a time: a multiple of AWQ_ROWS and of 6
 
 # Transposing a 4 x 4 matrix of nibbles in 64 bits: swap within the 2 x 2 blocks, then swap the blocks.
 NIBBLE_SWAPS = ((12, 0x0000F0F00000F0F0), (24, 0x00000000FF00FF00))
@@ -100,11 +102,21 @@ def pack_up(proj_up):
 
 
 def _transpose_nibbles(words):
-    """int64 words, each a 4 x 4 matrix of nibbles, transposed in place; its own inverse."""
+    """int64 array, each word a 4 x 4 matrix of nibbles, transposed in place; its own inverse."""
+    swapped = np.empty_like(words)
     for shift, mask in NIBBLE_SWAPS:
-        swapped = ((words >> shift) ^ words) & mask
-        words ^= swapped ^ (swapped << shift)
+        np.right_shift(words, shift, out=swapped)
+        swapped ^= words
+        swapped &= mask
+        words ^= swapped
+        swapped <<= shift
+        words ^= swapped
     return words
+
+
+def _blocks(rows):
+    """(start, stop) of whole runs of AWQ_ROWS and of chunks, few enough that the steps between meet in a cache."""
+    return ((start, min(start + AWQ_BLOCK, rows)) for start in range(0, rows, AWQ_BLOCK))
 
 
 def _interleave(rows, chunks):
@@ -134,12 +146,14 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     2^-9 in bf16 where it says less, as computing 1 + scale in that type does.
     """
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
-    words = _transpose_nibbles(qweight.contiguous().view(torch.int64).clone()).view(torch.int16)
-    codes = _reorder(words, (n // AWQ_ROWS, k // 64, AWQ_ROWS, 2, 2, 4), (0, 2, 1, 3, 5, 4))
-    codes = _deinterleave(codes.view(torch.int8).view(n, k // 2), chunks)
+    codes, words = np.empty((chunks, n // chunks, k // 2), np.int8), qweight.view(torch.int64).numpy()
+    for start, stop in _blocks(n):
+        block = _transpose_nibbles(words[start // AWQ_ROWS : stop // AWQ_ROWS].copy()).view(np.int16)
+        block = block.reshape(-1, k // 64, AWQ_ROWS, 2, 2, 4).transpose(0, 2, 1, 3, 5, 4).reshape(-1).view(np.int8)
+        codes[:, start // chunks : stop // chunks] = block.reshape(-1, chunks, k // 2).transpose(1, 0, 2)
     scales, zeros = (_deinterleave(t[: k // GROUP_SIZE].t(), chunks).t().contiguous() for t in (wscales, wzeros))
     zeros = (zeros.float() + 8 * scales.float()).to(scales.dtype)
-    return {"weight": codes, "weight_scale": scales, "weight_zeros": zeros,
+    return {"weight": torch.from_numpy(codes).view(n, k // 2), "weight_scale": scales, "weight_zeros": zeros,
             "bias": _awq_bias(_deinterleave(bias, chunks), chunks, -1).to(bias.dtype)}
 
 
@@ -151,12 +165,14 @@ def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
     multiples of 2^-7 in bf16 (2^-10 in fp16), as computing 1 + scale in that type does.
     """
     (n, half), groups = weight.shape, weight_scale.shape[0]
-    codes = _interleave(weight, chunks).contiguous().view(torch.int16)
-    words = _reorder(codes, (n // AWQ_ROWS, AWQ_ROWS, half // 32, 2, 4, 2), (0, 2, 1, 3, 5, 4))
-    qweight = _transpose_nibbles(words.view(torch.int64)).view(torch.int32).view(n // AWQ_ROWS, half)
+    qweight, codes = np.empty((n // AWQ_ROWS, half // 2), np.int64), weight.numpy().reshape(chunks, n // chunks, half)
+    for start, stop in _blocks(n):
+        block = codes[:, start // chunks : stop // chunks].transpose(1, 0, 2).reshape(-1).view(np.int16)
+        block = block.reshape(-1, AWQ_ROWS, half // 32, 2, 4, 2).transpose(0, 2, 1, 3, 5, 4).reshape(-1).view(np.int64)
+        qweight[start // AWQ_ROWS : stop // AWQ_ROWS] = _transpose_nibbles(block).reshape(-1, half // 2)
     zeros = (weight_zeros.float() - 8 * weight_scale.float()).to(weight_zeros.dtype)
     padding = (0, 0, 0, -groups % AWQ_GROUP_TILE)
     scales, zeros = (torch.nn.functional.pad(_interleave(t.t(), chunks).t(), padding).contiguous()
                      for t in (weight_scale, zeros))
-    return {"qweight": qweight, "wscales": scales, "wzeros": zeros,
+    return {"qweight": torch.from_numpy(qweight).view(torch.int32), "wscales": scales, "wzeros": zeros,
             "bias": _interleave(_awq_bias(bias, chunks, 1).to(bias.dtype), chunks).contiguous()}
