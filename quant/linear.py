@@ -1,8 +1,9 @@
-"""The two packed linear layers. Parameters as layout.py lists them; forward is one op."""
+"""The two packed linear layers. Parameters as layout.py lists them; forward is one op, and what LoRAs add to it."""
 
 import torch
 
-from ..cuda import ops
+from ..cuda import ops, reference
+from ..cuda.int4 import GELU_SHIFT
 
 
 class PackedLinear(torch.nn.Module):
@@ -11,11 +12,14 @@ class PackedLinear(torch.nn.Module):
     The parameters are allocated on `device`; "meta" allocates nothing, until load_state_dict(assign=True) puts the
     file's own tensors in. They may lie on another device than the input (ComfyUI's offloading): forward brings each
     to the input.
+
+    side: side.SideBranch, what the loaded LoRAs add; None without any. The parameters know nothing of it.
     """
 
     def __init__(self, spec, device="meta"):
         super().__init__()
         self.spec = spec
+        self.side = None
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self.register_parameter("bias", None)
@@ -27,27 +31,57 @@ class PackedLinear(torch.nn.Module):
         """{name: the parameter on x's device}."""
         return {name: None if p is None else p.to(x.device, non_blocking=True) for name, p in self._parameters.items()}
 
+    def forward(self, x):
+        p, side = self.at(x), self.side
+        if side is None or side.gain is None:
+            y = self.product(x, p, p["bias"])
+            return y if side is None else side.add(y, x)
+        # Of the bias, the gain is for the part that corrects the GELU shift, and that only.
+        fold = side.fold.to(x.device, p["weight_scale"].dtype)
+        y = self.product(x, p, fold) * side.gain.to(x) - fold.to(x)
+        return side.add(y if p["bias"] is None else y + p["bias"].to(x), x)
+
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, {self.spec.format}, rank={self.spec.rank}"
 
 
 class SVDQuantLinear(PackedLinear):
-    """W4A4 with a low-rank branch: x (..., K) -> (..., N).
+    """W4A4 with a low-rank branch: x (..., K) -> (..., N). One op, if no LoRA is loaded.
 
     act_bits: 4, SVDQuant as published, or 8, the same weights with int8 activations.
     """
 
     act_bits = 4
 
-    def forward(self, x):
-        p = self.at(x)
+    def product(self, x, p, bias):
         return ops.svdquant_linear(x, p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"],
-                                   p["weight_smooth_factor"], p["bias"], self.spec.unsigned_from, self.act_bits)
+                                   p["weight_smooth_factor"], bias, self.spec.unsigned_from, self.act_bits)
+
+    def packed_part(self, device):
+        """(N, K) float32: the packed codes' share of the weight."""
+        weight = reference.dequantize_weight(self.weight.to(device), self.weight_scale.to(device))
+        return weight / self.weight_smooth_factor.to(device, torch.float32)
+
+    def dense(self, device):
+        """(N, K) float32: the weight that the layer stands for."""
+        up, down = (p.to(device, torch.float32) for p in (self.weight_proj_up, self.weight_proj_down))
+        return self.packed_part(device) + up @ down.t()
+
+    def fold(self, device):
+        """(N,) float32: what of the bias corrects the shift of the GELU's output, rather than being the layer's."""
+        return -GELU_SHIFT * self.packed_part(device)[:, self.spec.unsigned_from:].sum(dim=-1)
 
 
 class AWQLinear(PackedLinear):
     """W4A16, for the modulation layers, which see one row a picture: x (..., K) -> (..., N)."""
 
-    def forward(self, x):
-        p = self.at(x)
-        return ops.awq_linear(x, p["weight"], p["weight_scale"], p["weight_zeros"], p["bias"])
+    def product(self, x, p, bias):
+        return ops.awq_linear(x, p["weight"], p["weight_scale"], p["weight_zeros"], bias)
+
+    def dense(self, device):
+        """(N, K) float32: the weight that the layer stands for."""
+        return reference.dequantize_awq(*(p.to(device) for p in (self.weight, self.weight_scale, self.weight_zeros)))
+
+    def fold(self, device):
+        """(N,) float32: zeros, since nothing is folded into this layer's bias."""
+        return torch.zeros(self.out_features, device=device)

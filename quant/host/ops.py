@@ -1,6 +1,7 @@
 """The operations class: ComfyUI's own, plus the two packed layers."""
 
 import comfy.ops
+import torch
 
 from .. import layout
 from ..linear import AWQLinear, SVDQuantLinear
@@ -10,19 +11,28 @@ class Operations(comfy.ops.manual_cast):
     """Given to ComfyUI as a model's custom_operations. Every 16-bit layer stays ComfyUI's own; the packed ones inherit
     CastWeightBiasOp, which is how its model patcher knows a layer that can run while its weights lie elsewhere."""
 
-    class SVDQuantLinear(SVDQuantLinear, comfy.ops.CastWeightBiasOp):
+    class Packed(comfy.ops.CastWeightBiasOp):
         comfy_cast_weights = True
+
+        def at(self, x):
+            # A patch of the bias, where the layer is offloaded; patches of the packed weight are self.side instead.
+            p = super().at(x)
+            if self.bias_function:
+                bias = p["bias"].to(torch.float32, copy=True)  # the functions work in place
+                for function in self.bias_function:
+                    bias = function(bias)
+                p["bias"] = bias.to(p["bias"].dtype)
+            return p
 
         def forward(self, x):
             comfy.ops.run_every_op()  # honours Cancel
             return super().forward(x)
 
-    class AWQLinear(AWQLinear, comfy.ops.CastWeightBiasOp):
-        comfy_cast_weights = True
+    class SVDQuantLinear(Packed, SVDQuantLinear):
+        pass
 
-        def forward(self, x):
-            comfy.ops.run_every_op()
-            return super().forward(x)
+    class AWQLinear(Packed, AWQLinear):
+        pass
 
     @classmethod
     def packed(cls, spec):

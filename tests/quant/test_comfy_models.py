@@ -2,9 +2,6 @@
 
 import os
 
-import comfy.model_management
-import comfy.sample
-import comfy.sd
 import pytest
 import torch
 from comfyui_svdquant.quant import layout, quantizer
@@ -16,57 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tiny_flux.untrained import flux_tensors
 
-CONTEXT, POOLED, HIDDEN = 128, 64, 256
-
-
-class Progress:
-    """Counts steps; raises KeyboardInterrupt at `cancel_at`."""
-
-    def __init__(self, cancel_at=None):
-        self.texts, self.cancel_at, self.steps = [], cancel_at, None
-
-    def total(self, steps):
-        self.steps = steps
-
-    def step(self, text):
-        self.texts.append(text)
-        self.check()
-
-    def check(self):
-        if self.cancel_at is not None and len(self.texts) >= self.cancel_at:
-            raise KeyboardInterrupt
-
-
-def write_flux(path, prefix="", **changes):
-    save_file({prefix + name: tensor for name, tensor in flux_tensors(**changes).items()}, path)
-    return str(path)
-
-
-def prompts(count=2, width=CONTEXT):
-    g = torch.Generator().manual_seed(1)
-    return [[torch.randn(1, 12, width, generator=g), {"pooled_output": torch.randn(1, POOLED, generator=g)}] for _ in range(count)]
-
-
-LATENT = {"samples": torch.zeros(1, 16, 8, 8)}
-
-
-def sample(patcher, seed=5, steps=2):
-    cond = prompts(1)
-    noise = comfy.sample.prepare_noise(LATENT["samples"], seed)
-    return comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", cond, cond, LATENT["samples"],
-                               disable_pbar=True, seed=seed)
-
-
-def quantized(patcher, preset="fast", rank=16, progress=None, conditioning=None):
-    return quantize.quantize(patcher, quantizer.recipe(preset, rank), prompts() if conditioning is None else conditioning,
-                             LATENT, 2, 0, progress or Progress())
-
-
-def save(patcher, path, overwrite=False):
-    tensors = {build.stored_name(name): tensor for name, tensor in patcher.model.diffusion_model.state_dict().items()}
-    specs = {name: layer.spec for name, layer in patcher.packed_layers().items()}
-    native.save(str(path), tensors, specs, build.stored_config(patcher.model), patcher.recipe, patcher.source, overwrite)
-    return str(path)
+from .comfy_models import HIDDEN, Progress, prompts, quantized, sample, save, write_flux
 
 
 @pytest.fixture(autouse=True)
@@ -161,13 +108,6 @@ def test_calibration_sees_the_lora_that_is_on_the_model(flux_file):
     error = float((sample(quantized(patched)[0]) - exact).norm() / exact.norm())
     without = float((sample(quantized(patcher)[0]) - exact).norm() / exact.norm())
     assert error < 0.3 < without, f"with the LoRA baked in {error:.3f}, without {without:.3f}"
-
-
-def test_a_lora_on_a_quantized_model_is_refused_not_dropped(native_file):
-    twin = build.load_model(native_file)
-    with pytest.raises(ValueError, match="already in 4 bits"):
-        twin.clone().add_patches({"diffusion_model.single_blocks.0.linear1.weight": ("diff", (torch.zeros(1792, 256),))}, 1.0)
-    assert twin.clone().add_patches({"diffusion_model.img_in.weight": ("diff", (torch.zeros(256, 64),))}, 1.0)
 
 
 def test_other_nodes_settings_come_along(flux_file):

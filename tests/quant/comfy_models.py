@@ -1,0 +1,62 @@
+"""What the tests of models in a real ComfyUI share: a small random FLUX, quantizing it, sampling with it, saving it."""
+
+import comfy.sample
+import torch
+from comfyui_svdquant.quant import quantizer
+from comfyui_svdquant.quant.checkpoint import native
+from comfyui_svdquant.quant.host import build, quantize
+from safetensors.torch import save_file
+
+from tiny_flux.untrained import flux_tensors
+
+CONTEXT, POOLED, HIDDEN = 128, 64, 256
+
+
+class Progress:
+    """Counts steps; raises KeyboardInterrupt at `cancel_at`."""
+
+    def __init__(self, cancel_at=None):
+        self.texts, self.cancel_at, self.steps = [], cancel_at, None
+
+    def total(self, steps):
+        self.steps = steps
+
+    def step(self, text):
+        self.texts.append(text)
+        self.check()
+
+    def check(self):
+        if self.cancel_at is not None and len(self.texts) >= self.cancel_at:
+            raise KeyboardInterrupt
+
+
+def write_flux(path, prefix="", **changes):
+    save_file({prefix + name: tensor for name, tensor in flux_tensors(**changes).items()}, path)
+    return str(path)
+
+
+def prompts(count=2, width=CONTEXT):
+    g = torch.Generator().manual_seed(1)
+    return [[torch.randn(1, 12, width, generator=g), {"pooled_output": torch.randn(1, POOLED, generator=g)}] for _ in range(count)]
+
+
+LATENT = {"samples": torch.zeros(1, 16, 8, 8)}
+
+
+def sample(patcher, seed=5, steps=2, cond=None):
+    cond = cond or prompts(1)
+    noise = comfy.sample.prepare_noise(LATENT["samples"], seed)
+    return comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", cond, cond, LATENT["samples"],
+                               disable_pbar=True, seed=seed)
+
+
+def quantized(patcher, preset="fast", rank=16, progress=None, conditioning=None):
+    return quantize.quantize(patcher, quantizer.recipe(preset, rank), prompts() if conditioning is None else conditioning,
+                             LATENT, 2, 0, progress or Progress())
+
+
+def save(patcher, path, overwrite=False):
+    tensors = {build.stored_name(name): tensor for name, tensor in patcher.model.diffusion_model.state_dict().items()}
+    specs = {name: layer.spec for name, layer in patcher.packed_layers().items()}
+    native.save(str(path), tensors, specs, build.stored_config(patcher.model), patcher.recipe, patcher.source, overwrite)
+    return str(path)
