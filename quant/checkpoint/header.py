@@ -23,6 +23,10 @@ PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05
 class CheckpointError(ValueError):
     """A file that can't be used. The message is one sentence: file, tensor, remedy."""
 
+    def __init__(self, message):
+        # A tensor's name may hold anything, line breaks too.
+        super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message))
+
 
 @dataclass(frozen=True)
 class TensorInfo:

@@ -1,6 +1,7 @@
 """Nunchaku's FLUX.1 files: what we write is read back as it was, by us and by the documented formulas."""
 
 import json
+import math
 import os
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from comfyui_svdquant.cuda import reference
 from comfyui_svdquant.quant.checkpoint import nunchaku, nunchaku_names, nunchaku_write
 from comfyui_svdquant.quant.checkpoint import nunchaku_layout as order
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from .packed_flux import packed_flux
@@ -343,3 +346,71 @@ def test_what_has_no_place_in_nunchakus_layout_is_told(model, tmp_path):
     (tmp_path / "taken.safetensors").write_bytes(b"mine")
     with pytest.raises(CheckpointError, match="exists already"):
         nunchaku_write.save(str(tmp_path / "taken.safetensors"), tensors, specs, config, RECIPE, "flux", False)
+
+
+# --- mutated headers -----------------------------------------------------------------------------------------------
+
+DTYPE_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1, "I32": 4, "F8_E4M3": 1, "I64": 8}
+
+
+def with_header(path, entries, metadata):
+    """A file of these {name: [dtype, shape]}, its data a hole of the right size."""
+    header, position = {"__metadata__": metadata}, 0
+    for name, (dtype, shape) in entries.items():
+        stop = position + DTYPE_SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, stop]}
+        position = stop
+    raw = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + position)
+    return path
+
+
+@st.composite
+def mutations(draw):
+    """(index of a tensor, what is done to it, with what)."""
+    kind = draw(st.sampled_from(("drop", "rename", "dtype", "shape", "extra", "metadata")))
+    value = {"drop": st.none(), "rename": st.sampled_from(("", "x", "transformer_blocks.0.qkv_proj.qweight",
+                                                                      "transformer_blocks.9999.a.b")),
+             "dtype": st.sampled_from(sorted(DTYPE_SIZES)), "extra": st.text(max_size=20),
+             "shape": st.lists(st.sampled_from((0, 1, 2, 3, 16, 64, 96, 128, 256, 10**5)), max_size=3),
+             "metadata": st.tuples(st.sampled_from(("config", "comfy_config", "quantization_config", "model_class",
+                                                    "svdquant.recipe")),
+                                   st.sampled_from(("", "{}", "[]", "3", "null", '{"model_config": {"depth": 2}}',
+                                                    "[" * 3000, '{"weight": 3}')))}
+    return draw(st.integers(0, 10**6)), kind, draw(value[kind])
+
+
+@given(changes=st.lists(mutations(), min_size=1, max_size=3))
+@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_mutated_headers_are_refused_or_describe_a_whole_model(written, tmp_path, changes):
+    header = read_header(str(written))
+    types = {torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32"}
+    entries = {name: [types[info.dtype], list(info.shape)] for name, info in header.tensors.items()}
+    metadata = dict(header.metadata)
+    for index, kind, value in changes:
+        name = list(entries)[index % len(entries)]
+        if kind == "drop":
+            del entries[name]
+        elif kind == "rename":
+            entries[value or name.upper()] = entries.pop(name)
+        elif kind == "extra":
+            entries[name + value] = entries[name]
+        elif kind == "metadata":
+            metadata[value[0]] = value[1]
+        else:
+            entries[name] = [value, entries[name][1]] if kind == "dtype" else [entries[name][0], value]
+        if math.prod(entries.get(name, ["", [1]])[1]) > 10**9:
+            entries[name][1] = [10**9]
+    path = with_header(tmp_path / "mutated.safetensors", entries, metadata)
+    try:
+        file = opened(path)
+    except CheckpointError as error:
+        assert "mutated.safetensors" in str(error) and "\n" not in str(error)
+    else:
+        # What is still a whole model has every tensor in the shape that its layers say.
+        for name, spec in file.specs.items():
+            assert all(file.shapes[f"{name}.{part}"] == shape for part, (shape, _) in spec.tensors().items())
+        assert {name: tuple(info.shape) for name, info in header.tensors.items() if name.endswith("qweight")} == {
+            name: tuple(entries[name][1]) for name in entries if name.endswith("qweight")}
