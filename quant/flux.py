@@ -56,3 +56,18 @@ def quantized_names(keys):
     """Names of the layers that `keys` (tensor names) hold and that a quantized FLUX packs, in order of appearance."""
     names = (key.removesuffix(".weight") for key in keys if key.endswith(".weight"))
     return [name for name in names if layer_format(name)]
+
+
+def config(shapes):
+    """The FLUX configuration that {tensor name: shape} tell, in ComfyUI's terms; FLUX.1's own where no shape does.
+
+    shapes: of a whole model; packed layers may stand in it for linears.
+    """
+    hidden, width = shapes["img_in.weight"]
+    depths = {key: 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(f"{kind}.")), default=-1)
+              for key, kind in (("depth", "double_blocks"), ("depth_single_blocks", "single_blocks"))}
+    return {"image_model": "flux", "in_channels": width // 4, "out_channels": shapes["final_layer.linear.bias"][0] // 4,
+            "patch_size": 2, "hidden_size": hidden, "num_heads": hidden // 128, **depths,
+            "context_in_dim": shapes["txt_in.weight"][1], "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
+            "mlp_ratio": 4.0, "qkv_bias": True, "guidance_embed": "guidance_in.in_layer.weight" in shapes,
+            "axes_dim": [16, 56, 56], "theta": 10000}

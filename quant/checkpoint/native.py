@@ -13,6 +13,7 @@ Files that others made under comfy-kitchen's names have none of these metadata; 
 """
 
 import json
+from itertools import chain
 
 from .. import flux, layout
 from .header import CheckpointError
@@ -38,7 +39,8 @@ def packed_file(header, prefix, config, recipe, source):
     """PackedFile of a header that has our names under `prefix`."""
     own = header.within(prefix)
     shapes = {name: info.shape for name, info in own.tensors.items() if not name.endswith(f".{layout.QUANT_KEY}")}
-    return PackedFile(header, layer_specs(own), shapes, config, recipe, source,
+    dtypes = {name: own.tensors[name].dtype for name in shapes}
+    return PackedFile(header, layer_specs(own), shapes, dtypes, config, recipe, source,
                       lambda: ((name, own.read_tensor(name)) for name in shapes), prefix)
 
 
@@ -138,10 +140,16 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False):
     recipe: JSON-able dicts; source: str. Raises CheckpointError where the file exists (and overwrite is False), the
     disk is full or the folder can't be written.
     """
-    tensors = dict(tensors) | {f"{layer}.{layout.QUANT_KEY}": layout.encode_conf(spec.conf()) for layer, spec in specs.items()}
+    infos = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+    save_stream(path, infos, tensors.items(), specs, config, recipe, source, overwrite)
+
+
+def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=False):
+    """save, with the tensors one at a time. infos: {name: (shape, dtype)}; tensors: iterable of (name, tensor)."""
+    described = {f"{layer}.{layout.QUANT_KEY}": layout.encode_conf(spec.conf()) for layer, spec in specs.items()}
+    infos = infos | {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
     metadata = {
         "svdquant.version": str(VERSION), "svdquant.config": json.dumps(config), "svdquant.recipe": json.dumps(recipe),
         "svdquant.source": source, **modelspec(path),
     }
-    infos = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
-    write(path, infos, tensors.items(), metadata, overwrite)
+    write(path, infos, chain(tensors, described.items()), metadata, overwrite)

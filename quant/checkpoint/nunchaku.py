@@ -66,7 +66,9 @@ def open_file(header):
     specs = {name: layer.spec for name, layer in layers.items()}
     shapes = {f"{name}.{part}": shape for name, spec in specs.items() for part, (shape, _) in spec.tensors().items()}
     shapes |= {name: source.info(stored).shape for name, stored in plain.items()}
-    return PackedFile(header, specs, shapes, _config(source), _recipe(source, specs),
+    dtypes = {f"{name}.{part}": dtype for name, spec in specs.items() for part, (_, dtype) in spec.tensors().items()}
+    dtypes |= {name: source.info(stored).dtype for name, stored in plain.items()}
+    return PackedFile(header, specs, shapes, dtypes, _config(source), _recipe(source, specs),
                       source.metadata.get("svdquant.source", header.file), lambda: _tensors(source, layers, plain))
 
 

@@ -8,6 +8,10 @@ import torch
 
 from ..layout import GROUP_SIZE
 
+# The dimension along which a part of a layer falls in two; the others belong to both halves (the bias to the second).
+ROWS = {"weight": 0, "weight_scale": 1, "bias": 0, "weight_proj_up": 0}
+COLUMNS = {"weight": 1, "weight_scale": 0, "weight_smooth_factor": 0, "weight_proj_down": 0}
+
 
 def join(parts, rows, joint):
     """Two layers as one: ({parameter name: tensor}, the other's) -> {parameter name: tensor}.
@@ -36,22 +40,19 @@ def join(parts, rows, joint):
 
 
 def split(tensors, at, rows):
-    """The inverse of join, at row or column `at`. Ranks that a half has no use for are left out of it, so that what
-    join put together comes apart as it was."""
-    def cut(part, dim):
-        whole = tensors[part].shape[dim]
-        start = at // GROUP_SIZE if (part, dim) == ("weight_scale", 0) else at // 2 if (part, dim) == ("weight", 1) else at
-        return tensors[part].split((start, whole - start), dim)
-
-    if rows:
-        pairs = {part: cut(part, dim) for part, dim in (("weight", 0), ("weight_scale", 1), ("bias", 0), ("weight_proj_up", 0))}
-        pairs |= {part: (tensors[part],) * 2 for part in ("weight_smooth_factor", "weight_proj_down")}
-    else:
-        pairs = {part: cut(part, dim) for part, dim in (("weight", 1), ("weight_scale", 0), ("weight_smooth_factor", 0),
-                                                        ("weight_proj_down", 0))}
-        pairs |= {"weight_proj_up": (tensors["weight_proj_up"],) * 2,
-                  "bias": (torch.zeros_like(tensors["bias"]), tensors["bias"])}
-    return [_used_ranks({part: pair[i] for part, pair in pairs.items()}) for i in range(2)]
+    """The inverse of join, at row or column `at`; of a layer's branch alone, too. Ranks that a half has no use for are
+    left out of it, so that what join put together comes apart as it was."""
+    units = {"weight": (at, at // 2), "weight_scale": (at // GROUP_SIZE, at)}  # of dimension 0 and 1
+    cuts = ROWS if rows else COLUMNS
+    first, second = {}, {}
+    for part, tensor in tensors.items():
+        if part in cuts:
+            start = units.get(part, (at, at))[cuts[part]]
+            first[part], second[part] = tensor.split((start, tensor.shape[cuts[part]] - start), cuts[part])
+        else:
+            first[part] = torch.zeros_like(tensor) if part == "bias" else tensor
+            second[part] = tensor
+    return [_used_ranks(first), _used_ranks(second)]
 
 
 def _used_ranks(tensors):

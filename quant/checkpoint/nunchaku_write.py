@@ -13,12 +13,13 @@ from .nunchaku import FLOAT_TYPES, HALF_TYPES, MODEL_CLASSES
 from .write import check_target, modelspec, write
 
 
-def save(path, tensors, specs, config, recipe, source, overwrite=False):
+def save(path, tensors, specs, config, recipe, source, overwrite=False, counted=lambda tensors: tensors):
     """Write a checkpoint in Nunchaku's layout, as write.write does.
 
     tensors: mapping {name: tensor} of the whole diffusion model, read one at a time; specs: {layer name: LayerSpec} of
     its packed layers; config, recipe: JSON-able dicts; source: str. Codes, scales and branches are written as they are;
-    every layer gets the same rank, the largest, filled up with zeros. Raises CheckpointError where a layer has no place
+    every layer gets the same rank, the largest, filled up with zeros. counted: wraps the iterable of (name, tensor) that
+    is written, to watch it. Raises CheckpointError where a layer has no place
     in Nunchaku's layout, and as write.write does.
     """
     check_target(path, overwrite)
@@ -33,7 +34,7 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False):
         infos |= _layout(name, specs[name], parts, chunks, rank)
     metadata = _metadata(tensors, config, rank) | modelspec(path) | {
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source}
-    write(path, infos, _stream(tensors, specs, layers, plain, rank), metadata, overwrite)
+    write(path, infos, counted(_stream(tensors, specs, layers, plain, rank)), metadata, overwrite)
 
 
 def _layers(depths):
@@ -99,9 +100,12 @@ def _common_rank(tensors, specs, layers):
     """The rank of every layer in the file: Nunchaku's fused MLP wants fc1's and fc2's to be the same."""
     rank = order.RANK_TILE
     for name, (parts, chunks) in layers.items():
-        if not chunks and specs[name].rank > rank:
-            for part in _parts(tensors, name, specs[name], len(parts)):
-                rank = max(rank, part["weight_proj_up"].shape[1])
+        if len(parts) == 1 and not chunks:
+            rank = max(rank, specs[name].rank)
+        elif specs[name].rank > rank:
+            branch = {part: tensors[f"{name}.{part}"].detach().cpu() for part in ("weight_proj_down", "weight_proj_up")}
+            halved = halves.split(branch, _split_at(name, specs[name]), name.endswith(".linear1"))
+            rank = max(rank, *(half["weight_proj_up"].shape[1] for half in halved))
     return rank + -rank % order.RANK_TILE
 
 

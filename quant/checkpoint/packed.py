@@ -13,6 +13,7 @@ class PackedFile:
     header: Header  # of the file that the user chose, for messages
     specs: dict  # {layer name: LayerSpec}
     shapes: dict  # {tensor name: shape} of all the tensors, those of packed layers included
+    dtypes: dict  # {tensor name: dtype}, likewise
     config: dict  # what the file itself says of its FLUX configuration
     recipe: dict  # how it was quantized, as far as the file tells
     source: str  # name of the model that was quantized, or of this file

@@ -1,0 +1,41 @@
+"""Convert a quantized FLUX.1 between layouts: python convert.py IN OUT --to native|nunchaku [--overwrite]."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+PACK = "svdquant_pack"
+
+
+def load_pack():
+    """Import the folder this file is in as a package; ComfyUI does it the same way, whatever the folder is called."""
+    root = Path(__file__).resolve().parent
+    spec = importlib.util.spec_from_file_location(PACK, root / "__init__.py", submodule_search_locations=[str(root)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACK] = module
+    spec.loader.exec_module(module)
+
+
+def main():
+    load_pack()
+    convert = importlib.import_module(f"{PACK}.quant.convert")
+    header = importlib.import_module(f"{PACK}.quant.checkpoint.header")
+    parser = argparse.ArgumentParser(description="Convert a quantized FLUX.1 from one layout into another.")
+    parser.add_argument("source", metavar="IN", help="a .safetensors file: Nunchaku INT4, ours or comfy-kitchen's names")
+    parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--to", choices=convert.LAYOUTS, required=True, help="the layout to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    args = parser.parse_args()
+
+    def progress(done, total):
+        print(f"\r{100 * done // total:3d} %", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+    try:
+        convert.convert(str(Path(args.source).resolve()), str(Path(args.target).resolve()), args.to, args.overwrite, progress)
+    except (header.CheckpointError, OSError) as error:
+        sys.exit(f"convert: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Checkpoints from one layout into another, on disk."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_svdquant.quant import convert, flux
+from comfyui_svdquant.quant.checkpoint import native, nunchaku, nunchaku_write
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from safetensors.torch import load_file, save_file
+
+from .packed_flux import packed_flux
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("models"), packed_flux(rank=32)
+    native.save(str(folder / "native.safetensors"), *model, {"preset": "data-free"}, "flux")
+    nunchaku_write.save(str(folder / "nunchaku.safetensors"), *model, {"preset": "data-free"}, "flux")
+    return {layout: folder / f"{layout}.safetensors" for layout in convert.LAYOUTS}
+
+
+@pytest.mark.parametrize(("source", "to"), [("native", "nunchaku"), ("nunchaku", "native")])
+def test_a_converted_file_is_what_the_writer_writes(files, tmp_path, source, to):
+    target, seen = tmp_path / "out.safetensors", []
+    convert.convert(str(files[source]), str(target), to, progress=lambda *counts: seen.append(counts))
+    expected, found = load_file(files[to]), load_file(target)
+    assert expected.keys() == found.keys()
+    unequal = {name for name in expected if not torch.equal(expected[name], found[name])}
+    assert to == "nunchaku" and not unequal or all("mod" in name and name.endswith(".bias") for name in unequal)
+    theirs, ours = (read_header(str(path)).metadata for path in (files[to], target))
+    assert all(theirs[key] == ours[key] for key in ("svdquant.recipe", "svdquant.source"))
+    assert theirs.get("svdquant.config", theirs.get("comfy_config")) == ours.get("svdquant.config", ours.get("comfy_config"))
+    assert seen[-1] == (seen[-1][1],) * 2 and [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_there_and_back_gives_the_same_file(files, tmp_path):
+    convert.convert(str(files["nunchaku"]), str(tmp_path / "a.safetensors"), "native")
+    convert.convert(str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "nunchaku")
+    before, after = load_file(files["nunchaku"]), load_file(tmp_path / "b.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_files_without_metadata(files, tmp_path):
+    for layout, to in (("native", "nunchaku"), ("nunchaku", "native")):
+        save_file(load_file(files[layout]), tmp_path / "bare.safetensors")
+        convert.convert(str(tmp_path / "bare.safetensors"), str(tmp_path / to), to)
+    file = nunchaku.open_file(read_header(str(tmp_path / "nunchaku")))
+    assert file.config["depth"] == 1 and file.config["axes_dim"] == [16, 56, 56]
+    assert native.config(read_header(str(tmp_path / "native"))) == flux.config(file.shapes)
+
+
+def test_refusals_leave_nothing_behind(files, tmp_path):
+    target = tmp_path / "out.safetensors"
+    with pytest.raises(CheckpointError, match="nunchaku.safetensors is in the nunchaku layout already"):
+        convert.convert(str(files["nunchaku"]), str(target), "nunchaku")
+    save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
+    with pytest.raises(CheckpointError, match="is no quantized FLUX.1"):
+        convert.convert(str(tmp_path / "plain.safetensors"), str(target), "native")
+    assert os.listdir(tmp_path) == ["plain.safetensors"]
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert.convert(str(files["nunchaku"]), str(tmp_path / "plain.safetensors"), "native")
+
+
+def test_the_command(files, tmp_path):
+    command = [sys.executable, str(ROOT / "convert.py"), str(files["native"]), str(tmp_path / "out.safetensors"), "--to", "nunchaku"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "100 %" in done.stderr, done.stderr
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 1 and again.stderr.startswith("convert: out.safetensors exists already")
