@@ -33,7 +33,7 @@ class StoredTensors(Mapping):
 def convert(source, target, to, overwrite=False, progress=lambda done, total: None):
     """Write the quantized FLUX.1 of file `source` into file `target`, in layout `to`, one of LAYOUTS.
 
-    progress: called with the count of layers and other tensors written, and of all. Raises CheckpointError, before
+    progress: called with the count of tensors written, and of all. Raises CheckpointError, before
     anything is written, on a file that is not a whole quantized FLUX.1 or is in that layout already.
     """
     header = read_header(source)
@@ -43,10 +43,10 @@ def convert(source, target, to, overwrite=False, progress=lambda done, total: No
         raise CheckpointError(f"{header.file} {why}; choose another file.")
     packed = READERS[found].open_file(header)
     config = _config(packed)
-    counted = partial(_counted, total=len(packed.shapes), progress=progress)
+    counted = partial(_counted, progress=progress)
     if to == "native":
         infos = {name: (shape, packed.dtypes[name]) for name, shape in packed.shapes.items()}
-        native.save_stream(target, infos, counted(packed.tensors()), packed.specs, config, packed.recipe, packed.source,
+        native.save_stream(target, infos, counted(packed.tensors(), len(infos)), packed.specs, config, packed.recipe, packed.source,
                            overwrite)
     else:
         nunchaku_write.save(target, StoredTensors(packed), packed.specs, config, packed.recipe, packed.source, overwrite,
@@ -65,4 +65,4 @@ def _config(packed):
 def _counted(tensors, total, progress):
     for done, item in enumerate(tensors, 1):
         yield item
-        progress(min(done, total), total)
+        progress(done, total)

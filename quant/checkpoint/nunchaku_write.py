@@ -13,13 +13,13 @@ from .nunchaku import FLOAT_TYPES, HALF_TYPES, MODEL_CLASSES
 from .write import check_target, modelspec, write
 
 
-def save(path, tensors, specs, config, recipe, source, overwrite=False, counted=lambda tensors: tensors):
+def save(path, tensors, specs, config, recipe, source, overwrite=False, counted=lambda tensors, total: tensors):
     """Write a checkpoint in Nunchaku's layout, as write.write does.
 
     tensors: mapping {name: tensor} of the whole diffusion model, read one at a time; specs: {layer name: LayerSpec} of
     its packed layers; config, recipe: JSON-able dicts; source: str. Codes, scales and branches are written as they are;
     every layer gets the same rank, the largest, filled up with zeros. counted: wraps the iterable of (name, tensor) that
-    is written, to watch it. Raises CheckpointError where a layer has no place
+    is written, and is told how many there are, to watch it. Raises CheckpointError where a layer has no place
     in Nunchaku's layout, and as write.write does.
     """
     check_target(path, overwrite)
@@ -34,7 +34,7 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, counted=
         infos |= _layout(name, specs[name], parts, chunks, rank)
     metadata = _metadata(tensors, config, rank) | modelspec(path) | {
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source}
-    write(path, infos, counted(_stream(tensors, specs, layers, plain, rank)), metadata, overwrite)
+    write(path, infos, counted(_stream(tensors, specs, layers, plain, rank), len(infos)), metadata, overwrite)
 
 
 def _layers(depths):
