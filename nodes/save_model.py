@@ -27,6 +27,15 @@ def target_path(filename):
     return path, os.path.relpath(path, folder)
 
 
+def unpatched_tensors(model):
+    """{name in the file: tensor} of a quantized model. Another clone of it may be loaded with its LoRAs at this moment; what
+    ComfyUI has put aside for them is the model's own."""
+    tensors = model.model.diffusion_model.state_dict()
+    for key, put_aside in model.backup.items():
+        tensors[key.removeprefix("diffusion_model.")] = put_aside.weight
+    return {build.stored_name(name): tensor for name, tensor in tensors.items()}
+
+
 class SVDQuantSaveModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -58,8 +67,7 @@ class SVDQuantSaveModel(io.ComfyNode):
             raise ValueError("There are LoRAs or other weight patches on this 4-bit MODEL, which its file can't hold; save it "
                              "without them, or put them before SVDQuant Quantize Model, which bakes them in.")
         path, name = target_path(filename)
-        diffusion_model = model.model.diffusion_model
-        tensors = {build.stored_name(key): tensor for key, tensor in diffusion_model.state_dict().items()}
+        tensors = unpatched_tensors(model)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
         native.save(path, tensors, specs, build.stored_config(model.model), model.recipe, model.source, overwrite)
         return io.NodeOutput(name)

@@ -71,7 +71,8 @@ def test_load_quantize_save_load():
     name = SVDQuantSaveModel.execute(twin, "out/tiny_4bit", False).result[0]
     assert name == os.path.join("out", "tiny_4bit.safetensors")
     loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
-    assert loaded.recipe == json.loads(json.dumps(twin.recipe)) and len(loaded.recipe["layers"]) == len(layers) and loaded.source == "tiny_flux.safetensors"
+    assert loaded.recipe == json.loads(json.dumps(twin.recipe)) and len(loaded.recipe["layers"]) == len(layers)
+    assert loaded.source == "tiny_flux.safetensors"
     state, again = twin.model.state_dict(), loaded.model.state_dict()
     assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
     with pytest.raises(CheckpointError, match="exists already"):
@@ -141,3 +142,19 @@ def test_the_embedded_model_has_the_documented_size():
     params = patcher.model.diffusion_model.params
     assert (params.hidden_size, params.num_heads, params.in_channels) == (256, 2, 16)
     assert 10e6 < sum(p.numel() for p in patcher.model.diffusion_model.parameters()) < 16e6
+
+
+def test_saving_beside_a_clone_that_is_loaded_with_a_lora(tmp_path):
+    """Clones share their weights: a LoRA that another one has loaded onto a 16-bit layer must not end up in the file."""
+    twin, *_ = quantize()
+    own = twin.model.diffusion_model.img_in.weight.clone()
+    patched = twin.clone()
+    assert patched.add_patches({"diffusion_model.img_in.weight": ("diff", (torch.ones_like(own, dtype=torch.float32),))}, 1.0)
+    patched.patch_model(patched.load_device)
+    assert not torch.equal(twin.model.diffusion_model.img_in.weight, own)
+    name = SVDQuantSaveModel.execute(twin, "clean", True).result[0]
+    patched.unpatch_model(patched.offload_device)
+    loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
+    assert torch.equal(loaded.model.diffusion_model.img_in.weight, own)
+    with pytest.raises(ValueError, match="LoRAs or other weight patches"):
+        SVDQuantSaveModel.execute(patched, "patched", True)
