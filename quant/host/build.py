@@ -19,12 +19,16 @@ CONFIG_KEYS = UNSEEN_KEYS + ("image_model", "in_channels", "hidden_size", "num_h
 
 FLUX_KEYS = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight")
 
+SCALED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")  # ComfyUI's ways of storing fp8 with a scale
+
 PACKED_FORMATS = (native, nunchaku, kitchen)
 
-# A key that gives a foreign model away, and what to call it.
-FOREIGN = (
+# A key that gives a foreign model away, and what to call it; first those that look like a FLUX.1 otherwise.
+COUSINS = (
     ("distilled_guidance_layer", "a Chroma model"),
     ("double_stream_modulation_img.lin.weight", "a FLUX.2 model"),
+)
+FOREIGN = (
     ("input_blocks.0.0.weight", "a Stable Diffusion or SDXL UNet"),
     ("joint_blocks.0.", "a Stable Diffusion 3 model"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
@@ -80,6 +84,10 @@ def _load_plain(header, compute_dtype):
     if _core_knows(shapes):
         return _load_by_core(header, compute_dtype)
     # ComfyUI before 0.9 takes every FLUX for one of 24 heads; a FLUX of another width is loaded here.
+    scaled = [name for name in shapes if name.endswith(SCALED)]
+    if scaled:
+        raise CheckpointError(f"{header.file} has scaled weights ({scaled[0]}), which this ComfyUI reads only for FLUX.1 of the "
+                              "usual width; update ComfyUI, or take a bf16 version of the model.")
     _load_weights(model, header, {name: prefix + name for name in shapes})
     return make_patcher(model, comfy.model_patcher.ModelPatcher)
 
@@ -89,14 +97,18 @@ def _flux_prefix(header):
 
     Raises CheckpointError where it is something else.
     """
-    what = next((what for key, what in FOREIGN if any(key in name for name in header.tensors)), None)
+    def first(kinds):
+        return next((what for key, what in kinds if any(key in name for name in header.tensors)), None)
+
+    what = first(COUSINS)
     if what is None:
-        for prefix in ("", "model.diffusion_model."):
+        for prefix in ("", "model.diffusion_model."):  # a whole checkpoint has text encoders and a VAE beside the second
             has_norm = any(prefix + key in header.tensors for key in FLUX_KEYS)
             if has_norm and f"{prefix}img_in.weight" in header.tensors:
                 return prefix
         if "transformer_blocks.0.attn.norm_added_k.weight" in header.tensors and "x_embedder.weight" in header.tensors:
             return None
+        what = first(FOREIGN)
     raise CheckpointError(f"{header.file} is {what or 'not a FLUX.1 model'}; choose a FLUX.1 model in safetensors "
                           "format.")
 

@@ -229,6 +229,36 @@ def test_files_of_other_models_are_named(tmp_path, kind):
     assert what in refusal(path)
 
 
+@pytest.mark.parametrize("key", ["distilled_guidance_layer.in_proj.weight", "double_stream_modulation_img.lin.weight"])
+def test_cousins_of_flux_are_named(tmp_path, key):
+    path = tmp_path / "cousin.safetensors"
+    save_file(flux_tensors() | {key: torch.zeros(4, 4)}, path)
+    assert ("Chroma" if "distilled" in key else "FLUX.2") in refusal(path)
+
+
+def test_a_whole_checkpoint_with_text_encoders_loads(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in flux_tensors().items()}
+    save_file(tensors | {"text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(4, 4),
+                         "vae.decoder.conv_in.weight": torch.zeros(4, 4)}, path)
+    assert torch.isfinite(sample(build.load_model(str(path)))).all()
+
+
+def test_scaled_fp8_of_an_unusual_width_is_never_read_without_its_scales(tmp_path):
+    path = tmp_path / "scaled.safetensors"
+    tensors = flux_tensors()
+    name = "single_blocks.0.linear1"
+    tensors[f"{name}.weight"] = (tensors[f"{name}.weight"].float() * 100).to(torch.float8_e4m3fn)
+    save_file(tensors | {f"{name}.scale_weight": torch.tensor(0.01), "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, path)
+    try:
+        loaded = sample(build.load_model(str(path)))
+    except CheckpointError as error:
+        assert "scaled weights" in str(error)
+    else:  # newer ComfyUI knows every width, and reads the scales
+        exact = sample(build.load_model(write_flux(tmp_path / "flux.safetensors")))
+        assert float((loaded - exact).norm() / exact.norm()) < 0.3
+
+
 @pytest.mark.parametrize("quantize_first", [False, True])
 @pytest.mark.parametrize("damage", ["missing", "shape", "cut", "no norm"])
 def test_damaged_flux_files(flux_file, native_file, tmp_path, quantize_first, damage):
