@@ -76,9 +76,10 @@ def main():
     import layers
     import recipes
 
+    # Asked before the run, which takes long enough for the checkout to move on.
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     found = measure(args, layers, recipes)
     print(table(found, layers.KINDS))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     record = {"date": date.today().isoformat(), "commit": commit, "device": machine, "torch": torch.__version__,
               "arguments": vars(args), "results": found}
