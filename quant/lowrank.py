@@ -23,6 +23,8 @@ def low_rank(weight, rank, iterations=POWER_ITERATIONS, seed=0):
     weight: (N, K) float32. Returns up (N, R) and down (K, R), float32, weight ~ up down^T; the singular values are
     split evenly between the two, so that neither overflows fp16. Deterministic for a seed.
     """
+    if rank == 0:
+        return weight.new_zeros(weight.shape[0], 0), weight.new_zeros(weight.shape[1], 0)
     u, s, v = truncated_svd(weight, rank, iterations, seed)
     # A matrix with a side below `rank` has fewer singular vectors; the other columns stay zero.
     missing = rank - s.numel()
