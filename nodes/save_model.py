@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..quant.checkpoint import native
 from ..quant.host import build
-from ..quant.host.patcher import SVDQuantModelPatcher
+from ..quant.host.patcher import PREFIX, SVDQuantModelPatcher
 
 EXTENSION = ".safetensors"
 
@@ -32,7 +32,7 @@ def unpatched_tensors(model):
     ComfyUI has put aside for them is the model's own."""
     tensors = model.model.diffusion_model.state_dict()
     for key, put_aside in model.backup.items():
-        tensors[key.removeprefix("diffusion_model.")] = put_aside.weight
+        tensors[key.removeprefix(PREFIX)] = put_aside.weight
     return {build.stored_name(name): tensor for name, tensor in tensors.items()}
 
 

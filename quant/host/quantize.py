@@ -13,7 +13,7 @@ import torch
 from .. import calibration, flux, quantizer
 from ..linear import PackedLinear
 from . import build
-from .patcher import SVDQuantModelPatcher
+from .patcher import PREFIX, SVDQuantModelPatcher
 
 SOURCE = "svdquant.source"  # attachment of a MODEL that SVDQuant Load Model opened: its file's name
 MAX_CALLS = 64  # recorded calls of the model, spread over prompts and noise levels
@@ -96,7 +96,7 @@ def effective_weight(patcher, name, device):
 
     Returns it in its own dtype where nothing is applied to it, else in float32; on `device`.
     """
-    key = f"diffusion_model.{name}"
+    key = PREFIX + name
     (stored, convert), *patches = patcher.get_key_patches(key)[key]
     weight = convert(stored.to(device), inplace=False)
     if patches:
