@@ -22,11 +22,7 @@ from tiny_flux.untrained import tiny_flux
 
 FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.fixture(scope="module", autouse=True)

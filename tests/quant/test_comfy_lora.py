@@ -23,12 +23,7 @@ LINEAR1, LINEAR2, QKV, FC1, FC2, MOD = ("single_blocks.0.linear1", "single_block
 ROUNDING = 0.005  # of two bf16 factors
 MARGIN = 1.15
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    """ComfyUI runs every node so."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,7 @@ from tiny_flux.untrained import flux_tensors
 
 from .comfy_models import HIDDEN, Progress, prompts, quantized, sample, save, write_flux
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    """ComfyUI runs every node so."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.fixture(scope="module")

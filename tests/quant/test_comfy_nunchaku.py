@@ -2,7 +2,6 @@
 
 import json
 
-import comfy.sample
 import pytest
 import torch
 from comfyui_svdquant.quant import layout
@@ -11,16 +10,12 @@ from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_heade
 from comfyui_svdquant.quant.host import build
 from safetensors.torch import load_file, save_file
 
-from .packed_flux import CONTEXT, POOLED, packed_flux
+from .comfy_models import sample
+from .packed_flux import packed_flux
 
 RECIPE = {"preset": "data-free"}
-LATENT = torch.zeros(1, 16, 8, 8)
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +25,6 @@ def files(tmp_path_factory):
     native.save(str(folder / "native.safetensors"), *model, RECIPE, "flux")
     nunchaku_write.save(str(folder / "svdq-int4_r16-flux.safetensors"), *model, RECIPE, "flux")
     return folder / "native.safetensors", folder / "svdq-int4_r16-flux.safetensors"
-
-
-def sample(patcher):
-    g = torch.Generator().manual_seed(1)
-    cond = [[torch.randn(1, 12, CONTEXT, generator=g), {"pooled_output": torch.randn(1, POOLED, generator=g), "guidance": 3.5}]]
-    noise = comfy.sample.prepare_noise(LATENT, 5)
-    return comfy.sample.sample(patcher, noise, 2, 1.0, "euler", "simple", cond, cond, LATENT, disable_pbar=True, seed=5)
 
 
 def state(patcher):

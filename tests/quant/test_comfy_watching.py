@@ -8,11 +8,7 @@ from comfyui_svdquant.quant.host import build, quantize
 
 from .comfy_models import LATENT, Progress, prompts, quantized, sample, write_flux
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.fixture
