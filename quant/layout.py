@@ -14,6 +14,17 @@ that other software can read the files; N outputs, K inputs, R the rank, G = K /
 
 `weight_scale` is the whole truth about the scales, whatever structure a kernel may find in it.
 
+Layers that others quantized to NVFP4 stay in it (cuda/nvfp4.py has the arithmetic), with groups of 16, G = K / 16:
+
+    svdquant_nvfp4
+    X.weight                (N, K/2)  int8, two e2m1 codes a byte, low nibble = even column
+    X.weight_scale          (G, N)    float8_e4m3fn
+    X.weight_scale_2        (B, N)    float32, one for each row and K / B columns
+    and X.weight_proj_down, X.weight_proj_up, X.weight_smooth_factor, X.bias, X.comfy_quant as above
+
+Their inputs are signed e2m1 throughout, behind a GELU too, so nothing is shifted and no bias holds a correction. B is 1, but for
+linear2, whose two parts had scales of their own. The name is not comfy-kitchen's nvfp4, which has one second scale a matrix.
+
 Two linears of FLUX's single blocks hold two layers each, and both stay one packed layer here:
 
 * linear1 = [q k v ; MLP up] shares one input, so it is one matrix with one `smooth`, one quantized input and one branch
@@ -31,17 +42,24 @@ from dataclasses import dataclass
 import torch
 
 from ..cuda.int4 import GROUP_SIZE
+from ..cuda.nvfp4 import NVFP4_GROUP
 
 SVDQUANT = "svdquant_w4a4"
 SVDQUANT_SPLIT = "svdquant_w4a4_split"  # signed columns, then unsigned ones: only linear2
+NVFP4 = "svdquant_nvfp4"
 AWQ = "awq_w4a16"
+GROUP_SIZES = {SVDQUANT: GROUP_SIZE, SVDQUANT_SPLIT: GROUP_SIZE, NVFP4: NVFP4_GROUP, AWQ: GROUP_SIZE}
 
 QUANT_KEY = "comfy_quant"
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one packed layer is. unsigned_from: the first column that is coded unsigned; in_features if none is."""
+    """What one packed layer is.
+
+    unsigned_from: the first column that is coded unsigned; in_features if none is. scale_blocks: B, of NVFP4's
+    second scale.
+    """
 
     format: str
     in_features: int
@@ -49,7 +67,8 @@ class LayerSpec:
     rank: int = 0
     unsigned_from: int = -1
     bias: bool = True
-    dtype: torch.dtype = torch.bfloat16  # of the scales, the branch, the smoothing factor and the bias
+    dtype: torch.dtype = torch.bfloat16  # of the scales (not NVFP4's), the branch, the smoothing factor and the bias
+    scale_blocks: int = 1
 
     def __post_init__(self):
         if self.unsigned_from < 0:
@@ -59,11 +78,22 @@ class LayerSpec:
         if self.unsigned_from % GROUP_SIZE or self.unsigned_from > self.in_features:
             raise ValueError(f"has its first unsigned column at {self.unsigned_from}, not at a multiple of "
                              f"{GROUP_SIZE} within {self.in_features} columns")
+        if self.scale_blocks < 1 or self.in_features // self.group_size % self.scale_blocks:
+            raise ValueError(f"has {self.scale_blocks} rows of second scales, which do not divide its "
+                             f"{self.in_features // self.group_size} groups of columns")
+
+    @property
+    def group_size(self):
+        """Columns that share one scale."""
+        return GROUP_SIZES[self.format]
 
     def tensors(self):
         """{parameter name: (shape, dtype)} of the module's parameters, which are also the file's tensors."""
-        n, k, groups = self.out_features, self.in_features, self.in_features // GROUP_SIZE
-        tensors = {"weight": ((n, k // 2), torch.int8), "weight_scale": ((groups, n), self.dtype)}
+        n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
+        scale_dtype = torch.float8_e4m3fn if self.format == NVFP4 else self.dtype
+        tensors = {"weight": ((n, k // 2), torch.int8), "weight_scale": ((groups, n), scale_dtype)}
+        if self.format == NVFP4:
+            tensors["weight_scale_2"] = ((self.scale_blocks, n), torch.float32)
         if self.format == AWQ:
             tensors["weight_zeros"] = ((groups, n), self.dtype)
         else:
@@ -80,7 +110,7 @@ class LayerSpec:
 
     def conf(self):
         """The JSON object of `X.comfy_quant`."""
-        conf = {"format": self.format, "group_size": GROUP_SIZE, "orig_dtype": str(self.dtype),
+        conf = {"format": self.format, "group_size": self.group_size, "orig_dtype": str(self.dtype),
                 "orig_shape": [self.out_features, self.in_features]}
         if self.format != AWQ:
             conf |= {"rank": self.rank, "act_unsigned": self.unsigned_from == 0}

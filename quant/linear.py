@@ -1,13 +1,13 @@
-"""The two packed linear layers. Parameters as layout.py lists them; forward is one op, and what LoRAs add to it."""
+"""The packed linear layers. Parameters as layout.py lists them; forward is one op, and what LoRAs add to it."""
 
 import torch
 
-from ..cuda import ops, reference
+from ..cuda import nvfp4, nvfp4_ops, ops, reference
 from ..cuda.int4 import GELU_SHIFT
 
 
 class PackedLinear(torch.nn.Module):
-    """What both layers share: the parameters of a LayerSpec, under the names of the file.
+    """What all of them share: the parameters of a LayerSpec, under the names of the file.
 
     The parameters are allocated on `device`; "meta" allocates nothing, until load_state_dict(assign=True) puts the
     file's own tensors in. They may lie on another device than the input (ComfyUI's offloading): forward brings each
@@ -37,7 +37,7 @@ class PackedLinear(torch.nn.Module):
             y = self.product(x, p, p["bias"])
             return y if side is None else side.add(y, x)
         # Of the bias, the gain is for the part that corrects the GELU shift, and that only.
-        fold = side.fold.to(x.device, p["weight_scale"].dtype)
+        fold = side.fold.to(x.device, self.spec.dtype)
         y = self.product(x, p, fold) * side.gain.to(x) - fold.to(x)
         return side.add(y if p["bias"] is None else y + p["bias"].to(x), x)
 
@@ -45,7 +45,20 @@ class PackedLinear(torch.nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.spec.format}, rank={self.spec.rank}"
 
 
-class SVDQuantLinear(PackedLinear):
+class BranchedLinear(PackedLinear):
+    """Packed codes beside a low-rank branch."""
+
+    def dense(self, device):
+        """(N, K) float32: the weight that the layer stands for."""
+        up, down = (p.to(device, torch.float32) for p in (self.weight_proj_up, self.weight_proj_down))
+        return self.packed_part(device) + up @ down.t()
+
+    def fold(self, device):
+        """(N,) float32: what of the bias corrects the shift of the GELU's output, rather than being the layer's."""
+        return -GELU_SHIFT * self.packed_part(device)[:, self.spec.unsigned_from:].sum(dim=-1)
+
+
+class SVDQuantLinear(BranchedLinear):
     """W4A4 with a low-rank branch: x (..., K) -> (..., N). One op, if no LoRA is loaded.
 
     act_bits: 4, SVDQuant as published, or 8, the same weights with int8 activations.
@@ -62,14 +75,18 @@ class SVDQuantLinear(PackedLinear):
         weight = reference.dequantize_weight(self.weight.to(device), self.weight_scale.to(device))
         return weight / self.weight_smooth_factor.to(device, torch.float32)
 
-    def dense(self, device):
-        """(N, K) float32: the weight that the layer stands for."""
-        up, down = (p.to(device, torch.float32) for p in (self.weight_proj_up, self.weight_proj_down))
-        return self.packed_part(device) + up @ down.t()
 
-    def fold(self, device):
-        """(N,) float32: what of the bias corrects the shift of the GELU's output, rather than being the layer's."""
-        return -GELU_SHIFT * self.packed_part(device)[:, self.spec.unsigned_from:].sum(dim=-1)
+class NVFP4Linear(BranchedLinear):
+    """W4A4 in NVFP4 with a low-rank branch: x (..., K) -> (..., N). Only read from others' files, never made here."""
+
+    def product(self, x, p, bias):
+        return nvfp4_ops.nvfp4_linear(x, p["weight"], p["weight_scale"], p["weight_scale_2"], p["weight_proj_down"],
+                                      p["weight_proj_up"], p["weight_smooth_factor"], bias)
+
+    def packed_part(self, device):
+        """(N, K) float32: the packed codes' share of the weight."""
+        weight = nvfp4.dequantize_weight(*(p.to(device) for p in (self.weight, self.weight_scale, self.weight_scale_2)))
+        return weight / self.weight_smooth_factor.to(device, torch.float32)
 
 
 class AWQLinear(PackedLinear):

@@ -1,10 +1,10 @@
-"""The operations class: ComfyUI's own, plus the two packed layers."""
+"""The operations class: ComfyUI's own, plus the packed layers."""
 
 import comfy.ops
 import torch
 
 from .. import layout
-from ..linear import AWQLinear, SVDQuantLinear
+from ..linear import AWQLinear, NVFP4Linear, SVDQuantLinear
 
 
 class Operations(comfy.ops.manual_cast):
@@ -31,10 +31,13 @@ class Operations(comfy.ops.manual_cast):
     class SVDQuantLinear(Packed, SVDQuantLinear):
         pass
 
+    class NVFP4Linear(Packed, NVFP4Linear):
+        pass
+
     class AWQLinear(Packed, AWQLinear):
         pass
 
     @classmethod
     def packed(cls, spec):
         """A packed layer without memory of its own, for a LayerSpec."""
-        return cls.AWQLinear(spec) if spec.format == layout.AWQ else cls.SVDQuantLinear(spec)
+        return {layout.AWQ: cls.AWQLinear, layout.NVFP4: cls.NVFP4Linear}.get(spec.format, cls.SVDQuantLinear)(spec)
