@@ -21,7 +21,7 @@ from .packed import PackedFile
 from .write import modelspec, write
 
 VERSION = 1
-MODULE_FORMATS = (layout.SVDQUANT, layout.SVDQUANT_SPLIT, layout.AWQ)
+MODULE_FORMATS = tuple(layout.GROUP_SIZES)
 
 
 def matches(header):
@@ -82,9 +82,11 @@ def _layer_spec(header, name):
         conf = layout.decode_conf(header.read_bytes(key))
     except ValueError as error:
         raise CheckpointError(f"{header.file}: {key} {error}; save or download the file again.") from None
-    group_size = conf.get("group_size", layout.GROUP_SIZE)
-    if conf.get("format") not in MODULE_FORMATS or group_size != layout.GROUP_SIZE:
-        raise CheckpointError(f"{header.file}: layer {name} has format {conf.get('format')!r} with group size "
+    kind = conf.get("format")
+    usual = layout.GROUP_SIZES[kind] if kind in MODULE_FORMATS else None
+    group_size = conf.get("group_size", usual)
+    if usual is None or group_size != usual:
+        raise CheckpointError(f"{header.file}: layer {name} has format {kind!r} with group size "
                               f"{group_size!r}, which this version can't run; update ComfyUI-SVDQuant.")
     if flux.layer_format(name) is None:
         raise CheckpointError(f"{header.file}: layer {name} is packed, but FLUX.1 has no such layer to pack; choose a "
@@ -96,13 +98,17 @@ def _layer_spec(header, name):
                               "choose a file that is not packed in tiles, or save or download it again.")
     n, k = weight.shape[0], weight.shape[1] * 2
     unsigned = {layout.SVDQUANT: 0 if conf.get("act_unsigned") else k,
-                layout.SVDQUANT_SPLIT: conf.get("act_unsigned_from"), layout.AWQ: k}[conf["format"]]
-    rank = 0 if conf["format"] == layout.AWQ else conf.get("rank", _rank(header, name))
+                layout.SVDQUANT_SPLIT: conf.get("act_unsigned_from")}.get(kind, k)
+    rank = 0 if kind == layout.AWQ else conf.get("rank", _rank(header, name))
     if not isinstance(unsigned, int) or not isinstance(rank, int) or rank < 0 or unsigned < 0:
         raise CheckpointError(f"{header.file}: {key} lacks a valid rank or act_unsigned_from; save or download the "
                               "file again.")
+    dtype, scale_blocks = scale.dtype, 1
+    if kind == layout.NVFP4:
+        dtype = _info(header, f"{name}.weight_smooth_factor").dtype
+        scale_blocks = (*_info(header, f"{name}.weight_scale_2").shape, 0)[0]
     try:
-        spec = layout.LayerSpec(conf["format"], k, n, rank, unsigned, f"{name}.bias" in header.tensors, scale.dtype)
+        spec = layout.LayerSpec(kind, k, n, rank, unsigned, f"{name}.bias" in header.tensors, dtype, scale_blocks)
     except ValueError as error:
         raise CheckpointError(f"{header.file}: layer {name} {error}; save or download the file again.") from None
     for part, (shape, dtype) in spec.tensors().items():
