@@ -1,0 +1,407 @@
+"""CUDA source to running kernels: NVRTC -> cubin -> disk cache -> CuPy function.
+
+NVRTC is called through ctypes rather than by CuPy's RawModule: CuPy can't name sm_90a (wgmma) before CUDA 12.9, and compiling
+without CuPy lets the tests look at the machine code where there is no GPU. CuPy loads the cubin and launches it. Neither is
+imported before the first kernel is asked for. The sources need no CUDA headers: what they share is in kernels/*.cuh.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+
+SOURCES = Path(__file__).with_name("kernels")
+CACHE_VARIABLE = "SVDQUANT_CACHE_DIR"  # where compiled kernels are kept, in place of the user's cache folder
+OLDEST_ARCH = 75  # compute capability of Turing, the first with 4-bit and 8-bit tensor cores
+OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
+
+log = logging.getLogger(__name__)
+
+
+class KernelsUnavailable(RuntimeError):
+    """The CUDA kernels can't be used on this machine. The message says why, and what to install."""
+
+
+# --- NVRTC -----------------------------------------------------------------------------------------------------------
+
+
+class Compiled(NamedTuple):
+    cubin: bytes
+    log: str  # NVRTC's and ptxas's messages: registers, shared memory, spills, warnings
+
+
+class Nvrtc:
+    """The functions of one NVRTC library that are used here."""
+
+    def __init__(self, path):
+        path = str(path)
+        if os.path.dirname(path):  # its builtins library is found by name once it is loaded
+            for builtins in Path(path).parent.glob("nvrtc-builtins64_*.dll"):
+                ctypes.CDLL(str(builtins))
+        self.library = ctypes.CDLL(path)
+        self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+        self.version = (major.value, minor.value)
+
+    def _call(self, name, *args):
+        status = getattr(self.library, name)(*args)
+        if status != 0:
+            raise KernelsUnavailable(f"{name} failed: {self.library.nvrtcGetErrorString(status).decode()}")
+
+    @functools.cached_property
+    def architectures(self):
+        """Compute capabilities that it compiles for, as integers such as 89."""
+        count = ctypes.c_int()
+        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+        numbers = (ctypes.c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", numbers)
+        return tuple(numbers)
+
+    def compile(self, name, source, headers, options):
+        """Compile `source` (str) with `headers` {include name: text} to a Compiled; raises with the compiler's log."""
+        program = ctypes.c_void_p()
+        texts = (ctypes.c_char_p * len(headers))(*(text.encode() for text in headers.values()))
+        names = (ctypes.c_char_p * len(headers))(*(header.encode() for header in headers))
+        flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), len(headers), texts, names)
+        try:
+            status = self.library.nvrtcCompileProgram(program, len(options), flags)
+            messages = self._text(program, "nvrtcGetProgramLog").rstrip(b"\0\n").decode(errors="replace")
+            if status != 0:
+                raise KernelsUnavailable(f"NVRTC {version_text(self.version)} could not compile {name} with "
+                                         f"{' '.join(options)}:\n{messages}")
+            return Compiled(self._text(program, "nvrtcGetCUBIN"), messages)
+        finally:
+            self.library.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def _text(self, program, getter):
+        size = ctypes.c_size_t()
+        self._call(f"{getter}Size", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        self._call(getter, program, buffer)
+        return buffer.raw
+
+
+def version_text(version):
+    return ".".join(map(str, version))
+
+
+def cuda_major():
+    """The CUDA generation of this PyTorch (12, 13), or 13 where PyTorch has none."""
+    return int((torch.version.cuda or "13").split(".")[0])
+
+
+def nvrtc_package():
+    return "nvidia-cuda-nvrtc" if cuda_major() >= 13 else f"nvidia-cuda-nvrtc-cu{cuda_major()}"
+
+
+def cupy_package():
+    return f"cupy-cuda{cuda_major()}x"
+
+
+def nvrtc_candidates():
+    """Where NVRTC may be, best first: PyTorch's own or its packages', a toolkit's, the system's."""
+    folders = [Path(torch.__file__).parent / "lib"]
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations if spec else None) or ():
+        folders += sorted(Path(root).glob("*/lib")) + sorted(Path(root).glob("*/bin")) + sorted(Path(root).glob("*/bin/*"))
+    for toolkit in filter(None, map(os.environ.get, ("CUDA_PATH", "CUDA_HOME"))):
+        folders += [Path(toolkit, "lib64"), Path(toolkit, "bin"), Path(toolkit, "bin", "x64")]
+    found = []
+    for folder in folders:
+        found += sorted(folder.glob("libnvrtc*.so.*")) + sorted(folder.glob("nvrtc64_*.dll"))
+    found = [path for path in found if "builtins" not in path.name and ".alt." not in path.name]
+    majors = sorted((12, 13), key=lambda major: major != cuda_major())
+    system = [f"nvrtc64_{major}0_0.dll" if os.name == "nt" else f"libnvrtc.so.{major}" for major in majors]
+    # PyTorch's generation first: a driver may know the machine code of its own generation, not that of the next.
+    return [path for major in majors for path in found if _major(path.name) == major] + system
+
+
+def _major(name):
+    """libnvrtc.so.13, libnvrtc-1a2b3c4d.so.12, nvrtc64_120_0.dll -> 13, 12, 12."""
+    match = re.search(r"\.so\.(\d+)|nvrtc64_(\d\d)", name)
+    return int(match[1] or match[2]) if match else None
+
+
+@functools.cache
+def nvrtc():
+    """The NVRTC of this machine; raises KernelsUnavailable where there is none."""
+    for path in nvrtc_candidates():
+        try:
+            library = Nvrtc(path)
+        except (OSError, AttributeError) as error:
+            log.debug("NVRTC: %s: %s", path, error)
+            continue
+        if library.version >= (12, 0):
+            return library
+    raise KernelsUnavailable("The CUDA kernels need NVRTC 12 or newer, and none was found. "
+                             f"Install it into ComfyUI's Python: pip install {nvrtc_package()}")
+
+
+# --- Source to cubin -------------------------------------------------------------------------------------------------
+
+
+def target(capability):
+    """Compute capability such as (9, 0) -> the architecture to compile for, such as "sm_90a"."""
+    number = 10 * capability[0] + capability[1]
+    if number < OLDEST_ARCH:
+        raise KernelsUnavailable(f"The CUDA kernels need an NVIDIA GPU of compute capability 7.5 (RTX 20) or newer; this one "
+                                 f"has {version_text(capability)}.")
+    # wgmma exists on sm_90a alone, machine code that no other GPU runs.
+    return "sm_90a" if number == 90 else f"sm_{number}"
+
+
+@functools.cache
+def _device_target(index):
+    return target(torch.cuda.get_device_capability(index))
+
+
+def architecture(device):
+    """The architecture that kernels for `device` are compiled for: "sm_75", "sm_89", "sm_90a", ..."""
+    index = torch.device(device).index
+    return _device_target(torch.cuda.current_device() if index is None else index)
+
+
+def arch_number(arch):
+    """"sm_90a" -> 90."""
+    return int(re.fullmatch(r"sm_(\d+)[af]?", arch)[1])
+
+
+def _compilable(arch):
+    """`arch`, or its nearest older sibling where this NVRTC doesn't know it: a 12.0's machine code runs on a 12.1 too."""
+    number, known = arch_number(arch), nvrtc().architectures
+    if number in known:
+        return arch
+    older = [other for other in known if other // 10 == number // 10 and other < number]
+    if not older:
+        raise KernelsUnavailable(f"NVRTC {version_text(nvrtc().version)} can't compile for this GPU ({arch}). A newer one is "
+                                 "needed: update PyTorch to a build for a newer CUDA.")
+    return f"sm_{max(older)}"
+
+
+@functools.cache
+def _source_text(name):
+    return (SOURCES / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _headers():
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.cuh"))}
+
+
+def compile_source(source, defines, arch):
+    """Compile kernels/`source` with -D `defines` ((name, value), ...) for `arch`; needs no GPU. Returns a Compiled."""
+    return nvrtc().compile(source, _source_text(source), _headers(), _options(defines, arch))
+
+
+def compile_cubin(source, defines, arch):
+    """The machine code of kernels/`source`, from the disk cache where it is there."""
+    key = _key(source, defines, arch)
+    path = cache_folder() / f"{Path(source).stem}-{arch}-{key[:32]}.cubin"
+    cubin = _read(path)
+    if cubin is None:
+        compiled = compile_source(source, defines, arch)
+        for line in complaints(compiled.log):
+            log.warning("%s for %s: %s", source, arch, line)
+        cubin = compiled.cubin
+        _write(path, cubin)
+    return cubin
+
+
+def complaints(messages):
+    """The lines of a compiler's log that tell of a kernel slower than it was written: spills, serialized wgmma."""
+    return [line.strip() for line in messages.splitlines()
+            if re.search(r"[1-9]\d* bytes (stack frame|spill)|\bC75\d\d\b|serialized", line)]
+
+
+def _options(defines, arch):
+    return (f"-arch={_compilable(arch)}", *OPTIONS, *(f"-D{name}={value}" for name, value in defines))
+
+
+def _key(source, defines, arch):
+    """A digest of everything that decides the machine code."""
+    everything = (source, _source_text(source), tuple(_headers().items()), _options(defines, arch), nvrtc().version)
+    return hashlib.sha256(repr(everything).encode()).hexdigest()
+
+
+# --- Disk cache ------------------------------------------------------------------------------------------------------
+
+
+def cache_folder():
+    """Where compiled kernels are kept: SVDQUANT_CACHE_DIR, or a folder of ours where the platform keeps caches."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder).expanduser()
+    if os.name == "nt":
+        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "comfyui-svdquant" / "kernels"
+
+
+def _read(path):
+    """The cubin of a cache entry: its SHA-256, then itself. None where there is none, or it isn't what was written."""
+    try:
+        entry = path.read_bytes()
+    except OSError:
+        return None
+    digest, cubin = entry[:32], entry[32:]
+    return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
+
+
+def _write(path, cubin):
+    """All or nothing: other processes see no entry or a whole one. A cache that can't be written costs time, no more."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(cubin).digest() + cubin)
+            os.replace(temporary, path)
+        except OSError:  # on Windows also when another process reads the entry that it has just written
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        log.debug("The compiled kernel %s was not kept: %s", path, error)
+
+
+# --- Launch ----------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A CUDA stream as CuPy's launch reads it. CuPy's own ExternalStream is deprecated, its successor not in CuPy 13."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr):
+        self.ptr = ptr
+
+    def __cuda_stream__(self):
+        return 0, self.ptr
+
+
+_streams = {}  # {pointer: Stream}: PyTorch uses a few dozen for as long as the process lives
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # ten times as fast as torch.cuda.current_stream
+
+
+def _current_stream(index):
+    ptr = _raw_stream(index) if _raw_stream else torch.cuda.current_stream(index).cuda_stream
+    stream = _streams.get(ptr)
+    if stream is None:
+        stream = _streams[ptr] = Stream(ptr)
+    return stream
+
+
+class Kernel:
+    """A kernel on one device. `kernel(grid, block, *args)` launches it on PyTorch's current stream of that device.
+
+    args: tensors on the device (their addresses), None (a null pointer), ints, and floats (as 4 bytes).
+    A launch allocates nothing and waits for nothing, so that CUDA graphs can record it.
+    """
+
+    __slots__ = ("function", "index", "shared")
+
+    def __init__(self, function, index, shared):
+        self.function = function  # cupy.cuda.function.Function; it holds its module
+        self.index = index
+        self.shared = shared  # bytes of dynamic shared memory of a block
+
+    def __call__(self, grid, block, *args):
+        if torch.cuda.current_device() != self.index:
+            with torch.cuda.device(self.index):
+                return self(grid, block, *args)
+        # CuPy passes an int as 8 bytes, of which the driver takes as many as the parameter has: all of a pointer, or the low 4.
+        values = [arg if type(arg) is int else 0 if arg is None else numpy.float32(arg) if type(arg) is float
+                  else arg.data_ptr() for arg in args]
+        self.function(grid, block, values, self.shared, _current_stream(self.index))
+
+
+_kernels = {}  # {what was asked for: Kernel, or the KernelsUnavailable that building it ended in}
+_building = threading.Lock()
+
+
+def kernel(source, entry, defines, device, shared=0):
+    """The kernel `entry` of kernels/`source`, compiled with `defines` for `device` and loaded there.
+
+    defines: ((name, int or str), ...); shared: bytes of dynamic shared memory.
+    Raises KernelsUnavailable, the second time at once.
+    """
+    index = device.index
+    key = source, entry, defines, torch.cuda.current_device() if index is None else index, shared
+    built = _kernels.get(key)
+    if built is None:
+        with _building:
+            built = _kernels.get(key)
+            if built is None:
+                built = _kernels[key] = _build(*key)
+    if isinstance(built, KernelsUnavailable):
+        raise built
+    return built
+
+
+def _build(source, entry, defines, index, shared):
+    try:
+        cupy = load_cupy()
+        cubin = compile_cubin(source, defines, _device_target(index))
+        with torch.cuda.device(index):
+            return Kernel(_function(cupy, cubin, entry, shared), index, shared)
+    except KernelsUnavailable as error:
+        return error
+    except Exception as error:  # the driver's errors have no common class in all versions of CuPy
+        log.debug("%s", source, exc_info=True)
+        return KernelsUnavailable(f"The CUDA driver did not load the kernel {entry} of {source}: {error}")
+
+
+def _function(cupy, cubin, entry, shared):
+    from cupy_backends.cuda.api import driver
+
+    module = cupy.cuda.function.Module()
+    module.load(cubin)
+    function = module.get_function(entry)
+    if shared > 48 << 10:
+        driver.funcSetAttribute(function.ptr, 8, shared)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    return function
+
+
+def load_cupy():
+    """Import CuPy, 13 or newer and for CUDA; raises KernelsUnavailable with what to install."""
+    install = f"Install it into ComfyUI's Python: pip install {cupy_package()}"
+    try:
+        import cupy
+        import cupy.cuda.function  # noqa: F401
+    except ImportError as error:
+        if getattr(error, "name", None) == "cupy":
+            raise KernelsUnavailable(f"The CUDA kernels need CuPy, which is not installed. {install}") from error
+        raise KernelsUnavailable(f"The CUDA kernels need CuPy, and the one here can't be imported ({_first_line(error)}). "
+                                 f"{install}") from error
+    except Exception as error:
+        raise KernelsUnavailable(f"The CUDA kernels need CuPy, and the one here can't be imported ({_first_line(error)}). "
+                                 f"{install}") from error
+    if int(cupy.__version__.split(".")[0]) < 13:
+        raise KernelsUnavailable(f"The CUDA kernels need CuPy 13 or newer; this is CuPy {cupy.__version__}. "
+                                 f"{install.replace('pip install', 'pip install --upgrade')}")
+    if cupy.cuda.runtime.is_hip:
+        raise KernelsUnavailable(f"The CUDA kernels need CuPy for CUDA; this one is for ROCm. {install}")
+    try:
+        cupy.cuda.runtime.runtimeGetVersion()
+    except Exception as error:  # CuPy loads the runtime of its own generation, PyTorch brought that of another
+        raise KernelsUnavailable(f"CuPy {cupy.__version__} does not fit this PyTorch, which is built for CUDA "
+                                 f"{torch.version.cuda} ({_first_line(error)}). {install}") from error
+    return cupy
+
+
+def _first_line(error):
+    return next((line.strip() for line in str(error).splitlines() if line.strip(" =")), type(error).__name__)

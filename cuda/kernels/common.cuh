@@ -1,0 +1,187 @@
+// What every kernel shares: the 16-bit types, and PTX under names. Header-free: NVRTC finds no CUDA headers on a user's machine.
+//
+// -DHALF=1 makes the 16-bit type of a kernel fp16, otherwise it is bf16. A u32 holds two of them, the first in the low half.
+#pragma once
+
+#ifndef HALF
+#define HALF 0
+#endif
+#if !HALF && __CUDA_ARCH__ < 800
+#error "sm_75 has no bf16: compile with -DHALF=1"
+#endif
+
+#define DEVICE static __device__ __forceinline__
+
+typedef signed char s8;
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// --- 16-bit floats ----------------------------------------------------------------------------------------------------
+
+DEVICE float to_float(u16 x) {
+#if HALF
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
+  return f;
+#else
+  return __uint_as_float((u32)x << 16);
+#endif
+}
+
+// Two at once. bf16 is the upper half of a float, so that this is one instruction each.
+DEVICE float2 to_float2(u32 x) {
+#if HALF
+  return make_float2(to_float((u16)x), to_float((u16)(x >> 16)));
+#else
+  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+#endif
+}
+
+// Rounds to nearest even; what is too large for fp16 becomes Inf, which shows.
+DEVICE u16 from_float(float f) {
+  u16 x;
+#if HALF
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(x) : "f"(f));
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(x) : "f"(f));
+#endif
+  return x;
+}
+
+DEVICE u32 from_float2(float first, float second) {
+#if __CUDA_ARCH__ < 800
+  return from_float(first) | (u32)from_float(second) << 16;
+#else
+  u32 x;
+#if HALF
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(second), "f"(first));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(second), "f"(first));
+#endif
+  return x;
+#endif
+}
+
+// --- Global memory ----------------------------------------------------------------------------------------------------
+
+// 16 bytes that are read once: they pass L1 by.
+DEVICE uint4 load_once16(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+DEVICE uint2 load_once8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+DEVICE u32 load_once4(const void* p) {
+  u32 v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
+// --- Shared memory ----------------------------------------------------------------------------------------------------
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+DEVICE uint4 load_shared16(u32 address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+DEVICE void store_shared16(u32 address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// --- cp.async, sm_80 and newer ----------------------------------------------------------------------------------------
+
+// Copies 16 bytes, or writes 16 zero bytes where `valid` is false (the source is then not read).
+DEVICE void cp_async16(u32 shared, const void* global, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
+}
+
+DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `pending` of this thread's groups are under way.
+template <int pending> DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
+
+// --- Tensor cores -----------------------------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements (or 8x16 of bytes). Lanes 8 i .. 8 i + 7 give the addresses of matrix i's rows;
+// lane 4 r + c gets the c-th pair of each matrix's row r.
+DEVICE void ldmatrix4(u32 (&d)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
+}
+
+DEVICE void ldmatrix2(u32 (&d)[2], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "r"(address) : "memory");
+}
+
+// The same, each matrix transposed.
+DEVICE void ldmatrix4_transposed(u32 (&d)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
+}
+
+// c (16 x 8, fp32) += a (16 x 16) b (16 x 8), with g = lane / 4 and q = lane % 4:
+//   a[0..3]  rows g, g + 8, g, g + 8; columns 2 q, 2 q + 1 of the first eight, the first, the last, the last
+//   b[0..1]  column g; rows 2 q, 2 q + 1 of the first eight, of the last eight
+//   c[0..3]  (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1)
+DEVICE void mma_16816(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if __CUDA_ARCH__ < 800  // Turing's is half as deep
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b[1]));
+#elif HALF
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// --- mbarrier and bulk copy, sm_90 and newer --------------------------------------------------------------------------
+
+DEVICE void mbarrier_init(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes freshly initialized barriers visible to the copy engine; then comes a __syncthreads().
+DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// Shared memory written by ordinary stores becomes visible to wgmma and the copy engine.
+DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+DEVICE void mbarrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and lets the phase wait for `bytes` of bulk copies too.
+DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits for the end of the phase of this parity; a barrier begins in phase 0, and the phase before it counts as ended.
+DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
+  asm volatile("{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra wait;\n}"
+               ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// Copies `bytes` (a multiple of 16, both addresses too) to shared memory, counted by the barrier.
+DEVICE void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
+}
