@@ -1,15 +1,13 @@
-"""Nunchaku's INT4 checkpoints of FLUX.1: read, without a second copy of the model in memory.
+"""Nunchaku's INT4 and NVFP4 checkpoints of FLUX.1: read, without a second copy of the model in memory.
 
 A layer of theirs has the same parts as ours, in another byte order (nunchaku_layout.py) and under other names
-(nunchaku_names.py). Single files carry their configuration as metadata; the older form is a folder of
-transformer_blocks.safetensors, unquantized_layers.safetensors and config.json, of which either tensor file may be
-chosen. What the file does not say: the second layer of an MLP codes its input unsigned, and its bias holds the shift.
+(nunchaku_names.py), in one file or two (nunchaku_source.py). What an INT4 file does not say: the second layer of an MLP
+codes its input unsigned, and its bias holds the shift. NVFP4 has neither; its modulation layers are INT4 all the same.
 
 linear1 and linear2 are two layers each there, with a branch each. The two branches of rank R become one of rank 2R
 that has zeros where they do not meet; where the files share what can be shared (as write does), it stays one of rank R.
 """
 
-import json
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -21,17 +19,16 @@ from .. import flux, layout
 from . import nunchaku_halves as halves
 from . import nunchaku_layout as order
 from . import nunchaku_names as names
-from .header import CheckpointError, Header, read_header
+from .header import CheckpointError
+from .nunchaku_source import BLOCKS_FILE, REST_FILE, gather
 from .packed import PackedFile
 
-BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
-CONFIG_FILES = {"config": "config.json", "comfy_config": "comfy_config.json"}
-MAX_CONFIG_BYTES = 1 << 20
 AHEAD = 3  # layers that are read before they are asked for
 MODEL_CLASSES = ("NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 FLOAT_TYPES = (*HALF_TYPES, torch.float32)
 UNUSED = ("smooth_orig",)  # what the smoothing was before it was merged into another layer; nobody reads it
+SECOND_SCALES = ("wtscale", "wcscales")  # NVFP4's
 # diffusers' configuration keys: ComfyUI's
 DIFFUSERS_CONFIG = {
     "axes_dims_rope": "axes_dim", "num_layers": "depth", "num_single_layers": "depth_single_blocks",
@@ -52,124 +49,51 @@ def open_file(header):
 
     Raises CheckpointError, before any weight is read, unless every tensor is there with the right shape and type.
     """
-    source = _gather(header)
+    source = gather(header)
     _check_supported(source)
+    nvfp4 = _is_nvfp4(source)
     depths = {kind: names.depth(source.tensors, kind) for kind in (names.DOUBLE, names.SINGLE)}
     layers = {}
     for ours, theirs, kind in names.blocks(depths):
         for name, parts in names.LINEARS[kind].items():
-            layers[f"{ours}.{name}"] = _linear(source, f"{ours}.{name}", [f"{theirs}.{part}" for part in parts])
+            layers[f"{ours}.{name}"] = _linear(source, f"{ours}.{name}", [f"{theirs}.{part}" for part in parts], nvfp4)
         for name, part in names.MODULATIONS[kind].items():
             layers[f"{ours}.{name}"] = _modulation(source, f"{theirs}.{part}", names.CHUNKS[kind])
     plain = _plain(source, depths)
-    _check_left_over(source, layers, plain)
+    _check_left_over(source, layers, plain, nvfp4)
     specs = {name: layer.spec for name, layer in layers.items()}
     shapes = {f"{name}.{part}": shape for name, spec in specs.items() for part, (shape, _) in spec.tensors().items()}
     shapes |= {name: source.info(stored).shape for name, stored in plain.items()}
     dtypes = {f"{name}.{part}": dtype for name, spec in specs.items() for part, (_, dtype) in spec.tensors().items()}
     dtypes |= {name: source.info(stored).dtype for name, stored in plain.items()}
-    return PackedFile(header, specs, shapes, dtypes, _config(source), _recipe(source, specs),
+    return PackedFile(header, specs, shapes, dtypes, _config(source), _recipe(source, specs, nvfp4),
                       source.metadata.get("svdquant.source", header.file), lambda: _tensors(source, layers, plain))
 
 
-# --- the file or files ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Source:
-    """tensors: {v1 name: (Header, stored name)}."""
-
-    header: Header
-    tensors: dict
-    metadata: dict
-
-    def info(self, name):
-        """TensorInfo of a v1 name. Raises CheckpointError where the file lacks it."""
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.header.file} lacks tensor {name}; the file is incomplete, download it again.")
-        header, stored = self.tensors[name]
-        return header.tensors[stored]
-
-    def read(self, name):
-        header, stored = self.tensors[name]
-        return header.read_tensor(stored)
-
-    def read_bytes(self, name):
-        header, stored = self.tensors[name]
-        return header.read_bytes(stored)
-
-    def check(self, name, shape, dtypes):
-        """Raise CheckpointError unless tensor `name` has this shape and one of these dtypes. Returns its dtype."""
-        info = self.info(name)
-        if info.shape != tuple(shape):
-            raise CheckpointError(f"{self.header.file}: tensor {name} has shape {list(info.shape)} where {list(shape)} is "
-                                  "due; the file is damaged, download it again.")
-        if info.dtype not in dtypes:
-            raise CheckpointError(f"{self.header.file}: tensor {name} is {info.dtype} where {dtypes[0]} is due; the file "
-                                  "is damaged, download it again.")
-        return info.dtype
-
-
-def _gather(header):
-    """_Source of a file, with its neighbour if it is one of two."""
-    headers, metadata, folder = [header], dict(header.metadata), os.path.dirname(header.path)
-    neighbour = {BLOCKS_FILE: REST_FILE, REST_FILE: BLOCKS_FILE}.get(header.file)
-    if neighbour is not None:
-        path = os.path.join(folder, neighbour)
-        if not os.path.isfile(path):
-            raise CheckpointError(f"{header.file} is one of the two files of a Nunchaku model, and {neighbour} is not beside "
-                                  "it; put both into one folder.")
-        headers.append(read_header(path))
-        metadata |= {key: text for key, file in CONFIG_FILES.items() if (text := _small_text(os.path.join(folder, file)))}
-    tensors = {}
-    for part in headers:
-        for stored in part.tensors:
-            name = names.v1(stored)
-            if name in tensors:
-                raise CheckpointError(f"{part.file} has tensor {name} twice, as {stored} and {tensors[name][1]}; download "
-                                      "it again.")
-            tensors[name] = (part, stored)
-    return _Source(header, tensors, metadata)
-
-
-def _small_text(path):
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(MAX_CONFIG_BYTES)
-
-
-def _json(source, key):
-    """A JSON object of the metadata, {} where it is absent."""
-    if key not in source.metadata:
-        return {}
-    try:
-        value = json.loads(source.metadata[key])
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{source.header.file} has no valid {key} in its metadata; download it again.")
-    return value
+# --- the file -------------------------------------------------------------------------------------------------------
 
 
 def _check_supported(source):
-    """Raise CheckpointError where it is a Nunchaku model of another kind than INT4 FLUX.1."""
+    """Raise CheckpointError where it is a Nunchaku model of something else than FLUX.1."""
     file, model_class = source.header.file, source.metadata.get("model_class", MODEL_CLASSES[0])
     has_flux = all(f"{name}.weight" in source.tensors for name in ("x_embedder", "context_embedder"))
     if model_class not in MODEL_CLASSES or not has_flux:
         what = "is not a FLUX.1" if model_class in MODEL_CLASSES else f"is a {model_class}"
-        raise CheckpointError(f"{file} is a Nunchaku model that {what}; choose a Nunchaku INT4 FLUX.1 model.")
-    weight = _json(source, "quantization_config").get("weight")
-    stated = isinstance(weight, dict) and str(weight.get("dtype", "")).startswith("fp4")
-    if stated or any(name.endswith((".wtscale", ".wcscales")) for name in source.tensors) or any(
-            name.endswith(".wscales") and source.info(name).dtype == torch.float8_e4m3fn for name in source.tensors):
-        raise CheckpointError(f"{file} is a Nunchaku NVFP4 model, and NVFP4 is not supported yet; choose the INT4 version "
-                              "of the model (svdq-int4_...).")
+        raise CheckpointError(f"{file} is a Nunchaku model that {what}; choose a Nunchaku FLUX.1 model.")
+
+
+def _is_nvfp4(source):
+    """What the metadata say; where they are silent, any float8 tensor tells."""
+    weight = source.json("quantization_config").get("weight")
+    stated = weight.get("dtype") if isinstance(weight, dict) else None
+    if isinstance(stated, str):
+        return stated.startswith("fp4")
+    return any(header.tensors[stored].dtype == torch.float8_e4m3fn for header, stored in source.tensors.values())
 
 
 def _config(source):
     """The FLUX configuration in ComfyUI's terms, as far as the metadata has it."""
-    diffusers, comfy = _json(source, "config"), _json(source, "comfy_config").get("model_config", {})
+    diffusers, comfy = source.json("config"), source.json("comfy_config").get("model_config", {})
     if not isinstance(comfy, dict):
         raise CheckpointError(f"{source.header.file} has no valid comfy_config in its metadata; download it again.")
     config = {ours: diffusers[theirs] for theirs, ours in DIFFUSERS_CONFIG.items() if theirs in diffusers}
@@ -180,10 +104,14 @@ def _config(source):
     return config | comfy
 
 
-def _recipe(source, specs):
+def _recipe(source, specs, nvfp4):
     """What a file of ours that is written on says of its quantization."""
     rank = max((spec.rank for name, spec in specs.items() if name.startswith("double_blocks")), default=0)
-    return _json(source, "svdquant.recipe") or {"preset": "Nunchaku INT4", "rank": rank}
+    return source.json("svdquant.recipe") or {"preset": f"Nunchaku {_kind(nvfp4)}", "rank": rank}
+
+
+def _kind(nvfp4):
+    return "NVFP4" if nvfp4 else "INT4"
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
@@ -200,15 +128,19 @@ class _Layer:
     chunks: int = 0
 
 
-def _linear_spec(source, part):
+def _linear_spec(source, part, nvfp4):
     """LayerSpec of one W4A4 layer of theirs, unsigned_from left out. Its tensors are checked."""
+    kind = layout.NVFP4 if nvfp4 else layout.SVDQUANT
     shape, file = source.info(f"{part}.qweight").shape, source.header.file
     if len(shape) != 2 or shape[0] % order.TILE or shape[1] * 2 % order.TILE or 0 in shape:
         raise CheckpointError(f"{file}: tensor {part}.qweight has shape {list(shape)} where (N, K/2) with N and K multiples "
-                              f"of {order.TILE} is due; choose a Nunchaku INT4 FLUX.1 model.")
+                              f"of {order.TILE} is due; choose a Nunchaku FLUX.1 model.")
     n, k = shape[0], shape[1] * 2
     source.check(f"{part}.qweight", shape, (torch.int8,))
-    dtype = source.check(f"{part}.wscales", (k // layout.GROUP_SIZE, n), HALF_TYPES)
+    dtype = source.check(f"{part}.bias", (n,), HALF_TYPES)
+    source.check(f"{part}.wscales", (k // layout.GROUP_SIZES[kind], n), (torch.float8_e4m3fn,) if nvfp4 else (dtype,))
+    if nvfp4:
+        _check_second_scales(source, part, n)
     rank = 0
     if f"{part}.lora_down" in source.tensors or f"{part}.lora_up" in source.tensors:
         rank = (*source.info(f"{part}.lora_down").shape, 0, 0)[1]
@@ -217,14 +149,22 @@ def _linear_spec(source, part):
                                   f"{order.RANK_TILE}; the file is damaged, download it again.")
         source.check(f"{part}.lora_down", (k, rank), (dtype,))
         source.check(f"{part}.lora_up", (n, rank), (dtype,))
-    source.check(f"{part}.bias", (n,), (dtype,))
     source.check(f"{part}.smooth", (k,), (dtype,))
-    return layout.LayerSpec(layout.SVDQUANT, k, n, rank, dtype=dtype)
+    return layout.LayerSpec(kind, k, n, rank, dtype=dtype)
 
 
-def _linear(source, name, parts):
+def _check_second_scales(source, part, n):
+    """A layer of one matrix has wtscale, one number; fused q k v have wcscales, one a row. Very old files have neither."""
+    if f"{part}.wtscale" in source.tensors:
+        shape = source.info(f"{part}.wtscale").shape
+        source.check(f"{part}.wtscale", shape if shape == () else (1,), FLOAT_TYPES)
+    if f"{part}.wcscales" in source.tensors:
+        source.check(f"{part}.wcscales", (n,), HALF_TYPES)
+
+
+def _linear(source, name, parts, nvfp4):
     """_Layer of our linear `name`, which is one or two of theirs."""
-    specs = [_linear_spec(source, part) for part in parts]
+    specs = [_linear_spec(source, part, nvfp4) for part in parts]
     n, k, rank = specs[0].out_features, specs[0].in_features, specs[0].rank
     joint = True
     if len(specs) == 2:
@@ -240,13 +180,17 @@ def _linear(source, name, parts):
                                           == source.read_bytes(f"{parts[1]}.{shared[1]}"))
         rank = rank if joint else sum(ranks)
         n, k = (n + specs[1].out_features, k) if rows else (n, k + specs[1].in_features)
+    unsigned_from = flux.unsigned_from(name, k, n)
+    if len(specs) == 2 and not rows and unsigned_from != specs[0].in_features:
+        raise CheckpointError(f"{source.header.file}: layer {parts[0]} has {specs[0].in_features} input columns where "
+                              f"{unsigned_from} are due; the file is damaged, download it again.")
+    if nvfp4:
+        blocks = (1,) if len(specs) == 1 or rows else halves.scale_blocks(*(spec.in_features for spec in specs))
+        return _Layer(layout.LayerSpec(layout.NVFP4, k, n, rank, dtype=specs[0].dtype, scale_blocks=sum(blocks)), tuple(parts), joint)
     try:
-        spec = layout.svdquant_spec(k, n, rank, flux.unsigned_from(name, k, n), True, specs[0].dtype)
+        spec = layout.svdquant_spec(k, n, rank, unsigned_from, True, specs[0].dtype)
     except ValueError as error:
         raise CheckpointError(f"{source.header.file}: layer {name} {error}; the file is damaged, download it again.") from None
-    if len(specs) == 2 and not rows and spec.unsigned_from != specs[0].in_features:
-        raise CheckpointError(f"{source.header.file}: layer {parts[0]} has {specs[0].in_features} input columns where "
-                              f"{spec.unsigned_from} are due; the file is damaged, download it again.")
     return _Layer(spec, tuple(parts), joint)
 
 
@@ -286,16 +230,16 @@ def _plain(source, depths):
     return plain
 
 
-def _check_left_over(source, layers, plain):
+def _check_left_over(source, layers, plain, nvfp4):
     """Raise CheckpointError where the file has a tensor that no layer uses."""
-    used = set(plain.values())
+    used, linear = set(plain.values()), ("smooth", "lora_down", "lora_up", *UNUSED, *(SECOND_SCALES if nvfp4 else ()))
     for layer in layers.values():
-        leaves = ("qweight", "wscales", "bias", *(("wzeros",) if layer.chunks else ("smooth", "lora_down", "lora_up", *UNUSED)))
+        leaves = ("qweight", "wscales", "bias", *(("wzeros",) if layer.chunks else linear))
         used |= {f"{part}.{leaf}" for part in layer.parts for leaf in leaves}
     for name in source.tensors:
         if name not in used:
-            raise CheckpointError(f"{source.header.file} has tensor {name}, which a Nunchaku INT4 FLUX.1 model has no place "
-                                  "for; choose another version of the model.")
+            raise CheckpointError(f"{source.header.file} has tensor {name}, which a Nunchaku {_kind(nvfp4)} FLUX.1 model has no "
+                                  "place for; choose another version of the model.")
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -335,13 +279,17 @@ def _read_modulation(source, _name, layer):
     return order.unpack_awq(*leaves, layer.chunks)
 
 
-def _read_part(source, part, rank_zero):
-    """{parameter name: tensor} of one W4A4 layer of theirs, in our order. rank_zero: spec.rank is 0, no branch."""
+def _read_part(source, part, spec):
+    """{parameter name: tensor} of one W4A4 layer of theirs, in our order. spec: of the layer of ours that it belongs to."""
+    wscales = source.read(f"{part}.wscales")
+    nvfp4 = spec.format == layout.NVFP4
     tensors = {"weight": order.unpack_codes(source.read(f"{part}.qweight")),
-               "weight_scale": order.unpack_scales(source.read(f"{part}.wscales")),
+               "weight_scale": order.unpack_nvfp4_scales(wscales) if nvfp4 else order.unpack_scales(wscales),
                "weight_smooth_factor": order.unpack_vector(source.read(f"{part}.smooth")),
                "bias": order.unpack_vector(source.read(f"{part}.bias"))}
-    if rank_zero or f"{part}.lora_down" not in source.tensors:
+    if nvfp4:
+        tensors["weight_scale_2"] = _read_second_scales(source, part, wscales.shape[1])
+    if spec.rank == 0 or f"{part}.lora_down" not in source.tensors:
         (n, half), dtype = tensors["weight"].shape, tensors["bias"].dtype
         return tensors | {"weight_proj_down": torch.zeros(half * 2, 0, dtype=dtype),
                           "weight_proj_up": torch.zeros(n, 0, dtype=dtype)}
@@ -349,6 +297,16 @@ def _read_part(source, part, rank_zero):
                       "weight_proj_up": order.unpack_up(source.read(f"{part}.lora_up"))}
 
 
+def _read_second_scales(source, part, n):
+    """(1, N) float32, in which the product of two numbers of 16 bits is exact."""
+    second = torch.ones(n)
+    if f"{part}.wtscale" in source.tensors:
+        second *= source.read(f"{part}.wtscale").float()
+    if f"{part}.wcscales" in source.tensors:
+        second *= order.unpack_vector(source.read(f"{part}.wcscales")).float()
+    return second.unsqueeze(0)
+
+
 def _read_linear(source, name, layer):
-    parts = [_read_part(source, part, layer.spec.rank == 0) for part in layer.parts]
+    parts = [_read_part(source, part, layer.spec) for part in layer.parts]
     return parts[0] if len(parts) == 1 else halves.join(parts, _by_rows(name), layer.joint)

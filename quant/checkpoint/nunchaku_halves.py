@@ -4,6 +4,8 @@ rows: the two read the same input (q k v; MLP up), else their outputs are added 
 are in our order, as layout.py lists them.
 """
 
+import math
+
 import torch
 
 from ..layout import GROUP_SIZE
@@ -27,16 +29,26 @@ def join(parts, rows, joint):
     def diagonal(part):
         return torch.block_diag(first[part], second[part])
 
+    extra = {}
+    if "weight_scale_2" in first:
+        blocks = scale_blocks(*(part["weight"].shape[1] * 2 for part in parts))
+        extra["weight_scale_2"] = cat("weight_scale_2", 1) if rows else torch.cat(
+            [part["weight_scale_2"].expand(count, -1) for part, count in zip(parts, blocks)])
     if rows:
-        return {"weight": cat("weight", 0), "weight_scale": cat("weight_scale", 1), "bias": cat("bias", 0),
+        return extra | {"weight": cat("weight", 0), "weight_scale": cat("weight_scale", 1), "bias": cat("bias", 0),
                 "weight_smooth_factor": first["weight_smooth_factor"],
                 "weight_proj_down": first["weight_proj_down"] if joint else cat("weight_proj_down", 1),
                 "weight_proj_up": cat("weight_proj_up", 0) if joint else diagonal("weight_proj_up")}
     bias = (first["bias"].float() + second["bias"].float()).to(first["bias"].dtype)
-    return {"weight": cat("weight", 1), "weight_scale": cat("weight_scale", 0), "bias": bias,
+    return extra | {"weight": cat("weight", 1), "weight_scale": cat("weight_scale", 0), "bias": bias,
             "weight_smooth_factor": cat("weight_smooth_factor", 0),
             "weight_proj_down": cat("weight_proj_down", 0) if joint else diagonal("weight_proj_down"),
             "weight_proj_up": first["weight_proj_up"] if joint else cat("weight_proj_up", 1)}
+
+
+def scale_blocks(*columns):
+    """How many rows of NVFP4's second scales each part of linear2 takes, where a row is for as many columns in both."""
+    return [part // math.gcd(*columns) for part in columns]
 
 
 def split(tensors, at, rows):

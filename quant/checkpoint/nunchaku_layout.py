@@ -1,4 +1,4 @@
-"""Nunchaku's byte order against ours: every packed array of its INT4 files, both ways.
+"""Nunchaku's byte order against ours: every packed array of its INT4 files, both ways, and NVFP4's scales.
 
 Each array is a permutation of ours, chosen so that one warp's mma fragments lie side by side. An index is split by
 writing it as a sum, and the axes are listed slowest to fastest (a lower-case axis has the length in brackets):
@@ -9,6 +9,8 @@ writing it as a sum, and the axes are listed slowest to fastest (a lower-case ax
              file T G p d a e,     ours G T p a d e
     down     k = 16 C + 8 c[2] + 2 d[4] + e[2],  r = 16 R + 8 a[2] + x[8];  file C R x d a c e,  ours C c d e R a x
     up       n = 16 C + 8 a[2] + x[8],  r = 16 R + 8 c[2] + 2 d[4] + e[2];  file C R x d a c e,  ours C a x R c d e
+    e4m3     n = 128 T + 32 p[4] + 8 q[4] + i[8],  k = 64 G + 16 g[4] (scales of NVFP4, bytes)
+             file T G i q p g,     ours G g T p q i
 
 The eight codes of a word have the same places in both, so codes move as whole words and are never unpacked.
 
@@ -28,6 +30,8 @@ AWQ_ROWS = 4  # rows that lie side by side
 AWQ_GROUP_TILE = 16  # groups are padded to a multiple of it
 AWQ_BLOCK = 96  # rows that are worked on at a time: a multiple of AWQ_ROWS and of 6
 
+WORDS = {torch.int8: torch.int32, torch.int32: torch.int32, torch.float8_e4m3fn: torch.uint8}  # that move as a whole
+
 # Transposing a 4 x 4 matrix of nibbles in 64 bits: swap within the 2 x 2 blocks, then swap the blocks.
 NIBBLE_SWAPS = ((12, 0x0000F0F00000F0F0), (24, 0x00000000FF00FF00))
 
@@ -35,7 +39,7 @@ NIBBLE_SWAPS = ((12, 0x0000F0F00000F0F0), (24, 0x00000000FF00FF00))
 def _reorder(tensor, axes, order):
     """View a flat array with `axes`, permute to `order`, and return it flat. The inverse has the permuted axes."""
     # NumPy copies a permuted array of words about three times as fast as PyTorch does on a CPU.
-    words = tensor.contiguous().view(torch.int32 if tensor.dtype in (torch.int8, torch.int32) else torch.int16)
+    words = tensor.contiguous().view(WORDS.get(tensor.dtype, torch.int16))
     moved = words.numpy().reshape(axes).transpose(order).reshape(-1)
     return torch.from_numpy(moved).view(tensor.dtype)
 
@@ -62,6 +66,12 @@ def pack_scales(scales):
     """(G, N) 16 bit -> the same shape in Nunchaku's order."""
     groups, n = scales.shape
     return _reorder(scales, (groups, n // TILE, 8, 2, 4, 2), (1, 0, 2, 4, 3, 5)).view(groups, n)
+
+
+def unpack_nvfp4_scales(wscales):
+    """(K/16, N) e4m3 in Nunchaku's order, nominally -> (K/16, N) in ours."""
+    groups, n = wscales.shape
+    return _reorder(wscales, (n // TILE, groups // 4, 8, 4, 4, 4), (1, 5, 0, 4, 3, 2)).view(groups, n)
 
 
 def unpack_vector(vector):

@@ -53,6 +53,8 @@ def _check_layer(name, spec):
     why = None
     if spec is None:
         why = "is not in 4 bits"
+    elif spec.format == layout.NVFP4:
+        why = "is NVFP4 and this writes Nunchaku's INT4"
     elif (spec.format == layout.AWQ) != (flux.layer_format(name) == layout.AWQ):
         why = f"has format {spec.format}"
     elif spec.dtype not in HALF_TYPES:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from .nunchaku_nvfp4 import write_nvfp4
 from .packed_flux import packed_flux
 
 RECIPE = {"preset": "data-free"}
@@ -29,6 +30,13 @@ def model():
 def written(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("nunchaku") / "svdq-int4_r16-flux.safetensors"
     nunchaku_write.save(str(path), *model, RECIPE, "flux", False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def written_nvfp4(tmp_path_factory):
+    path = tmp_path_factory.mktemp("nunchaku") / "svdq-fp4_r16-flux.safetensors"
+    write_nvfp4(path)
     return path
 
 
@@ -303,8 +311,8 @@ def put(name, make):
     (put(f"{BLOCK}.extra.qweight", lambda t: torch.zeros(2, 2)), f"has tensor {BLOCK}.extra.qweight"),
     (put("single_transformer_blocks.7.norm_q.weight", lambda t: torch.ones(128)), "lacks tensor single_transformer_blocks.2"),
     (put(f"{BLOCK}.attn.to_qkv.smooth_factor", lambda t: torch.ones(128)), "twice"),
-    (put(f"{BLOCK}.mlp_fc2.wcscales", lambda t: torch.ones(128)), "NVFP4 is not supported yet"),
-    (put(f"{BLOCK}.mlp_fc2.wscales", lambda t: t.to(torch.float8_e4m3fn)), "NVFP4 is not supported yet"),
+    (put(f"{BLOCK}.mlp_fc2.wcscales", lambda t: torch.ones(128)), f"has tensor {BLOCK}.mlp_fc2.wcscales, which a Nunchaku INT4"),
+    (put(f"{BLOCK}.mlp_fc2.wscales", lambda t: t.to(torch.float8_e4m3fn)), "torch.float8_e4m3fn where torch.bfloat16 is due"),
     (put("norm_out.linear.bias", lambda t: t[:3]), "an even number of rows"),
 ])
 def test_damaged_and_foreign_files(written, tmp_path, change, says):
@@ -318,7 +326,7 @@ def test_damaged_and_foreign_files(written, tmp_path, change, says):
 
 @pytest.mark.parametrize(("metadata", "says"), [
     ({"model_class": "NunchakuQwenImageTransformer2DModel"}, "NunchakuQwenImageTransformer2DModel"),
-    ({"quantization_config": '{"weight": {"dtype": "fp4_e2m1_all"}}'}, "NVFP4"),
+    ({"quantization_config": '{"weight": {"dtype": "fp4_e2m1_all"}}'}, r"wscales has shape \[2, 384\] where \[8, 384\] is due"),
     ({"config": "[]"}, "no valid config"), ({"comfy_config": "{"}, "no valid comfy_config"),
     ({"comfy_config": '{"model_config": 3}'}, "no valid comfy_config"), ({"quantization_config": "["}, "quantization_config"),
 ])
@@ -378,15 +386,15 @@ def mutations(draw):
              "metadata": st.tuples(st.sampled_from(("config", "comfy_config", "quantization_config", "model_class",
                                                     "svdquant.recipe")),
                                    st.sampled_from(("", "{}", "[]", "3", "null", '{"model_config": {"depth": 2}}',
-                                                    "[" * 3000, '{"weight": 3}')))}
+                                                    "[" * 3000, '{"weight": 3}', '{"weight": {"dtype": 4}}')))}
     return draw(st.integers(0, 10**6)), kind, draw(value[kind])
 
 
-@given(changes=st.lists(mutations(), min_size=1, max_size=3))
+@given(nvfp4=st.booleans(), changes=st.lists(mutations(), min_size=1, max_size=3))
 @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_mutated_headers_are_refused_or_describe_a_whole_model(written, tmp_path, changes):
-    header = read_header(str(written))
-    types = {torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32"}
+def test_mutated_headers_are_refused_or_describe_a_whole_model(written, written_nvfp4, tmp_path, nvfp4, changes):
+    header = read_header(str(written_nvfp4 if nvfp4 else written))
+    types = {torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}
     entries = {name: [types[info.dtype], list(info.shape)] for name, info in header.tensors.items()}
     metadata = dict(header.metadata)
     for index, kind, value in changes:

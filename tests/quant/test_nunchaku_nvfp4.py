@@ -1,0 +1,203 @@
+"""Nunchaku's NVFP4 files: read as documented, whatever their form, kept as they are in ours, and refused where damaged."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import int4, nvfp4
+from comfyui_svdquant.quant import convert, layout
+from comfyui_svdquant.quant.checkpoint import native, nunchaku
+from comfyui_svdquant.quant.checkpoint import nunchaku_layout as order
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from safetensors.torch import load_file, save_file
+
+from .nunchaku_nvfp4 import RANK, scale_places, write_nvfp4
+from .test_nunchaku import drop, put, rename_v2, rewritten
+
+VECTORS = Path(__file__).resolve().parents[1] / "data" / "nunchaku" / "nvfp4_linear_n256_k256_r32.safetensors"
+BLOCK = "single_transformer_blocks.0"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """(the file, the 16-bit model that it was made of)."""
+    path = tmp_path_factory.mktemp("nunchaku") / "svdq-fp4_r16-flux.safetensors"
+    return path, write_nvfp4(path)
+
+
+def opened(path):
+    return nunchaku.open_file(read_header(str(path)))
+
+
+def read(path):
+    return dict(opened(path).tensors())
+
+
+def dense(tensors, name):
+    """(N, K) float64 of a layer of ours."""
+    p = {part: tensors[f"{name}.{part}"] for part in ("weight", "weight_scale", "weight_scale_2", "weight_smooth_factor",
+                                                      "weight_proj_up", "weight_proj_down")}
+    quantized = nvfp4.dequantize_weight(p["weight"], p["weight_scale"], p["weight_scale_2"], torch.float64)
+    return quantized / p["weight_smooth_factor"].double() + p["weight_proj_up"].double() @ p["weight_proj_down"].double().t()
+
+
+def test_what_nunchakus_packer_packed_is_unpacked_to_the_bit():
+    v = load_file(VECTORS)
+    assert torch.equal(order.unpack_codes(v["out.qweight"]), int4.pack(v["in.weight_code"]))
+    scales = order.unpack_nvfp4_scales(v["out.wscales"])
+    assert scales.dtype == torch.float8_e4m3fn
+    assert torch.equal(scales.float(), v["in.wscales"].t().to(torch.float8_e4m3fn).float())
+    assert torch.equal(v["out.wscales"].flatten().float()[scale_places(256, 256)], scales.t().float())
+    for name in ("bias", "smooth", "wcscales", "lora_up"):
+        unpack = order.unpack_up if name == "lora_up" else order.unpack_vector
+        assert torch.equal(unpack(v[f"out.{name}"]), v[f"in.{name}"]), name
+    assert torch.equal(order.unpack_down(v["out.lora_down"]), v["in.lora_down"].t())
+
+
+def test_scales_of_several_tiles():
+    scales = torch.arange(256 * 320 // 16).to(torch.uint8).view(256, 20)
+    stored = torch.empty(scales.numel(), dtype=torch.uint8)
+    stored[scale_places(256, 320)] = scales
+    stored = stored.view(torch.float8_e4m3fn).view(20, 256)
+    assert torch.equal(order.unpack_nvfp4_scales(stored).view(torch.uint8), scales.t())
+
+
+def test_every_layer_is_the_one_that_was_quantized(model):
+    path, plain = model
+    file, tensors = opened(path), read(path)
+    names = [name for name, spec in file.specs.items() if spec.format == layout.NVFP4]
+    assert len(names) == 10 and {file.specs[name].format for name in set(file.specs) - set(names)} == {layout.AWQ}
+    assert file.recipe == {"preset": "Nunchaku NVFP4", "rank": RANK} and file.source == path.name
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == file.shapes
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == file.dtypes
+    assert file.specs["single_blocks.0.linear2"].scale_blocks == 5 and file.specs["single_blocks.0.linear1"].scale_blocks == 1
+    for name in names:
+        weight, spec = plain[f"{name}.weight"].double(), file.specs[name]
+        error = float((dense(tensors, name) - weight).norm() / weight.norm())
+        # e2m1 against a normal distribution in groups of 16; one matrix's second scale on another would show as 1.
+        assert error < 0.12, f"{name}: {error:.3f}"
+        assert spec.unsigned_from == spec.in_features
+        # Nothing is folded into the bias of a layer behind a GELU.
+        assert torch.equal(tensors[f"{name}.bias"], plain[f"{name}.bias"]), name
+
+
+def test_the_second_scales_of_each_matrix(model):
+    path, _ = model
+    theirs, ours = load_file(path), read(path)
+    first, second = (theirs[f"{BLOCK}.{part}.wtscale"].float() for part in ("out_proj", "mlp_fc2"))
+    assert first != second
+    assert torch.equal(ours["single_blocks.0.linear2.weight_scale_2"], torch.stack([first, *[second] * 4]).expand(5, 128))
+    rows = ours["single_blocks.0.linear1.weight_scale_2"]
+    assert rows.shape == (1, 7 * 128) and rows.dtype == torch.float32
+    assert len(rows[0, :384].unique()) == 3 and (rows[0, 384:] == theirs[f"{BLOCK}.mlp_fc1.wtscale"]).all()
+
+
+@pytest.mark.parametrize("change", [lambda tensors: None, rename_v2])
+def test_without_metadata_the_float8_tensors_tell(model, tmp_path, change):
+    path = rewritten(model[0], tmp_path / "model.safetensors", change, metadata={})
+    before, after = read(model[0]), read(path)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_folder_of_two_files(model, tmp_path):
+    tensors = load_file(model[0])
+    blocks = {name: tensor for name, tensor in tensors.items() if "transformer_blocks." in name}
+    save_file(blocks, tmp_path / "transformer_blocks.safetensors")
+    save_file({name: t for name, t in tensors.items() if name not in blocks}, tmp_path / "unquantized_layers.safetensors")
+    before, after = read(model[0]), read(tmp_path / "unquantized_layers.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("form", [lambda t: t.float(), lambda t: t.float()[0], lambda t: t.half() * 0 + 2**-14])
+def test_other_types_of_the_second_scale(model, tmp_path, form):
+    name = "transformer_blocks.0.out_proj"
+    path = rewritten(model[0], tmp_path / "model.safetensors", put(f"{name}.wtscale", form))
+    stored = load_file(path)[f"{name}.wtscale"].float()
+    assert (read(path)["double_blocks.0.img_attn.proj.weight_scale_2"] == stored).all()
+
+
+def test_very_old_files_without_second_scales_and_branches(model, tmp_path):
+    def strip(tensors):
+        for name in [name for name in tensors if "lora_" in name or name.endswith(("wtscale", "wcscales"))]:
+            del tensors[name]
+
+    file = opened(rewritten(model[0], tmp_path / "old.safetensors", strip))
+    tensors = dict(file.tensors())
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == file.shapes
+    assert all((tensor == 1).all() for name, tensor in tensors.items() if name.endswith("weight_scale_2"))
+    assert {spec.rank for spec in file.specs.values()} == {0}
+
+
+def test_converted_to_our_layout_and_read_back_it_is_the_same_to_the_bit(model, tmp_path):
+    target = tmp_path / "native.safetensors"
+    convert.convert(str(model[0]), str(target), "native")
+    first, second = opened(model[0]), native.open_file(read_header(str(target)))
+    assert first.specs == second.specs and first.recipe == second.recipe
+    before, after = dict(first.tensors()), dict(second.tensors())
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype and torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
+               for name in before)
+    conf = layout.decode_conf(second.header.read_bytes("single_blocks.0.linear2.comfy_quant"))
+    assert (conf["format"], conf["group_size"], conf["rank"]) == ("svdquant_nvfp4", 16, 2 * RANK)
+    packed = sum(t.nbytes for name, t in after.items() if name.startswith("single_blocks.0.linear1.weight") and "proj" not in name)
+    assert packed < 0.6 * 7 * 128 * 128  # bytes a weight: it stays packed
+
+
+def test_nunchakus_int4_layout_is_refused(model, tmp_path):
+    convert.convert(str(model[0]), str(tmp_path / "native.safetensors"), "native")
+    for source, says in ((model[0], "is in the nunchaku layout already"),
+                         (tmp_path / "native.safetensors", "is NVFP4 and this writes Nunchaku's INT4")):
+        with pytest.raises(CheckpointError, match=says) as caught:
+            convert.convert(str(source), str(tmp_path / "out.safetensors"), "nunchaku")
+        assert str(caught.value).endswith(".")
+    assert os.listdir(tmp_path) == ["native.safetensors"]
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (drop(f"{BLOCK}.mlp_fc2.wscales"), f"lacks tensor {BLOCK}.mlp_fc2.wscales"),
+    (put(f"{BLOCK}.mlp_fc2.wscales", lambda t: t.bfloat16()), "torch.bfloat16 where torch.float8_e4m3fn is due"),
+    (put(f"{BLOCK}.mlp_fc2.wscales", lambda t: t[::4].contiguous()), "has shape [8, 128] where [32, 128] is due"),
+    (put(f"{BLOCK}.mlp_fc2.wtscale", lambda t: t.repeat(2)), "has shape [2] where [1] is due"),
+    (put(f"{BLOCK}.mlp_fc2.wtscale", lambda t: t.to(torch.int8)), "torch.int8 where torch.bfloat16 is due"),
+    (put(f"{BLOCK}.qkv_proj.wcscales", lambda t: t[:128]), "has shape [128] where [384] is due"),
+    (put(f"{BLOCK}.qkv_proj.wcscales", lambda t: t.float()), "torch.float32 where torch.bfloat16 is due"),
+    (put(f"{BLOCK}.qkv_proj.qweight", lambda t: t.view(torch.float8_e4m3fn)), "torch.float8_e4m3fn where torch.int8 is due"),
+    (put(f"{BLOCK}.norm.linear.wscales", lambda t: t.to(torch.float8_e4m3fn)), "where torch.bfloat16 is due"),
+    (put(f"{BLOCK}.norm.linear.wtscale", lambda t: torch.ones(1)), f"has tensor {BLOCK}.norm.linear.wtscale"),
+    (put(f"{BLOCK}.mlp_fc1.smooth", lambda t: t + 1), "different smoothing factors"),
+])
+def test_damaged_files(model, tmp_path, change, says):
+    with pytest.raises(CheckpointError) as caught:
+        opened(rewritten(model[0], tmp_path / "bad.safetensors", change))
+    message = str(caught.value)
+    assert "bad.safetensors" in message and "\n" not in message and message.endswith(".") and says in message
+
+
+def test_metadata_that_do_not_fit_the_tensors(model, tmp_path):
+    metadata = read_header(str(model[0])).metadata
+    stated = json.dumps({"weight": {"dtype": "int4"}})
+    with pytest.raises(CheckpointError, match=r"wscales has shape \[8, 384\] where \[2, 384\] is due"):
+        opened(rewritten(model[0], tmp_path / "bad.safetensors", metadata=metadata | {"quantization_config": stated}))
+
+
+NAME = "single_blocks.0.linear2"
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (drop(f"{NAME}.weight_scale_2"), f"lacks tensor {NAME}.weight_scale_2"),
+    (put(f"{NAME}.weight_scale_2", lambda t: t[:3]), "has 3 rows of second scales"),
+    (put(f"{NAME}.weight_scale_2", lambda t: t[0].clone()), "second scales"),
+    (put(f"{NAME}.weight_scale_2", lambda t: t.bfloat16()), "torch.bfloat16 where torch.float32 is due"),
+    (put(f"{NAME}.weight_scale", lambda t: t.view(torch.int8)), "torch.int8 where torch.float8_e4m3fn is due"),
+    (put(f"{NAME}.weight_scale", lambda t: t[:10]), "has shape [10, 128] where [40, 128] is due"),
+    (put(f"{NAME}.comfy_quant", lambda t: layout.encode_conf({"format": "svdquant_nvfp4", "group_size": 64})), "group size 64"),
+    (put(f"{NAME}.comfy_quant", lambda t: layout.encode_conf({"format": ["svdquant_nvfp4"]})), "format ['svdquant_nvfp4']"),
+])
+def test_damaged_files_of_ours(model, tmp_path, change, says):
+    convert.convert(str(model[0]), str(tmp_path / "native.safetensors"), "native")
+    with pytest.raises(CheckpointError) as caught:
+        native.open_file(read_header(str(rewritten(tmp_path / "native.safetensors", tmp_path / "bad.safetensors", change))))
+    message = str(caught.value)
+    assert "bad.safetensors" in message and "\n" not in message and message.endswith(".") and says in message
