@@ -1,0 +1,47 @@
+"""A small FLUX in a real ComfyUI, in 16 bits and in 4, for the tests that put LoRAs and ControlNets on both."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def pair_files(tmp_path_factory):
+    """Files of a random FLUX.1 with a block of each kind: in 16 bits, and quantized."""
+    from comfyui_svdquant.quant import quantizer
+    from comfyui_svdquant.quant.host import build, quantize
+
+    from .comfy_models import Progress, save, write_flux
+
+    folder = tmp_path_factory.mktemp("models")
+    path = write_flux(folder / "flux.safetensors", depth_single=1)
+    with torch.inference_mode():
+        twin, _ = quantize.quantize(build.load_model(path), quantizer.recipe("data-free", 16), None, None, 2, 0, Progress())
+        return path, save(twin, folder / "flux_4bit.safetensors")
+
+
+def load(path):
+    from comfyui_svdquant.quant.host import build
+
+    return build.load_model(path)
+
+
+@pytest.fixture
+def plain(pair_files):
+    return load(pair_files[0])
+
+
+@pytest.fixture
+def twin(pair_files):
+    return load(pair_files[1])
+
+
+@pytest.fixture(scope="session")
+def drift(pair_files):
+    """How far 4 bits are from 16 bits in a sampled latent."""
+    from comfyui_svdquant.quant.metrics import relative_error
+
+    from .comfy_models import sample
+
+    with torch.inference_mode():
+        exact, quantized = (sample(load(path)) for path in pair_files)
+        return relative_error(quantized, exact)

@@ -1,0 +1,81 @@
+"""What the tests of LoRAs share: random ones for the small FLUX, and what a layer that carries them computes."""
+
+import copy
+
+import comfy.lora
+import comfy.sd
+import torch
+from comfyui_svdquant.quant.metrics import relative_error
+
+RANK = 4
+LINEAR1, LINEAR2, QKV, FC1, FC2, MOD = ("single_blocks.0.linear1", "single_blocks.0.linear2", "double_blocks.0.img_attn.qkv",
+                                        "double_blocks.0.img_mlp.0", "double_blocks.0.txt_mlp.2", "double_blocks.0.img_mod.lin")
+ROUNDING = 0.005  # of two bf16 factors
+MARGIN = 1.15
+
+
+def shapes(patcher):
+    """{layer name: (N, K)} of the layers that are packed in a quantized model."""
+    return {name: (layer.out_features, layer.in_features) for name, layer in patcher.packed_layers().items()}
+
+
+def random(*shape, seed=0):
+    # A seed for each shape and place, so that no two factors of a LoRA are alike.
+    g = torch.Generator().manual_seed(hash((shape, seed)) % 2**31)
+    return torch.randn(*shape, generator=g)
+
+
+def factors(n, k, seed=0, rank=RANK, size=0.25):
+    """(up, down) whose product is `size` times as large as the weights of flux_tensors."""
+    return random(n, rank, seed=seed) * size / rank**0.5, random(rank, k, seed=seed + 1) / k**0.5
+
+
+def named(prefix, n, k, seed=0, up="lora_up.weight", down="lora_down.weight", alpha=None, **options):
+    tensors = dict(zip((f"{prefix}.{up}", f"{prefix}.{down}"), (t.contiguous() for t in factors(n, k, seed, **options))))
+    if alpha is not None:
+        tensors[f"{prefix}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+def generic(*layers, alpha=None, **options):
+    """A LoRA in ComfyUI's plain naming; layers: (name, (n, k))."""
+    tensors = {}
+    for seed, (name, (n, k)) in enumerate(layers):
+        tensors |= named(f"diffusion_model.{name}", n, k, 10 * seed, alpha=alpha, **options)
+    return tensors
+
+
+def load_lora(patcher, tensors, strength=1.0):
+    """What LoraLoader and LoraLoaderModelOnly do."""
+    return comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0)[0]
+
+
+def loaded(patcher):
+    """The patcher, with its patches on the model."""
+    patcher.unpatch_model(patcher.offload_device)
+    patcher.patch_model(patcher.load_device)
+    return patcher
+
+
+def layer_of(patcher, name):
+    return patcher.packed_layers()[name]
+
+
+def effective(layer):
+    """(N, K) float32: the weight that a layer computes with, its side branch included."""
+    weight = layer.dense("cpu")
+    if layer.side is None:
+        return weight
+    if layer.side.gain is not None:
+        weight = weight * layer.side.gain[:, None]
+    for term in layer.side.terms:
+        weight[slice(*term.rows), slice(*term.cols)] += copy.deepcopy(term).float().dense()
+    return weight
+
+
+def change(patcher, name):
+    """(‖what the layer's weight changed by, against ComfyUI's own dense arithmetic‖ / ‖that‖, the dense change)."""
+    layer, key = layer_of(patcher, name), f"diffusion_model.{name}.weight"
+    dense = layer.dense("cpu")
+    exact = comfy.lora.calculate_weight(patcher.patches[key], dense.clone(), key) - dense
+    return relative_error(effective(layer) - dense, exact), exact
