@@ -10,9 +10,7 @@ from comfyui_svdquant.quant.checkpoint import nunchaku_write
 from comfyui_svdquant.quant.checkpoint.header import read_header
 from safetensors.torch import load_file, save_file
 
-from tiny_flux.untrained import flux_tensors
-
-from .packed_flux import packed_flux
+from .packed_flux import flux_tensors, packed_flux
 
 RANK = 16
 QUANTIZATION = {"method": "svdquant", "rank": RANK,
