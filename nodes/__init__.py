@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .download_model import SVDQuantDownloadModel
 from .load_model import SVDQuantLoadModel
 from .quantize_model import SVDQuantQuantizeModel
 from .save_model import SVDQuantSaveModel
@@ -9,4 +10,4 @@ from .save_model import SVDQuantSaveModel
 
 class SVDQuantExtension(ComfyExtension):
     async def get_node_list(self):
-        return [SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel]
+        return [SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel]

@@ -19,7 +19,7 @@ class SVDQuantLoadModel(io.ComfyNode):
             node_id="SVDQuantLoadModel",
             display_name="SVDQuant Load Model",
             category="loaders/svdquant",
-            description="Loads a FLUX.1 model: one in 4 bits (from SVDQuant Save Model, Nunchaku INT4, or comfy-kitchen's "
+            description="Loads a FLUX.1 model: one in 4 bits (from SVDQuant Save Model, Nunchaku's, or comfy-kitchen's "
                         "svdquant_w4a4), or an ordinary one in bf16, fp16 or fp8, ready to be quantized.",
             inputs=[
                 io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"),

@@ -1,35 +1,10 @@
 """SVDQuant Quantize Model: a FLUX.1 MODEL into its 4-bit twin, in the graph."""
 
-import comfy.model_management
-import comfy.utils
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..quant import quantizer, report
 from ..quant.host.quantize import quantize
-
-
-class NodeProgress:
-    """Progress of a node: its bar, the line of text under it, and Cancel."""
-
-    def __init__(self, node_id):
-        self.node_id = node_id
-        self.bar = None
-
-    def total(self, steps):
-        self.bar = comfy.utils.ProgressBar(steps, node_id=self.node_id)
-
-    def step(self, text):
-        self.check()
-        self.bar.update(1)
-        self.say(text)
-
-    def say(self, text):
-        if self.node_id is not None and PromptServer.instance is not None:
-            PromptServer.instance.send_progress_text(text, self.node_id)
-
-    def check(self):
-        comfy.model_management.throw_exception_if_processing_interrupted()
+from .progress import NodeProgress
 
 
 class SVDQuantQuantizeModel(io.ComfyNode):

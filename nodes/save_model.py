@@ -1,30 +1,11 @@
 """SVDQuant Save Model: a quantized MODEL into a file that anybody can load."""
 
-import os
-
-import folder_paths
 from comfy_api.latest import io
 
 from ..quant.checkpoint import native
 from ..quant.host import build
 from ..quant.host.patcher import PREFIX, SVDQuantModelPatcher
-
-EXTENSION = ".safetensors"
-
-
-def target_path(filename):
-    """(absolute path, name within the folder) for a filename given by the user. Raises ValueError outside the folder."""
-    folders = folder_paths.get_folder_paths("diffusion_models")
-    # ComfyUI lists models/unet, the old name of the same kind, first.
-    folder = next((path for path in folders if os.path.basename(path) == "diffusion_models"), folders[0])
-    name = filename.strip().replace("\\", "/")
-    name = name if name.endswith(EXTENSION) else name + EXTENSION
-    path = os.path.abspath(os.path.join(folder, name))
-    inside = path.startswith(os.path.join(os.path.abspath(folder), ""))
-    if not inside or os.path.basename(name) == EXTENSION:
-        raise ValueError(f"The filename {filename!r} does not name a file within models/diffusion_models; write a plain "
-                         "name such as my_model, or folder/my_model.")
-    return path, os.path.relpath(path, folder)
+from .model_folder import target_path
 
 
 def unpatched_tensors(model):

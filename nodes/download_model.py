@@ -1,0 +1,64 @@
+"""SVDQuant Download Model: a model file from the Hugging Face Hub into models/diffusion_models."""
+
+from comfy_api.latest import io
+
+from ..quant import hub
+from .model_folder import target_path
+from .progress import NodeProgress
+
+OWN_CHOICE = "repository and file below"
+
+
+def nunchaku(model):
+    """(repository, file) of a FLUX.1 as Nunchaku's makers publish it in INT4."""
+    return f"nunchaku-ai/nunchaku-{model}", f"svdq-int4_r32-{model}.safetensors"
+
+
+# What the Hub's pages list, sizes too.
+PRESETS = {
+    "FLUX.1-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-dev"),
+    "FLUX.1-Krea-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-krea-dev"),
+    "FLUX.1-Kontext-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-kontext-dev"),
+    "FLUX.1-Canny-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-canny-dev"),
+    "FLUX.1-Depth-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-depth-dev"),
+}
+
+
+class SVDQuantDownloadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SVDQuantDownloadModel",
+            display_name="SVDQuant Download Model",
+            category="loaders/svdquant",
+            description="Downloads a model from the Hugging Face Hub into models/diffusion_models, and checks it. A download "
+                        "that was stopped goes on where it was; a file that is there already is used.",
+            inputs=[
+                io.Combo.Input("model", options=[*PRESETS, OWN_CHOICE], default=next(iter(PRESETS)),
+                               tooltip="A published 4-bit FLUX.1, or a file of your own choice."),
+                io.String.Input("repository", default="",
+                                tooltip="For a choice of your own: the repository on the Hub, as owner/name."),
+                io.String.Input("file", default="",
+                                tooltip="For a choice of your own: the path of a .safetensors or .sft file in the repository."),
+                io.String.Input("revision", default="main", tooltip="The branch, tag or commit to take the file from."),
+                io.String.Input("filename", default="",
+                                tooltip="Name to give the file in models/diffusion_models; empty for the repository's. A folder "
+                                        "may stand before it."),
+            ],
+            # Not io.Combo.Output: its type is its list of options, which no V3 combo input accepts.
+            outputs=[io.Custom("COMBO").Output(display_name="model_name",
+                                               tooltip="The file, for SVDQuant Load Model's model_name.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, repository, file, revision, filename):
+        if model in PRESETS:
+            repository, file = PRESETS[model]
+        repository, file, revision = repository.strip(), file.strip(), revision.strip()
+        hub.check_names(repository, file, revision)
+        path, name = target_path(filename if filename.strip() else file.rsplit("/", 1)[-1])
+        progress = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
+        hub.download(hub.look_up(repository, file, revision, progress), path, progress)
+        return io.NodeOutput(name)
