@@ -11,7 +11,6 @@ from pathlib import Path
 
 from host.client import Client
 from host.setup import ROOT, Host
-from tiny_flux import untrained
 
 LAUNCH = Path(__file__).with_name("launch.py")
 PACK = "ComfyUI-SVDQuant"  # the folder name under custom_nodes, as a user has it
@@ -109,8 +108,7 @@ def furnish(base: Path) -> None:
         (base / folder).mkdir(parents=True, exist_ok=True)
     for folder, name in TINY.items():
         (base / "models" / folder).mkdir(parents=True, exist_ok=True)
-        source = untrained.tiny_flux(base / "untrained") if folder == "diffusion_models" else ROOT / "demo" / "tiny_flux" / name
-        shutil.copy2(source, base / "models" / folder / name)
+        shutil.copy2(ROOT / "demo" / "tiny_flux" / name, base / "models" / folder / name)
     link_folder(base / "custom_nodes" / PACK, ROOT)
     link_folder(base / "custom_nodes" / DEMO_NODES, ROOT / "demo" / "custom_node")
     (base / "user" / "default" / "comfy.settings.json").write_text(FIRST_VISIT_DONE, encoding="utf-8")

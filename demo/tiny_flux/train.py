@@ -2,8 +2,8 @@
 
     python -m demo.tiny_flux.train --comfyui ~/ComfyUI --out demo/tiny_flux
 
-from the repository's root, on a CUDA GPU with 40 GB. Writes tiny_vae.safetensors, tiny_flux.safetensors, training.json and
-sheet.png (captions of SHEET, one picture each) into --out, training-STAGE.json with the loss curves beside them.
+from the repository's root, on a CUDA GPU with 40 GB. Writes tiny_vae.safetensors and tiny_flux.safetensors into --out, beside
+them training-vae.json and training-flow.json with the loss curves, and samples.jpg (captions of SHEET, one picture each).
 """
 
 import argparse
@@ -275,11 +275,11 @@ def decode(vae, latents):
 
 
 def save_sheet(pictures, path, columns=6):
-    """Pictures (n, 3, h, w) as one PNG, row by row."""
+    """Pictures (n, 3, h, w) as one file, row by row."""
     from PIL import Image
     n, c, h, w = pictures.shape
     grid = pictures.view(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(n // columns * h, columns * w, c)
-    Image.fromarray((grid * 255).round().byte().cpu().numpy()).save(path)
+    Image.fromarray((grid * 255).round().byte().cpu().numpy()).save(path, quality=90)
 
 
 def save_weights(state, path, report):
@@ -307,28 +307,33 @@ def vae_stage(args, source, path):
     save_weights(vae.state_dict(), path, report["vae"])
     report["vae"] |= measure_vae(load_vae(path, args.device), source, args)
     save_weights(vae.state_dict(), path, machine() | report["vae"])
+    save_report(report, args, "vae")
     print(f"VAE: {report['vae']['steps']} steps, {report['vae']['psnr_db']} dB, std {report['vae']['latent_std']}", flush=True)
-    return report
 
 
 def flow_stage(args, source, vae, path):
     report = {}
     flux = train_flux(args, vae, source, report)
     state = add_outliers(flux.state_dict(), args.seed) if args.outliers else flux.state_dict()
-    report["flow"]["outliers"] = {"share": SHARE, "strengths": STRENGTHS} if args.outliers else None
+    report["flow"]["outliers"] = {"share": SHARE, "strengths": STRENGTHS, "seed": args.seed} if args.outliers else None
     save_weights(state, path, report["flow"])
     flux = load_flux(path, args.device, torch.float32)
     report["flow"] |= measure_flux(flux, vae, source, args)
     save_weights(state, path, machine() | report["flow"])
+    save_report(report, args, "flow")
     print(f"FLUX: {report['flow']['steps']} steps, validation loss {report['flow']['validation_loss']}", flush=True)
     ids = torch.tensor([words.word_ids(caption) for caption in SHEET], device=args.device)
-    save_sheet(decode(vae, host.sample(flux, ids, steps=args.sheet_steps)), os.path.join(args.out, "sheet.png"))
-    return report
+    save_sheet(decode(vae, host.sample(flux, ids, steps=args.sheet_steps)), os.path.join(args.out, "samples.jpg"))
 
 
 def machine():
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {"hardware": name, "torch": torch.__version__, "license": "Apache-2.0"}
+
+
+def save_report(report, args, stage):
+    with open(os.path.join(args.out, f"training-{stage}.json"), "w") as file:
+        json.dump(machine() | report, file)
 
 
 def parse_arguments():
@@ -364,13 +369,10 @@ def main():
     torch.backends.cudnn.benchmark = True
     source = picture_source(args.device, args.compile)
     vae_path = args.vae or os.path.join(args.out, "tiny_vae.safetensors")
-    report = machine()
     if args.stage != "flow":
-        report |= vae_stage(args, source, vae_path)
+        vae_stage(args, source, vae_path)
     if args.stage != "vae":
-        report |= flow_stage(args, source, load_vae(vae_path, args.device), os.path.join(args.out, "tiny_flux.safetensors"))
-    with open(os.path.join(args.out, f"training-{args.stage}.json"), "w") as file:
-        json.dump(report, file)
+        flow_stage(args, source, load_vae(vae_path, args.device), os.path.join(args.out, "tiny_flux.safetensors"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from comfyui_svdquant.quant.checkpoint.header import CheckpointError
 from comfyui_svdquant.quant.host.build import load_model
 from safetensors.torch import save_file
 
-from tiny_flux.untrained import tiny_flux
+from host.server import ROOT, TINY
 
 FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
 
@@ -26,10 +26,10 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny_in_models(tmp_path_factory):
+def tiny_in_models():
     """The embedded model, where ComfyUI looks for models."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(tiny_flux(tmp_path_factory.mktemp("tiny")), FOLDER)
+    shutil.copy2(ROOT / "demo" / "tiny_flux" / TINY["diffusion_models"], FOLDER)
     yield
     for file in FOLDER.glob("*.safetensors"):
         file.unlink()

@@ -7,7 +7,7 @@ from comfyui_svdquant.quant.checkpoint import native
 from comfyui_svdquant.quant.host import build, quantize
 from safetensors.torch import save_file
 
-from tiny_flux.untrained import flux_tensors
+from .random_flux import flux_tensors
 
 CONTEXT, POOLED, HIDDEN = 128, 64, 256
 

@@ -3,7 +3,7 @@
 import torch
 from comfyui_svdquant.quant import flux, quantizer
 
-from tiny_flux.untrained import flux_tensors
+from .random_flux import flux_tensors
 
 CONTEXT, POOLED = 128, 64
 

@@ -11,9 +11,8 @@ from comfyui_svdquant.quant.host import build, quantize
 from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
 from safetensors.torch import load_file, save_file
 
-from tiny_flux.untrained import flux_tensors
-
 from .comfy_models import HIDDEN, Progress, prompts, quantized, sample, save, write_flux
+from .random_flux import flux_tensors
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 

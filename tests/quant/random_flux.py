@@ -1,17 +1,8 @@
-"""Random FLUX.1 weights under the names of a file: for tests of any size, and in place of the trained small FLUX.
-
-tiny_flux.safetensors comes out of train.py on a CUDA GPU. A checkout that does not have it yet gets a random model of the
-same shape, so that everything but the picture can be seen to work; what it draws is noise.
-"""
-
-from pathlib import Path
+"""Random FLUX.1 weights under the names of a file, for tests of any width and depth."""
 
 import torch
-from safetensors.torch import save_file
 
-from . import outliers, words
-
-TRAINED = Path(__file__).with_name("tiny_flux.safetensors")
+from tiny_flux import words
 
 
 def flux_tensors(hidden=256, depth=1, depth_single=2, in_channels=16, context=words.CONTEXT_DIM, pooled=words.POOLED_DIM,
@@ -39,15 +30,3 @@ def flux_tensors(hidden=256, depth=1, depth_single=2, in_channels=16, context=wo
         tensors[f"{name}.weight"] = torch.randn(shape, generator=g) / shape[1] ** 0.5
         tensors[f"{name}.bias"] = torch.randn(shape[0], generator=g) * 0.02
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-def tiny_flux(folder):
-    """The small FLUX's file: the trained one, else a random one that is written into `folder` (made if missing)."""
-    if TRAINED.is_file():
-        return TRAINED
-    path = Path(folder) / TRAINED.name
-    print("demo/tiny_flux/tiny_flux.safetensors is not trained yet: a random model stands in, and draws noise.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = outliers.add_outliers(flux_tensors(depth=2, depth_single=6))
-    save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, path)
-    return path
