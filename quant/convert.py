@@ -15,10 +15,10 @@ class StoredTensors(Mapping):
     """The tensors of a file that has them as they are, {name: tensor}, each read when it is asked for."""
 
     def __init__(self, packed):
-        self.header, self.names = packed.header.within(packed.prefix), packed.shapes
+        self.read, self.names = packed.read, packed.shapes
 
     def __getitem__(self, name):
-        return self.header.read_tensor(name)
+        return self.read(name)
 
     def __contains__(self, name):
         return name in self.names

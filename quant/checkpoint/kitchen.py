@@ -3,33 +3,145 @@
 They are read as our own files are, less our metadata: what those say, the tensors' shapes have to tell. Not every
 layer need be packed, and linear2 may be one plain signed layer. comfy-kitchen has no layer in which the code of the
 input changes on the way, so none of theirs means something else here.
+
+Two other forms are read as if they were that one. The descriptions may lie in the file's metadata, as ComfyUI's
+`_quantization_metadata`, {"layers": {X: the JSON of X.comfy_quant}}. And tensors may be packed for the tiles of
+comfy-kitchen's kernel, of 128 rows and 64 columns, each tensor of a layer by itself:
+
+    X.weight          (N/128, K/64, 32, 128)  a tile's bytes of 4 rows beside each other, 32 of each
+    X.weight_scale    (K/64, N) as (N/128, K/64, 128)
+    X.weight_proj_up  (N, R) as (N/128, R, 128)
 """
+
+import json
+from dataclasses import dataclass, field, replace
 
 from .. import layout
 from . import native
+from .header import CheckpointError, Header
 
-PREFIXES = ("", "model.diffusion_model.")
-
-
-def _prefix(header):
-    """Where the packed layers are; None where there is none that we run."""
-    suffix = f".{layout.QUANT_KEY}"
-    for key in header.tensors:
-        if key.endswith(suffix):
-            try:
-                known = layout.decode_conf(header.read_bytes(key)).get("format") in native.MODULE_FORMATS
-            except ValueError:
-                continue
-            if known:
-                return max((prefix for prefix in PREFIXES if key.startswith(prefix)), key=len)
-    return None
+PREFIXES = ("model.diffusion_model.", "")
+METADATA = "_quantization_metadata"
+TILE_ROWS, TILE_COLUMNS, TILE_LINES = 128, 64, 32
 
 
 def matches(header):
-    """Whether the file has a layer in one of our formats."""
+    """Whether the file has a layer in one of our formats. Raises CheckpointError where its metadata are damaged."""
     return _prefix(header) is not None
 
 
 def open_file(header):
     """PackedFile; raises CheckpointError as native.open_file does."""
-    return native.packed_file(header, _prefix(header), {}, {"preset": "comfy-kitchen file"}, header.file)
+    prefix = _prefix(header)
+    own = _as_ours(header, prefix)
+    packed = native.packed_file(own, "", {}, {"preset": "comfy-kitchen file"}, header.file)
+    return replace(packed, header=header, prefix=None if own.tiles else prefix)
+
+
+def _prefix(header):
+    """Where the packed layers are; None where there is none that we run."""
+    for name, conf in _descriptions(header).items():
+        if conf.get("format") in native.MODULE_FORMATS:
+            # In the metadata, names may also be relative to the diffusion model.
+            return next(prefix for prefix in PREFIXES if name.startswith(prefix) or f"{prefix}{name}.weight" in header.tensors)
+    return None
+
+
+def _descriptions(header):
+    """{layer: dict} of what the file says of its layers; damaged entries are left to the reader."""
+    found, suffix = {}, f".{layout.QUANT_KEY}"
+    for key in header.tensors:
+        if key.endswith(suffix):
+            try:
+                found[key.removesuffix(suffix)] = native.decode(header, key)
+            except CheckpointError:
+                continue
+    return found | _listed(header)
+
+
+def _listed(header):
+    """{layer: dict} of the metadata's descriptions."""
+    if METADATA not in header.metadata:
+        return {}
+    try:
+        listed = json.loads(header.metadata[METADATA])["layers"]
+        if all(isinstance(conf, dict) for conf in listed.values()):
+            return listed
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        pass
+    raise CheckpointError(f"{header.file} has no valid {METADATA} in its metadata; download it again.")
+
+
+# --- as our own ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _AsOurs(Header):
+    """The file's diffusion model under our names and in our order.
+
+    described: {X.comfy_quant: its bytes} where the metadata had them; tiles: {name: TensorInfo as stored}.
+    """
+
+    described: dict = field(default_factory=dict)
+    tiles: dict = field(default_factory=dict)
+
+    def read_bytes(self, name):
+        return self.described[name] if name in self.described else super().read_bytes(name)
+
+    def read_tensor(self, name):
+        tensor = super().read_tensor(name)
+        if name not in self.tiles:
+            return tensor
+        return UNTILE[name.rpartition(".")[2]](tensor.view(self.tiles[name].shape))
+
+
+def _as_ours(header, prefix):
+    inside, suffix = header.within(prefix), f".{layout.QUANT_KEY}"
+    described = {}
+    for name, conf in _listed(header).items():
+        if not name.startswith(prefix) and f"{name}.weight" not in inside.tensors:
+            continue  # of a text encoder in the same file
+        key = name.removeprefix(prefix) + suffix
+        if key in inside.tensors and native.decode(inside, key) != conf:
+            raise CheckpointError(f"{header.file} describes layer {name} in two ways, in {METADATA} and in {key}; download it "
+                                  "again.")
+        described[key] = json.dumps(conf).encode()
+    tensors = inside.tensors | {key: None for key in described}
+    layers = {key.removesuffix(suffix) for key in tensors if key.endswith(suffix)}
+    tiles = {}
+    for name in (f"{layer}.{part}" for layer in layers for part in UNTILE):
+        shape = _natural_shape(name.rpartition(".")[2], tensors[name].shape) if name in tensors else None
+        if shape is not None:
+            tiles[name] = tensors[name]
+            tensors[name] = replace(tensors[name], shape=shape)
+    return _AsOurs(header.path, tensors, header.metadata, described, tiles)
+
+
+def _natural_shape(part, shape):
+    """The shape that a tensor has when it is not packed in tiles; None where it is not."""
+    if part == "weight" and len(shape) == 4 and shape[2:] == (TILE_LINES, TILE_ROWS * TILE_COLUMNS // 2 // TILE_LINES):
+        return shape[0] * TILE_ROWS, shape[1] * TILE_COLUMNS // 2
+    if part != "weight" and len(shape) == 3 and shape[2] == TILE_ROWS:
+        rows = shape[0] * TILE_ROWS
+        return (shape[1], rows) if part == "weight_scale" else (rows, shape[1])
+    return None
+
+
+def untile_codes(tiled):
+    """(N/128, K/64, 32, 128) int8 -> (N, K/2)."""
+    tiles, groups = tiled.shape[:2]
+    rows = tiled.view(tiles, groups, TILE_LINES, TILE_ROWS // TILE_LINES, TILE_COLUMNS // 2)
+    return rows.permute(0, 2, 3, 1, 4).reshape(tiles * TILE_ROWS, -1)
+
+
+def untile_scales(tiled):
+    """(N/128, G, 128) -> (G, N)."""
+    return tiled.permute(1, 0, 2).reshape(tiled.shape[1], -1)
+
+
+def untile_up(tiled):
+    """(N/128, R, 128) -> (N, R)."""
+    return tiled.permute(0, 2, 1).reshape(-1, tiled.shape[1])
+
+
+UNTILE = {"weight": untile_codes, "weight_scale": untile_scales, "weight_proj_up": untile_up}

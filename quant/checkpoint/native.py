@@ -22,6 +22,7 @@ from .write import modelspec, write
 
 VERSION = 1
 MODULE_FORMATS = tuple(layout.GROUP_SIZES)
+MAX_DESCRIPTION_BYTES = 1 << 16  # of one X.comfy_quant
 
 
 def matches(header):
@@ -41,13 +42,13 @@ def packed_file(header, prefix, config, recipe, source):
     shapes = {name: info.shape for name, info in own.tensors.items() if not name.endswith(f".{layout.QUANT_KEY}")}
     dtypes = {name: own.tensors[name].dtype for name in shapes}
     return PackedFile(header, layer_specs(own), shapes, dtypes, config, recipe, source,
-                      lambda: ((name, own.read_tensor(name)) for name in shapes), prefix)
+                      lambda: ((name, own.read_tensor(name)) for name in shapes), prefix, own.read_tensor)
 
 
 def _json_metadata(header, key):
     try:
         value = json.loads(header.metadata.get(key, ""))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise CheckpointError(f"{header.file} has no valid {key} in its metadata; save or download it again.")
@@ -57,7 +58,7 @@ def _json_metadata(header, key):
 def config(header):
     """The FLUX configuration of the file, a dict. Raises CheckpointError on a newer version or a damaged entry."""
     version = header.metadata["svdquant.version"]
-    if not version.isdecimal() or int(version) > VERSION:
+    if not version.isdecimal() or len(version) > 9 or int(version) > VERSION:
         raise CheckpointError(f"{header.file} has SVDQuant format version {version}, and this pack reads up to "
                               f"{VERSION}; update ComfyUI-SVDQuant.")
     return _json_metadata(header, "svdquant.config")
@@ -76,12 +77,21 @@ def layer_specs(header):
     return {name: _layer_spec(header, name) for name in names}
 
 
+def decode(header, key):
+    """The dict that a tensor X.comfy_quant holds. Raises CheckpointError where it is none."""
+    info = header.tensors[key]
+    if info is not None and info.stop - info.start > MAX_DESCRIPTION_BYTES:
+        raise CheckpointError(f"{header.file}: {key} has {info.stop - info.start} bytes where a few hundred are due; save or "
+                              "download the file again.")
+    try:
+        return layout.decode_conf(header.read_bytes(key))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{header.file}: {key} {error}; save or download the file again.") from None
+
+
 def _layer_spec(header, name):
     key = f"{name}.{layout.QUANT_KEY}"
-    try:
-        conf = layout.decode_conf(header.read_bytes(key))
-    except ValueError as error:
-        raise CheckpointError(f"{header.file}: {key} {error}; save or download the file again.") from None
+    conf = decode(header, key)
     kind = conf.get("format")
     usual = layout.GROUP_SIZES[kind] if kind in MODULE_FORMATS else None
     group_size = conf.get("group_size", usual)
@@ -93,9 +103,9 @@ def _layer_spec(header, name):
                               "FLUX.1 model.")
     weight, scale = (_info(header, f"{name}.{part}") for part in ("weight", "weight_scale"))
     if len(weight.shape) != 2:
-        # comfy-kitchen also has a form of four dimensions, packed for one kernel's tiles.
+        # comfy-kitchen's tiles have become such a matrix by now.
         raise CheckpointError(f"{header.file}: {name}.weight has shape {list(weight.shape)} where (N, K/2) is due; "
-                              "choose a file that is not packed in tiles, or save or download it again.")
+                              "choose a file that is not packed for another kernel, or save or download it again.")
     n, k = weight.shape[0], weight.shape[1] * 2
     unsigned = {layout.SVDQUANT: 0 if conf.get("act_unsigned") else k,
                 layout.SVDQUANT_SPLIT: conf.get("act_unsigned_from")}.get(kind, k)

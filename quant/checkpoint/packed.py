@@ -19,3 +19,4 @@ class PackedFile:
     source: str  # name of the model that was quantized, or of this file
     tensors: Callable[[], Iterable]  # reads: yields (name, tensor), one tensor or layer at a time
     prefix: str | None = None  # where the file has these very tensors under prefix + name, so that it can be mapped
+    read: Callable | None = None  # one tensor by its name, where that costs no more than the tensor itself

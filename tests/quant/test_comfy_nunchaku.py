@@ -162,9 +162,3 @@ def test_a_linear2_that_is_a_plain_signed_layer_and_blocks_that_are_not_packed(f
     layers = patcher.packed_layers()
     assert layers[name].spec.unsigned_from == 5 * 256 and dense not in layers
     assert torch.isfinite(sample(patcher)).all()
-
-
-def test_tiles_are_refused(files, tmp_path):
-    name = "single_blocks.0.linear1.weight"
-    path = edited(files[0], tmp_path / "tiles.safetensors", lambda t: t.update({name: t[name].reshape(-1, 4, 128, 32)}), {})
-    assert "packed in tiles" in refusal(path)
