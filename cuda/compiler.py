@@ -381,7 +381,7 @@ def load_cupy():
     install = f"Install it into ComfyUI's Python: pip install {cupy_package()}"
     try:
         import cupy
-        import cupy.cuda.function  # noqa: F401
+        import cupy.cuda.function
     except ImportError as error:
         if getattr(error, "name", None) == "cupy":
             raise KernelsUnavailable(f"The CUDA kernels need CuPy, which is not installed. {install}") from error

@@ -19,6 +19,8 @@ from host import launch, setup
 ROOT = Path(__file__).resolve().parents[1]
 HOST = setup.locate()
 HAS_COMFY = (HOST.comfy / "main.py").is_file()
+# `python -m pytest` puts this folder on the path, where our cuda/ would hide the `cuda` package that CuPy imports.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 BASE = Path(tempfile.mkdtemp(prefix="svdquant-tests-"))
 
 collect_ignore_glob = [] if HAS_COMFY else ["nodes/*", "host/*", "quant/test_comfy*"]

@@ -43,12 +43,13 @@ def prepare() -> Host:
     """Install what is missing and return the host; under a second when nothing is."""
     host = locate()
     if not host.foreign:
-        install(host.python, [pip_pins("torch"), pip_pins("comfyui"), pip_pins("tools"), pip_pins("no-deps", "--no-deps"),
-                              pip_pins("comfyui-tree", "--no-deps")])
+        install(host.python, [pip_pins("torch"), pip_pins("comfyui"), pip_pins("tools"), pip_pins("kernels"),
+                              pip_pins("no-deps", "--no-deps"), pip_pins("comfyui-tree", "--no-deps")])
         unpack_tree(host.python)
     elif "COMFYUI_PYTHON" not in os.environ:
         wanted = checkout_requirements(host.comfy)
-        install(host.python, [pip_pins("torch"), pip_pins("no-deps", "--no-deps"), wanted, pip_pins("tools")])
+        install(host.python, [pip_pins("torch"), pip_pins("no-deps", "--no-deps"), wanted, pip_pins("tools"),
+                              pip_pins("kernels")])
     return host
 
 

@@ -1,0 +1,360 @@
+"""The kernel compiler without a GPU: the disk cache, what its keys hold, every message, and what a launch costs."""
+
+import ctypes
+import importlib.metadata
+import logging
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import numpy
+import pytest
+import torch
+from comfyui_svdquant.cuda import compiler
+
+PROBE = '#include "probe.cuh"\nextern "C" __global__ void probe(int* p) { *p = VALUE + ONE; }\n'
+WRITER = """
+import importlib.util, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("compiler", sys.argv[1])
+compiler = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compiler)
+path = Path(sys.argv[2])
+for turn in range(200):
+    compiler._write(path, bytes([int(sys.argv[3])]) * 50_000)
+    entry = compiler._read(path)
+    assert entry is not None and len(entry) == 50_000 and len(set(entry)) == 1, "a torn entry"
+"""
+
+
+def nvrtc_or_none():
+    try:
+        return compiler.nvrtc()
+    except compiler.KernelsUnavailable:
+        return None
+
+
+needs_nvrtc = pytest.mark.skipif(nvrtc_or_none() is None, reason="NVRTC is not installed")
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A kernels folder and a cache of their own."""
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    (folder / "probe.cu").write_text(PROBE)
+    (folder / "probe.cuh").write_text("#define ONE 1\n")
+    monkeypatch.setattr(compiler, "SOURCES", folder)
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "cache"))
+    forget()
+    yield folder
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    compiler._source_text.cache_clear()
+    compiler._headers.cache_clear()
+
+
+class FakeNvrtc:
+    """Counts its compilations; the machine code is what it was asked for."""
+
+    def __init__(self, version=(13, 0), architectures=(75, 80, 86, 89, 90, 100, 120)):
+        self.version, self.architectures, self.calls = version, architectures, 0
+
+    def compile(self, name, source, headers, options):
+        self.calls += 1
+        return compiler.Compiled(repr((source, headers, options)).encode(), "")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    library = FakeNvrtc()
+    monkeypatch.setattr(compiler, "nvrtc", lambda: library)
+    return library
+
+
+# --- The disk cache ---------------------------------------------------------------------------------------------------
+
+
+def test_second_time_from_disk(sources, fake):
+    first = compiler.compile_cubin("probe.cu", (("VALUE", 1),), "sm_89")
+    assert compiler.compile_cubin("probe.cu", (("VALUE", 1),), "sm_89") == first
+    assert fake.calls == 1
+    assert [path.suffix for path in compiler.cache_folder().iterdir()] == [".cubin"]
+
+
+def test_what_the_key_holds(sources, fake):
+    """Source, headers, definitions, architecture, NVRTC: a change of any is another kernel."""
+    def compiled():
+        forget()
+        compiler.compile_cubin("probe.cu", (("VALUE", 1),), "sm_89")
+        return fake.calls
+
+    assert compiled() == 1
+    (sources / "probe.cu").write_text(PROBE + "// changed\n")
+    assert compiled() == 2
+    (sources / "probe.cuh").write_text("#define ONE 2\n")
+    assert compiled() == 3
+    fake.version = (13, 1)
+    assert compiled() == 4
+    compiler.compile_cubin("probe.cu", (("VALUE", 2),), "sm_89")
+    assert fake.calls == 5
+    compiler.compile_cubin("probe.cu", (("VALUE", 1),), "sm_86")
+    assert fake.calls == 6
+    assert compiled() == 6
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", None])
+def test_corrupt_entry_is_rebuilt(sources, fake, damage):
+    good = compiler.compile_cubin("probe.cu", (), "sm_89")
+    entry = next(compiler.cache_folder().iterdir())
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if damage is None else damage)
+    assert compiler.compile_cubin("probe.cu", (), "sm_89") == good
+    assert fake.calls == 2 and entry.read_bytes() == whole
+
+
+def test_cache_that_cannot_be_written(sources, fake, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "file"))
+    assert compiler.compile_cubin("probe.cu", (), "sm_89") == compiler.compile_cubin("probe.cu", (), "sm_89")
+    assert fake.calls == 2
+
+
+def test_several_processes(tmp_path):
+    """Four processes write and read one entry: each reads a whole one every time, and no temporary file stays."""
+    path = tmp_path / "cache" / "entry.cubin"
+    command = [sys.executable, "-c", WRITER, compiler.__file__, str(path)]
+    writers = [subprocess.Popen([*command, str(number)]) for number in range(4)]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    assert [entry.name for entry in path.parent.iterdir()] == ["entry.cubin"]
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv(compiler.CACHE_VARIABLE, raising=False)
+    monkeypatch.setattr(compiler.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiler.cache_folder() == tmp_path / "comfyui-svdquant" / "kernels"
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "elsewhere"))
+    assert compiler.cache_folder() == tmp_path / "elsewhere"
+
+
+# --- Architectures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability, arch", [((7, 5), "sm_75"), ((8, 6), "sm_86"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"),
+                                              ((12, 1), "sm_121")])
+def test_target(capability, arch):
+    assert compiler.target(capability) == arch
+
+
+def test_unknown_sibling_runs_the_older_code(sources, fake):
+    assert b"-arch=sm_120'" in compiler.compile_cubin("probe.cu", (), "sm_121")
+    assert b"-arch=sm_90a'" in compiler.compile_cubin("probe.cu", (), "sm_90a")
+
+
+# --- Messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_too_old_a_gpu():
+    with pytest.raises(compiler.KernelsUnavailable, match=r"compute capability 7\.5 \(RTX 20\) or newer; this one has 7\.0"):
+        compiler.target((7, 0))
+
+
+def test_too_old_an_nvrtc(sources, fake):
+    fake.architectures, fake.version = (80, 89, 90), (12, 4)
+    with pytest.raises(compiler.KernelsUnavailable, match=r"NVRTC 12\.4 can't compile for this GPU \(sm_120\)"):
+        compiler.compile_cubin("probe.cu", (), "sm_120")
+
+
+@pytest.mark.parametrize("cuda, nvrtc, cupy", [("12.8", "nvidia-cuda-nvrtc-cu12", "cupy-cuda12x"),
+                                               ("13.0", "nvidia-cuda-nvrtc", "cupy-cuda13x"),
+                                               (None, "nvidia-cuda-nvrtc", "cupy-cuda13x")])
+def test_packages_fit_this_torch(monkeypatch, cuda, nvrtc, cupy):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert (compiler.nvrtc_package(), compiler.cupy_package()) == (nvrtc, cupy)
+
+
+def test_no_nvrtc(monkeypatch):
+    monkeypatch.setattr(compiler, "nvrtc_candidates", lambda: ["libnvrtc.so.no"])
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    with pytest.raises(compiler.KernelsUnavailable, match="pip install nvidia-cuda-nvrtc-cu12$"):
+        compiler.nvrtc.__wrapped__()
+
+
+def test_no_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    with pytest.raises(compiler.KernelsUnavailable, match="need CuPy, which is not installed.*pip install cupy-cuda12x$"):
+        compiler.load_cupy()
+
+
+def fake_cupy(version="14.2.0", is_hip=False, runtime_version=lambda: 13000):
+    """The part of CuPy that load_cupy reads, as modules."""
+    cupy, cuda, function = (types.ModuleType(name) for name in ("cupy", "cupy.cuda", "cupy.cuda.function"))
+    cupy.__version__, cupy.__path__, cuda.__path__ = version, [], []
+    cupy.cuda, cuda.function = cuda, function
+    cuda.runtime = types.SimpleNamespace(is_hip=is_hip, runtimeGetVersion=runtime_version)
+    return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.function": function}
+
+
+def no_runtime():
+    raise RuntimeError("CuPy failed to load libcudart.so.12: OSError: no such file\n(and more)")
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (fake_cupy(version="12.3.0"), r"need CuPy 13 or newer; this is CuPy 12\.3\.0.*pip install --upgrade cupy-cuda13x$"),
+    (fake_cupy(is_hip=True), r"CuPy for CUDA; this one is for ROCm.*pip install cupy-cuda13x$"),
+    (fake_cupy(runtime_version=no_runtime), r"does not fit this PyTorch, which is built for CUDA 13\.0 \(CuPy failed to load "
+                                            r"libcudart\.so\.12: OSError: no such file\)\..*pip install cupy-cuda13x$"),
+])
+def test_wrong_cupy(monkeypatch, wrong, message):
+    for name, module in wrong.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(compiler.KernelsUnavailable, match=message):
+        compiler.load_cupy()
+
+
+def test_right_cupy(monkeypatch):
+    modules = fake_cupy()
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert compiler.load_cupy() is modules["cupy"]
+
+
+@needs_nvrtc
+def test_compile_error_shows_the_line(sources):
+    with pytest.raises(compiler.KernelsUnavailable, match=r'could not compile probe\.cu with -arch=sm_80(?s:.*)"VALUE" is undefined'):
+        compiler.compile_cubin("probe.cu", (), "sm_80")
+
+
+def test_failure_is_remembered(monkeypatch):
+    """A linear that can't have its kernel asks for it at every call: the reason is found once."""
+    builds = []
+
+    def build(*key):
+        builds.append(key)
+        return compiler.KernelsUnavailable("no CuPy")
+
+    monkeypatch.setattr(compiler, "_build", build)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    for _ in range(3):
+        with pytest.raises(compiler.KernelsUnavailable, match="no CuPy"):
+            compiler.kernel("awq.cu", "awq", (), torch.device("cuda", 0))
+    assert len(builds) == 1
+
+
+def test_complaints():
+    messages = ("ptxas info    : Used 40 registers\n"
+                "ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+                "ptxas         .    16 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads\n"
+                "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n")
+    assert [line[:20] for line in compiler.complaints(messages)] == ["ptxas         .    1", "ptxas info    : (C75"]
+
+
+# --- What NVRTC makes of it -------------------------------------------------------------------------------------------
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90a"])
+def test_cubin(sources, arch, caplog):
+    with caplog.at_level(logging.WARNING):
+        cubin = compiler.compile_cubin("probe.cu", (("VALUE", 2),), arch)
+    assert cubin.startswith(b"\x7fELF") and b"probe" in cubin
+    assert not caplog.records
+
+
+def test_nothing_of_it_is_imported_with_the_pack():
+    """CuPy's import takes a second, and it is of no use on a CPU."""
+    code = ("import importlib.util, sys\n"
+            f"spec = importlib.util.spec_from_file_location('compiler', {compiler.__file__!r})\n"
+            "module = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(module)\n"
+            "print('cupy' in sys.modules)")
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+# --- Launch -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A Kernel on a device that isn't there, and what CuPy's function was called with."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(compiler, "_raw_stream", lambda index: 0x1234)
+    calls = []
+    return compiler.Kernel(lambda *args: calls.append(args), 0, 1024), calls
+
+
+def test_launch_arguments(launches):
+    kernel, calls = launches
+    x = torch.zeros(4)
+    kernel((2, 3), (128,), x, torch.nn.Parameter(x), None, 7, -1, 0.5)
+    (grid, block, args, shared, stream), = calls
+    assert (grid, block, shared, stream.ptr, stream.__cuda_stream__()) == ((2, 3), (128,), 1024, 0x1234, (0, 0x1234))
+    assert args == [x.data_ptr(), x.data_ptr(), 0, 7, -1, 0.5]
+    assert type(args[-1]) is numpy.float32
+    kernel((1,), (1,))
+    assert calls[1][4] is stream
+
+
+def test_launches_from_threads(launches):
+    kernel, calls = launches
+    x = torch.zeros(4)
+    threads = [threading.Thread(target=lambda: [kernel((1,), (32,), x, 1) for _ in range(1000)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 4000 and len({id(call[4]) for call in calls}) == 1
+
+
+def test_launch_overhead(launches):
+    """What Kernel adds to CuPy's own launch, with the twelve arguments of a GEMM: a few microseconds, also on a slow CPU."""
+    kernel, _ = launches
+    kernel.function = lambda *args: None
+    x = torch.zeros(4)
+    times = []
+    for _ in range(2000):
+        start = time.perf_counter()
+        kernel((16, 24, 1), (256, 1, 1), x, x, x, x, x, x, None, 4096, 3072, 9216, 32, 1.0)
+        times.append(time.perf_counter() - start)
+    microseconds = sorted(times)[len(times) // 2] * 1e6
+    print(f"Kernel.__call__: {microseconds:.2f} us")
+    assert microseconds < 25
+
+
+@pytest.fixture
+def cupy():
+    if not any(name.startswith("cupy-cuda") for distribution in importlib.metadata.distributions()
+               if (name := distribution.metadata["Name"] or "")):
+        pytest.skip("CuPy is not installed")
+    return compiler.load_cupy()
+
+
+def test_cupy_takes_our_stream(cupy):
+    """CuPy reads the stream's pointer, and no more of it, before it asks for a device."""
+    class Pointer(Exception):
+        pass
+
+    class Watched:
+        @property
+        def ptr(self):
+            raise Pointer
+
+    function = cupy.cuda.function.Function.__new__(cupy.cuda.function.Function)
+    with pytest.raises(Pointer):
+        function((1, 1, 1), (32, 1, 1), [ctypes.c_void_p, 3], 0, Watched())
+
+
+def test_no_driver(cupy, sources):
+    """Where CuPy finds no driver, the message is still ours."""
+    if torch.cuda.is_available():
+        pytest.skip("There is a driver")
+    error = compiler._build("probe.cu", "probe", (("VALUE", 1),), 0, 0)
+    assert isinstance(error, compiler.KernelsUnavailable)
