@@ -16,6 +16,8 @@ import torch
 
 from .int4 import GELU_SHIFT, GROUP_SIZE, INT8_MAX, SIGNED_MAX, UNSIGNED_MAX, unpack_signed, unpack_unsigned
 
+PART_RATIO = 16  # at most, of a token's two int8 scales
+
 
 def scaled_codes(codes, scales):
     """codes: (rows, K), scales: (rows, G), both in the dtype of the result. Returns (rows, K): what the codes stand
@@ -33,7 +35,8 @@ def quantize_activation(x, smooth, unsigned_from, act_bits=4, dtype=torch.float3
 
     x: (M, K) float; smooth: (K,) float, the divisor; unsigned_from: int, a multiple of 64.
     act_bits 4: a scale per token and group of 64; signed codes -7..7, or 0..15 from `unsigned_from` on.
-    act_bits 8: a scale per token and part (the columns before and from `unsigned_from`); codes -127..127.
+    act_bits 8: a scale per token and part (the columns before and from `unsigned_from`); codes -127..127. The smaller part's scale
+    is at least a 16th of the other's, so that a kernel can carry integer sums of the one over to the units of the other.
     Returns codes (M, K) as whole numbers in `dtype`, and scales (M, G) in `dtype`.
 
     NaN and Inf in a token turn that token's scale, and so its output, into NaN: they stay visible.
@@ -46,7 +49,9 @@ def quantize_activation(x, smooth, unsigned_from, act_bits=4, dtype=torch.float3
     first_unsigned = unsigned_from // GROUP_SIZE
     if act_bits == 8:
         parts = [part for part in absmax.tensor_split([first_unsigned], dim=-1) if part.shape[-1]]
-        absmax = torch.cat([part.amax(dim=-1, keepdim=True).expand_as(part) for part in parts], dim=-1)
+        largest = [part.amax(dim=-1, keepdim=True) for part in parts]
+        least = torch.stack(largest).amax(dim=0) / PART_RATIO
+        absmax = torch.cat([torch.maximum(part, least).expand_as(columns) for part, columns in zip(largest, parts)], dim=-1)
         high = torch.full_like(absmax[:1], INT8_MAX)
         low = -high
     else:

@@ -1,0 +1,60 @@
+// What Hopper brings beside common.cuh's barriers and copies: clusters of CTAs, registers that move between warps, stmatrix.
+#pragma once
+
+// Arrives at the barrier that lies at the same address in another CTA of the cluster. It frees a buffer and publishes nothing, so the
+// default scope will do; a cluster's would flush L1 each time.
+DEVICE void mbarrier_arrive_at(u32 barrier, u32 cta) {
+    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(cta) : "memory");
+}
+
+// Arrives once all cp.async of this thread so far are in shared memory.
+DEVICE void mbarrier_arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// bulk_copy to the same place in every CTA of the mask; each one's own barrier counts the bytes.
+DEVICE void bulk_copy_multicast(u32 shared, const void* global, u32 bytes, u32 barrier, u16 ctas) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+                 ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"(ctas) : "memory");
+}
+
+DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// A warpgroup's share of the SM's registers, a thread. `inc` waits until another has given enough.
+template <int registers> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
+template <int registers> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
+
+DEVICE void barrier_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+DEVICE u16 load_shared2(u32 address) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+    return v;
+}
+
+DEVICE u32 load_shared4(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
+// Four 8 x 8 matrices of 16 bit, transposed on their way; lane 8 i + r gives the address of matrix i's row r.
+DEVICE void stmatrix4_transposed(u32 address, const u32 (&d)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
+}
+
+DEVICE float reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}

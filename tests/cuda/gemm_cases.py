@@ -1,0 +1,68 @@
+"""Random operands for the GEMM kernels, as images, and their product in float64."""
+
+from dataclasses import dataclass
+
+import torch
+from comfyui_svdquant.cuda import images, int4
+
+
+@dataclass
+class Int8Case:
+    """Operands of the int8 GEMM, and what is expected of it."""
+
+    act: torch.Tensor
+    act_scale: torch.Tensor
+    low: torch.Tensor | None
+    low_scale: torch.Tensor | None
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    row_scale: torch.Tensor
+    proj_up: torch.Tensor
+    bias: torch.Tensor | None
+    unsigned_from: int
+    m: int
+    exact: torch.Tensor  # (M, N) float64
+    bound: torch.Tensor  # (M, N) float64: the largest error that the kernel's arithmetic allows
+
+    def args(self):
+        return (self.act, self.act_scale, self.low, self.low_scale, self.weight, self.weight_scale, self.row_scale, self.proj_up, self.bias,
+                self.unsigned_from, self.m)
+
+
+def output_rounding(dtype):
+    """Half a unit in the last place, relative."""
+    return 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+
+
+def int8_case(m, n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, device="cuda", seed=0):
+    """All codes and integers occur; token scales over two octaves, the parts' within a factor of 16."""
+    g = torch.Generator(device).manual_seed(seed)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=g, device=device)
+
+    unsigned_from = k if unsigned_from is None else unsigned_from
+    rows = images.padded(m, images.ROWS)
+    codes = torch.randint(-127, 128, (m, k), generator=g, device=device)
+    weight = torch.randint(-8, 8, (n, k), generator=g, device=device)
+    integer = torch.randint(-15, 17, (k // 64, n), generator=g, device=device).float()
+    row_scale = torch.randint(8, 16, (n,), generator=g, device=device).float() * torch.exp2((uniform(n) * 4).floor() - 14)
+    act_scale = torch.exp2(uniform(2, rows) * 2 - 6)
+    act_scale[:, m:] = 0
+    low = torch.randn(m, rank, generator=g, device=device).to(dtype)
+    low_scale = torch.exp2((uniform(rows) * 5).floor() - 2)
+    up = torch.randn(n, rank, generator=g, device=device).to(dtype)
+    bias = torch.randn(n, generator=g, device=device).to(dtype) if bias else None
+
+    part = (torch.arange(k, device=device) >= unsigned_from).long()
+    x = codes.double() * act_scale[:, :m].double()[part].t()
+    w = weight.double() * (integer * row_scale).double().t().repeat_interleave(64, dim=1)
+    branch = low_scale[:m, None].double() * (low.double() @ up.double().t())
+    exact = x @ w.t() + branch + (0 if bias is None else bias.double())
+    sizes = x.abs() @ w.abs().t() + low_scale[:m, None].double() * (low.double().abs() @ up.double().abs().t()) + 4
+    bound = output_rounding(dtype) * exact.abs() * 1.01 + 2e-7 * sizes
+    if 0 < unsigned_from < k:  # the first part's sum is rounded to the second's units
+        bound = bound + 0.51 * act_scale[1, :m, None].double() * row_scale.double()
+    return Int8Case(images.int8_image(codes, images.INTEGER), act_scale, images.branch_image(low) if rank else None,
+                    low_scale if rank else None, int4.pack(weight), (integer * row_scale).to(dtype), row_scale, up, bias, unsigned_from, m,
+                    exact, bound)

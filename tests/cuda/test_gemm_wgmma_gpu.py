@@ -1,0 +1,65 @@
+"""Hopper's int8 GEMM against float64: int32 sums are exact, so what remains is float32 rounding and that of the output."""
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import compiler, gemm_wgmma
+
+from .gemm_cases import int8_case
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+                                                  reason="wgmma is Hopper's alone")]
+
+SHAPES = [  # M, N, K, R, unsigned_from
+    (1, 16, 64, 0, None), (192, 192, 128, 32, None), (37, 80, 192, 16, None), (200, 400, 320, 48, 0), (513, 1040, 1024, 128, None),
+    (130, 384, 640, 32, 128), (300, 208, 1536, 32, 1024), (1000, 3072, 3072, 32, None), (257, 768, 192, 272, None), (7, 576, 4096, 64, 0)]
+
+
+def check(case, y):
+    off = (y.double() - case.exact).abs()
+    worst = (off / case.bound).max()
+    relative = (off.norm() / case.exact.norm()).item()
+    assert torch.isfinite(y).all(), f"{(~torch.isfinite(y)).sum()} outputs are not finite"
+    assert worst <= 1, (f"relative error {relative:.2e}; {(off > case.bound).sum()} of {y.numel()} outputs beyond their bound, the worst "
+                        f"{worst:.3g} times, rows {sorted(set((off > case.bound).nonzero()[:, 0].tolist()))[:8]}, "
+                        f"columns {sorted(set((off > case.bound).nonzero()[:, 1].tolist()))[:8]}")
+
+
+@pytest.mark.parametrize("tokens", [192, 128, 64])
+@pytest.mark.parametrize(("m", "n", "k", "rank", "unsigned_from"), SHAPES)
+def test_is_float64s_product(m, n, k, rank, unsigned_from, tokens):
+    case = int8_case(m, n, k, rank, unsigned_from, bias=n != 80, dtype=torch.float16 if n == 400 else torch.bfloat16, seed=m)
+    y = torch.full((m, n), torch.nan, dtype=case.weight_scale.dtype, device="cuda")
+    check(case, gemm_wgmma.gemm(*case.args(), out=y, tokens=tokens))
+    again = torch.full_like(y, torch.nan)
+    assert torch.equal(y, gemm_wgmma.gemm(*case.args(), out=again, tokens=tokens)), "two runs differ"
+
+
+def test_nan_stays_in_its_row():
+    case = int8_case(100, 256, 256, 32)
+    case.act_scale[0, 17] = torch.nan
+    y = gemm_wgmma.gemm(*case.args())
+    rows = torch.isnan(y).any(dim=1)
+    assert rows.nonzero().flatten().tolist() == [17]
+    assert torch.isnan(y[17]).all()
+
+
+def test_free_scales_are_rounded_to_integers():
+    from comfyui_svdquant.cuda import scales
+
+    case = int8_case(64, 192, 512, 0, bias=False)
+    free = torch.rand_like(case.weight_scale, dtype=torch.float32).add_(0.5).mul_(2**-8).bfloat16()
+    case.weight_scale, case.row_scale = free, scales.row_scale(free)
+    y = gemm_wgmma.gemm(*case.args())
+    case.weight_scale = scales.rounded(free, case.row_scale).float()
+    codes = int8_case(64, 192, 512, 0, bias=False)
+    ratio = scales.integers(free, case.row_scale) * case.row_scale
+    from comfyui_svdquant.cuda import images, int4
+
+    x = images.int8_codes(codes.act, images.INTEGER, (64, 512)).double() * codes.act_scale[0, :64, None].double()
+    w = int4.unpack_signed(codes.weight).double() * ratio.double().t().repeat_interleave(64, dim=1)
+    error = ((y.double() - x @ w.t()).norm() / y.double().norm()).item()
+    assert error < 2.5e-3, f"relative error {error:.2e} to the product with rounded scales"
+
+
+def test_variants_compile():
+    assert all(compiler.compile_cubin(source, defines, "sm_90a") for source, _, defines in gemm_wgmma.variants("sm_90a"))
