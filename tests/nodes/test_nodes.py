@@ -1,4 +1,4 @@
-"""The three nodes, called as ComfyUI calls them."""
+"""The nodes, called as ComfyUI calls them."""
 
 import asyncio
 import json
@@ -11,15 +11,18 @@ import folder_paths
 import pytest
 import torch
 from comfyui_svdquant import comfy_entrypoint
+from comfyui_svdquant.nodes.download_model import SVDQuantDownloadModel
 from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
+from comfyui_svdquant.nodes.model_folder import target_path
 from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
-from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel, target_path
+from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError
 from comfyui_svdquant.quant.host.build import load_model
 from safetensors.torch import save_file
 
 from host.server import ROOT, TINY
 
+NODES = (SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel)
 FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -40,13 +43,13 @@ def quantize(**inputs):
     return SVDQuantQuantizeModel.execute(**({"model": model, "steps": 2, "seed": 0, "rank": 16, "preset": "data-free"} | inputs)).result
 
 
-def test_the_extension_offers_the_three_nodes():
+def test_the_extension_offers_the_nodes():
     extension = asyncio.run(comfy_entrypoint())
     ids = [node.GET_SCHEMA().node_id for node in asyncio.run(extension.get_node_list())]
-    assert ids == ["SVDQuantLoadModel", "SVDQuantQuantizeModel", "SVDQuantSaveModel"]
+    assert ids == [node.GET_SCHEMA().node_id for node in NODES]
 
 
-@pytest.mark.parametrize("node", [SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel])
+@pytest.mark.parametrize("node", NODES)
 def test_every_input_and_output_says_what_it_is(node):
     schema = node.GET_SCHEMA()
     assert schema.description and schema.display_name.startswith("SVDQuant ")
