@@ -1,0 +1,217 @@
+"""The mma.sync GEMM against float64, in every mode and tile, on images that torch made from random codes and scales.
+
+What the bounds allow: the one rounding of y to 16 bits, and of the sums only what fp32 accumulation costs (int4: one rounding a group
+of 64, the sums within a group being exact integers; int8: int32 throughout, but for one rounding at the border of two parts). A wrong
+scale, a swapped nibble or a token's neighbour is thousands of times as far off.
+
+Hopper has no 4-bit MMA; its compiler emulates one, so that the paths of sm_80 .. sm_89 and of Turing run here as well.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import compiler, gemm_mma, images, int4
+from comfyui_svdquant.cuda.gemm_mma import BYTES, INTEGER, LARGE, MEDIUM, NIBBLES, SMALL
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda", 0)
+
+
+@dataclass(frozen=True)
+class Path:
+    kind: int
+    tile: gemm_mma.Tile
+    turing: bool | None
+    dtype: torch.dtype
+
+    @property
+    def mode(self):
+        return "int8" if self.kind == INTEGER else "int4"
+
+    def __str__(self):
+        name = ("int8", "bytes", "nibbles")[self.kind] + "-" + {LARGE: "large", MEDIUM: "medium", SMALL: "small"}[self.tile]
+        return name + ("-turing" if self.turing else "") + ("-fp16" if self.dtype == torch.float16 else "")
+
+
+KINDS = (INTEGER, BYTES, NIBBLES)
+PATHS = [Path(kind, tile, None, torch.bfloat16) for kind in KINDS for tile in (LARGE, MEDIUM, SMALL)]
+PATHS += [Path(kind, MEDIUM, None, torch.float16) for kind in KINDS]
+PATHS += [Path(kind, tile, True, torch.float16) for kind in (INTEGER, NIBBLES) for tile in (MEDIUM, SMALL)]
+
+# m, n, k, rank, unsigned_from, bias
+SHAPES = [
+    (1, 16, 64, 0, 64, False),
+    (16, 128, 128, 16, 128, True),
+    (37, 80, 192, 48, 64, True),         # a border within a block, half a block at the end, half a block of ranks
+    (129, 272, 448, 32, 192, False),
+    (300, 144, 640, 128, 0, True),
+    (513, 400, 1088, 0, 512, True),
+    (70, 1040, 3072, 32, 3072, True),
+    (33, 208, 256, 1024, 192, True),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """All kernels at once, on as many cores as there are."""
+    arch = compiler.architecture(DEVICE)
+    number = compiler.arch_number(arch)
+    defines = [gemm_mma.defines_of(p.kind, p.tile, number, p.dtype == torch.float16, p.turing) for p in PATHS]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda d: compiler.compile_cubin(gemm_mma.SOURCE, d, arch), defines))
+
+
+@dataclass
+class Case:
+    """A layer and its quantized activation as plain matrices, on the GPU; float64 but for what the kernel gets as it is."""
+
+    codes: torch.Tensor          # (M, K)
+    act_scale: torch.Tensor      # (G, M) float32; int8: (2, M)
+    low: torch.Tensor            # (M, R)
+    low_scale: torch.Tensor      # (M,) float32
+    weight: torch.Tensor         # (N, K) codes
+    weight_scale: torch.Tensor   # (G, N)
+    row_scale: torch.Tensor | None
+    up: torch.Tensor             # (N, R)
+    bias: torch.Tensor | None
+    unsigned_from: int
+
+    def tokens(self, rows):
+        """The same layer for some of the tokens."""
+        return replace(self, codes=self.codes[rows], act_scale=self.act_scale[:, rows], low=self.low[rows], low_scale=self.low_scale[rows])
+
+
+def random_case(path, m, n, k, rank, unsigned_from, bias, seed=0):
+    g = torch.Generator(DEVICE).manual_seed(seed + 1000 * m + n + k)
+
+    def whole(low, high, *shape):
+        return torch.randint(low, high + 1, shape, generator=g, device=DEVICE)
+
+    def octaves(low, high, *shape):
+        return torch.exp2(torch.rand(shape, generator=g, device=DEVICE) * (high - low) + low)
+
+    groups, row_scale = k // 64, None
+    weight_scale = octaves(-7, -5, groups, n).to(path.dtype)
+    if path.kind == INTEGER:
+        codes, act_scale = whole(-127, 127, m, k), octaves(-8, -6, 2, m)
+        act_scale[1 if unsigned_from >= k else 0] *= 0 < unsigned_from < k  # the row of a part without columns
+        row_scale = whole(8, 15, n) * torch.exp2(whole(-12, -10, n).float())  # 4 bits, so that c i is exact in bf16
+        weight_scale = (whole(-15, 16, groups, n) * row_scale).to(path.dtype)
+    else:
+        codes, act_scale = whole(-7, 7, m, k), octaves(-4, -2, groups, m)
+        codes[:, unsigned_from:] = whole(0, 15, m, k - unsigned_from)
+    normal = lambda *shape: torch.randn(shape, generator=g, device=DEVICE).to(path.dtype)  # noqa: E731
+    return Case(codes, act_scale, normal(m, rank), torch.exp2(whole(-3, 3, m).float()), whole(-8, 7, n, k), weight_scale, row_scale,
+                normal(n, rank), normal(n) if bias else None, unsigned_from)
+
+
+def padded_rows(vectors):
+    """(.., M) -> (.., padded M); the padding, which no row of y may see, is NaN."""
+    return torch.nn.functional.pad(vectors, (0, -vectors.shape[-1] % 16), value=float("nan")).contiguous()
+
+
+def run(path, case):
+    """y (M, N), out of a poisoned buffer whose margins have to stay as they are."""
+    (m, _), (n, _), margin = case.codes.shape, case.weight.shape, 4096
+    buffer = torch.full((m * n + 2 * margin,), float("nan"), dtype=path.dtype, device=DEVICE)
+    y = buffer[margin:-margin].view(m, n)
+    order = {INTEGER: images.INTEGER, BYTES: images.GROUP}.get(path.kind)
+    act = images.nibble_image(case.codes) if order is None else images.int8_image(case.codes, order)
+    branch = case.up.shape[1] > 0
+    gemm_mma.launch(y, path.mode, act, padded_rows(case.act_scale), images.branch_image(case.low) if branch else None,
+                    padded_rows(case.low_scale) if branch else None, int4.pack(case.weight), case.weight_scale, case.row_scale,
+                    case.up, case.bias, case.unsigned_from, path.tile, path.turing)
+    torch.cuda.synchronize()
+    assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all(), "written outside y"
+    return y
+
+
+def exact(path, case):
+    """y in float64, and how far from it a correct kernel may be."""
+    k = case.codes.shape[1]
+    groups = k // 64
+    scale = case.act_scale.double()
+    if path.kind == INTEGER:
+        part = (torch.arange(groups, device=DEVICE) >= case.unsigned_from // 64).long()
+        scale = scale[part]
+    act = (case.codes.double().unflatten(1, (groups, 64)) * scale.t()[..., None]).flatten(1)
+    weight = (case.weight.double().unflatten(1, (groups, 64)) * case.weight_scale.double().t()[..., None]).flatten(1)
+    low, up = case.low.double() * case.low_scale.double()[:, None], case.up.double()
+    y = act @ weight.t() + low @ up.t()
+    size = act.abs() @ weight.abs().t() + low.abs() @ up.abs().t()
+    if case.bias is not None:
+        y += case.bias.double()
+        size += case.bias.double().abs()
+    roundings = up.shape[1] + 8 + (0 if path.kind == INTEGER else groups)
+    half_ulp = 2.0**-9 if path.dtype == torch.bfloat16 else 2.0**-12
+    bound = half_ulp * 1.01 * y.abs() + roundings * 2.0**-23 * size
+    if path.kind == INTEGER and 0 < case.unsigned_from < k:  # the border's rounding to a whole number
+        bound += 0.51 * scale[-1][:, None] * case.row_scale.double()
+    return y, bound
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(str(int(v)) for v in s))
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_matches_float64_and_repeats(path, shape):
+    case = random_case(path, *shape)
+    y = run(path, case)
+    expected, bound = exact(path, case)
+    worst = ((y.double() - expected).abs() / bound).nan_to_num(torch.inf)
+    at = divmod(int(worst.argmax()), y.shape[1])
+    assert worst.max() <= 1, f"{int((worst > 1).sum())} of {y.numel()} wrong, worst at {at}: {y[at].item()} for {expected[at].item()}"
+    assert torch.equal(y.view(torch.int16), run(path, case).view(torch.int16))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_a_token_does_not_see_its_neighbours(path):
+    case = random_case(path, 150, 160, 320, 32, 192, True)
+    whole = run(path, case)
+    for rows in (slice(0, 1), slice(3, 100), slice(149, 150)):
+        assert torch.equal(run(path, case.tokens(rows)), whole[rows])
+
+
+@pytest.mark.parametrize("row", [0, 77])
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_nan_stays_in_its_row(path, row):
+    case = random_case(path, 130, 144, 256, 16, 128, True)
+    clean = run(path, case)
+    case.act_scale[:1, row] = torch.nan  # of the first group, or the first part
+    case.codes[row] = 0
+    y = run(path, case)
+    others = torch.arange(130, device=DEVICE) != row
+    assert y[row].isnan().all() and torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("path", [p for p in PATHS if p.dtype == torch.float16], ids=str)
+def test_fp16_overflow_shows(path):
+    case = random_case(path, 20, 32, 128, 16, 128, True)
+    case.weight_scale.mul_(1024)
+    if case.row_scale is not None:
+        case.row_scale.mul_(1024)
+    case.act_scale.mul_(1024)
+    expected, _ = exact(path, case)
+    y = run(path, case)
+    large = expected.abs() > 70000
+    assert large.any() and y[large].isinf().all() and torch.equal(y[large] > 0, expected[large] > 0)
+    assert y[expected.abs() < 60000].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_tokens_than_a_band_and_a_flux_layer(kind):
+    """Several bands of tiles, and M = 4608 with the tile that the host chooses."""
+    for m, n, k, tile in ((6000, 272, 128, SMALL), (4608, 3072, 3072, None) if kind != NIBBLES else (4608, 384, 256, LARGE)):
+        path = Path(kind, tile or LARGE, None, torch.bfloat16)
+        case = random_case(path, m, n, k, 32, k, True)
+        y = run(replace(path, tile=tile), case)
+        expected, bound = exact(path, case)
+        assert ((y.double() - expected).abs() <= bound).all()
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    path = Path(INTEGER, SMALL, None, torch.bfloat16)
+    case = random_case(path, 20, 32, 128, 16, 128, False)
+    with pytest.raises(ValueError, match="activation is"):
+        gemm_mma.gemm("int4", images.int8_image(case.codes, images.GROUP), padded_rows(case.act_scale), None, None,
+                      int4.pack(case.weight), case.weight_scale, None, case.up, None, 128, 20)
