@@ -1,0 +1,302 @@
+"""The quantize kernel against float64: its codes, read back through images.py, its scales, and x @ proj_down.
+
+    python -m pytest tests/cuda/test_quantize_gpu.py -s        prints the timings too
+"""
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import compiler, images, quantize, reference
+from comfyui_svdquant.cuda.int4 import GELU_SHIFT
+from comfyui_svdquant.cuda.quantize import BYTES, INT8, NIBBLES
+
+pytestmark = pytest.mark.gpu
+
+MODES = {"int8": INT8, "int4 bytes": BYTES, "int4 nibbles": NIBBLES}
+TINY = 2.0**-100  # the kernel counts a maximum below this as zero
+POISON = 0x5A
+
+
+def random_case(m, k, rank, dtype=torch.bfloat16, seed=0):
+    """x with a few loud channels, smooth over six octaves, proj_down: on the GPU."""
+    g = torch.Generator("cuda").manual_seed(seed + m + k)
+    x = torch.randn(m, k, generator=g, device="cuda")
+    x[:, torch.randperm(k, generator=g, device="cuda")[: max(1, k // 50)]] *= 40
+    smooth = torch.exp2(torch.rand(k, generator=g, device="cuda") * 6 - 3)
+    down = torch.randn(k, rank, generator=g, device="cuda") / k**0.5
+    return x.to(dtype), smooth.to(dtype), down.to(dtype)
+
+
+def poisoned(monkeypatch):
+    """Make torch.empty hand out memory whose every byte is wrong: NaN where it is float."""
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        tensor.fill_(torch.nan if tensor.is_floating_point() else POISON)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def expected(x, smooth, unsigned_from, codes):
+    """float64: (v, what is coded; scales (M, G) as the kernel's contract has them; the codes' range)."""
+    m, k = x.shape
+    _, scales = reference.quantize_activation(x, smooth, unsigned_from, 8 if codes == INT8 else 4, torch.float64)
+    shift = (torch.arange(k, device=x.device) >= unsigned_from).double() * GELU_SHIFT
+    v = (x.double() + shift) / smooth.double()
+    high = torch.full((k,), 127.0 if codes == INT8 else 7.0, device=x.device, dtype=torch.float64)
+    low = -high
+    if codes != INT8:
+        high[unsigned_from:], low[unsigned_from:] = 15, 0
+    scales = torch.where(scales * high[::64] < TINY, 0.0, scales)
+    if codes == INT8 and 0 < unsigned_from < k:  # the two parts' scales stay within a factor of 16
+        first, second = scales[:, :1], scales[:, -1:]
+        first, second = torch.maximum(first, second / 16), torch.maximum(second, first / 16)
+        scales = torch.where(torch.arange(k // 64, device=x.device) < unsigned_from // 64, first, second)
+    return v, scales, low, high
+
+
+def read_back(result, shape, unsigned_from, codes):
+    """(codes (M, K) float64, scales (M, G), the padding: everything that no token owns)."""
+    m, k = shape
+    if codes == NIBBLES:
+        got = images.nibble_codes(result.act, (result.act.shape[1], 128 * result.act.shape[0]))
+        got[:, :unsigned_from] = (got[:, :unsigned_from] ^ 8) - 8
+    else:
+        order = images.INTEGER if codes == INT8 else images.GROUP
+        got = images.int8_codes(result.act, order, (result.act.shape[1], 128 * result.act.shape[0]))
+    scales = result.act_scale
+    assert scales.shape == (2 if codes == INT8 else k // 64, images.padded(m, 16))
+    if codes == INT8:
+        unused = [part for part, used in ((0, unsigned_from > 0), (1, unsigned_from < k)) if not used]
+        assert (scales[unused] == 0).all(), "the scale of a part without columns isn't 0"
+        scales = scales[(torch.arange(k // 64) >= unsigned_from // 64).long()]
+    return got[:m, :k].double(), scales[:, :m].t().double(), (got[m:], got[:, k:], scales[:, m:])
+
+
+def check(x, smooth, down, unsigned_from, codes, **cut):
+    """Every output against float64. Returns the result."""
+    m, k = x.shape
+    rank = down.shape[1]
+    result = quantize.quantize(x, smooth, down, unsigned_from, codes, **cut)
+    v, scales, low, high = expected(x, smooth, unsigned_from, codes)
+    got, got_scales, padding = read_back(result, x.shape, unsigned_from, codes)
+    for rest in padding:
+        assert (rest == 0).all(), "padding that isn't 0"
+
+    # A NaN or Inf: the scale is NaN, of the group or, with one scale a row, of the row. Codes are 0.
+    broken = ~scales.isfinite()
+    if codes == INT8:
+        broken = broken.any(dim=1, keepdim=True).expand_as(broken)
+    assert torch.equal(got_scales.isnan(), broken), "NaN scales are not where x has a NaN or Inf"
+    # Rounded twice: the largest value (x / smooth: a sum, a reciprocal of 1 ulp, a product) and its product with 1 / 127.
+    off = ((got_scales - scales).abs() / scales.clamp(min=1e-300)).masked_fill(broken | (scales == 0), 0)
+    assert off.max() < 5e-7, f"scales are off by {off.max():.2e}"
+    assert (got_scales[scales == 0] == 0).all(), "the scale of zeros isn't 0"
+
+    # float32 arithmetic moves v / scale by some 5e-7 of itself, at most 127: a code is the nearest but for near ties.
+    width = broken.repeat_interleave(64, dim=1)
+    divisor = scales.repeat_interleave(64, dim=1)
+    q = torch.where(divisor == 0, 0.0, v / torch.where(divisor == 0, 1.0, divisor))
+    q = torch.minimum(torch.maximum(q, low), high).masked_fill(width, 0)
+    off = (got - q).abs()
+    wrong = (off > 0.5001).nonzero()
+    assert not len(wrong), (f"{len(wrong)} of {got.numel()} codes are wrong; rows {sorted(set(wrong[:, 0].tolist()))[:9]}, columns "
+                            f"{sorted(set(wrong[:, 1].tolist()))[:20]}, first: {got[tuple(wrong[0])]} for {q[tuple(wrong[0])]}")
+
+    if rank == 0:
+        assert result.low is None and result.low_scale is None
+        return result
+    rows = images.branch_rows(result.low, (result.low.shape[1], 32 * result.low.shape[0]))
+    assert (rows[m:] == 0).all() and (rows[:, rank:] == 0).all() and (result.low_scale[m:] == 0).all(), "padding of low isn't 0"
+    scale = result.low_scale[:m].double().unsqueeze(1)
+    assert (torch.frexp(scale)[0] == 0.5).all(), "low_scale isn't a power of two"
+    if x.dtype == torch.bfloat16:
+        assert (scale == 1).all()
+    got, exact = rows[:m, :rank].double() * scale, x.double() @ down.double()
+    size = x.double().abs() @ down.double().abs()
+    # Half a unit in the last place of the 16 bits, fp16's smallest step, and float32 sums (of K terms, one lost is 2^-14 of them).
+    bound = exact.abs() * (2.0**-8 if x.dtype == torch.bfloat16 else 2.0**-11) + size * 2.0**-18
+    bound = bound + (scale * 2.0**-25 if x.dtype == torch.float16 else 1e-38)
+    sound = x.isfinite().all(dim=1)
+    if x.dtype == torch.float16:
+        assert rows[:m][sound].abs().max() <= 2**14, "low is nearer to fp16's limit than promised"
+    worst = ((got - exact).abs() / bound)[sound]
+    assert not worst.numel() or worst.max() <= 1, (f"x @ proj_down is off by {worst.max():.3g} times its bound, columns "
+                                                   f"{(worst > 1).any(dim=0).nonzero().flatten().tolist()[:9]}")
+    return result
+
+
+# M, K, rank, unsigned_from (None: K), tiles, ctas (None: as planned), dtype
+CASES = [
+    (1, 64, 0, None, None, None, torch.bfloat16),
+    (1, 64, 16, 0, None, None, torch.float16),
+    (16, 128, 32, None, 1, 1, torch.bfloat16),
+    (37, 192, 48, 64, 2, 1, torch.bfloat16),
+    (100, 320, 32, 128, 2, 2, torch.float16),
+    (300, 1088, 128, None, 2, 8, torch.bfloat16),
+    (129, 1536, 160, 1024, None, None, torch.bfloat16),
+    (33, 640, 144, 0, None, None, torch.float16),
+    (65, 3072, 32, None, 4, 2, torch.bfloat16),
+    (300, 3072, 32, 0, None, None, torch.bfloat16),
+    (77, 3072, 128, 512, 2, 4, torch.float16),
+    (50, 12288, 32, 0, 2, 8, torch.bfloat16),
+    (40, 15360, 32, 3072, 2, 8, torch.bfloat16),
+    (24, 15360, 32, 3072, 1, 1, torch.bfloat16),   # int8: more than fits in shared memory
+    (48, 14976, 16, None, 4, 1, torch.bfloat16),
+    (9, 4160, 32, 4096, 1, 8, torch.float16),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("m", "k", "rank", "unsigned_from", "tiles", "ctas", "dtype"), CASES)
+def test_is_float64s(m, k, rank, unsigned_from, tiles, ctas, dtype, mode, monkeypatch):
+    if ctas and ctas > 1 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters came with Hopper")
+    poisoned(monkeypatch)
+    check(*random_case(m, k, rank, dtype), k if unsigned_from is None else unsigned_from, MODES[mode], tiles=tiles, ctas=ctas)
+
+
+@pytest.mark.parametrize("rank", [32, 128])
+def test_little_shared_memory(rank, monkeypatch):
+    """As on other GPUs: x doesn't stay, nor does 1 / smooth."""
+    arch = compiler.arch_number(compiler.architecture(torch.device("cuda")))
+    monkeypatch.setitem(quantize.SHARED_PER_SM, arch, 72)
+    quantize._launch.cache_clear()
+    poisoned(monkeypatch)
+    assert quantize.plan_for(40, 12288, rank, INT8, arch, 132, 2, 1).kept == 1
+    check(*random_case(40, 12288, rank), 8192, INT8, tiles=2, ctas=1)
+    quantize._launch.cache_clear()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_special_rows(mode, dtype, monkeypatch):
+    poisoned(monkeypatch)
+    x, smooth, down = random_case(40, 512, 32, dtype)
+    x[1] = 0
+    x[2] = torch.finfo(dtype).tiny / 4  # denormal
+    x[3] = 1.5
+    x[4, 100] = torch.finfo(dtype).max / 64
+    x[5, 200] = torch.nan
+    x[6, 300] = torch.inf
+    x[7, 64:128] = 0
+    x[8, 511] = -torch.inf
+    x[9] = -GELU_SHIFT
+    x[10] = torch.finfo(dtype).max / (1024 if dtype == torch.bfloat16 else 1)  # times 1 / smooth it has to fit float32
+    x[11] = -torch.finfo(dtype).max / 1024
+    x[12] = torch.finfo(dtype).smallest_normal
+    x[20, 0] = torch.nan
+    x[20, 400] = torch.nan
+    smooth[:8] = 1
+    for unsigned_from in (512, 256, 0):
+        result = check(x, smooth, down, unsigned_from, MODES[mode])
+        low = images.branch_rows(result.low, (40, 32))
+        # 512 times fp16's largest number is beyond fp16, and low_scale brings it back.
+        assert sorted(set((~low.isfinite()).nonzero()[:, 0].tolist())) == [5, 6, 8, 20]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strided_rows(mode):
+    wide, smooth, down = random_case(70, 1024, 32)[0], *random_case(70, 512, 32)[1:]
+    for x in (wide[:, 256:768], wide[:, 1:513], wide[::2, :512], wide[:, :512].t().contiguous().t()):
+        plain = quantize.quantize(x.contiguous(), smooth, down, 512, MODES[mode])
+        for a, b in zip(plain, check(x, smooth, down, 512, MODES[mode])):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("m", "k", "rank"), [(300, 3072, 32), (4096, 1536, 32), (64, 12288, 128)])
+def test_same_bits(m, k, rank, mode):
+    """Twice the same, and a token's outputs don't depend on where in the batch it is."""
+    x, smooth, down = random_case(m, k, rank)
+    first = quantize.quantize(x, smooth, down, k // 2, MODES[mode])
+    for _ in range(5):
+        for a, b in zip(first, quantize.quantize(x, smooth, down, k // 2, MODES[mode])):
+            assert torch.equal(a, b)
+    turned = quantize.quantize(x.roll(7, dims=0), smooth, down, k // 2, MODES[mode])
+    for read in (lambda r: read_back(r, (m, k), k // 2, MODES[mode])[0], lambda r: read_back(r, (m, k), k // 2, MODES[mode])[1],
+                 lambda r: images.branch_rows(r.low, (m, rank)), lambda r: r.low_scale[:m].unsqueeze(1)):
+        assert torch.equal(read(turned), read(first).roll(7, dims=0))
+
+
+def test_fp16_branch_beyond_fp16():
+    """Sums of 1e7 don't fit fp16; they come with a low_scale."""
+    x, smooth, down = random_case(20, 1024, 32, torch.float16)
+    x[3], down[:, 5] = 60000, 1
+    for ranks in (down, torch.cat([down] * 5, dim=1)):
+        result = check(x, smooth, ranks.contiguous(), 1024, INT8)
+        assert result.low_scale[3] >= 2**12 and result.low_scale[0] == 1
+
+
+# --- Timing ----------------------------------------------------------------------------------------------------------
+
+SHAPES = [(4096, 3072), (4608, 3072), (512, 3072), (4096, 12288), (512, 12288), (4608, 15360)]
+
+
+def microseconds(calls, rounds=7):
+    """The median of `rounds` replays of a CUDA graph of all `calls`, a call."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(rounds + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end) / len(calls))
+    return sorted(times[2:])[rounds // 2]
+
+
+def copy_bandwidth():
+    """Bytes a microsecond of a large device-to-device copy, reads and writes counted."""
+    a, b = torch.empty(2, 1 << 28, dtype=torch.uint8, device="cuda")
+    return 2 * a.numel() / microseconds([lambda: b.copy_(a)] * 4)
+
+
+def timing(m, k, rank, codes, copy, **cut):
+    """(us, share of the copy bandwidth) of one call; inputs and outputs rotate past the L2."""
+    sets = max(3, min(40, int(4e8 / (3 * m * k)) + 1))
+    xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
+    _, smooth, down = random_case(1, k, rank)
+    kept = []  # outputs stay alive, so that every call writes to memory of its own
+    us = microseconds([lambda x=x: kept.append(quantize.quantize(x, smooth, down, k, codes, **cut)) for x in xs])
+    moved = xs[0].nbytes + sum(t.nbytes for t in kept[-1] if t is not None) + down.nbytes
+    return us, moved / us / copy
+
+
+def test_timing():
+    copy = copy_bandwidth()
+    print(f"\n{torch.cuda.get_device_name()}: copies at {copy / 1e6:.2f} TB/s")
+    sms, arch = torch.cuda.get_device_properties(0).multi_processor_count, compiler.arch_number(compiler.architecture(torch.device("cuda")))
+    for rank in (32, 128, 0):
+        for m, k in SHAPES:
+            cells = []
+            for mode, codes in MODES.items():
+                plan = quantize.plan_for(m, k, rank, codes, arch, sms)
+                us, share = timing(m, k, rank, codes, copy)
+                cells.append(f"{mode} {us:6.1f} us {share:4.0%} (T{plan.tiles} C{plan.ctas} {plan.slots} slots {plan.shared >> 10:3d} KB)")
+            print(f"rank {rank:3d} ({m:4d}, {k:5d})  " + "   ".join(cells), flush=True)
+
+
+def test_timing_of_other_cuts():
+    """What the plan is chosen from: int8, rank 32 and 128."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("there is only one without clusters")
+    copy = copy_bandwidth()
+    print()
+    for rank, cuts in ((32, (1, 2, 4)), (128, (2,))):
+        for m, k in SHAPES:
+            cells = []
+            for tiles in cuts:
+                for ctas in (1, 2, 4, 8):
+                    if k / ctas * tiles <= 9000:
+                        us, share = timing(m, k, rank, INT8, copy, tiles=tiles, ctas=ctas)
+                        cells.append(f"T{tiles} C{ctas} {us:6.1f} {share:3.0%}")
+            print(f"rank {rank:3d} ({m:4d}, {k:5d})  " + "   ".join(cells), flush=True)
