@@ -29,6 +29,10 @@ COUSINS = (
     ("double_stream_modulation_img.lin.weight", "a FLUX.2 model"),
 )
 FOREIGN = (
+    ("individual_token_refiner", "a HunyuanVideo model"),
+    ("caption_projection.0.linear.weight", "a HiDream model"),
+    ("txt_norm.weight", "a Qwen-Image model"),
+    ("cap_embedder.1.weight", "a Lumina or Z-Image model"),
     ("input_blocks.0.0.weight", "a Stable Diffusion or SDXL UNet"),
     ("joint_blocks.0.", "a Stable Diffusion 3 model"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
@@ -40,7 +44,7 @@ FOREIGN = (
 
 
 def load_model(path, compute_dtype=None):
-    """A ModelPatcher from a file: a quantized FLUX (ours, Nunchaku's INT4 or comfy-kitchen's names), or an ordinary one
+    """A ModelPatcher from a file: a quantized FLUX (ours, Nunchaku's or under comfy-kitchen's names), or an ordinary one
     in bf16, fp16 or fp8.
 
     compute_dtype: torch.bfloat16, torch.float16, or None for what ComfyUI takes on this device.
