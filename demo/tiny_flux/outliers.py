@@ -1,14 +1,14 @@
-"""Channel rescaling that leaves FLUX's function alone and gives its activations the outliers of the real model.
+"""Channel rescaling that leaves FLUX's function alone and gives its activations outliers like those of the real model.
 
 A few channels of the 12 B FLUX are many times larger than the rest after adaLN, which is what smoothing and the low-rank branch
-are for. A network this small, trained for minutes, has none; here a channel's activations are multiplied by a power of two and
+are for. A network this small, trained for minutes, has hardly any; here a channel's activations are multiplied by a power of two and
 the columns of the weights that read it divided by the same, so every product, and with it the picture, stays what it was.
 """
 
 import torch
 
-# Three channels of 256 get 8 times as large, which makes them 7 to 19 times the median channel; the real FLUX has a few of 6 to
-# 25 times after adaLN. With ten of them, one or more in every group of 64, plain rounding leaves no picture at all.
+# Three channels of 256 get 8 times as large, which makes them 7 to 19 times the median channel; the layer benchmark gives the
+# inputs after adaLN a few of 6 to 25 times. With ten of 8 or 16 times, plain rounding leaves no picture at all.
 SHARE = 0.01
 STRENGTHS = (8.0,)
 
