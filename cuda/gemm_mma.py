@@ -50,10 +50,10 @@ class Tile:
 
     def stages(self, mode, number):
         """Turing prefetches through registers into the other of two stages; elsewhere as many as fit, 4 at most."""
-        return 2 if number == 75 else min(4, (shared_limit(number) - 12 * self.tokens) // self.stage_bytes(mode))
+        return 2 if number == 75 else min(4, (shared_limit(number) - self.shared_bytes(mode, 0)) // self.stage_bytes(mode))
 
     def shared_bytes(self, mode, stages):
-        return stages * self.stage_bytes(mode) + 3 * self.tokens * 4
+        return stages * self.stage_bytes(mode) + 3 * self.tokens * 4 + 16
 
 
 LARGE = Tile(2, 4, 8, 1.0)   # 128 rows x 256 tokens

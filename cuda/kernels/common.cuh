@@ -66,6 +66,13 @@ DEVICE u32 from_float2(float first, float second) {
 #endif
 }
 
+// Within 2 units in the last place; an exact division is a call with a slow path.
+DEVICE float divide(float a, float b) {
+  float ratio;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(ratio) : "f"(a), "f"(b));
+  return ratio;
+}
+
 // --- Global memory ----------------------------------------------------------------------------------------------------
 
 // 16 bytes that are read once: they pass L1 by.
@@ -99,21 +106,53 @@ DEVICE uint4 load_shared16(u32 address) {
   return v;
 }
 
+DEVICE uint2 load_shared8(u32 address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+
+DEVICE u32 load_shared4(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+
+DEVICE void store_shared8(u32 address, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
 DEVICE void store_shared16(u32 address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// --- cp.async, sm_80 and newer ----------------------------------------------------------------------------------------
+// --- cp.async, sm_80 and newer; on sm_75 an ordinary copy, which has no groups to wait for ----------------------------
 
 // Copies 16 bytes, or writes 16 zero bytes where `valid` is false (the source is then not read).
 DEVICE void cp_async16(u32 shared, const void* global, bool valid = true) {
+#if __CUDA_ARCH__ < 800
+  store_shared16(shared, valid ? *(const uint4*)global : uint4{});
+#else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
+#endif
 }
 
-DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DEVICE void cp_async8(u32 shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+}
+
+DEVICE void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 
 // Until at most `pending` of this thread's groups are under way.
-template <int pending> DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
+template <int pending> DEVICE void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
 
 // --- Tensor cores -----------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,8 @@ constexpr int X_ROW = MODE == NIBBLES ? 64 : 128;
 constexpr int X = 0, W = X + TOKENS * X_ROW, WS = W + ROWS * 64, XS = WS + 2 * ROWS * 2;
 constexpr int STAGE = XS + (MODE == INTEGER ? 0 : 2 * TOKENS * 4);
 constexpr int TABLES = STAGES * STAGE;          // three floats a token, for the end
-constexpr int SHARED = TABLES + 3 * TOKENS * 4;
+constexpr int MAGICS = TABLES + 3 * TOKENS * 4; // MAGIC, four times
+constexpr int SHARED = MAGICS + 16;
 constexpr int X_PIECES = TOKENS * X_ROW / 16 / THREADS, W_PIECES = ROWS * 64 / 16 / THREADS;
 constexpr int BAND = 16;                        // token tiles that are worked on side by side
 constexpr float MAGIC = 12582912.f;             // 1.5 x 2^23
@@ -55,24 +56,6 @@ DEVICE int swizzle(int piece) { return (piece & 1) << 2 | (piece & 2); }
 
 // The inverse of a power of two, exactly.
 DEVICE float power_inverse(float power) { return __uint_as_float(0x7f000000u - __float_as_uint(power)); }
-
-DEVICE float divide(float a, float b) {
-  float ratio;
-  asm("div.full.f32 %0, %1, %2;" : "=f"(ratio) : "f"(a), "f"(b));
-  return ratio;
-}
-
-DEVICE u32 load_shared4(u32 address) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-  return v;
-}
-
-DEVICE uint2 load_shared8(u32 address) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
-  return v;
-}
 
 DEVICE float2 load_pair(u32 address) {
   uint2 v = load_shared8(address);
@@ -306,7 +289,7 @@ gemm(u16* __restrict__ y,                   // (m, n)
     if (turn >= turns) return;
     for_each_piece(turn, [&](int i, int bytes, u32 target, const void*, bool) {
       if (bytes == 16) store_shared16(target, held[i]);
-      else asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(target), "r"(held[i].x), "r"(held[i].y) : "memory");
+      else store_shared8(target, make_uint2(held[i].x, held[i].y));
     });
   };
   auto begin_turn = [&](int turn) { __syncthreads(); fetch(turn + 1); };
@@ -318,7 +301,7 @@ gemm(u16* __restrict__ y,                   // (m, n)
     if (turn < turns)
       for_each_piece(turn, [&](int, int bytes, u32 target, const void* source, bool valid) {
         if (bytes == 16) cp_async16(target, source, valid);
-        else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(target), "l"(source) : "memory");
+        else cp_async8(target, source);
       });
     cp_async_commit();
   };
@@ -386,7 +369,9 @@ gemm(u16* __restrict__ y,                   // (m, n)
   }
 #else
   // Constants would be moved into the C registers of every MMA anew; of a value read at run time the compiler keeps one quadruple.
-  const uint4 magic_words = load_shared16(shared + TABLES);
+  if (thread < 4) ((int*)(memory + MAGICS))[thread] = MAGIC_BITS;
+  __syncthreads();
+  const uint4 magic_words = load_shared16(shared + MAGICS);
   const int magic[4] = {(int)magic_words.x, (int)magic_words.y, (int)magic_words.z, (int)magic_words.w};
   const u32 w_words = w_lane + (q >> 1) * 128 + ((g ^ swizzle(q >> 1)) << 4) + (q & 1) * 8;  // group 0; 1 is two pieces on
   const u32 x_lane = X_ROW == 64 ? low_lane : shared + X + token_row * 128 + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
