@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from . import flux
-from .checkpoint import kitchen, native, nunchaku, nunchaku_write
+from .checkpoint import card, kitchen, native, nunchaku, nunchaku_write
 from .checkpoint.header import CheckpointError, read_header
 
 LAYOUTS = ("native", "nunchaku")
@@ -47,7 +47,7 @@ def convert(source, target, to, overwrite=False, progress=lambda done, total: No
     if to == "native":
         infos = {name: (shape, packed.dtypes[name]) for name, shape in packed.shapes.items()}
         native.save_stream(target, infos, counted(packed.tensors(), len(infos)), packed.specs, config, packed.recipe, packed.source,
-                           overwrite)
+                           overwrite, card.of_source(header.metadata))
     else:
         nunchaku_write.save(target, StoredTensors(packed), packed.specs, config, packed.recipe, packed.source, overwrite,
                             counted)

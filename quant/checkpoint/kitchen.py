@@ -27,18 +27,18 @@ TILE_ROWS, TILE_COLUMNS, TILE_LINES = 128, 64, 32
 
 def matches(header):
     """Whether the file has a layer in one of our formats. Raises CheckpointError where its metadata are damaged."""
-    return _prefix(header) is not None
+    return prefix_of(header) is not None
 
 
 def open_file(header):
     """PackedFile; raises CheckpointError as native.open_file does."""
-    prefix = _prefix(header)
+    prefix = prefix_of(header)
     own = _as_ours(header, prefix)
     packed = native.packed_file(own, "", {}, {"preset": "comfy-kitchen file"}, header.file)
     return replace(packed, header=header, prefix=None if own.tiles else prefix)
 
 
-def _prefix(header):
+def prefix_of(header):
     """Where the packed layers are; None where there is none that we run."""
     for name, conf in _descriptions(header).items():
         if conf.get("format") in native.MODULE_FORMATS:

@@ -5,9 +5,10 @@ layout.py, and `X.comfy_quant` says what it is. The file's metadata:
 
     svdquant.version   "1"; a reader refuses a higher number
     svdquant.config    JSON: the FLUX configuration (hidden_size, num_heads, depth, ...)
-    svdquant.recipe    JSON: how it was quantized
-    svdquant.source    name of the model that was quantized
-    modelspec.*        title, architecture, date: what ComfyUI's model browser shows
+    svdquant.recipe    JSON: how it was quantized; its "calibration" has the count of prompts, its "layers" the error,
+                       size and smoothing of each layer (quantizer.LayerRecord)
+    svdquant.source    name of the model that was quantized; source_title and source_hash_sha256 as its own card had them
+    modelspec.*        title, author, licence, ...: card.py
 
 Files that others made under comfy-kitchen's names have none of these metadata; kitchen.py reads them through here.
 """
@@ -149,23 +150,23 @@ def check_tensor(header, key, shape, dtype=None):
                               "download or save it again.")
 
 
-def save(path, tensors, specs, config, recipe, source, overwrite=False):
+def save(path, tensors, specs, config, recipe, source, overwrite=False, source_card=None):
     """Write a checkpoint, as write.write does.
 
     tensors: {name: tensor} of the whole diffusion model; specs: {layer name: LayerSpec} of its packed layers; config,
-    recipe: JSON-able dicts; source: str. Raises CheckpointError where the file exists (and overwrite is False), the
-    disk is full or the folder can't be written.
+    recipe: JSON-able dicts; source: str; source_card: card.of_source of what was quantized. Raises CheckpointError where
+    the file exists (and overwrite is False), the disk is full or the folder can't be written.
     """
     infos = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
-    save_stream(path, infos, tensors.items(), specs, config, recipe, source, overwrite)
+    save_stream(path, infos, tensors.items(), specs, config, recipe, source, overwrite, source_card)
 
 
-def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=False):
+def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=False, source_card=None):
     """save, with the tensors one at a time. infos: {name: (shape, dtype)}; tensors: iterable of (name, tensor)."""
     described = {f"{layer}.{layout.QUANT_KEY}": layout.encode_conf(spec.conf()) for layer, spec in specs.items()}
     infos = infos | {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
     metadata = {
         "svdquant.version": str(VERSION), "svdquant.config": json.dumps(config), "svdquant.recipe": json.dumps(recipe),
-        "svdquant.source": source, **modelspec(path),
+        "svdquant.source": source, **modelspec(path, source_card),
     }
     write(path, infos, chain(tensors, described.items()), metadata, overwrite)

@@ -3,23 +3,14 @@
 import json
 import os
 import shutil
-from datetime import datetime, timezone
 
 import torch
 
+from .card import modelspec  # noqa: F401  the writers have it from here
 from .header import DTYPES, CheckpointError
 
 SPARE_BYTES = 1 << 20  # header and file system overhead, when asking whether the disk has room
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def modelspec(path):
-    """The modelspec.* metadata that ComfyUI's model browser shows."""
-    return {
-        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "flux-1",
-        "modelspec.title": f"{os.path.splitext(os.path.basename(path))[0]} (SVDQuant)",
-        "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
 
 
 def check_target(path, overwrite):

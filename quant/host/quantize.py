@@ -15,7 +15,8 @@ from ..linear import PackedLinear
 from . import build
 from .patcher import PREFIX, SVDQuantModelPatcher
 
-SOURCE = "svdquant.source"  # attachment of a MODEL that SVDQuant Load Model opened: its file's name
+# Attachments of a MODEL that SVDQuant Load Model opened: its file's name, and what a quantized twin has of its card.
+SOURCE, CARD = "svdquant.source", "svdquant.card"
 MAX_CALLS = 64  # recorded calls of the model, spread over prompts and noise levels
 WEIGHT_COPIES, GRAM_COPIES = 8, 6  # at the peak of quantizer.pack_svdquant
 
@@ -173,7 +174,9 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress):
         check_latent(patcher, latent)
         calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress)
     packed, records = _quantize_blocks(patcher, specs, recipe, calls, progress)
-    return _twin(patcher, specs, packed, recipe, records), records
+    watched = {"prompts": len(conditioning), "steps": steps, "seed": seed} if calibrated else {"prompts": 0}
+    told = recipe.as_dict() | {"calibration": watched, "layers": [asdict(record) for record in records]}
+    return _twin(patcher, specs, packed, told), records
 
 
 def _quantize_blocks(patcher, specs, recipe, calls, progress):
@@ -193,7 +196,7 @@ def _quantize_blocks(patcher, specs, recipe, calls, progress):
     return packed, records
 
 
-def _twin(patcher, specs, packed, recipe, records):
+def _twin(patcher, specs, packed, recipe):
     """A patcher around a new model that has the packed layers and, for the rest, the MODEL's weights in 16 bits."""
     twin = build.empty_like(patcher.model, specs, compute_dtype(patcher))
     dtype = storage_dtype(patcher)
@@ -203,7 +206,7 @@ def _twin(patcher, specs, packed, recipe, records):
     twin.diffusion_model.load_state_dict(packed | rest, assign=True)
     quantized = build.make_patcher(twin, SVDQuantModelPatcher)
     _carry_over(patcher, quantized)
-    quantized.recipe = recipe.as_dict() | {"layers": [asdict(record) for record in records]}
+    quantized.recipe = recipe
     quantized.source = patcher.get_attachment(SOURCE) or "FLUX.1"
     return quantized
 
