@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .download_model import SVDQuantDownloadModel
+from .inspect_model import SVDQuantInspect
 from .load_model import SVDQuantLoadModel
 from .quantize_model import SVDQuantQuantizeModel
 from .save_model import SVDQuantSaveModel
@@ -10,4 +11,4 @@ from .save_model import SVDQuantSaveModel
 
 class SVDQuantExtension(ComfyExtension):
     async def get_node_list(self):
-        return [SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel]
+        return [SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect]

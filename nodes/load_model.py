@@ -6,8 +6,10 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..quant.checkpoint import card
+from ..quant.checkpoint.header import read_header
 from ..quant.host.build import load_model
-from ..quant.host.quantize import SOURCE
+from ..quant.host.quantize import CARD, SOURCE
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,4 +46,5 @@ class SVDQuantLoadModel(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         patcher = load_model(path, COMPUTE_DTYPES[compute_dtype])
         patcher.set_attachments(SOURCE, model_name)
+        patcher.set_attachments(CARD, card.of_source(read_header(path).metadata))
         return io.NodeOutput(patcher)

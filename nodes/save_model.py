@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..quant.checkpoint import native
+from ..quant.checkpoint import native, nunchaku_write
 from ..quant.host import build
 from ..quant.host.patcher import PREFIX, SVDQuantModelPatcher
+from ..quant.host.quantize import CARD
 from .model_folder import target_path
 
 
@@ -24,7 +25,8 @@ class SVDQuantSaveModel(io.ComfyNode):
             node_id="SVDQuantSaveModel",
             display_name="SVDQuant Save Model",
             category="model/svdquant",
-            description="Saves a model that SVDQuant Quantize Model made into models/diffusion_models.",
+            description="Saves a model that SVDQuant Quantize Model made into models/diffusion_models, in our layout or in "
+                        "Nunchaku's.",
             inputs=[
                 io.Model.Input("model", tooltip="A model from SVDQuant Quantize Model."),
                 io.String.Input("filename", default="flux_svdquant",
@@ -32,6 +34,9 @@ class SVDQuantSaveModel(io.ComfyNode):
                 io.Boolean.Input("overwrite", default=False,
                                  tooltip="Replace a file of that name. Off: an existing file is left alone and the "
                                          "node stops."),
+                io.Combo.Input("layout", options=["native", "nunchaku"], default="native", optional=True,
+                               tooltip="native: this pack's, which holds every model exactly. nunchaku: for software that "
+                                       "reads Nunchaku's INT4 files; all layers have to be in 4 bits."),
             ],
             # Not io.Combo.Output: its type is its list of options, which no V3 combo input accepts.
             outputs=[io.Custom("COMBO").Output(display_name="model_name",
@@ -40,7 +45,7 @@ class SVDQuantSaveModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, filename, overwrite):
+    def execute(cls, model, filename, overwrite, layout="native"):
         if not isinstance(model, SVDQuantModelPatcher):
             raise ValueError("SVDQuant Save Model saves quantized models; put SVDQuant Quantize Model before it, or save "
                              "a 16-bit model with ComfyUI's own nodes.")
@@ -50,5 +55,9 @@ class SVDQuantSaveModel(io.ComfyNode):
         path, name = target_path(filename)
         tensors = unpatched_tensors(model)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
-        native.save(path, tensors, specs, build.stored_config(model.model), model.recipe, model.source, overwrite)
+        parts = (path, tensors, specs, build.stored_config(model.model), model.recipe, model.source, overwrite)
+        if layout == "nunchaku":
+            nunchaku_write.save(*parts)
+        else:
+            native.save(*parts, model.get_attachment(CARD))
         return io.NodeOutput(name)

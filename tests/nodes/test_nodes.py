@@ -12,17 +12,18 @@ import pytest
 import torch
 from comfyui_svdquant import comfy_entrypoint
 from comfyui_svdquant.nodes.download_model import SVDQuantDownloadModel
+from comfyui_svdquant.nodes.inspect_model import SVDQuantInspect
 from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
 from comfyui_svdquant.nodes.model_folder import target_path
 from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
-from comfyui_svdquant.quant.checkpoint.header import CheckpointError
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header
 from comfyui_svdquant.quant.host.build import load_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from host.server import ROOT, TINY
 
-NODES = (SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel)
+NODES = (SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect)
 FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -157,3 +158,74 @@ def test_saving_beside_a_clone_that_is_loaded_with_a_lora(tmp_path):
     assert torch.equal(loaded.model.diffusion_model.img_in.weight, own)
     with pytest.raises(ValueError, match="LoRAs or other weight patches"):
         SVDQuantSaveModel.execute(patched, "patched", True)
+
+
+def test_saving_in_nunchakus_layout_and_back():
+    """Codes, scales and branches survive the way there and back; so do a title, an author and a licence the native way."""
+    twin, *_ = quantize()
+    name = SVDQuantSaveModel.execute(twin, "theirs", True, "nunchaku").result[0]
+    loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
+    assert loaded.recipe == json.loads(json.dumps(twin.recipe)) and loaded.source == "tiny_flux.safetensors"
+    assert {key: layer.spec for key, layer in loaded.packed_layers().items()} == {
+        key: layer.spec for key, layer in twin.packed_layers().items()}
+    state, theirs = twin.model.state_dict(), loaded.model.state_dict()
+    unequal = {key for key in state if not torch.equal(state[key], theirs[key])}
+    # Modulation layers alone: Nunchaku adds 1 to a part of their bias, and rounds their zeros, in 16 bits.
+    assert all("mod" in key and key.endswith((".bias", ".weight_zeros")) for key in unequal)
+    again = SVDQuantLoadModel.execute(SVDQuantSaveModel.execute(loaded, "ours", True, "native").result[0], "auto").result[0]
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in again.model.state_dict().items())
+    SVDQuantSaveModel.execute(again, "theirs_again", True, "nunchaku")
+    first, second = (load_file(FOLDER / f"{name}.safetensors") for name in ("theirs", "theirs_again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_nunchakus_layout_gives_all_layers_the_largest_rank():
+    twin, *_ = quantize(exceptions="*.linear2 = 48")
+    name = SVDQuantSaveModel.execute(twin, "ranks", True, "nunchaku").result[0]
+    layers = SVDQuantLoadModel.execute(name, "auto").result[0].packed_layers()
+    for key, layer in twin.packed_layers().items():
+        spec = layers[key].spec
+        assert spec.rank == 0 if layer.spec.format == "awq_w4a16" else spec.rank in (48, 16)
+        assert torch.equal(layers[key].weight, layer.weight)
+        if spec.rank:
+            pairs = zip((layer.weight_proj_down, layer.weight_proj_up), (layers[key].weight_proj_down, layers[key].weight_proj_up))
+            assert all(torch.equal(ours, theirs[:, : ours.shape[1]]) and not theirs[:, ours.shape[1]:].any() for ours, theirs in pairs)
+
+
+def test_what_nunchakus_layout_has_no_place_for_is_told():
+    twin, *_ = quantize(exceptions="single_blocks.5.linear1")
+    with pytest.raises(CheckpointError, match="Layer single_blocks.5.linear1 is not in 4 bits, which Nunchaku's layout"):
+        SVDQuantSaveModel.execute(twin, "refused", True, "nunchaku")
+    assert not (FOLDER / "refused.safetensors").exists()
+
+
+@pytest.fixture
+def with_card():
+    """The embedded model under another name, with a card."""
+    path = FOLDER / "carded.safetensors"
+    card = {"modelspec.title": "Tiny", "modelspec.author": "somebody", "modelspec.license": "CC0", "modelspec.hash_sha256": "0x12"}
+    save_file(load_file(FOLDER / "tiny_flux.safetensors"), path, metadata=card)
+    return path
+
+
+def test_a_saved_model_tells_where_it_comes_from(with_card):
+    model = SVDQuantLoadModel.execute(with_card.name, "auto").result[0]
+    saved = SVDQuantSaveModel.execute(quantize(model=model)[0], "from_card", True).result[0]
+    saved = SVDQuantSaveModel.execute(SVDQuantLoadModel.execute(saved, "auto").result[0], "from_card_again", True).result[0]
+    report, data = SVDQuantInspect.execute(saved).result
+    told = json.loads(data)
+    assert told["source"] == with_card.name and told["model"]["hidden_size"] == 256
+    card = told["card"]
+    assert (card["title"], card["author"], card["licence"], card["source's tensor hash"]) == ("Tiny (SVDQuant)", "somebody", "CC0", "0x12")
+    assert told["recipe"]["preset"] == "data-free" and told["recipe"]["calibration"] == {"prompts": 0}
+    assert told["errors"]["svdquant_w4a4"]["layers"] > 0 and "error of svdquant_w4a4: mean" in report
+    assert "licence: CC0" in report.splitlines()
+
+
+def test_inspecting_reads_no_weight(monkeypatch):
+    monkeypatch.setattr(Header, "read_tensor", lambda self, name: pytest.fail(f"{name} was read"))
+    output = SVDQuantInspect.execute("tiny_flux.safetensors")
+    assert "a FLUX.1 that is not quantized" in output.result[0] and output.ui.as_dict() == {"text": (output.result[0],)}
+    (FOLDER / "text.safetensors").write_text("no model")
+    with pytest.raises(CheckpointError, match="text.safetensors is not a safetensors file"):
+        SVDQuantInspect.execute("text.safetensors")
