@@ -59,6 +59,16 @@ def check(layer_name, layer, parameter, value, strength_model, offset):
         _Sketch(layer_name, layer, torch.device("meta"), {}).add_factors(value, 1.0, offset)
 
 
+def widest_last(patches):
+    """Patches of one weight, those that widen it (FLUX-tools' LoRAs, of img_in) behind the others, the widest last. ComfyUI can't
+    add a LoRA of the usual width to a weight that was widened, nor widen it to less than it is; added first, both work."""
+    def width(patch):
+        reshape = patch[1].weights[5] if isinstance(patch[1], LoRAAdapter) else None
+        return 0 if reshape is None else reshape[1]
+
+    return sorted(patches, key=width)
+
+
 def nbytes(patches):
     """About how many bytes the side branch of these patches takes."""
     def numel(value):

@@ -62,7 +62,10 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         self._check(patches, strength_model)
-        return super().add_patches(patches, strength_patch, strength_model)
+        added = super().add_patches(patches, strength_patch, strength_model)
+        for key in {target if isinstance(target, str) else target[0] for target in added}:
+            self.patches[key] = lora.widest_last(self.patches[key])
+        return added
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         self._check(patches, strength_model)
