@@ -1,0 +1,112 @@
+"""Downloading, loading, drawing and inspecting in a real server, which asks a Hub on the loopback."""
+
+import threading
+import time
+
+import pytest
+
+from host import setup
+from host.client import Interrupted, NodeFailed
+from host.server import ROOT, TINY, Server
+
+from ..quant.hub_server import FakeHub
+from .test_server import base_prompt, pictures
+
+pytestmark = pytest.mark.server
+
+NAME = "downloaded.safetensors"
+DATA = (ROOT / "demo" / "tiny_flux" / TINY["diffusion_models"]).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with FakeHub({f"owner/flux/sub/{NAME}": DATA}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def own_server(hub, tmp_path_factory):
+    """A server of its own: HF_ENDPOINT is read once, when it starts to use the Hub."""
+    base = tmp_path_factory.mktemp("hub-server")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(base / "hf"), "HF_TOKEN": "hf_secret"}.items():
+            patch.setenv(name, value)
+        with Server(setup.locate(), base) as running:
+            yield running
+
+
+@pytest.fixture
+def client(own_server, hub):
+    hub.gets.clear()
+    yield own_server.client
+    for path in (own_server.base / "models" / "diffusion_models").glob(f"*{NAME}*"):
+        path.unlink()
+
+
+def download(filename="", **changes):
+    inputs = {"model": "repository and file below", "repository": "owner/flux", "file": f"sub/{NAME}", "revision": "main"}
+    return {"class_type": "SVDQuantDownloadModel", "inputs": {**inputs, "filename": filename, **changes}}
+
+
+def test_the_ports_have_tooltips(client):
+    info = client.object_info()
+    for name in ("SVDQuantDownloadModel", "SVDQuantInspect"):
+        assert all(spec[1]["tooltip"] for spec in info[name]["input"]["required"].values()) and all(info[name]["output_tooltips"])
+
+
+def test_a_downloaded_model_draws_and_is_inspected(client, own_server, hub):
+    prompt = base_prompt() | pictures("model", "downloaded") | {"download": download()}
+    prompt["model"]["inputs"]["model_name"] = ["download", 0]
+    prompt["inspect"] = {"class_type": "SVDQuantInspect", "inputs": {"model_name": ["download", 0]}}
+    del prompt["quantized"]
+    seen = []
+    outputs = client.post(prompt, lambda node, value, total: seen.append((node, value, total)))
+    assert len(outputs["downloaded"]["images"]) == 2
+    assert outputs["inspect"]["text"][0].startswith(f"{NAME}: {len(DATA) / 1e6:.2f} MB, a FLUX.1 that is not quantized")
+    assert ("download", len(DATA), len(DATA)) in seen
+    assert (own_server.base / "models" / "diffusion_models" / NAME).read_bytes() == DATA
+    assert [token for _, _, token in hub.gets] == ["Bearer hf_secret"]
+
+
+def test_cancel_keeps_what_has_come_and_the_next_run_goes_on(client, own_server, hub):
+    hub.hold, result = threading.Event(), []
+    hub.halfway.clear()
+
+    def run():
+        try:
+            result.append(client.post({"download": download("cancelled_" + NAME)}))
+        except Interrupted as interrupted:
+            result.append(interrupted)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert hub.halfway.wait(30)
+    folder = own_server.base / "models" / "diffusion_models"
+    while not any(path.stat().st_size for path in folder.glob("*.part")):  # 10 MB are written at once
+        time.sleep(0.05)
+    before = time.monotonic()
+    client.interrupt()
+    thread.join(30)
+    assert time.monotonic() - before < 2 and isinstance(result[0], Interrupted)
+    hub.hold.set()
+    hub.hold = None
+    part, = folder.glob("*.part")
+    client.post({"download": download("cancelled_" + NAME)})
+    assert not part.exists() and (folder / ("cancelled_" + NAME)).read_bytes() == DATA
+    assert hub.gets[-1][1] == f"bytes={10 * 1024 * 1024}-"
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"file": "other.safetensors"}, "has no file other.safetensors"), ({"repository": "owner/none"}, "no repository owner/none"),
+    ({"file": "../x.safetensors"}, "is not the path of a file"), ({"filename": "../x"}, "within models/diffusion_models"),
+    ({"filename": TINY["diffusion_models"], "file": f"sub/{NAME}"}, None),
+])
+def test_one_sentence_or_a_file_that_is_there(client, hub, changes, says):
+    """The last: the same file is there under another name, and is used."""
+    if says is None:
+        client.post({"download": download(**changes)})
+        assert hub.gets == []
+        return
+    with pytest.raises(NodeFailed, match=says) as failure:
+        client.post({"download": download(**changes)})
+    assert "\n" not in str(failure.value)
