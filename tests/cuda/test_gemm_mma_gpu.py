@@ -211,7 +211,7 @@ def test_more_tokens_than_a_band_and_a_flux_layer(kind):
 
 def test_shapes_that_do_not_fit_are_refused():
     path = Path(INTEGER, SMALL, None, torch.bfloat16)
-    case = random_case(path, 20, 32, 128, 16, 128, False)
+    case = random_case(path, 20, 32, 192, 16, 192, False)  # a scale a part, where int4 has one a group
     with pytest.raises(ValueError, match="activation is"):
         gemm_mma.gemm("int4", images.int8_image(case.codes, images.GROUP), padded_rows(case.act_scale), None, None,
-                      int4.pack(case.weight), case.weight_scale, None, case.up, None, 128, 20)
+                      int4.pack(case.weight), case.weight_scale, None, case.up, None, 192, 20)
