@@ -1,5 +1,6 @@
 """The trained small FLUX, opened by the pack's loader and sampled by ComfyUI, draws what captions say."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,16 @@ from safetensors.torch import load_file
 from tiny_flux import host, scenes, words
 
 FOLDER = Path(words.__file__).parent
-sampling = pytest.importorskip("comfy.sample", reason="there is no ComfyUI")
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("comfy") is None, reason="there is no ComfyUI")
 
 
 @pytest.fixture(scope="module")
 def draw():
     """caption -> picture (192, 192, 3) in [0, 1], 6 steps, seed 42."""
+    import comfy.sample
     from comfyui_svdquant.quant.host import build
+
     model = build.load_model(str(FOLDER / "tiny_flux.safetensors"))
     vae = host.new_vae()
     vae.load_state_dict({name: tensor.float() for name, tensor in load_file(FOLDER / "tiny_vae.safetensors").items()})
@@ -25,8 +29,8 @@ def draw():
         context, pooled = words.encode(caption)
         prompt = [[context, {"pooled_output": pooled}]]
         empty = torch.zeros(1, 16, scenes.SIZE // 8, scenes.SIZE // 8)
-        noise = sampling.prepare_noise(empty, 42)
-        latent = sampling.sample(model, noise, 6, 1.0, "euler", "simple", prompt, prompt, empty, disable_pbar=True, seed=42)
+        noise = comfy.sample.prepare_noise(empty, 42)
+        latent = comfy.sample.sample(model, noise, 6, 1.0, "euler", "simple", prompt, prompt, empty, disable_pbar=True, seed=42)
         return (vae.decode(latent)[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
 
     return picture
