@@ -75,6 +75,7 @@ def diffusers(tensors):
     renamed = {}
     for theirs, ours in names.items():
         ours, offset = (ours, None) if isinstance(ours, str) else ours[:2]
+        ours = ours.replace("_norm.weight", "_norm.scale")  # what newer ComfyUI calls it
         if ours in tensors:
             renamed[theirs] = (tensors[ours] if offset is None else tensors[ours].narrow(*offset)).contiguous()
     return renamed
