@@ -1,6 +1,7 @@
 """Kernel 1 of a linear: the activation's codes and scales, and the branch's x @ proj_down, in one pass over x.
 
-kernels/quantize.cu computes them; here are the shapes of its outputs, and how x is cut up for a GPU.
+Two kernels compute them. kernels/quantize_ring.cu keeps proj_down in registers and needs clusters (Hopper and later) and columns
+few enough for that; kernels/quantize.cu takes everything else. Here are their shapes, and how x is cut up for a GPU.
 """
 
 import functools
@@ -10,7 +11,7 @@ import torch
 
 from . import compiler, images
 
-# How codes are stored (images.py), in the kernel's numbers.
+# How codes are stored (images.py), in the kernels' numbers.
 INT8 = 0     # 8-bit codes, a scale a token and part, INTEGER order
 BYTES = 1    # 4-bit codes, a scale a token and group of 64, a byte each in GROUP order: for tensor cores without int4
 NIBBLES = 2  # the same codes, two a byte in NIBBLE order
@@ -37,11 +38,14 @@ class Quantized(NamedTuple):
 class Plan(NamedTuple):
     """How x is cut up."""
 
-    tiles: int   # a CTA has 16 * tiles tokens
+    ring: bool   # by quantize_ring.cu
+    tiles: int   # a CTA has 16 * tiles tokens at a time
     ctas: int    # of a cluster: they share the columns
-    slots: int   # blocks of x in shared memory
+    slots: int   # blocks of x in shared memory; ring: slots of 16 tokens
     kept: int    # blocks of 1 / smooth in shared memory
     shared: int  # bytes of shared memory
+    grid: int    # CTAs in all
+    spans: int   # ring: spans of 32 columns a warp
 
 
 def storage(act_bits, arch):
@@ -51,16 +55,16 @@ def storage(act_bits, arch):
     return NIBBLES if compiler.arch_number(arch) < 90 else BYTES  # Hopper and later have no int4 tensor cores
 
 
-def quantize(x, smooth, proj_down, unsigned_from, codes, tiles=None, ctas=None):
+def quantize(x, smooth, proj_down, unsigned_from, codes, ring=None, tiles=None, ctas=None):
     """x: (M, K) bf16 or fp16 on a GPU; smooth: (K,), proj_down: (K, R), contiguous, x's dtype; unsigned_from: as in
-    reference.py; codes: INT8, BYTES or NIBBLES. tiles, ctas: instead of what the plan says. Returns Quantized.
+    reference.py; codes: INT8, BYTES or NIBBLES. ring, tiles, ctas: instead of what the plan says. Returns Quantized.
     """
     m, k = x.shape
     rank = proj_down.shape[1]
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # rows are read in pieces of 16 bytes
         x = x.clone(memory_format=torch.contiguous_format)
     fused = rank if rank <= fused_ranks(x.device) else 0
-    launch, plan, grid, block = _launch(m, k, fused, codes, x.dtype, x.device, tiles, ctas)
+    launch, plan, threads = _launch(m, k, fused, codes, x.dtype, x.device, ring, tiles, ctas)
     rows, blocks = images.padded(m, images.ROWS), -(-k // images.BLOCK)
     if codes == NIBBLES:
         act = torch.empty(blocks, rows, images.BLOCK // 2, dtype=torch.uint8, device=x.device)
@@ -71,20 +75,20 @@ def quantize(x, smooth, proj_down, unsigned_from, codes, tiles=None, ctas=None):
     if fused:
         low = torch.empty(-(-rank // images.RANK_BLOCK), rows, images.RANK_BLOCK, dtype=x.dtype, device=x.device)
         low_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    launch(grid, block, x, smooth, proj_down, act, act_scale, low, low_scale,
-           m, k, fused, x.stride(0), unsigned_from, plan.slots, plan.kept)
+    sizes = (plan.slots,) if plan.ring else (plan.slots, plan.kept)
+    launch((plan.grid,), (threads,), x, smooth, proj_down, act, act_scale, low, low_scale, m, k, fused, x.stride(0), unsigned_from, *sizes)
     if rank > fused:
         low, low_scale = unfused_low(x, proj_down)
     return Quantized(act, act_scale, low, low_scale)
 
 
 def fused_ranks(device):
-    """The largest rank that the kernel takes; cuBLAS multiplies larger branches. Turing has shared memory for 64."""
+    """The largest rank that the kernels take; cuBLAS multiplies larger branches. Turing has shared memory for 64."""
     return 64 if compiler.architecture(device) == "sm_75" else 128
 
 
 def unfused_low(x, proj_down):
-    """low and low_scale of a rank that the kernel doesn't take, by cuBLAS."""
+    """low and low_scale of a rank that the kernels don't take, by cuBLAS."""
     if x.dtype == torch.bfloat16:
         low = x @ proj_down
         scale = torch.ones(x.shape[0], device=x.device)
@@ -98,39 +102,91 @@ def unfused_low(x, proj_down):
 
 
 @functools.lru_cache(maxsize=1024)
-def _launch(m, k, rank, codes, dtype, device, tiles, ctas):
-    """(kernel, plan, grid, block) of inputs of this shape."""
+def _launch(m, k, rank, codes, dtype, device, ring, tiles, ctas):
+    """(kernel, plan, threads of a CTA) for inputs of this shape."""
     arch = compiler.architecture(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    plan = plan_for(m, k, rank, codes, compiler.arch_number(arch), sms, tiles, ctas)
-    source, entry, defines = variant(dtype == torch.float16, codes, rank, plan.tiles, plan.ctas)
-    kernel = compiler.kernel(source, entry, defines, device, plan.shared)
-    return kernel, plan, (-(-m // (16 * plan.tiles)) * plan.ctas,), (128 * plan.tiles,)
+    plan = plan_for(m, k, rank, codes, compiler.arch_number(arch), sms, ring, tiles, ctas)
+    source, entry, defines = variant(dtype == torch.float16, codes, rank, plan)
+    return compiler.kernel(source, entry, defines, device, plan.shared), plan, 512 if plan.ring else 128 * plan.tiles
 
 
-def variant(half, codes, rank, tiles, ctas):
+def variant(half, codes, rank, plan):
     """(source, entry, defines) of one compiled kernel."""
-    ranks = images.padded(rank, images.RANK_BLOCK)
-    return "quantize.cu", "quantize", (("HALF", int(half)), ("CODES", codes), ("RANKS", ranks), ("TILES", tiles), ("CTAS", ctas))
+    defines = (("HALF", int(half)), ("CODES", codes), ("CTAS", plan.ctas))
+    if plan.ring:
+        return "quantize_ring.cu", "quantize_ring", (*defines, ("RANKS", ring_ranks(rank)), ("WARP_SPANS", plan.spans))
+    return "quantize.cu", "quantize", (*defines, ("RANKS", images.padded(rank, images.RANK_BLOCK)), ("TILES", plan.tiles))
 
 
 def variants(arch):
-    """Variants that stand for all that `arch` may compile."""
+    """Variants that stand for all that `arch` compiles for FLUX's shapes, and some others."""
     number = compiler.arch_number(arch)
-    shapes = ((1, 1), (1, 8), (2, 4), (4, 8)) if number >= 90 else ((1, 1), (2, 1))
-    ranks = (0, 32, 64) if number < 80 else (0, 32, 128)
-    return [variant(half, codes, rank, tiles, ctas) for half in ((1,) if number < 80 else (0, 1)) for codes in (INT8, storage(4, arch))
-            for rank in ranks for tiles, ctas in shapes if rank < 128 or tiles == 2]
+    found = []
+    for half in (1,) if number < 80 else (0, 1):
+        for codes in (INT8, storage(4, arch)):
+            for rank in (0, 32, 64 if number < 80 else 128):
+                for m, k in ((512, 3072), (4096, 3072), (4096, 12288), (4608, 15360)):
+                    for ring in (None, False):
+                        found.append(variant(half, codes, rank, plan_for(m, k, rank, codes, number, 132, ring)))
+    return list(dict.fromkeys(found))
 
 
-def shared_bytes(tiles, rank, slots, kept):
+def plan_for(m, k, rank, codes, arch, sms, ring=None, tiles=None, ctas=None):
+    """The Plan for a GPU of compute capability `arch` (90, ...) with `sms` multiprocessors."""
+    if ring is not False and tiles is None:
+        if plan := ring_plan(m, k, rank, arch, sms, ctas):
+            return plan
+        if ring:
+            raise ValueError(f"The ring doesn't take ({m}, {k}) with rank {rank} in clusters of {ctas} on sm_{arch}.")
+    return tile_plan(m, k, rank, codes, arch, sms, tiles, ctas)
+
+
+# --- quantize_ring.cu ------------------------------------------------------------------------------------------------
+
+MOST_SPANS = 8  # of proj_down's fragments that a warp's registers hold
+
+
+def ring_ranks(rank):
+    """The rank as the ring pads it: its 16 warps divide evenly by 16 ranks each."""
+    return next(ranks for ranks in (0, 32, 64, 128) if ranks >= rank)
+
+
+def ring_plan(m, k, rank, arch, sms, ctas=None):
+    """The fastest Plan of a ring, or None where none fits."""
+    if arch < 90:
+        return None
+    ranks, blocks, tiles = ring_ranks(rank), -(-k // images.BLOCK), -(-m // 16)
+    groups = 256 // ranks if ranks else 16
+    best, best_time = None, None
+    for c in (ctas,) if ctas else (1, 2, 4, 8):
+        share = -(-blocks // c)
+        spans = -(-4 * share // groups)
+        slot = 16 * (256 * share + 64)
+        fixed = 128 + 128 + 256 + 2048 + 2 * 64 * ranks + groups * 64 * ranks + 512 * share
+        slots = min(16, ((SHARED_PER_SM.get(arch, 100) << 10) - 1024 - fixed) // slot)
+        if c > blocks or spans > MOST_SPANS or slots < 2:
+            continue
+        # A cluster lies within one of the GPU's groups of 16 or 18 multiprocessors: clusters of 4 or 8 leave a pair there idle.
+        clusters = min(tiles, sms // 8 * 8 // c if c > 2 else sms // c)
+        rounds = -(-tiles // clusters)
+        time = rounds * (3 + share)  # the barriers of a round cost about as much as three blocks
+        if best is None or time < best_time:
+            slots = min(slots, rounds)
+            best, best_time = Plan(True, 1, c, slots, share, fixed + slots * slot, clusters * c, spans), time
+    return best
+
+
+# --- quantize.cu -----------------------------------------------------------------------------------------------------
+
+
+def tile_bytes(tiles, rank, slots, kept):
     """Shared memory of a CTA: x, proj_down, 1 / smooth, maxima and scales, in quantize.cu's order."""
     rows = 16 * tiles
     return slots * rows * 256 + images.padded(rank, images.RANK_BLOCK) * 256 + kept * 512 + (8 + 2 + 2) * rows * 4
 
 
-def plan_for(m, k, rank, codes, arch, sms, tiles=None, ctas=None):
-    """The Plan for a GPU of compute capability `arch` (90, ...) with `sms` multiprocessors."""
+def tile_plan(m, k, rank, codes, arch, sms, tiles=None, ctas=None):
     blocks = -(-k // images.BLOCK)
     clusters = [c for c in (1, 2, 4, 8) if c <= blocks and arch >= 90] or [1]
     per_sm = SHARED_PER_SM.get(arch, 100) << 10
@@ -139,13 +195,13 @@ def plan_for(m, k, rank, codes, arch, sms, tiles=None, ctas=None):
 
     def needs(tiles, ctas):
         share = -(-blocks // ctas)
-        return shared_bytes(tiles, rank, share if codes == INT8 else min(share, DEPTH), share if codes == INT8 else 1)
+        return tile_bytes(tiles, rank, share if codes == INT8 else min(share, DEPTH), share if codes == INT8 else 1)
 
     if tiles is None:
         # Few tokens: small tiles, so that there are enough CTAs. Without clusters the tokens alone have to make them.
         tiles = 2 if rank > 64 else 1 if arch < 90 or m <= 16 * sms else 2
+    cover = -(-m // (16 * tiles))
     if ctas is None:
-        cover = -(-m // (16 * tiles))
         fitting = [c for c in clusters if needs(tiles, c) <= half] or clusters[-1:]
         ctas = next((c for c in fitting if c * cover >= 2 * sms), fitting[-1])
     share = -(-blocks // ctas)
@@ -153,9 +209,9 @@ def plan_for(m, k, rank, codes, arch, sms, tiles=None, ctas=None):
     slots = share if codes == INT8 else min(share, DEPTH)
     if codes == INT8:
         # What doesn't fit is read again.
-        limit = half if shared_bytes(tiles, rank, min(share, DEPTH), share) <= half else most
-        if shared_bytes(tiles, rank, min(share, DEPTH), share) > most:
+        limit = half if tile_bytes(tiles, rank, min(share, DEPTH), share) <= half else most
+        if tile_bytes(tiles, rank, min(share, DEPTH), share) > most:
             kept = 1
-        fixed = shared_bytes(tiles, rank, 0, kept)
+        fixed = tile_bytes(tiles, rank, 0, kept)
         slots = max(min(share, DEPTH), min(share, (limit - fixed) // (tiles * 16 * 256)))
-    return Plan(tiles, ctas, slots, kept, shared_bytes(tiles, rank, slots, kept))
+    return Plan(False, tiles, ctas, slots, kept, tile_bytes(tiles, rank, slots, kept), cover * ctas, 0)

@@ -19,23 +19,30 @@
 // -D: HALF 1 for fp16, else bf16
 //     CODES 0 int8, a scale a token and part, INTEGER order; 1 4-bit codes as bytes, GROUP order; 2 4-bit codes, NIBBLE order
 //     RANKS 0..128, a multiple of 32: the branch's rank, padded;  TILES ROWS / 16: 1, 2, 4;  CTAS 1..8
+#include "codes.cuh"
 #include "quantize.cuh"
 
-enum { INTEGER, GROUP, NIBBLE };
 constexpr int ROWS = 16 * TILES;
-constexpr int SPANS = 4;                      // warps that share 16 rows; each multiplies 32 of a block's 128 columns
-constexpr int THREADS = 32 * SPANS * TILES;
+constexpr int THREADS = 128 * TILES;
+constexpr int SPANS = 4;                      // of 32 columns in a block
 constexpr int DEPTH = 4;                      // blocks of x on their way to shared memory
 constexpr int BLOCK_BYTES = ROWS * 256;       // x: 128 columns of all rows
 constexpr int SLAB_BYTES = 128 * RANKS * 2;   // proj_down: 128 rows. Later float (ROWS, RANKS), the sums, which are no larger
 constexpr int RANK_TILES = RANKS / 8;
 constexpr int SLAB_ROW = RANK_TILES > 0 ? RANK_TILES : 1;  // pieces of 8 ranks
 constexpr int SLAB_PIECES = RANKS * 16 / THREADS;  // 16-byte pieces of a slab that each thread brings
+
+// How 4 MULTI warps divide x @ proj_down of MULTI tiles and a block: by ranks and by columns. With many ranks, proj_down is read for
+// two tiles at once, and a warp has sums for part of the ranks only: registers, and the bandwidth of shared memory.
+constexpr int MULTI = RANKS > 64 && TILES > 1 ? 2 : 1;
+constexpr int RANK_SPLIT = RANKS > 64 ? (RANKS == 128 ? 2 * MULTI : 2) : 1;
+constexpr int COLUMN_SPLIT = 4 * MULTI / RANK_SPLIT;
+constexpr int WARP_SPANS = SPANS / COLUMN_SPLIT;
+constexpr int WARP_RANK_TILES = RANK_TILES / RANK_SPLIT;
+static_assert(WARP_SPANS * MULTI == RANK_SPLIT, "of the warps with the same x, each takes the maxima of one tile and span");
+
 constexpr int LOW_THREADS = 4 * ROWS / CTAS > 32 ? 4 * ROWS / CTAS : 32;
 constexpr int CTAS_PER_SM = TILES == 4 || RANKS > 64 ? 1 : 2;  // at least so many should find registers
-constexpr float SHIFT = 0.171875f;            // int4.GELU_SHIFT
-constexpr float TINY = 7.888609e-31f;         // 2^-100: maxima below count as 0, since their scale would have no reciprocal
-constexpr float MAGIC = 12582912.f;           // 1.5 * 2^23: adding it leaves round(v) in a float's low bits, two's complement
 
 // Shared memory, in its order. `kept` is the number of blocks of reciprocals: all of the CTA's, or 1.
 struct Places {
@@ -72,101 +79,6 @@ __device__ __forceinline__ u32 slab_offset(int row, int piece) {
 // The sums: tile c of 8 ranks lies at c ^ (row & 3).
 __device__ __forceinline__ u32 sum_offset(int row, int tile) { return (row * RANKS + ((tile ^ row & 3) << 3)) << 2; }
 
-// max over 8 columns of |(x + shift) / smooth|
-__device__ __forceinline__ float max_of_run(uint4 x, const float (&even)[4], const float (&odd)[4], float shift) {
-    const u32 words[4] = {x.x, x.y, x.z, x.w};
-    float m = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        m = max_abs(m, (low_float(words[i]) + shift) * even[i]);
-        m = max_abs(m, (high_float(words[i]) + shift) * odd[i]);
-    }
-    return m;
-}
-
-__device__ __forceinline__ void load_floats(float (&f)[4], u32 address) {
-    const uint4 v = load_shared(address);
-    f[0] = __uint_as_float(v.x), f[1] = __uint_as_float(v.y), f[2] = __uint_as_float(v.z), f[3] = __uint_as_float(v.w);
-}
-
-// Four codes, in the low bytes of v + MAGIC, as one word.
-__device__ __forceinline__ u32 pack_bytes(float a, float b, float c, float d) {
-    const u32 ab = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
-    const u32 cd = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
-    return __byte_perm(ab, cd, 0x5410);
-}
-
-// The place of run i (8 columns, as a piece of a block) of those whose codes make up piece `lane` of a row of the image.
-// int8 images: a piece is the even or the odd columns of four runs. Nibbles: half a piece is all columns of two runs.
-__device__ __forceinline__ int run_of(int lane, int i) {
-    const int pair = lane >> 1;
-    if (CODES == INTEGER) return 4 * i + pair;
-    return 8 * (pair >> 1) + 2 * (CODES == NIBBLE ? 2 * (lane & 1) + i : i) + (pair & 1);
-}
-
-constexpr int RUNS = CODES == NIBBLE ? 2 : 4;
-
-// Codes one row's 16 columns, lane 0..7 of the row's eight, from its runs of x.
-//     inverse, keep   int8: 1 / scale of each run; ~0, or 0 if the row is NaN
-//     scale           4 bits: written by one lane for each group of 64; null where there is no such group or row
-__device__ __forceinline__ void code_row(const uint4 (&x)[RUNS], u32 smooth, int lane, int row, bool real, const float (&shift)[RUNS],
-                                         const float (&inverse)[RUNS], u32 keep, bool is_unsigned, float* scale, char* image) {
-    const int half = lane & 1;
-    float v[16];
-#pragma unroll
-    for (int i = 0; i < RUNS; i++) {
-        const u32 words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-        const u32 run = smooth + run_of(lane, i) * 32;
-        float even[4], odd[4];
-        if (CODES == NIBBLE) {
-            load_floats(even, run), load_floats(odd, run + 16);
-#pragma unroll
-            for (int b = 0; b < 4; b++) {
-                v[8 * i + 2 * b] = (low_float(words[b]) + shift[i]) * even[b];
-                v[8 * i + 2 * b + 1] = (high_float(words[b]) + shift[i]) * odd[b];
-            }
-        } else {
-            load_floats(even, run + 16 * half);
-#pragma unroll
-            for (int b = 0; b < 4; b++) v[4 * i + b] = (either_float(words[b], half) + shift[i]) * even[b];
-        }
-    }
-    float local = 0, floor = 0;
-    if (CODES != INTEGER) {
-        float m = 0;
-#pragma unroll
-        for (int i = 0; i < 16; i++) m = max_abs(m, v[i]);
-        m = max_abs(m, __shfl_xor_sync(~0u, m, 1));
-        m = max_abs(m, __shfl_xor_sync(~0u, m, 2));
-        if (!real || m < TINY) m = 0;
-        const float s = finite(m) ? m * (is_unsigned ? 1 / 15.f : 1 / 7.f) : __int_as_float(0x7fffffff);
-        local = s > 0 ? reciprocal(s) : 0;
-        keep = finite(m) ? ~0u : 0;
-        floor = is_unsigned ? MAGIC : 0;
-        if (scale) *scale = s;
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        v[i] = fmaf(v[i], CODES == INTEGER ? inverse[i / 4 % RUNS] : local, MAGIC);
-        if (CODES != INTEGER) v[i] = fmaxf(v[i], floor);
-    }
-    if (CODES == NIBBLE) {
-        u32 words[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const u32 even = pack_bytes(v[8 * i], v[8 * i + 2], v[8 * i + 4], v[8 * i + 6]);
-            const u32 odd = pack_bytes(v[8 * i + 1], v[8 * i + 3], v[8 * i + 5], v[8 * i + 7]);
-            words[i] = (even & 0x0f0f0f0f | odd << 4 & 0xf0f0f0f0) & keep;
-        }
-        if (image) *(uint2*)(image + ((lane >> 1 ^ row >> 1 & 3) << 4) + 8 * half) = make_uint2(words[0], words[1]);
-    } else {
-        u32 words[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) words[i] = pack_bytes(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]) & keep;
-        if (image) *(uint4*)(image + ((lane ^ row & 7) << 4)) = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quantize(
     const u16* x,          // (M, K), rows `stride` apart, 16-byte aligned
     const u16* smooth,     // (K)
@@ -188,8 +100,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
 
     // The MMA's lane g * 4 + L has rows g and g + 8 of 16, and of each 32 columns 8 L .. 8 L + 7: 16 bytes at once. Which columns
     // a fragment's register stands for is free, as long as proj_down's rows are taken in the same order.
-    const int tile = warp / SPANS, span = warp % SPANS, g = lane / 4, L = lane % 4;
-    const int my_row = tile * 16 + g;
+    const int g = lane / 4, L = lane % 4;
+    const int first_tile = warp / (4 * MULTI) * MULTI, rank_part = warp % (4 * MULTI) / COLUMN_SPLIT, column_part = warp % COLUMN_SPLIT;
+    const int max_row = (first_tile + rank_part % MULTI) * 16 + g, max_span = column_part * WARP_SPANS + rank_part / MULTI;
     // Coding: eight lanes a row, each one 16 bytes of x's image in the end, so that a warp writes whole lines.
     const int code_lane = lane % 8, code_row_ = warp * 4 + lane / 8, token = first_row + code_row_;
 
@@ -263,39 +176,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         if (block < count) fetch(block);
         copies_commit();
     }
-    float sums[RANK_TILES > 0 ? RANK_TILES : 1][4] = {};
-    float row_max[2][2] = {};  // [part][rows g, g + 8]
+    float sums[MULTI][RANKS > 0 ? WARP_RANK_TILES : 1][4] = {};
+    float row_max[2][2] = {};  // [part][rows g, g + 8] of one tile and one span of each block
 #pragma unroll 1
     for (int block = 0; block < count; block++) {
         store(block);
         if (block + 1 < count) load(block + 1);
         copies_wait<DEPTH - 1>();
         __syncthreads();
-        if (RANKS > 0 || CODES == INTEGER) {
-            const u32 mine = at.x + slot_of(block, slots) * BLOCK_BYTES;
-            const uint4 a = load_shared(mine + x_offset(my_row, 4 * span + L)), b = load_shared(mine + x_offset(my_row + 8, 4 * span + L));
-            if (CODES == INTEGER) {
-                const u32 run = at.smooth + (kept > 1 ? block : 0) * 512 + (4 * span + L) * 32;
-                float even[4], odd[4];
-                load_floats(even, run), load_floats(odd, run + 16);
-                const bool part = (first + block) * 128 + span * 32 >= unsigned_from;
-                const float shift = part ? SHIFT : 0;
-                const float of_a = max_of_run(a, even, odd, shift), of_b = max_of_run(b, even, odd, shift);
-                row_max[0][0] = max_abs(row_max[0][0], part ? 0 : of_a), row_max[0][1] = max_abs(row_max[0][1], part ? 0 : of_b);
-                row_max[1][0] = max_abs(row_max[1][0], part ? of_a : 0), row_max[1][1] = max_abs(row_max[1][1], part ? of_b : 0);
-            }
+        const u32 block_x = at.x + slot_of(block, slots) * BLOCK_BYTES;
+        if (RANKS > 0 || CODES == INTEGER)
 #pragma unroll
-            for (int step = 0; step < 2; step++) {
-                // Matrix i of ldmatrix: rows (k) 4 step + 2 (i & 1) + {0, 1} of each run, ranks of tile t + (i >> 1).
-                const int k = 32 * span + 8 * (lane % 8 / 2) + 4 * step + 2 * (lane / 8 & 1) + lane % 2;
+            for (int s = 0; s < WARP_SPANS; s++) {
+                const int span = column_part * WARP_SPANS + s;
+                uint4 a[MULTI], b[MULTI];
 #pragma unroll
-                for (int t = 0; t < RANK_TILES; t += 2) {
-                    const uint4 m = load_transposed(at.slab + slab_offset(k, t + lane / 16));
-                    mma(sums[t], step ? a.z : a.x, step ? b.z : b.x, step ? a.w : a.y, step ? b.w : b.y, m.x, m.y);
-                    mma(sums[t + 1], step ? a.z : a.x, step ? b.z : b.x, step ? a.w : a.y, step ? b.w : b.y, m.z, m.w);
+                for (int m = 0; m < MULTI; m++) {
+                    const int row = (first_tile + m) * 16 + g;
+                    a[m] = load_shared(block_x + x_offset(row, 4 * span + L)), b[m] = load_shared(block_x + x_offset(row + 8, 4 * span + L));
+                    if (CODES == INTEGER && s * MULTI + m == rank_part) {
+                        const u32 run = at.smooth + (kept > 1 ? block : 0) * 512 + (4 * span + L) * 32;
+                        float even[4], odd[4];
+                        load_floats(even, run), load_floats(odd, run + 16);
+                        const bool part = (first + block) * 128 + span * 32 >= unsigned_from;
+                        const float shift = part ? SHIFT : 0;
+                        const float of_a = max_of_run(a[m], even, odd, shift), of_b = max_of_run(b[m], even, odd, shift);
+                        row_max[0][0] = max_abs(row_max[0][0], part ? 0 : of_a), row_max[0][1] = max_abs(row_max[0][1], part ? 0 : of_b);
+                        row_max[1][0] = max_abs(row_max[1][0], part ? of_a : 0), row_max[1][1] = max_abs(row_max[1][1], part ? of_b : 0);
+                    }
+                }
+#pragma unroll
+                for (int step = 0; step < 2; step++) {
+                    // Matrix i of ldmatrix: rows (k) 4 step + 2 (i & 1) + {0, 1} of each run, ranks of tile t + (i >> 1).
+                    const int k = 32 * span + 8 * (lane % 8 / 2) + 4 * step + 2 * (lane / 8 & 1) + lane % 2;
+#pragma unroll
+                    for (int t = 0; t < WARP_RANK_TILES; t += 2) {
+                        const uint4 p = load_transposed(at.slab + slab_offset(k, rank_part * WARP_RANK_TILES + t + lane / 16));
+#pragma unroll
+                        for (int m = 0; m < MULTI; m++) {
+                            mma(sums[m][t], step ? a[m].z : a[m].x, step ? b[m].z : b[m].x, step ? a[m].w : a[m].y, step ? b[m].w : b[m].y, p.x, p.y);
+                            mma(sums[m][t + 1], step ? a[m].z : a[m].x, step ? b[m].z : b[m].x, step ? a[m].w : a[m].y, step ? b[m].w : b[m].y, p.z, p.w);
+                        }
+                    }
                 }
             }
-        }
         if (CODES != INTEGER) code(block, false, {0, 0}, 0);
         __syncthreads();
         if (block + DEPTH < count) fetch(block + DEPTH);
@@ -311,21 +235,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                 float m = row_max[part][half];
                 m = max_abs(m, __shfl_xor_sync(~0u, m, 1));
                 m = max_abs(m, __shfl_xor_sync(~0u, m, 2));
-                const u32 address = at.warp_max + ((part * SPANS + span) * ROWS + my_row + 8 * half) * 4;
+                const u32 address = at.warp_max + ((part * SPANS + max_span) * ROWS + max_row + 8 * half) * 4;
                 if (L == 0) store_float(address, m);
             }
     }
 #pragma unroll
-    for (int turn = 0; turn < (RANKS ? SPANS : 0); turn++) {
-        if (span == turn)
+    for (int turn = 0; turn < (RANKS ? COLUMN_SPLIT : 0); turn++) {
+        if (column_part == turn)
 #pragma unroll
-            for (int t = 0; t < RANK_TILES; t++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float2* sum = (float2*)(memory + (at.slab - at.x) + sum_offset(my_row + 8 * half, t) + 8 * L);
-                    const float2 before = turn ? *sum : make_float2(0, 0);
-                    *sum = make_float2(before.x + sums[t][2 * half], before.y + sums[t][2 * half + 1]);
-                }
+            for (int i = 0; i < 2 * MULTI * WARP_RANK_TILES; i++) {
+                const int half = i % 2, m = i / 2 % MULTI, t = i / 2 / MULTI;
+                const u32 offset = sum_offset((first_tile + m) * 16 + 8 * half + g, rank_part * WARP_RANK_TILES + t) + 8 * L;
+                float2* sum = (float2*)(memory + (at.slab - at.x) + offset);
+                const float2 before = turn ? *sum : make_float2(0, 0);
+                *sum = make_float2(before.x + sums[m][t][2 * half], before.y + sums[m][t][2 * half + 1]);
+            }
         __syncthreads();
     }
     if (CODES == INTEGER) {
@@ -350,19 +274,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             m[part] = 0;
 #pragma unroll
             for (int cta = 0; cta < CTAS; cta++) m[part] = max_abs(m[part], load_float_at(address_at(at.row_max + (part * ROWS + thread) * 4, cta)));
-            s[part] = m[part] < TINY ? 0 : m[part] * (1 / 127.f);
+            s[part] = part_scale(m[part]);
         }
-        if (0 < unsigned_from && unsigned_from < K) {  // so that the GEMM can carry one part's sum over to the other's scale
-            const float other = s[0] * (1 / 16.f);
-            s[0] = fmaxf(s[0], s[1] * (1 / 16.f));
-            s[1] = fmaxf(s[1], other);
-        }
+        if (0 < unsigned_from && unsigned_from < K) tie_parts(s);
         const bool whole = finite(max_abs(m[0], m[1]));
 #pragma unroll
         for (int part = 0; part < 2; part++) {
             const bool used = part ? unsigned_from < K : unsigned_from > 0;
             const float nan = __int_as_float(0x7fffffff);
-            *(float*)(memory + (at.row_inverse - at.x) + (thread * 2 + part) * 4) = whole ? (s[part] > 0 ? reciprocal(s[part]) : 0) : nan;
+            *(float*)(memory + (at.row_inverse - at.x) + (thread * 2 + part) * 4) = whole ? inverse_of(s[part]) : nan;
             if (rank == 0 && first_row + thread < padded)
                 act_scale[(size_t)part * padded + first_row + thread] = used ? (whole ? s[part] : nan) : 0;
         }
@@ -400,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             for (int part = 0; part < RANKS / 32; part++) {
                 u32 words[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) words[i] = pack_halves(value[part][2 * i] * inverse, value[part][2 * i + 1] * inverse);
+                for (int i = 0; i < 4; i++) words[i] = from_float2(value[part][2 * i] * inverse, value[part][2 * i + 1] * inverse);
                 *(uint4*)(low + ((size_t)part * padded + t) * 32 + (L ^ t >> 1 & 3) * 8) = make_uint4(words[0], words[1], words[2], words[3]);
             }
             if (L == 0) low_scale[t] = t < M ? scale : 0;

@@ -1,9 +1,7 @@
 // What quantize.cu is made of: PTX by name, 16-bit numbers, and the swizzles of its shared memory.
 // HALF=1: x is fp16, else bf16.
 #pragma once
-
-typedef unsigned int u32;
-typedef unsigned short u16;
+#include "common.cuh"
 
 // --- Numbers ---------------------------------------------------------------------------------------------------------
 
@@ -33,19 +31,6 @@ __device__ __forceinline__ float either_float(u32 word, u32 high) {
 #else
     return __uint_as_float(__byte_perm(word, 0, high ? 0x3244 : 0x1044));
 #endif
-}
-
-// Two floats rounded to x's dtype, `a` in the low half.
-__device__ __forceinline__ u32 pack_halves(float a, float b) {
-    u32 word;
-#if !HALF
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
-#elif __CUDA_ARCH__ >= 800
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
-#else
-    asm("{\n.reg .b16 lo, hi;\ncvt.rn.f16.f32 lo, %2;\ncvt.rn.f16.f32 hi, %1;\nmov.b32 %0, {lo, hi};\n}" : "=r"(word) : "f"(b), "f"(a));
-#endif
-    return word;
 }
 
 // max(a, |b|), NaN if one of them is: a NaN in x has to reach the scale. (fmaxf would drop it.)
@@ -96,8 +81,6 @@ template <int pending> __device__ __forceinline__ void copies_wait() {
 #endif
 }
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 __device__ __forceinline__ uint4 load_shared(u32 address) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
@@ -120,7 +103,7 @@ __device__ __forceinline__ void store_float(u32 address, float f) { asm volatile
 
 __device__ __forceinline__ void cluster_arrive() {
 #if CTAS > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #else
     __syncthreads();
 #endif
@@ -128,7 +111,7 @@ __device__ __forceinline__ void cluster_arrive() {
 
 __device__ __forceinline__ void cluster_wait() {
 #if CTAS > 1
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
