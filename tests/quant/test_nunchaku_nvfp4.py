@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_svdquant.cuda import int4, nvfp4
-from comfyui_svdquant.quant import convert, layout
+from comfyui_svdquant.quant import convert, flux, layout
 from comfyui_svdquant.quant.checkpoint import native, nunchaku
 from comfyui_svdquant.quant.checkpoint import nunchaku_layout as order
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from safetensors.torch import load_file, save_file
 
 from .nunchaku_nvfp4 import RANK, scale_places, write_nvfp4
-from .test_nunchaku import drop, put, rename_v2, rewritten
+from .test_nunchaku import drop, put, rename_v2, rewritten, with_header
 
 VECTORS = Path(__file__).resolve().parents[1] / "data" / "nunchaku" / "nvfp4_linear_n256_k256_r32.safetensors"
 BLOCK = "single_transformer_blocks.0"
@@ -201,3 +201,62 @@ def test_damaged_files_of_ours(model, tmp_path, change, says):
         native.open_file(read_header(str(rewritten(tmp_path / "native.safetensors", tmp_path / "bad.safetensors", change))))
     message = str(caught.value)
     assert "bad.safetensors" in message and "\n" not in message and message.endswith(".") and says in message
+
+
+# --- full size -----------------------------------------------------------------------------------------------------
+
+
+def published(nvfp4, rank=32, h=3072):
+    """{name: [dtype, shape]} of a published FLUX.1-dev; sections 1.1 and 1.3 of the format's description."""
+    entries = {}
+
+    def put_all(prefix, **leaves):
+        entries.update({f"{prefix}.{leaf}": entry for leaf, entry in leaves.items()})
+
+    def w4a4(prefix, n, k):
+        scales = ["F8_E4M3", [k // 16, n]] if nvfp4 else ["BF16", [k // 64, n]]
+        fused = {"wcscales": ["BF16", [n]]} if "qkv_proj" in prefix else {"wtscale": ["BF16", [1]]}
+        put_all(prefix, qweight=["I8", [n, k // 2]], wscales=scales, bias=["BF16", [n]], smooth=["BF16", [k]],
+                smooth_orig=["BF16", [k]], lora_down=["BF16", [k, rank]], lora_up=["BF16", [n, rank]], **(fused if nvfp4 else {}))
+
+    def awq(prefix, n, k):
+        put_all(prefix, qweight=["I32", [n // 4, k // 2]], wscales=["BF16", [k // 64, n]], wzeros=["BF16", [k // 64, n]],
+                bias=["BF16", [n]])
+
+    for i in range(19):
+        block = f"transformer_blocks.{i}"
+        for stream, mlp in (("", ""), ("_context", "_context")):
+            awq(f"{block}.norm1{stream}.linear", 6 * h, h)
+            w4a4(f"{block}.qkv_proj{stream}", 3 * h, h)
+            w4a4(f"{block}.out_proj{stream}", h, h)
+            w4a4(f"{block}.mlp{mlp}_fc1", 4 * h, h)
+            w4a4(f"{block}.mlp{mlp}_fc2", h, 4 * h)
+        entries |= {f"{block}.{norm}.weight": ["BF16", [128]] for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")}
+    for i in range(38):
+        block = f"single_transformer_blocks.{i}"
+        awq(f"{block}.norm.linear", 3 * h, h)
+        for name, n, k in (("qkv_proj", 3 * h, h), ("mlp_fc1", 4 * h, h), ("out_proj", h, h), ("mlp_fc2", h, 4 * h)):
+            w4a4(f"{block}.{name}", n, k)
+        entries |= {f"{block}.{norm}.weight": ["BF16", [128]] for norm in ("norm_q", "norm_k")}
+    outside = {"x_embedder": (h, 64), "context_embedder": (h, 4096), "norm_out.linear": (2 * h, h), "proj_out": (64, h)}
+    for embedder, width in (("timestep", 256), ("guidance", 256), ("text", 768)):
+        outside |= {f"time_text_embed.{embedder}_embedder.linear_1": (h, width), f"time_text_embed.{embedder}_embedder.linear_2": (h, h)}
+    for name, shape in outside.items():
+        put_all(name, weight=["BF16", list(shape)], bias=["BF16", [shape[0]]])
+    return entries
+
+
+@pytest.mark.parametrize(("nvfp4", "count", "nbytes"), [(False, 2604, 6_767_999_104), (True, 2908, 7_038_360_136)])
+def test_the_header_of_a_published_flux(tmp_path, nvfp4, count, nbytes):
+    """Its data a hole: nothing but the header and the few bytes that are compared is read."""
+    entries = published(nvfp4)
+    path = with_header(tmp_path / "svdq.safetensors", entries, {"model_class": "NunchakuFluxTransformer2dModel"})
+    header = read_header(str(path))
+    assert len(entries) == count and sum(info.stop - info.start for info in header.tensors.values()) == nbytes
+    file = nunchaku.open_file(header)
+    assert len(file.specs) == 19 * 10 + 38 * 3 and {spec.format for spec in file.specs.values()} == (
+        {layout.NVFP4, layout.AWQ} if nvfp4 else {layout.SVDQUANT, layout.SVDQUANT_SPLIT, layout.AWQ})
+    assert flux.config(file.shapes) == {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 3072, "num_heads": 24,
+        "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "vec_in_dim": 768, "mlp_ratio": 4.0, "qkv_bias": True,
+        "guidance_embed": True, "axes_dim": [16, 56, 56], "theta": 10000}
