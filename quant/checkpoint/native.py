@@ -16,6 +16,8 @@ Files that others made under comfy-kitchen's names have none of these metadata; 
 import json
 from itertools import chain
 
+import torch
+
 from .. import flux, layout
 from .header import CheckpointError
 from .packed import PackedFile
@@ -23,6 +25,7 @@ from .write import modelspec, write
 
 VERSION = 1
 MODULE_FORMATS = tuple(layout.GROUP_SIZES)
+SCALE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DESCRIPTION_BYTES = 1 << 16  # of one X.comfy_quant
 
 
@@ -42,8 +45,18 @@ def packed_file(header, prefix, config, recipe, source):
     own = header.within(prefix)
     shapes = {name: info.shape for name, info in own.tensors.items() if not name.endswith(f".{layout.QUANT_KEY}")}
     dtypes = {name: own.tensors[name].dtype for name in shapes}
-    return PackedFile(header, layer_specs(own), shapes, dtypes, config, recipe, source,
+    specs = layer_specs(own)
+    _check_plain(header, specs, dtypes)
+    return PackedFile(header, specs, shapes, dtypes, config, recipe, source,
                       lambda: ((name, own.read_tensor(name)) for name in shapes), prefix, own.read_tensor)
+
+
+def _check_plain(header, specs, dtypes):
+    """Raise CheckpointError where a tensor outside the packed layers is not of a type that weights have."""
+    for name, dtype in dtypes.items():
+        if name.rpartition(".")[0] not in specs and not dtype.is_floating_point:
+            raise CheckpointError(f"{header.file}: tensor {name} is {dtype} where a floating point type is due; the file is damaged, "
+                                  "or mixes formats that this version can't run, download or save it again.")
 
 
 def _json_metadata(header, key):
@@ -111,15 +124,18 @@ def _layer_spec(header, name):
     unsigned = {layout.SVDQUANT: 0 if conf.get("act_unsigned") else k,
                 layout.SVDQUANT_SPLIT: conf.get("act_unsigned_from")}.get(kind, k)
     rank = 0 if kind == layout.AWQ else conf.get("rank", _rank(header, name))
-    if not isinstance(unsigned, int) or not isinstance(rank, int) or rank < 0 or unsigned < 0:
+    if type(unsigned) is not int or type(rank) is not int or rank < 0 or unsigned < 0:  # True is an int too
         raise CheckpointError(f"{header.file}: {key} lacks a valid rank or act_unsigned_from; save or download the "
                               "file again.")
     dtype, scale_blocks = scale.dtype, 1
     if kind == layout.NVFP4:
         dtype = _info(header, f"{name}.weight_smooth_factor").dtype
         scale_blocks = (*_info(header, f"{name}.weight_scale_2").shape, 0)[0]
+    if dtype not in SCALE_TYPES:
+        raise CheckpointError(f"{header.file}: layer {name} has scales of type {dtype}; the file is damaged, download or save it again.")
     try:
-        spec = layout.LayerSpec(kind, k, n, rank, unsigned, f"{name}.bias" in header.tensors, dtype, scale_blocks)
+        # Every layer of FLUX.1 has a bias: one that lacks it here has lost it.
+        spec = layout.LayerSpec(kind, k, n, rank, unsigned, True, dtype, scale_blocks)
     except ValueError as error:
         raise CheckpointError(f"{header.file}: layer {name} {error}; save or download the file again.") from None
     for part, (shape, dtype) in spec.tensors().items():
