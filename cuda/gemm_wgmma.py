@@ -6,55 +6,68 @@ from . import compiler, images
 
 ARCHITECTURES = ("sm_90a",)
 SOURCE, ENTRY = "gemm_wgmma.cu", "gemm"
-ROWS = 192  # weight rows of a tile
 CLUSTER = 2  # CTAs that share their tokens
-STAGES = {192: 5, 128: 6, 64: 8}  # tokens of a tile -> stages of its ring, as many as fit
+MAX_RANK = 128  # the branch's blocks lie in the ring all at once
+# (weight rows, tokens) of a tile -> stages of its ring, as many as fit in shared memory.
+STAGES = {(192, 192): 5, (192, 128): 6, (192, 64): 9, (128, 256): 5, (128, 192): 6, (128, 128): 8, (128, 64): 12}
 
 
-def _defines(tokens, dtype, cluster=CLUSTER):
-    return (("HALF", int(dtype == torch.float16)), ("TOKENS", tokens), ("STAGES", STAGES[tokens]), ("CLUSTER", cluster))
+def _defines(tile, dtype):
+    rows, tokens = tile
+    return (("HALF", int(dtype == torch.float16)), ("ROWS", rows), ("TOKENS", tokens), ("STAGES", STAGES[tile]), ("CLUSTER", CLUSTER))
 
 
 def variants(arch):
     """[(source, entry, defines)] of all that may be asked for on `arch`."""
     if arch not in ARCHITECTURES:
         return []
-    return [(SOURCE, ENTRY, _defines(tokens, dtype)) for tokens in STAGES for dtype in (torch.bfloat16, torch.float16)]
+    return [(SOURCE, ENTRY, _defines(tile, dtype)) for tile in STAGES for dtype in (torch.bfloat16, torch.float16)]
 
 
-def shared_bytes(tokens):
+def shared_bytes(tile):
     """Shared memory of a CTA: the ring, the turned outputs, the tokens' and rows' factors, the barriers (see the kernel)."""
-    ring = STAGES[tokens] * (tokens * 128 + ROWS * 64 + 1024)
-    warpgroups = ROWS // 64
-    return ring + warpgroups * 2 * 32 * 128 + warpgroups * (3 * tokens + 64) * 4 + 16 * STAGES[tokens]
+    rows, tokens = tile
+    ring = STAGES[tile] * (tokens * 128 + rows * 64 + 2 * rows * 2)
+    return ring + rows // 64 * (2 * 32 * 128 + (3 * tokens + 64) * 4) + 16 * STAGES[tile]
 
 
-def tile_tokens(m, n, k, sms):
-    """Tokens of a tile: fewest clocks, counted as waves of clusters times the clocks of a tile.
+def count_tiles(tile, m, n):
+    """Pairs of CTAs' tiles, side by side along the weight rows."""
+    rows, tokens = tile
+    return -(-m // tokens) * -(-n // (rows * CLUSTER))
 
-    A block of 128 columns takes 192 * 128 / 4096 = 6 clocks a token; the end of a tile about 12 a token and 1500.
-    """
-    def clocks(tokens):
-        tiles = -(-m // tokens) * -(-n // (ROWS * CLUSTER))
-        return -(-tiles // (sms // CLUSTER)) * (tokens * (6 * -(-k // images.BLOCK) + 12) + 1500)
+
+def choose_tile(m, n, k, sms):
+    """The tile with the fewest clocks, counted as waves of clusters times the clocks of a tile."""
+    def clocks(tile):
+        rows, tokens = tile
+        waves = -(-count_tiles(tile, m, n) // (sms // CLUSTER))
+        return waves * (rows * tokens * (-(-k // images.BLOCK)) / 32 + rows * tokens / 12 + 1500)
 
     return min(STAGES, key=clocks)
 
 
-def gemm(act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias, unsigned_from, m, out=None, tokens=None):
+def takes(k, unsigned_from):
+    """Whether a layer's two parts, if it has two, meet between two blocks."""
+    return unsigned_from == k or unsigned_from % images.BLOCK == 0
+
+
+def gemm(act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias, unsigned_from, m, out=None, tile=None):
     """y (m, N) in weight_scale's dtype.
 
     act: (blocks, padded m, 128) int8 in INTEGER order; act_scale: (2, padded m) float32; low, low_scale: the branch's image and its
     rows' factors, or None; weight: (N, K/2); weight_scale: (G, N); row_scale: (N,) float32 (scales.py); proj_up: (N, R);
-    bias: (N,) or None. tokens: the tile's, in place of the chosen one.
+    bias: (N,) or None. tile: in place of the chosen one.
     """
     n, k, rank = weight.shape[0], 2 * weight.shape[1], proj_up.shape[1]
+    if rank > MAX_RANK:
+        raise ValueError(f"the branch has rank {rank}; at most {MAX_RANK} ranks are fused")
     y = torch.empty(m, n, dtype=weight_scale.dtype, device=act.device) if out is None else out
     sms = torch.cuda.get_device_properties(act.device).multi_processor_count
-    tokens = tokens or tile_tokens(m, n, k, sms)
-    kernel = compiler.kernel(SOURCE, ENTRY, _defines(tokens, y.dtype), act.device, shared_bytes(tokens))
-    clusters = min(sms // CLUSTER, -(-m // tokens) * -(-n // (ROWS * CLUSTER)))
+    tile = tile or choose_tile(m, n, k, sms)
+    kernel = compiler.kernel(SOURCE, ENTRY, _defines(tile, y.dtype), act.device, shared_bytes(tile))
+    clusters = min(sms // CLUSTER, count_tiles(tile, m, n))
     border = unsigned_from // images.BLOCK if 0 < unsigned_from < k else 0
-    kernel((CLUSTER * clusters, 1, 1), (ROWS * 2 + 128, 1, 1), y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up,
+    kernel((CLUSTER * clusters, 1, 1), (2 * tile[0] + 128, 1, 1), y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up,
            bias, m, act.shape[1], n, k, rank, border, int(unsigned_from < k))
     return y

@@ -17,7 +17,7 @@ DIVISORS = (*range(1, 17), *(10 + step / 8 for step in range(52) if step % 8))
 def integers(weight_scale, row_scale):
     """i (G, N) float32, whole numbers, as the kernels compute them."""
     inverse = torch.where(row_scale == 0, torch.zeros_like(row_scale), row_scale.reciprocal())
-    return (weight_scale.float() * inverse).round().clamp(LOWEST, HIGHEST)
+    return (weight_scale.float() * inverse).round()
 
 
 def row_scale(weight_scale):
@@ -30,7 +30,9 @@ def row_scale(weight_scale):
     best, least = largest, torch.full_like(largest, torch.inf)
     for divisor in DIVISORS:
         c = largest / divisor
-        error = (scales - c * integers(scales, c)).square_().sum(dim=0)
+        i = integers(scales, c)
+        error = (scales - c * i).square_().sum(dim=0)
+        error[(i.amin(dim=0) < LOWEST) | (i.amax(dim=0) > HIGHEST)] = torch.inf  # the kernels don't clamp
         better = error < least * (1 - 1e-4) - 1e-9 * largest.square()  # a later one must be better by more than rounding
         best, least = torch.where(better, c, best), torch.where(better, error, least)
     return best

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..cuda import nvfp4, nvfp4_ops, ops, reference
+from ..cuda import nvfp4, nvfp4_ops, ops, reference, scales
 from ..cuda.int4 import GELU_SHIFT
 
 
@@ -61,14 +61,26 @@ class BranchedLinear(PackedLinear):
 class SVDQuantLinear(BranchedLinear):
     """W4A4 with a low-rank branch: x (..., K) -> (..., N). One op, if no LoRA is loaded.
 
-    act_bits: 4, SVDQuant as published, or 8, the same weights with int8 activations.
+    act_bits: 4, SVDQuant as published; 8, the same weights with int8 activations; 0, what the device is fastest with.
     """
 
-    act_bits = 4
+    act_bits = 0
+
+    def __init__(self, spec, device="meta"):
+        super().__init__(spec, device)
+        self._row_scale = None
 
     def product(self, x, p, bias):
+        act_bits = self.act_bits or ops.best_act_bits(x.device)
+        row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 and x.is_cuda else None
         return ops.svdquant_linear(x, p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"],
-                                   p["weight_smooth_factor"], bias, self.spec.unsigned_from, self.act_bits)
+                                   p["weight_smooth_factor"], bias, self.spec.unsigned_from, act_bits, row_scale)
+
+    def row_scale(self, weight_scale):
+        """scales.row_scale of the layer, found at its first use on a device. weight_scale: the parameter, on that device."""
+        if self._row_scale is None or self._row_scale.device != weight_scale.device:
+            self._row_scale = scales.row_scale(weight_scale)
+        return self._row_scale
 
     def packed_part(self, device):
         """(N, K) float32: the packed codes' share of the weight."""

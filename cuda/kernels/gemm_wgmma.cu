@@ -1,16 +1,16 @@
 // The second kernel of an SVDQuant layer on Hopper: y = low_scale (s c W4 X8^T + up low^T) + bias, transposed on its way out.
 //
-// A CTA is three consumer warpgroups of 64 weight rows and one producer warpgroup; its tile is 192 rows x TOKENS tokens, and it goes
+// A CTA is two or three consumer warpgroups of 64 weight rows and one producer warpgroup; its tile is ROWS x TOKENS tokens, and it goes
 // from tile to tile (one CTA an SM). Weights travel packed: 4 bits from device memory to registers, where two instructions make int8 of
 // four of them, scaled by their group's integer: w8 = i (code), |w8| <= 128. So the int32 sums run over all of K with nothing to do
 // between two wgmma, and the row's float scale c and the token's s are applied once, at the end.
 //
 //           tokens (B, shared memory)                     one stage of the ring:   X  TOKENS x 128 B   codes, INTEGER order, swizzled
-//          +----------------+                                                      W  192 x 64 B       two codes a byte, natural order
-//   64     | warpgroup 0    |  A: weights, registers                               S  2 x 192          the two groups' 16-bit scales
+//          +----------------+                                                      W  ROWS x 64 B      two codes a byte, natural order
+//   64     | warpgroup 0    |  A: weights, registers                               S  2 x ROWS         the two groups' 16-bit scales
 //   64     | warpgroup 1    |                             after the K blocks, the branch's blocks of 32 ranks go through the same ring:
 //   64     | warpgroup 2    |                                                      X  TOKENS x 64 B    low, 16 bit, swizzled
-//          +----------------+                                                      W  192 x 64 B       up, 16 bit, natural order
+//          +----------------+                                                      W  ROWS x 64 B      up, 16 bit, natural order
 //
 // CLUSTER 2: two CTAs side by side along the weight rows need the same tokens; each fetches half of them for both.
 //
@@ -21,20 +21,23 @@
 #include "hopper.cuh"
 #include "wgmma.cuh"
 
-constexpr int ROWS = 192;                       // weight rows of a tile
 constexpr int CONSUMERS = ROWS / 64;            // warpgroups
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int W_BYTES = ROWS * 64;
-constexpr int S_BYTES = 1024;                   // 2 x ROWS scales of 16 bit, rounded up to keep X on 1024 bytes
-constexpr int STAGE_BYTES = X_BYTES + W_BYTES + S_BYTES;
+constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
+constexpr int S_BYTES = 2 * ROWS * 2;           // kept apart, so that X stays on 1024 bytes
+constexpr int RING = STAGES * STAGE_BYTES;
 constexpr int SLICE = 32;                       // tokens that a warpgroup turns and stores at a time
 constexpr int SLICE_BYTES = SLICE * 128;
 constexpr int STORE_BYTES = 2 * SLICE_BYTES;    // two slices, so that one barrier each is enough
 constexpr int FACTOR_BYTES = (3 * TOKENS + 64) * 4;
-constexpr int RING = STAGES * STAGE_BYTES;
-constexpr int STORES = RING + CONSUMERS * STORE_BYTES;
-constexpr int BARRIERS = STORES + CONSUMERS * FACTOR_BYTES;
-constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;  // one warp of each warpgroup a quarter of the SM: 512 in all
+constexpr int STORES = RING + STAGES * S_BYTES;
+constexpr int FACTORS = STORES + CONSUMERS * STORE_BYTES;
+constexpr int BARRIERS = FACTORS + CONSUMERS * FACTOR_BYTES;
+// A lane's registers at the launch are 128 (four warpgroups) or 168 (three); what the producers give is what the consumers may take.
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS == (CONSUMERS == 3 ? 4 * 128 : 3 * 168), "the CTA's registers");
+constexpr int PART = CONSUMERS == 3 ? 32 : 64;  // tokens of the branch's product that fit beside the accumulators
 static_assert(BARRIERS + 16 * STAGES <= 232448, "more shared memory than an SM has");
 static_assert(CLUSTER == 1 || TOKENS % 16 == 0, "each CTA of a cluster fetches whole atoms of 8 tokens");
 
@@ -63,9 +66,11 @@ struct Rows {
     u32 step;   // bytes from one of its rows to the next
     int count;  // of its rows that exist
     int bytes;  // that its rows have from its column of the first block on
+    u32 place;  // of the first row's bytes in the block
 
-    __device__ __forceinline__ Rows(const void* matrix, int row_bytes, int n0, int n) {
+    __device__ __forceinline__ Rows(const void* matrix, int row_bytes, int n0, int n, bool swizzled) {
         const int thread = threadIdx.x & 127, row = n0 + (thread >> 2), column = (thread & 3) * 16;
+        place = thread * 16 ^ (swizzled ? (thread >> 3 & 3) * 16 : 0);
         source = (const char*)matrix + (size_t)row * row_bytes + column;
         step = 32 * row_bytes;
         count = (n - row + 31) / 32;
@@ -76,7 +81,7 @@ struct Rows {
     __device__ __forceinline__ void fetch(u32 target) {
 #pragma unroll
         for (int i = 0; i < ROWS / 32; i++)
-            cp_async16(target + i * 2048 + (threadIdx.x & 127) * 16, source + i * step, i < count && bytes > 0);
+            cp_async16(target + i * 2048 + place, source + i * step, i < count && bytes > 0);
         source += 64;
         bytes -= 64;
     }
@@ -109,27 +114,57 @@ DEVICE void release(u32 barrier) {
 #endif
 }
 
-// Four codes times their group's integer i as int8. u = code + 8 is 0..15, so no byte of u i + (128 - 8 i) leaves 0..255 for i in
-// -15..16, and turning bit 7 of each takes the 128 off again.
+// Four codes times their group's integer i as int8, twice: of the low nibbles and of the high ones. u = code + 8 is 0..15, so no byte of
+// u i + (128 - 8 i) leaves 0..255 for i in -15..16, and turning bit 7 of each takes the 128 off again.
 DEVICE void expand(u32 word, u32 multiplier, u32 offset, u32& even, u32& odd) {
-    even = (((word & 0x0f0f0f0f) ^ 0x08080808) * multiplier + offset) ^ 0x80808080;
-    odd = ((((word >> 4) & 0x0f0f0f0f) ^ 0x08080808) * multiplier + offset) ^ 0x80808080;
+    word ^= 0x88888888;
+    even = ((word & 0x0f0f0f0f) * multiplier + offset) ^ 0x80808080;
+    odd = (((word >> 4) & 0x0f0f0f0f) * multiplier + offset) ^ 0x80808080;
 }
 
-DEVICE u32 group_integer(u32 address, float inverse) {
-    return min(max(__float2int_rn(to_float(load_shared2(address)) * inverse), -15), 16);
-}
+// A lane's weights of a block: two rows of 32 columns, each within one group.
+struct Weights {
+    uint4 a, b;              // rows g and g + 8
+    u32 i, j;                // their groups' integers
+    u32 offset_i, offset_j;  // 128 - 8 i in each byte
 
-// Two MMA steps: words x and y of the row g, u and v of the row g + 8.
-DEVICE void multiply(int (&d)[TOKENS / 2], u32 x, u32 y, u32 u, u32 v, u32 i, u32 j, u64 tokens) {
-    u32 a[4], b[4], offset_i = (128 - 8 * i) * 0x01010101u, offset_j = (128 - 8 * j) * 0x01010101u;
-    expand(x, i, offset_i, a[0], a[2]);
-    expand(u, j, offset_j, a[1], a[3]);
-    expand(y, i, offset_i, b[0], b[2]);
-    expand(v, j, offset_j, b[1], b[3]);
+    // w, s: the stage's packed weights and scales, at this lane's place; inverse: 1 / c of the two rows.
+    __device__ __forceinline__ void load(u32 w, u32 s, const float* inverse) {
+        a = load_shared16(w);
+        b = load_shared16(w + 8 * 64);
+        i = integer(s, inverse[0]);
+        j = integer(s + 8 * 2, inverse[8]);
+        offset_i = 0x80808080u - 0x08080808u * i;
+        offset_j = 0x80808080u - 0x08080808u * j;
+    }
+
+    // The scale at s as a multiple of the row's c. A float of this size counts in ones: its last bits are the rounded integer.
+    static __device__ __forceinline__ u32 integer(u32 s, float inverse) {
+        return __float_as_int(fmaf(to_float(load_shared2(s)), inverse, 12582912.f)) - 0x4b400000;
+    }
+};
+
+// MMA step `step` of a block: d += these 32 columns' weights times the tokens'. Three steps may be running while it expands its weights.
+DEVICE void multiply(int (&d)[TOKENS / 2], u32 a, u32 b, const Weights& w, u64 tokens) {
+    u32 fragment[4];
+    wgmma_wait<3>();  // the registers of four steps ago are free
+    expand(a, w.i, w.offset_i, fragment[0], fragment[2]);
+    expand(b, w.j, w.offset_j, fragment[1], fragment[3]);
     wgmma_fence();
-    wgmma_s8(d, a, tokens);
-    wgmma_s8(d, b, tokens + 2);
+    wgmma_s8(d, fragment, tokens);
+    wgmma_commit();
+}
+
+// low_rank (64 rows x PART tokens) = up low^T over all the branch's blocks, left running.
+DEVICE void multiply_branch(float (&low_rank)[PART / 2], u32 shared, int warpgroup, int part, Place place, int blocks) {
+#pragma unroll 1
+    for (int block = 0; block < blocks; block++, place.next()) {
+        wgmma_fence();
+        const u32 x = shared + place.stage * STAGE_BYTES;
+        const u64 up = wgmma_descriptor<64>(x + X_BYTES + warpgroup * 4096), low = wgmma_descriptor<64>(x + part * (PART * 64));
+        wgmma_half(low_rank, up, low, block > 0);
+        wgmma_half(low_rank, up + 2, low + 2, 1);
+    }
     wgmma_commit();
 }
 
@@ -172,17 +207,17 @@ gemm(u16* __restrict__ y,                    // (m, n)
             int m0, n0;
             tile_origin(p, tile, cta, m0, n0);
             const int tokens = min(TOKENS, padded_m - m0);
-            Rows rows(weight, k / 2, n0, n);
+            Rows rows(weight, k / 2, n0, n, false);
 #pragma unroll 1
             for (int block = 0; block < p.blocks; block++, place.next()) {
                 const u32 x = shared + place.stage * STAGE_BYTES, ready = full + 8 * place.stage;
                 mbarrier_wait(empty + 8 * place.stage, place.parity ^ 1);
                 if (threadIdx.x == CONSUMERS * 128) fetch_tokens(x, act + ((size_t)block * padded_m + m0) * 128, 128, tokens, ready, cta);
                 rows.fetch(x + X_BYTES);
-                fetch_scales(x + X_BYTES + W_BYTES, weight_scale, block, n0, n, k / 64);
+                fetch_scales(shared + RING + place.stage * S_BYTES, weight_scale, block, n0, n, k / 64);
                 mbarrier_arrive_after_copies(ready);
             }
-            rows = Rows(up, rank * 2, n0, n);
+            rows = Rows(up, rank * 2, n0, n, true);
 #pragma unroll 1
             for (int block = 0; block < p.rank_blocks; block++, place.next()) {
                 const u32 x = shared + place.stage * STAGE_BYTES, ready = full + 8 * place.stage;
@@ -196,18 +231,18 @@ gemm(u16* __restrict__ y,                    // (m, n)
         take_registers<CONSUMER_REGISTERS>();
         const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
         const int row = warpgroup * 64 + warp * 16 + g;       // of the tile; the lane's other row is 8 below
-        const u32 store = shared + RING + warpgroup * STORE_BYTES;
-        float* const factors = (float*)(memory + STORES + warpgroup * FACTOR_BYTES);  // TOKENS each: scale, ratio, low_scale; then 1 / c of the rows
+        const u32 store = shared + STORES + warpgroup * STORE_BYTES;
+        float* const factors = (float*)(memory + FACTORS + warpgroup * FACTOR_BYTES);  // TOKENS each: scale, ratio, low_scale; then 1 / c of the rows
         for (int tile = blockIdx.x / CLUSTER; tile < p.tiles; tile += gridDim.x / CLUSTER) {
             int m0, n0;
             tile_origin(p, tile, cta, m0, n0);
             barrier_named(1 + warpgroup, 128);  // the tile before is done with `factors`
             for (int i = thread; i < TOKENS; i += 128) {
                 const int token = min(m0 + i, padded_m - 1);
-                const float first = act_scale[token], last = act_scale[part * padded_m + token], t = low_scale ? low_scale[token] : 1.f;
-                factors[i] = last * reciprocal(t);
+                const float first = act_scale[token], last = act_scale[part * padded_m + token];
+                factors[i] = last;
                 factors[TOKENS + i] = last != 0.f ? first * reciprocal(last) : 0.f;
-                factors[2 * TOKENS + i] = t;
+                factors[2 * TOKENS + i] = low_scale ? low_scale[token] : 1.f;
             }
             if (thread < 64) {
                 const float scale = row_scale[min(n0 + warpgroup * 64 + thread, n - 1)];
@@ -215,23 +250,29 @@ gemm(u16* __restrict__ y,                    // (m, n)
             }
             barrier_named(1 + warpgroup, 128);
 
+            const u32 w = shared + X_BYTES + row * 64 + q * 16, s = shared + RING + (q >> 1) * (ROWS * 2) + row * 2;
+            const float* const inverse = factors + 3 * TOKENS + warp * 16 + g;
             int d[TOKENS / 2];
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; i++) d[i] = 0;
             for (int begin = 0, end = border ? border : p.blocks;; begin = end, end = p.blocks) {
+                Weights weights;
+                mbarrier_wait(full + 8 * place.stage, place.parity);
+                weights.load(w + place.stage * STAGE_BYTES, s + place.stage * S_BYTES, inverse);
 #pragma unroll 1
-                for (int block = begin; block < end; block++, place.next()) {
-                    const u32 x = shared + place.stage * STAGE_BYTES, w = x + X_BYTES, s = w + W_BYTES;
-                    mbarrier_wait(full + 8 * place.stage, place.parity);
-                    const uint4 a = load_shared16(w + row * 64 + q * 16), b = load_shared16(w + (row + 8) * 64 + q * 16);
-                    const u32 i = group_integer(s + (q >> 1) * (ROWS * 2) + row * 2, factors[3 * TOKENS + warp * 16 + g]);
-                    const u32 j = group_integer(s + (q >> 1) * (ROWS * 2) + row * 2 + 16, factors[3 * TOKENS + warp * 16 + g + 8]);
-                    const u64 tokens = wgmma_descriptor<128>(x);
-                    wgmma_wait<1>();
-                    multiply(d, a.x, a.y, b.x, b.y, i, j, tokens);
-                    wgmma_wait<1>();  // the stage before is multiplied; this one's first half goes on
+                for (int block = begin; block < end; block++) {
+                    const u64 tokens = wgmma_descriptor<128>(shared + place.stage * STAGE_BYTES);
+                    multiply(d, weights.a.x, weights.b.x, weights, tokens);
+                    multiply(d, weights.a.y, weights.b.y, weights, tokens + 2);
+                    multiply(d, weights.a.z, weights.b.z, weights, tokens + 4);
+                    wgmma_wait<3>();  // all of the block before is multiplied
                     if (block > begin) release(empty + 8 * (place.stage ? place.stage - 1 : STAGES - 1));
-                    multiply(d, a.z, a.w, b.z, b.w, i, j, tokens + 4);
+                    multiply(d, weights.a.w, weights.b.w, weights, tokens + 6);
+                    place.next();
+                    if (block + 1 < end) {
+                        mbarrier_wait(full + 8 * place.stage, place.parity);
+                        weights.load(w + place.stage * STAGE_BYTES, s + place.stage * S_BYTES, inverse);
+                    }
                 }
                 wgmma_wait<0>();
                 release(empty + 8 * (place.stage ? place.stage - 1 : STAGES - 1));
@@ -248,55 +289,37 @@ gemm(u16* __restrict__ y,                    // (m, n)
                 }
             }
 
+            // The branch's blocks are all in the ring.
             const int n_a = min(n0 + row, n - 1), n_b = min(n0 + row + 8, n - 1);
             const float scale_a = row_scale[n_a], scale_b = row_scale[n_b];
-            // From here on d holds floats, in place: a second set of accumulators would not fit beside it.
-#pragma unroll
-            for (int t = 0; t < TOKENS / 8; t++) {
-                const float2 scale = *(const float2*)&factors[8 * t + 2 * q];
-                d[4 * t] = __float_as_int(d[4 * t] * (scale.x * scale_a));
-                d[4 * t + 1] = __float_as_int(d[4 * t + 1] * (scale.y * scale_a));
-                d[4 * t + 2] = __float_as_int(d[4 * t + 2] * (scale.x * scale_b));
-                d[4 * t + 3] = __float_as_int(d[4 * t + 3] * (scale.y * scale_b));
-            }
-#pragma unroll 1
-            for (int block = 0; block < p.rank_blocks; block++, place.next()) {
-                const u32 x = shared + place.stage * STAGE_BYTES, w = x + X_BYTES + row * 64 + q * 4;
-                mbarrier_wait(full + 8 * place.stage, place.parity);
-                u32 a[4], b[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    a[i] = load_shared4(w + (i & 1) * 512 + (i >> 1) * 16);
-                    b[i] = load_shared4(w + (i & 1) * 512 + (i >> 1) * 16 + 32);
-                }
-#pragma unroll
-                for (int part = 0; part < TOKENS / 32; part++) {
-                    const u64 tokens = wgmma_descriptor<64>(x + part * 2048);
-                    float v[16];
-                    wgmma_fence();
-                    wgmma_half<0>(v, a, tokens);
-                    wgmma_half<1>(v, b, tokens + 2);
-                    wgmma_commit();
-                    wgmma_wait<0>();
-#pragma unroll
-                    for (int i = 0; i < 16; i++) d[16 * part + i] = __float_as_int(__int_as_float(d[16 * part + i]) + v[i]);
-                }
-                release(empty + 8 * place.stage);
-            }
-
             const float bias_a = bias ? to_float(bias[n_a]) : 0.f, bias_b = bias ? to_float(bias[n_b]) : 0.f;
+            Place branch = place;
+            for (int block = 0; block < p.rank_blocks; block++, place.next()) mbarrier_wait(full + 8 * place.stage, place.parity);
+            fence_proxy_async();  // `up` was copied by threads, and wgmma reads it
+            float low_rank[PART / 2];
 #pragma unroll
             for (int slice = 0; slice < TOKENS / SLICE; slice++) {
                 const u32 buffer = store + (slice & 1) * SLICE_BYTES;
+                if (slice * SLICE % PART == 0 && p.rank_blocks) {
+                    multiply_branch(low_rank, shared, warpgroup, slice * SLICE / PART, branch, p.rank_blocks);
+                    wgmma_wait<0>();
+                }
 #pragma unroll
                 for (int pair = 0; pair < SLICE / 16; pair++) {
                     u32 packed[4];
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        const int t = slice * (SLICE / 8) + pair * 2 + i;
-                        const float2 scale = *(const float2*)&factors[2 * TOKENS + 8 * t + 2 * q];
-                        packed[2 * i] = from_float2(fmaf(__int_as_float(d[4 * t]), scale.x, bias_a), fmaf(__int_as_float(d[4 * t + 1]), scale.y, bias_a));
-                        packed[2 * i + 1] = from_float2(fmaf(__int_as_float(d[4 * t + 2]), scale.x, bias_b), fmaf(__int_as_float(d[4 * t + 3]), scale.y, bias_b));
+                        const int t = slice * (SLICE / 8) + pair * 2 + i, v = slice * SLICE % PART / 2 + pair * 8 + i * 4;
+                        const float2 scale = *(const float2*)&factors[8 * t + 2 * q];
+                        float y0 = fmaf(d[4 * t], scale.x * scale_a, bias_a), y1 = fmaf(d[4 * t + 1], scale.y * scale_a, bias_a);
+                        float y2 = fmaf(d[4 * t + 2], scale.x * scale_b, bias_b), y3 = fmaf(d[4 * t + 3], scale.y * scale_b, bias_b);
+                        if (p.rank_blocks) {
+                            const float2 factor = *(const float2*)&factors[2 * TOKENS + 8 * t + 2 * q];
+                            y0 = fmaf(low_rank[v], factor.x, y0), y1 = fmaf(low_rank[v + 1], factor.y, y1);
+                            y2 = fmaf(low_rank[v + 2], factor.x, y2), y3 = fmaf(low_rank[v + 3], factor.y, y3);
+                        }
+                        packed[2 * i] = from_float2(y0, y1);
+                        packed[2 * i + 1] = from_float2(y2, y3);
                     }
                     // Row = token, 128 bytes of 64 outputs, its 16-byte pieces swizzled against bank conflicts.
                     const int token = pair * 16 + (lane >> 4) * 8 + (lane & 7), piece = warp * 2 + ((lane >> 3) & 1);
@@ -311,6 +334,7 @@ gemm(u16* __restrict__ y,                    // (m, n)
                     if (to_m < m && to_n < n) *(uint4*)(y + (size_t)to_m * n + to_n) = outputs;
                 }
             }
+            for (int block = 0; block < p.rank_blocks; block++, branch.next()) release(empty + 8 * branch.stage);
         }
     }
     if (CLUSTER > 1) cluster_sync();  // nobody leaves while another may still arrive at its barriers

@@ -41,12 +41,6 @@ DEVICE u16 load_shared2(u32 address) {
     return v;
 }
 
-DEVICE u32 load_shared4(u32 address) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
-
 // Four 8 x 8 matrices of 16 bit, transposed on their way; lane 8 i + r gives the address of matrix i's row r.
 DEVICE void stmatrix4_transposed(u32 address, const u32 (&d)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"

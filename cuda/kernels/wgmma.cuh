@@ -18,6 +18,9 @@
 #define WGMMA_D2 \
     "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_D3 \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_R4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
 #define WGMMA_R16(c, d, i) WGMMA_R4(c, d, i), WGMMA_R4(c, d, i + 4), WGMMA_R4(c, d, i + 8), WGMMA_R4(c, d, i + 12)
 #define WGMMA_R32(c, d, i) WGMMA_R16(c, d, i), WGMMA_R16(c, d, i + 16)
@@ -37,8 +40,13 @@
 #define WGMMA_REGISTERS(c, d) WGMMA_R32(c, d, 0), WGMMA_R32(c, d, 32), WGMMA_R32(c, d, 64)
 #define WGMMA_SHAPE(k) "m64n192k" k
 #define WGMMA_IN "{%96, %97, %98, %99}, %100"
+#elif TOKENS == 256
+#define WGMMA_D WGMMA_D0 ", " WGMMA_D1 ", " WGMMA_D2 ", " WGMMA_D3
+#define WGMMA_REGISTERS(c, d) WGMMA_R32(c, d, 0), WGMMA_R32(c, d, 32), WGMMA_R32(c, d, 64), WGMMA_R32(c, d, 96)
+#define WGMMA_SHAPE(k) "m64n256k" k
+#define WGMMA_IN "{%128, %129, %130, %131}, %132"
 #else
-#error "TOKENS is 64, 128 or 192"
+#error "TOKENS is 64, 128, 192 or 256"
 #endif
 #define WGMMA_INT(x) "+r"(x)
 #define WGMMA_FLOAT(x) "+f"(x)
@@ -64,9 +72,17 @@ DEVICE void wgmma_s8(int (&d)[TOKENS / 2], const u32 (&a)[4], u64 b) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// 32 tokens, 16 bit. accumulate 0: D's old values don't count.
-template <int accumulate> DEVICE void wgmma_half(float (&d)[16], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." HALF_TYPE "." HALF_TYPE " {" WGMMA_D_16 "}, {%16, %17, %18, %19}, %20, %21, 1, 1, 0;"
+// D (64 x 32 or 64) += A (64 x 16) B (16 x 32 or 64), 16 bit, both in shared memory. accumulate 0: D's old values don't count.
+DEVICE void wgmma_half(float (&d)[16], u64 a, u64 b, int accumulate) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32." HALF_TYPE "." HALF_TYPE " {" WGMMA_D_16 "}, %16, %17, p, 1, 1, 0, 0;\n}"
                  : WGMMA_R16(WGMMA_FLOAT, d, 0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+                 : "l"(a), "l"(b), "r"(accumulate));
+}
+
+DEVICE void wgmma_half(float (&d)[32], u64 a, u64 b, int accumulate) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." HALF_TYPE "." HALF_TYPE " {" WGMMA_D0 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+                 : WGMMA_R32(WGMMA_FLOAT, d, 0)
+                 : "l"(a), "l"(b), "r"(accumulate));
 }

@@ -15,9 +15,9 @@ def awq_layer():
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):
     layer = random_layer(96, 128, 16, 64, bias)
-    torch.library.opcheck(ops.svdquant_linear, (random_input(5, 128, torch.bfloat16), *layer.args(), 4))
+    torch.library.opcheck(torch.ops.svdquant.linear.default, (random_input(5, 128, torch.bfloat16), *layer.args(), 4))
     weight, scale, zeros, awq_bias = awq_layer()
-    torch.library.opcheck(ops.awq_linear, (random_input(2, 128), weight, scale, zeros, awq_bias if bias else None))
+    torch.library.opcheck(torch.ops.svdquant.awq_linear.default, (random_input(2, 128), weight, scale, zeros, awq_bias if bias else None))
 
 
 def test_the_op_is_the_reference():

@@ -1,0 +1,126 @@
+"""Time of one whole linear on FLUX.1's shapes, ours beside bf16 and fp8:  python benchmarks/linears.py
+
+A whole linear is what a model runs: quantize the activation, multiply, add the branch and the bias. Needs a CUDA GPU; prints a table
+and writes benchmarks/results/linears_<gpu>.json.
+"""
+
+import argparse
+import itertools
+import json
+
+import torch
+from machine import ROOT, description, graph_time, load_pack
+
+SHAPES = {  # name: M, K, N
+    "double.img_qkv": (4096, 3072, 9216), "double.img_proj": (4096, 3072, 3072), "double.img_mlp.0": (4096, 3072, 12288),
+    "double.img_mlp.2": (4096, 12288, 3072), "double.txt_qkv": (512, 3072, 9216), "double.txt_mlp.2": (512, 12288, 3072),
+    "single.linear1": (4608, 3072, 21504), "single.linear2": (4608, 15360, 3072)}
+L2 = 50 << 20
+
+
+def unsigned_from(name, k, n):
+    return 0 if name.endswith("mlp.2") else n if name.endswith("linear2") else k
+
+
+def rotating(make, nbytes):
+    """A function that returns the next of as many make()s as fill the L2 cache three times."""
+    made = itertools.cycle([make() for _ in range(max(1, min(8, 3 * L2 // nbytes)))])
+    return lambda: next(made)
+
+
+def layer(n, k, rank):
+    """The tensors of a random layer with integer group scales, in the order of ops.svdquant_linear."""
+    weight = torch.randint(-128, 128, (n, k // 2), dtype=torch.int8, device="cuda")
+    scale = (torch.randint(8, 17, (k // 64, n), device="cuda") * 2.0**-12).bfloat16()
+    down, up = (torch.randn(k, rank, device="cuda") / k**0.5).bfloat16(), torch.randn(n, rank, device="cuda").bfloat16() / 10
+    return weight, scale, down, up, torch.rand(k, device="cuda").add_(0.5).bfloat16(), torch.randn(n, device="cuda").bfloat16()
+
+
+def ours(name, m, k, n, x, rank, act_bits):
+    """Microseconds of (the whole linear, its quantize pass, its GEMM)."""
+    from comfyui_svdquant.cuda import compiler, gemm_mma, gemm_wgmma, ops, quantize, scales
+
+    split = unsigned_from(name, k, n)
+    layers = rotating(lambda: layer(n, k, rank), n * k // 2)
+    row_scale = scales.row_scale(layers()[1]) if act_bits == 8 else None
+    arch = compiler.architecture(x().device)
+
+    def whole():
+        return ops.svdquant_linear(x(), *layers(), split, act_bits, row_scale)
+
+    def codes():
+        _, _, down, _, smooth, _ = layers()
+        return quantize.quantize(x(), smooth, down, split, quantize.storage(act_bits, arch))
+
+    quantized = rotating(codes, m * k)
+
+    def product():
+        weight, scale, _, up, _, bias = layers()
+        if act_bits == 8 and arch in gemm_wgmma.ARCHITECTURES:
+            return gemm_wgmma.gemm(*quantized(), weight, scale, row_scale, up, bias, split, m)
+        return gemm_mma.gemm("int8" if act_bits == 8 else "int4", *quantized(), weight, scale, row_scale, up, bias, split, m)
+
+    return graph_time(whole), graph_time(codes), graph_time(product)
+
+
+def bf16(m, k, n, x):
+    weights = rotating(lambda: (torch.randn(n, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()), 2 * n * k)
+    return graph_time(lambda: torch.nn.functional.linear(x(), *weights()))
+
+
+def fp8_rowwise(m, k, n, x):
+    """Dynamic quantization a token, compiled into one kernel, and torch._scaled_mm."""
+    def weight():
+        w = torch.randn(n, k, device="cuda")
+        scale = w.abs().amax(dim=1, keepdim=True) / 448
+        return (w / scale).to(torch.float8_e4m3fn), scale.t().contiguous(), torch.randn(n, device="cuda").bfloat16()
+
+    @torch.compile
+    def codes(x):
+        scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / 448
+        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+    weights = rotating(weight, n * k)
+
+    def run():
+        w, scale, bias = weights()
+        quantized, token_scale = codes(x())
+        return torch._scaled_mm(quantized, w.t(), token_scale, scale, bias=bias, out_dtype=torch.bfloat16)
+
+    return graph_time(run)
+
+
+def measure(name, ranks):
+    m, k, n = SHAPES[name]
+    x = rotating(lambda: torch.randn(m, k, device="cuda").bfloat16(), 2 * m * k)
+    found = {"m": m, "k": k, "n": n, "bf16": bf16(m, k, n, x)}
+    if torch.cuda.get_device_capability() >= (8, 9):
+        found["fp8 rowwise"] = fp8_rowwise(m, k, n, x)
+    for rank in ranks:
+        for act_bits in (8, 4) if rank == 32 else (8,):
+            times = ours(name, m, k, n, x, rank, act_bits)
+            found |= {f"W4A{act_bits} rank {rank}{part}": time for part, time in zip(("", ", quantize", ", GEMM"), times)}
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[0, 32, 128])
+    parser.add_argument("--out", help="the result file; benchmarks/results/linears_<gpu>.json")
+    args = parser.parse_args()
+    load_pack()
+    result = description() | {"unit": "microseconds", "shapes": {}}
+    with torch.inference_mode():
+        for name in SHAPES:
+            found = result["shapes"][name] = measure(name, args.ranks)
+            flop = 2e-6 * found["m"] * found["k"] * found["n"]
+            cells = (f"{key} {time:.1f} us {flop / time:.0f}" for key, time in found.items() if key not in "mkn")
+            print(f"{name} ({found['m']}, {found['k']}, {found['n']}): " + " | ".join(cells), flush=True)
+    gpu = result["device"].replace("NVIDIA ", "").split()[0].lower()
+    path = args.out or ROOT / "benchmarks" / "results" / f"linears_{gpu}.json"
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

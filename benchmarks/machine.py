@@ -1,0 +1,60 @@
+"""What a result file says of where it comes from, how things are timed, and how the pack is imported."""
+
+import importlib.util
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_pack():
+    """Import the repository as a package, as ComfyUI does."""
+    # Where this folder's parent is on the path, our cuda/ would hide the `cuda` package that CuPy imports.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    spec = importlib.util.spec_from_file_location("comfyui_svdquant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def commit():
+    """The commit that runs; "unknown" outside a checkout."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def description():
+    """{device, versions, date, commit}"""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat(),
+            "commit": commit()}
+
+
+def graph_time(run, calls=10, repeats=9):
+    """Microseconds of one run() on the GPU, the median of `repeats` replays of a CUDA graph of `calls` of them.
+
+    run's arguments should rotate among enough buffers not to stay in the L2 cache, if they would not in a model.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                run()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[repeats // 2] * 1e3 / calls

@@ -1,0 +1,89 @@
+"""The ops on a GPU: the kernels one after the other, against the reference in float64."""
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import int4, ops, reference, scales
+
+from .layers import random_input, random_layer, relative_error
+
+pytestmark = pytest.mark.gpu
+
+BF16 = 3e-3  # the output's rounding, 1.7e-3 of evenly spread values, that of the branch's activation, and codes on the edge
+SHAPES = [  # M, N, K, R, unsigned_from
+    (1, 16, 64, 0, None), (37, 80, 192, 16, None), (200, 400, 384, 48, 0), (513, 1040, 1024, 128, None), (130, 384, 640, 24, 128),
+    (300, 208, 1536, 160, 1024), (64, 192, 320, 32, 192)]
+
+
+def integer_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, seed=0):
+    """A random layer on the GPU with integer group scales, as our quantizer writes them."""
+    layer = random_layer(n, k, rank, unsigned_from, bias, dtype, seed)
+    g = torch.Generator().manual_seed(seed)
+    row = torch.randint(8, 16, (n,), generator=g) * 2.0**-11
+    layer.weight_scale = (torch.randint(6, 17, (k // 64, n), generator=g) * row).to(dtype)
+    return type(layer)(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in layer.args()))
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "k", "rank", "unsigned_from"), SHAPES)
+def test_is_the_references_product(m, n, k, rank, unsigned_from, dtype, act_bits):
+    layer, x = integer_layer(n, k, rank, unsigned_from, n != 80, dtype, m), random_input(m, k, dtype, seed=n).cuda()
+    if unsigned_from is not None:
+        x[:, unsigned_from:] = torch.nn.functional.gelu(x[:, unsigned_from:], approximate="tanh")
+    y = ops.svdquant_linear(x, *layer.args(), act_bits)
+    assert y.dtype == dtype
+    exact = reference.svdquant_linear(x.double(), *layer.args(), act_bits=act_bits, dtype=torch.float64)
+    error = relative_error(y, exact)
+    assert error < BF16, f"relative error {error:.2e} at M={m} N={n} K={k} R={rank} in {dtype}, {act_bits} bits"
+    assert torch.equal(y, ops.svdquant_linear(x, *layer.args(), act_bits)), "two runs differ"
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_free_scales_float32_and_strides(act_bits):
+    layer = random_layer(192, 256, 32)
+    layer = type(layer)(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in layer.args()))
+    x = random_input(100, 512).cuda()[:, 128:384].reshape(2, 50, 256)
+    y = ops.svdquant_linear(x, *layer.args(), act_bits)
+    assert y.dtype == torch.float32 and y.shape == (2, 50, 192)
+    known = dict(zip(("weight", "weight_scale"), layer.args()))
+    if act_bits == 8:
+        known["weight_scale"] = scales.rounded(layer.weight_scale, scales.row_scale(layer.weight_scale))
+    exact = reference.svdquant_linear(x.bfloat16().double(), *known.values(), *layer.args()[2:], act_bits=act_bits, dtype=torch.float64)
+    error = relative_error(y, exact)
+    assert error < BF16, f"relative error {error:.2e} in {act_bits} bits"
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_nan_and_inf_stay_in_their_rows(act_bits):
+    layer, x = integer_layer(192, 256, 32), random_input(70, 256, torch.bfloat16).cuda()
+    x[3, 5], x[44, 200] = torch.nan, torch.inf
+    y = ops.svdquant_linear(x, *layer.args(), act_bits)
+    assert (~torch.isfinite(y)).any(dim=1).nonzero().flatten().tolist() == [3, 44]
+    assert torch.equal(y[:3], ops.svdquant_linear(x[:3], *layer.args(), act_bits)), "a row depends on the others"
+
+
+def test_awq_is_the_references_product():
+    weight = int4.pack(torch.randint(0, 16, (96, 128))).cuda()
+    scale, zeros, bias = (t.bfloat16().cuda() for t in (torch.rand(2, 96), torch.randn(2, 96), torch.randn(96)))
+    x = torch.randn(2, 128, device="cuda").bfloat16()
+    error = relative_error(ops.awq_linear(x, weight, scale, zeros, bias), reference.awq_linear(x.double(), weight, scale, zeros, bias))
+    assert error < BF16, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_in_one_graph_and_in_a_cuda_graph(act_bits):
+    layer, x = integer_layer(192, 256, 32), random_input(70, 256, torch.bfloat16).cuda()
+    row_scale = scales.row_scale(layer.weight_scale)
+
+    def model(x):
+        return torch.nn.functional.gelu(ops.svdquant_linear(x, *layer.args(), act_bits, row_scale)) * 2
+
+    expected = model(x)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.library.opcheck(torch.ops.svdquant.linear.default, (x, *layer.args(), act_bits, row_scale))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+    y.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(y, expected)
