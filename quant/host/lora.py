@@ -62,11 +62,25 @@ def check(layer_name, layer, parameter, value, strength_model, offset):
 def widest_last(patches):
     """Patches of one weight, those that widen it (FLUX-tools' LoRAs, of img_in) behind the others, the widest last. ComfyUI can't
     add a LoRA of the usual width to a weight that was widened, nor widen it to less than it is; added first, both work."""
-    def width(patch):
-        reshape = patch[1].weights[5] if isinstance(patch[1], LoRAAdapter) else None
-        return 0 if reshape is None else reshape[1]
+    return sorted(patches, key=lambda patch: widens_to(patch[1]))
 
-    return sorted(patches, key=width)
+
+def padded(patches, usual, width):
+    """Patches of a weight that a LoRA has widened already, from `usual` columns to `width`: narrower LoRAs get columns of zeros."""
+    def pad(strength, value, *rest):
+        if not isinstance(value, LoRAAdapter) or not usual <= value.weights[1].shape[1] < width:
+            return strength, value, *rest
+        up, down, *others, _reshape = value.weights
+        down = torch.nn.functional.pad(down, (0, width - down.shape[1]))
+        return strength, LoRAAdapter(value.loaded_keys, (up, down, *others, None)), *rest
+
+    return [pad(*patch) for patch in patches]
+
+
+def widens_to(value):
+    """The columns that a patch gives a weight; 0 where it leaves it as wide as it is."""
+    reshape = value.weights[5] if isinstance(value, LoRAAdapter) else None
+    return 0 if reshape is None else reshape[1]
 
 
 def nbytes(patches):

@@ -175,10 +175,22 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             self.unhooked[key] = layer.side
         layer.side = side and side.to(layer.weight.device)
 
+    def _fitting(self, key, combined_patches):
+        """A hook's patches of a 16-bit weight, made to fit where a LoRA on the MODEL has widened it. Raises ValueError where the hook
+        itself would widen it, which ComfyUI can't do for a part of the steps."""
+        if key not in combined_patches:
+            return combined_patches
+        patches, weight = lora.widest_last(combined_patches[key]), comfy.utils.get_attr(self.model, key)
+        if lora.widens_to(patches[-1][1]) > weight.shape[-1]:
+            raise ValueError(f"The LoRA of a hook makes {key} wider, which a hook can't; put that LoRA on the MODEL with Load LoRA.")
+        if key in self.backup and weight.ndim == 2:
+            patches = lora.padded(patches, self.backup[key].weight.shape[1], weight.shape[1])
+        return combined_patches | {key: patches}
+
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
         layer = self.packed_at(key)
         if layer is None or key not in combined_patches:
-            return super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
+            return super().patch_hook_weight_to_device(hooks, self._fitting(key, combined_patches), key, *args, **kwargs)
         notes = []
         side = self._side(key, layer, self.patches.get(key, []) + combined_patches[key], notes)
         self.hook_notes += notes

@@ -98,6 +98,29 @@ def test_loras_of_different_widths_of_img_in_in_any_order(twin, caplog, order):
     assert torch.equal(twin.model.diffusion_model.img_in.weight, weight)
 
 
+@pytest.mark.parametrize(("on_model", "in_hook"), [((1,), (3,)), ((2,), (1, 3)), ((3, 1), (1,))])
+def test_hooks_and_loras_of_different_widths_of_img_in(twin, caplog, on_model, in_hook):
+    """As above, with some of the LoRAs on the MODEL and the others in a hook: the same as all of them on the MODEL."""
+    loras = [None, wide(128, 10), wide(384, 20), named("diffusion_model.img_in", HIDDEN, 64, 30)]
+    together, patched, before = twin, twin, sample(twin)
+    for i in on_model:
+        together, patched = load_lora(together, loras[i]), load_lora(patched, loras[i])
+    hooks = comfy.hooks.HookGroup()
+    for i in in_hook:
+        together = load_lora(together, loras[i])
+        hooks = hooks.clone_and_combine(comfy.hooks.create_hook_lora(loras[i], 1.0, 0))
+    cond = comfy.hooks.set_hooks_for_conditioning(prompts(1), hooks)
+    # The weight is rounded to 16 bits once more where a hook adds to it, which flips a 4-bit code here and there.
+    expected = sample(together)
+    assert relative_error(sample(patched, cond=cond), expected) < 0.5 * relative_error(sample(patched), expected)
+    assert "ERROR" not in caplog.text
+    assert torch.equal(sample(twin), before)
+    widening = comfy.hooks.set_hooks_for_conditioning(prompts(1), comfy.hooks.create_hook_lora(wide(512, 40), 1.0, 0))
+    with pytest.raises(ValueError, match="put that LoRA on the MODEL with Load LoRA."):
+        sample(patched, cond=widening)
+    assert torch.equal(sample(twin), before)
+
+
 def test_two_loras_with_norms(plain, twin):
     """Nunchaku's fails at the second; ComfyUI's rule is that the last one's norms count, whatever the strength."""
     name = "single_blocks.0.norm.query_norm"
