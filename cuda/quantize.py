@@ -163,7 +163,7 @@ def ring_plan(m, k, rank, arch, sms, ctas=None):
         share = -(-blocks // c)
         spans = -(-4 * share // groups)
         slot = 16 * (256 * share + 64)
-        fixed = 128 + 128 + 256 + 2048 + 2 * 64 * ranks + groups * 64 * ranks + 512 * share
+        fixed = 128 + 384 + 2048 + 3 * 64 * ranks + groups * 64 * ranks + 512 * share  # Places in quantize_ring.cu
         slots = min(16, ((SHARED_PER_SM.get(arch, 100) << 10) - 1024 - fixed) // slot)
         if c > blocks or spans > MOST_SPANS or slots < 2:
             continue

@@ -8,7 +8,9 @@
 //                   coded         loading        loading
 //
 // For a slot's tokens: multiply and take row maxima; add up the CTA's warps, then the cluster's CTAs, always in the same order;
-// scales; codes; free the slot.
+// scales; codes; free the slot. While the CTAs wait for each other's sums, they multiply the next slot's tokens:
+//
+//         round t    multiply tokens t | wait for sums t - 1 | add up t | scales, low and codes of t - 1 | free its slot
 //
 // -D: HALF, CODES as in codes.cuh;  RANKS 0, 32, 64, 128: the branch's rank, padded;  CTAS 1..8 in a cluster;
 //     WARP_SPANS at least the CTA's columns / 32 / GROUPS
@@ -19,25 +21,25 @@ constexpr int ROWS = 16, WARPS = 16, THREADS = 32 * WARPS;
 constexpr int RANK_SPLIT = RANKS > 0 ? RANKS / 16 : 1;  // warps that read the same x, for 16 ranks each
 constexpr int GROUPS = WARPS / RANK_SPLIT;              // of warps that share ranks and divide the columns
 constexpr int SUM_BYTES = ROWS * RANKS * 4;             // float (16, RANKS)
+constexpr int TURNS = 3;                                // rounds whose sums are kept: others may still read those of two rounds ago
+constexpr bool EXCHANGE = RANKS > 0 || CODES == INTEGER;
 constexpr int LOW_THREADS = 64 / CTAS > 32 ? 64 / CTAS : 32;
 
 // Shared memory, in its order.
 struct Places {
     u32 full;         // [slots] mbarrier: the slot's x has come. 128 bytes
-    u32 row_inverse;  // [ROWS][2 parts] float, 1 / scale; NaN where the row has one
-    u32 row_max;      // [2 turns][2 parts][ROWS] float, of this CTA
+    u32 row_max;      // [TURNS][2 parts][ROWS] float, of this CTA
     u32 warp_max;     // [2 parts][WARPS][ROWS] float
-    u32 sums;         // [2 turns] sums of this CTA
+    u32 sums;         // [TURNS] sums of this CTA
     u32 warp_sums;    // [GROUPS] sums; at the start each warp's way from proj_down's rows to fragments
     u32 smooth;       // [blocks][16 runs of 8 columns][4 even, 4 odd] float, 1 / smooth
     u32 x;            // [slots][ROWS] rows, `pitch` bytes each: 64 more than whole lines, so that two rows meet all banks
     __device__ Places(u32 base, int blocks) {
         full = base;
-        row_inverse = full + 128;
-        row_max = row_inverse + ROWS * 8;
-        warp_max = row_max + 2 * 2 * ROWS * 4;
+        row_max = full + 128;
+        warp_max = row_max + TURNS * 2 * ROWS * 4;
         sums = warp_max + 2 * WARPS * ROWS * 4;
-        warp_sums = sums + 2 * SUM_BYTES;
+        warp_sums = sums + TURNS * SUM_BYTES;
         smooth = warp_sums + GROUPS * SUM_BYTES;
         x = smooth + blocks * 512;
     }
@@ -126,12 +128,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER quantize_ring(
     const int code_lane = lane % 8, my_code_row = warp % 4 * 4 + lane / 8;
 
     __syncthreads();
-    int turn = 0, slot = 0, parity = 0;
-    for (int tile = cluster; tile < tiles; tile += clusters) {
-        const u32 slot_x = at.x + slot * slot_bytes;
-        mbarrier_wait(at.full + slot * 8, parity);
-
-        if (RANKS > 0 || CODES == INTEGER) {
+    const int rounds = (tiles - cluster + clusters - 1) / clusters;
+    int slot = 0, parity = 0, turn = 0, slot_before = 0, turn_before = 0, parity_before = 0;
+    for (int round = 0; round <= rounds; round++) {
+        if (EXCHANGE && round < rounds) {
+            const u32 slot_x = at.x + slot * slot_bytes;
+            mbarrier_wait(at.full + slot * 8, parity);
             float sums[2][4] = {}, row_max[2][2] = {};  // [part][rows g, g + 8]
 #pragma unroll
             for (int s = 0; s < WARP_SPANS; s++) {
@@ -174,8 +176,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER quantize_ring(
                     *(float2*)floats(at.warp_sums + group * SUM_BYTES + sum_offset(g + 8 * half, rank_part * 2 + t) + 8 * L) =
                         make_float2(sums[t][2 * half], sums[t][2 * half + 1]);
                 }
+        }
+        if (EXCHANGE && round > 0) cluster_wait();
+        if (EXCHANGE && round < rounds) {
+            const int tile = cluster + round * clusters;
             __syncthreads();
-            // The CTA's.
 #pragma unroll
             for (int i = thread; i < ROWS * RANKS; i += THREADS) {
                 float sum = 0;
@@ -186,54 +191,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER quantize_ring(
             if (CODES == INTEGER && thread < 2 * ROWS) {
                 const int part = thread / ROWS, row = thread % ROWS;
                 float m = 0;
-#pragma unroll
+#pragma unroll 4
                 for (int w = 0; w < WARPS; w++) m = max_abs(m, floats(at.warp_max)[(part * WARPS + w) * ROWS + row]);
                 floats(at.row_max)[turn * 2 * ROWS + thread] = tile * ROWS + row < M ? m : 0;
             }
-            // The cluster's. Nobody writes this turn's sums again before all have passed the next turn's barrier.
             cluster_arrive();
-            cluster_wait();
         }
-        if (CODES == INTEGER && thread < ROWS) {
-            float m[2], s[2];
-#pragma unroll
-            for (int part = 0; part < 2; part++) {
-                m[part] = 0;
-#pragma unroll
-                for (int cta = 0; cta < CTAS; cta++)
-                    m[part] = max_abs(m[part], load_float_at(address_at(at.row_max + (turn * 2 * ROWS + part * ROWS + thread) * 4, cta)));
-                s[part] = part_scale(m[part]);
-            }
-            if (0 < unsigned_from && unsigned_from < K) tie_parts(s);
-            const bool whole = finite(max_abs(m[0], m[1]));
-#pragma unroll
-            for (int part = 0; part < 2; part++) {
-                const bool used = part ? unsigned_from < K : unsigned_from > 0;
-                const float nan = __int_as_float(0x7fffffff);
-                floats(at.row_inverse)[thread * 2 + part] = whole && tile * ROWS + thread < M ? inverse_of(s[part]) : nan;
-                if (rank == 0) act_scale[(size_t)part * padded + tile * ROWS + thread] = used ? (whole ? s[part] : nan) : 0;
-            }
-        }
+        if (round > 0) {
+        const int tile = cluster + (round - 1) * clusters;
+        const u32 slot_x = at.x + slot_before * slot_bytes;
+        if (!EXCHANGE) mbarrier_wait(at.full + slot_before * 8, parity_before);
         if (RANKS > 0 && thread >= THREADS - LOW_THREADS) {
             // The CTA finishes every CTAS-th row, four lanes a row, each a piece of 8 ranks of every 32.
             const int index = thread - (THREADS - LOW_THREADS), row = index / 4 * CTAS + rank, token = tile * ROWS + row;
-            float value[RANKS / 32 + 1][8] = {};
-            float peak = 0;
-            if (row < ROWS && token < M)
+            auto collect = [&](float (&value)[8], int part) {
 #pragma unroll
-                for (int part = 0; part < RANKS / 32; part++) {
-#pragma unroll
+                for (int i = 0; i < 8; i++) value[i] = 0;
+                if (row < ROWS && token < M)
+#pragma unroll 4
                     for (int cta = 0; cta < CTAS; cta++) {
-                        const u32 there = address_at(at.sums + turn * SUM_BYTES + sum_offset(row, 4 * part + L), cta);
+                        const u32 there = address_at(at.sums + turn_before * SUM_BYTES + sum_offset(row, 4 * part + L), cta);
                         const float4 a = load_floats_at(there), b = load_floats_at(there + 16);
-                        value[part][0] += a.x, value[part][1] += a.y, value[part][2] += a.z, value[part][3] += a.w;
-                        value[part][4] += b.x, value[part][5] += b.y, value[part][6] += b.z, value[part][7] += b.w;
+                        value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
+                        value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
                     }
-#pragma unroll
-                    for (int i = 0; i < 8; i++) peak = max_abs(peak, value[part][i]);
-                }
-            float scale = 1, inverse = 1;
+            };
+            float value[8], scale = 1, inverse = 1;
 #if HALF
+            float peak = 0;
+#pragma unroll 1
+            for (int part = 0; part < RANKS / 32; part++) {
+                collect(value, part);
+#pragma unroll
+                for (int i = 0; i < 8; i++) peak = max_abs(peak, value[i]);
+            }
             peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
             peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
             if (peak >= 16384 && finite(peak)) {
@@ -241,29 +232,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER quantize_ring(
                 scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
             }
 #endif
-            if (row < ROWS) {
+#pragma unroll 1
+            for (int part = 0; part * 32 < R; part++) {
+                collect(value, part);
+                u32 words[4];
 #pragma unroll
-                for (int part = 0; part < RANKS / 32; part++) {
-                    u32 words[4];
-#pragma unroll
-                    for (int i = 0; i < 4; i++) words[i] = from_float2(value[part][2 * i] * inverse, value[part][2 * i + 1] * inverse);
-                    if (part * 32 < R)
-                        *(uint4*)(low + ((size_t)part * padded + token) * 32 + (L ^ token >> 1 & 3) * 8) =
-                            make_uint4(words[0], words[1], words[2], words[3]);
-                }
-                if (L == 0) low_scale[token] = token < M ? scale : 0;
+                for (int i = 0; i < 4; i++) words[i] = from_float2(value[2 * i] * inverse, value[2 * i + 1] * inverse);
+                if (row < ROWS)
+                    *(uint4*)(low + ((size_t)part * padded + token) * 32 + (L ^ token >> 1 & 3) * 8) =
+                        make_uint4(words[0], words[1], words[2], words[3]);
             }
+            if (row < ROWS && L == 0) low_scale[token] = token < M ? scale : 0;
         }
 
-        // Codes.
+        const int token = tile * ROWS + my_code_row;
         float inverse[2] = {0, 0};
         u32 keep = 0;
         if (CODES == INTEGER) {
-            __syncthreads();
-            inverse[0] = floats(at.row_inverse)[my_code_row * 2], inverse[1] = floats(at.row_inverse)[my_code_row * 2 + 1];
-            keep = inverse[0] == inverse[0] ? ~0u : 0;
+            // The eight lanes of a row read the maxima of as many CTAs.
+            float m[2], s[2];
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                m[part] = code_lane < CTAS ? load_float_at(address_at(at.row_max + ((turn_before * 2 + part) * ROWS + my_code_row) * 4,
+                                                                      code_lane)) : 0;
+#pragma unroll
+                for (int other = 1; other < CTAS; other *= 2) m[part] = max_abs(m[part], __shfl_xor_sync(~0u, m[part], other));
+                m[part] = __shfl_sync(~0u, m[part], lane & 24);
+                s[part] = part_scale(m[part]);
+            }
+            if (0 < unsigned_from && unsigned_from < K) tie_parts(s);
+            const bool whole = finite(max_abs(m[0], m[1]));
+            keep = whole && token < M ? ~0u : 0;
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                const bool used = part ? unsigned_from < K : unsigned_from > 0;
+                inverse[part] = inverse_of(s[part]);
+                if (rank == 0 && warp < 4 && code_lane == 0)
+                    act_scale[(size_t)part * padded + token] = used ? (whole ? s[part] : __int_as_float(0x7fffffff)) : 0;
+            }
         }
-        const int token = tile * ROWS + my_code_row;
 #pragma unroll 1
         for (int block = warp / 4; block < count; block += WARPS / 4) {
             uint4 runs[RUNS];
@@ -284,10 +291,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER quantize_ring(
                      scaled ? act_scale + (size_t)scales * padded + token : nullptr,
                      act + ((size_t)(first + block) * padded + token) * (CODES == NIBBLE ? 64 : 128));
         }
+        }
         __syncthreads();
-        if (tile + slots * clusters < tiles) fetch(tile + slots * clusters, slot);
+        if (round > 0 && cluster + (round - 1 + slots) * clusters < tiles) fetch(cluster + (round - 1 + slots) * clusters, slot_before);
+        slot_before = slot, turn_before = turn, parity_before = parity;
         if (++slot == slots) slot = 0, parity ^= 1;
-        turn ^= 1;
+        if (++turn == TURNS) turn = 0;
     }
     cluster_arrive();  // nobody leaves while others may read its shared memory
     cluster_wait();
