@@ -49,11 +49,11 @@ class Tile:
         return x + self.rows * 64 + 2 * self.rows * 2 + (0 if mode == INTEGER else 2 * self.tokens * 4)
 
     def stages(self, mode, number):
-        """Turing prefetches through registers into the other of two stages; elsewhere as many as fit, 4 at most."""
-        return 2 if number == 75 else min(4, (shared_limit(number) - self.shared_bytes(mode, 0)) // self.stage_bytes(mode))
+        """Turing prefetches through registers into the other of two stages; elsewhere as many as fit, 3 at most."""
+        return 2 if number == 75 else min(3, (shared_limit(number) - self.shared_bytes(mode, 0)) // self.stage_bytes(mode))
 
     def shared_bytes(self, mode, stages):
-        return stages * self.stage_bytes(mode) + 3 * self.tokens * 4 + 16
+        return stages * self.stage_bytes(mode) + 3 * self.tokens * 4 + 16 + (self.rows * 4 if mode == INTEGER else 0)
 
 
 LARGE = Tile(2, 4, 8, 1.0)   # 128 rows x 256 tokens

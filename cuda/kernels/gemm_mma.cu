@@ -42,8 +42,9 @@ constexpr int X_ROW = MODE == NIBBLES ? 64 : 128;
 constexpr int X = 0, W = X + TOKENS * X_ROW, WS = W + ROWS * 64, XS = WS + 2 * ROWS * 2;
 constexpr int STAGE = XS + (MODE == INTEGER ? 0 : 2 * TOKENS * 4);
 constexpr int TABLES = STAGES * STAGE;          // three floats a token, for the end
-constexpr int MAGICS = TABLES + 3 * TOKENS * 4; // MAGIC, four times
-constexpr int SHARED = MAGICS + 16;
+constexpr int CONSTANTS = TABLES + 3 * TOKENS * 4;
+constexpr int INVERSES = CONSTANTS + 16;        // INTEGER: 1 / row_scale
+constexpr int SHARED = INVERSES + (MODE == INTEGER ? ROWS * 4 : 0);
 constexpr int X_PIECES = TOKENS * X_ROW / 16 / THREADS, W_PIECES = ROWS * 64 / 16 / THREADS;
 constexpr int BAND = 16;                        // token tiles that are worked on side by side
 constexpr float MAGIC = 12582912.f;             // 1.5 x 2^23
@@ -84,34 +85,40 @@ DEVICE void load_tokens(u32 (&b)[2][2], u32 address) {
 
 // Four codes times their group's integer as int8. u = code + 8 is 0..15 and the integer -15..16, so no byte of u i + (128 - 8 i) leaves
 // 0..255, and turning bit 7 of each takes the 128 off again.
-DEVICE u32 times_integer(u32 nibbles, u32 integer, u32 offset) {
-  return (((nibbles & 0x0f0f0f0f) ^ ALL_8) * integer + offset) ^ ALL_128;
+// low_nibbles is 0x0f0f0f0f.
+DEVICE u32 times_integer(u32 nibbles, u32 low_nibbles, u32 integer, u32 offset) {
+  return (((nibbles & low_nibbles) ^ ALL_8) * integer + offset) ^ ALL_128;
 }
 
 // All 128 columns of a block: four MMA steps. Word s of a lane's 16 bytes of a row is step s; all of them are columns of one group.
 // live: whether the lane's group counts in this turn.
-DEVICE void multiply(int (&acc)[4][TILES][4], const float (&inverse)[8], u32 w, u32 ws, u32 x, int lane, bool live) {
+DEVICE void multiply(int (&acc)[4][TILES][4], u32 shared, u32 inverses, u32 w, u32 ws, u32 x, int lane, bool live) {
+  const u32 low_nibbles = load_shared4(shared + CONSTANTS);
   u32 word[8][4], integer[8], offset[8];
   float scale[8];
   load_scales(scale, ws);
+  const uint4 first = load_shared16(inverses), last = load_shared16(inverses + 16);
+  const u32 inverse[8] = {first.x, first.y, first.z, first.w, last.x, last.y, last.z, last.w};
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     uint4 v = load_shared16(w + j * 512);
     word[j][0] = v.x, word[j][1] = v.y, word[j][2] = v.z, word[j][3] = v.w;
-    integer[j] = live ? __float_as_int(fmaf(scale[j], inverse[j], MAGIC)) - MAGIC_BITS : 0;
+    integer[j] = live ? __float_as_int(fmaf(scale[j], __uint_as_float(inverse[j]), MAGIC)) - MAGIC_BITS : 0;
     offset[j] = ALL_128 - integer[j] * ALL_8;
   }
 #pragma unroll
   for (int s = 0; s < 4; s++) {
+    __syncwarp();  // not for the lanes but for the compiler, which would fetch further ahead than there are registers for
     u32 a[4][4];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      a[j / 2][j % 2] = times_integer(word[j][s], integer[j], offset[j]);
-      a[j / 2][j % 2 + 2] = times_integer(word[j][s] >> 4, integer[j], offset[j]);
+      a[j / 2][j % 2] = times_integer(word[j][s], low_nibbles, integer[j], offset[j]);
+      a[j / 2][j % 2 + 2] = times_integer(word[j][s] >> 4, low_nibbles, integer[j], offset[j]);
     }
     const u32 column = x + (((2 * s + (lane >> 3 & 1)) ^ (lane & 7)) << 4);
 #pragma unroll
     for (int t = 0; t < TILES; t += 2) {
+      if (t) __syncwarp();
       u32 b[2][2];
       load_tokens(b, column + t * 8 * X_ROW);
 #pragma unroll
@@ -150,6 +157,7 @@ DEVICE void multiply(float (&acc)[4][TILES][4], u32 w, u32 ws, u32 x, u32 xs, co
 #pragma unroll
   for (int t = 0; t < TILES; t += 2) {
     u32 b[2][2][2];  // [MMA step][tile]
+    __syncwarp();  // not for the lanes but for the compiler, which would fetch further ahead than there are registers for
     load_tokens(b[0], x + t * 8 * X_ROW);
     if (MODE == BYTES) load_tokens(b[1], (x ^ 32) + t * 8 * X_ROW);
     const uint4 v = load_shared16(xs + t / 2 * 64);
@@ -231,86 +239,105 @@ gemm(u16* __restrict__ y,                   // (m, n)
   const int border_turn = two_parts ? (border + 1) / 2 : 0, twice = two_parts ? border % 2 : 0;
   const int k_turns = (groups + 1) / 2 + twice, turns = k_turns + (rank + 31) / 32;
 
-  // What a thread copies in a turn: pieces of 16 bytes of X and W, perhaps one of WS, perhaps two tokens' scales. Offsets of 32 bits
-  // from bases that all threads share: registers are what this kernel is short of.
-  const int tokens_left = padded_m - m0, w_piece = thread % 4;
-  const int w_row = (thread / 4 & 1) * 8 + (thread / 8 & 7) + thread / 64 * 16;
-  const int ws_group = thread / (ROWS / 8), ws_row = thread % (ROWS / 8) * 8;
-
-  // copy(piece, bytes, target, source, valid) for everything that the thread brings in this turn.
-  auto for_each_piece = [&](int turn, auto copy) {
-    const u32 stage = shared + turn % STAGES * STAGE;
-    const bool branch = turn >= k_turns;
-    const int block = branch ? turn - k_turns : turn < border_turn ? turn : turn - twice;
-    const u8* const w_base = (branch ? proj_up : weight) + block * 64 + w_piece * 16;
-    const u32 w_pitch = branch ? rank * 2 : k / 2;
-    const bool w_valid = block * 64 + w_piece * 16 < w_pitch;
+  // What a thread copies in a turn: pieces of 16 bytes of X and W, perhaps one of WS, perhaps two tokens' scales. Registers are what this
+  // kernel is short of, so that all sources are 32-bit offsets in bytes from a kernel's argument.
+  const int w_piece = thread % 4, w_row = (thread / 4 & 1) * 8 + (thread / 8 & 7) + thread / 64 * 16;
+  const u32 w_target = W + w_row / 64 * 4096 + w_row % 8 * 512 + w_piece * 128 + ((w_row / 8 % 8 ^ swizzle(w_piece)) << 4);
+  auto w_place = [&](int i) {  // 64 rows on is the next warp's part; 32 rows on, the other half of the slots of the same
+    return THREADS == 256 ? w_target + i * 4096 : w_target ^ i * 64;
+  };
+  auto w_source = [&](int i, int pitch) { return (u32)(min(n0 + w_row + i * (THREADS / 4), n - 1) * pitch + w_piece * 16); };
+  u32 weight_source[W_PIECES];
 #pragma unroll
-    for (int i = 0; i < W_PIECES; i++) {
-      const int row = w_row + i * (THREADS / 4);
-      const u32 target = W + row / 64 * 4096 + row % 8 * 512 + w_piece * 128 + ((row / 8 % 8 ^ swizzle(w_piece)) << 4);
-      copy(i, 16, stage + target, w_base + min(n0 + row, n - 1) * w_pitch, w_valid);
-    }
-    const int x_pitch = branch ? 64 : X_ROW;
-    const u8* const x_base = (branch ? low : act) + ((size_t)block * padded_m + m0) * x_pitch;
-#pragma unroll
-    for (int i = 0; i < X_PIECES; i++) {
-      const int offset = (i * THREADS + thread) * 16;
-      if (offset < min(tokens_left, TOKENS) * x_pitch) copy(W_PIECES + i, 16, stage + X + offset, x_base + offset, true);
-    }
-    if (!branch) {
-      const int group = 2 * block + ws_group;
-      if (ws_group < 2 && n0 + ws_row < n)
-        copy(W_PIECES + X_PIECES, 16, stage + WS + (ws_group * ROWS + ws_row) * 2, weight_scale + (size_t)group * n + n0 + ws_row,
-             group < groups);
+  for (int i = 0; i < W_PIECES; i++) weight_source[i] = w_source(i, k / 2);
+  const u32 ws_source = (thread / (ROWS / 8) * n + min(n0 + thread % (ROWS / 8) * 8, n - 8)) * 2;
 #if MODE != INTEGER
-      const int xs_group = thread / (TOKENS / 2), pair = thread % (TOKENS / 2);
-      // Lane q's tokens of two neighbouring tiles side by side: 16 bytes for one load.
-      const u32 target = XS + xs_group * TOKENS * 4 + (pair / 8 * 4 + pair % 4) * 16 + pair / 4 % 2 * 8;
-      if (2 * block + xs_group < min(groups, 2 * block + 2) && 2 * pair < tokens_left)
-        copy(W_PIECES + X_PIECES + 1, 8, stage + target, act_scale + (size_t)(2 * block + xs_group) * padded_m + m0 + 2 * pair, true);
+  const int xs_group = thread / (TOKENS / 2), xs_pair = thread % (TOKENS / 2);
+  const u32 xs_source = (xs_group * padded_m + min(m0 + 2 * xs_pair, padded_m - 2)) * 4;
+  // Lane q's tokens of two neighbouring tiles side by side: 16 bytes for one load.
+  const u32 xs_target = XS + xs_group * TOKENS * 4 + (xs_pair / 8 * 4 + xs_pair % 4) * 16 + xs_pair / 4 % 2 * 8;
 #endif
+  const int x_rows = min(padded_m - m0, TOKENS);
+
+  // copy(piece, bytes, target, source, valid) for everything that the thread brings in this turn, to the stage at `in`.
+  auto for_each_piece = [&](int turn, u32 in, auto copy) {
+    const bool branch = turn >= k_turns;
+    const int block = branch ? turn - k_turns : MODE != INTEGER || turn < border_turn ? turn : turn - twice;
+    const u32 x_target = in + thread * 16;
+    auto copy_scales = [&](bool both) {
+      if (thread < (both ? ROWS / 4 : ROWS / 8))
+        copy(W_PIECES + X_PIECES, 16, x_target + WS, (const u8*)weight_scale + (u32)(ws_source + block * n * 4), true);
+#if MODE != INTEGER
+      if (thread < (both ? TOKENS : TOKENS / 2))
+        copy(W_PIECES + X_PIECES + 1, 8, in + xs_target, (const u8*)act_scale + (u32)(xs_source + block * padded_m * 8), true);
+#endif
+    };
+    if (!branch && x_rows == TOKENS && 2 * block + 1 < groups) {  // all of a tile and both groups: nothing to be careful about
+#pragma unroll
+      for (int i = 0; i < W_PIECES; i++) copy(i, 16, in + w_place(i), weight + (u32)(weight_source[i] + block * 64), true);
+      const u8* const x = act + (u32)((block * padded_m + m0) * X_ROW + thread * 16);
+#pragma unroll
+      for (int i = 0; i < X_PIECES; i++) copy(W_PIECES + i, 16, x_target + X + i * THREADS * 16, x + i * THREADS * 16, true);
+      copy_scales(true);
+    } else {
+      const int pitch = branch ? rank * 2 : k / 2, width = branch ? 64 : X_ROW;
+#pragma unroll
+      for (int i = 0; i < W_PIECES; i++)
+        copy(i, 16, in + w_place(i), (branch ? proj_up : weight) + (u32)(w_source(i, pitch) + block * 64), block * 64 + w_piece * 16 < pitch);
+      const u8* const x = (branch ? low : act) + (u32)((block * padded_m + m0) * width + thread * 16);
+#pragma unroll
+      for (int i = 0; i < X_PIECES; i++)
+        if (thread * 16 < x_rows * width - i * THREADS * 16) copy(W_PIECES + i, 16, x_target + X + i * THREADS * 16, x + i * THREADS * 16, true);
+      if (!branch) copy_scales(2 * block + 1 < groups);
     }
   };
+  auto after = [&](u32 stage) { return stage == shared + (STAGES - 1) * STAGE ? shared : stage + STAGE; };
+  auto before = [&](u32 stage) { return stage == shared ? shared + (STAGES - 1) * STAGE : stage - STAGE; };
+  u32 stage = shared;  // of this turn
 
 #if TURING  // no asynchronous copies: through registers, loaded before the turn's arithmetic and stored after it
   static_assert(STAGES == 2, "the turn at work and the next one");
   uint4 held[W_PIECES + X_PIECES + 2];
   auto fetch = [&](int turn) {
     if (turn < turns)
-      for_each_piece(turn, [&](int i, int bytes, u32, const void* source, bool valid) {
+      for_each_piece(turn, 0, [&](int i, int bytes, u32, const void* source, bool valid) {
         held[i] = make_uint4(0, 0, 0, 0);
         if (!valid) return;
         if (bytes == 16) held[i] = *(const uint4*)source;
         else held[i].x = ((const u32*)source)[0], held[i].y = ((const u32*)source)[1];
       });
   };
-  auto land = [&](int turn) {
-    if (turn >= turns) return;
-    for_each_piece(turn, [&](int i, int bytes, u32 target, const void*, bool) {
-      if (bytes == 16) store_shared16(target, held[i]);
-      else store_shared8(target, make_uint2(held[i].x, held[i].y));
-    });
+  auto land = [&](int turn, u32 in) {
+    if (turn < turns)
+      for_each_piece(turn, in, [&](int i, int bytes, u32 target, const void*, bool) {
+        if (bytes == 16) store_shared16(target, held[i]);
+        else store_shared8(target, make_uint2(held[i].x, held[i].y));
+      });
   };
   auto begin_turn = [&](int turn) { __syncthreads(); fetch(turn + 1); };
-  auto end_turn = [&](int turn) { land(turn + 1); };
+  auto end_turn = [&](int turn) { land(turn + 1, after(stage)); stage = after(stage); };
   fetch(0);
-  land(0);
+  land(0, stage);
 #else
-  auto fetch = [&](int turn) {
+  auto fetch = [&](int turn, u32 in) {
     if (turn < turns)
-      for_each_piece(turn, [&](int, int bytes, u32 target, const void* source, bool valid) {
+      for_each_piece(turn, in, [&](int, int bytes, u32 target, const void* source, bool valid) {
         if (bytes == 16) cp_async16(target, source, valid);
         else cp_async8(target, source);
       });
     cp_async_commit();
   };
-  // One barrier a turn: after it, this turn's data is there for all, and everybody is done with the stage that is filled next.
-  auto begin_turn = [&](int turn) { cp_async_wait<STAGES - 2>(); __syncthreads(); fetch(turn + STAGES - 1); };
-  auto end_turn = [&](int) {};
+  // One barrier a turn: after it, this turn's data is there for all, and everybody is done with the stage of the turn before, which is
+  // filled next.
+  auto begin_turn = [&](int turn) { cp_async_wait<STAGES - 2>(); __syncthreads(); fetch(turn + STAGES - 1, before(stage)); };
+  auto end_turn = [&](int) { stage = after(stage); };
 #pragma unroll
-  for (int turn = 0; turn < STAGES - 1; turn++) fetch(turn);
+  for (int turn = 0; turn < STAGES - 1; turn++) fetch(turn, stage + turn * STAGE);
 #endif
+
+  // Constants by way of shared memory. What the compiler knows it moves into registers again and again: the magic's quadruple for every
+  // MMA, INTEGER's mask for every other LOP3. What it has read it keeps.
+  if (thread < 4) ((u32*)(memory + CONSTANTS))[thread] = MODE == INTEGER ? 0x0f0f0f0f : MAGIC_BITS;
 
   // What the end needs of each token: the factor of acc within the parentheses, the factor around them, and INTEGER's ratio of the
   // first part's scale to the second's.
@@ -334,25 +361,28 @@ gemm(u16* __restrict__ y,                   // (m, n)
     tables[2 * TOKENS + i] = ratio;
   }
 
-  const u32 w_lane = shared + W + row_warp * 4096, ws_lane = shared + WS + (row_warp * 64 + 8 * g) * 2;
+  const u32 w_lane = W + row_warp * 4096, ws_lane = WS + (row_warp * 64 + 8 * g) * 2;
   const int token_row = token_warp * TILES * 8 + (lane >> 4) * 8 + (lane & 7);  // ldmatrix: two tiles, halves 0 and 1 of each
-  const u32 low_lane = shared + X + token_row * 64 + (((lane >> 3 & 1) ^ (lane >> 1 & 3)) << 4);
+  const u32 low_lane = X + token_row * 64 + (((lane >> 3 & 1) ^ (lane >> 1 & 3)) << 4);
   const int lane_row = n0 + row_warp * 64 + 8 * g;  // of the lane's eight weight rows the first
   float acc[4][TILES][4] = {};
 
 #if MODE == INTEGER
-  const u32 w_words = w_lane + q * 128 + ((g ^ swizzle(q)) << 4), x_lane = shared + X + token_row * 128;
-  float inverse[8];
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    const float c = lane_row < n ? row_scale[lane_row + j] : 0.f;
-    inverse[j] = c == 0.f ? 0.f : divide(1.f, c);
+  const u32 w_words = w_lane + q * 128 + ((g ^ swizzle(q)) << 4), x_lane = X + token_row * 128;
+  for (int i = thread; i < ROWS; i += THREADS) {
+    const float c = n0 + i < n ? row_scale[n0 + i] : 0.f;
+    ((float*)(memory + INVERSES))[i] = c == 0.f ? 0.f : divide(1.f, c);
   }
   int sums[4][TILES][4] = {};
-  for (int turn = 0; turn < k_turns; turn++) {
-    begin_turn(turn);
-    const u32 stage = turn % STAGES * STAGE;
-    if (two_parts && turn == border_turn)
+  for (int part = two_parts ? 0 : 1, turn = 0; part < 2; part++) {
+    for (const int end = part ? k_turns : border_turn; turn < end; turn++) {
+      begin_turn(turn);
+      const int group = 2 * (part ? turn - twice : turn) + q / 2;
+      multiply(sums, shared, shared + INVERSES + (row_warp * 64 + 8 * g) * 4, w_words + stage, ws_lane + stage + q / 2 * ROWS * 2, x_lane + stage, lane,
+               !two_parts || group >= border == part);
+      end_turn(turn);
+    }
+    if (part == 0)  // from units of the first part's scale to units of the second's
 #pragma unroll
       for (int t = 0; t < TILES; t++) {
         const float2 ratio = load_pair(shared + TABLES + (2 * TOKENS + (token_warp * TILES + t) * 8 + 2 * q) * 4);
@@ -361,24 +391,16 @@ gemm(u16* __restrict__ y,                   // (m, n)
 #pragma unroll
           for (int e = 0; e < 4; e++) sums[i][t][e] = __float2int_rn((float)sums[i][t][e] * (e % 2 ? ratio.y : ratio.x));
       }
-    const bool second = turn >= border_turn;
-    const int group = 2 * (second ? turn - twice : turn) + q / 2;
-    multiply(sums, inverse, w_words + stage, ws_lane + stage + q / 2 * ROWS * 2, x_lane + stage, lane,
-             !two_parts || (group >= border) == second);
-    end_turn(turn);
   }
 #else
-  // Constants would be moved into the C registers of every MMA anew; of a value read at run time the compiler keeps one quadruple.
-  if (thread < 4) ((int*)(memory + MAGICS))[thread] = MAGIC_BITS;
   __syncthreads();
-  const uint4 magic_words = load_shared16(shared + MAGICS);
+  const uint4 magic_words = load_shared16(shared + CONSTANTS);
   const int magic[4] = {(int)magic_words.x, (int)magic_words.y, (int)magic_words.z, (int)magic_words.w};
   const u32 w_words = w_lane + (q >> 1) * 128 + ((g ^ swizzle(q >> 1)) << 4) + (q & 1) * 8;  // group 0; 1 is two pieces on
-  const u32 x_lane = X_ROW == 64 ? low_lane : shared + X + token_row * 128 + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
-  const u32 xs_lane = shared + XS + (token_warp * (TILES / 2) * 4 + q) * 16;
+  const u32 x_lane = X_ROW == 64 ? low_lane : X + token_row * 128 + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
+  const u32 xs_lane = XS + (token_warp * (TILES / 2) * 4 + q) * 16;
   for (int turn = 0; turn < k_turns; turn++) {
     begin_turn(turn);
-    const u32 stage = turn % STAGES * STAGE;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int group = 2 * turn + half;
@@ -410,7 +432,6 @@ gemm(u16* __restrict__ y,                   // (m, n)
 
   for (int turn = k_turns; turn < turns; turn++) {
     begin_turn(turn);
-    const u32 stage = turn % STAGES * STAGE;
     multiply_branch(acc, w_lane + stage, low_lane + stage, lane);
     end_turn(turn);
   }
