@@ -7,6 +7,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..quant import inspection
+from .progress import NodeProgress
 
 
 class SVDQuantInspect(io.ComfyNode):
@@ -25,6 +26,7 @@ class SVDQuantInspect(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What the file is, as text."),
                 io.String.Output(display_name="json", tooltip="The same for programs, as JSON."),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -37,4 +39,5 @@ class SVDQuantInspect(io.ComfyNode):
     def execute(cls, model_name):
         told = inspection.inspect(folder_paths.get_full_path_or_raise("diffusion_models", model_name))
         report = inspection.text(told)
+        NodeProgress(cls.hidden.unique_id if cls.hidden else None).say(report)
         return io.NodeOutput(report, json.dumps(told, indent=1), ui=ui.PreviewText(report))

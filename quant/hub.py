@@ -79,8 +79,8 @@ def download(remote, path, watch):
     """
     name = os.path.basename(path)
     if os.path.exists(path):
-        if os.path.getsize(path) == remote.size and _sha256(path, watch) == remote.sha256:
-            watch.say(f"{name} is there already: {size_text(remote.size)}, SHA-256 as on the Hub")
+        if os.path.getsize(path) == remote.size and _sha256(path, name, watch) == remote.sha256:
+            watch.say(f"{name} was here already: {size_text(remote.size)}, SHA-256 as on the Hub")
             return
         raise HubError(f"{name} exists already and is another file than {remote.file} of {remote.repository}; choose another "
                        "filename, or move it away.")
@@ -88,7 +88,7 @@ def download(remote, path, watch):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     _check_room(remote, part, name, watch)
     _fetch(remote, part, name, watch)
-    if os.path.getsize(part) != remote.size or _sha256(part, watch) != remote.sha256:
+    if os.path.getsize(part) != remote.size or _sha256(part, name, watch) != remote.sha256:
         os.remove(part)
         raise HubError(f"{name} arrived with another SHA-256 than the Hub states, so it was deleted; run the node again.")
     os.replace(part, path)
@@ -97,6 +97,7 @@ def download(remote, path, watch):
     except CheckpointError:
         os.remove(path)
         raise
+    watch.say(f"{name} is here: {size_text(remote.size)}, SHA-256 as on the Hub")
 
 
 def size_text(count):
@@ -164,13 +165,13 @@ def _get(remote, file, resume_size):
         displayed_filename=remote.file, **options)
 
 
-def _sha256(path, watch):
-    """The SHA-256 of a file, in hexadecimal."""
+def _sha256(path, name, watch):
+    """The SHA-256 of a file, in hexadecimal; name: what the user knows it as."""
     digest, total = hashlib.sha256(), os.path.getsize(path)
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
-            watch.at(file.tell(), total, f"{os.path.basename(path)}: checking the SHA-256 of {size_text(total)}")
+            watch.at(file.tell(), total, f"{name}: checking the SHA-256 of {size_text(total)}")
     return digest.hexdigest()
 
 

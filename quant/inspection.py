@@ -41,9 +41,9 @@ def text(told):
     """inspect's answer as text, a line a fact."""
     lines = [f"{told['file']}: {_size(told['bytes'])}, {told['format']}", *_model_lines(told)]
     lines += [f"{label}: {value}" for label, value in told["card"].items()]
-    total = sum(told["bytes_by_kind"].values()) or 1
-    lines.append("sizes:")
-    lines += [f"  {kind}: {_size(count)} ({count / total:.1%})" for kind, count in told["bytes_by_kind"].items()]
+    if "layers" in told:
+        total = sum(told["bytes_by_kind"].values())
+        lines += ["sizes:", *(f"  {kind}: {_size(count)} ({count / total:.1%})" for kind, count in told["bytes_by_kind"].items())]
     lines.append("stored as: " + ", ".join(f"{dtype} {_size(count)}" for dtype, count in told["bytes_by_dtype"].items()))
     for kind, layers in told.get("layers", {}).items():
         ranks = ", ".join(f"rank {rank}: {count}" for rank, count in layers["ranks"].items())

@@ -79,14 +79,15 @@ def test_a_file_arrives_whole_with_its_size_told_first(server, tmp_path):
     watch = fetch(tmp_path)
     assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
     assert watch.said[0].startswith("flux.safetensors: 0.2 MB from owner/flux at 01234567; the disk has ")
-    assert watch.points[-1] == (len(DATA), len(DATA)) and any("checking the SHA-256" in text for text in watch.said)
+    assert watch.points[-1] == (len(DATA), len(DATA)) and "flux.safetensors: checking the SHA-256 of 0.2 MB" in watch.said
+    assert watch.said[-1] == "flux.safetensors is here: 0.2 MB, SHA-256 as on the Hub"
     assert server.gets == [(f"/owner/flux/resolve/{COMMIT}/{FILE}", None, "Bearer hf_secret")]
 
 
 def test_a_file_that_is_there_is_used_after_its_hash_is_checked(server, tmp_path):
     (tmp_path / "flux.safetensors").write_bytes(DATA)
     watch = fetch(tmp_path)
-    assert server.gets == [] and "is there already" in watch.said[-1] and "SHA-256" in watch.said[-1]
+    assert server.gets == [] and "was here already" in watch.said[-1] and "SHA-256" in watch.said[-1]
 
 
 @pytest.mark.parametrize("other", [DATA[:-1] + b"?", DATA[:100], b""])

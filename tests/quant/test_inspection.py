@@ -83,6 +83,7 @@ def test_other_kinds_of_files(files, tmp_path, no_weights):
     save_file(flux_tensors(), tmp_path / "plain.safetensors")
     told = inspection.inspect(str(tmp_path / "plain.safetensors"))
     assert told["format"] == "a FLUX.1 that is not quantized" and list(told["bytes_by_kind"]) == ["everything else"]
+    assert inspection.text(told).splitlines()[-1].startswith("stored as: bfloat16 ") and "sizes:" not in inspection.text(told)
     path = tmp_path / "svdq-fp4.safetensors"
     write_nvfp4(path)
     told = inspection.inspect(str(path))
