@@ -86,13 +86,11 @@ def main():
     args = parser.parse_args()
     sys.path.insert(0, args.comfyui)
     load_pack()
-    from comfyui_svdquant.quant.linear import SVDQuantLinear
+    from comfyui_svdquant.quant.linear import set_act_bits
 
     def with_bits(act_bits):
         flux = packed_flux(args.rank)
-        for module in flux.modules():
-            if isinstance(module, SVDQuantLinear):
-                module.act_bits = act_bits
+        set_act_bits(flux, act_bits)
         return flux
 
     variants = {"bf16": plain_flux, "W4A8": lambda: with_bits(8), "W4A4": lambda: with_bits(4)}

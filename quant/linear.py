@@ -114,3 +114,10 @@ class AWQLinear(PackedLinear):
     def fold(self, device):
         """(N,) float32: zeros, since nothing is folded into this layer's bias."""
         return torch.zeros(self.out_features, device=device)
+
+
+def set_act_bits(model, act_bits):
+    """Have every W4A4 layer of the model quantize its input to act_bits (SVDQuantLinear says which there are)."""
+    for module in model.modules():
+        if isinstance(module, SVDQuantLinear):
+            module.act_bits = act_bits
