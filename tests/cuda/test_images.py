@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from comfyui_svdquant.cuda import images, int4
 
 SHAPES = [(1, 64), (16, 128), (37, 192), (130, 320)]
