@@ -50,11 +50,12 @@ def _layers(depths):
 
 def _check_layer(name, spec):
     """Raise CheckpointError where a layer can't be written as Nunchaku reads it."""
+    if spec is not None and spec.format == layout.NVFP4:
+        raise CheckpointError(f"Layer {name} is NVFP4, and Nunchaku's layout is written of INT4 models only; save the model in "
+                              "ComfyUI's names instead.")
     why = None
     if spec is None:
         why = "is not in 4 bits"
-    elif spec.format == layout.NVFP4:
-        why = "is NVFP4 and this writes Nunchaku's INT4"
     elif (spec.format == layout.AWQ) != (flux.layer_format(name) == layout.AWQ):
         why = f"has format {spec.format}"
     elif spec.dtype not in HALF_TYPES:
