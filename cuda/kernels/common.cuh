@@ -221,6 +221,11 @@ DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
 
 // Copies `bytes` (a multiple of 16, both addresses too) to shared memory, counted by the barrier.
 DEVICE void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
+#if __CUDA_ARCH__ >= 1000  // sm_120 makes a system call of the form for clusters; CUDA before 12.8 doesn't know the other
+  asm volatile("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
+#else
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
+#endif
 }

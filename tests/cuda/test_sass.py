@@ -1,0 +1,154 @@
+"""What ptxas makes of every kernel for every architecture, without a GPU: whatever would make a kernel slow shows here first.
+
+A new kernel is one line in KERNELS: its host module names the variants that it may ask the compiler for.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+from comfyui_svdquant.cuda import awq, compiler, gemm_mma, gemm_wgmma, quantize
+
+from . import sass
+
+pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
+
+REGISTERS = 65536  # of an SM, in all architectures
+# Bytes of shared memory that a CTA can have.
+SHARED = {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10,
+          "sm_120": 99 << 10}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What holds for every variant. The functions take the defines as a dict, and the architecture."""
+
+    module: object
+    threads: Callable         # of a CTA
+    ctas: Callable            # planned on an SM: so many have to fit the registers
+    mma: Callable             # (pattern of the opcodes, number) in the main loop; number None: any; None: no tensor cores
+
+
+def awq_mma(defines, arch):
+    """Four MMAs a group and tile for the codes, four for the tokens' sums; a ring's length is unrolled. Turing's are half as deep."""
+    return (r"HMMA\.1688\." if arch == "sm_75" else r"HMMA\.16816\.F32", (2 if arch == "sm_75" else 1) * 8 * 6 * defines["TILES"])
+
+
+def gemm_mma_mma(defines, arch):
+    """A warp has 4 x TILES tiles of 16 x 8. A turn is four steps of K in 8 bits, and in 4 bits two with signed activations and two
+    with unsigned ones, of which it takes either. Turing's MMAs are 8 x 8 and half as deep."""
+    if defines["MODE"] == gemm_mma.NIBBLES:
+        opcode = r"IMMA\.8832\.[SU]4\.[SU]4" if arch == "sm_75" else r"IMMA\.16864\.[SU]4\.[SU]4"
+    else:
+        opcode = r"IMMA\.8816\.S8\.S8" if arch == "sm_75" else r"IMMA\.16832\.S8\.S8"
+    return opcode, (4 if arch == "sm_75" else 1) * 4 * 4 * defines["TILES"]
+
+
+def quantize_mma(defines, arch):
+    return (r"HMMA\.", None) if defines["RANKS"] else None
+
+
+KERNELS = {
+    "awq": Kernel(awq, lambda d, a: 256, lambda d, a: 4 if d["TILES"] == 1 else 1, awq_mma),
+    "gemm_mma": Kernel(gemm_mma, lambda d, a: 32 * d["ROW_WARPS"] * d["TOKEN_WARPS"], lambda d, a: 1, gemm_mma_mma),
+    "gemm_wgmma": Kernel(gemm_wgmma, lambda d, a: 2 * d["ROWS"] + 128, lambda d, a: 1, lambda d, a: (r"IGMMA\.64x\d+x32\.S8\.S8", 4)),
+    "quantize": Kernel(quantize, lambda d, a: 256, lambda d, a: 1, quantize_mma),
+}
+
+
+def variants(module, arch):
+    """bf16 and fp16 differ in a few conversions: fp16 is looked at where there is no bf16, and on sm_86, sm_89's twin."""
+    return [v for v in module.variants(arch) if dict(v[2])["HALF"] == (arch in ("sm_75", "sm_86"))]
+
+
+def listings(name, arch):
+    """[(text of the variant, its defines, its listing)], compiled beside each other."""
+    wanted = variants(KERNELS[name].module, arch)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(lambda v: sass.listing(*v, arch), wanted))
+    return [(" ".join([v[0], *(f"{key}={value}" for key, value in v[2])]), dict(v[2]), listing) for v, listing in zip(wanted, done)]
+
+
+def problems(kernel, defines, listing, arch):
+    """Everything that is wrong with one variant, as text."""
+    if calls := {i.operands for i in listing.subroutines()}:
+        yield f"calls {', '.join(sorted(calls))}"
+    if local := listing.count("LDL|STL"):
+        yield f"{local} accesses to local memory"
+    yield from compiler.complaints(listing.log)
+    threads, ctas = kernel.threads(defines, arch), kernel.ctas(defines, arch)
+    if -(-listing.registers // 8) * 8 * threads * ctas > REGISTERS:
+        yield f"{listing.registers} registers: {ctas} CTAs of {threads} threads don't fit"
+    shared = listing.static_shared + defines.get("SHARED_BYTES", 0)
+    if shared > SHARED[arch] or listing.static_shared > 48 << 10:
+        yield f"{shared} bytes of shared memory, {listing.static_shared} of them static"
+    expected = kernel.mma(defines, arch)
+    if expected is None:
+        if listing.count(sass.MMA):
+            yield "tensor cores without a use for them"
+        return
+    opcode, number = expected
+    loop = listing.main_loop()
+    if loop is None:
+        yield "no loop with tensor cores"
+        return
+    found, all_found = listing.count(opcode, loop), listing.count(sass.MMA, loop)
+    if found != all_found or number not in (None, found):
+        yield f"{all_found} MMAs in the main loop, {found} of them {opcode}; expected {number}"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_machine_code(name, arch):
+    """No calls, no local memory, no spills, no serialized wgmma; registers and shared memory as planned, MMAs as counted."""
+    found = [f"{text}: {problem}" for text, defines, listing in listings(name, arch)
+             for problem in problems(KERNELS[name], defines, listing, arch)]
+    assert not found, f"{arch}:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89"])
+def test_int4_issue_slots(arch):
+    """Instructions for each 4-bit MMA of the largest tile, with the rescaling of every group: sm_86 and sm_89 are busy with an MMA
+    for 16 clocks, and a scheduler issues an instruction a clock. Nunchaku's loop takes 13.3 on sm_89 and 17.3 on sm_80."""
+    tile = max(gemm_mma.tiles_of(gemm_mma.NIBBLES, compiler.arch_number(arch)), key=lambda tile: tile.tiles)
+    slots = {(text, other): listing.slots(avoid=other) for text, defines, listing in listings("gemm_mma", arch)
+             if defines["MODE"] == gemm_mma.NIBBLES and defines["TILES"] == tile.tiles
+             for other in (r"IMMA\S+[.]U4", r"IMMA\S+S4[.]S4")}  # the signed way, the unsigned way
+    print(slots)
+    assert slots and max(slots.values()) < 13.3, slots
+
+
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
+def test_no_emulated_mma(arch):
+    """An MMA that the architecture doesn't have is a subroutine of ptxas's: the helper module sees one where there is one."""
+    source = """extern "C" __global__ void k(int* p) {
+      int d[4] = {}; unsigned a = p[0];
+      asm volatile("mma.sync.aligned.m8n8k32.row.col.s32.s4.s4.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                   : "+r"(d[0]), "+r"(d[1]) : "r"(a), "r"(a));
+      p[threadIdx.x] = d[0] + d[1]; }"""
+    listing = sass.take_apart(compiler.nvrtc().compile("k.cu", source, {}, (f"-arch={arch}", "--ptxas-options=-v")), "k")
+    native = compiler.arch_number(arch) in gemm_mma.NATIVE_INT4
+    assert bool(listing.count(r"IMMA\.8832\.S4")) == native
+    assert native == (not list(listing.subroutines()) and not re.search("internal", listing.log))
+
+
+def test_helper_sees_spills_and_loops():
+    source = """extern "C" __global__ void __launch_bounds__(1024, 2) k(float* p, int n) {
+      float v[64];
+      #pragma unroll
+      for (int i = 0; i < 64; i++) v[i] = p[i * n + threadIdx.x];
+      for (int t = 0; t < n; t++)
+        #pragma unroll
+        for (int i = 0; i < 64; i++) v[i] = v[i] * v[(i + 7) % 64] + v[(i + 31) % 64];
+      #pragma unroll
+      for (int i = 0; i < 64; i++) p[i * n + threadIdx.x] = v[i]; }"""
+    compiled = compiler.nvrtc().compile("k.cu", source, {}, ("-arch=sm_89", "--ptxas-options=-v"))
+    listing = sass.take_apart(compiled, "k")
+    assert compiler.complaints(compiled.log) and listing.count("LDL|STL") and listing.registers <= 64
+    begin, end = max(listing.loops(), key=lambda loop: loop[1] - loop[0])
+    assert listing.count("FFMA", (begin, end)) == 64 * round(listing.count("FFMA", (begin, end)) / 64) > 0
+    assert listing.main_loop() is None
