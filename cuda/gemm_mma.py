@@ -91,7 +91,7 @@ def defines_of(mode, tile, number, half, turing=None):
 def variants(arch):
     """Every (source, entry, defines) that can be launched on `arch`, such as "sm_89"."""
     number = compiler.arch_number(arch)
-    modes = (INTEGER, NIBBLES if number in NATIVE_INT4 else BYTES)
+    modes = (BYTES,) if number == 90 else (INTEGER, NIBBLES if number in NATIVE_INT4 else BYTES)  # 90's int8 is gemm_wgmma
     return [(SOURCE, ENTRY, defines_of(mode, tile, number, half))
             for mode in modes for tile in tiles_of(mode, number) for half in ((True,) if number == 75 else (False, True))]
 

@@ -135,51 +135,58 @@ DEVICE void multiply(int (&acc)[4][TILES][4], u32 shared, u32 inverses, u32 w, u
 // One group of 64 columns. x: the lane's row of the first ldmatrix; w: the lane's 8 bytes of the row 8 g.
 template <bool x_unsigned>
 DEVICE void multiply(float (&acc)[4][TILES][4], u32 w, u32 ws, u32 x, u32 xs, const int (&magic)[4]) {
-  u32 a[2][4][4];  // [MMA step][16 rows]; NIBBLES has one step
-  float scale[8], shift[8];
+  constexpr int STEPS = MODE == NIBBLES ? 1 : 2;       // MMA steps of a group
+  constexpr int HEIGHT = MODE == NIBBLES ? 4 : 2;      // 16 rows each that are worked on together: what the registers hold
+  float scale[8];
   load_scales(scale, ws);
 #pragma unroll
-  for (int j = 0; j < 8; j++) {
-    shift[j] = -MAGIC * scale[j];
+  for (int above = 0; above < 4; above += HEIGHT) {
+    u32 a[STEPS][HEIGHT][4];
+    float shift[2 * HEIGHT];
+#pragma unroll
+    for (int j = 0; j < 2 * HEIGHT; j++) {
+      const u32 row = w + (2 * above + j) * 512;
+      shift[j] = -MAGIC * scale[2 * above + j];
 #if MODE == NIBBLES
-    // One load of 8 bytes would put side by side what the MMA wants two registers apart; ^ rather than + lest the compiler join them.
-    a[0][j / 2][j % 2] = load_shared4(w + j * 512);
-    a[0][j / 2][j % 2 + 2] = load_shared4((w ^ 4) + j * 512);
+      // One load of 8 bytes would put side by side what the MMA wants two registers apart; ^ rather than + lest the compiler join them.
+      a[0][j / 2][j % 2] = load_shared4(row);
+      a[0][j / 2][j % 2 + 2] = load_shared4((w ^ 4) + (2 * above + j) * 512);
 #else
-    const uint2 v = load_shared8(w + j * 512);
-    // a code in the upper half of its byte is 16 times the code as int8: the end takes the 16 off
-    a[0][j / 2][j % 2] = v.x << 4 & 0xf0f0f0f0;
-    a[0][j / 2][j % 2 + 2] = v.x & 0xf0f0f0f0;
-    a[1][j / 2][j % 2] = v.y << 4 & 0xf0f0f0f0;
-    a[1][j / 2][j % 2 + 2] = v.y & 0xf0f0f0f0;
+      // A code in the upper half of its byte is 16 times the code as int8: the end takes the 16 off.
+      const uint2 v = load_shared8(row);
+      a[0][j / 2][j % 2] = v.x << 4 & 0xf0f0f0f0;
+      a[0][j / 2][j % 2 + 2] = v.x & 0xf0f0f0f0;
+      a[1][j / 2][j % 2] = v.y << 4 & 0xf0f0f0f0;
+      a[1][j / 2][j % 2 + 2] = v.y & 0xf0f0f0f0;
 #endif
-  }
+    }
 #pragma unroll
-  for (int t = 0; t < TILES; t += 2) {
-    u32 b[2][2][2];  // [MMA step][tile]
-    __syncwarp();  // not for the lanes but for the compiler, which would fetch further ahead than there are registers for
-    load_tokens(b[0], x + t * 8 * X_ROW);
-    if (MODE == BYTES) load_tokens(b[1], (x ^ 32) + t * 8 * X_ROW);
-    const uint4 v = load_shared16(xs + t / 2 * 64);
-    const float token_scale[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+    for (int t = 0; t < TILES; t += 2) {
+      __syncwarp();  // not for the lanes but for the compiler, which would fetch further ahead than there are registers for
+      u32 b[STEPS][2][2];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+      for (int s = 0; s < STEPS; s++) load_tokens(b[s], (x ^ s * 32) + t * 8 * X_ROW);
+      const uint4 v = load_shared16(xs + t / 2 * 64);
+      const float token_scale[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 #pragma unroll
-      for (int u = 0; u < 2; u++) {
-        int sum[4];
-        if (MODE == NIBBLES) {
+      for (int i = 0; i < HEIGHT; i++)
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+          int sum[4];
+#if MODE == NIBBLES
           imma_4bit<x_unsigned>(sum, a[0][i], b[0][u], magic);
-        } else {
+#else
           imma_8bit(sum, a[0][i], b[0][u], magic);
           imma_8bit(sum, a[1][i], b[1][u], sum);
-        }
+#endif
+          float (&d)[4] = acc[above + i][t + u];
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int j = 2 * i + e / 2;
-          const float product = fmaf(__int_as_float(sum[e]), scale[j], shift[j]);
-          acc[i][t + u][e] = fmaf(product, token_scale[2 * u + e % 2], acc[i][t + u][e]);
+          for (int e = 0; e < 4; e++) {
+            const float product = fmaf(__int_as_float(sum[e]), scale[2 * (above + i) + e / 2], shift[2 * i + e / 2]);
+            d[e] = fmaf(product, token_scale[2 * u + e % 2], d[e]);
+          }
         }
-      }
+    }
   }
 }
 
@@ -283,11 +290,13 @@ gemm(u16* __restrict__ y,                   // (m, n)
       const int pitch = branch ? rank * 2 : k / 2, width = branch ? 64 : X_ROW;
 #pragma unroll
       for (int i = 0; i < W_PIECES; i++)
-        copy(i, 16, in + w_place(i), (branch ? proj_up : weight) + (u32)(w_source(i, pitch) + block * 64), block * 64 + w_piece * 16 < pitch);
+        copy(i, 16, in + w_place(i), (branch ? proj_up : weight) + (u32)(w_source(i, pitch) + block * 64),
+             block * 64 + w_piece * 16 < pitch);
       const u8* const x = (branch ? low : act) + (u32)((block * padded_m + m0) * width + thread * 16);
 #pragma unroll
       for (int i = 0; i < X_PIECES; i++)
-        if (thread * 16 < x_rows * width - i * THREADS * 16) copy(W_PIECES + i, 16, x_target + X + i * THREADS * 16, x + i * THREADS * 16, true);
+        if (thread * 16 < x_rows * width - i * THREADS * 16)
+          copy(W_PIECES + i, 16, x_target + X + i * THREADS * 16, x + i * THREADS * 16, true);
       if (!branch) copy_scales(2 * block + 1 < groups);
     }
   };
@@ -378,8 +387,8 @@ gemm(u16* __restrict__ y,                   // (m, n)
     for (const int end = part ? k_turns : border_turn; turn < end; turn++) {
       begin_turn(turn);
       const int group = 2 * (part ? turn - twice : turn) + q / 2;
-      multiply(sums, shared, shared + INVERSES + (row_warp * 64 + 8 * g) * 4, w_words + stage, ws_lane + stage + q / 2 * ROWS * 2, x_lane + stage, lane,
-               !two_parts || group >= border == part);
+      multiply(sums, shared, shared + INVERSES + (row_warp * 64 + 8 * g) * 4, w_words + stage, ws_lane + stage + q / 2 * ROWS * 2,
+               x_lane + stage, lane, !two_parts || group >= border == part);
       end_turn(turn);
     }
     if (part == 0)  // from units of the first part's scale to units of the second's
@@ -401,7 +410,8 @@ gemm(u16* __restrict__ y,                   // (m, n)
   const u32 xs_lane = XS + (token_warp * (TILES / 2) * 4 + q) * 16;
   for (int turn = 0; turn < k_turns; turn++) {
     begin_turn(turn);
-#pragma unroll
+    // Unrolled, BYTES would need more registers than there are, but for sm_90's compiler.
+#pragma unroll (MODE == BYTES && __CUDA_ARCH__ != 900 ? 1 : 2)
     for (int half = 0; half < 2; half++) {
       const int group = 2 * turn + half;
       const u32 w = ((w_words + stage) ^ half * 32) + half * 256, ws = ws_lane + stage + half * ROWS * 2;
