@@ -74,6 +74,6 @@ def gemm(act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_u
     kernel = compiler.kernel(SOURCE, ENTRY, _defines(tile, y.dtype), act.device, shared_bytes(tile))
     clusters = min(sms // CLUSTER, count_tiles(tile, m, n))
     border = unsigned_from // images.BLOCK if 0 < unsigned_from < k else 0
-    kernel((CLUSTER * clusters, 1, 1), (2 * tile[0] + 128, 1, 1), y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up,
-           bias, m, act.shape[1], n, k, rank, border, int(unsigned_from < k))
+    kernel((CLUSTER * clusters, 1, 1), (2 * tile[0] + 128, 1, 1), y, act, act_scale, low, low_scale, weight, weight_scale, row_scale,
+           proj_up, bias, m, act.shape[1], n, k, rank, border, int(unsigned_from < k))
     return y

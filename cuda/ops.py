@@ -97,7 +97,8 @@ def _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias,
     if wgmma:
         y = gemm_wgmma.gemm(*q, weight, weight_scale, row_scale, up, bias, unsigned_from, tokens.shape[0])
     else:
-        y = gemm_mma.gemm("int8" if act_bits == 8 else "int4", *q, weight, weight_scale, row_scale, up, bias, unsigned_from, tokens.shape[0])
+        mode = "int8" if act_bits == 8 else "int4"
+        y = gemm_mma.gemm(mode, *q, weight, weight_scale, row_scale, up, bias, unsigned_from, tokens.shape[0])
     if rest:
         y.addmm_(tokens @ proj_down, proj_up.t())
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
