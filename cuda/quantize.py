@@ -134,11 +134,10 @@ def variants(arch):
 
 def plan_for(m, k, rank, codes, arch, sms, ring=None, tiles=None, ctas=None):
     """The Plan for a GPU of compute capability `arch` (90, ...) with `sms` multiprocessors."""
-    if ring is not False and tiles is None:
+    if ring and tiles is None:
         if plan := ring_plan(m, k, rank, arch, sms, ctas):
             return plan
-        if ring:
-            raise ValueError(f"The ring doesn't take ({m}, {k}) with rank {rank} in clusters of {ctas} on sm_{arch}.")
+        raise ValueError(f"The ring doesn't take ({m}, {k}) with rank {rank} in clusters of {ctas} on sm_{arch}.")
     return tile_plan(m, k, rank, codes, arch, sms, tiles, ctas)
 
 
@@ -202,8 +201,10 @@ def tile_plan(m, k, rank, codes, arch, sms, tiles=None, ctas=None):
         tiles = 2 if rank > 64 else 1 if arch < 90 or m <= 16 * sms else 2
     cover = -(-m // (16 * tiles))
     if ctas is None:
-        fitting = [c for c in clusters if needs(tiles, c) <= half] or clusters[-1:]
-        ctas = next((c for c in fitting if c * cover >= 2 * sms), fitting[-1])
+        # On an H100, a wave of CTAs took about as long as 6 blocks of columns and those that each of them has.
+        fitting = [c for c in clusters if needs(tiles, c) <= (half if tiles < 4 else most)] or clusters[-1:]
+        resident = sms * {1: 4, 2: 2, 4: 1}[tiles]
+        ctas = min(fitting, key=lambda c: -(-c * cover // resident) * (6 + -(-blocks // c)))
     share = -(-blocks // ctas)
     kept = share if codes == INT8 else 1
     slots = share if codes == INT8 else min(share, DEPTH)
