@@ -5,6 +5,7 @@ without CuPy lets the tests look at the machine code where there is no GPU. CuPy
 imported before the first kernel is asked for. The sources need no CUDA headers: what they share is in kernels/*.cuh.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -380,8 +381,9 @@ def load_cupy():
     """Import CuPy, 13 or newer and for CUDA; raises KernelsUnavailable with what to install."""
     install = f"Install it into ComfyUI's Python: pip install {cupy_package()}"
     try:
-        import cupy
-        import cupy.cuda.function
+        with _nvidias_cuda():
+            import cupy
+            import cupy.cuda.function
     except ImportError as error:
         if getattr(error, "name", None) == "cupy":
             raise KernelsUnavailable(f"The CUDA kernels need CuPy, which is not installed. {install}") from error
@@ -401,6 +403,19 @@ def load_cupy():
         raise KernelsUnavailable(f"CuPy {cupy.__version__} does not fit this PyTorch, which is built for CUDA "
                                  f"{torch.version.cuda} ({_first_line(error)}). {install}") from error
     return cupy
+
+
+@contextlib.contextmanager
+def _nvidias_cuda():
+    """CuPy 14 imports NVIDIA's package `cuda`. Where the repository is on the path (`python -m` run in it), ours hides that."""
+    folder, path = Path(__file__).resolve().parent, sys.path[:]
+    if (file := getattr(sys.modules.get("cuda"), "__file__", None)) and Path(file).resolve().parent == folder:
+        del sys.modules["cuda"]
+    sys.path[:] = [entry for entry in path if Path(entry).resolve() != folder.parent]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
 
 
 def _first_line(error):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import numpy
 import pytest
@@ -16,8 +17,9 @@ from comfyui_svdquant.cuda import compiler
 
 PROBE = '#include "probe.cuh"\nextern "C" __global__ void probe(int* p) { *p = VALUE + ONE; }\n'
 WRITER = """
-import importlib.util, sys
+import importlib.util, sys, types
 from pathlib import Path
+sys.modules["torch"] = types.SimpleNamespace(_C=None)  # its import takes seconds, and the cache has no use for it
 spec = importlib.util.spec_from_file_location("compiler", sys.argv[1])
 compiler = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compiler)
@@ -335,6 +337,17 @@ def cupy():
                if (name := distribution.metadata["Name"] or "")):
         pytest.skip("CuPy is not installed")
     return compiler.load_cupy()
+
+
+def test_cupy_from_the_repository(cupy):
+    """`python -m benchmarks...` has the repository on its path, where `import cuda` finds our package."""
+    folder = Path(compiler.__file__).parents[1]
+    code = ("import importlib.util, sys, cuda\n"
+            "spec = importlib.util.spec_from_file_location('compiler', 'cuda/compiler.py')\n"
+            "module = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(module)\n"
+            "print(module.load_cupy().__version__, sys.path[0] == '')")
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=folder, text=True).split() == [cupy.__version__, "True"]
 
 
 def test_cupy_takes_our_stream(cupy):
