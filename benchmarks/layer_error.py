@@ -4,27 +4,15 @@ Prints a table and writes benchmarks/results/layer_error_<k>.json. --k 3072 and 
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import platform
-import subprocess
 import sys
 import time
 from datetime import date
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_pack():
-    """Import the repository as a package, as ComfyUI does."""
-    spec = importlib.util.spec_from_file_location("comfyui_svdquant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
+from machine import ROOT, commit, load_pack
 
 def measure(args, layers, recipes):
     """{recipe: {"errors": {kind: [error a seed]}, "errors_w4a8": ..., "seconds": mean a layer}}."""
@@ -76,12 +64,11 @@ def main():
     import layers
     import recipes
 
-    # Asked before the run, which takes long enough for the checkout to move on.
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    began_at = commit()  # the run takes long enough for the checkout to move on
     found = measure(args, layers, recipes)
     print(table(found, layers.KINDS))
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    record = {"date": date.today().isoformat(), "commit": commit, "device": machine, "torch": torch.__version__,
+    record = {"date": date.today().isoformat(), "commit": began_at, "device": machine, "torch": torch.__version__,
               "arguments": vars(args), "results": found}
     name = f"layer_error_k{args.k}{'_mild' if args.mild else ''}.json"
     (ROOT / "benchmarks" / "results" / name).write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -22,8 +22,8 @@ def load_pack():
 
 
 def commit():
-    """The commit that runs; "unknown" outside a checkout."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    """The commit that runs, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
 
 

@@ -97,6 +97,12 @@ def variants(arch):
 
 
 @functools.cache
+def _kernel(kind, tile, number, half, turing, device):
+    defines = defines_of(kind, tile, number, half, turing)
+    return compiler.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
+
+
+@functools.cache
 def _multiprocessors(index):
     return torch.cuda.get_device_properties(index).multi_processor_count
 
@@ -136,7 +142,6 @@ def launch(y, mode, act, act_scale, low, low_scale, weight, weight_scale, row_sc
     number = compiler.arch_number(compiler.architecture(device))
     index = torch.cuda.current_device() if device.index is None else device.index
     tile = tile or choose_tile(kind, number, _multiprocessors(index), m, n)
-    defines = defines_of(kind, tile, number, y.dtype == torch.float16, turing)
-    kernel = compiler.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
+    kernel = _kernel(kind, tile, number, y.dtype == torch.float16, turing, device)
     kernel((-(-m // tile.tokens) * -(-n // tile.rows),), (tile.threads,), y, act, act_scale, low, low_scale, weight, weight_scale,
            row_scale, proj_up, bias, m, n, k, rank, unsigned_from)

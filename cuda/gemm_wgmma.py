@@ -39,6 +39,7 @@ def count_tiles(tile, m, n):
     return -(-m // tokens) * -(-n // (rows * CLUSTER))
 
 
+@functools.lru_cache(maxsize=1024)
 def choose_tile(m, n, sms):
     """The tile with the least time: waves of clusters times the time of a tile, which on an H100 went as its outputs and 16,000 more:
     what its weights' way through the registers takes, however many tokens they meet."""
@@ -46,6 +47,11 @@ def choose_tile(m, n, sms):
         return -(-count_tiles(tile, m, n) // (sms // CLUSTER)) * (tile[0] * tile[1] + 16000)
 
     return min(STAGES, key=time)
+
+
+@functools.cache
+def _kernel(tile, dtype, device):
+    return compiler.kernel(SOURCE, ENTRY, _defines(tile, dtype), device, shared_bytes(tile))
 
 
 @functools.cache
@@ -71,7 +77,7 @@ def gemm(act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_u
     y = torch.empty(m, n, dtype=weight_scale.dtype, device=act.device) if out is None else out
     sms = multiprocessors(act.device.index)
     tile = tile or choose_tile(m, n, sms)
-    kernel = compiler.kernel(SOURCE, ENTRY, _defines(tile, y.dtype), act.device, shared_bytes(tile))
+    kernel = _kernel(tile, y.dtype, act.device)
     clusters = min(sms // CLUSTER, count_tiles(tile, m, n))
     border = unsigned_from // images.BLOCK if 0 < unsigned_from < k else 0
     kernel((CLUSTER * clusters, 1, 1), (2 * tile[0] + 128, 1, 1), y, act, act_scale, low, low_scale, weight, weight_scale, row_scale,
