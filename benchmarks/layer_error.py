@@ -14,6 +14,7 @@ from datetime import date
 import torch
 from machine import ROOT, commit, load_pack
 
+
 def measure(args, layers, recipes):
     """{recipe: {"errors": {kind: [error a seed]}, "errors_w4a8": ..., "seconds": mean a layer}}."""
     found = {name: {"errors": {}, "errors_w4a8": {}, "seconds": 0.0} for name in recipes.RECIPES}
