@@ -127,8 +127,7 @@ def variants(arch):
         for codes in (INT8, storage(4, arch)):
             for rank in (0, 32, 64 if number < 80 else 128):
                 for m, k in ((512, 3072), (4096, 3072), (4096, 12288), (4608, 15360)):
-                    for ring in (None, False):
-                        found.append(variant(half, codes, rank, plan_for(m, k, rank, codes, number, 132, ring)))
+                    found.append(variant(half, codes, rank, plan_for(m, k, rank, codes, number, 132)))
     return list(dict.fromkeys(found))
 
 
@@ -162,13 +161,13 @@ def ring_plan(m, k, rank, arch, sms, ctas=None):
         share = -(-blocks // c)
         spans = -(-4 * share // groups)
         slot = 16 * (256 * share + 64)
-        fixed = 128 + 384 + 2048 + 3 * 64 * ranks + groups * 64 * ranks + 512 * share  # Places in quantize_ring.cu
+        fixed = 192 + 384 * c + 2048 + 3 * 64 * ranks + groups * 64 * ranks + 512 * share  # Places in quantize_ring.cu
         slots = min(16, ((SHARED_PER_SM.get(arch, 100) << 10) - 1024 - fixed) // slot)
-        if c > blocks or spans > MOST_SPANS or slots < 2:
-            continue
         # A cluster lies within one of the GPU's groups of 16 or 18 multiprocessors: clusters of 4 or 8 leave a pair there idle.
         clusters = min(tiles, sms // 8 * 8 // c if c > 2 else sms // c)
         rounds = -(-tiles // clusters)
+        if c > blocks or spans > MOST_SPANS or slots < min(3, rounds):
+            continue
         time = rounds * (3 + share)  # the barriers of a round cost about as much as three blocks
         if best is None or time < best_time:
             slots = min(slots, rounds)
