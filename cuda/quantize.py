@@ -1,7 +1,6 @@
 """Kernel 1 of a linear: the activation's codes and scales, and the branch's x @ proj_down, in one pass over x.
 
-Two kernels compute them. kernels/quantize_ring.cu keeps proj_down in registers and needs clusters (Hopper and later) and columns
-few enough for that; kernels/quantize.cu takes everything else. Here are their shapes, and how x is cut up for a GPU.
+Here are the shapes of what kernels/quantize.cu writes, and how x is cut up for a GPU.
 """
 
 import functools
@@ -38,14 +37,12 @@ class Quantized(NamedTuple):
 class Plan(NamedTuple):
     """How x is cut up."""
 
-    ring: bool   # by quantize_ring.cu
     tiles: int   # a CTA has 16 * tiles tokens at a time
     ctas: int    # of a cluster: they share the columns
-    slots: int   # blocks of x in shared memory; ring: slots of 16 tokens
+    slots: int   # blocks of x in shared memory
     kept: int    # blocks of 1 / smooth in shared memory
     shared: int  # bytes of shared memory
     grid: int    # CTAs in all
-    spans: int   # ring: spans of 32 columns a warp
 
 
 def storage(act_bits, arch):
@@ -55,16 +52,16 @@ def storage(act_bits, arch):
     return NIBBLES if compiler.arch_number(arch) < 90 else BYTES  # Hopper and later have no int4 tensor cores
 
 
-def quantize(x, smooth, proj_down, unsigned_from, codes, ring=None, tiles=None, ctas=None):
+def quantize(x, smooth, proj_down, unsigned_from, codes, tiles=None, ctas=None):
     """x: (M, K) bf16 or fp16 on a GPU; smooth: (K,), proj_down: (K, R), contiguous, x's dtype; unsigned_from: as in
-    reference.py; codes: INT8, BYTES or NIBBLES. ring, tiles, ctas: instead of what the plan says. Returns Quantized.
+    reference.py; codes: INT8, BYTES or NIBBLES. tiles, ctas: instead of what the plan says. Returns Quantized.
     """
     m, k = x.shape
     rank = proj_down.shape[1]
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # rows are read in pieces of 16 bytes
         x = x.clone(memory_format=torch.contiguous_format)
     fused = rank if rank <= fused_ranks(x.device) else 0
-    launch, plan, threads = _launch(m, k, fused, codes, x.dtype, x.device, ring, tiles, ctas)
+    launch, plan = _launch(m, k, fused, codes, x.dtype, x.device, tiles, ctas)
     rows, blocks = images.padded(m, images.ROWS), -(-k // images.BLOCK)
     if codes == NIBBLES:
         act = torch.empty(blocks, rows, images.BLOCK // 2, dtype=torch.uint8, device=x.device)
@@ -75,8 +72,8 @@ def quantize(x, smooth, proj_down, unsigned_from, codes, ring=None, tiles=None, 
     if fused:
         low = torch.empty(-(-rank // images.RANK_BLOCK), rows, images.RANK_BLOCK, dtype=x.dtype, device=x.device)
         low_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    sizes = (plan.slots,) if plan.ring else (plan.slots, plan.kept)
-    launch((plan.grid,), (threads,), x, smooth, proj_down, act, act_scale, low, low_scale, m, k, fused, x.stride(0), unsigned_from, *sizes)
+    launch((plan.grid,), (128 * plan.tiles,), x, smooth, proj_down, act, act_scale, low, low_scale, m, k, fused, x.stride(0), unsigned_from,
+           plan.slots, plan.kept)
     if rank > fused:
         low, low_scale = unfused_low(x, proj_down)
     return Quantized(act, act_scale, low, low_scale)
@@ -102,21 +99,19 @@ def unfused_low(x, proj_down):
 
 
 @functools.lru_cache(maxsize=1024)
-def _launch(m, k, rank, codes, dtype, device, ring, tiles, ctas):
-    """(kernel, plan, threads of a CTA) for inputs of this shape."""
+def _launch(m, k, rank, codes, dtype, device, tiles, ctas):
+    """(kernel, plan) for inputs of this shape."""
     arch = compiler.architecture(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    plan = plan_for(m, k, rank, codes, compiler.arch_number(arch), sms, ring, tiles, ctas)
+    plan = plan_for(m, k, rank, codes, compiler.arch_number(arch), sms, tiles, ctas)
     source, entry, defines = variant(dtype == torch.float16, codes, rank, plan)
-    return compiler.kernel(source, entry, defines, device, plan.shared), plan, 512 if plan.ring else 128 * plan.tiles
+    return compiler.kernel(source, entry, defines, device, plan.shared), plan
 
 
 def variant(half, codes, rank, plan):
     """(source, entry, defines) of one compiled kernel."""
-    defines = (("HALF", int(half)), ("CODES", codes), ("CTAS", plan.ctas))
-    if plan.ring:
-        return "quantize_ring.cu", "quantize_ring", (*defines, ("RANKS", ring_ranks(rank)), ("WARP_SPANS", plan.spans))
-    return "quantize.cu", "quantize", (*defines, ("RANKS", images.padded(rank, images.RANK_BLOCK)), ("TILES", plan.tiles))
+    ranks = images.padded(rank, images.RANK_BLOCK)
+    return "quantize.cu", "quantize", (("HALF", int(half)), ("CODES", codes), ("CTAS", plan.ctas), ("RANKS", ranks), ("TILES", plan.tiles))
 
 
 def variants(arch):
@@ -131,60 +126,14 @@ def variants(arch):
     return list(dict.fromkeys(found))
 
 
-def plan_for(m, k, rank, codes, arch, sms, ring=None, tiles=None, ctas=None):
-    """The Plan for a GPU of compute capability `arch` (90, ...) with `sms` multiprocessors."""
-    if ring and tiles is None:
-        if plan := ring_plan(m, k, rank, arch, sms, ctas):
-            return plan
-        raise ValueError(f"The ring doesn't take ({m}, {k}) with rank {rank} in clusters of {ctas} on sm_{arch}.")
-    return tile_plan(m, k, rank, codes, arch, sms, tiles, ctas)
-
-
-# --- quantize_ring.cu ------------------------------------------------------------------------------------------------
-
-MOST_SPANS = 8  # of proj_down's fragments that a warp's registers hold
-
-
-def ring_ranks(rank):
-    """The rank as the ring pads it: its 16 warps divide evenly by 16 ranks each."""
-    return next(ranks for ranks in (0, 32, 64, 128) if ranks >= rank)
-
-
-def ring_plan(m, k, rank, arch, sms, ctas=None):
-    """The fastest Plan of a ring, or None where none fits."""
-    if arch < 90:
-        return None
-    ranks, blocks, tiles = ring_ranks(rank), -(-k // images.BLOCK), -(-m // 16)
-    groups = 256 // ranks if ranks else 16
-    best, best_time = None, None
-    for c in (ctas,) if ctas else (1, 2, 4, 8):
-        share = -(-blocks // c)
-        spans = -(-4 * share // groups)
-        slot = 16 * (256 * share + 64)
-        fixed = 192 + 384 * c + 2048 + 3 * 64 * ranks + groups * 64 * ranks + 512 * share  # Places in quantize_ring.cu
-        slots = min(16, ((SHARED_PER_SM.get(arch, 100) << 10) - 1024 - fixed) // slot)
-        # A cluster lies within one of the GPU's groups of 16 or 18 multiprocessors: clusters of 4 or 8 leave a pair there idle.
-        clusters = min(tiles, sms // 8 * 8 // c if c > 2 else sms // c)
-        rounds = -(-tiles // clusters)
-        if c > blocks or spans > MOST_SPANS or slots < min(3, rounds):
-            continue
-        time = rounds * (3 + share)  # the barriers of a round cost about as much as three blocks
-        if best is None or time < best_time:
-            slots = min(slots, rounds)
-            best, best_time = Plan(True, 1, c, slots, share, fixed + slots * slot, clusters * c, spans), time
-    return best
-
-
-# --- quantize.cu -----------------------------------------------------------------------------------------------------
-
-
-def tile_bytes(tiles, rank, slots, kept):
+def shared_bytes(tiles, rank, slots, kept):
     """Shared memory of a CTA: x, proj_down, 1 / smooth, maxima and scales, in quantize.cu's order."""
     rows = 16 * tiles
     return slots * rows * 256 + images.padded(rank, images.RANK_BLOCK) * 256 + kept * 512 + (8 + 2 + 2) * rows * 4
 
 
-def tile_plan(m, k, rank, codes, arch, sms, tiles=None, ctas=None):
+def plan_for(m, k, rank, codes, arch, sms, tiles=None, ctas=None):
+    """The Plan for a GPU of compute capability `arch` (90, ...) with `sms` multiprocessors."""
     blocks = -(-k // images.BLOCK)
     clusters = [c for c in (1, 2, 4, 8) if c <= blocks and arch >= 90] or [1]
     per_sm = SHARED_PER_SM.get(arch, 100) << 10
@@ -193,7 +142,7 @@ def tile_plan(m, k, rank, codes, arch, sms, tiles=None, ctas=None):
 
     def needs(tiles, ctas):
         share = -(-blocks // ctas)
-        return tile_bytes(tiles, rank, share if codes == INT8 else min(share, DEPTH), share if codes == INT8 else 1)
+        return shared_bytes(tiles, rank, share if codes == INT8 else min(share, DEPTH), share if codes == INT8 else 1)
 
     if tiles is None:
         # Few tokens: small tiles, so that there are enough CTAs. Without clusters the tokens alone have to make them.
@@ -209,9 +158,9 @@ def tile_plan(m, k, rank, codes, arch, sms, tiles=None, ctas=None):
     slots = share if codes == INT8 else min(share, DEPTH)
     if codes == INT8:
         # What doesn't fit is read again.
-        limit = half if tile_bytes(tiles, rank, min(share, DEPTH), share) <= half else most
-        if tile_bytes(tiles, rank, min(share, DEPTH), share) > most:
+        limit = half if shared_bytes(tiles, rank, min(share, DEPTH), share) <= half else most
+        if shared_bytes(tiles, rank, min(share, DEPTH), share) > most:
             kept = 1
-        fixed = tile_bytes(tiles, rank, 0, kept)
+        fixed = shared_bytes(tiles, rank, 0, kept)
         slots = max(min(share, DEPTH), min(share, (limit - fixed) // (tiles * 16 * 256)))
-    return Plan(False, tiles, ctas, slots, kept, tile_bytes(tiles, rank, slots, kept), cover * ctas, 0)
+    return Plan(tiles, ctas, slots, kept, shared_bytes(tiles, rank, slots, kept), cover * ctas)

@@ -8,17 +8,14 @@ constexpr float SHIFT = 0.171875f;            // int4.GELU_SHIFT
 constexpr float TINY = 7.888609e-31f;         // 2^-100: maxima below count as 0, since their scale would have no reciprocal
 constexpr float MAGIC = 12582912.f;           // 1.5 * 2^23: adding it leaves round(v) in a float's low bits, two's complement
 
-// Most columns have no shift, and adding 0 isn't free.
-template <bool shifted> __device__ __forceinline__ float plus(float x, float shift) { return shifted ? x + shift : x; }
-
 // max over 8 columns of |(x + shift) / smooth|
-template <bool shifted> __device__ __forceinline__ float max_of_run(uint4 x, const float (&even)[4], const float (&odd)[4]) {
+__device__ __forceinline__ float max_of_run(uint4 x, const float (&even)[4], const float (&odd)[4], float shift) {
     const u32 words[4] = {x.x, x.y, x.z, x.w};
     float m = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        m = max_abs(m, plus<shifted>(low_float(words[i]), SHIFT) * even[i]);
-        m = max_abs(m, plus<shifted>(high_float(words[i]), SHIFT) * odd[i]);
+        m = max_abs(m, (low_float(words[i]) + shift) * even[i]);
+        m = max_abs(m, (high_float(words[i]) + shift) * odd[i]);
     }
     return m;
 }
@@ -46,10 +43,9 @@ __device__ __forceinline__ int run_of(int lane, int i) {
 constexpr int RUNS = CODES == NIBBLE ? 2 : 4;
 
 // Codes one row's 16 columns, lane 0..7 of the row's eight, from its runs of x.
-//     shifted         some of the block's columns have a shift
 //     inverse, keep   int8: 1 / scale of each run; ~0, or 0 if the row is NaN
 //     scale           4 bits: written by one lane for each group of 64; null where there is no such group or row
-template <bool shifted> __device__ __forceinline__ void code_row(const uint4 (&x)[RUNS], u32 smooth, int lane, int row, bool real, const float (&shift)[RUNS],
+__device__ __forceinline__ void code_row(const uint4 (&x)[RUNS], u32 smooth, int lane, int row, bool real, const float (&shift)[RUNS],
                                          const float (&inverse)[RUNS], u32 keep, bool is_unsigned, float* scale, char* image) {
     const int half = lane & 1;
     float v[16];
@@ -62,13 +58,13 @@ template <bool shifted> __device__ __forceinline__ void code_row(const uint4 (&x
             load_floats(even, run), load_floats(odd, run + 16);
 #pragma unroll
             for (int b = 0; b < 4; b++) {
-                v[8 * i + 2 * b] = plus<shifted>(low_float(words[b]), shift[i]) * even[b];
-                v[8 * i + 2 * b + 1] = plus<shifted>(high_float(words[b]), shift[i]) * odd[b];
+                v[8 * i + 2 * b] = (low_float(words[b]) + shift[i]) * even[b];
+                v[8 * i + 2 * b + 1] = (high_float(words[b]) + shift[i]) * odd[b];
             }
         } else {
             load_floats(even, run + 16 * half);
 #pragma unroll
-            for (int b = 0; b < 4; b++) v[4 * i + b] = plus<shifted>(either_float(words[b], half), shift[i]) * even[b];
+            for (int b = 0; b < 4; b++) v[4 * i + b] = (either_float(words[b], half) + shift[i]) * even[b];
         }
     }
     float local = 0, floor = 0;

@@ -164,13 +164,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         }
         const int group = (column >> 6) + (code_lane >> 2);
         const bool scaled = CODES != INTEGER && (lane & 3) == 0 && token < padded && group * 64 < K;
-        const u32 block_smooth = at.smooth + (kept > 1 ? block : 0) * 512;
-        float* scale = scaled ? act_scale + (size_t)group * padded + token : nullptr;
-        char* image = token < padded ? act + ((size_t)(first + block) * padded + token) * (CODES == NIBBLE ? 64 : 128) : nullptr;
-        if (column + 128 > unsigned_from)
-            code_row<true>(runs, block_smooth, code_lane, token, real, shifts, inverses, keep, is_unsigned, scale, image);
-        else
-            code_row<false>(runs, block_smooth, code_lane, token, real, shifts, inverses, keep, is_unsigned, scale, image);
+        code_row(runs, at.smooth + (kept > 1 ? block : 0) * 512, code_lane, token, real, shifts, inverses, keep, is_unsigned,
+                 scaled ? act_scale + (size_t)group * padded + token : nullptr,
+                 token < padded ? act + ((size_t)(first + block) * padded + token) * (CODES == NIBBLE ? 64 : 128) : nullptr);
     };
 
     // --- The pass over x ---
@@ -202,13 +198,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                         const u32 run = at.smooth + (kept > 1 ? block : 0) * 512 + (4 * span + L) * 32;
                         float even[4], odd[4];
                         load_floats(even, run), load_floats(odd, run + 16);
-                        if ((first + block) * 128 + span * 32 >= unsigned_from) {
-                            row_max[1][0] = max_abs(row_max[1][0], max_of_run<true>(a[m], even, odd));
-                            row_max[1][1] = max_abs(row_max[1][1], max_of_run<true>(b[m], even, odd));
-                        } else {
-                            row_max[0][0] = max_abs(row_max[0][0], max_of_run<false>(a[m], even, odd));
-                            row_max[0][1] = max_abs(row_max[0][1], max_of_run<false>(b[m], even, odd));
-                        }
+                        const bool part = (first + block) * 128 + span * 32 >= unsigned_from;
+                        const float shift = part ? SHIFT : 0;
+                        const float of_a = max_of_run(a[m], even, odd, shift), of_b = max_of_run(b[m], even, odd, shift);
+                        row_max[0][0] = max_abs(row_max[0][0], part ? 0 : of_a), row_max[0][1] = max_abs(row_max[0][1], part ? 0 : of_b);
+                        row_max[1][0] = max_abs(row_max[1][0], part ? of_a : 0), row_max[1][1] = max_abs(row_max[1][1], part ? of_b : 0);
                     }
                 }
 #pragma unroll

@@ -148,15 +148,6 @@ __device__ __forceinline__ float4 load_floats_at(u32 address) {
     return v;
 }
 
-#if __CUDA_ARCH__ >= 900
-// Stores 16 bytes in CTA `cta`'s shared memory, counted by the barrier at the same CTA.
-__device__ __forceinline__ void send_floats(u32 address, float4 v, u32 barrier, u32 cta) {
-    asm volatile("{\n.reg .b32 there, counter;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 counter, %5, %6;\n"
-                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [counter];\n}"
-                 ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier), "r"(cta) : "memory");
-}
-#endif
-
 // --- Tensor cores ----------------------------------------------------------------------------------------------------
 
 // Four 8 x 8 matrices of 16 bit, transposed; lane 8 i + r gives the address of matrix i's row r.

@@ -147,21 +147,6 @@ CASES = [
     (9, 4160, 32, 4096, 1, 8, torch.float16),
 ]
 
-# The same without tiles: by quantize_ring.cu.
-RING_CASES = [
-    (1, 64, 16, None, 1, torch.bfloat16),
-    (17, 192, 32, 128, 1, torch.float16),
-    (37, 704, 48, 64, 2, torch.bfloat16),
-    (100, 1216, 64, 0, 4, torch.float16),
-    (300, 3072, 128, 2048, 8, torch.bfloat16),
-    (2500, 1536, 32, 512, 1, torch.bfloat16),  # several rounds
-    (300, 3072, 0, 1024, 4, torch.bfloat16),
-    (130, 3072, 32, None, 2, torch.float16),
-    (90, 12288, 32, 0, 8, torch.bfloat16),
-    (1000, 15360, 32, 3072, 8, torch.bfloat16),
-    (33, 4096, 112, None, 8, torch.bfloat16),
-]
-
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("m", "k", "rank", "unsigned_from", "tiles", "ctas", "dtype"), CASES)
@@ -169,17 +154,8 @@ def test_is_float64s(m, k, rank, unsigned_from, tiles, ctas, dtype, mode, monkey
     if ctas and ctas > 1 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters came with Hopper")
     poisoned(monkeypatch)
-    cut = dict(ring=False, tiles=tiles, ctas=ctas) if tiles else {}
+    cut = dict(tiles=tiles, ctas=ctas) if tiles else {}
     check(*random_case(m, k, rank, dtype), k if unsigned_from is None else unsigned_from, MODES[mode], **cut)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("m", "k", "rank", "unsigned_from", "ctas", "dtype"), RING_CASES)
-def test_ring_is_float64s(m, k, rank, unsigned_from, ctas, dtype, mode, monkeypatch):
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("clusters came with Hopper")
-    poisoned(monkeypatch)
-    check(*random_case(m, k, rank, dtype), k if unsigned_from is None else unsigned_from, MODES[mode], ring=True, ctas=ctas)
 
 
 @pytest.mark.parametrize("rank", [32, 128])
@@ -189,8 +165,8 @@ def test_little_shared_memory(rank, monkeypatch):
     monkeypatch.setitem(quantize.SHARED_PER_SM, arch, 72)
     quantize._launch.cache_clear()
     poisoned(monkeypatch)
-    assert quantize.plan_for(40, 12288, rank, INT8, arch, 132, False, 2, 1).kept == 1
-    check(*random_case(40, 12288, rank), 8192, INT8, ring=False, tiles=2, ctas=1)
+    assert quantize.plan_for(40, 12288, rank, INT8, arch, 132, 2, 1).kept == 1
+    check(*random_case(40, 12288, rank), 8192, INT8, tiles=2, ctas=1)
     quantize._launch.cache_clear()
 
 
@@ -306,8 +282,7 @@ def test_timing():
             for mode, codes in MODES.items():
                 plan = quantize.plan_for(m, k, rank, codes, arch, sms)
                 us, share = timing(m, k, rank, codes, copy)
-                how = "ring" if plan.ring else f"T{plan.tiles}"
-                cells.append(f"{mode} {us:6.1f} us {share:4.0%} ({how} C{plan.ctas} {plan.slots} slots)")
+                cells.append(f"{mode} {us:6.1f} us {share:4.0%} (T{plan.tiles} C{plan.ctas} {plan.slots} slots)")
             print(f"rank {rank:3d} ({m:4d}, {k:5d})  " + "   ".join(cells), flush=True)
 
 
@@ -316,7 +291,6 @@ def test_timing_of_other_cuts():
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("there is only one without clusters")
     copy = copy_bandwidth()
-    sms, arch = torch.cuda.get_device_properties(0).multi_processor_count, compiler.arch_number(compiler.architecture(torch.device("cuda")))
     print()
     for rank in (32, 128):
         for m, k in SHAPES:
@@ -324,13 +298,9 @@ def test_timing_of_other_cuts():
             xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(3, min(20, int(4e8 / (3 * m * k)) + 1)))]
             down = random_case(1, k, rank)[2]
             cells.append(f"x @ proj_down by cuBLAS {microseconds([lambda x=x, down=down: x @ down for x in xs]):6.1f}")
-            for ctas in (1, 2, 4, 8):
-                if quantize.ring_plan(m, k, rank, arch, sms, ctas):
-                    us, share = timing(m, k, rank, INT8, copy, ring=True, ctas=ctas)
-                    cells.append(f"ring C{ctas} {us:6.1f} {share:3.0%}")
             for tiles in (1, 2, 4):
                 for ctas in (1, 2, 4, 8):
                     if 2000 <= k / ctas * tiles <= 9000 and (rank == 32 or tiles > 1):
-                        us, share = timing(m, k, rank, INT8, copy, ring=False, tiles=tiles, ctas=ctas)
+                        us, share = timing(m, k, rank, INT8, copy, tiles=tiles, ctas=ctas)
                         cells.append(f"T{tiles} C{ctas} {us:6.1f} {share:3.0%}")
             print(f"rank {rank:3d} ({m:4d}, {k:5d})  " + "   ".join(cells), flush=True)
