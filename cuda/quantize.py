@@ -135,7 +135,8 @@ def shared_bytes(tiles, rank, slots, kept):
 def plan_for(m, k, rank, codes, arch, sms, tiles=None, ctas=None):
     """The Plan for a GPU of compute capability `arch` (90, ...) with `sms` multiprocessors."""
     blocks = -(-k // images.BLOCK)
-    clusters = [c for c in (1, 2, 4, 8) if c <= blocks and arch >= 90] or [1]
+    # On RTX 50 the kernel for clusters of 8 spills registers with more than 64 ranks.
+    clusters = [c for c in (1, 2, 4, 8) if c <= blocks and arch >= 90 and (c < 8 or arch < 120 or rank <= 64)] or [1]
     per_sm = SHARED_PER_SM.get(arch, 100) << 10
     most = per_sm - 1024 if arch > 75 else per_sm
     half = min(most, per_sm // 2 - 1024)  # so that two CTAs share a multiprocessor: one loads while the other codes

@@ -55,9 +55,7 @@ class SVDQuantSaveModel(io.ComfyNode):
         path, name = target_path(filename)
         tensors = unpatched_tensors(model)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
-        parts = (path, tensors, specs, build.stored_config(model.model), model.recipe, model.source, overwrite)
-        if layout == "nunchaku":
-            nunchaku_write.save(*parts)
-        else:
-            native.save(*parts, model.get_attachment(CARD))
+        writer = {"native": native, "nunchaku": nunchaku_write}[layout]
+        writer.save(path, tensors, specs, build.stored_config(model.model), model.recipe, model.source, overwrite,
+                    model.get_attachment(CARD))
         return io.NodeOutput(name)

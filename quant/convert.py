@@ -43,14 +43,15 @@ def convert(source, target, to, overwrite=False, progress=lambda done, total: No
         raise CheckpointError(f"{header.file} {why}; choose another file.")
     packed = READERS[found].open_file(header)
     config = _config(packed)
+    source_card = card.of_source(header.metadata)
     counted = partial(_counted, progress=progress)
     if to == "native":
         infos = {name: (shape, packed.dtypes[name]) for name, shape in packed.shapes.items()}
         native.save_stream(target, infos, counted(packed.tensors(), len(infos)), packed.specs, config, packed.recipe, packed.source,
-                           overwrite, card.of_source(header.metadata))
+                           overwrite, source_card)
     else:
         nunchaku_write.save(target, StoredTensors(packed), packed.specs, config, packed.recipe, packed.source, overwrite,
-                            counted)
+                            source_card, counted)
 
 
 def _config(packed):

@@ -19,9 +19,10 @@ from itertools import chain
 import torch
 
 from .. import flux, layout
+from .card import modelspec
 from .header import CheckpointError
 from .packed import PackedFile
-from .write import modelspec, write
+from .write import write
 
 VERSION = 1
 MODULE_FORMATS = tuple(layout.GROUP_SIZES)

@@ -8,19 +8,20 @@ from .. import flux, layout
 from . import nunchaku_halves as halves
 from . import nunchaku_layout as order
 from . import nunchaku_names as names
+from .card import modelspec
 from .header import CheckpointError
 from .nunchaku import FLOAT_TYPES, HALF_TYPES, MODEL_CLASSES
-from .write import check_target, modelspec, write
+from .write import check_target, write
 
 
-def save(path, tensors, specs, config, recipe, source, overwrite=False, counted=lambda tensors, total: tensors):
+def save(path, tensors, specs, config, recipe, source, overwrite=False, source_card=None, counted=lambda tensors, total: tensors):
     """Write a checkpoint in Nunchaku's layout, as write.write does.
 
     tensors: mapping {name: tensor} of the whole diffusion model, read one at a time; specs: {layer name: LayerSpec} of
-    its packed layers; config, recipe: JSON-able dicts; source: str. Codes, scales and branches are written as they are;
-    every layer gets the same rank, the largest, filled up with zeros. counted: wraps the iterable of (name, tensor) that
-    is written, and is told how many there are, to watch it. Raises CheckpointError where a layer has no place
-    in Nunchaku's layout, and as write.write does.
+    its packed layers; config, recipe: JSON-able dicts; source: str; source_card: card.of_source of what was quantized.
+    Codes, scales and branches are written as they are; every layer gets the same rank, the largest, filled up with zeros.
+    counted: wraps the iterable of (name, tensor) that is written, and is told how many there are, to watch it. Raises
+    CheckpointError where a layer has no place in Nunchaku's layout, and as write.write does.
     """
     check_target(path, overwrite)
     depths = {kind: config[key] for key, kind in (("depth", names.DOUBLE), ("depth_single_blocks", names.SINGLE))}
@@ -32,7 +33,7 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, counted=
     infos = {stored: (tensors[name].shape, tensors[name].dtype) for name, stored in plain.items()}
     for name, (parts, chunks) in layers.items():
         infos |= _layout(name, specs[name], parts, chunks, rank)
-    metadata = _metadata(tensors, config, rank) | modelspec(path) | {
+    metadata = _metadata(tensors, config, rank) | modelspec(path, source_card) | {
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source}
     write(path, infos, counted(_stream(tensors, specs, layers, plain, rank), len(infos)), metadata, overwrite)
 

@@ -6,7 +6,6 @@ import shutil
 
 import torch
 
-from .card import modelspec  # noqa: F401  the writers have it from here
 from .header import DTYPES, CheckpointError
 
 SPARE_BYTES = 1 << 20  # header and file system overhead, when asking whether the disk has room

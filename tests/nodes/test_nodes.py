@@ -161,7 +161,7 @@ def test_saving_beside_a_clone_that_is_loaded_with_a_lora(tmp_path):
 
 
 def test_saving_in_nunchakus_layout_and_back():
-    """Codes, scales and branches survive the way there and back; so do a title, an author and a licence the native way."""
+    """Codes, scales and branches survive the way there and back; modulation layers are rounded once."""
     twin, *_ = quantize()
     name = SVDQuantSaveModel.execute(twin, "theirs", True, "nunchaku").result[0]
     loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
@@ -208,10 +208,11 @@ def with_card():
     return path
 
 
-def test_a_saved_model_tells_where_it_comes_from(with_card):
+@pytest.mark.parametrize("layout", ["native", "nunchaku"])
+def test_a_saved_model_tells_where_it_comes_from(with_card, layout):
     model = SVDQuantLoadModel.execute(with_card.name, "auto").result[0]
-    saved = SVDQuantSaveModel.execute(quantize(model=model)[0], "from_card", True).result[0]
-    saved = SVDQuantSaveModel.execute(SVDQuantLoadModel.execute(saved, "auto").result[0], "from_card_again", True).result[0]
+    saved = SVDQuantSaveModel.execute(quantize(model=model)[0], "from_card", True, layout).result[0]
+    saved = SVDQuantSaveModel.execute(SVDQuantLoadModel.execute(saved, "auto").result[0], "from_card_again", True, layout).result[0]
     report, data = SVDQuantInspect.execute(saved).result
     told = json.loads(data)
     assert told["source"] == with_card.name and told["model"]["hidden_size"] == 256

@@ -36,7 +36,7 @@ def model():
 def files(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspected")
     native.save(str(folder / "native.safetensors"), *model, RECIPE, "flux1.safetensors", source_card=SOURCE)
-    nunchaku_write.save(str(folder / "nunchaku.safetensors"), *model, RECIPE, "flux1.safetensors")
+    nunchaku_write.save(str(folder / "nunchaku.safetensors"), *model, RECIPE, "flux1.safetensors", source_card=SOURCE)
     return folder
 
 
@@ -148,15 +148,13 @@ def test_a_file_without_a_card_is_called_by_its_name(model, tmp_path):
     assert card.of_source({"modelspec.thumbnail": "x" * (1 << 21)}) == {}
 
 
-def test_converting_keeps_the_card(files, tmp_path):
-    source = read_header(str(files / "native.safetensors"))
-    save_file(load_file(files / "nunchaku.safetensors"), tmp_path / "theirs.safetensors",
-              metadata=read_header(str(files / "nunchaku.safetensors")).metadata | SOURCE)
-    convert.convert(str(tmp_path / "theirs.safetensors"), str(tmp_path / "ours.safetensors"), "native")
-    ours = read_header(str(tmp_path / "ours.safetensors")).metadata
-    dated = "modelspec.date"
-    assert {key: value for key, value in ours.items() if key.startswith("modelspec.") and key != dated} == {
-        key: value for key, value in source.metadata.items() if key.startswith("modelspec.") and key != dated}
+@pytest.mark.parametrize(("of", "to"), [("native", "nunchaku"), ("nunchaku", "native")])
+def test_both_layouts_have_the_card_and_converting_keeps_it(files, tmp_path, of, to):
+    convert.convert(str(files / f"{of}.safetensors"), str(tmp_path / "converted.safetensors"), to)
+    carded = [read_header(str(path)).metadata for path in (files / f"{of}.safetensors", tmp_path / "converted.safetensors")]
+    first, second = ({key: value for key, value in metadata.items() if key.startswith(("modelspec.", "svdquant.source"))
+                      and key != "modelspec.date"} for metadata in carded)
+    assert first == second and len(first) == 8
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
