@@ -10,7 +10,7 @@
 //   64     | warpgroup 0    |  A: weights, registers                               S  2 x ROWS         the two groups' 16-bit scales
 //   64     | warpgroup 1    |                             after the K blocks, the branch's blocks of 32 ranks go through the same ring:
 //   64     | warpgroup 2    |                                                      X  TOKENS x 64 B    low, 16 bit, swizzled
-//          +----------------+                                                      W  ROWS x 64 B      up, 16 bit, natural order
+//          +----------------+                                                      W  ROWS x 64 B      up, 16 bit, swizzled
 //
 // CLUSTER 2: two CTAs side by side along the weight rows need the same tokens; each fetches half of them for both.
 //
@@ -51,7 +51,7 @@ struct Place {
 };
 
 struct Problem {
-    int m, padded_m, n, k, rank, border, blocks, rank_blocks, token_tiles, tiles;
+    int blocks, rank_blocks, token_tiles, tiles;
 };
 
 // Tiles go down the tokens first: the CTAs at work share few weight rows, and the activation stays in L2.
@@ -88,7 +88,7 @@ struct Rows {
 };
 
 // Threads 0 .. 47 of the producers: the two groups' scales, 8 rows each.
-__device__ __forceinline__ void fetch_scales(u32 target, const u16* scales, int block, int n0, int n, int groups) {
+DEVICE void fetch_scales(u32 target, const u16* scales, int block, int n0, int n, int groups) {
     const int thread = threadIdx.x & 127, second = thread >= ROWS / 8, piece = thread - second * (ROWS / 8), group = 2 * block + second;
     if (thread < ROWS / 4)
         cp_async16(target + thread * 16, scales + (size_t)group * n + n0 + piece * 8, group < groups && n0 + piece * 8 < n);
@@ -144,7 +144,7 @@ struct Weights {
     }
 };
 
-// MMA step `step` of a block: d += these 32 columns' weights times the tokens'. Three steps may be running while it expands its weights.
+// One MMA step: d += 32 columns' weights (a of row g, b of row g + 8) times the tokens'. Three may be running while the next expands.
 DEVICE void multiply(int (&d)[TOKENS / 2], u32 a, u32 b, const Weights& w, u64 tokens) {
     u32 fragment[4];
     wgmma_wait<3>();  // the registers of four steps ago are free
@@ -172,16 +172,16 @@ extern "C" __global__ void __launch_bounds__(ROWS * 2 + 128, 1)
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
-gemm(u16* __restrict__ y,                    // (m, n)
+gemm(u16* __restrict__ y,                       // (m, n)
      const char* __restrict__ act,              // (blocks, padded_m, 128) int8 image
      const float* __restrict__ act_scale,       // (2, padded_m)
      const char* __restrict__ low,              // (rank_blocks, padded_m, 32) 16-bit image
      const float* __restrict__ low_scale,       // (padded_m) or null
      const char* __restrict__ weight,           // (n, k / 2)
-     const u16* __restrict__ weight_scale,   // (k / 64, n)
+     const u16* __restrict__ weight_scale,      // (k / 64, n)
      const float* __restrict__ row_scale,       // (n)
      const char* __restrict__ up,               // (n, rank)
-     const u16* __restrict__ bias,           // (n) or null
+     const u16* __restrict__ bias,              // (n) or null
      int m, int padded_m, int n, int k, int rank,
      int border,                                // the block at which the second part of the columns begins; 0: one part
      int part) {                                // the row of act_scale that the last part uses
@@ -189,7 +189,7 @@ gemm(u16* __restrict__ y,                    // (m, n)
     const u32 shared = shared_address(memory), full = shared + BARRIERS, empty = full + 8 * STAGES;
     const u32 cta = CLUSTER == 1 ? 0 : cluster_rank();
     const int row_tiles = (n + ROWS * CLUSTER - 1) / (ROWS * CLUSTER), token_tiles = (m + TOKENS - 1) / TOKENS;
-    const Problem p{m, padded_m, n, k, rank, border, (k + 127) / 128, (rank + 31) / 32, token_tiles, row_tiles * token_tiles};
+    const Problem p{(k + 127) / 128, (rank + 31) / 32, token_tiles, row_tiles * token_tiles};
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbarrier_init(full + 8 * s, 128 + 1);  // the producers' copies, and the one that announces the bulk copy
@@ -232,7 +232,8 @@ gemm(u16* __restrict__ y,                    // (m, n)
         const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
         const int row = warpgroup * 64 + warp * 16 + g;       // of the tile; the lane's other row is 8 below
         const u32 store = shared + STORES + warpgroup * STORE_BYTES;
-        float* const factors = (float*)(memory + FACTORS + warpgroup * FACTOR_BYTES);  // TOKENS each: scale, ratio, low_scale; then 1 / c of the rows
+        // TOKENS each of: the last part's scale, the parts' ratio, low_scale; then 1 / c of the warpgroup's rows.
+        float* const factors = (float*)(memory + FACTORS + warpgroup * FACTOR_BYTES);
         for (int tile = blockIdx.x / CLUSTER; tile < p.tiles; tile += gridDim.x / CLUSTER) {
             int m0, n0;
             tile_origin(p, tile, cta, m0, n0);
