@@ -41,8 +41,10 @@ def operations():
 
 def new_flux(device="cpu", dtype=torch.float32):
     """FLUX of FLUX_CONFIG; its weights are uninitialized memory."""
-    from comfy.ldm.flux.model import Flux
-    return Flux(dtype=dtype, device=device, operations=operations(), **FLUX_CONFIG)
+    from comfy.ldm.flux.model import Flux, FluxParams
+    # Newer ComfyUIs ask which of the text's position axes count; for FLUX.1 none does.
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+    return Flux(dtype=dtype, device=device, operations=operations(), **FLUX_CONFIG, **newer)
 
 
 def new_vae(device="cpu"):
