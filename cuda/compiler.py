@@ -175,6 +175,12 @@ def architecture(device):
     return _device_target(torch.cuda.current_device() if index is None else index)
 
 
+@functools.cache
+def multiprocessors(device):
+    """How many multiprocessors `device` has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def arch_number(arch):
     """"sm_90a" -> 90."""
     return int(re.fullmatch(r"sm_(\d+)[af]?", arch)[1])

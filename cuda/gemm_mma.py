@@ -102,11 +102,6 @@ def _kernel(kind, tile, number, half, turing, device):
     return compiler.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
 
 
-@functools.cache
-def _multiprocessors(index):
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def gemm(mode, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias, unsigned_from, m,
          tile=None, turing=None):
     """The layer's output from its quantized activation.
@@ -140,8 +135,7 @@ def launch(y, mode, act, act_scale, low, low_scale, weight, weight_scale, row_sc
         raise ValueError(f"A layer of {n} x {k} has more bytes than the GEMM's 32-bit offsets reach.")
     device = weight.device
     number = compiler.arch_number(compiler.architecture(device))
-    index = torch.cuda.current_device() if device.index is None else device.index
-    tile = tile or choose_tile(kind, number, _multiprocessors(index), m, n)
+    tile = tile or choose_tile(kind, number, compiler.multiprocessors(device), m, n)
     kernel = _kernel(kind, tile, number, y.dtype == torch.float16, turing, device)
     kernel((-(-m // tile.tokens) * -(-n // tile.rows),), (tile.threads,), y, act, act_scale, low, low_scale, weight, weight_scale,
            row_scale, proj_up, bias, m, n, k, rank, unsigned_from)

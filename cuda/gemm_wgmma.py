@@ -54,11 +54,6 @@ def _kernel(tile, dtype, device):
     return compiler.kernel(SOURCE, ENTRY, _defines(tile, dtype), device, shared_bytes(tile))
 
 
-@functools.cache
-def multiprocessors(index):
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def takes(k, unsigned_from):
     """Whether a layer's two parts, if it has two, meet between two blocks."""
     return unsigned_from == k or unsigned_from % images.BLOCK == 0
@@ -75,7 +70,7 @@ def gemm(act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_u
     if rank > MAX_RANK:
         raise ValueError(f"the branch has rank {rank}; at most {MAX_RANK} ranks are fused")
     y = torch.empty(m, n, dtype=weight_scale.dtype, device=act.device) if out is None else out
-    sms = multiprocessors(act.device.index)
+    sms = compiler.multiprocessors(act.device)
     tile = tile or choose_tile(m, n, sms)
     kernel = _kernel(tile, y.dtype, act.device)
     clusters = min(sms // CLUSTER, count_tiles(tile, m, n))

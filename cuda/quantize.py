@@ -9,13 +9,13 @@ from typing import NamedTuple, Optional
 import torch
 
 from . import compiler, images
+from .int4 import GROUP_SIZE
 
 # How codes are stored (images.py), in the kernels' numbers.
 INT8 = 0     # 8-bit codes, a scale a token and part, INTEGER order
 BYTES = 1    # 4-bit codes, a scale a token and group of 64, a byte each in GROUP order: for tensor cores without int4
 NIBBLES = 2  # the same codes, two a byte in NIBBLE order
 
-GROUP_SIZE = 64
 DEPTH = 4         # blocks of x under way, quantize.cu's
 SHARED_PER_SM = {75: 64, 80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228, 120: 100, 121: 100}  # KiB
 PEAK = 2.0**14    # an fp16 `low` is scaled down to stay below
@@ -102,8 +102,7 @@ def unfused_low(x, proj_down):
 def _launch(m, k, rank, codes, dtype, device, tiles, ctas):
     """(kernel, plan) for inputs of this shape."""
     arch = compiler.architecture(device)
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    plan = plan_for(m, k, rank, codes, compiler.arch_number(arch), sms, tiles, ctas)
+    plan = plan_for(m, k, rank, codes, compiler.arch_number(arch), compiler.multiprocessors(device), tiles, ctas)
     source, entry, defines = variant(dtype == torch.float16, codes, rank, plan)
     return compiler.kernel(source, entry, defines, device, plan.shared), plan
 
