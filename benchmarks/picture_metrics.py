@@ -1,0 +1,49 @@
+"""How far a picture is from another: PSNR, SSIM, and what a mean over pictures is worth."""
+
+import torch
+import torch.nn.functional as F
+
+LEAST_SQUARE = 1e-12  # a mean square below it counts as this: 120 dB stand for equal pictures
+WINDOW, SIGMA = 11, 1.5  # of SSIM, as its authors publish it
+C1, C2 = 0.01**2, 0.03**2
+RESAMPLES = 10_000
+
+
+def psnr(pictures, exact):
+    """(n,) dB of n pictures (n, 3, h, w) in [0, 1]."""
+    square = (pictures - exact).square().flatten(1).mean(dim=1)
+    return -10 * square.clamp_min(LEAST_SQUARE).log10()
+
+
+def ssim(pictures, exact):
+    """(n,) structural similarity of n pictures (n, c, h, w) in [0, 1], at least 11 wide and high: Wang et al. 2004, Gaussian
+    window of 11 x 11 with deviation 1.5, mean over channels and over the positions where the window fits."""
+    pictures, exact = pictures.double(), exact.double()  # a flat window's variance is a small difference of large numbers
+    taps = torch.arange(WINDOW, dtype=torch.float64, device=exact.device) - WINDOW // 2
+    gauss = torch.exp(-taps.square() / (2 * SIGMA**2))
+    gauss = gauss / gauss.sum()
+    n, c = exact.shape[:2]
+
+    def smoothed(values):
+        planes = values.flatten(0, 1).unsqueeze(1)
+        return F.conv2d(F.conv2d(planes, gauss.view(1, 1, -1, 1)), gauss.view(1, 1, 1, -1)).unflatten(0, (n, c))
+
+    mean_x, mean_y = smoothed(pictures), smoothed(exact)
+    var_x = smoothed(pictures.square()) - mean_x.square()
+    var_y = smoothed(exact.square()) - mean_y.square()
+    covariance = smoothed(pictures * exact) - mean_x * mean_y
+    likeness = (2 * mean_x * mean_y + C1) * (2 * covariance + C2)
+    return (likeness / ((mean_x.square() + mean_y.square() + C1) * (var_x + var_y + C2))).flatten(1).mean(dim=1)
+
+
+def latent_error(latents, exact):
+    """(n,) ||x - y|| / ||y|| of n latents."""
+    return (latents - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+
+
+def interval(differences):
+    """(low, high): 95 % interval of the mean of paired differences, by bootstrap with a fixed seed."""
+    values = torch.tensor(differences, dtype=torch.float64)
+    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = values[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,0 +1,353 @@
+"""Pictures of the trained small FLUX, 4-bit against bf16, ours beside other recipes:
+
+    python benchmarks/pictures.py --comfyui ~/ComfyUI             every recipe
+    python benchmarks/pictures.py --comfyui ~/ComfyUI --knobs     ours by rank, prompts, steps and preset
+    python benchmarks/pictures.py --table FILE                    the Markdown table of a result file
+
+The model and its VAE are demo/tiny_flux, on ComfyUI's own FLUX; the pictures are drawn by ComfyUI's own sampler, euler, simple,
+cfg 1, picture i with seed i, from captions that nobody calibrates on. All recipes calibrate on the same prompts, steps and seed.
+4-bit layers are computed as cuda/reference.py defines them, so that every recipe's scales count as they are; with CUDA, one more
+row has ours through the kernels. The result file is written after every row; --resume goes on with one.
+"""
+
+import argparse
+import fnmatch
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+
+import torch
+from machine import ROOT, description, load_pack
+from picture_metrics import interval, latent_error, psnr, ssim
+
+SIDE = 24  # latents; 192 pixels
+CALIBRATION_CAPTIONS, PICTURE_CAPTIONS = 1, 2  # seeds of the two lists of captions
+MOST_CALIBRATION = 16  # prompts, that no picture is drawn from
+BASE, OURS = "DeepCompressor default", "ours: best"
+GPTQ = "DeepCompressor + GPTQ"
+FLOOR = ("bf16, attention by plain products", "bf16, batches an eighth as large", "bf16, other arithmetic (float32 for bf16)")
+BITS = {"w4a4": 4, "w4a8": 8}
+KNOBS = {"rank": (16, 32, 64, 128), "prompts": (1, 2, 4, 8, 16), "steps": (1, 2, 4, 8, 20)}
+
+
+def captions(count, seed, taken=()):
+    """`count` different captions of the small FLUX's grammar that are not among `taken`."""
+    from tiny_flux import scenes
+
+    drawn = scenes.sample(2 * count + len(taken), torch.Generator().manual_seed(seed)).captions()
+    return [caption for caption in dict.fromkeys(drawn) if caption not in taken][:count]
+
+
+def enter_comfy(folder, device):
+    """Make ComfyUI, the pack and the demo's modules importable. Once a process: the pack would be loaded anew."""
+    sys.path.append(str(ROOT / "demo"))
+    from host import launch
+    from tiny_flux import host
+
+    launch.define_torchvision_ops()
+    launch.define_torchaudio()
+    host.find_comfyui(folder)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = device == "cpu"
+    load_pack()
+
+
+class Studio:
+    """The bf16 model, what it draws, and how others' pictures compare."""
+
+    def __init__(self, args):
+        import comfy.model_management
+        from comfyui_svdquant.quant.host import build
+
+        from tiny_flux import train
+
+        self.args = args
+        self.device = comfy.model_management.get_torch_device()
+        self.known = captions(MOST_CALIBRATION, CALIBRATION_CAPTIONS)
+        self.captions = captions(args.prompts, PICTURE_CAPTIONS, self.known)
+        self.files = ROOT / "demo" / "tiny_flux"
+        self.patcher = build.load_model(str(self.files / "tiny_flux.safetensors"))
+        self.vae = train.load_vae(str(self.files / "tiny_vae.safetensors"), self.device)
+        self.latents = self.draw(self.patcher)
+        self.pictures = self.develop(self.latents)
+
+    def draw(self, patcher, batch=None):
+        """(n, 16, SIDE, SIDE) latents as FLUX sees them, one a caption, `batch` at a time."""
+        import comfy.sample
+
+        from tiny_flux import words
+
+        latents, batch = [], batch or self.args.batch
+        for start in range(0, len(self.captions), batch):
+            context, pooled = words.embed(torch.tensor([words.word_ids(c) for c in self.captions[start:start + batch]]))
+            empty = torch.zeros(len(context), 16, SIDE, SIDE)
+            noise = torch.cat([comfy.sample.prepare_noise(empty[:1], start + i) for i in range(len(context))])
+            prompt = [[context, {"pooled_output": pooled}]]
+            latents.append(comfy.sample.sample(patcher, noise, self.args.steps, 1.0, "euler", "simple", prompt, prompt, empty,
+                                               disable_pbar=True, seed=0))
+        return self.patcher.model.process_latent_in(torch.cat(latents).float())
+
+    def develop(self, latents):
+        """(n, 3, 192, 192) in [0, 1]."""
+        from tiny_flux import train
+
+        return torch.cat([train.decode(self.vae, part.to(self.device)) for part in latents.split(self.args.batch)])
+
+    def compare(self, latents):
+        """{"psnr", "ssim", "latent_error": [a picture]} against bf16."""
+        pictures = self.develop(latents)
+        return {"psnr": psnr(pictures, self.pictures).tolist(), "ssim": ssim(pictures, self.pictures).tolist(),
+                "latent_error": latent_error(latents, self.latents).tolist()}
+
+    def judge(self, twin, by_kernels=False):
+        """{"w4a4", "w4a8": compare(...)} of a 4-bit model."""
+        from comfyui_svdquant.quant.linear import set_act_bits
+
+        found = {}
+        with nullcontext() if by_kernels else by_definition():
+            for key, bits in BITS.items():
+                set_act_bits(twin.model.diffusion_model, bits)
+                found[key] = self.compare(self.draw(twin))
+        return found
+
+    def calibration(self, prompts):
+        """What quantize takes: conditioning and latent."""
+        from tiny_flux import words
+
+        entries = [[context, {"pooled_output": pooled}] for context, pooled in map(words.encode, self.known[:prompts])]
+        return entries, {"samples": torch.zeros(1, 16, SIDE, SIDE)}
+
+
+@contextmanager
+def by_definition():
+    """Within it, 4-bit layers run through cuda/reference.py wherever they are: the int8 kernels round others' scales to multiples of
+    the row's smallest, which ours are already."""
+    from comfyui_svdquant.cuda import ops
+
+    kernels_run, ops.kernels_run = ops.kernels_run, lambda x, weight: False
+    try:
+        yield
+    finally:
+        ops.kernels_run = kernels_run
+
+
+# --- rows: each makes {name: result} --------------------------------------------------------------------------------
+
+
+def noise_floor(studio):
+    """bf16 against bf16 that is computed otherwise: attention by plain products, smaller batches, another arithmetic."""
+    import comfy.ldm.modules.attention
+    from comfyui_svdquant.quant.host import build, quantize
+
+    def plain_attention(_function, *args, **kwargs):
+        return comfy.ldm.modules.attention.attention_basic(*args, **kwargs)
+
+    attention = studio.patcher.clone()
+    attention.model_options["transformer_options"]["optimized_attention_override"] = plain_attention
+    usual = quantize.compute_dtype(studio.patcher)
+    dtype = torch.bfloat16 if usual == torch.float32 else torch.float32
+    other = build.load_model(str(studio.files / "tiny_flux.safetensors"), dtype)
+    drawn = {FLOOR[0]: studio.draw(attention), FLOOR[1]: studio.draw(studio.patcher, max(1, studio.args.batch // 8)),
+             FLOOR[2]: studio.draw(other)}
+    return {name: {"arithmetic": [str(usual), str(quantize.compute_dtype(other))], "w4a4": studio.compare(latents)}
+            for name, latents in drawn.items()}
+
+
+def others(studio, *names):
+    """Rows of others' recipes, each with the seconds of those before it, whose findings it may use."""
+    import model_recipes
+    import recipes
+    from comfyui_svdquant.quant.host import quantize
+
+    args, rows = studio.args, {}
+    entries, latent = studio.calibration(args.calibration_prompts)
+    inputs, seconds = model_recipes.timed(lambda: model_recipes.layer_inputs(studio.patcher, quantize.record_trajectory(
+        studio.patcher, entries, latent, args.calibration_steps, 0, model_recipes.Silent())))
+    with model_recipes.one_search():
+        for name in names:
+            twin, more = model_recipes.timed(model_recipes.by_recipe, recipes.RECIPES[name], studio.patcher, inputs, args.rank)
+            seconds += more
+            rows[name] = {"seconds": seconds, "megabytes": model_recipes.megabytes(twin)} | studio.judge(twin)
+    return rows
+
+
+def ours(studio, name, preset, rank=None, prompts=None, steps=None, exceptions=""):
+    """A row as the node makes it; with CUDA, `OURS` through the kernels too."""
+    import model_recipes
+    from comfyui_svdquant.quant import quantizer
+    from comfyui_svdquant.quant.host import quantize
+
+    args = studio.args
+    recipe = quantizer.recipe(preset, rank or args.rank, exceptions)
+    entries, latent = studio.calibration(prompts or args.calibration_prompts)
+    (twin, _), seconds = model_recipes.timed(quantize.quantize, studio.patcher, recipe, entries, latent,
+                                             steps or args.calibration_steps, 0, model_recipes.Silent())
+    cost = {"seconds": seconds, "megabytes": model_recipes.megabytes(twin)}
+    rows = {name: cost | studio.judge(twin)}
+    if name == OURS and studio.device.type == "cuda":
+        rows[f"{OURS}, by the kernels"] = cost | studio.judge(twin, by_kernels=True)
+    return rows
+
+
+def recipe_jobs(args):
+    """[(function, arguments)] of the recipes, the longest first."""
+    from comfyui_svdquant.quant import quantizer
+
+    wide = f"*.linear1 = {2 * args.rank}, *.linear2 = {2 * args.rank}"
+    presets = [preset for preset in ("slow", "best", "fast", "data-free") if preset in quantizer.PRESETS]
+    return [(others, (BASE, GPTQ)), *((ours, (f"ours: {preset}", preset)) for preset in presets),
+            (ours, (f"{OURS}, branches as wide as theirs", "best", None, None, None, wide)), (noise_floor, ()),
+            *((others, (name,)) for name in ("naive rounding", "SmoothQuant", "SVDQuant, one shot"))]
+
+
+def knob_jobs(args):
+    """[(function, arguments)] of the knobs, one changed at a time; the row of the defaults is the same in all."""
+    from comfyui_svdquant.quant import quantizer
+
+    usual = {"rank": args.rank, "prompts": args.calibration_prompts, "steps": args.calibration_steps}
+    jobs = [(ours, ("defaults", "best"))]
+    for knob, values in KNOBS.items():
+        for value in values:
+            if value != usual[knob]:
+                jobs.append((ours, (f"{knob} {value}", "best", *((usual | {knob: value}).values()))))
+    presets = [preset for preset in quantizer.PRESETS if preset not in ("best", "naive")]
+    return jobs + [(ours, (f"preset {preset}", preset)) for preset in presets]
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def start_worker(args):
+    """What a process of many does once: take its share of the threads."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    enter_comfy(args.comfyui, args.device)
+    work.args = args
+
+
+@functools.cache
+def studio_of_process():
+    return Studio(work.args)
+
+
+def work(job):
+    """{name: result} of one job, on this process's Studio."""
+    function, arguments = job
+    with torch.inference_mode():
+        return function(studio_of_process(), *arguments)
+
+
+def rows_of(args, jobs):
+    """Yield {name: result} as the jobs end, args.jobs at a time."""
+    if args.jobs == 1:
+        work.args = args
+        yield from map(work, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context, start_worker, (args,)) as pool:
+        for done in as_completed([pool.submit(work, job) for job in jobs]):
+            yield done.result()
+
+
+def names_of(job):
+    """The names of the rows that a job makes on any device."""
+    function, arguments = job
+    return FLOOR if function is noise_floor else arguments if function is others else arguments[:1]
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def differences(found, key, name, base_key="w4a4"):
+    """[dB a picture]: row `name` at `key` less DeepCompressor's default, or the row of the defaults where there is none."""
+    base = found.get(BASE) or found.get("defaults")
+    return [a - b for a, b in zip(found[name][key]["psnr"], base[base_key]["psnr"])]
+
+
+def in_order(found):
+    """The rows as the table has them: the floor, others, ours; or the knobs in their order."""
+    first = ["bf16", "naive", "SmoothQuant", "SVDQuant", "DeepCompressor", "ours: data-free", "ours: fast", OURS, "ours",
+             "defaults", "rank", "prompts", "steps", "preset"]
+
+    def place(name):
+        number = name.rpartition(" ")[2]
+        return next(i for i, word in enumerate(first) if name.startswith(word)), int(number) if number.isdecimal() else 0, name
+
+    return {name: found[name] for name in sorted(found, key=place)}
+
+
+def table(found):
+    """The results as Markdown: means over the pictures, and what the difference to the base row is worth."""
+    base = BASE if BASE in found else "defaults"
+    head = "| | PSNR, dB | to the base (95 %) | SSIM | latent error | W4A8: PSNR, dB | to the base | SSIM | latent error | MB | s |"
+    lines = [f"The base is the row {base!r} at W4A4.", "", head, "|" + "---|" * 11]
+    for name, row in in_order(found).items():
+        cells = []
+        for key in BITS:
+            if key not in row:
+                cells += [""] * 4
+                continue
+            values = row[key]
+            low, high = interval(apart := differences(found, key, name)) if base in found else (0, 0)
+            gain = f"{mean(apart):+.2f} ({low:+.2f} to {high:+.2f})" if base in found and not name.startswith("bf16") else ""
+            cells += [f"{mean(values['psnr']):.2f}", gain, f"{mean(values['ssim']):.4f}", f"{mean(values['latent_error']):.2%}"]
+        cost = [f"{row['megabytes']:.2f}", f"{row['seconds']:.0f}"] if "seconds" in row else ["", ""]
+        lines.append(f"| {name} | " + " | ".join(cells + cost) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH)")
+    parser.add_argument("--knobs", action="store_true", help="ours by rank, calibration prompts, calibration steps and preset")
+    parser.add_argument("--prompts", type=int, default=32, help="pictures")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=32, help="pictures drawn at a time")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--calibration-prompts", type=int, default=8)
+    parser.add_argument("--calibration-steps", type=int, default=8)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="*", help="pattern of the rows to make")
+    parser.add_argument("--jobs", type=int, default=1, help="rows made at a time, each by a process of its own")
+    parser.add_argument("--out", help="the result file; benchmarks/results/pictures[_knobs]_<device>.json")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the result file has, of a run with the same arguments")
+    parser.add_argument("--table", metavar="FILE", help="print a result file's table, and do nothing else")
+    args = parser.parse_args()
+    if args.table:
+        with open(args.table, encoding="utf-8") as file:
+            print(table(json.load(file)["results"]))
+        return
+    run(args)
+
+
+def run(args):
+    start = time.perf_counter()
+    enter_comfy(args.comfyui, args.device)
+    machine = torch.cuda.get_device_name().replace("NVIDIA ", "").split()[0].lower() if args.device == "cuda" else "cpu"
+    path = args.out or ROOT / "benchmarks" / "results" / f"pictures{'_knobs' if args.knobs else ''}_{machine}.json"
+    told = {key: value for key, value in vars(args).items() if key not in ("comfyui", "out", "resume", "table")}
+    record = description() | {"arguments": told, "results": {}}
+    if args.resume and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            record["results"] = json.load(file)["results"]
+    jobs = [job for job in (knob_jobs(args) if args.knobs else recipe_jobs(args))
+            if any(name not in record["results"] and fnmatch.fnmatchcase(name, args.only) for name in names_of(job))]
+    for done, rows in enumerate(rows_of(args, jobs), 1):
+        record["results"] = in_order(record["results"] | rows)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+        for name, row in rows.items():
+            figures = [f"{key} {mean(row[key]['psnr']):.2f} dB" for key in BITS if key in row]
+            cost = [f"quantized in {row['seconds']:.1f} s"] if "seconds" in row else []
+            print(f"[{time.perf_counter() - start:5.0f} s] {done}/{len(jobs)}  {name}: {', '.join(figures + cost)}", flush=True)
+    print(table(record["results"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Others' recipes on a whole FLUX, and the pictures that it draws."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+pytest.importorskip("comfy", reason="there is no ComfyUI")
+
+import layers
+import model_recipes
+import pictures
+import recipes
+from comfyui_svdquant.quant import layout, quantizer
+from comfyui_svdquant.quant.host import quantize
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
+
+@pytest.fixture(scope="module")
+def studio():
+    args = Namespace(prompts=2, steps=2, batch=2, rank=16, calibration_prompts=1, calibration_steps=1)
+    with torch.inference_mode():
+        return pictures.Studio(args)
+
+
+def test_a_layer_in_two_parts_is_the_sum_of_its_parts():
+    g = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(64, 192, generator=g), torch.randn(256, 192, generator=g).clamp_min(-0.17)
+    bias = torch.randn(64, generator=g)
+    spec = layout.svdquant_spec(192, 64, 16, 64, True, torch.bfloat16)
+    parts = model_recipes.parts("single_blocks.0.linear2", weight, inputs, 64)
+    assert [(part.weight.shape[1], part.unsigned) for part in parts] == [(64, False), (128, True)]
+    packed = [recipes.svdquant_one_shot(part, 16) for part in parts]
+    halves = [recipes.output(part.calibration, tensors, recipes.spec_of(part, 16)) for part, tensors in zip(parts, packed)]
+    whole = model_recipes.packed_layer(recipes.svdquant_one_shot, "single_blocks.0.linear2", weight, bias, inputs, spec, 16)
+    assert whole["weight_proj_up"].shape == (64, 32) and whole["weight_proj_down"].shape == (192, 32)
+    estimate = recipes.output(inputs, whole, spec)
+    assert (estimate - sum(halves) - bias).norm() < 5e-3 * estimate.norm()  # the bias is in bf16
+    assert (estimate - inputs @ weight.t() - bias).norm() < 0.2 * estimate.norm()
+
+
+def test_naive_rounding_is_our_preset_naive(studio):
+    entries, latent = studio.calibration(1)
+    calls = quantize.record_trajectory(studio.patcher, entries, latent, 1, 0, model_recipes.Silent())
+    inputs = model_recipes.layer_inputs(studio.patcher, calls)
+    assert {tuple(x.shape) for x in inputs.values()} == {(144, 256), (144, 1024), (16, 256), (16, 1024), (160, 256), (160, 1280)}
+    twin = model_recipes.by_recipe(recipes.naive, studio.patcher, inputs, 16)
+    preset, _ = quantize.quantize(studio.patcher, quantizer.recipe("naive", 16), None, None, 1, 0, model_recipes.Silent())
+    ours, theirs = (model.model.diffusion_model.state_dict() for model in (preset, twin))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_deepcompressor_searches_once_for_its_two_recipes(monkeypatch):
+    searched = []
+    monkeypatch.setattr(recipes, "deepcompressor_state", lambda layer, rank: searched.append(layer.kind))
+    layer = layers.Layer("one", None, None, None, False)
+    with model_recipes.one_search():
+        recipes.deepcompressor_state(layer, 16)
+        recipes.deepcompressor_state(layer, 16)
+    assert searched == ["one"]
+
+
+def test_four_bits_are_farther_from_bf16_than_bf16_computed_otherwise(studio):
+    floor = pictures.noise_floor(studio)
+    row = pictures.others(studio, "naive rounding")["naive rounding"]
+    assert 5 < pictures.mean(row["w4a4"]["psnr"]) < 40 < min(pictures.mean(f["w4a4"]["psnr"]) for f in floor.values())
+    assert pictures.mean(row["w4a8"]["latent_error"]) < pictures.mean(row["w4a4"]["latent_error"])
+    assert 6 < row["megabytes"] < 8
+
+
+def test_nobody_calibrates_on_the_pictures_captions(studio):
+    assert len(set(studio.captions)) == 2 and len(set(studio.known)) == pictures.MOST_CALIBRATION
+    assert not set(studio.captions) & set(studio.known)
+
+
+def test_the_table_compares_picture_by_picture():
+    def row(*psnr):
+        figures = {"psnr": list(psnr), "ssim": [1, 1], "latent_error": [0.1, 0.1]}
+        return {key: figures for key in pictures.BITS} | {"seconds": 1, "megabytes": 9}
+
+    text = pictures.table({"ours: best": row(32, 44), pictures.BASE: row(30, 40)})
+    ours, base = text.splitlines()[-1], text.splitlines()[-2]
+    assert base.startswith("| DeepCompressor default | 35.00 | +0.00")
+    assert ours.startswith("| ours: best | 38.00 | +3.00 (+2.00 to +4.00) | 1.0000 | 10.00% |")
