@@ -6,46 +6,61 @@ runs once a call in all, and only its own statistics and one hidden state a call
 everything between the blocks, so nothing here depends on how a ComfyUI version writes it.
 """
 
+import functools
 import itertools
-from contextlib import contextmanager
+import logging
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 SAMPLE_TOKENS = 1024  # inputs kept a layer, spread over all the calls
+TOKENS_PER_INPUT = 4  # that go into a Gram matrix: with fewer than 2 GPTQ has too little to go by, more than 4 change little
+STRIPE = 2048  # rows of a Gram matrix that are added to at a time
+
+log = logging.getLogger(__name__)
 
 
 class InputStats:
-    """Running statistics of one linear's input, float32 on the input's device.
+    """Running statistics of one linear's input, float32 on `device`, or where the input is.
 
     absmax, rms: (K,) over all tokens seen; sample: (at most SAMPLE_TOKENS, K); gram: (K, K), the mean of x^T x, if
-    `with_gram` (it is K * K * 4 bytes: 944 MB for the widest layer of FLUX.1).
+    `with_gram` (it is K * K * 4 bytes: 944 MB for the widest layer of FLUX.1), over the first, the last and evenly spread others
+    of a call's tokens: about `tokens_per_input` * K in all the expected calls, or all of them.
     """
 
-    def __init__(self, expected_calls, with_gram=False):
-        self.tokens = 0
-        self._with_gram, self._gram = with_gram, None
-        self._per_call = max(1, SAMPLE_TOKENS // max(1, expected_calls))
+    def __init__(self, expected_calls, with_gram=False, tokens_per_input=None, device=None):
+        self.tokens = self.gram_tokens = 0
+        self._calls, self._tokens_per_input, self._device = max(1, expected_calls), tokens_per_input, device
+        self._with_gram, self._gram, self._is_mean = with_gram, None, False
         self._samples = []
         self._absmax = self._square = None
 
     def add(self, x):
         """x: (..., K), the input of one call."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        absmax, square = x.abs().amax(dim=0), x.square().sum(dim=0)
+        x = x.detach().reshape(-1, x.shape[-1]).to(self._device or x.device)
+        low, high = x.aminmax(dim=0)
+        absmax, square = torch.maximum(-low, high).float(), torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
         if self._absmax is None:
             self._absmax, self._square = absmax, square
         else:
             self._absmax = torch.maximum(self._absmax, absmax)
             self._square = self._square + square
-        rows = torch.linspace(0, x.shape[0] - 1, min(x.shape[0], self._per_call), device=x.device).round().long()
-        self._samples.append(x[rows])
+        self._samples.append(spread(x, max(1, SAMPLE_TOKENS // self._calls)).to(torch.float32, copy=True))
         self.tokens += x.shape[0]
         if self._with_gram:
-            self._gram = x.t() @ x if self._gram is None else self._gram.addmm_(x.t(), x)
+            if self._gram is None:
+                self._gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            if self._tokens_per_input is not None:
+                x = spread(x, -(-self._tokens_per_input * x.shape[1] // self._calls))
+            add_gram(self._gram, x)
+            self.gram_tokens += x.shape[0]
 
     def gram(self):
-        """(K, K) float32, E[x^T x]; None where it was not asked for."""
-        return None if self._gram is None else self._gram / self.tokens
+        """(K, K) float32, E[x^T x]; None where it was not asked for. Nothing can be added after that."""
+        if self._gram is not None and not self._is_mean:
+            self._gram /= self.gram_tokens  # in place: it may be the largest thing on the device
+            self._is_mean, self._with_gram = True, False
+        return self._gram
 
     def spans(self):
         """{"absmax": (K,), "rms": (K,)} of all the tokens seen."""
@@ -55,19 +70,104 @@ class InputStats:
         """(at most SAMPLE_TOKENS, K) float32."""
         return torch.cat(self._samples)[:SAMPLE_TOKENS]
 
+    def to(self, device):
+        """Move everything to another device."""
+        self._absmax, self._square, self._gram = to_device((self._absmax, self._square, self._gram), device)
+        self._samples = to_device(self._samples, device)
+        return self
+
+
+def spread(x, most):
+    """At most `most` of the rows of x, evenly spread."""
+    if x.shape[0] <= most:
+        return x
+    return x[torch.linspace(0, x.shape[0] - 1, most, device=x.device).round().long()]
+
+
+def add_gram(gram, x):
+    """gram += x^T x. gram: (K, K) float32; x: (M, K). The products of 16-bit numbers are exact, and are summed in float32."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or not _sums_in_float32(x.device):
+        gram.addmm_(x.float().t(), x.float())
+        return
+    for start in range(0, len(gram), STRIPE):
+        gram[start:start + STRIPE] += torch.mm(x[:, start:start + STRIPE].t(), x, out_dtype=torch.float32)
+
+
+@functools.cache
+def _sums_in_float32(device):
+    """Whether this PyTorch multiplies 16-bit matrices on `device` into a float32 one."""
+    x = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        return torch.mm(x, x, out_dtype=torch.float32).dtype == torch.float32
+    except (TypeError, RuntimeError):  # before PyTorch 2.8; and on the CPU
+        return False
+
 
 class _Reached(Exception):
     """Raised inside a replayed forward when the block of interest has run; nothing after it is needed."""
 
 
-def to_device(value, device):
-    """Move the tensors inside nested lists, tuples and dicts; leave everything else as it is."""
+class Memory:
+    """What calibration keeps on the device, and how it makes do with less when the device runs out of memory.
+
+    states: the output of the last block, call by call; notes: sentences that say what was given up.
+    """
+
+    STEPS = ("the states between the blocks went to host memory", "the statistics went to host memory too, which takes longer")
+
+    def __init__(self, device):
+        self.device, self.level = torch.device(device), 0
+        self.states, self.notes = [], []
+
+    @property
+    def states_on(self):
+        return self.device if self.level == 0 else torch.device("cpu")
+
+    @property
+    def statistics_on(self):
+        return self.device if self.level < len(self.STEPS) else torch.device("cpu")
+
+    def attempt(self, what, run):
+        """run(), again with less on the device each time it ends for lack of memory. Raises what run does otherwise."""
+        while True:
+            try:
+                return run()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.level == len(self.STEPS):
+                    raise
+            # Out here the exception is gone, and what its frames held with it.
+            self.step_down(what)
+
+    def step_down(self, what):
+        self.say(f"The GPU ran out of memory at {what}: {self.STEPS[self.level]}.")
+        self.level += 1
+        self.states[:] = to_device(self.states, self.states_on)
+        empty_cache(self.device)
+
+    def say(self, note):
+        log.warning("%s", note)
+        self.notes.append(note)
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError says that a device has no memory left; CUDA's libraries have errors of their own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
+def empty_cache(device):
+    """Give back what PyTorch keeps of a GPU's memory for later."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def to_device(value, device, copy=False):
+    """Move the tensors inside nested lists, tuples and dicts; leave everything else as it is. copy: also those that are there."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to(device)
+        return value.detach().to(device, copy=copy)
     if isinstance(value, (list, tuple)):
-        return type(value)(to_device(v, device) for v in value)
+        return type(value)(to_device(v, device, copy) for v in value)
     if isinstance(value, dict):
-        return {k: to_device(v, device) for k, v in value.items()}
+        return {k: to_device(v, device, copy) for k, v in value.items()}
     return value
 
 
@@ -123,23 +223,24 @@ def _observed(layers, stats):
             hook.remove()
 
 
-def _replay(diffusion_model, call, device, blocks, index, previous):
+def _replay(diffusion_model, call, memory, blocks, index, previous):
     """Run one recorded call up to and with block `index`; `previous` is the output of the block before. Returns its output,
     None where the call does not run the block (some nodes skip blocks)."""
     reached = {}
 
     def stop(_module, _args, output):
-        reached["output"] = to_device(output, "cpu")
+        reached["output"] = to_device(output, memory.states_on)
         raise _Reached
 
     replaced = [(block, _pass_through(name)) for name, block in blocks[:index]]
     if index:
-        replaced[-1] = (blocks[index - 1][1], lambda *args, **kwargs: to_device(previous, device))
+        # A copy: the model may add to it in place, and it must serve again if this ends for lack of memory.
+        replaced[-1] = (blocks[index - 1][1], lambda *args, **kwargs: to_device(previous, memory.device, copy=True))
     hook = blocks[index][1].register_forward_hook(stop)
     try:
         with _forward_replaced(replaced):
             args, kwargs = call
-            diffusion_model(*to_device(args, device), **to_device(kwargs, device))
+            diffusion_model(*to_device(args, memory.device), **to_device(kwargs, memory.device))
     except _Reached:
         pass
     finally:
@@ -147,21 +248,30 @@ def _replay(diffusion_model, call, device, blocks, index, previous):
     return reached.get("output")
 
 
-def stream_blocks(diffusion_model, calls, device, blocks, layers_of, with_gram=False):
+def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, with_gram=False, tokens_per_input=None,
+                  loaded=lambda name, block: nullcontext()):
     """Yield (block name, {layer name: InputStats}) for each block in turn; the statistics are dropped before the next.
 
-    calls: from recorded_calls; blocks: [(name, module)] in running order; layers_of(name, block): {name: linear}. A call that
-    does not run every block is left out from there on; ValueError where none is left.
+    calls: from recorded_calls; memory: Memory; blocks: [(name, module)] in running order; layers_of(name, block): {name: linear};
+    loaded(name, block): a context in which the block can run. A call that does not run every block is left out from there on;
+    ValueError where none is left.
     """
-    outputs = [None] * len(calls)
+    memory.states[:] = [None] * len(calls)
     for index, (name, block) in enumerate(blocks):
         layers = layers_of(name, block)
-        stats = {layer: InputStats(len(calls), with_gram) for layer in layers}
-        with _observed(layers, stats):
-            outputs = [_replay(diffusion_model, call, device, blocks, index, output) for call, output in zip(calls, outputs)]
+
+        def run():
+            stats = {layer: InputStats(len(calls), with_gram, tokens_per_input, memory.statistics_on) for layer in layers}
+            with _observed(layers, stats):
+                return stats, [_replay(diffusion_model, call, memory, blocks, index, state)
+                               for call, state in zip(calls, memory.states)]
+
+        with loaded(name, block):
+            stats, outputs = memory.attempt(name, run)
         whole = [(call, output) for call, output in zip(calls, outputs) if output is not None]
         if not whole:
             raise ValueError(f"The model never ran its block {name} while it was watched; take nodes that skip blocks off the "
                              "MODEL, and put them behind SVDQuant Quantize Model.")
-        calls, outputs = map(list, zip(*whole))
+        calls, memory.states[:] = map(list, zip(*whole))
+        del outputs, whole
         yield name, stats

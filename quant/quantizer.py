@@ -9,6 +9,7 @@ import torch
 
 from ..cuda import int4, reference
 from . import gptq, layout, lowrank, rounding, scales, smoothing
+from .calibration import TOKENS_PER_INPUT
 from .metrics import relative_error
 
 MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
@@ -32,6 +33,7 @@ class Recipe:
     refit: bool = False
     keep: tuple = ()  # patterns of layers that stay in 16 bits
     ranks: tuple = ()  # (pattern, rank) of layers with a rank of their own; the last match counts
+    tokens: int = TOKENS_PER_INPUT  # for each input of a layer, that GPTQ and refit go by
 
     def as_dict(self):
         return asdict(self)
@@ -136,10 +138,10 @@ def choose_smoothing(weight, stats, spec, recipe, check):
 
 @dataclass(frozen=True)
 class Metric:
-    """How much each smoothed input matters. energy: (K,) its mean square; cholesky: (K, K) of the damped Gram matrix."""
+    """How much each smoothed input matters. energy: (K,) its mean square; factor: of the damped Gram matrix."""
 
     energy: torch.Tensor | None = None
-    cholesky: torch.Tensor | None = None
+    factor: gptq.Factor | None = None
 
 
 def input_metric(stats, smooth, recipe):
@@ -152,8 +154,8 @@ def input_metric(stats, smooth, recipe):
     energy = (stats.spans()["rms"] / smooth).square()
     if not recipe.needs_gram():
         return Metric(energy)
-    gram = stats.gram() / (smooth * smooth.unsqueeze(-1))
-    return Metric(energy, gptq.damped_cholesky(gram, gptq.damping(stats.tokens, len(gram))))
+    gram = stats.gram()
+    return Metric(energy, gptq.damped_cholesky(gram, gptq.damping(stats.gram_tokens, len(gram)), smooth))
 
 
 def find_scales(residual, metric, dtype, recipe):
@@ -182,15 +184,17 @@ def alternate(smoothed, metric, spec, recipe, check):
 
     smoothed: (N, K) float32. Returns up (N, R), down (K, R), float32.
     """
-    best, least, packed = None, float("inf"), 0
+    best, least, packed = None, float("inf"), None
+    up, down = lowrank.low_rank(smoothed, spec.rank)
+    if recipe.rounds == 1:
+        return up, down
     for _ in range(recipe.rounds):
         check()
-        up, down = lowrank.low_rank(smoothed - packed, spec.rank)
-        residual = smoothed - up @ down.t()
-        if recipe.rounds == 1:
-            return up, down
+        if packed is not None:
+            up, down = lowrank.low_rank(smoothed - packed, spec.rank, lowrank.WARM_ITERATIONS, start=down)
+        residual = torch.addmm(smoothed, up, down.t(), alpha=-1)
         found = find_scales(residual, metric, spec.dtype, recipe)
-        packed = reference.scaled_codes(rounding.round_to_nearest(residual, found).float(), found.float().t())
+        packed = rounding.rounded(residual, found)
         left = float(residual.sub_(packed).norm())
         if left < least:
             best, least = (up, down), left
@@ -211,13 +215,13 @@ def pack_svdquant(weight, bias, factor, spec, recipe, stats=None, check=lambda: 
     residual = smoothed - branch
     found = find_scales(residual, metric, spec.dtype, recipe)
     check()
-    if recipe.gptq and metric.cholesky is not None:
-        codes = gptq.gptq_round(residual, found, metric.cholesky, check)
+    if recipe.gptq and metric.factor is not None:
+        codes = gptq.gptq_round(residual, found, metric.factor, check)
     else:
         codes = rounding.round_to_nearest(residual, found)
-    if recipe.refit and metric.cholesky is not None:
-        error = smoothed - reference.scaled_codes(codes.float(), found.float().t())
-        up, down, _ = stored_branch(*lowrank.refit(error, spec.rank, metric.cholesky), smooth, spec.dtype)
+    if recipe.refit and metric.factor is not None:
+        error = smoothed.sub_(reference.scaled_codes(codes.float(), found.float().t()))
+        up, down, _ = stored_branch(*lowrank.refit(error, spec.rank, metric.factor), smooth, spec.dtype)
     tensors = {"weight": int4.pack(codes), "weight_scale": found, "weight_proj_down": down.contiguous(),
                "weight_proj_up": up.contiguous(), "weight_smooth_factor": stored}
     if bias is not None:

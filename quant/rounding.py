@@ -3,6 +3,9 @@
 import torch
 
 from ..cuda.int4 import GROUP_SIZE, SIGNED_MAX, UNSIGNED_MAX
+from ..cuda.reference import scaled_codes
+
+CHUNK = 1 << 22  # elements of a weight that are worked on at a time
 
 
 def absmax_scales(weight, dtype):
@@ -20,6 +23,22 @@ def round_to_nearest(weight, scales):
     steps = torch.where(steps == 0, torch.ones_like(steps), steps)
     codes = (weight.unflatten(-1, (-1, GROUP_SIZE)) / steps).round().clamp(-SIGNED_MAX - 1, SIGNED_MAX)
     return codes.flatten(-2).to(torch.int8)
+
+
+def rounded(weight, scales):
+    """round_to_nearest as what its codes stand for, (N, K) float32."""
+    out = torch.empty_like(weight)
+    for rows in row_chunks(weight):
+        part = scales[:, rows]
+        out[rows] = scaled_codes(round_to_nearest(weight[rows], part).float(), part.float().t())
+    return out
+
+
+def row_chunks(matrix):
+    """Slices of the matrix's rows of at most CHUNK elements: what is computed of a chunk in several steps stays in a GPU's cache,
+    and the copies that it takes stay small."""
+    rows = max(1, CHUNK // matrix.shape[1])
+    return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)]
 
 
 def awq_round(weight, dtype):

@@ -9,6 +9,7 @@ whole truth.
 import torch
 
 from ..cuda.int4 import GROUP_SIZE, SIGNED_MAX
+from .rounding import row_chunks
 
 CODE_MIN, CODE_MAX = -SIGNED_MAX - 1, SIGNED_MAX
 POSITIVE_FACTORS = tuple(1 - 0.05 * i for i in range(7))  # of absmax / 7: clipping the extreme pays for finer steps
@@ -94,10 +95,11 @@ def search(weight, energy, dtype, integer=True):
     equal ones; dtype: 16 bit, in which the scales are stored. Returns (G, N) in `dtype`; never worse than absmax / 7, but
     for what the integers cost.
     """
-    groups = _groups(weight)
     energy = torch.ones(weight.shape[1], device=weight.device) if energy is None else energy
     energy = energy.view(-1, GROUP_SIZE)
-    steps = free_steps(groups, energy)
-    if integer:
-        steps = integer_steps(groups, energy, steps)
-    return steps.t().to(dtype).contiguous()
+    found = torch.empty(len(energy), weight.shape[0], dtype=dtype, device=weight.device)
+    for rows in row_chunks(weight):
+        groups = _groups(weight[rows])
+        steps = free_steps(groups, energy)
+        found[:, rows] = (integer_steps(groups, energy, steps) if integer else steps).t()
+    return found

@@ -5,6 +5,7 @@ The search tries a grid of s = x_span^a / w_span^(1-a) and keeps the one whose l
 quantizers in place, is closest to the 16-bit layer (arXiv 2411.05007, section 4.2, with spans of two kinds).
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ SEARCH_ROWS = 256  # rows of W that stand for all: more change nothing (measured
 ROWS_PER_RANK = 4  # a branch as wide as the rows would be exact on them, and say nothing of the rest
 LARGEST = 2.0**12  # of a factor and of its inverse: fp16 holds both, and 1 / factor in the branch beside them
 SEARCH_TOKENS = 512
+BATCH_ELEMENTS = 1 << 25  # of the candidates whose branches are found together
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,14 @@ def data_free(w_spans):
     return candidate(ones, w_spans["absmax"], 0.5)
 
 
-def output_error(weight, x, factor, rank, unsigned, dtype):
+def output_error(weight, x, factor, up, unsigned, dtype):
     """Relative output error ‖y - ŷ‖ / ‖y‖ of a W4A4 layer with branch under smoothing `factor`.
 
-    weight: (N, K) float32, x: (M, K) float32, factor: (K,), unsigned: whether x comes out of a GELU.
+    weight: (N, K) float32, x: (M, K) float32, factor: (K,), up: (N, R), of lowrank.left_bases of weight * factor; unsigned: whether
+    x comes out of a GELU.
     """
     smoothed = weight * factor
-    up, down = lowrank.low_rank(smoothed, rank, lowrank.SEARCH_ITERATIONS)
+    down = smoothed.t() @ up
     residual = smoothed - up @ down.t()
     scales = rounding.absmax_scales(residual, dtype)
     packed = scaled_codes(rounding.round_to_nearest(residual, scales).float(), scales.float().t())
@@ -89,14 +92,23 @@ def search(weight, x, x_spans, rank, unsigned, dtype, check=lambda: None):
     rows = weight[spread(weight.shape[0], max(SEARCH_ROWS, ROWS_PER_RANK * rank)).to(weight.device)]
     tokens = x[spread(x.shape[0], SEARCH_TOKENS).to(x.device)]
     best = None
-    for label, factor in candidates(x_spans, w_spans):
+    for label, factor, up in with_branches(candidates(x_spans, w_spans), rows, rank):
         check()
-        error = output_error(rows, tokens, factor, rank, unsigned, dtype)
+        error = output_error(rows, tokens, factor, up, unsigned, dtype)
         if best is None:
             best = Smoothing(factor, label, error, error)
         elif error < best.error:
             best = Smoothing(factor, label, error, best.error_unsmoothed)
     return best
+
+
+def with_branches(labels_and_factors, weight, rank):
+    """Yield (label, factor, the branch's up (N, R) for weight * factor)."""
+    remaining = iter(labels_and_factors)
+    while batch := list(itertools.islice(remaining, max(1, BATCH_ELEMENTS // weight.numel()))):
+        smoothed = weight * torch.stack([factor for _, factor in batch]).unsqueeze(1)
+        for (label, factor), up in zip(batch, lowrank.left_bases(smoothed, rank)):
+            yield label, factor, up
 
 
 def spread(count, most):

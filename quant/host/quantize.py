@@ -1,5 +1,6 @@
 """Quantizing a MODEL in the graph: sample with it, stream its blocks, build its 4-bit twin."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 
@@ -17,8 +18,9 @@ from .patcher import PREFIX, SVDQuantModelPatcher
 
 # Attachments of a MODEL that SVDQuant Load Model opened: its file's name, and what a quantized twin has of its card.
 SOURCE, CARD = "svdquant.source", "svdquant.card"
-MAX_CALLS = 64  # recorded calls of the model, spread over prompts and noise levels
-WEIGHT_COPIES, GRAM_COPIES = 8, 6  # at the peak of quantizer.pack_svdquant
+MAX_CALLS = 32  # recorded calls of the model, spread over prompts and noise levels
+WEIGHT_COPIES, GRAM_COPIES = 8, 3  # at the peak of quantizer.pack_svdquant
+NOTHING_ELSE = 2**62  # bytes that ComfyUI is asked to free where everything is to leave the device
 
 
 def check_model(patcher):
@@ -121,14 +123,63 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress):
     return calls
 
 
-def block_statistics(patcher, calls, blocks, with_gram):
+def block_statistics(patcher, calls, blocks, recipe, memory):
     """Yield (block name, {layer: InputStats}) block by block; without calls, the statistics are empty."""
     if not calls:
         yield from ((name, {}) for name, _ in blocks)
         return
-    comfy.model_management.load_models_gpu([patcher], memory_required=working_memory(blocks, with_gram))
-    yield from calibration.stream_blocks(patcher.model.diffusion_model, calls, patcher.load_device, blocks,
-                                         flux.block_layers, with_gram)
+    model = patcher.model.diffusion_model
+    inside = {module for _, block in blocks for module in block.modules()}
+    outside = [(name, module) for name, module in model.named_modules() if module not in inside]
+
+    def loaded(name, block):
+        return on_device(patcher, [(f"{name}.{inner}", module) for inner, module in block.named_modules()])
+
+    whole = make_room(patcher, working_memory(blocks, recipe.needs_gram()))
+    with nullcontext() if whole else on_device(patcher, outside):
+        yield from calibration.stream_blocks(model, calls, memory, blocks, flux.block_layers, recipe.needs_gram(), recipe.tokens,
+                                             **({} if whole else {"loaded": loaded}))
+
+
+def make_room(patcher, needed):
+    """Whether the whole MODEL is on its device, with `needed` bytes free beside it; else nothing of it is there, and what else
+    ComfyUI had loaded has made room too."""
+    management, device = comfy.model_management, patcher.load_device
+    dynamic = getattr(patcher, "is_dynamic", lambda: False)()  # ComfyUI then moves weights in and out by itself
+    fits = patcher.model_size() + needed + management.extra_reserved_memory() < management.get_total_memory(device)
+    if dynamic or device == patcher.offload_device or fits:
+        management.load_models_gpu([patcher], memory_required=needed)
+        if dynamic or not patcher.model.model_lowvram:
+            return True
+    management.free_memory(NOTHING_ELSE, device)
+    return False
+
+
+@contextmanager
+def on_device(patcher, modules):
+    """Within it the modules' own parameters and buffers lie on the MODEL's device, with its LoRAs applied; then they are again the
+    very tensors that they were.
+
+    modules: [(name in the diffusion model, module)], none of which is loaded.
+    """
+    stored = []
+    try:
+        for name, module in modules:
+            for tensors in (module._parameters, module._buffers):
+                for leaf, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    stored.append((tensors, leaf, tensor))
+                    key = f"{PREFIX}{name}.{leaf}"
+                    if key in patcher.patches:
+                        patcher.patch_weight_to_device(key, patcher.load_device)
+                        patcher.backup.pop(key)  # it is in `stored`
+                    moved = tensors[leaf].to(patcher.load_device)
+                    tensors[leaf] = torch.nn.Parameter(moved, requires_grad=False) if tensors is module._parameters else moved
+        yield
+    finally:
+        for tensors, leaf, tensor in stored:
+            tensors[leaf] = tensor
 
 
 def working_memory(blocks, with_gram):
@@ -181,19 +232,36 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress):
 
 def _quantize_blocks(patcher, specs, recipe, calls, progress):
     """{tensor name: packed tensor} of all the layers, and their records."""
-    device = patcher.load_device
+    memory = calibration.Memory(patcher.load_device)
     blocks = flux.blocks(patcher.model.diffusion_model)
     packed, records = {}, []
-    for block_name, stats in block_statistics(patcher, calls, blocks, recipe.needs_gram()):
+    for block_name, stats in block_statistics(patcher, calls, blocks, recipe, memory):
         for name in [name for name in specs if name.startswith(f"{block_name}.")]:
-            weight = effective_weight(patcher, f"{name}.weight", device)
-            bias = effective_weight(patcher, f"{name}.bias", device) if specs[name].bias else None
-            tensors, record = quantizer.quantize_layer(name, weight, bias, stats.get(name), specs[name], recipe,
-                                                       progress.check)
+            tensors, record = quantize_layer(patcher, name, stats.pop(name, None), specs[name], recipe, memory, progress.check)
             packed |= {f"{name}.{part}": tensor.to(patcher.offload_device) for part, tensor in tensors.items()}
             records.append(record)
             progress.step(f"{name}: error {record.error:.1%}")
     return packed, records
+
+
+def quantize_layer(patcher, name, stats, spec, recipe, memory, check):
+    """quantizer.quantize_layer of the MODEL's layer `name`: on its device or, where that has no room for it, on the CPU."""
+    def run(device):
+        weight = effective_weight(patcher, f"{name}.weight", device)
+        bias = effective_weight(patcher, f"{name}.bias", device) if spec.bias else None
+        return quantizer.quantize_layer(name, weight, bias, None if stats is None else stats.to(device), spec, recipe, check)
+
+    device = patcher.load_device
+    try:
+        if memory.level == 0:
+            return memory.attempt(name, lambda: run(device))
+        return run(device)
+    except RuntimeError as error:
+        if not calibration.is_out_of_memory(error):
+            raise
+    calibration.empty_cache(device)
+    memory.say(f"The GPU has no room for {name}: the CPU quantized it, which takes longer.")
+    return run(torch.device("cpu"))
 
 
 def _twin(patcher, specs, packed, recipe):

@@ -61,7 +61,8 @@ def test_every_block_is_seen_as_in_an_ordinary_forward():
         hook.remove()
     runs = dict.fromkeys(seen, 0)
     counters = [block.lin.register_forward_hook(lambda *_, name=name: runs.__setitem__(name, runs[name] + 1)) for name, block in blocks]
-    streamed = list(calibration.stream_blocks(model, calls, "cpu", blocks, lambda name, block: {f"{name}.lin": block.lin}))
+    streamed = list(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks,
+                                              lambda name, block: {f"{name}.lin": block.lin}))
     for counter in counters:
         counter.remove()
     assert [name for name, _ in streamed] == list(seen)
@@ -82,7 +83,7 @@ def test_the_model_is_restored_when_calibration_is_cancelled():
     model = Model()
     blocks = named_blocks(model)
     calls = [((torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0}})]
-    stream = calibration.stream_blocks(model, calls, "cpu", blocks, lambda name, block: {name: block.lin})
+    stream = calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks, lambda name, block: {name: block.lin})
     with torch.no_grad():
         next(stream), next(stream)
     stream.close()
@@ -94,7 +95,7 @@ def test_an_error_inside_the_model_reaches_the_caller():
     model = Model()
     calls = [((torch.randn(1, 5, 9), torch.randn(1, 3, 9)), {"options": {"scale": 1.0}})]
     with pytest.raises(RuntimeError, match="shapes"):
-        next(calibration.stream_blocks(model, calls, "cpu", named_blocks(model), lambda name, block: {name: block.lin}))
+        next(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), named_blocks(model), lambda name, block: {name: block.lin}))
 
 
 def test_the_sample_hears_every_call_and_stays_small():
@@ -131,10 +132,10 @@ def test_a_call_that_skips_a_block_is_left_out_from_there_on():
         return {name: block.lin}
 
     with torch.no_grad():
-        streamed = calibration.stream_blocks(model, [call(False), call(True)], "cpu", blocks, layers)
+        streamed = calibration.stream_blocks(model, [call(False), call(True)], calibration.Memory("cpu"), blocks, layers)
         assert [stats[name].tokens for name, stats in streamed] == [16, 8, 8]
         with pytest.raises(ValueError, match="never ran its block double_blocks.1"):
-            list(calibration.stream_blocks(model, [call(True)], "cpu", blocks, layers))
+            list(calibration.stream_blocks(model, [call(True)], calibration.Memory("cpu"), blocks, layers))
 
 
 def test_a_forward_that_a_module_has_of_its_own_stays():
@@ -143,5 +144,5 @@ def test_a_forward_that_a_module_has_of_its_own_stays():
     own = block.forward = block.forward
     calls = [((torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0}})]
     with torch.no_grad():
-        list(calibration.stream_blocks(model, calls, "cpu", named_blocks(model), lambda name, block: {name: block.lin}))
+        list(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), named_blocks(model), lambda name, block: {name: block.lin}))
     assert block.__dict__["forward"] is own

@@ -49,7 +49,7 @@ def test_streaming_a_real_flux_sees_what_its_blocks_see(patcher):
         model(*args, **kwargs)
     for hook in hooks:
         hook.remove()
-    for _, stats in calibration.stream_blocks(model, calls, "cpu", blocks, flux.block_layers, with_gram=True):
+    for _, stats in calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks, flux.block_layers, with_gram=True):
         for name, found in stats.items():
             x = torch.cat(seen[name])
             assert found.tokens == len(x) and torch.equal(found.spans()["absmax"], x.abs().amax(0)), name

@@ -156,9 +156,9 @@ def correlated_tokens(m, k, seed=1):
 @pytest.mark.parametrize("seed", range(3))
 def test_gptq_is_never_worse_than_rounding_and_better_on_fresh_tokens(seed):
     w, x = weight(96, 256, seed), correlated_tokens(2048, 256)
-    cholesky = gptq.damped_cholesky(x.t() @ x / len(x), 0.1)
+    factor = gptq.damped_cholesky(x.t() @ x / len(x), 0.1)
     found = scales.search(w, x.square().mean(0), torch.bfloat16)
-    nearest, better = rounding.round_to_nearest(w, found), gptq.gptq_round(w, found, cholesky)
+    nearest, better = rounding.round_to_nearest(w, found), gptq.gptq_round(w, found, factor)
     assert better.min() >= -8 and better.max() <= 7 and better.shape == w.shape
     for tokens_, margin in ((x, 0.9), (correlated_tokens(500, 256, 2), 0.95)):
         errors = output_error(w, better, found, tokens_), output_error(w, nearest, found, tokens_)
@@ -168,7 +168,7 @@ def test_gptq_is_never_worse_than_rounding_and_better_on_fresh_tokens(seed):
 def test_gptq_on_independent_inputs_is_rounding_to_nearest():
     w = weight(32, 128)
     found = rounding.absmax_scales(w, torch.bfloat16)
-    assert torch.equal(gptq.gptq_round(w, found, torch.eye(128)), rounding.round_to_nearest(w, found))
+    assert torch.equal(gptq.gptq_round(w, found, gptq.damped_cholesky(torch.eye(128), 0.1)), rounding.round_to_nearest(w, found))
 
 
 def test_gptq_of_one_row_is_the_textbook_recursion():
@@ -176,7 +176,7 @@ def test_gptq_of_one_row_is_the_textbook_recursion():
     w, x = weight(3, 64), correlated_tokens(500, 64)
     gram = x.t() @ x / len(x) + 0.05 * torch.eye(64)
     found = rounding.absmax_scales(w, torch.float32)
-    codes = gptq.gptq_round(w, found, torch.linalg.cholesky(gram))
+    codes = gptq.gptq_round(w, found, gptq.damped_cholesky(gram, 0))
     rest, left, expected = w.double().clone(), gram.diagonal().argsort(descending=True).tolist(), torch.zeros(3, 64)
     while left:
         inverse = torch.linalg.inv(gram.double()[left][:, left])
@@ -191,20 +191,23 @@ def test_gptq_of_one_row_is_the_textbook_recursion():
 @pytest.mark.parametrize("damp_tokens", [10, 5000])
 def test_refit_never_increases_the_metric(damp_tokens):
     w, x = weight(96, 128), correlated_tokens(1000, 128)
-    cholesky = gptq.damped_cholesky(x.t() @ x / len(x), gptq.damping(damp_tokens, 128))
+    factor = gptq.damped_cholesky(x.t() @ x / len(x), gptq.damping(damp_tokens, 128))
     up, down = lowrank.low_rank(w, 16)
     found = rounding.absmax_scales(w - up @ down.t(), torch.bfloat16)
     residual = reference.scaled_codes(rounding.round_to_nearest(w - up @ down.t(), found).float(), found.float().t())
-    refit_up, refit_down = lowrank.refit(w - residual, 16, cholesky)
-    before = float(((w - residual - up @ down.t()) @ cholesky).norm())
-    after = float(((w - residual - refit_up @ refit_down.t()) @ cholesky).norm())
+    refit_up, refit_down = lowrank.refit(w - residual, 16, factor)
+
+    def metric(left):
+        return float((left[:, factor.order] @ factor.lower).norm())
+
+    before, after = metric(w - residual - up @ down.t()), metric(w - residual - refit_up @ refit_down.t())
     assert after < before, f"metric {after:.5f} after the refit, {before:.5f} before"
 
 
 def test_statistics_of_too_few_tokens_still_give_a_factor():
     x = tokens(5, 128)
     factor = gptq.damped_cholesky(x.t() @ x / 5, gptq.damping(5, 128))
-    assert torch.isfinite(factor).all()
+    assert torch.isfinite(factor.lower).all()
     with pytest.raises(ValueError, match="Cholesky"):
         gptq.damped_cholesky(-torch.eye(4), 0.1)
 
