@@ -1,13 +1,15 @@
 """Launch of kernels/awq.cu: the W4A16 linear of the modulation layers, y = x W^T + bias with 4-bit W."""
 
+import functools
+
 import torch
 
 from . import compiler
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "awq.cu", "awq"
-ROWS = 16         # of W a CTA, awq.cu's
-WARPS = 8         # a CTA, awq.cu's
+ROWS = 32         # of W a CTA, awq.cu's
+WARPS = 4         # a CTA, awq.cu's
 TILES = (1, 4)    # a CTA has 8 * tiles tokens
 
 
@@ -21,30 +23,43 @@ def _defines(half, tiles):
     return ("HALF", int(half)), ("TILES", tiles)
 
 
+@functools.lru_cache(maxsize=256)
+def _launcher(m, n, dtype, device, tiles):
+    """A function of the kernel's arguments as ints, for m tokens."""
+    tiles = tiles or (1 if m <= 8 else 4)
+    kernel = compiler.kernel(SOURCE, ENTRY, _defines(dtype == torch.float16, tiles), device)
+    return kernel.launcher((-(-n // ROWS), -(-m // (8 * tiles))), (32 * WARPS,), 10, pdl=True)
+
+
 def linear(x, weight, weight_scale, weight_zeros, bias, tiles=None):
     """As reference.awq_linear, on a GPU: x (..., K) bf16 or fp16 -> (..., N) in x.dtype.
 
     weight (N, K/2) int8, weight_scale and weight_zeros (K/64, N) and bias (N,) or None in x.dtype; N a multiple of 16.
-    Meant for few tokens: each 8, or each 32 where there are more than 8, read the weights once.
+    Meant for few tokens: each 8, or each 32 where there are more than 8, read the weights once. tiles: in place of what M says.
     """
-    n, k = weight.shape[0], x.shape[-1]
-    if k % GROUP_SIZE or n % ROWS or weight.shape[1] * 2 != k:
-        raise ValueError(f"The W4A16 kernel needs K in multiples of {GROUP_SIZE} and N in multiples of {ROWS}; x is "
+    *leading, k = x.shape
+    n, dtype = weight.shape[0], x.dtype
+    if k % GROUP_SIZE or n % 16 or weight.shape[1] * 2 != k:
+        raise ValueError(f"The W4A16 kernel needs K in multiples of {GROUP_SIZE} and N in multiples of 16; x is "
                          f"{tuple(x.shape)}, the packed weight {tuple(weight.shape)}.")
-    tokens = x.reshape(-1, k)
-    m = tokens.shape[0]
-    if tokens.stride(1) != 1 or tokens.stride(0) % 8 or tokens.data_ptr() % 16:  # it reads 16 bytes at a time
-        tokens = tokens.clone(memory_format=torch.contiguous_format)
-    weight, weight_scale, weight_zeros = map(_readable, (weight, weight_scale.to(x.dtype), weight_zeros.to(x.dtype)))
-    y = x.new_empty(*x.shape[:-1], n)
+    y = x.new_empty((*leading, n))
+    m = x.numel() // k
     if m == 0:
         return y
-    if tiles is None:
-        tiles = 1 if m <= 8 else 4
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    kernel = compiler.kernel(SOURCE, ENTRY, _defines(x.dtype == torch.float16, tiles), x.device)
-    kernel((n // ROWS, -(-m // (8 * tiles))), (32 * WARPS,), tokens, weight, weight_scale, weight_zeros, bias, y, m, n, k,
-           tokens.stride(0))
+    launch = _launcher(m, n, dtype, x.device, tiles)
+    if x.is_contiguous():
+        stride = k
+    else:
+        x = x.reshape(m, k)
+        stride = x.stride(0)
+    if x.stride(-1) != 1 or stride % 8 or x.data_ptr() % 16:  # it reads 16 bytes at a time
+        x, stride = x.clone(memory_format=torch.contiguous_format), k
+    if not dtype == weight_scale.dtype == weight_zeros.dtype or bias is not None and bias.dtype != dtype:
+        weight_scale, weight_zeros, bias = (t if t is None else t.to(dtype) for t in (weight_scale, weight_zeros, bias))
+    weight, weight_scale, weight_zeros = _readable(weight), _readable(weight_scale), _readable(weight_zeros)
+    bias = None if bias is None else bias.contiguous()
+    launch(x.data_ptr(), weight.data_ptr(), weight_scale.data_ptr(), weight_zeros.data_ptr(), 0 if bias is None else bias.data_ptr(),
+           y.data_ptr(), m, n, k, stride)
     return y
 
 

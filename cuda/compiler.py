@@ -1,7 +1,7 @@
 """CUDA source to running kernels: NVRTC -> cubin -> disk cache -> CuPy function.
 
 NVRTC is called through ctypes rather than by CuPy's RawModule: CuPy can't name sm_90a (wgmma) before CUDA 12.9, and compiling
-without CuPy lets the tests look at the machine code where there is no GPU. CuPy loads the cubin and launches it. Neither is
+without CuPy lets the tests look at the machine code where there is no GPU. CuPy loads the cubin, the driver launches it. Neither is
 imported before the first kernel is asked for. The sources need no CUDA headers: what they share is in kernels/*.cuh.
 """
 
@@ -13,13 +13,13 @@ import importlib.util
 import logging
 import os
 import re
+import struct
 import sys
 import tempfile
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy
 import torch
 
 SOURCES = Path(__file__).with_name("kernels")
@@ -287,53 +287,107 @@ def _write(path, cubin):
 
 # --- Launch ----------------------------------------------------------------------------------------------------------
 
+# A launch is one call of the driver by ctypes. CuPy's own looks at the type of each argument every time, and can't say that a kernel
+# may start while the one before it ends.
 
-class Stream:
-    """A CUDA stream as CuPy's launch reads it. CuPy's own ExternalStream is deprecated, its successor not in CuPy 13."""
-
-    __slots__ = ("ptr",)
-
-    def __init__(self, ptr):
-        self.ptr = ptr
-
-    def __cuda_stream__(self):
-        return 0, self.ptr
-
-
-_streams = {}  # {pointer: Stream}: PyTorch uses a few dozen for as long as the process lives
+MOST_ARGUMENTS = 32
+_CONFIG = "=7I4xqqI4x"  # CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, how many of them
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # ten times as fast as torch.cuda.current_stream
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # torch.cuda.current_device, without the check that CUDA is initialized
+
+# {CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, padding, 1 in a union of 64 bytes}
+_PDL = ctypes.create_string_buffer(struct.pack("=I4xI60x", 6, 1))
 
 
-def _current_stream(index):
-    ptr = _raw_stream(index) if _raw_stream else torch.cuda.current_stream(index).cuda_stream
-    stream = _streams.get(ptr)
-    if stream is None:
-        stream = _streams[ptr] = Stream(ptr)
-    return stream
+@functools.cache
+def driver():
+    """The CUDA driver's library."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        library.cuLaunchKernelEx  # there since CUDA 11.8
+    except (OSError, AttributeError) as error:
+        raise KernelsUnavailable(f"The CUDA kernels need an NVIDIA driver for CUDA 12 or newer ({error}). Update the driver.") from error
+    return library
+
+
+def _check(name, status):
+    if status != 0:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{name} failed: {(text.value or b'unknown error').decode()} ({status})")
+
+
+class _Memory:
+    """A thread's memory for a launch: a CUlaunchConfig, then the kernel's parameters, 8 bytes each.
+
+    Of an int's 8 bytes the driver takes as many as the parameter has: all of a pointer, or the low 4.
+    """
+
+    def __init__(self):
+        start = struct.calcsize(_CONFIG)
+        self.bytes = ctypes.create_string_buffer(start + 8 * MOST_ARGUMENTS)
+        address = ctypes.addressof(self.bytes)
+        self.config = ctypes.c_void_p(address)
+        self.pointers = (ctypes.c_void_p * MOST_ARGUMENTS)(*range(address + start, address + start + 8 * MOST_ARGUMENTS, 8))
+        self.parameters = ctypes.c_void_p(ctypes.addressof(self.pointers))
+        context = ctypes.c_void_p()
+        _check("cuCtxGetCurrent", driver().cuCtxGetCurrent(ctypes.byref(context)))
+        if not context:  # in this thread nothing has used the GPU
+            _check("cuDevicePrimaryCtxRetain", driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), _current_device()))
+            _check("cuCtxSetCurrent", driver().cuCtxSetCurrent(context))
+
+
+_threads = threading.local()
+
+
+def _memory():
+    try:
+        return _threads.memory
+    except AttributeError:
+        _threads.memory = _Memory()
+        return _threads.memory
 
 
 class Kernel:
     """A kernel on one device. `kernel(grid, block, *args)` launches it on PyTorch's current stream of that device.
 
-    args: tensors on the device (their addresses), None (a null pointer), ints, and floats (as 4 bytes).
+    args: tensors on the device (their addresses), None (a null pointer) and ints.
     A launch allocates nothing and waits for nothing, so that CUDA graphs can record it.
     """
 
-    __slots__ = ("function", "index", "shared")
+    __slots__ = ("function", "index", "shared", "dependent", "owner")
 
-    def __init__(self, function, index, shared):
-        self.function = function  # cupy.cuda.function.Function; it holds its module
+    def __init__(self, function, index, shared, dependent=False, owner=None):
+        self.function = ctypes.c_void_p(function)
         self.index = index
-        self.shared = shared  # bytes of dynamic shared memory of a block
+        self.shared = shared        # bytes of dynamic shared memory of a block
+        self.dependent = dependent  # whether the device knows programmatic dependent launch
+        self.owner = owner          # CuPy's function, which keeps the module loaded
 
-    def __call__(self, grid, block, *args):
-        if torch.cuda.current_device() != self.index:
-            with torch.cuda.device(self.index):
-                return self(grid, block, *args)
-        # CuPy passes an int as 8 bytes, of which the driver takes as many as the parameter has: all of a pointer, or the low 4.
-        values = [arg if type(arg) is int else 0 if arg is None else numpy.float32(arg) if type(arg) is float
-                  else arg.data_ptr() for arg in args]
-        self.function(grid, block, values, self.shared, _current_stream(self.index))
+    def __call__(self, grid, block, *args, pdl=False):
+        self.launcher(grid, block, len(args), pdl)(*(
+            arg if type(arg) is int else 0 if arg is None else arg.data_ptr() for arg in args))
+
+    def launcher(self, grid, block, count, pdl=False):
+        """A function of the kernel's `count` arguments, ints, that launches it: for one shape many times.
+
+        pdl: let it start while the kernel before it ends. The kernel must then wait_for_previous_grid() (common.cuh).
+        """
+        head = (*grid, 1, 1)[:3] + (*block, 1, 1)[:3] + (self.shared,)
+        attributes = (ctypes.addressof(_PDL), 1) if pdl and self.dependent else (0, 0)
+        pack = struct.Struct(f"{_CONFIG}{count}q").pack_into
+        launch, function, index = driver().cuLaunchKernelEx, self.function, self.index
+
+        def run(*values):
+            if _current_device() != index:
+                with torch.cuda.device(index):
+                    return run(*values)
+            memory = _memory()
+            pack(memory.bytes, 0, *head, _raw_stream(index), *attributes, *values)
+            if status := launch(memory.config, function, memory.parameters, None):
+                _check("cuLaunchKernelEx", status)
+
+        return run
 
 
 _kernels = {}  # {what was asked for: Kernel, or the KernelsUnavailable that building it ended in}
@@ -361,10 +415,11 @@ def kernel(source, entry, defines, device, shared=0):
 
 def _build(source, entry, defines, index, shared):
     try:
-        cupy = load_cupy()
+        cupy, _ = load_cupy(), driver()
         cubin = compile_cubin(source, defines, _device_target(index))
         with torch.cuda.device(index):
-            return Kernel(_function(cupy, cubin, entry, shared), index, shared)
+            function = _function(cupy, cubin, entry, shared)
+            return Kernel(function.ptr, index, shared, arch_number(_device_target(index)) >= 90, function)
     except KernelsUnavailable as error:
         return error
     except Exception as error:  # the driver's errors have no common class in all versions of CuPy

@@ -9,18 +9,18 @@
 //
 // The second sum is an MMA with ones: it lands in the registers where it is wanted, and the tensor cores are idle anyway.
 //
-//   CTA   16 rows of W, 8 * TILES tokens; blockIdx.x the rows, blockIdx.y the tokens
-//   warp  groups warp, warp + WARPS, ...: neighbours in a row are read at the same time. Each warp copies what it reads itself, so
-//         no warp waits for another before the end, where their sums are added in the order of the warps.
-//   lane  with r = lane / 4 and q = lane % 4: of each group columns 16 q .. 16 q + 15 of rows 2 r and 2 r + 1 (MMA rows r and r + 8)
-//         and of tokens r + 8 t
+//   CTA   ROWS rows of W, 8 * TILES tokens; blockIdx.x the rows, blockIdx.y the tokens
+//   warp  chunks of 4 groups, warp, warp + WARPS, ...: 128 bytes of a row, whole lines of the memory. Each warp copies what it reads
+//         itself, so no warp waits for another before the end, where their sums are added in the order of the warps.
+//   lane  with r = lane / 4 and q = lane % 4: of each group columns 16 q .. 16 q + 15 of rows 2 r and 2 r + 1 of each 16 (MMA rows r
+//         and r + 8) and of tokens r + 8 t
 //
-// A warp's ring in shared memory has DEPTH slots of one group, all of them under way as soon as the kernel starts:
+// A warp's ring in shared memory has DEPTH slots of one chunk, all of them under way as soon as the kernel starts. Small CTAs, so that
+// all of them are resident at once and none waits for a place: at N = 18432 an SM of an H100 has 8.7 of them and 160 KB under way.
 //
-//   bytes   0..255  rows 0, 2, .. 14, 32 bytes of codes each      512..543  scales of rows 0 .. 15
-//         256..511  rows 1, 3, .. 15                              544..575  zeros
-//
-// (A lane's two rows lie 256 bytes apart, so that the 32 lanes' 8-byte reads of either are 256 bytes in a row: no bank conflicts.)
+//   bytes      0 ..       128 bytes of codes a row; their 32 bytes of group g lie at place g ^ (row / 2 % 4), so that the 8-byte reads
+//                         of 16 lanes (4 rows of a group) are 128 bytes of different banks
+//   bytes CODES ..        a group's scales of the rows, then its zeros, and so on for the other groups
 //
 // The order of the columns in an MMA is free as long as A and B agree: MMA j of a group takes lane q's columns
 //   j, j + 4 (A registers 0, 1 and B register 0)  and  j + 8, j + 12 (A registers 2, 3 and B register 1)
@@ -31,33 +31,44 @@
 #ifndef TILES
 #define TILES 1
 #endif
+#ifndef ROWS
+#define ROWS 32
+#endif
 #ifndef WARPS
-#define WARPS 8
+#define WARPS 4
 #endif
 #ifndef DEPTH
-#define DEPTH 6  // with 8 warps all of K = 3072
+#define DEPTH 2
+#endif
+#ifndef RESIDENT
+#define RESIDENT 5  // CTAs of an SM
+#endif
+#ifndef UNROLL
+#define UNROLL 1
 #endif
 
-constexpr int ROWS = 16;
+static_assert(ROWS == 16 || ROWS == 32, "the lanes copy a chunk's scales at once");
+
 constexpr int TOKENS = 8 * TILES;
-constexpr int SLOT = ROWS * 32 + 2 * ROWS * 2;  // bytes of a group
-constexpr int PITCH = ROWS + 4;                 // floats between the tokens of a warp's sums
+constexpr int CHUNK = 4;  // groups
+constexpr int CODES = ROWS * CHUNK * 32, SLOT = CODES + CHUNK * ROWS * 4;  // bytes
+constexpr int PITCH = ROWS + 4;  // floats between the tokens of a warp's sums
 constexpr int RING = WARPS * DEPTH * SLOT, SUMS = WARPS * TOKENS * PITCH * 4;
 
 // Codes `shift` / 4 and `shift` / 4 + 4 of a word, less 8, as two 16-bit floats. A nibble in the low mantissa bits of 128 (bf16)
-// or 1024 (fp16) adds its value; the subtraction is exact.
-DEVICE u32 weights(u32 word, int shift) {
+// or 1024 (fp16) adds its value; the subtraction is exact. nibbles: 0x000f000f, in a register.
+DEVICE u32 weights(u32 word, int shift, u32 nibbles) {
 #if HALF
-  u32 biased = (word >> shift) & 0x000f000fu | 0x64006400u, d;
+  u32 biased = (word >> shift) & nibbles | 0x64006400u, d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(biased), "r"(0x3c003c00u), "r"(0xe408e408u));
 #else
-  u32 biased = (word >> shift) & 0x000f000fu | 0x43004300u, d;
+  u32 biased = (word >> shift) & nibbles | 0x43004300u, d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(biased), "r"(0x3f803f80u), "r"(0xc308c308u));
 #endif
   return d;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? 4 : 1) awq(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? RESIDENT : 1) awq(
     const u16* __restrict__ x,             // (M, K), rows x_stride elements apart, 16-byte aligned
     const u8* __restrict__ weight,         // (N, K/2), the even column in the low nibble
     const u16* __restrict__ weight_scale,  // (K/64, N)
@@ -65,98 +76,123 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? 4 : 1) awq
     const u16* __restrict__ bias,          // (N,) or null
     u16* __restrict__ y,                   // (M, N)
     int M, int N, int K, int x_stride) {
-  __shared__ __align__(16) u8 memory[RING > SUMS ? RING : SUMS];
+  __shared__ __align__(128) u8 memory[RING > SUMS ? RING : SUMS];
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, q = lane % 4;
   const int first_row = blockIdx.x * ROWS, first_token = blockIdx.y * TOKENS;
   const int groups = K / 64;
-  const u8* slots = memory + warp * DEPTH * SLOT;
+  const u32 ring = shared_address(memory) + warp * DEPTH * SLOT;
+  wait_for_previous_grid();
 
-  // Of each group a lane copies half a row's codes; lanes 0 to 3 the halves of the scales and of the zeros.
-  const int row = lane / 2, half = lane % 2;
-  const u8* codes = weight + (size_t)(first_row + row) * (K / 2) + warp * 32 + 16 * half;
-  const u16* scales = (row ? weight_zeros : weight_scale) + (size_t)warp * N + first_row + 8 * half;
-  const u32 to_codes = shared_address(slots) + row % 2 * 256 + row / 2 * 32 + 16 * half;
-  const u32 to_scales = shared_address(slots) + 512 + 16 * lane;
-  int left = groups - warp;  // groups from the next one to copy on, the other warps' among them
-  auto copy_next = [&](int slot) {
-    if (left > 0) {
-      cp_async16(to_codes + slot * SLOT, codes);
-      if (lane < 4) cp_async16(to_scales + slot * SLOT, scales);
+  // Of a chunk's codes a lane copies 16 bytes of every fourth row; the first ROWS lanes copy 16 bytes of scales or of zeros. What
+  // lies beyond K or N becomes zeros, which add nothing.
+  const u8* codes = weight + (size_t)(first_row + lane / 8) * (K / 2) + warp * 128 + lane % 8 * 16;
+  const int part = lane % (ROWS / 4), scale_group = lane / (ROWS / 4), scale_row = first_row + part % (ROWS / 8) * 8;
+  const u16* scales = (part < ROWS / 8 ? weight_scale : weight_zeros) + (size_t)(CHUNK * warp + scale_group) * N + scale_row;
+  const u32 to_codes = ring + lane / 8 * 128 + (lane % 8 ^ lane / 16 * 2) * 16;
+  int next = CHUNK * warp, next_slot = 0;  // the first group and the place of the chunk to be copied next
+  auto copy_next = [&] {
+    if (next < groups) {
+#pragma unroll
+      for (int i = 0; i < ROWS / 4; i++)
+        cp_async16((to_codes + next_slot + i * 512) ^ i % 2 * 64, codes + (size_t)(4 * i) * (K / 2),
+                   next + lane % 8 / 2 < groups && (ROWS == 16 || first_row + 4 * i < N));
+      if (lane < ROWS)
+        cp_async16(ring + next_slot + CODES + lane * 16, scales, next + scale_group < groups && (ROWS == 16 || scale_row < N));
     }
     cp_async_commit();
-    codes += WARPS * 32;
-    scales += (size_t)WARPS * N;
-    left -= WARPS;
+    codes += WARPS * 128;
+    scales += (size_t)(CHUNK * WARPS) * N;
+    next += CHUNK * WARPS;
+    next_slot = next_slot == (DEPTH - 1) * SLOT ? 0 : next_slot + SLOT;
   };
 #pragma unroll
-  for (int slot = 0; slot < DEPTH; slot++) copy_next(slot);
+  for (int slot = 0; slot < DEPTH; slot++) copy_next();
 
-  const u16* token = x + (size_t)(first_token + r) * x_stride + warp * 64 + 16 * q;
-  float acc[TILES][4] = {};
-  const u32 one = HALF ? 0x3c003c00u : 0x3f803f80u;
-  const u32 ones[4] = {one, one, one, one};
+  // Columns 16 q .. 16 q + 15 of a group's tokens, two a word. Beyond M zeros; beyond K what was there before.
+  const char* token = (const char*)(x + (size_t)(first_token + r) * x_stride + warp * (CHUNK * 64) + 16 * q);
+  uint4 v[TILES][2] = {};
 
-  for (int start = warp; start < groups; start += DEPTH * WARPS) {
-#pragma unroll
-    for (int slot = 0; slot < DEPTH; slot++) {
-      if (start + slot * WARPS >= groups) break;
-      cp_async_wait<DEPTH - 1>();
-      __syncwarp();
-      const u8* group = slots + slot * SLOT;
-      const uint2 even = *(const uint2*)(group + 8 * lane), odd = *(const uint2*)(group + 256 + 8 * lane);
-      const float2 scale = to_float2(*(const u32*)(group + 512 + 4 * r)), zero = to_float2(*(const u32*)(group + 544 + 4 * r));
-      __syncwarp();
-      copy_next(slot);
+  float acc[ROWS / 16][TILES][4] = {};
+  // Constants that the compiler must not know, or it loads them again for every use: K is a multiple of 64.
+  const u32 nothing = K & 63, nibbles = 0x000f000fu | nothing << 4, one = HALF ? 0x3c003c00u : 0x3f803f80u;
+  const u32 ones[4] = {one | nothing, one | nothing << 1, one | nothing << 2, one | nothing << 3};
 
-      u32 a[4][4];
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        a[j][0] = weights(even.x, 4 * j);
-        a[j][1] = weights(odd.x, 4 * j);
-        a[j][2] = weights(even.y, 4 * j);
-        a[j][3] = weights(odd.y, 4 * j);
-      }
-
+  int slot = 0;
+  for (int first = CHUNK * warp; first < groups; first += CHUNK * WARPS) {
+    cp_async_wait<DEPTH - 1>();
+    __syncwarp();
+#pragma unroll UNROLL
+    for (int g = 0; g < CHUNK; g++) {
+      u32 b[TILES][4][2];
 #pragma unroll
       for (int t = 0; t < TILES; t++) {
-        uint4 v[2] = {};  // columns 16 q .. 16 q + 15 of the token, two a word
-        if (first_token + 8 * t + r < M) {
-          const uint4* source = (const uint4*)(token + (size_t)(8 * t) * x_stride + slot * WARPS * 64);
-          v[0] = __ldg(source);
-          v[1] = __ldg(source + 1);
+        if (first + g < groups && first_token + 8 * t + r < M) {
+          const uint4* source = (const uint4*)(token + (size_t)(8 * t) * (2 * x_stride) + g * 128);
+          v[t][0] = __ldg(source);
+          v[t][1] = __ldg(source + 1);
         }
-        const u32 word[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
-
-        float p[4] = {}, s[4] = {};
+        const u32 word[8] = {v[t][0].x, v[t][0].y, v[t][0].z, v[t][0].w, v[t][1].x, v[t][1].y, v[t][1].z, v[t][1].w};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const u32 pick = j % 2 ? 0x7632 : 0x5410;  // the upper or the lower halves of two words
-          const u32 b[2] = {__byte_perm(word[j / 2], word[j / 2 + 2], pick), __byte_perm(word[j / 2 + 4], word[j / 2 + 6], pick)};
-          mma_16816(p, a[j], b);
-          mma_16816(s, ones, b);
+          b[t][j][0] = __byte_perm(word[j / 2], word[j / 2 + 2], pick);
+          b[t][j][1] = __byte_perm(word[j / 2 + 4], word[j / 2 + 6], pick);
         }
-        acc[t][0] = fmaf(scale.x, p[0], fmaf(zero.x, s[0], acc[t][0]));
-        acc[t][1] = fmaf(scale.x, p[1], fmaf(zero.x, s[1], acc[t][1]));
-        acc[t][2] = fmaf(scale.y, p[2], fmaf(zero.y, s[2], acc[t][2]));
-        acc[t][3] = fmaf(scale.y, p[3], fmaf(zero.y, s[3], acc[t][3]));
+      }
+      float total[TILES][4] = {};
+#pragma unroll
+      for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) mma_16816(total[t], ones, b[t][j]);
+
+#pragma unroll
+      for (int i = 0; i < ROWS / 16; i++) {
+        const u32 here = ring + slot + i * 2048 + r * 256 + q * 8 + (g ^ r % 4) * 32;
+        const uint2 even = load_shared8(here), odd = load_shared8(here + 128);
+        const u32 of_rows = ring + slot + CODES + g * ROWS * 4 + i * 32 + r * 4;
+        const float2 scale = to_float2(load_shared4(of_rows)), zero = to_float2(load_shared4(of_rows + ROWS * 2));
+        u32 a[4][4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          a[j][0] = weights(even.x, 4 * j, nibbles);
+          a[j][1] = weights(odd.x, 4 * j, nibbles);
+          a[j][2] = weights(even.y, 4 * j, nibbles);
+          a[j][3] = weights(odd.y, 4 * j, nibbles);
+        }
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+          float p[4] = {};
+#pragma unroll
+          for (int j = 0; j < 4; j++) mma_16816(p, a[j], b[t][j]);
+          acc[i][t][0] = fmaf(scale.x, p[0], fmaf(zero.x, total[t][0], acc[i][t][0]));
+          acc[i][t][1] = fmaf(scale.x, p[1], fmaf(zero.x, total[t][1], acc[i][t][1]));
+          acc[i][t][2] = fmaf(scale.y, p[2], fmaf(zero.y, total[t][2], acc[i][t][2]));
+          acc[i][t][3] = fmaf(scale.y, p[3], fmaf(zero.y, total[t][3], acc[i][t][3]));
+        }
       }
     }
-    token += DEPTH * WARPS * 64;
+    token += CHUNK * WARPS * 128;
+    __syncwarp();
+    copy_next();
+    slot = slot == (DEPTH - 1) * SLOT ? 0 : slot + SLOT;
   }
 
   // acc[0], acc[1] are tokens 2 q and 2 q + 1 of row 2 r, acc[2], acc[3] of row 2 r + 1.
   __syncthreads();
   float(*sums)[TOKENS][PITCH] = (float(*)[TOKENS][PITCH])memory;
 #pragma unroll
-  for (int t = 0; t < TILES; t++) {
-    *(float2*)&sums[warp][8 * t + 2 * q][2 * r] = make_float2(acc[t][0], acc[t][2]);
-    *(float2*)&sums[warp][8 * t + 2 * q + 1][2 * r] = make_float2(acc[t][1], acc[t][3]);
-  }
+  for (int i = 0; i < ROWS / 16; i++)
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      *(float2*)&sums[warp][8 * t + 2 * q][16 * i + 2 * r] = make_float2(acc[i][t][0], acc[i][t][2]);
+      *(float2*)&sums[warp][8 * t + 2 * q + 1][16 * i + 2 * r] = make_float2(acc[i][t][1], acc[i][t][3]);
+    }
   __syncthreads();
   for (int i = threadIdx.x; i < TOKENS * ROWS; i += 32 * WARPS) {
     const int m = i / ROWS, n = i % ROWS;
     if (first_token + m >= M) break;
+    if (ROWS > 16 && first_row + n >= N) continue;
     float sum = bias ? to_float(bias[first_row + n]) : 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += sums[w][m][n];

@@ -73,6 +73,16 @@ DEVICE float divide(float a, float b) {
   return ratio;
 }
 
+// --- Programmatic dependent launch, sm_90 and newer -------------------------------------------------------------------
+
+// A kernel launched with pdl=True may start while the one before it ends. Before this it must touch no memory of others: not even its
+// weights, which the kernel before may have written; after it everything is as in an ordinary launch, whose wait returns at once.
+DEVICE void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // --- Global memory ----------------------------------------------------------------------------------------------------
 
 // 16 bytes that are read once: they pass L1 by.

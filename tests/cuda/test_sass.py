@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
-from comfyui_svdquant.cuda import awq, compiler, gemm_mma, gemm_wgmma, quantize
+from comfyui_svdquant.cuda import awq, compiler, gemm_mma, gemm_wgmma, gptq, quantize
 
 from . import sass
 
@@ -33,8 +33,8 @@ class Kernel:
 
 
 def awq_mma(defines, arch):
-    """A group: four MMAs a tile of tokens for the codes, four for the tokens' sums. Turing's are half as deep."""
-    return (r"HMMA\.1688\." if arch == "sm_75" else r"HMMA\.16816\."), (2 if arch == "sm_75" else 1) * 8 * defines["TILES"]
+    """A group: for each tile of tokens four MMAs for each 16 rows' codes, four for the tokens' sums. Turing's are half as deep."""
+    return (r"HMMA\.1688\." if arch == "sm_75" else r"HMMA\.16816\."), (2 if arch == "sm_75" else 1) * 12 * defines["TILES"]
 
 
 def gemm_mma_mma(defines, arch):
@@ -56,16 +56,18 @@ def quantize_mma(defines, arch):
 
 
 KERNELS = {
-    "awq": Kernel(awq, lambda d, a: 256, lambda d, a: 4 if d["TILES"] == 1 else 1, awq_mma),
+    "awq": Kernel(awq, lambda d, a: 32 * awq.WARPS, lambda d, a: 5 if d["TILES"] == 1 else 1, awq_mma),
     "gemm_mma": Kernel(gemm_mma, lambda d, a: 32 * d["ROW_WARPS"] * d["TOKEN_WARPS"], lambda d, a: 1, gemm_mma_mma),
     "gemm_wgmma": Kernel(gemm_wgmma, lambda d, a: 2 * d["ROWS"] + 128, lambda d, a: 1, gemm_wgmma_mma),
+    "gptq": Kernel(gptq, lambda d, a: 32 * gptq.WARPS, lambda d, a: 1, lambda d, a: None),
     "quantize": Kernel(quantize, lambda d, a: 256, lambda d, a: 1, quantize_mma),
 }
 
 
 def variants(module, arch):
     """bf16 and fp16 differ in a few conversions: fp16 is looked at where there is no bf16, and on sm_86, sm_89's twin."""
-    return [v for v in module.variants(arch) if dict(v[2])["HALF"] == (arch in ("sm_75", "sm_86"))]
+    half = arch in ("sm_75", "sm_86")
+    return [v for v in module.variants(arch) if dict(v[2]).get("HALF", half) == half]
 
 
 def listings(name, arch):
