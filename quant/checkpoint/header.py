@@ -65,12 +65,15 @@ class Header:
             file.seek(info.start)
             return file.read(info.stop - info.start)
 
-    def read_tensor(self, name):
-        """One tensor, read into memory of its own: nothing of the file stays mapped."""
+    def read_tensor(self, name, into=None):
+        """One tensor, read into memory of its own, or into the beginning of `into`, uint8: nothing of the file stays mapped."""
         info = self.tensors[name]
-        data = np.fromfile(self.path, np.uint8, info.stop - info.start, offset=info.start)
-        if data.size != info.stop - info.start:
-            raise CheckpointError(f"{self.file} was cut off while it was read; download it again.")
+        count = info.stop - info.start
+        data = np.empty(count, np.uint8) if into is None else into[:count]
+        with open(self.path, "rb") as file:
+            file.seek(info.start)
+            if file.readinto(data) != count:
+                raise CheckpointError(f"{self.file} was cut off while it was read; download it again.")
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
 

@@ -9,10 +9,12 @@ that has zeros where they do not meet; where the files share what can be shared 
 """
 
 import os
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .. import flux, layout
@@ -245,11 +247,27 @@ def _check_left_over(source, layers, plain, nvfp4):
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
+class _Codes(threading.local):
+    """Reads packed codes of a source into memory that each thread keeps from one layer to the next: memory that is new to a
+    process costs it more time than to read into what it has."""
+
+    def __init__(self, source):
+        self.source, self.memory = source, np.empty(0, np.uint8)
+
+    def read(self, name):
+        """A tensor that lasts until the thread's next."""
+        info = self.source.info(name)
+        if self.memory.size < info.stop - info.start:
+            self.memory = np.empty(info.stop - info.start, np.uint8)
+        return self.source.read(name, self.memory)
+
+
 def _tensors(source, layers, plain):
     """Yield (our name, tensor) of the whole model, a layer at a time."""
+    codes = _Codes(source)
+
     def read(name):
-        layer = layers[name]
-        return name, (_read_modulation if layer.chunks else _read_linear)(source, name, layer)
+        return name, (_read_modulation if layers[name].chunks else _read_linear)(source, codes, name, layers[name])
 
     for name, tensors in _ahead(read, layers):
         yield from ((f"{name}.{part}", tensor) for part, tensor in tensors.items())
@@ -274,25 +292,25 @@ def _ahead(function, items):
                 future.cancel()
 
 
-def _read_modulation(source, _name, layer):
-    leaves = (source.read(f"{layer.parts[0]}.{leaf}") for leaf in ("qweight", "wscales", "wzeros", "bias"))
-    return order.unpack_awq(*leaves, layer.chunks)
+def _read_modulation(source, codes, _name, layer):
+    part = layer.parts[0]
+    leaves = (source.read(f"{part}.{leaf}") for leaf in ("wscales", "wzeros", "bias"))
+    return order.unpack_awq(codes.read(f"{part}.qweight"), *leaves, layer.chunks)
 
 
 def _read_part(source, part, spec):
-    """{parameter name: tensor} of one W4A4 layer of theirs, in our order. spec: of the layer of ours that it belongs to."""
+    """{parameter name: tensor} of one W4A4 layer of theirs but for its codes, in our order. spec: of the layer of ours that it
+    belongs to."""
     wscales = source.read(f"{part}.wscales")
     nvfp4 = spec.format == layout.NVFP4
-    tensors = {"weight": order.unpack_codes(source.read(f"{part}.qweight")),
-               "weight_scale": order.unpack_nvfp4_scales(wscales) if nvfp4 else order.unpack_scales(wscales),
+    tensors = {"weight_scale": order.unpack_nvfp4_scales(wscales) if nvfp4 else order.unpack_scales(wscales),
                "weight_smooth_factor": order.unpack_vector(source.read(f"{part}.smooth")),
                "bias": order.unpack_vector(source.read(f"{part}.bias"))}
     if nvfp4:
         tensors["weight_scale_2"] = _read_second_scales(source, part, wscales.shape[1])
     if spec.rank == 0 or f"{part}.lora_down" not in source.tensors:
-        (n, half), dtype = tensors["weight"].shape, tensors["bias"].dtype
-        return tensors | {"weight_proj_down": torch.zeros(half * 2, 0, dtype=dtype),
-                          "weight_proj_up": torch.zeros(n, 0, dtype=dtype)}
+        n, k = tensors["bias"].numel(), tensors["weight_smooth_factor"].numel()
+        return tensors | {"weight_proj_down": torch.zeros(k, 0, dtype=spec.dtype), "weight_proj_up": torch.zeros(n, 0, dtype=spec.dtype)}
     return tensors | {"weight_proj_down": order.unpack_down(source.read(f"{part}.lora_down")),
                       "weight_proj_up": order.unpack_up(source.read(f"{part}.lora_up"))}
 
@@ -307,6 +325,11 @@ def _read_second_scales(source, part, n):
     return second.unsqueeze(0)
 
 
-def _read_linear(source, name, layer):
-    parts = [_read_part(source, part, layer.spec) for part in layer.parts]
-    return parts[0] if len(parts) == 1 else halves.join(parts, _by_rows(name), layer.joint)
+def _read_linear(source, codes, name, layer):
+    spec, rows = layer.spec, _by_rows(name)
+    weight = order.empty(spec.out_features, spec.in_features // 2)
+    shapes = [source.info(f"{part}.qweight").shape for part in layer.parts]
+    for part, own in zip(layer.parts, weight.split([shape[0] if rows else shape[1] for shape in shapes], 0 if rows else 1)):
+        order.unpack_codes(codes.read(f"{part}.qweight"), own)
+    parts = [_read_part(source, part, spec) for part in layer.parts]
+    return {"weight": weight} | (parts[0] if len(parts) == 1 else halves.join(parts, rows, layer.joint))

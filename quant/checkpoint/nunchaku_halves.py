@@ -16,7 +16,7 @@ COLUMNS = {"weight": 1, "weight_scale": 0, "weight_smooth_factor": 0, "weight_pr
 
 
 def join(parts, rows, joint):
-    """Two layers as one: ({parameter name: tensor}, the other's) -> {parameter name: tensor}.
+    """Two layers but for their codes as one: ({parameter name: tensor}, the other's) -> {parameter name: tensor}.
 
     joint: they have the same proj_down (rows) or proj_up (columns), so that the branch keeps its rank; else it gets
     the ranks of both, with zeros where they do not meet.
@@ -31,16 +31,16 @@ def join(parts, rows, joint):
 
     extra = {}
     if "weight_scale_2" in first:
-        blocks = scale_blocks(*(part["weight"].shape[1] * 2 for part in parts))
+        blocks = scale_blocks(*(len(part["weight_smooth_factor"]) for part in parts))
         extra["weight_scale_2"] = cat("weight_scale_2", 1) if rows else torch.cat(
             [part["weight_scale_2"].expand(count, -1) for part, count in zip(parts, blocks)])
     if rows:
-        return extra | {"weight": cat("weight", 0), "weight_scale": cat("weight_scale", 1), "bias": cat("bias", 0),
+        return extra | {"weight_scale": cat("weight_scale", 1), "bias": cat("bias", 0),
                 "weight_smooth_factor": first["weight_smooth_factor"],
                 "weight_proj_down": first["weight_proj_down"] if joint else cat("weight_proj_down", 1),
                 "weight_proj_up": cat("weight_proj_up", 0) if joint else diagonal("weight_proj_up")}
     bias = (first["bias"].float() + second["bias"].float()).to(first["bias"].dtype)
-    return extra | {"weight": cat("weight", 1), "weight_scale": cat("weight_scale", 0), "bias": bias,
+    return extra | {"weight_scale": cat("weight_scale", 0), "bias": bias,
             "weight_smooth_factor": cat("weight_smooth_factor", 0),
             "weight_proj_down": cat("weight_proj_down", 0) if joint else diagonal("weight_proj_down"),
             "weight_proj_up": first["weight_proj_up"] if joint else cat("weight_proj_up", 1)}

@@ -19,6 +19,9 @@ that hold the columns j, 8 + j, 16 + j, 24 + j. Their rows are interleaved: row 
 the layer, S = 6 or 3 chunks (shift, scale, gate once or twice) of d rows. The bias of the scale chunks has 1 added.
 """
 
+from functools import lru_cache
+from math import gcd, prod
+
 import numpy as np
 import torch
 
@@ -26,86 +29,125 @@ from ..layout import GROUP_SIZE
 
 TILE = 128  # N and K are multiples of it
 RANK_TILE = 16  # the rank is a multiple of it
+BRANCH_TILE = 1024  # channels of a branch that are moved at a time, where they divide all
 AWQ_ROWS = 4  # rows that lie side by side
 AWQ_GROUP_TILE = 16  # groups are padded to a multiple of it
-AWQ_BLOCK = 96  # rows that are worked on at a time: a multiple of AWQ_ROWS and of 6
-
-WORDS = {torch.int8: torch.int32, torch.int32: torch.int32, torch.float8_e4m3fn: torch.uint8}  # that move as a whole
+AWQ_BLOCK = 48  # rows that are worked on at a time: a multiple of AWQ_ROWS and of 6, few enough for a core's own cache
 
 # Transposing a 4 x 4 matrix of nibbles in 64 bits: swap within the 2 x 2 blocks, then swap the blocks.
 NIBBLE_SWAPS = ((12, 0x0000F0F00000F0F0), (24, 0x00000000FF00FF00))
 
 
-def _reorder(tensor, axes, order):
-    """View a flat array with `axes`, permute to `order`, and return it flat. The inverse has the permuted axes."""
-    # NumPy copies a permuted array of words about three times as fast as PyTorch does on a CPU.
-    words = tensor.contiguous().view(WORDS.get(tensor.dtype, torch.int16))
-    moved = words.numpy().reshape(axes).transpose(order).reshape(-1)
-    return torch.from_numpy(moved).view(tensor.dtype)
+def empty(*shape):
+    """Memory for (...) int8. NumPy asks for large pages, which are had several times as fast as the ones that PyTorch gets."""
+    return torch.from_numpy(np.empty(shape, np.int8))
 
 
-def unpack_codes(qweight):
-    """(N, K/2) int8 in Nunchaku's order -> (N, K/2) int8 in ours (cuda/int4.py)."""
-    n, half = qweight.shape
-    return _reorder(qweight, (n // TILE, half * 2 // 64, 8, 8, 4, 2, 2), (0, 2, 5, 3, 1, 6, 4)).view(n, half)
+@lru_cache(maxsize=16)
+def _places(axes, order):
+    """Where in a tile with `axes` each word comes from when they are permuted to `order`, one after the other; int32."""
+    return torch.arange(prod(axes), dtype=torch.int32).view(axes).permute(order).reshape(-1)
+
+
+def _reorder(source, axes, order, target):
+    """Permute every tile: source, target (tiles, ...) of words; a tile's words have `axes` in the source.
+
+    A gather by a table is several times as fast on a CPU as copying a permuted view, whose inner loops are short.
+    """
+    places = _places(axes, order)
+    for words, out in zip(source.flatten(1), target):
+        if out.is_contiguous():
+            torch.index_select(words, 0, places, out=out.view(-1))
+        else:
+            out.copy_(words.index_select(0, places).view(out.shape))
+    return target
+
+
+def _codes(codes):
+    """(N, K/2) int8 as (tiles, rows, words)."""
+    return codes.view(torch.int32).unflatten(0, (-1, TILE))
+
+
+def unpack_codes(qweight, out=None):
+    """(N, K/2) int8 in Nunchaku's order -> the same shape in ours (cuda/int4.py), in `out` if given."""
+    out = empty(*qweight.shape) if out is None else out
+    _reorder(_codes(qweight), (qweight.shape[1] // 32, 8, 8, 4, 2, 2), (1, 4, 2, 0, 5, 3), _codes(out))
+    return out
 
 
 def pack_codes(weight):
     """(N, K/2) int8 in our order -> (N, K/2) int8 in Nunchaku's."""
-    n, half = weight.shape
-    return _reorder(weight, (n // TILE, 8, 2, 8, half * 2 // 64, 2, 4), (0, 4, 1, 3, 6, 2, 5)).view(n, half)
+    out = empty(*weight.shape)
+    _reorder(_codes(weight), (8, 2, 8, weight.shape[1] // 32, 2, 4), (3, 0, 2, 5, 1, 4), _codes(out))
+    return out
 
 
 def unpack_scales(wscales):
     """(G, N) 16 bit, nominally; row g of the file is not group g. Returns (G, N) in our order."""
     groups, n = wscales.shape
-    return _reorder(wscales, (n // TILE, groups, 8, 4, 2, 2), (1, 0, 2, 4, 3, 5)).view(groups, n)
+    return _whole(wscales, (n // TILE, groups, 8, 4, 2), (1, 0, 2, 4, 3))
 
 
 def pack_scales(scales):
     """(G, N) 16 bit -> the same shape in Nunchaku's order."""
     groups, n = scales.shape
-    return _reorder(scales, (groups, n // TILE, 8, 2, 4, 2), (1, 0, 2, 4, 3, 5)).view(groups, n)
+    return _whole(scales, (groups, n // TILE, 8, 2, 4), (1, 0, 2, 4, 3))
 
 
 def unpack_nvfp4_scales(wscales):
     """(K/16, N) e4m3 in Nunchaku's order, nominally -> (K/16, N) in ours."""
     groups, n = wscales.shape
-    return _reorder(wscales, (n // TILE, groups // 4, 8, 4, 4, 4), (1, 5, 0, 4, 3, 2)).view(groups, n)
+    out = torch.empty_like(wscales)
+    target = out.view(torch.uint8).view(groups, n // TILE, TILE).transpose(0, 1)
+    _reorder(wscales.view(torch.uint8).view(n // TILE, -1), (groups // 4, 8, 4, 4, 4), (0, 4, 3, 2, 1), target)
+    return out
 
 
 def unpack_vector(vector):
     """(N) bias or (K) smooth in Nunchaku's order -> in ours."""
-    return unpack_scales(vector.unsqueeze(0)).squeeze(0)
+    return vector.view(-1, 4, 2, 2).transpose(1, 2).reshape(-1)
 
 
 def pack_vector(vector):
     """(N) or (K) 16 bit -> in Nunchaku's order."""
-    return pack_scales(vector.unsqueeze(0)).squeeze(0)
+    return vector.view(-1, 2, 4, 2).transpose(1, 2).reshape(-1)
+
+
+def _whole(tensor, axes, order, word=torch.int32):
+    """A tensor's words permuted, all of them in one."""
+    tensor = tensor.contiguous()
+    out = torch.empty_like(tensor)
+    _reorder(tensor.view(word).view(1, -1), axes, order, out.view(word).view(1, -1))
+    return out
+
+
+def _branch(tensor, axes, order, word):
+    """A branch (channels, R), some channels at a time; axes: of 16 channels, behind their count."""
+    tensor = tensor.contiguous()
+    out, channels = torch.empty_like(tensor), gcd(BRANCH_TILE, tensor.shape[0])
+    source, target = (t.view(word).unflatten(0, (-1, channels)) for t in (tensor, out))
+    _reorder(source, (channels // 16, *axes), order, target)
+    return out
 
 
 def unpack_down(lora_down):
     """(K, R) 16 bit in Nunchaku's order -> weight_proj_down, (K, R)."""
-    k, rank = lora_down.shape
-    return _reorder(lora_down, (k // 16, rank // 16, 8, 4, 2, 2, 2), (0, 5, 3, 6, 1, 4, 2)).view(k, rank)
+    return _branch(lora_down, (lora_down.shape[1] // 16, 8, 4, 2, 2, 2), (0, 5, 3, 6, 1, 4, 2), torch.int16)
 
 
 def pack_down(proj_down):
     """weight_proj_down (K, R) -> (K, R) in Nunchaku's order."""
-    k, rank = proj_down.shape
-    return _reorder(proj_down, (k // 16, 2, 4, 2, rank // 16, 2, 8), (0, 4, 6, 2, 5, 1, 3)).view(k, rank)
+    return _branch(proj_down, (2, 4, 2, proj_down.shape[1] // 16, 2, 8), (0, 4, 6, 2, 5, 1, 3), torch.int16)
 
 
 def unpack_up(lora_up):
     """(N, R) 16 bit in Nunchaku's order -> weight_proj_up, (N, R)."""
-    n, rank = lora_up.shape
-    return _reorder(lora_up, (n // 16, rank // 16, 8, 4, 2, 2, 2), (0, 4, 2, 1, 5, 3, 6)).view(n, rank)
+    return _branch(lora_up, (lora_up.shape[1] // 16, 8, 4, 2, 2), (0, 4, 2, 1, 5, 3), torch.int32)
 
 
 def pack_up(proj_up):
     """weight_proj_up (N, R) -> (N, R) in Nunchaku's order."""
-    n, rank = proj_up.shape
-    return _reorder(proj_up, (n // 16, 2, 8, rank // 16, 2, 4, 2), (0, 3, 2, 5, 1, 4, 6)).view(n, rank)
+    return _branch(proj_up, (2, 8, proj_up.shape[1] // 16, 2, 4), (0, 3, 2, 5, 1, 4), torch.int32)
 
 
 # --- modulation layers ---------------------------------------------------------------------------------------------
@@ -122,6 +164,14 @@ def _transpose_nibbles(words):
         swapped <<= shift
         words ^= swapped
     return words
+
+
+@lru_cache(maxsize=8)
+def _awq_places(rows, columns, chunks, packing):
+    """_places of the 16-bit words of `rows` rows of a modulation layer: of the file's for ours, of ours for the file's."""
+    words = torch.arange(rows * columns // 4, dtype=torch.int32).view(-1, columns // 64, AWQ_ROWS, 2, 2, 4)
+    places = words.permute(0, 2, 1, 3, 5, 4).reshape(-1, chunks, columns // 4).transpose(0, 1).reshape(-1)
+    return places.argsort().int() if packing else places
 
 
 def _blocks(rows):
@@ -156,14 +206,14 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     2^-9 in bf16 where it says less, as computing 1 + scale in that type does.
     """
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
-    codes, words = np.empty((chunks, n // chunks, k // 2), np.int8), qweight.view(torch.int64).numpy()
+    codes, words = empty(chunks, n // chunks, k // 2), qweight.view(torch.int64).numpy()
     for start, stop in _blocks(n):
-        block = _transpose_nibbles(words[start // AWQ_ROWS : stop // AWQ_ROWS].copy()).view(np.int16)
-        block = block.reshape(-1, k // 64, AWQ_ROWS, 2, 2, 4).transpose(0, 2, 1, 3, 5, 4).reshape(-1).view(np.int8)
-        codes[:, start // chunks : stop // chunks] = block.reshape(-1, chunks, k // 2).transpose(1, 0, 2)
+        block = torch.from_numpy(_transpose_nibbles(words[start // AWQ_ROWS : stop // AWQ_ROWS].copy())).view(torch.int16)
+        block = block.view(-1).index_select(0, _awq_places(stop - start, k, chunks, False))
+        codes[:, start // chunks : stop // chunks] = block.view(torch.int8).view(chunks, -1, k // 2)
     scales, zeros = (_deinterleave(t[: k // GROUP_SIZE].t(), chunks).t().contiguous() for t in (wscales, wzeros))
     zeros = (zeros.float() + 8 * scales.float()).to(scales.dtype)
-    return {"weight": torch.from_numpy(codes).view(n, k // 2), "weight_scale": scales, "weight_zeros": zeros,
+    return {"weight": codes.view(n, k // 2), "weight_scale": scales, "weight_zeros": zeros,
             "bias": _awq_bias(_deinterleave(bias, chunks), chunks, -1).to(bias.dtype)}
 
 
@@ -175,11 +225,11 @@ def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
     multiples of 2^-7 in bf16 (2^-10 in fp16), as computing 1 + scale in that type does.
     """
     (n, half), groups = weight.shape, weight_scale.shape[0]
-    qweight, codes = np.empty((n // AWQ_ROWS, half // 2), np.int64), weight.numpy().reshape(chunks, n // chunks, half)
+    qweight, codes = np.empty((n // AWQ_ROWS, half // 2), np.int64), weight.view(chunks, n // chunks, half)
     for start, stop in _blocks(n):
-        block = codes[:, start // chunks : stop // chunks].transpose(1, 0, 2).reshape(-1).view(np.int16)
-        block = block.reshape(-1, AWQ_ROWS, half // 32, 2, 4, 2).transpose(0, 2, 1, 3, 5, 4).reshape(-1).view(np.int64)
-        qweight[start // AWQ_ROWS : stop // AWQ_ROWS] = _transpose_nibbles(block).reshape(-1, half // 2)
+        block = codes[:, start // chunks : stop // chunks].reshape(-1).view(torch.int16)
+        block = block.index_select(0, _awq_places(stop - start, half * 2, chunks, True)).view(torch.int64)
+        qweight[start // AWQ_ROWS : stop // AWQ_ROWS] = _transpose_nibbles(block.numpy()).reshape(-1, half // 2)
     zeros = (weight_zeros.float() - 8 * weight_scale.float()).to(weight_zeros.dtype)
     padding = (0, 0, 0, -groups % AWQ_GROUP_TILE)
     scales, zeros = (torch.nn.functional.pad(_interleave(t.t(), chunks).t(), padding).contiguous()

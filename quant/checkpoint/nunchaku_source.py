@@ -27,9 +27,9 @@ class Source:
         header, stored = self.tensors[name]
         return header.tensors[stored]
 
-    def read(self, name):
+    def read(self, name, into=None):
         header, stored = self.tensors[name]
-        return header.read_tensor(stored)
+        return header.read_tensor(stored, into)
 
     def read_bytes(self, name):
         header, stored = self.tensors[name]

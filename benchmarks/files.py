@@ -1,0 +1,284 @@
+"""How long a full-size file takes to load and to convert, against reading it:  python benchmarks/files.py --comfyui ~/ComfyUI
+
+Writes a random FLUX.1-dev in 4 bits (our layout; Nunchaku's INT4 and NVFP4), each measurement in a process of its own. `cold` is with
+the file dropped from the system's cache before, `warm` with all of it there. "read in blocks" takes the file through one buffer of
+1 MiB; "read by tensor" reads each tensor into memory of its own and keeps it, which is the least that a loader has to do. Memory is
+what the process has for itself above what it had before, at its highest and in the end. Linux only; needs four times the file's
+size on the disk, and twice in memory. Prints the tables, writes benchmarks/results/files_<processor>.json, and removes its files.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from machine import ROOT, description, load_pack
+
+FULL_GB, DEPTH, HIDDEN, CONTEXT, POOLED = 6.75, 19, 3072, 4096, 768
+BLOCK_BYTES = 1 << 20
+POOL = 1 << 24  # random numbers, of which every tensor is a repetition
+
+
+# --- the files -----------------------------------------------------------------------------------------------------
+
+
+def sizes(gb):
+    """(hidden size, depth) of a FLUX.1 of about so many GB: full width and fewer blocks, or one block and less width."""
+    blocks = DEPTH * gb / FULL_GB
+    return (HIDDEN, round(blocks)) if blocks >= 1 else (max(128, int(HIDDEN * blocks**0.5) // 128 * 128), 1)
+
+
+def linears(hidden, depth):
+    """{name: (N, K)} of FLUX.1's linears, with twice as many single blocks as double ones."""
+    found = {"img_in": (hidden, 64), "txt_in": (hidden, CONTEXT), "final_layer.linear": (64, hidden),
+             "final_layer.adaLN_modulation.1": (2 * hidden, hidden)}
+    for embedder, width in (("time_in", 256), ("guidance_in", 256), ("vector_in", POOLED)):
+        found |= {f"{embedder}.in_layer": (hidden, width), f"{embedder}.out_layer": (hidden, hidden)}
+    for block in (f"double_blocks.{i}.{stream}" for i in range(depth) for stream in ("img", "txt")):
+        found |= {f"{block}_mod.lin": (6 * hidden, hidden), f"{block}_attn.qkv": (3 * hidden, hidden),
+                  f"{block}_attn.proj": (hidden, hidden), f"{block}_mlp.0": (4 * hidden, hidden), f"{block}_mlp.2": (hidden, 4 * hidden)}
+    for block in (f"single_blocks.{i}" for i in range(2 * depth)):
+        found |= {f"{block}.linear1": (7 * hidden, hidden), f"{block}.linear2": (hidden, 5 * hidden),
+                  f"{block}.modulation.lin": (3 * hidden, hidden)}
+    return found
+
+
+class Random:
+    """Tensors of any shape and type, at the cost of a copy."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.bytes = torch.randint(-128, 128, (POOL,), dtype=torch.int8, generator=generator)
+        self.floats = torch.randn(POOL, generator=generator) / 32
+
+    def tensor(self, shape, dtype):
+        pool = self.floats.to(dtype) if dtype.is_floating_point else self.bytes
+        count = torch.Size(shape).numel() * dtype.itemsize // pool.itemsize
+        return pool.repeat(-(-count // POOL))[:count].view(dtype).view(shape)
+
+
+def write_native(path, gb, rank):
+    """A random FLUX.1 in our layout."""
+    from comfyui_svdquant.quant import flux
+    from comfyui_svdquant.quant.checkpoint import native
+
+    hidden, depth = sizes(gb)
+    shapes = linears(hidden, depth)
+    specs = {name: flux.layer_spec(name, shapes[name], rank, True, torch.bfloat16) for name in shapes if flux.layer_format(name)}
+    infos = {f"{name}.{part}": info for name, spec in specs.items() for part, info in spec.tensors().items()}
+    for name in shapes.keys() - specs.keys():
+        infos |= {f"{name}.weight": (shapes[name], torch.bfloat16), f"{name}.bias": (shapes[name][:1], torch.bfloat16)}
+    norms = [name.removesuffix("qkv") + "norm" for name in specs if name.endswith("qkv")]
+    norms += [f"single_blocks.{i}.norm" for i in range(2 * depth)]
+    infos |= {f"{norm}.{kind}_norm.scale": ((128,), torch.bfloat16) for norm in norms for kind in ("query", "key")}
+    random = Random()
+    config = flux.config({name: shape for name, (shape, _) in infos.items()})
+    native.save_stream(path, infos, ((name, random.tensor(*info)) for name, info in infos.items()), specs, config, {}, "random")
+
+
+def write_nvfp4(path, int4):
+    """A random Nunchaku NVFP4 file, with the names and widths of an INT4 one."""
+    from comfyui_svdquant.quant.checkpoint import write
+    from comfyui_svdquant.quant.checkpoint.header import read_header
+
+    header, infos = read_header(int4), {}
+    for name, info in header.tensors.items():
+        part, _, leaf = name.rpartition(".")
+        infos[name] = info.shape, info.dtype
+        if leaf == "wscales" and f"{part}.wzeros" not in header.tensors:
+            (groups, n), fused = info.shape, "qkv_proj" in part
+            infos[name] = (groups * 4, n), torch.float8_e4m3fn  # groups of 16 columns for groups of 64
+            infos[f"{part}.wcscales" if fused else f"{part}.wtscale"] = (n if fused else 1,), info.dtype
+    random = Random()
+    quantization = json.dumps({"method": "svdquant", "weight": {"dtype": "fp4_e2m1_all"}})
+    write.write(path, infos, ((name, random.tensor(*info)) for name, info in infos.items()),
+                header.metadata | {"quantization_config": quantization})
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+def drop(path):
+    """Have the system forget a file's contents."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def own_memory():
+    """Bytes that the process has for itself, files that are mapped left out."""
+    with open("/proc/self/status") as status:
+        return int(re.search(r"RssAnon:\s*(\d+)", status.read())[1]) << 10
+
+
+class Peak:
+    """`gb`: the most memory the process had within the block, above what it had before."""
+
+    def __enter__(self):
+        self.before, self.highest, self.done = own_memory(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.done.wait(0.005):
+            self.highest = max(self.highest, own_memory())
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+        self.highest = max(self.highest, own_memory())
+
+    @property
+    def gb(self):
+        return (self.highest - self.before) / 1e9
+
+
+def timed(run, path):
+    """{"cold_s", "warm_s", "peak_gb", "end_gb"} of run(), whose result is memory that it needs."""
+    drop(path)
+    with Peak() as peak:
+        start = time.perf_counter()
+        result = run()
+        seconds = {"cold_s": time.perf_counter() - start}
+        end = own_memory() - peak.before
+    del result
+    gc.collect()
+    read_in_blocks(path)  # now all of it is in the cache, where the memory suffices
+    start = time.perf_counter()
+    result = run()
+    seconds["warm_s"] = time.perf_counter() - start
+    del result
+    return seconds | {"peak_gb": peak.gb, "end_gb": end / 1e9}
+
+
+def read_in_blocks(path):
+    block = bytearray(BLOCK_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(block):
+            pass
+
+
+def read_by_tensor(path):
+    from comfyui_svdquant.quant.checkpoint.header import read_header
+
+    header = read_header(path)
+    return [header.read_tensor(name) for name in header.tensors]
+
+
+def reading(path):
+    load_pack()
+    return {"read in blocks": timed(lambda: read_in_blocks(path), path), "read by tensor": timed(lambda: read_by_tensor(path), path)}
+
+
+def loading(path, comfyui, readers):
+    """Load Model's work, and then every weight read once, which is where a mapped file is read."""
+    sys.path[:0] = [comfyui, str(ROOT / "demo")]
+    from host import launch
+
+    launch.define_torchvision_ops()
+    launch.define_torchaudio()
+    from comfy.cli_args import args
+
+    args.cpu = True  # the weights' way to a GPU is left out
+    load_pack()
+    from comfyui_svdquant.quant.checkpoint import nunchaku
+    from comfyui_svdquant.quant.host import build
+
+    nunchaku.AHEAD = readers or nunchaku.AHEAD
+
+    def load():
+        with torch.inference_mode():
+            patcher = build.load_model(path)
+            for tensor in patcher.model.diffusion_model.state_dict().values():
+                tensor.view(-1).view(torch.uint8)[::4096].sum()  # a byte of every page
+        return patcher
+
+    return timed(load, path)
+
+
+def converting(source, target, to):
+    load_pack()
+    from comfyui_svdquant.quant.convert import convert
+
+    with Peak() as peak:
+        start = time.perf_counter()
+        convert(source, target, to)
+        return {"s": time.perf_counter() - start, "peak_gb": peak.gb}
+
+
+def apart(function, *args):
+    """function(*args) in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def measure(folder, gb, rank, comfyui):
+    """{"files": {layout: GB}, "reading", "loading", "converting"}"""
+    native, int4, back, nvfp4 = (str(folder / f"{name}.safetensors") for name in ("native", "int4", "back", "nvfp4"))
+    load_pack()
+    write_native(native, gb, rank)
+    conversions = {}
+    for name, source, target, to in (("native to nunchaku", native, int4, "nunchaku"), ("nunchaku to native", int4, back, "native")):
+        conversions[name] = apart(converting, source, target, to)
+        print(f"{name}: {conversions[name]}", flush=True)
+    os.remove(back)
+    write_nvfp4(nvfp4, int4)
+    read, loads = {}, {}
+    for name, path, readers in (("ours", native, None), ("Nunchaku INT4", int4, None), ("Nunchaku INT4, one reader", int4, 1),
+                                ("Nunchaku NVFP4", nvfp4, None)):
+        read |= {} if readers else {name: apart(reading, path)}
+        loads[name] = apart(loading, path, comfyui, readers)
+        print(f"{name}: {read.get(name, '')} {loads[name]}", flush=True)
+    files = {name: os.path.getsize(path) / 1e9 for name, path in (("ours", native), ("Nunchaku INT4", int4), ("Nunchaku NVFP4", nvfp4))}
+    return {"files": files, "reading": read, "loading": loads, "converting": conversions}
+
+
+def tables(found):
+    """The result as Markdown."""
+    lines = ["| load | file | read in blocks, warm / cold | read by tensor, warm / cold | **load, warm / cold** | to read by tensor | "
+             "memory: peak, in the end |", "|" + "---|" * 7]
+    for name, load in found["loading"].items():
+        file = name.partition(",")[0]
+        blocks, tensors = (found["reading"][file][how] for how in ("read in blocks", "read by tensor"))
+        pairs = [f"{times['warm_s']:.1f} / {times['cold_s']:.1f} s" for times in (blocks, tensors, load)]
+        ratios = " / ".join(f"{load[key] / tensors[key]:.2f}x" for key in ("warm_s", "cold_s"))
+        lines.append(f"| {name} | {found['files'][file]:.2f} GB | {pairs[0]} | {pairs[1]} | **{pairs[2]}** | {ratios} | "
+                     f"{load['peak_gb']:.2f}, {load['end_gb']:.2f} GB |")
+    lines += ["", "| convert | time | memory |", "|---|---|---|"]
+    lines += [f"| {name} | {row['s']:.1f} s | {row['peak_gb']:.2f} GB |" for name, row in found["converting"].items()]
+    return "\n".join(lines)
+
+
+def processor():
+    with open("/proc/cpuinfo") as file:
+        return re.search(r"model name\s*: (.*)", file.read())[1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", required=True, help="ComfyUI's folder")
+    parser.add_argument("--gb", type=float, default=FULL_GB, help="about how large a file; %(default)s is a full FLUX.1")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--folder", help="where the files go while it measures, a disk and not memory; the system's folder for such")
+    parser.add_argument("--out", help="the result file; benchmarks/results/files_<processor>.json")
+    args = parser.parse_args()
+    result = description() | {"device": processor(), "cores": os.cpu_count(), "gb": args.gb, "rank": args.rank}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        result |= measure(Path(folder), args.gb, args.rank, str(Path(args.comfyui).resolve()))
+    print(tables(result))
+    name = re.sub(r"\W+", "_", result["device"]).lower()
+    with open(args.out or ROOT / "benchmarks" / "results" / f"files_{name}.json", "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
