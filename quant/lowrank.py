@@ -10,7 +10,7 @@ OVERSAMPLING = 16  # extra sketch columns
 POWER_ITERATIONS = 6  # the residual is within 0.3 % of a full SVD's, also for the flattest spectra
 WARM_ITERATIONS = 2  # where the singular vectors of nearly the same matrix are known
 SEARCH_ITERATIONS = 6  # without oversampling within 1 %, which is enough to compare candidates
-RIDGE = 1e-13  # of a Gram matrix's trace: a direction that is not there becomes a short vector, not NaN
+RIDGE = 1e-12  # of a Gram matrix's trace: a direction that is not there becomes a short vector, not NaN
 
 
 def random_like(matrix, *shape, seed):

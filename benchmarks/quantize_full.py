@@ -1,0 +1,318 @@
+"""FLUX.1-dev at full size, quantized in the graph:  python benchmarks/quantize_full.py --comfyui ~/ComfyUI
+
+The model has random weights that keep activations of ordinary size, and lies in host memory in bf16, as a loader leaves it. It is
+quantized by the function that the node calls, from random conditioning; then it is saved to a temporary folder. Prints and writes
+seconds a stage, the peaks of GPU and host memory, the file's size and the errors, to benchmarks/results/quantize_full_<device>.json.
+
+--vram-gb has ComfyUI and PyTorch do with that much GPU memory. --blocks D,S quantizes a model of D double and S single blocks, and
+tells what all 19 and 38 would take; --hidden 256 --size 64 and the like make it small enough for a CPU.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from statistics import fmean, median
+
+import torch
+from flux_step import DEV, random_
+from machine import ROOT, description, load_pack
+
+CONTEXT_BYTES = 5e8  # of the GPU's memory, that CUDA itself takes and PyTorch's limit does not count
+BLOCKS = {"double": DEV["depth"], "single": DEV["depth_single_blocks"]}
+
+
+class Stages:
+    """Seconds by stage and kind of block, and the peaks of GPU memory by stage. A stage's time is without that of the stages inside."""
+
+    def __init__(self):
+        self.seconds, self.kind = {}, "rest"
+        self.allocated, self.reserved = {}, {}  # {label: bytes}
+        self.running = ["everything else"]
+        self.last = time.perf_counter()
+
+    def switch(self):
+        """Count what was since the last switch to what is running."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            for peaks, found in ((self.allocated, torch.cuda.max_memory_allocated()), (self.reserved, torch.cuda.max_memory_reserved())):
+                peaks[self.running[-1]] = max(peaks.get(self.running[-1], 0), found)
+            torch.cuda.reset_peak_memory_stats()
+        now = time.perf_counter()
+        key = self.running[-1], self.kind
+        self.seconds[key] = self.seconds.get(key, 0.0) + now - self.last
+        self.last = now
+
+    @contextmanager
+    def stage(self, label):
+        self.switch()
+        self.running.append(label)
+        try:
+            yield
+        finally:
+            self.switch()
+            self.running.pop()
+
+    def set_kind(self, block_name):
+        self.switch()
+        self.kind = block_name.split("_")[0]
+
+    def time(self, owner, name, label):
+        """Have every call of owner.name counted as `label`."""
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def run(*args, **kwargs):
+            with self.stage(label):
+                return original(*args, **kwargs)
+
+        setattr(owner, name, run)
+
+    def by_label(self, factors):
+        """{label: seconds}, each kind of block times its factor."""
+        found = {}
+        for (label, kind), seconds in self.seconds.items():
+            found[label] = found.get(label, 0.0) + seconds * factors[kind]
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def watch_stages(stages):
+    """Time the parts of the pipeline, and note the kind of the block that is worked on."""
+    from comfyui_svdquant.quant import calibration, gptq, lowrank, quantizer
+    from comfyui_svdquant.quant.checkpoint import native
+    from comfyui_svdquant.quant.host import quantize
+
+    for owner, name, label in (
+            (quantize, "check_weights", "checking the weights"), (quantize, "record_trajectory", "sampling"),
+            (quantize, "make_room", "unloading the model"), (calibration, "_replay", "replay"),
+            (calibration.InputStats, "add", "statistics"), (quantize, "effective_weight", "a layer's weight to the device"),
+            (quantizer, "choose_smoothing", "smoothing"), (quantizer, "alternate", "branch and codes in turn"),
+            (quantizer, "find_scales", "scale search"), (gptq, "damped_cholesky", "Cholesky factor"), (gptq, "gptq_round", "GPTQ"),
+            (lowrank, "refit", "refit"), (quantizer, "pack_awq", "modulation layers"), (quantizer, "layer_error", "errors"),
+            (quantizer, "naive_error", "errors"), (quantize, "_twin", "the twin"), (native, "save", "saving")):
+        stages.time(owner, name, label)
+    replay, layer, on_device = calibration._replay, quantize.quantize_layer, quantize.on_device
+
+    def replay_in(diffusion_model, call, memory, blocks, index, previous):
+        stages.set_kind(blocks[index][0])
+        return replay(diffusion_model, call, memory, blocks, index, previous)
+
+    def layer_in(patcher, name, *args):
+        stages.set_kind(name)
+        return layer(patcher, name, *args)
+
+    @contextmanager
+    def timed_on_device(*args):
+        context = on_device(*args)
+        with stages.stage("a block's weights to the device"):
+            context.__enter__()
+        with context_exit(context):
+            yield
+
+    calibration._replay, quantize.quantize_layer, quantize.on_device = replay_in, layer_in, timed_on_device
+
+
+@contextmanager
+def context_exit(entered):
+    """A context that has been entered already, left at the end of this one."""
+    try:
+        yield
+    except BaseException:
+        if not entered.__exit__(*sys.exc_info()):
+            raise
+    else:
+        entered.__exit__(None, None, None)
+
+
+class HostMemory:
+    """The largest resident set of this process, looked at 20 times a second."""
+
+    def __init__(self):
+        import psutil
+
+        self.process, self.peak, self.done = psutil.Process(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def now(self):
+        return self.process.memory_info().rss
+
+    def watch(self):
+        while not self.done.wait(0.05):
+            self.peak = max(self.peak, self.now())
+
+    def stop(self):
+        self.done.set()
+        self.thread.join()
+        return max(self.peak, self.now())
+
+
+class Progress:
+    """What the node shows, as lines."""
+
+    def __init__(self):
+        self.began = self.last = time.perf_counter()
+        self.done = self.steps = 0
+
+    def total(self, steps):
+        self.steps = steps
+
+    def step(self, text):
+        self.done += 1
+        now = time.perf_counter()
+        if now - self.last > 5 or self.done == self.steps:
+            print(f"{now - self.began:6.0f} s  {self.done} of {self.steps}: {text}", flush=True)
+            self.last = now
+
+    def check(self):
+        pass
+
+
+def enter_comfyui(folder, vram_gb):
+    """Import ComfyUI with the options that a user of that much GPU memory would start it with."""
+    options = ["main.py"]
+    if not torch.cuda.is_available():
+        options += ["--cpu"]
+    elif vram_gb:
+        total = torch.cuda.get_device_properties(0).total_memory
+        options += ["--reserve-vram", f"{(total - vram_gb * 1e9) / 2**30 + 0.4:.2f}"]
+        torch.cuda.set_per_process_memory_fraction((vram_gb * 1e9 - CONTEXT_BYTES) / total)
+    sys.path[:0] = [folder, str(ROOT / "demo")]
+    from host import launch
+
+    launch.define_torchvision_ops()
+    launch.define_torchaudio()
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    arguments, sys.argv = sys.argv, options
+    try:
+        import comfy.cli_args  # noqa: F401  reads sys.argv, once
+    finally:
+        sys.argv = arguments
+
+
+def new_model(hidden, depth, depth_single):
+    """The MODEL of a loader: a ModelPatcher around a FLUX.1-dev of random bf16 weights in host memory."""
+    import comfy.model_detection
+    import comfy.model_patcher
+    from comfyui_svdquant.quant.host import build
+
+    config = {"image_model": "flux", **DEV, "hidden_size": hidden, "num_heads": hidden // 128, "depth": depth,
+              "depth_single_blocks": depth_single}
+    # Of a FLUX, detection goes by the configuration alone; what it looks at beside it does not exist here.
+    model_config = comfy.model_detection.model_config_from_unet_config(config, {})
+    model_config.set_inference_dtype(torch.bfloat16, None)
+    model = model_config.get_model({}, "", device=torch.device("meta"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = {name: random_(torch.empty(parameter.shape, dtype=torch.bfloat16, device=device), name).cpu()
+               for name, parameter in model.diffusion_model.state_dict().items()}
+    model.diffusion_model.load_state_dict(weights, assign=True)
+    return build.make_patcher(model, comfy.model_patcher.ModelPatcher)
+
+
+def conditioning(prompts, tokens):
+    """Random conditioning in the form of a text encode node's."""
+    g = torch.Generator().manual_seed(0)
+    return [[torch.randn(1, tokens, DEV["context_in_dim"], generator=g),
+             {"pooled_output": torch.randn(1, DEV["vec_in_dim"], generator=g), "guidance": 3.5}] for _ in range(prompts)]
+
+
+def save(patcher, folder):
+    """Save as the node does; the file's bytes."""
+    from comfyui_svdquant.quant.checkpoint import native
+    from comfyui_svdquant.quant.host import build
+
+    path = os.path.join(folder, "flux_svdquant.safetensors")
+    tensors = {build.stored_name(name): tensor for name, tensor in patcher.model.diffusion_model.state_dict().items()}
+    specs = {name: layer.spec for name, layer in patcher.packed_layers().items()}
+    native.save(path, tensors, specs, build.stored_config(patcher.model), patcher.recipe, patcher.source, False)
+    return os.path.getsize(path)
+
+
+def errors(records):
+    """{format: mean, median, largest error and plain rounding's mean}"""
+    found = {}
+    for form in dict.fromkeys(record.format for record in records):
+        own = [record for record in records if record.format == form]
+        found[form] = {"layers": len(own), "mean": fmean(r.error for r in own), "median": median(r.error for r in own),
+                       "largest": max(r.error for r in own), "mean_of_plain_rounding": fmean(r.error_naive for r in own)}
+    return found
+
+
+def measure(args):
+    """The result file's content."""
+    from comfyui_svdquant.quant import quantizer
+    from comfyui_svdquant.quant.host import quantize
+
+    depths = dict(zip(BLOCKS, args.blocks))
+    began = time.perf_counter()
+    patcher = new_model(args.hidden, *args.blocks)
+    gc.collect()
+    parameters = sum(p.numel() for p in patcher.model.diffusion_model.parameters())
+    print(f"{parameters / 1e9:.2f} B parameters, {patcher.model_size() / 1e9:.2f} GB, made in {time.perf_counter() - began:.0f} s", flush=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    memory = HostMemory()
+    before, stages = memory.now(), Stages()
+    watch_stages(stages)
+    latent = {"samples": torch.zeros(1, 16, args.size // 8, args.size // 8)}
+    began = time.perf_counter()
+    quantized, records = quantize.quantize(patcher, quantizer.recipe(args.preset, args.rank), conditioning(args.prompts, args.text_tokens),
+                                           latent, args.steps, 0, Progress())
+    stages.set_kind("rest")
+    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        file_bytes = save(quantized, folder)
+    stages.switch()
+    result = {"parameters": parameters, "model_gb": patcher.model_size() / 1e9, "seconds": seconds,
+              "seconds_with_saving": time.perf_counter() - began, "stages": stages.by_label({"double": 1, "single": 1, "rest": 1}),
+              "host_gb_above_the_model": (memory.stop() - before) / 1e9, "file_gb": file_bytes / 1e9, "errors": errors(records),
+              "notes": quantized.recipe.get("notes", [])}
+    if torch.cuda.is_available():
+        result |= {"gpu_gb_allocated": max(stages.allocated.values()) / 1e9, "gpu_gb_reserved": max(stages.reserved.values()) / 1e9,
+                   "gpu_gb_allocated_by_stage": {label: peak / 1e9 for label, peak in stages.allocated.items()}}
+    if depths != BLOCKS:
+        # What is done once a model goes by its size, in blocks.
+        factors = {kind: BLOCKS[kind] / depths[kind] for kind in BLOCKS}
+        result["stages_of_all_blocks"] = stages.by_label(factors | {"rest": sum(BLOCKS.values()) / sum(depths.values())})
+        result["seconds_of_all_blocks_with_saving"] = sum(result["stages_of_all_blocks"].values())
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", required=True, help="ComfyUI's folder")
+    parser.add_argument("--vram-gb", type=float, default=12, help="of GPU memory to do with; 0: all that there is")
+    parser.add_argument("--blocks", type=lambda text: tuple(map(int, text.split(","))), default=tuple(BLOCKS.values()),
+                        help="double and single blocks, such as 1,2")
+    parser.add_argument("--preset", default="best")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--text-tokens", type=int, default=512, help="of each prompt")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--size", type=int, default=1024, help="pixels of the square pictures drawn while watching")
+    parser.add_argument("--hidden", type=int, default=DEV["hidden_size"], help="width of the model, a multiple of 128")
+    parser.add_argument("--out", help="the result file; benchmarks/results/quantize_full_<device>.json")
+    args = parser.parse_args()
+    result = {"arguments": vars(args)}  # the run takes long enough for the checkout to move on
+    enter_comfyui(args.comfyui, args.vram_gb)
+    load_pack()
+    result |= description()
+    with torch.inference_mode():
+        result |= measure(args)
+    print(json.dumps({key: value for key, value in result.items() if key != "arguments"}, indent=1))
+    name = result["device"].replace("NVIDIA ", "").split()[0].lower() if torch.cuda.is_available() else "cpu"
+    path = args.out or ROOT / "benchmarks" / "results" / f"quantize_full_{name}.json"
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
