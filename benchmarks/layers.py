@@ -19,7 +19,7 @@ CALIBRATION_TIMES = (0.05, 0.3, 0.55, 0.8)
 HELD_OUT_TIMES = (0.15, 0.45, 0.7, 0.95)
 
 
-@dataclass
+@dataclass(eq=False)  # so that a recipe can keep what it found out about a layer
 class Layer:
     """weight: (N, K); calibration, held_out: (M, K) inputs; unsigned: whether they come out of a GELU. All float32."""
 

@@ -22,7 +22,7 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                 io.Conditioning.Input("positive", optional=True,
                                       tooltip="Prompts to watch the model draw; join several with Conditioning "
                                               "(Combine). More prompts of the kind you draw give a better model. The "
-                                              "presets best and fast need them."),
+                                              "presets best, slow and fast need them."),
                 io.Latent.Input("latent", optional=True,
                                 tooltip="The picture size to draw while watching: an empty latent of your usual size."),
                 io.Int.Input("steps", default=8, min=1, max=100,
@@ -34,9 +34,9 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                              tooltip="Width of the 16-bit branch. 32 suits most; more is closer to the original and "
                                      "makes the model larger."),
                 io.Combo.Input("preset", options=list(quantizer.PRESETS), default="best",
-                               tooltip="best: calibrated on your prompts, with GPTQ. fast: without GPTQ. data-free: no "
-                                       "calibration, weaker. naive: plain rounding without the method, only to compare "
-                                       "with."),
+                               tooltip="best: calibrated on your prompts, with GPTQ. slow: a little better, and longer. "
+                                       "fast: without GPTQ. data-free: no calibration, weaker. naive: plain rounding "
+                                       "without the method, only to compare with."),
                 io.String.Input("exceptions", default="", multiline=True, optional=True,
                                 tooltip="Layers to treat differently, one a line: a name or pattern to keep in 16 bits, "
                                         "such as single_blocks.37.*, or one with a rank of its own, such as "

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from ..cuda import int4, reference
-from . import gptq, layout, lowrank, rounding, scales, smoothing
+from . import gptq, layout, learned_smoothing, lowrank, rounding, scales, smoothing
 from .calibration import TOKENS_PER_INPUT
 from .metrics import relative_error
 
@@ -20,13 +20,15 @@ SMALL_LAYER = 1 << 22  # elements of a weight up to which one CPU thread is as f
 class Recipe:
     """What a quantization run does.
 
-    smooth: "search" (calibrated), "weights" (no calibration) or "none"; rounds: how often branch and codes are fitted to
-    each other; scales: "integer" (c_n * i), "free" or "absmax"; gptq, refit: the two stages after that.
+    smooth: "search" (calibrated), "weights" (no calibration) or "none"; learned: whether what was found is learned further;
+    rounds: how often branch and codes are fitted to each other; scales: "integer" (c_n * i), "free" or "absmax"; gptq,
+    refit: the two stages after that.
     """
 
     preset: str
     rank: int
     smooth: str
+    learned: bool = False
     rounds: int = 5
     scales: str = "integer"
     gptq: bool = False
@@ -53,6 +55,7 @@ class Recipe:
 
 PRESETS = {
     "best": {"smooth": "search", "gptq": True, "refit": True},
+    "slow": {"smooth": "search", "learned": True, "gptq": True, "refit": True},
     "fast": {"smooth": "search", "refit": True},  # round to nearest in place of GPTQ
     "data-free": {"smooth": "weights"},  # nothing is calibrated
     "naive": {"smooth": "none", "rounds": 1, "scales": "absmax"},  # plain rounding, no branch: the baseline to compare with
@@ -125,8 +128,13 @@ def choose_smoothing(weight, stats, spec, recipe, check):
                 # What is quantized is x + shift, so a channel that is nearly dead is not small, and must not be taken for it.
                 part_spans = {kind: span.clamp_min(int4.GELU_SHIFT) for kind, span in part_spans.items()}
             found = smoothing.search(part, sample[:, start:stop], part_spans, spec.rank, unsigned, spec.dtype, check)
-            factors.append(found.factor)
-            labels.append(found.label)
+            factor, label = found.factor, found.label
+            if recipe.learned:
+                learned = learned_smoothing.learn(part, sample[:, start:stop], factor, spec.rank, unsigned, spec.dtype, check)
+                if learned.error < learned.error_before:
+                    factor, label = learned.factor, f"{label}, learned"
+            factors.append(factor)
+            labels.append(label)
         elif recipe.smooth == "weights":
             factors.append(smoothing.data_free(smoothing.spans(part)))
             labels.append("absmax(W)^-0.5")

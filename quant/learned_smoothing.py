@@ -1,0 +1,92 @@
+"""The smoothing factor learned by gradient, from where the search ends.
+
+The search knows two exponents a layer; here every channel has a factor of its own. Rounding has no useful derivative, so what is
+lowered is the output error that rounding leaves on average: a group's step is its largest magnitude over 7 (15 without a sign) and
+the error of each number in it that of a uniform one, step^2 / 12, or the number's own square where that is far below the step.
+Both sides count: the activation's error goes through the energy of the residual's columns, the weight's through that of the inputs.
+
+The branch takes part without an SVD a step: it holds the largest right singular vectors of W diag(s), one power iteration a step
+follows them, and where they are exact the gradient through them is zero (the residual's norm is stationary there).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..cuda.int4 import GELU_SHIFT, GROUP_SIZE, SIGNED_MAX, UNSIGNED_MAX
+from . import lowrank, smoothing
+
+ROWS = 2048  # of W that stand for all, which bounds the memory
+STEPS = 60
+CHECKED_EVERY = 15  # steps between two measurements of the real error
+RATE = 0.03  # Adam's, of log s; falls to zero as half a cosine
+DECAYS = (0.9, 0.95)  # of Adam's two averages
+UNIFORM = 1 / 12  # variance of a number rounded to whole ones
+
+
+@dataclass(frozen=True)
+class Learned:
+    """factor: (K,) float32; error: relative output error of the layer on the rows and tokens it was learned from; error_before: the
+    same of the factor that learning began with."""
+
+    factor: torch.Tensor
+    error: float
+    error_before: float
+
+
+def expected_error(rows, tokens, log_factor, basis, unsigned):
+    """What rounding leaves on average of the outputs' squares, over the tokens, summed over the rows; differentiable in log_factor.
+
+    rows: (N, K), tokens: (M, K), log_factor: (K,), basis: (K, R) orthonormal, the branch's right singular vectors; float32.
+    """
+    factor = log_factor.exp()
+    smoothed = rows * factor
+    residual = smoothed - (smoothed @ basis) @ basis.t()
+    act = (tokens + GELU_SHIFT if unsigned else tokens) / factor
+    groups = act.unflatten(-1, (-1, GROUP_SIZE))  # (M, G, 64)
+    square = groups.square()
+    steps = (groups.abs().amax(dim=-1, keepdim=True) / (UNSIGNED_MAX if unsigned else SIGNED_MAX)).square()
+    # step^2 / 12 for numbers of a step and more, the number's square for those that are rounded away.
+    act_error = steps * square / (steps + square / UNIFORM).clamp_min(torch.finfo(torch.float32).tiny)
+    from_act = (act_error.mean(dim=0).flatten() * residual.square().sum(dim=0)).sum()
+    weight_steps = residual.unflatten(-1, (-1, GROUP_SIZE)).abs().amax(dim=-1) / SIGNED_MAX  # (N, G)
+    energy = (tokens / factor).square().mean(dim=0).unflatten(-1, (-1, GROUP_SIZE)).sum(dim=-1)  # (G,)
+    return from_act + (weight_steps.square().sum(dim=0) * energy).sum() * UNIFORM
+
+
+def measured_error(rows, tokens, factor, rank, unsigned, dtype):
+    """smoothing.output_error with the branch of its own."""
+    up = lowrank.left_bases((rows * factor).unsqueeze(0), rank)[0]
+    return smoothing.output_error(rows, tokens, factor, up, unsigned, dtype)
+
+
+def learn(weight, x, start, rank, unsigned, dtype, check=lambda: None):
+    """A better factor than `start` for one layer, or one part of a layer's columns, where there is one.
+
+    weight: (N, K) float32; x: (M, K) float32 sample of the input; start: (K,) float32; dtype: of the scales; check: called at every
+    step, to cancel. Returns Learned: what measured best on the way, `start` among it.
+    """
+    # ComfyUI runs nodes in inference mode, whose tensors autograd does not take; these copies are ordinary ones.
+    with torch.inference_mode(False), torch.enable_grad():
+        rows = weight[smoothing.spread(weight.shape[0], ROWS).to(weight.device)]
+        tokens, best_factor = x.clone(), start.clone()
+        before = best = measured_error(rows, tokens, best_factor, rank, unsigned, dtype)
+        log_factor = best_factor.log().requires_grad_()
+        adam = torch.optim.Adam([log_factor], lr=RATE, betas=DECAYS)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS)
+        basis = lowrank.orthonormal(lowrank.low_rank(rows * best_factor, rank)[1])
+        for step in range(1, STEPS + 1):
+            check()
+            with torch.no_grad():
+                smoothed = rows * log_factor.exp()
+                basis = lowrank.orthonormal(smoothed.t() @ (smoothed @ basis))
+            adam.zero_grad()
+            expected_error(rows, tokens, log_factor, basis, unsigned).clamp_min(torch.finfo(torch.float32).tiny).log().backward()
+            adam.step()
+            schedule.step()
+            if step % CHECKED_EVERY == 0:
+                factor = log_factor.detach().exp().clamp(1 / smoothing.LARGEST, smoothing.LARGEST)
+                error = measured_error(rows, tokens, factor, rank, unsigned, dtype)
+                if error < best:
+                    best, best_factor = error, factor
+    return Learned(best_factor, best, before)
