@@ -304,9 +304,10 @@ def driver():
     """The CUDA driver's library."""
     try:
         library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-        library.cuLaunchKernelEx  # there since CUDA 11.8
-    except (OSError, AttributeError) as error:
-        raise KernelsUnavailable(f"The CUDA kernels need an NVIDIA driver for CUDA 12 or newer ({error}). Update the driver.") from error
+    except OSError as error:
+        raise KernelsUnavailable(f"The CUDA kernels need NVIDIA's driver ({error}).") from error
+    if not hasattr(library, "cuLaunchKernelEx"):  # it came with 11.8
+        raise KernelsUnavailable("The CUDA kernels need an NVIDIA driver for CUDA 12 or newer. Update the driver.")
     return library
 
 
@@ -337,15 +338,12 @@ class _Memory:
             _check("cuCtxSetCurrent", driver().cuCtxSetCurrent(context))
 
 
+def address(tensor):
+    """Of a tensor, or 0 for None: as a kernel takes them."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 _threads = threading.local()
-
-
-def _memory():
-    try:
-        return _threads.memory
-    except AttributeError:
-        _threads.memory = _Memory()
-        return _threads.memory
 
 
 class Kernel:
@@ -365,25 +363,38 @@ class Kernel:
         self.owner = owner          # CuPy's function, which keeps the module loaded
 
     def __call__(self, grid, block, *args, pdl=False):
-        self.launcher(grid, block, len(args), pdl)(*(
-            arg if type(arg) is int else 0 if arg is None else arg.data_ptr() for arg in args))
+        self.launcher(grid, block, len(args), pdl=pdl)(*(arg if type(arg) is int else address(arg) for arg in args))
 
-    def launcher(self, grid, block, count, pdl=False):
-        """A function of the kernel's `count` arguments, ints, that launches it: for one shape many times.
+    def active_clusters(self, ctas, threads):
+        """How many clusters of `ctas` CTAs with `threads` threads the device holds at once."""
+        cluster = ctypes.create_string_buffer(struct.pack("=I4x3I52x", 4, ctas, 1, 1))  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        config = ctypes.create_string_buffer(
+            struct.pack(_CONFIG, ctas, 1, 1, threads, 1, 1, self.shared, 0, ctypes.addressof(cluster), 1))
+        count = ctypes.c_int()
+        with torch.cuda.device(self.index):
+            _check("cuOccupancyMaxActiveClusters", driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, config))
+        return count.value
 
+    def launcher(self, grid, block, count, sizes=(), pdl=False):
+        """A function of the kernel's first `count` arguments, ints, that launches it: for one shape many times.
+
+        sizes: the arguments that follow, ints.
         pdl: let it start while the kernel before it ends. The kernel must then wait_for_previous_grid() (common.cuh).
         """
         head = (*grid, 1, 1)[:3] + (*block, 1, 1)[:3] + (self.shared,)
         attributes = (ctypes.addressof(_PDL), 1) if pdl and self.dependent else (0, 0)
-        pack = struct.Struct(f"{_CONFIG}{count}q").pack_into
-        launch, function, index = driver().cuLaunchKernelEx, self.function, self.index
+        pack = struct.Struct(f"{_CONFIG}{count + len(sizes)}q").pack_into
+        launch, function, index, threads = driver().cuLaunchKernelEx, self.function, self.index, _threads
 
         def run(*values):
             if _current_device() != index:
                 with torch.cuda.device(index):
                     return run(*values)
-            memory = _memory()
-            pack(memory.bytes, 0, *head, _raw_stream(index), *attributes, *values)
+            try:
+                memory = threads.memory
+            except AttributeError:
+                memory = threads.memory = _Memory()
+            pack(memory.bytes, 0, *head, _raw_stream(index), *attributes, *values, *sizes)
             if status := launch(memory.config, function, memory.parameters, None):
                 _check("cuLaunchKernelEx", status)
 

@@ -96,10 +96,15 @@ def variants(arch):
             for mode in modes for tile in tiles_of(mode, number) for half in ((True,) if number == 75 else (False, True))]
 
 
-@functools.cache
-def _kernel(kind, tile, number, half, turing, device):
-    defines = defines_of(kind, tile, number, half, turing)
-    return compiler.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
+@functools.lru_cache(maxsize=1024)
+def launcher(kind, m, n, k, rank, unsigned_from, dtype, device, tile=None, turing=None):
+    """A function of the addresses of (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)."""
+    number = compiler.arch_number(compiler.architecture(device))
+    tile = tile or choose_tile(kind, number, compiler.multiprocessors(device), m, n)
+    defines = defines_of(kind, tile, number, dtype == torch.float16, turing)
+    kernel = compiler.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
+    grid = -(-m // tile.tokens) * -(-n // tile.rows)
+    return kernel.launcher((grid,), (tile.threads,), 10, (m, n, k, rank, unsigned_from))
 
 
 def gemm(mode, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias, unsigned_from, m,
@@ -133,9 +138,5 @@ def launch(y, mode, act, act_scale, low, low_scale, weight, weight_scale, row_sc
                          f"got {tuple(act.shape)} and {tuple(act_scale.shape)}.")
     if n * k >= 1 << 33:
         raise ValueError(f"A layer of {n} x {k} has more bytes than the GEMM's 32-bit offsets reach.")
-    device = weight.device
-    number = compiler.arch_number(compiler.architecture(device))
-    tile = tile or choose_tile(kind, number, compiler.multiprocessors(device), m, n)
-    kernel = _kernel(kind, tile, number, y.dtype == torch.float16, turing, device)
-    kernel((-(-m // tile.tokens) * -(-n // tile.rows),), (tile.threads,), y, act, act_scale, low, low_scale, weight, weight_scale,
-           row_scale, proj_up, bias, m, n, k, rank, unsigned_from)
+    run = launcher(kind, m, n, k, rank, unsigned_from, y.dtype, weight.device, tile, turing)
+    run(*map(compiler.address, (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)))

@@ -367,13 +367,15 @@ def test_a_thread_without_a_context(launches, monkeypatch):
     assert made == [("retained", 0), "current"]
 
 
-def test_no_such_driver(monkeypatch):
+def test_no_driver_or_an_old_one(monkeypatch):
     def missing(name):
         raise OSError(f"{name}: no such file")
 
-    monkeypatch.setattr(compiler.ctypes, "CDLL", missing)
-    with pytest.raises(compiler.KernelsUnavailable, match="need an NVIDIA driver for CUDA 12 or newer .*Update the driver"):
-        compiler.driver.__wrapped__()
+    for library, message in ((missing, "need NVIDIA's driver .*: no such file"),
+                             (lambda name: types.SimpleNamespace(), "need an NVIDIA driver for CUDA 12 or newer. Update the driver")):
+        monkeypatch.setattr(compiler.ctypes, "CDLL", library)
+        with pytest.raises(compiler.KernelsUnavailable, match=message):
+            compiler.driver.__wrapped__()
 
 
 @pytest.fixture
