@@ -18,7 +18,7 @@
 //
 // -D: HALF 1 for fp16, else bf16
 //     CODES 0 int8, a scale a token and part, INTEGER order; 1 4-bit codes as bytes, GROUP order; 2 4-bit codes, NIBBLE order
-//     RANKS 0..128, a multiple of 32: the branch's rank, padded;  TILES ROWS / 16: 1, 2, 4;  CTAS 1..8
+//     RANKS 0..128, a multiple of 32: the branch's rank, padded; 0 also where the branch was multiplied elsewhere;  TILES ROWS / 16: 1, 2, 4;  CTAS 1..8
 #include "codes.cuh"
 #include "quantize.cuh"
 
@@ -82,7 +82,7 @@ __device__ __forceinline__ u32 sum_offset(int row, int tile) { return (row * RAN
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quantize(
     const u16* x,          // (M, K), rows `stride` apart, 16-byte aligned
     const u16* smooth,     // (K)
-    const u16* proj_down,  // (K, R)
+    const u16* proj_down,  // (K, R); RANKS 0: x @ proj_down, (M, R)
     char* act,             // (K blocks, Mp, 128), nibbles (K blocks, Mp, 64)
     float* act_scale,      // int8: (2 parts, Mp), else (K / 64, Mp)
     u16* low,              // (R blocks of 32, Mp, 32)
@@ -93,6 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     int kept) {            // blocks of 1 / smooth that fit: all that a CTA has, or 1
     extern __shared__ __align__(128) unsigned char memory[];
     const Places at(shared_address(memory), slots, kept);
+    let_next_grid_start();
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int rank = blockIdx.x % CTAS, first_row = blockIdx.x / CTAS * ROWS;
     const int padded = (M + 15) & ~15;
@@ -116,31 +117,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         }
     };
 
-    // proj_down and smooth come through registers: they are in L2, and a block ahead is early enough.
-    uint4 slab[SLAB_PIECES > 0 ? SLAB_PIECES : 1];
-    u32 next_smooth = 0;
-    auto load = [&](int block) {
+    // proj_down and smooth come through registers, two blocks ahead: they are in L2, which under load is further than one.
+    struct Ahead {
+        uint4 slab[SLAB_PIECES > 0 ? SLAB_PIECES : 1];
+        u32 smooth;
+    } ahead[2];
+    auto load = [&](Ahead& to, int block) {
         const int column = (first + block) * 128;
-        if (thread < 128) next_smooth = column + thread < K ? smooth[column + thread] : 0;
+        if (thread < 128) to.smooth = block < count && column + thread < K ? smooth[column + thread] : 0;
 #pragma unroll
         for (int i = 0; i < SLAB_PIECES; i++) {
             const int index = thread + i * THREADS, k = column + index / SLAB_ROW, piece = index % SLAB_ROW;
-            slab[i] = make_uint4(0, 0, 0, 0);
-            if (k < K && piece * 8 < R) slab[i] = *(const uint4*)(proj_down + (size_t)k * R + piece * 8);
+            to.slab[i] = make_uint4(0, 0, 0, 0);
+            if (block < count && k < K && piece * 8 < R) to.slab[i] = *(const uint4*)(proj_down + (size_t)k * R + piece * 8);
         }
     };
-    auto store_smooth = [&](int block) {
+    auto store_smooth = [&](u32 bits, int block) {
         // A column beyond K has 1 / smooth = 0, and so codes of 0.
-        const float s = low_float(next_smooth), r = (first + block) * 128 + thread < K ? reciprocal(s) : 0;
+        const float s = low_float(bits), r = (first + block) * 128 + thread < K ? reciprocal(s) : 0;
         const u32 address = at.smooth + (kept > 1 ? block : 0) * 512 + (thread / 8 * 8 + thread % 2 * 4 + thread / 2 % 4) * 4;
         if (thread < 128) store_float(address, r);
     };
-    auto store = [&](int block) {
-        store_smooth(block);
+    auto store = [&](const Ahead& from, int block) {
+        store_smooth(from.smooth, block);
 #pragma unroll
         for (int i = 0; i < SLAB_PIECES; i++) {
             const int index = thread + i * THREADS;
-            store_shared(at.slab + slab_offset(index / SLAB_ROW, index % SLAB_ROW), slab[i]);
+            store_shared(at.slab + slab_offset(index / SLAB_ROW, index % SLAB_ROW), from.slab[i]);
         }
     };
 
@@ -170,18 +173,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     };
 
     // --- The pass over x ---
-    if (count > 0) load(0);
+    load(ahead[0], 0);
+    load(ahead[1], 1);
 #pragma unroll
     for (int block = 0; block < DEPTH; block++) {
         if (block < count) fetch(block);
         copies_commit();
     }
+    if (RANKS == 0 && R > 0) image_of_low(proj_down, low, M, padded, R, first_row + rank, CTAS, ROWS / CTAS);
     float sums[MULTI][RANKS > 0 ? WARP_RANK_TILES : 1][4] = {};
     float row_max[2][2] = {};  // [part][rows g, g + 8] of one tile and one span of each block
-#pragma unroll 1
-    for (int block = 0; block < count; block++) {
-        store(block);
-        if (block + 1 < count) load(block + 1);
+    auto pass = [&](Ahead& arrived, int block) {
+        store(arrived, block);
+        load(arrived, block + 2);
         copies_wait<DEPTH - 1>();
         __syncthreads();
         const u32 block_x = at.x + slot_of(block, slots) * BLOCK_BYTES;
@@ -224,6 +228,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         __syncthreads();
         if (block + DEPTH < count) fetch(block + DEPTH);
         copies_commit();
+    };
+#pragma unroll 1
+    for (int block = 0; block < count; block += 2) {
+        pass(ahead[0], block);
+        if (block + 1 < count) pass(ahead[1], block + 1);
     }
 
     // --- The CTA's sums and maxima, in shared memory ---
@@ -336,8 +345,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         for (int block = 0; block < count; block++) {
             if (kept == 1 && count > 1) {
                 __syncthreads();
-                if (thread < 128) next_smooth = (first + block) * 128 + thread < K ? smooth[(first + block) * 128 + thread] : 0;
-                store_smooth(block);
+                const int column = (first + block) * 128 + thread;
+                store_smooth(thread < 128 && column < K ? smooth[column] : 0, block);
                 __syncthreads();
             }
             code(block, block >= slots - DEPTH && block < count - DEPTH, inverse, keep);

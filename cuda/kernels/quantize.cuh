@@ -93,6 +93,24 @@ __device__ __forceinline__ void store_shared(u32 address, uint4 v) {
 
 __device__ __forceinline__ void store_float(u32 address, float f) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(f) : "memory"); }
 
+// The next kernel may begin to start, if it was launched so; it still waits for this one's end before it reads what this one writes.
+__device__ __forceinline__ void let_next_grid_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// A branch that was multiplied elsewhere: rows first, first + step, .. of the (M, R) matrix into its image.
+__device__ __forceinline__ void image_of_low(const u16* rows, u16* image, int M, int padded, int R, int first, int step, int count) {
+    const int pieces = (R + 31) / 32 * 4;
+    for (int i = threadIdx.x; i < count * pieces; i += blockDim.x) {
+        const int row = first + i / pieces * step, piece = i % pieces;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (row < M && piece * 8 < R) v = *(const uint4*)(rows + (size_t)row * R + piece * 8);
+        if (row < padded) *(uint4*)(image + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) = v;
+    }
+}
+
 // --- Clusters: CTAS thread blocks that read each other's shared memory ----------------------------------------------
 
 #if CTAS > 1
@@ -147,6 +165,15 @@ __device__ __forceinline__ float4 load_floats_at(u32 address) {
 #endif
     return v;
 }
+
+#if __CUDA_ARCH__ >= 900
+// Stores 16 bytes in CTA `cta`'s shared memory, counted by the barrier at the same place there.
+__device__ __forceinline__ void send_floats(u32 address, float4 v, u32 barrier, u32 cta) {
+    asm volatile("{\n.reg .b32 there, counter;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 counter, %5, %6;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [counter];\n}"
+                 ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier), "r"(cta) : "memory");
+}
+#endif
 
 // --- Tensor cores ----------------------------------------------------------------------------------------------------
 

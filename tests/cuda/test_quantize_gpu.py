@@ -108,8 +108,10 @@ def check(x, smooth, down, unsigned_from, codes, **cut):
         assert result.low is None and result.low_scale is None
         return result
     rows = images.branch_rows(result.low, (result.low.shape[1], 32 * result.low.shape[0]))
-    assert (rows[m:] == 0).all() and (rows[:, rank:] == 0).all() and (result.low_scale[m:] == 0).all(), "padding of low isn't 0"
-    scale = result.low_scale[:m].double().unsqueeze(1)
+    assert (rows[m:] == 0).all() and (rows[:, rank:] == 0).all(), "padding of low isn't 0"
+    scales = torch.ones(m, device=x.device) if result.low_scale is None else result.low_scale
+    assert (scales[m:] == 0).all(), "padding of low_scale isn't 0"
+    scale = scales[:m].double().unsqueeze(1)
     assert (torch.frexp(scale)[0] == 0.5).all(), "low_scale isn't a power of two"
     if x.dtype == torch.bfloat16:
         assert (scale == 1).all()
@@ -147,6 +149,21 @@ CASES = [
     (9, 4160, 32, 4096, 1, 8, torch.float16),
 ]
 
+# The same without tiles: int8, by quantize_ring.cu.
+RING_CASES = [
+    (1, 192, 16, None, 2, torch.bfloat16),
+    (17, 192, 32, 128, 2, torch.float16),
+    (37, 704, 16, 64, 2, torch.bfloat16),
+    (100, 1216, 128, 0, 4, torch.float16),
+    (300, 3072, 128, 2048, 8, torch.bfloat16),
+    (2500, 1536, 32, 512, 2, torch.bfloat16),  # several rounds
+    (2500, 3072, 0, 1024, 4, torch.bfloat16),
+    (1300, 3072, 32, None, 2, torch.float16),
+    (1300, 12288, 32, 0, 8, torch.bfloat16),
+    (2500, 15360, 32, 3072, 8, torch.bfloat16),
+    (33, 4096, 112, None, 8, torch.bfloat16),
+]
+
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("m", "k", "rank", "unsigned_from", "tiles", "ctas", "dtype"), CASES)
@@ -154,8 +171,16 @@ def test_is_float64s(m, k, rank, unsigned_from, tiles, ctas, dtype, mode, monkey
     if ctas and ctas > 1 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters came with Hopper")
     poisoned(monkeypatch)
-    cut = dict(tiles=tiles, ctas=ctas) if tiles else {}
+    cut = dict(ring=False, tiles=tiles, ctas=ctas) if tiles else {}
     check(*random_case(m, k, rank, dtype), k if unsigned_from is None else unsigned_from, MODES[mode], **cut)
+
+
+@pytest.mark.parametrize(("m", "k", "rank", "unsigned_from", "ctas", "dtype"), RING_CASES)
+def test_ring_is_float64s(m, k, rank, unsigned_from, ctas, dtype, monkeypatch):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters came with Hopper")
+    poisoned(monkeypatch)
+    check(*random_case(m, k, rank, dtype), k if unsigned_from is None else unsigned_from, INT8, ring=True, ctas=ctas)
 
 
 @pytest.mark.parametrize("rank", [32, 128])
@@ -163,11 +188,11 @@ def test_little_shared_memory(rank, monkeypatch):
     """As on other GPUs: x doesn't stay, nor does 1 / smooth."""
     arch = compiler.arch_number(compiler.architecture(torch.device("cuda")))
     monkeypatch.setitem(quantize.SHARED_PER_SM, arch, 72)
-    quantize._launch.cache_clear()
+    quantize.launcher.cache_clear()
     poisoned(monkeypatch)
-    assert quantize.plan_for(40, 12288, rank, INT8, arch, 132, 2, 1).kept == 1
+    assert quantize.plan_for(40, 12288, rank, INT8, False, arch, 132, ring=False, tiles=2, ctas=1).kept == 1
     check(*random_case(40, 12288, rank), 8192, INT8, tiles=2, ctas=1)
-    quantize._launch.cache_clear()
+    quantize.launcher.cache_clear()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -280,9 +305,10 @@ def test_timing():
         for m, k in SHAPES:
             cells = []
             for mode, codes in MODES.items():
-                plan = quantize.plan_for(m, k, rank, codes, arch, sms)
+                plan = quantize.plan_for(m, k, rank, codes, False, arch, sms)
                 us, share = timing(m, k, rank, codes, copy)
-                cells.append(f"{mode} {us:6.1f} us {share:4.0%} (T{plan.tiles} C{plan.ctas} {plan.slots} slots)")
+                how = "ring" if plan.spans else f"T{plan.tiles}"
+                cells.append(f"{mode} {us:6.1f} us {share:4.0%} ({how} C{plan.ctas} {plan.slots} slots)")
             print(f"rank {rank:3d} ({m:4d}, {k:5d})  " + "   ".join(cells), flush=True)
 
 
@@ -292,15 +318,17 @@ def test_timing_of_other_cuts():
         pytest.skip("there is only one without clusters")
     copy = copy_bandwidth()
     print()
-    for rank in (32, 128):
+    for rank in (0, 32):
         for m, k in SHAPES:
             cells = []
             xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(3, min(20, int(4e8 / (3 * m * k)) + 1)))]
             down = random_case(1, k, rank)[2]
             cells.append(f"x @ proj_down by cuBLAS {microseconds([lambda x=x, down=down: x @ down for x in xs]):6.1f}")
-            for tiles in (1, 2, 4):
+            for tiles in (None, 1, 2):
                 for ctas in (1, 2, 4, 8):
-                    if 2000 <= k / ctas * tiles <= 9000 and (rank == 32 or tiles > 1):
-                        us, share = timing(m, k, rank, INT8, copy, tiles=tiles, ctas=ctas)
-                        cells.append(f"T{tiles} C{ctas} {us:6.1f} {share:3.0%}")
+                    try:
+                        us, share = timing(m, k, rank, INT8, copy, ring=not tiles, tiles=tiles, ctas=ctas)
+                    except ValueError:  # no such plan
+                        continue
+                    cells.append(f"{f'T{tiles}' if tiles else 'ring'} C{ctas} {us:6.1f} {share:3.0%}")
             print(f"rank {rank:3d} ({m:4d}, {k:5d})  " + "   ".join(cells), flush=True)
