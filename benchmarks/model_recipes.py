@@ -6,12 +6,10 @@ one of twice the rank, which leaves at most as much. Ours is what the node does:
 """
 
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import comfy.model_management
 import layers
-import recipes
 import torch
 from comfyui_svdquant.quant import calibration, flux, quantizer
 from comfyui_svdquant.quant.host import build, quantize
@@ -63,46 +61,43 @@ def joined(packed):
             "bias": sum(part["bias"] for part in packed)}
 
 
-def packed_layer(recipe, name, weight, bias, inputs, spec, rank):
-    """{parameter name: tensor} of a whole layer by recipe(Layer, rank); its rank is the width of weight_proj_up."""
-    rank = 2 * rank if name.endswith(".linear1") else rank
-    with quantizer.threads_for(weight):
-        tensors = joined([recipe(part, rank) for part in parts(name, weight, inputs, spec.unsigned_from)])
+def packed_layer(made, bias, dtype):
+    """{parameter name: tensor} of a whole layer from those of its parts."""
+    tensors = joined(made)
     if bias is not None:
         tensors["bias"] = tensors["bias"] + bias
-    return {key: tensor.to(spec.dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
-def by_recipe(recipe, patcher, inputs, rank):
-    """A 4-bit twin of the MODEL whose W4A4 layers come from recipe(Layer, rank). inputs: from layer_inputs."""
-    twin, _ = quantize.quantize(patcher, quantizer.recipe("naive", rank), None, None, 1, 0, Silent())
-    model = twin.model.diffusion_model
-    for name, linear in twin.packed_layers().items():
-        if not isinstance(linear, SVDQuantLinear):
-            continue
+def by_recipes(chosen, patcher, inputs, rank):
+    """[(4-bit twin of the MODEL, seconds)], one for each recipe(Layer, rank) of `chosen`, which pack its W4A4 layers.
+
+    inputs: from layer_inputs. Part by part the recipes run one after the other, so that each can use what the last one found.
+    """
+    twins = [quantize.quantize(patcher, quantizer.recipe("naive", rank), None, None, 1, 0, Silent())[0] for _ in chosen]
+    seconds = [0.0] * len(chosen)
+    layers_of_twin = twins[0].packed_layers()
+    for name in [name for name, linear in layers_of_twin.items() if isinstance(linear, SVDQuantLinear)]:
+        spec = layers_of_twin[name].spec
         weight, bias = (quantize.effective_weight(patcher, f"{name}.{part}", patcher.load_device).float() for part in ("weight", "bias"))
-        tensors = packed_layer(recipe, name, weight, bias, inputs[name], linear.spec, rank)
-        build.swap(model, name, replace(linear.spec, rank=tensors["weight_proj_up"].shape[1]))
-        model.get_submodule(name).load_state_dict({key: tensor.to(patcher.offload_device) for key, tensor in tensors.items()}, assign=True)
-    return twin
+        made = [[] for _ in chosen]
+        for part in parts(name, weight, inputs[name], spec.unsigned_from):
+            for i, recipe in enumerate(chosen):
+                with quantizer.threads_for(weight):
+                    tensors, took = timed(recipe, part, 2 * rank if name.endswith(".linear1") else rank)
+                made[i].append(tensors)
+                seconds[i] += took
+        for twin, tensors in zip(twins, made):
+            put(twin, name, packed_layer(tensors, bias, spec.dtype))
+    return list(zip(twins, seconds))
 
 
-@contextmanager
-def one_search():
-    """Within it, DeepCompressor's recipes search once for each layer, though there are two of them."""
-    search, found = recipes.deepcompressor_state, {}
-
-    def remembered(layer, rank):
-        key = layer.kind, layer.unsigned
-        if key not in found:
-            found[key] = search(layer, rank)
-        return found[key]
-
-    recipes.deepcompressor_state = remembered
-    try:
-        yield
-    finally:
-        recipes.deepcompressor_state = search
+def put(twin, name, tensors):
+    """Give a 4-bit model a packed layer in the place of its own; the rank is the width of weight_proj_up."""
+    model = twin.model.diffusion_model
+    build.swap(model, name, replace(model.get_submodule(name).spec, rank=tensors["weight_proj_up"].shape[1]))
+    on_host = {key: tensor.to(twin.offload_device) for key, tensor in tensors.items()}
+    model.get_submodule(name).load_state_dict(on_host, assign=True)
 
 
 def timed(make, *args):

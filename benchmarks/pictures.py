@@ -1,7 +1,7 @@
 """Pictures of the trained small FLUX, 4-bit against bf16, ours beside other recipes:
 
     python benchmarks/pictures.py --comfyui ~/ComfyUI             every recipe
-    python benchmarks/pictures.py --comfyui ~/ComfyUI --knobs     ours by rank, prompts, steps and preset
+    python benchmarks/pictures.py --comfyui ~/ComfyUI --knobs     ours by preset, rank, prompts, steps and tokens
     python benchmarks/pictures.py --table FILE                    the Markdown table of a result file
 
 The model and its VAE are demo/tiny_flux, on ComfyUI's own FLUX; the pictures are drawn by ComfyUI's own sampler, euler, simple,
@@ -20,6 +20,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from machine import ROOT, description, load_pack
@@ -30,9 +31,11 @@ CALIBRATION_CAPTIONS, PICTURE_CAPTIONS = 1, 2  # seeds of the two lists of capti
 MOST_CALIBRATION = 16  # prompts, that no picture is drawn from
 BASE, OURS = "DeepCompressor default", "ours: best"
 GPTQ = "DeepCompressor + GPTQ"
-FLOOR = ("bf16, attention by plain products", "bf16, batches an eighth as large", "bf16, other arithmetic (float32 for bf16)")
+FLOOR = ("bf16, another attention kernel", "bf16, batches an eighth as large", "bf16, other arithmetic (float32 for bf16)")
 BITS = {"w4a4": 4, "w4a8": 8}
-KNOBS = {"rank": (16, 32, 64, 128), "prompts": (1, 2, 4, 8, 16), "steps": (1, 2, 4, 8, 20)}
+# "tokens": for each input of a layer, that GPTQ and the refit go by
+KNOBS = {"preset": ("data-free", "fast", "best", "slow"), "rank": (16, 32, 64, 128), "prompts": (1, 2, 4, 8, 16),
+         "steps": (1, 2, 4, 8, 20), "tokens": (1, 2, 4, 16)}
 
 
 def captions(count, seed, taken=()):
@@ -140,23 +143,22 @@ def by_definition():
 # --- rows: each makes {name: result} --------------------------------------------------------------------------------
 
 
-def noise_floor(studio):
-    """bf16 against bf16 that is computed otherwise: attention by plain products, smaller batches, another arithmetic."""
-    import comfy.ldm.modules.attention
+def noise_floor(studio, *names):
+    """bf16 against bf16 that is computed otherwise: PyTorch's attention or plain products, smaller batches, another arithmetic."""
+    from comfy.ldm.modules import attention
     from comfyui_svdquant.quant.host import build, quantize
 
-    def plain_attention(_function, *args, **kwargs):
-        return comfy.ldm.modules.attention.attention_basic(*args, **kwargs)
+    def other_attention(usual, *args, **kwargs):
+        plain = usual is attention.attention_basic
+        return (attention.attention_pytorch if plain else attention.attention_basic)(*args, **kwargs)
 
-    attention = studio.patcher.clone()
-    attention.model_options["transformer_options"]["optimized_attention_override"] = plain_attention
+    attending = studio.patcher.clone()
+    attending.model_options["transformer_options"]["optimized_attention_override"] = other_attention
     usual = quantize.compute_dtype(studio.patcher)
     dtype = torch.bfloat16 if usual == torch.float32 else torch.float32
     other = build.load_model(str(studio.files / "tiny_flux.safetensors"), dtype)
-    drawn = {FLOOR[0]: studio.draw(attention), FLOOR[1]: studio.draw(studio.patcher, max(1, studio.args.batch // 8)),
-             FLOOR[2]: studio.draw(other)}
-    return {name: {"arithmetic": [str(usual), str(quantize.compute_dtype(other))], "w4a4": studio.compare(latents)}
-            for name, latents in drawn.items()}
+    drawn = [studio.draw(attending), studio.draw(studio.patcher, max(1, studio.args.batch // 8)), studio.draw(other)]
+    return {name: {"arithmetic": [str(usual), str(dtype)], "w4a4": studio.compare(latents)} for name, latents in zip(names, drawn)}
 
 
 def others(studio, *names):
@@ -169,22 +171,21 @@ def others(studio, *names):
     entries, latent = studio.calibration(args.calibration_prompts)
     inputs, seconds = model_recipes.timed(lambda: model_recipes.layer_inputs(studio.patcher, quantize.record_trajectory(
         studio.patcher, entries, latent, args.calibration_steps, 0, model_recipes.Silent())))
-    with model_recipes.one_search():
-        for name in names:
-            twin, more = model_recipes.timed(model_recipes.by_recipe, recipes.RECIPES[name], studio.patcher, inputs, args.rank)
-            seconds += more
-            rows[name] = {"seconds": seconds, "megabytes": model_recipes.megabytes(twin)} | studio.judge(twin)
+    made = model_recipes.by_recipes([recipes.RECIPES[name] for name in names], studio.patcher, inputs, args.rank)
+    for name, (twin, took) in zip(names, made):
+        seconds += took
+        rows[name] = {"seconds": seconds, "megabytes": model_recipes.megabytes(twin)} | studio.judge(twin)
     return rows
 
 
-def ours(studio, name, preset, rank=None, prompts=None, steps=None, exceptions=""):
-    """A row as the node makes it; with CUDA, `OURS` through the kernels too."""
+def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, exceptions="", **changes):
+    """A row as the node makes it, or with `changes` to the recipe's fields; with CUDA, `OURS` through the kernels too."""
     import model_recipes
     from comfyui_svdquant.quant import quantizer
     from comfyui_svdquant.quant.host import quantize
 
     args = studio.args
-    recipe = quantizer.recipe(preset, rank or args.rank, exceptions)
+    recipe = replace(quantizer.recipe(preset, rank or args.rank, exceptions), **changes)
     entries, latent = studio.calibration(prompts or args.calibration_prompts)
     (twin, _), seconds = model_recipes.timed(quantize.quantize, studio.patcher, recipe, entries, latent,
                                              steps or args.calibration_steps, 0, model_recipes.Silent())
@@ -196,28 +197,22 @@ def ours(studio, name, preset, rank=None, prompts=None, steps=None, exceptions="
 
 
 def recipe_jobs(args):
-    """[(function, arguments)] of the recipes, the longest first."""
-    from comfyui_svdquant.quant import quantizer
-
+    """[(function, row names, settings)] of the recipes, the longest first."""
     wide = f"*.linear1 = {2 * args.rank}, *.linear2 = {2 * args.rank}"
-    presets = [preset for preset in ("slow", "best", "fast", "data-free") if preset in quantizer.PRESETS]
-    return [(others, (BASE, GPTQ)), *((ours, (f"ours: {preset}", preset)) for preset in presets),
-            (ours, (f"{OURS}, branches as wide as theirs", "best", None, None, None, wide)), (noise_floor, ()),
-            *((others, (name,)) for name in ("naive rounding", "SmoothQuant", "SVDQuant, one shot"))]
+    return [(others, (BASE, GPTQ), {}), (ours, ("ours: slow",), {"preset": "slow"}),
+            (ours, (f"{OURS}, branches as wide as theirs",), {"exceptions": wide}),
+            *((ours, (f"ours: {preset}",), {"preset": preset}) for preset in ("best", "fast", "data-free")),
+            (noise_floor, FLOOR, {}), *((others, (name,), {}) for name in ("naive rounding", "SmoothQuant", "SVDQuant, one shot"))]
 
 
 def knob_jobs(args):
-    """[(function, arguments)] of the knobs, one changed at a time; the row of the defaults is the same in all."""
-    from comfyui_svdquant.quant import quantizer
+    """[(function, row names, settings)] of the knobs, one changed at a time; the row of the defaults belongs to all."""
+    from comfyui_svdquant.quant.calibration import TOKENS_PER_INPUT
 
-    usual = {"rank": args.rank, "prompts": args.calibration_prompts, "steps": args.calibration_steps}
-    jobs = [(ours, ("defaults", "best"))]
-    for knob, values in KNOBS.items():
-        for value in values:
-            if value != usual[knob]:
-                jobs.append((ours, (f"{knob} {value}", "best", *((usual | {knob: value}).values()))))
-    presets = [preset for preset in quantizer.PRESETS if preset not in ("best", "naive")]
-    return jobs + [(ours, (f"preset {preset}", preset)) for preset in presets]
+    usual = {"rank": args.rank, "prompts": args.calibration_prompts, "steps": args.calibration_steps, "tokens": TOKENS_PER_INPUT,
+             "preset": "best"}
+    changed = [(knob, value) for knob, values in KNOBS.items() for value in values if value != usual[knob]]
+    return [(ours, ("defaults",), {}), *((ours, (f"{knob} {value}",), {knob: value}) for knob, value in changed)]
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -237,9 +232,9 @@ def studio_of_process():
 
 def work(job):
     """{name: result} of one job, on this process's Studio."""
-    function, arguments = job
+    function, names, settings = job
     with torch.inference_mode():
-        return function(studio_of_process(), *arguments)
+        return function(studio_of_process(), *names, **settings)
 
 
 def rows_of(args, jobs):
@@ -252,12 +247,6 @@ def rows_of(args, jobs):
     with ProcessPoolExecutor(args.jobs, context, start_worker, (args,)) as pool:
         for done in as_completed([pool.submit(work, job) for job in jobs]):
             yield done.result()
-
-
-def names_of(job):
-    """The names of the rows that a job makes on any device."""
-    function, arguments = job
-    return FLOOR if function is noise_floor else arguments if function is others else arguments[:1]
 
 
 def mean(values):
@@ -273,7 +262,7 @@ def differences(found, key, name, base_key="w4a4"):
 def in_order(found):
     """The rows as the table has them: the floor, others, ours; or the knobs in their order."""
     first = ["bf16", "naive", "SmoothQuant", "SVDQuant", "DeepCompressor", "ours: data-free", "ours: fast", OURS, "ours",
-             "defaults", "rank", "prompts", "steps", "preset"]
+             "defaults", "preset", "rank", "prompts", "steps", "tokens"]
 
     def place(name):
         number = name.rpartition(" ")[2]
@@ -305,7 +294,7 @@ def table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH)")
-    parser.add_argument("--knobs", action="store_true", help="ours by rank, calibration prompts, calibration steps and preset")
+    parser.add_argument("--knobs", action="store_true", help="ours by preset, rank, calibration prompts, steps and tokens")
     parser.add_argument("--prompts", type=int, default=32, help="pictures")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at a time")
@@ -337,7 +326,7 @@ def run(args):
         with open(path, encoding="utf-8") as file:
             record["results"] = json.load(file)["results"]
     jobs = [job for job in (knob_jobs(args) if args.knobs else recipe_jobs(args))
-            if any(name not in record["results"] and fnmatch.fnmatchcase(name, args.only) for name in names_of(job))]
+            if any(name not in record["results"] and fnmatch.fnmatchcase(name, args.only) for name in job[1])]
     for done, rows in enumerate(rows_of(args, jobs), 1):
         record["results"] = in_order(record["results"] | rows)
         with open(path, "w", encoding="utf-8") as file:

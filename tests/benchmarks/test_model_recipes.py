@@ -7,11 +7,10 @@ import torch
 
 pytest.importorskip("comfy", reason="there is no ComfyUI")
 
-import layers
 import model_recipes
 import pictures
 import recipes
-from comfyui_svdquant.quant import layout, quantizer
+from comfyui_svdquant.quant import flux, layout, quantizer
 from comfyui_svdquant.quant.host import quantize
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -33,7 +32,7 @@ def test_a_layer_in_two_parts_is_the_sum_of_its_parts():
     assert [(part.weight.shape[1], part.unsigned) for part in parts] == [(64, False), (128, True)]
     packed = [recipes.svdquant_one_shot(part, 16) for part in parts]
     halves = [recipes.output(part.calibration, tensors, recipes.spec_of(part, 16)) for part, tensors in zip(parts, packed)]
-    whole = model_recipes.packed_layer(recipes.svdquant_one_shot, "single_blocks.0.linear2", weight, bias, inputs, spec, 16)
+    whole = model_recipes.packed_layer(packed, bias, torch.bfloat16)
     assert whole["weight_proj_up"].shape == (64, 32) and whole["weight_proj_down"].shape == (192, 32)
     estimate = recipes.output(inputs, whole, spec)
     assert (estimate - sum(halves) - bias).norm() < 5e-3 * estimate.norm()  # the bias is in bf16
@@ -45,7 +44,7 @@ def test_naive_rounding_is_our_preset_naive(studio):
     calls = quantize.record_trajectory(studio.patcher, entries, latent, 1, 0, model_recipes.Silent())
     inputs = model_recipes.layer_inputs(studio.patcher, calls)
     assert {tuple(x.shape) for x in inputs.values()} == {(144, 256), (144, 1024), (16, 256), (16, 1024), (160, 256), (160, 1280)}
-    twin = model_recipes.by_recipe(recipes.naive, studio.patcher, inputs, 16)
+    (twin, _), = model_recipes.by_recipes([recipes.naive], studio.patcher, inputs, 16)
     preset, _ = quantize.quantize(studio.patcher, quantizer.recipe("naive", 16), None, None, 1, 0, model_recipes.Silent())
     ours, theirs = (model.model.diffusion_model.state_dict() for model in (preset, twin))
     assert ours.keys() == theirs.keys()
@@ -53,18 +52,24 @@ def test_naive_rounding_is_our_preset_naive(studio):
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_deepcompressor_searches_once_for_its_two_recipes(monkeypatch):
-    searched = []
-    monkeypatch.setattr(recipes, "deepcompressor_state", lambda layer, rank: searched.append(layer.kind))
-    layer = layers.Layer("one", None, None, None, False)
-    with model_recipes.one_search():
-        recipes.deepcompressor_state(layer, 16)
-        recipes.deepcompressor_state(layer, 16)
-    assert searched == ["one"]
+def test_recipes_run_one_after_the_other_on_the_same_part(studio):
+    """Then DeepCompressor's two recipes search once; and where there are two branches, one of twice the rank stands for them."""
+    seen = []
+
+    def recipe(layer, rank):
+        seen.append((layer, rank))
+        return recipes.naive(layer, rank)
+
+    weights = {name: layer for name, layer in studio.patcher.model.diffusion_model.named_modules() if flux.W4A4.fullmatch(name)}
+    inputs = {name: torch.ones(4, layer.weight.shape[1]) for name, layer in weights.items()}
+    model_recipes.by_recipes([recipe, recipe], studio.patcher, inputs, 16)
+    assert all(first[0] is second[0] for first, second in zip(seen[::2], seen[1::2]))
+    assert {rank for layer, rank in seen if layer.kind.endswith("linear1")} == {32}
+    assert {rank for layer, rank in seen if not layer.kind.endswith("linear1")} == {16}
 
 
 def test_four_bits_are_farther_from_bf16_than_bf16_computed_otherwise(studio):
-    floor = pictures.noise_floor(studio)
+    floor = pictures.noise_floor(studio, *pictures.FLOOR)
     row = pictures.others(studio, "naive rounding")["naive rounding"]
     assert 5 < pictures.mean(row["w4a4"]["psnr"]) < 40 < min(pictures.mean(f["w4a4"]["psnr"]) for f in floor.values())
     assert pictures.mean(row["w4a8"]["latent_error"]) < pictures.mean(row["w4a4"]["latent_error"])
@@ -74,6 +79,13 @@ def test_four_bits_are_farther_from_bf16_than_bf16_computed_otherwise(studio):
 def test_nobody_calibrates_on_the_pictures_captions(studio):
     assert len(set(studio.captions)) == 2 and len(set(studio.known)) == pictures.MOST_CALIBRATION
     assert not set(studio.captions) & set(studio.known)
+
+
+def test_each_knob_is_turned_alone():
+    jobs = pictures.knob_jobs(Namespace(rank=32, calibration_prompts=8, calibration_steps=8))
+    names = [name for _, names, _ in jobs for name in names]
+    assert len(set(names)) == len(names) == 1 + sum(len(values) - 1 for values in pictures.KNOBS.values())
+    assert all(len(settings) == (names != ("defaults",)) for _, names, settings in jobs)
 
 
 def test_the_table_compares_picture_by_picture():
