@@ -25,7 +25,7 @@ from .header import CheckpointError
 from .nunchaku_source import BLOCKS_FILE, REST_FILE, gather
 from .packed import PackedFile
 
-AHEAD = 3  # layers that are read before they are asked for
+AHEAD = 4  # layers that are read before they are asked for
 MODEL_CLASSES = ("NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 FLOAT_TYPES = (*HALF_TYPES, torch.float32)
