@@ -32,6 +32,7 @@ MOST_CALIBRATION = 16  # prompts, that no picture is drawn from
 BASE, OURS = "DeepCompressor default", "ours: best"
 GPTQ = "DeepCompressor + GPTQ"
 FLOOR = ("bf16, another attention kernel", "bf16, batches an eighth as large", "bf16, other arithmetic (float32 for bf16)")
+EQUAL = 119  # dB: what PSNR's own bound leaves of equal pictures
 BITS = {"w4a4": 4, "w4a8": 8}
 # "tokens": for each input of a layer, that GPTQ and the refit go by
 KNOBS = {"preset": ("data-free", "fast", "best", "slow"), "rank": (16, 32, 64, 128), "prompts": (1, 2, 4, 8, 16),
@@ -253,15 +254,15 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def differences(found, key, name, base_key="w4a4"):
-    """[dB a picture]: row `name` at `key` less DeepCompressor's default, or the row of the defaults where there is none."""
-    base = found.get(BASE) or found.get("defaults")
-    return [a - b for a, b in zip(found[name][key]["psnr"], base[base_key]["psnr"])]
+def gain(found, name, base, bits=("w4a4", "w4a4")):
+    """The mean difference in dB of two rows over the pictures, and its 95 % interval, as text. bits: of the row and of the base."""
+    apart = [a - b for a, b in zip(found[name][bits[0]]["psnr"], found[base][bits[1]]["psnr"])]
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(mean(apart), *interval(apart))
 
 
 def in_order(found):
     """The rows as the table has them: the floor, others, ours; or the knobs in their order."""
-    first = ["bf16", "naive", "SmoothQuant", "SVDQuant", "DeepCompressor", "ours: data-free", "ours: fast", OURS, "ours",
+    first = ["bf16", "naive", "SmoothQuant", "SVDQuant", BASE, GPTQ, "ours: data-free", "ours: fast", OURS, "ours",
              "defaults", "preset", "rank", "prompts", "steps", "tokens"]
 
     def place(name):
@@ -271,23 +272,30 @@ def in_order(found):
     return {name: found[name] for name in sorted(found, key=place)}
 
 
+def cells(found, name, key, base, told):
+    """What the table says of a row with 4-bit or 8-bit activations; `told`: the measures beside PSNR."""
+    values = found[name].get(key)
+    if values is None:
+        return [""] * (2 + len(told))
+    decibels = "equal" if min(values["psnr"]) > EQUAL else f"{mean(values['psnr']):.2f}"
+    form = {"ssim": "{:.4f}", "latent_error": "{:.2%}"}
+    difference = gain(found, name, base, (key, "w4a4")) if base in found and not name.startswith("bf16") else ""
+    return [decibels, difference, *(form[measure].format(mean(values[measure])) for measure in told)]
+
+
 def table(found):
-    """The results as Markdown: means over the pictures, and what the difference to the base row is worth."""
-    base = BASE if BASE in found else "defaults"
-    head = "| | PSNR, dB | to the base (95 %) | SSIM | latent error | W4A8: PSNR, dB | to the base | SSIM | latent error | MB | s |"
-    lines = [f"The base is the row {base!r} at W4A4.", "", head, "|" + "---|" * 11]
+    """The results as Markdown: means over the pictures, and how sure the difference to DeepCompressor's default at W4A4 is, or of
+    knobs the difference to the defaults."""
+    base, told = (BASE, ("ssim", "latent_error")) if "defaults" not in found else ("defaults", ("latent_error",))
+    words = [f"PSNR, dB | to {base}, W4A4 (95 %)", *({"ssim": "SSIM", "latent_error": "latent error"}[measure] for measure in told)]
+    head = " | ".join([f"{key.upper()}: {' | '.join(words)}" for key in BITS])
+    lines = [f"| | {head} | MB | s |", "|" + "---|" * (5 + 2 * (1 + len(told)))]
     for name, row in in_order(found).items():
-        cells = []
-        for key in BITS:
-            if key not in row:
-                cells += [""] * 4
-                continue
-            values = row[key]
-            low, high = interval(apart := differences(found, key, name)) if base in found else (0, 0)
-            gain = f"{mean(apart):+.2f} ({low:+.2f} to {high:+.2f})" if base in found and not name.startswith("bf16") else ""
-            cells += [f"{mean(values['psnr']):.2f}", gain, f"{mean(values['ssim']):.4f}", f"{mean(values['latent_error']):.2%}"]
         cost = [f"{row['megabytes']:.2f}", f"{row['seconds']:.0f}"] if "seconds" in row else ["", ""]
-        lines.append(f"| {name} | " + " | ".join(cells + cost) + " |")
+        figures = [cell for key in BITS for cell in cells(found, name, key, base, told)]
+        lines.append(f"| {name} | " + " | ".join(figures + cost) + " |")
+    if BASE in found and OURS in found:
+        lines += ["", f"Both at W4A8, {OURS} is {gain(found, OURS, BASE, ('w4a8', 'w4a8'))} dB from {BASE}."]
     return "\n".join(lines)
 
 

@@ -93,7 +93,7 @@ def test_the_table_compares_picture_by_picture():
         figures = {"psnr": list(psnr), "ssim": [1, 1], "latent_error": [0.1, 0.1]}
         return {key: figures for key in pictures.BITS} | {"seconds": 1, "megabytes": 9}
 
-    text = pictures.table({"ours: best": row(32, 44), pictures.BASE: row(30, 40)})
-    ours, base = text.splitlines()[-1], text.splitlines()[-2]
+    base, ours, _, last = pictures.table({"ours: best": row(32, 44), pictures.BASE: row(30, 40)}).splitlines()[2:]
     assert base.startswith("| DeepCompressor default | 35.00 | +0.00")
-    assert ours.startswith("| ours: best | 38.00 | +3.00 (+2.00 to +4.00) | 1.0000 | 10.00% |")
+    assert ours.startswith("| ours: best | 38.00 | +3.00 (+2.00 to +4.00) | 1.0000 | 10.00% | 38.00 | +3.00")
+    assert last == "Both at W4A8, ours: best is +3.00 (+2.00 to +4.00) dB from DeepCompressor default."
