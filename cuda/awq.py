@@ -24,7 +24,7 @@ def _defines(half, tiles):
 
 
 @functools.lru_cache(maxsize=256)
-def _launcher(m, n, dtype, device, tiles):
+def launcher(m, n, dtype, device, tiles=None):
     """A function of the kernel's arguments as ints, for m tokens."""
     tiles = tiles or (1 if m <= 8 else 4)
     kernel = compiler.kernel(SOURCE, ENTRY, _defines(dtype == torch.float16, tiles), device)
@@ -46,7 +46,7 @@ def linear(x, weight, weight_scale, weight_zeros, bias, tiles=None):
     m = x.numel() // k
     if m == 0:
         return y
-    launch = _launcher(m, n, dtype, x.device, tiles)
+    launch = launcher(m, n, dtype, x.device, tiles)
     if x.is_contiguous():
         stride = k
     else:

@@ -402,7 +402,8 @@ class Kernel:
 
 
 _kernels = {}  # {what was asked for: Kernel, or the KernelsUnavailable that building it ended in}
-_building = threading.Lock()
+_locks = {}    # {the same: the lock of whoever builds it}; others build other kernels meanwhile
+_importing = threading.Lock()
 
 
 def kernel(source, entry, defines, device, shared=0):
@@ -415,7 +416,7 @@ def kernel(source, entry, defines, device, shared=0):
     key = source, entry, defines, torch.cuda.current_device() if index is None else index, shared
     built = _kernels.get(key)
     if built is None:
-        with _building:
+        with _locks.setdefault(key, threading.Lock()):
             built = _kernels.get(key)
             if built is None:
                 built = _kernels[key] = _build(*key)
@@ -426,7 +427,8 @@ def kernel(source, entry, defines, device, shared=0):
 
 def _build(source, entry, defines, index, shared):
     try:
-        cupy, _ = load_cupy(), driver()
+        with _importing:
+            cupy, _ = load_cupy(), driver()
         cubin = compile_cubin(source, defines, _device_target(index))
         with torch.cuda.device(index):
             function = _function(cupy, cubin, entry, shared)

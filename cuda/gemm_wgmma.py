@@ -49,9 +49,16 @@ def choose_tile(m, n, sms):
     return min(STAGES, key=time)
 
 
-@functools.cache
-def _kernel(tile, dtype, device):
-    return compiler.kernel(SOURCE, ENTRY, _defines(tile, dtype), device, shared_bytes(tile))
+@functools.lru_cache(maxsize=1024)
+def launcher(m, n, k, rank, unsigned_from, dtype, device, tile=None):
+    """A function of the addresses of (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)."""
+    sms = compiler.multiprocessors(device)
+    tile = tile or choose_tile(m, n, sms)
+    kernel = compiler.kernel(SOURCE, ENTRY, _defines(tile, dtype), device, shared_bytes(tile))
+    clusters = min(sms // CLUSTER, count_tiles(tile, m, n))
+    border = unsigned_from // images.BLOCK if 0 < unsigned_from < k else 0
+    sizes = m, images.padded(m, images.ROWS), n, k, rank, border, int(unsigned_from < k)
+    return kernel.launcher((CLUSTER * clusters,), (2 * tile[0] + 128,), 10, sizes)
 
 
 def takes(k, unsigned_from):
@@ -70,11 +77,6 @@ def gemm(act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_u
     if rank > MAX_RANK:
         raise ValueError(f"the branch has rank {rank}; at most {MAX_RANK} ranks are fused")
     y = torch.empty(m, n, dtype=weight_scale.dtype, device=act.device) if out is None else out
-    sms = compiler.multiprocessors(act.device)
-    tile = tile or choose_tile(m, n, sms)
-    kernel = _kernel(tile, y.dtype, act.device)
-    clusters = min(sms // CLUSTER, count_tiles(tile, m, n))
-    border = unsigned_from // images.BLOCK if 0 < unsigned_from < k else 0
-    kernel((CLUSTER * clusters, 1, 1), (2 * tile[0] + 128, 1, 1), y, act, act_scale, low, low_scale, weight, weight_scale, row_scale,
-           proj_up, bias, m, act.shape[1], n, k, rank, border, int(unsigned_from < k))
+    launch = launcher(m, n, k, rank, unsigned_from, y.dtype, act.device, tile)
+    launch(*map(compiler.address, (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)))
     return y

@@ -6,13 +6,19 @@ one warning, where the kernels can't be had.
 
 import functools
 import logging
-from typing import Optional
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from . import awq, compiler, gemm_mma, gemm_wgmma, quantize, reference, scales
+from .images import padded
 from .int4 import GROUP_SIZE
 
 log = logging.getLogger(__name__)
@@ -20,8 +26,10 @@ log = logging.getLogger(__name__)
 # Compute capabilities on which int8 activations are the fast ones: their 4-bit tensor cores are missing, or starved by the scales.
 INT8_FASTER = (80, 90, 100, 103, 110, 120, 121)
 RANKS = 16  # the kernels' branches have a multiple of this
+ALIGNMENT = 256  # bytes, of each part of a layer's workspace
 
 
+@functools.cache
 def best_act_bits(device):
     """4 or 8: the activations' bits that `act_bits` 0 stands for on `device`. 4 on the CPU, SVDQuant as published."""
     if device.type != "cuda" or torch.version.hip:
@@ -61,7 +69,9 @@ def _svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, 
 def _awq_linear(x, weight, weight_scale, weight_zeros, bias):
     if kernels_run(x, weight):
         try:
-            dtype = compute_dtype(x, weight_scale)
+            dtype = compute_dtype(x.dtype, weight_scale.dtype, x.device)
+            if x.dtype == dtype:
+                return awq.linear(x, weight, weight_scale, weight_zeros, bias)
             return awq.linear(x.to(dtype), weight, weight_scale, weight_zeros, bias).to(x.dtype)
         except compiler.KernelsUnavailable as error:
             warn_once(str(error))
@@ -73,24 +83,117 @@ def kernels_run(x, weight):
     return x.is_cuda and not torch.version.hip and x.numel() > 0 and x.shape[-1] % GROUP_SIZE == 0 and weight.shape[0] % 16 == 0
 
 
-def compute_dtype(x, weight_scale):
+@functools.lru_cache(maxsize=64)
+def compute_dtype(dtype, layers, device):
     """The 16-bit type that the kernels compute a layer in: x's, or the layer's where x is float32; fp16 on Turing."""
-    if compiler.architecture(x.device) == "sm_75":
+    if compiler.architecture(device) == "sm_75":
         return torch.float16
-    return x.dtype if x.dtype in (torch.bfloat16, torch.float16) else weight_scale.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else layers
+
+
+class _Plan(NamedTuple):
+    """The two launches of a layer, and the one allocation for what the first leaves to the second."""
+
+    quantize: Callable  # quantize.launcher's
+    gemm: Callable      # gemm_wgmma.launcher's or gemm_mma.launcher's
+    elements: int       # of 2 bytes; where in them, in bytes:
+    act_scale: int
+    low: int            # 0: not there
+    low_scale: int
+    multiply: bool      # x @ proj_down by cuBLAS first
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(m, n, k, rank, stride, unsigned_from, act_bits, dtype, device):
+    """The _Plan for a layer of x's dtype; None where it takes more than that."""
+    arch = compiler.architecture(device)
+    if dtype not in ((torch.float16,) if arch == "sm_75" else (torch.bfloat16, torch.float16)) or rank % RANKS or n * k >= 1 << 33:
+        return None
+    wgmma = _wgmma(arch, act_bits, k, unsigned_from)
+    if wgmma and rank > gemm_wgmma.MAX_RANK:
+        return None
+    codes = quantize.storage(act_bits, arch)
+    first, cut = quantize.launcher(m, k, rank, stride, unsigned_from, codes, dtype, device)
+    places, size = [], 0
+    for output in quantize.outputs(m, k, rank, codes, dtype):
+        places.append(size if output else 0)
+        size += padded(math.prod(output[0]) * output[1].itemsize, ALIGNMENT) if output else 0
+    if wgmma:
+        second = gemm_wgmma.launcher(m, n, k, rank, unsigned_from, dtype, device)
+    else:
+        kind = gemm_mma.INTEGER if act_bits == 8 else gemm_mma.NIBBLES if codes == quantize.NIBBLES else gemm_mma.BYTES
+        second = gemm_mma.launcher(kind, m, n, k, rank, unsigned_from, dtype, device)
+    return _Plan(first, second, size // 2, *places[1:], cut.ranks < rank)
+
+
+def warm_up(layers, device):
+    """Compile and load in threads, beside what the caller does next, the kernels that these layers will ask for: all but those of a
+    layer that doesn't want them, or of a machine that can't have them, which its first call says.
+
+    layers: [(M, N, K, rank, unsigned_from, act_bits, dtype)] as svdquant_linear gets them, contiguous; act_bits None: awq_linear.
+    device: a CUDA device with its index. Returns the threads' futures.
+    """
+    def prepare(m, n, k, rank, unsigned_from, act_bits, dtype):
+        if not threading.main_thread().is_alive():  # the program ends: don't let it wait
+            return
+        try:
+            if act_bits is None:
+                awq.launcher(m, n, dtype, device)
+            else:
+                _plan(m, n, k, rank, k, unsigned_from, act_bits, dtype, device)
+        except Exception:  # whoever needs the kernel meets it again, and says so
+            log.debug("warm-up of %s", (m, n, k, rank, unsigned_from, act_bits, dtype), exc_info=True)
+
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="svdquant-compiler")
+    futures = [pool.submit(prepare, *layer) for layer in dict.fromkeys(layers)]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def _wgmma(arch, act_bits, k, unsigned_from):
+    return act_bits == 8 and arch in gemm_wgmma.ARCHITECTURES and gemm_wgmma.takes(k, unsigned_from)
 
 
 def _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale):
-    dtype, arch = compute_dtype(x, weight_scale), compiler.architecture(x.device)
+    """The layer by two launches, as most are: nothing here but what differs from call to call."""
+    dtype, (*leading, k), (n, rank) = x.dtype, x.shape, proj_up.shape
+    m, stride, source = x.numel() // k, k, x.data_ptr()
+    if act_bits == 8 and row_scale is None:
+        row_scale = scales.row_scale(weight_scale)
+    readable = weight_scale.dtype == dtype and source % 16 == 0
+    if not x.is_contiguous():
+        tokens = x.reshape(m, k)
+        stride = tokens.stride(0)
+        readable = readable and tokens.data_ptr() == source and tokens.stride(1) == 1 and stride % 8 == 0
+    plan = _plan(m, n, k, rank, stride, unsigned_from, act_bits, dtype, x.device) if readable else None
+    if plan is None:
+        return _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale)
+    first, second, elements, act_scale, low, low_scale, multiply = plan
+    y, work = x.new_empty((*leading, n)), x.new_empty(elements)
+    act = work.data_ptr()
+    act_scale += act
+    if low:
+        low += act
+        low_scale += act
+    if multiply:
+        proj_down, scale = quantize.multiplied(x.reshape(m, k), proj_down)
+        low_scale = compiler.address(scale)
+    first(source, smooth.data_ptr(), proj_down.data_ptr(), act, act_scale, low, low_scale)
+    second(y.data_ptr(), act, act_scale, low, low_scale, weight.data_ptr(), weight_scale.data_ptr(),
+           0 if row_scale is None else row_scale.data_ptr(), proj_up.data_ptr(), 0 if bias is None else bias.data_ptr())
+    return y
+
+
+def _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale):
+    """The same in every case: other dtypes, ranks that one GEMM doesn't take, an x that the kernels can't read."""
+    dtype, arch = compute_dtype(x.dtype, weight_scale.dtype, x.device), compiler.architecture(x.device)
     tokens = x.reshape(-1, x.shape[-1])
     if not dtype == x.dtype == weight_scale.dtype:
         tokens, weight_scale, proj_down, proj_up, smooth, bias = (
             None if t is None else t.to(dtype) for t in (tokens, weight_scale, proj_down, proj_up, smooth, bias))
     if proj_up.shape[1] % RANKS:
         proj_down, proj_up = (pad(t, (0, -t.shape[1] % RANKS)) for t in (proj_down, proj_up))
-    if act_bits == 8 and row_scale is None:
-        row_scale = scales.row_scale(weight_scale)
-    wgmma = act_bits == 8 and arch in gemm_wgmma.ARCHITECTURES and gemm_wgmma.takes(x.shape[-1], unsigned_from)
+    wgmma = _wgmma(arch, act_bits, x.shape[-1], unsigned_from)
     rest = wgmma and proj_up.shape[1] > gemm_wgmma.MAX_RANK
     down, up = (proj_down[:, :0], proj_up[:, :0]) if rest else (proj_down, proj_up)
     q = quantize.quantize(tokens, smooth, down, unsigned_from, quantize.storage(act_bits, arch))

@@ -1,8 +1,10 @@
 """The ops on a GPU: the kernels one after the other, against the reference in float64."""
 
+import threading
+
 import pytest
 import torch
-from comfyui_svdquant.cuda import int4, ops, reference, scales
+from comfyui_svdquant.cuda import compiler, int4, ops, reference, scales
 
 from .layers import random_input, random_layer, relative_error
 
@@ -68,6 +70,44 @@ def test_awq_is_the_references_product():
     x = torch.randn(2, 128, device="cuda").bfloat16()
     error = relative_error(ops.awq_linear(x, weight, scale, zeros, bias), reference.awq_linear(x.double(), weight, scale, zeros, bias))
     assert error < BF16, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_in_threads_with_streams_of_their_own(act_bits):
+    """Each thread has its own shapes, and memory that its stream has just written."""
+    def work(i):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream), torch.inference_mode():
+            for turn in range(20):
+                torch.cuda._sleep(100_000)  # what reads too early reads the turn before
+                x = inputs[i] * 2**turn
+                results[i].append(ops.svdquant_linear(x, *layers[i].args(), act_bits))
+        stream.synchronize()
+
+    layers = [integer_layer(192 + 16 * i, 256, 32, seed=i) for i in range(4)]
+    inputs = [random_input(64 + 16 * i, 256, torch.bfloat16, seed=i).cuda() for i in range(4)]
+    expected = [[ops.svdquant_linear(x * 2**turn, *layer.args(), act_bits) for turn in range(20)] for x, layer in zip(inputs, layers)]
+    torch.cuda.synchronize()
+    results = [[] for _ in layers]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        assert len(results[i]) == 20 and all(map(torch.equal, results[i], expected[i])), f"thread {i}"
+
+
+def test_warm_up():
+    """The kernels are there afterwards, and what can't be had is not an error."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    layers = [(70, 192, 256, 32, 256, act_bits, torch.bfloat16) for act_bits in (4, 8)]
+    for future in ops.warm_up([*layers, (1, 64, 128, 0, 128, None, torch.bfloat16), (70, 192, 256, 7, 256, 8, torch.float64)], device):
+        assert future.result() is None
+    before = set(compiler._kernels)
+    for act_bits in (4, 8):
+        ops.svdquant_linear(random_input(70, 256, torch.bfloat16).cuda(), *integer_layer(192, 256, 32).args(), act_bits)
+    assert set(compiler._kernels) == before
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])

@@ -1,0 +1,128 @@
+"""What the processor does for a layer, and how long the kernels take to compile:  python benchmarks/overhead.py [--compile]
+
+Microseconds of Python, PyTorch and driver a call, for layers so small that the GPU waits for them. With --compile instead: seconds until
+every kernel of FLUX.1-dev at 1024 x 1024 is ready, by new processes, with an empty cache and with a full one. Needs a CUDA GPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from machine import description, load_pack
+
+# (M, N, K, unsigned_from): a step's linears in the order in which the model asks for them; modulation beside them.
+FLUX = [(4096, 9216, 3072, 3072), (512, 9216, 3072, 3072), (4096, 3072, 3072, 3072), (4096, 12288, 3072, 3072), (4096, 3072, 12288, 0),
+        (512, 3072, 3072, 3072), (512, 12288, 3072, 3072), (512, 3072, 12288, 0), (4608, 21504, 3072, 3072), (4608, 3072, 15360, 3072)]
+MODULATION = [(1, 18432, 3072), (1, 9216, 3072)]
+SMALL = 16, 256, 256  # M, N, K
+
+
+def layer(spec):
+    from comfyui_svdquant.quant import layout
+    from comfyui_svdquant.quant.linear import AWQLinear, SVDQuantLinear
+
+    made = (AWQLinear if spec.format == layout.AWQ else SVDQuantLinear)(spec, "cuda")
+    for p in made.parameters():
+        p.data.copy_(torch.randint(-8, 8, p.shape, device="cuda") if p.dtype == torch.int8 else torch.rand(p.shape, device="cuda") + 0.5)
+    return made
+
+
+def microseconds(run, calls=200, repeats=15):
+    """The least of `repeats` runs of `calls` calls each, none of which waits for the GPU."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return min(times) * 1e6 / calls
+
+
+def overheads():
+    """{what: microseconds a call}"""
+    from comfyui_svdquant.cuda import ops
+    from comfyui_svdquant.quant import layout
+
+    m, n, k = SMALL
+    x, found = torch.randn(1, m, k, device="cuda").bfloat16(), {}
+    for rank in (32, 128):
+        module = layer(layout.LayerSpec(layout.SVDQUANT, k, n, rank, k))
+        for act_bits in (8, 4):
+            module.act_bits = act_bits
+            p, row_scale = module._parameters, module.row_scale(module.weight_scale) if act_bits == 8 else None
+            args = (x, p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], p["bias"], k,
+                    act_bits, row_scale)
+            name = f"W4A{act_bits} rank {rank}"
+            found[f"{name}, layer"] = microseconds(lambda: module(x))
+            found[f"{name}, op"] = microseconds(lambda: ops.svdquant_linear(*args))
+            found[f"{name}, op through the dispatcher"] = microseconds(lambda: torch.ops.svdquant.linear(*args))
+    module = layer(layout.LayerSpec(layout.AWQ, k, n))
+    found["W4A16, layer"] = microseconds(lambda: module(x[:, :1]))
+    linear = torch.nn.Linear(k, n, device="cuda", dtype=torch.bfloat16)
+    found["bf16, layer"] = microseconds(lambda: linear(x))
+    found["an allocation"] = microseconds(lambda: x.new_empty(1000))
+    return found
+
+
+def prepare(how, act_bits):
+    """Seconds from the imports' end until every kernel is ready, one after the other or by ops.warm_up's threads."""
+    from comfyui_svdquant.cuda import ops
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.empty(1, device=device)
+    layers = [(m, n, k, 32, split, act_bits, torch.bfloat16) for m, n, k, split in FLUX]
+    layers += [(m, n, k, 0, k, None, torch.bfloat16) for m, n, k in MODULATION]
+    start = time.perf_counter()
+    for one in ([layer] for layer in layers) if how == "serial" else [layers]:
+        for future in ops.warm_up(one, device):
+            future.result()
+    return time.perf_counter() - start
+
+
+def compile_times(act_bits):
+    """{what: seconds} by new processes: an empty cache in threads, the same once more, an empty cache one after the other."""
+    found = {}
+    for how in ("threads", "serial"):
+        with tempfile.TemporaryDirectory() as folder:
+            for state in ("cold", "warm") if how == "threads" else ("cold",):
+                command = [sys.executable, __file__, "--child", how, "--act-bits", str(act_bits)]
+                done = subprocess.run(command, env=os.environ | {"SVDQUANT_CACHE_DIR": folder}, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(done.stderr)
+                found[f"{state}, {how}"] = float(done.stdout.split()[-1])
+                print(f"W4A{act_bits} {state}, {how}: {found[f'{state}, {how}']:.2f} s ({len(os.listdir(folder))} kernels)", flush=True)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true", help="measure compile times instead")
+    parser.add_argument("--act-bits", type=int, default=8, choices=(4, 8), help="of the layers to compile for")
+    parser.add_argument("--child", choices=("serial", "threads"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", help="a result file")
+    args = parser.parse_args()
+    load_pack()
+    if args.child:
+        print(prepare(args.child, args.act_bits))
+        return
+    if args.compile:
+        found = {"unit": "seconds", "compile": compile_times(args.act_bits)}
+    else:
+        with torch.inference_mode():
+            found = {"unit": "microseconds", "overhead": overheads()}
+        for name, time_ in found["overhead"].items():
+            print(f"{name:40s} {time_:6.1f} us")
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as file:
+            json.dump(description() | found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Every kernel and mode once, on small shapes, for NVIDIA's compute-sanitizer:  python tests/cuda/sanitize.py [--tools memcheck ...]
+
+Without --tools the cases run plainly, and are compared with the reference. With it the script runs itself under each tool and prints its
+summary; compute-sanitizer (of the CUDA toolkit) has to be on the PATH. Tensors are made and compared on the CPU and allocated one by one,
+so that the tools watch our kernels only, and see the end of each tensor.
+
+racecheck doesn't follow a bulk copy (cp.async.bulk) to the mbarrier that its readers wait for, nor shared memory of other CTAs of a
+cluster: of gemm_wgmma.cu and quantize_ring.cu it sees the ordinary loads and stores only. memcheck sees no bulk copy's addresses either.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SHAPES = [  # M, N, K, R, unsigned_from
+    (1, 16, 64, 0, 64), (37, 80, 192, 32, 192), (70, 208, 384, 128, 0), (33, 400, 640, 32, 128), (20, 48, 12288, 32, 0)]
+AWQ = [(1, 48, 320), (8, 64, 3072), (11, 80, 448)]  # M, N, K
+ERROR = 4e-3  # test_ops_gpu.py's, and some for fewer outputs
+
+
+def load_pack():
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    spec = importlib.util.spec_from_file_location("comfyui_svdquant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def on_gpu(tensors):
+    return [t.cuda() if isinstance(t, torch.Tensor) else t for t in tensors]
+
+
+def svdquant_cases():
+    """(name, y, what the reference says)"""
+    from comfyui_svdquant.cuda import compiler, gemm_mma, gemm_wgmma, ops, quantize, reference, scales
+    from layers import random_input, random_layer
+
+    arch = compiler.architecture(torch.device("cuda", 0))
+    for seed, (m, n, k, rank, split) in enumerate(SHAPES):
+        layer, x = random_layer(n, k, rank, split, n != 80, seed=seed), random_input(m, k, torch.bfloat16, seed=seed)
+        row = torch.randint(8, 16, (n,)) * 2.0**-11
+        layer.weight_scale = (torch.randint(6, 17, (k // 64, n)) * row).bfloat16()
+        row_scale = scales.row_scale(layer.weight_scale)
+        tensors, there, scale = on_gpu(layer.args()), x.cuda(), row_scale.cuda()
+        weight, weight_scale, down, up, smooth, bias, _ = tensors
+
+        for act_bits in (4, 8):
+            expected = reference.svdquant_linear(x.double(), *layer.args(), act_bits=act_bits, dtype=torch.float64)
+            name = f"M={m} N={n} K={k} R={rank} from {split}, {act_bits} bits"
+            yield name, ops.svdquant_linear(there, *tensors, act_bits, scale), expected
+            # What the device's own path doesn't take: the other GEMM, and each of the tiles.
+            kinds = (quantize.INT8,) if act_bits == 8 else (quantize.BYTES, quantize.NIBBLES)
+            for kind in kinds:
+                q = quantize.quantize(there, smooth, down, split, kind)
+                y = gemm_mma.gemm(f"int{act_bits}", *q, weight, weight_scale, scale if act_bits == 8 else None, up, bias, split, m)
+                yield f"{name}, codes {kind} by mma", y, expected
+            if act_bits == 8 and arch in gemm_wgmma.ARCHITECTURES and gemm_wgmma.takes(k, split) and k == 192:
+                for tile in gemm_wgmma.STAGES:
+                    y = gemm_wgmma.gemm(*q, weight, weight_scale, scale, up, bias, split, m, tile=tile)
+                    yield f"{name}, tile {tile}", y, expected
+
+
+def awq_cases():
+    from comfyui_svdquant.cuda import awq, int4, reference
+
+    for m, n, k in AWQ:
+        layer = (int4.pack(torch.randint(0, 16, (n, k))), torch.rand(k // 64, n).bfloat16(), torch.randn(k // 64, n).bfloat16(),
+                 torch.randn(n).bfloat16())
+        x = torch.randn(m, k).bfloat16()
+        yield f"W4A16 M={m} N={n} K={k}", awq.linear(x.cuda(), *on_gpu(layer)), reference.awq_linear(x.double(), *layer)
+
+
+def run_cases():
+    """Number of wrong cases."""
+    wrong = 0
+    for cases in (awq_cases(), svdquant_cases()):
+        for name, y, expected in cases:
+            error = float((y.cpu().double() - expected).norm() / expected.norm())
+            wrong += not error < ERROR
+            print(f"{'ok   ' if error < ERROR else 'WRONG'} {error:.1e} {name}", flush=True)
+    return wrong
+
+
+def run_tool(tool, seconds):
+    """Whether the tool found nothing. Its report is printed where it did."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", sys.executable, __file__]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+        report, ended = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        report, ended = (error.stdout or b"").decode(errors="replace"), f"more than {seconds} s"
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", report) or ["no summary"]
+    print(f"{tool}: {len(re.findall('^ok ', report, re.M))} cases right, {summary[-1]}", flush=True)
+    if ended:
+        print(f"{report[-6000:]}\n{tool} ended with {ended}", flush=True)
+    return ended == 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="*", choices=TOOLS, help="run under these, one after the other")
+    parser.add_argument("--seconds", type=int, default=120, help="for a tool")
+    args = parser.parse_args()
+    if args.tools:
+        raise SystemExit(not all([run_tool(tool, args.seconds) for tool in args.tools]))
+    load_pack()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        raise SystemExit(1 if run_cases() else 0)
+
+
+if __name__ == "__main__":
+    main()
