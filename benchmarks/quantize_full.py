@@ -86,10 +86,11 @@ def watch_stages(stages):
     """Time the parts of the pipeline, and note the kind of the block that is worked on."""
     from comfyui_svdquant.quant import calibration, gptq, lowrank, quantizer
     from comfyui_svdquant.quant.checkpoint import native
-    from comfyui_svdquant.quant.host import quantize
+    from comfyui_svdquant.quant.host import quantize, resume
 
     for owner, name, label in (
             (quantize, "check_weights", "checking the weights"), (quantize, "record_trajectory", "sampling"),
+            (resume.Checkpoint, "save", "keeping the progress"),
             (quantize, "make_room", "unloading the model"), (calibration, "_replay", "replay"),
             (calibration.InputStats, "add", "statistics"), (quantize, "effective_weight", "a layer's weight to the device"),
             (quantizer, "choose_smoothing", "smoothing"), (quantizer, "alternate", "branch and codes in turn"),
@@ -193,7 +194,7 @@ def enter_comfyui(folder, vram_gb):
     comfy.options.enable_args_parsing()
     arguments, sys.argv = sys.argv, options
     try:
-        import comfy.cli_args  # noqa: F401  reads sys.argv, once
+        import comfy.cli_args  # reads sys.argv, once
     finally:
         sys.argv = arguments
 
@@ -202,10 +203,13 @@ def new_model(hidden, depth, depth_single):
     """The MODEL of a loader: a ModelPatcher around a FLUX.1-dev of random bf16 weights in host memory."""
     import comfy.model_detection
     import comfy.model_patcher
+    from comfy.ldm.flux.model import FluxParams
     from comfyui_svdquant.quant.host import build
 
+    # Newer ComfyUIs ask which of the text's position axes count; for FLUX.1 none does.
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     config = {"image_model": "flux", **DEV, "hidden_size": hidden, "num_heads": hidden // 128, "depth": depth,
-              "depth_single_blocks": depth_single}
+              "depth_single_blocks": depth_single, **newer}
     # Of a FLUX, detection goes by the configuration alone; what it looks at beside it does not exist here.
     model_config = comfy.model_detection.model_config_from_unet_config(config, {})
     model_config.set_inference_dtype(torch.bfloat16, None)
@@ -256,19 +260,21 @@ def measure(args):
     patcher = new_model(args.hidden, *args.blocks)
     gc.collect()
     parameters = sum(p.numel() for p in patcher.model.diffusion_model.parameters())
-    print(f"{parameters / 1e9:.2f} B parameters, {patcher.model_size() / 1e9:.2f} GB, made in {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"{parameters / 1e9:.2f} B parameters, {patcher.model_size() / 1e9:.2f} GB, made in {time.perf_counter() - began:.0f} s",
+          flush=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     memory = HostMemory()
     before, stages = memory.now(), Stages()
     watch_stages(stages)
     latent = {"samples": torch.zeros(1, 16, args.size // 8, args.size // 8)}
+    prompts, recipe = conditioning(args.prompts, args.text_tokens), quantizer.recipe(args.preset, args.rank)
     began = time.perf_counter()
-    quantized, records = quantize.quantize(patcher, quantizer.recipe(args.preset, args.rank), conditioning(args.prompts, args.text_tokens),
-                                           latent, args.steps, 0, Progress())
-    stages.set_kind("rest")
-    seconds = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
+        quantized, records = quantize.quantize(patcher, recipe, prompts, latent, args.steps, 0, Progress(),
+                                               os.path.join(folder, "progress"))
+        stages.set_kind("rest")
+        seconds = time.perf_counter() - began
         file_bytes = save(quantized, folder)
     stages.switch()
     result = {"parameters": parameters, "model_gb": patcher.model_size() / 1e9, "seconds": seconds,

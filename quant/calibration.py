@@ -172,9 +172,9 @@ def to_device(value, device, copy=False):
 
 
 @contextmanager
-def recorded_calls(diffusion_model, calls, every=1):
-    """Within it, the arguments of every n-th forward of `diffusion_model` are appended to `calls`, on the CPU."""
-    counter = itertools.count()
+def recorded_calls(diffusion_model, calls, every=1, first=0):
+    """Within it, the arguments of every n-th forward of `diffusion_model`, from `first` on, are appended to `calls`, on the CPU."""
+    counter = itertools.count(-first)
 
     def record(_module, args, kwargs):
         if next(counter) % every == 0:
@@ -183,6 +183,25 @@ def recorded_calls(diffusion_model, calls, every=1):
     hook = diffusion_model.register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield calls
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def played_back(diffusion_model, outputs):
+    """Within it the model answers call after call with the next of `outputs`, on the device of its first argument."""
+    remaining = iter(outputs)
+    with _forward_replaced([(diffusion_model, lambda x, *args, **kwargs: next(remaining).to(x.device))]):
+        yield
+
+
+@contextmanager
+def recorded_outputs(diffusion_model):
+    """Within it, the list that it gives grows by the output of every forward of the model, on the CPU."""
+    outputs = []
+    hook = diffusion_model.register_forward_hook(lambda _module, _args, output: outputs.append(to_device(output, "cpu", copy=True)))
+    try:
+        yield outputs
     finally:
         hook.remove()
 
@@ -213,7 +232,7 @@ def _pass_through(block_name):
 
 @contextmanager
 def _observed(layers, stats):
-    """Within it, each layer's input goes into its InputStats."""
+    """Within it, each layer's input goes into its InputStats. layers: {name: linear}."""
     hooks = [layer.register_forward_pre_hook(lambda _module, args, name=name: stats[name].add(args[0]))
              for name, layer in layers.items()]
     try:
@@ -248,30 +267,38 @@ def _replay(diffusion_model, call, memory, blocks, index, previous):
     return reached.get("output")
 
 
+def _as_it_is(name, block):
+    return nullcontext()
+
+
 def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, with_gram=False, tokens_per_input=None,
-                  loaded=lambda name, block: nullcontext()):
+                  loaded=_as_it_is, quantized=None):
     """Yield (block name, {layer name: InputStats}) for each block in turn; the statistics are dropped before the next.
 
     calls: from recorded_calls; memory: Memory; blocks: [(name, module)] in running order; layers_of(name, block): {name: linear};
-    loaded(name, block): a context in which the block can run. A call that does not run every block is left out from there on;
-    ValueError where none is left.
+    loaded(name, block): a context in which the block can run; quantized(name, block): one in which it runs in 4 bits, entered after
+    the yield, or None: the next block then sees what it gives, not what it gave in 16 bits. A call that does not run every block is
+    left out from there on; ValueError where none is left.
     """
     memory.states[:] = [None] * len(calls)
     for index, (name, block) in enumerate(blocks):
-        layers = layers_of(name, block)
-
-        def run():
+        def run(layers, in_4_bits):
             stats = {layer: InputStats(len(calls), with_gram, tokens_per_input, memory.statistics_on) for layer in layers}
-            with _observed(layers, stats):
+            with loaded(name, block), in_4_bits(name, block), _observed(layers, stats):
                 return stats, [_replay(diffusion_model, call, memory, blocks, index, state)
                                for call, state in zip(calls, memory.states)]
 
-        with loaded(name, block):
-            stats, outputs = memory.attempt(name, run)
+        stats, outputs = memory.attempt(name, functools.partial(run, layers_of(name, block), _as_it_is))
         whole = [(call, output) for call, output in zip(calls, outputs) if output is not None]
         if not whole:
             raise ValueError(f"The model never ran its block {name} while it was watched; take nodes that skip blocks off the "
                              "MODEL, and put them behind SVDQuant Quantize Model.")
+        if quantized is not None:
+            yield name, stats
+            stats.clear()
+            _, outputs = memory.attempt(name, functools.partial(run, {}, quantized))
+            whole = [(call, output) for call, output in zip(calls, outputs) if output is not None]
         calls, memory.states[:] = map(list, zip(*whole))
         del outputs, whole
-        yield name, stats
+        if quantized is None:
+            yield name, stats

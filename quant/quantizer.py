@@ -13,6 +13,7 @@ from .calibration import TOKENS_PER_INPUT
 from .metrics import relative_error
 
 MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
+KEPT = "16 bit"  # the format of a layer that is left as it was, in its record
 SMALL_LAYER = 1 << 22  # elements of a weight up to which one CPU thread is as fast as many
 
 
@@ -36,6 +37,8 @@ class Recipe:
     keep: tuple = ()  # patterns of layers that stay in 16 bits
     ranks: tuple = ()  # (pattern, rank) of layers with a rank of their own; the last match counts
     tokens: int = TOKENS_PER_INPUT  # for each input of a layer, that GPTQ and refit go by
+    largest_error: float = 0.5  # of a layer in 4 bits: one that comes out worse stays in 16 bits
+    propagate: str = "exact"  # what a block is watched on: what the blocks before it give in 16 bits, or "quantized"
 
     def as_dict(self):
         return asdict(self)
@@ -108,6 +111,7 @@ class LayerRecord:
     seconds: float
     bytes_before: int  # of the layer in 16 bits, whatever the model at hand stores it in
     bytes_after: int
+    notes: tuple = ()  # sentences: what was unusual
 
 
 def choose_smoothing(weight, stats, spec, recipe, check):
@@ -152,8 +156,8 @@ class Metric:
     factor: gptq.Factor | None = None
 
 
-def input_metric(stats, smooth, recipe):
-    """The Metric of a layer's smoothed inputs; empty where nothing was calibrated.
+def input_metric(stats, smooth, recipe, notes):
+    """The Metric of a layer's smoothed inputs; empty where nothing was calibrated. notes: a list that takes what was unusual.
 
     The shift of unsigned columns is left out: what it adds to the output goes into the bias, with the weight's own error.
     """
@@ -163,7 +167,11 @@ def input_metric(stats, smooth, recipe):
     if not recipe.needs_gram():
         return Metric(energy)
     gram = stats.gram()
-    return Metric(energy, gptq.damped_cholesky(gram, gptq.damping(stats.gram_tokens, len(gram)), smooth))
+    damping = gptq.damping(stats.gram_tokens, len(gram))
+    factor = gptq.damped_cholesky(gram, damping, smooth)
+    if factor.damping > damping:
+        notes.append(f"The Gram matrix of its inputs is singular; damping was raised from {damping:g} to {factor.damping:g}.")
+    return Metric(energy, factor)
 
 
 def find_scales(residual, metric, dtype, recipe):
@@ -209,16 +217,16 @@ def alternate(smoothed, metric, spec, recipe, check):
     return best
 
 
-def pack_svdquant(weight, bias, factor, spec, recipe, stats=None, check=lambda: None):
+def pack_svdquant(weight, bias, factor, spec, recipe, stats=None, check=lambda: None, notes=None):
     """Split a smoothed weight into branch and 4-bit residual.
 
-    weight: (N, K) float32; bias: (N,) float32 or None; factor: (K,) float32; stats: InputStats or None. Returns
-    {parameter name: tensor}, shapes and dtypes as spec.tensors().
+    weight: (N, K) float32; bias: (N,) float32 or None; factor: (K,) float32; stats: InputStats or None; notes: a list that takes
+    what was unusual, or None. Returns {parameter name: tensor}, shapes and dtypes as spec.tensors().
     """
     stored = factor.to(spec.dtype)
     smooth = stored.float()
     smoothed = weight * smooth
-    metric = input_metric(stats, smooth, recipe)
+    metric = input_metric(stats, smooth, recipe, [] if notes is None else notes)
     up, down, branch = stored_branch(*alternate(smoothed, metric, spec, recipe, check), smooth, spec.dtype)
     residual = smoothed - branch
     found = find_scales(residual, metric, spec.dtype, recipe)
@@ -301,9 +309,11 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
     """Quantize one linear.
 
     weight: (N, K), bias: (N,) or None, any float dtype, on the device that is to do the work; stats: InputStats or
-    None; check: called often, to cancel. Returns ({parameter name: tensor}, LayerRecord).
+    None; check: called often, to cancel. Returns ({parameter name: tensor}, LayerRecord); no tensors where the error would be larger
+    than the recipe's, so that the layer has to stay as it is.
     """
     start = time.perf_counter()
+    notes = []
     bytes_before = 2 * (weight.numel() + (0 if bias is None else bias.numel()))
     weight = weight.float()
     bias = None if bias is None else bias.float()
@@ -313,7 +323,7 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
             tensors, label = pack_awq(weight, bias, spec), "-"
         else:
             factor, label = choose_smoothing(weight, stats, spec, recipe, check)
-            tensors = pack_svdquant(weight, bias, factor, spec, recipe, stats, check)
+            tensors = pack_svdquant(weight, bias, factor, spec, recipe, stats, check, notes)
         check()
         overflown = [part for part, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if overflown:
@@ -322,9 +332,12 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
         error, measured_on = layer_error(weight, bias, tensors, stats, spec)
         naive = error if spec.format == layout.AWQ else naive_error(weight, bias, stats, spec)
         spread = scale_statistics(tensors["weight_scale"])
-    return tensors, LayerRecord(name, spec.format, spec.rank, error, naive, measured_on, label, spread,
-                                0 if stats is None else stats.tokens, round(time.perf_counter() - start, 3), bytes_before,
-                                spec.nbytes())
+    form, rank, bytes_after = spec.format, spec.rank, spec.nbytes()
+    if error > recipe.largest_error:
+        notes.append(f"It stays in 16 bits: in 4 bits its error would be {error:.0%}.")
+        tensors, form, rank, bytes_after, error = {}, KEPT, 0, bytes_before, 0.0
+    return tensors, LayerRecord(name, form, rank, error, naive, measured_on, label, spread, 0 if stats is None else stats.tokens,
+                                round(time.perf_counter() - start, 3), bytes_before, bytes_after, tuple(notes))
 
 
 def naive_error(weight, bias, stats, spec):

@@ -10,8 +10,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from . import layout
+from .quantizer import KEPT
 
 COLUMNS = ("layer", "format", "rank", "error", "plain rounding", "of", "tokens", "MB", "smoothing")
+FORMATS = {layout.AWQ: "W4A16", KEPT: "16 bit"}  # and W4A4
 STANDS_OUT = 2.0  # times the median error of the layers of its kind
 
 CELL, GAP, LABELS, HEADER, LEGEND = 22, 28, 190, 34, 46  # pixels of the picture's parts
@@ -31,18 +33,20 @@ def kind(record):
 
 
 def warnings(records):
-    """A sentence for each layer whose error stands out among the layers of its kind, worst first."""
+    """Sentences: what was unusual with a layer, then each one whose error stands out among the layers of its kind, worst first."""
     errors = {}
     for record in records:
         errors.setdefault(kind(record), []).append(record.error)
+    unusual = [f"{record.name}: {note}" for record in records for note in record.notes]
     far = [r for r in records if r.error > STANDS_OUT * median(errors[kind(r)]) and len(errors[kind(r)]) > 2]
-    return [f"{r.name} stands out with an error of {r.error:.1%} (others like it: {median(errors[kind(r)]):.1%}); give it more "
-            f"rank or keep it in 16 bits with the input exceptions." for r in sorted(far, key=lambda r: -r.error)]
+    return unusual + [
+        f"{r.name} stands out with an error of {r.error:.1%} (others like it: {median(errors[kind(r)]):.1%}); give it more rank or keep "
+        f"it in 16 bits with the input exceptions." for r in sorted(far, key=lambda r: -r.error)]
 
 
 def row(record):
     """The table's cells for one LayerRecord, as strings."""
-    form = "W4A16" if record.format == layout.AWQ else "W4A4"
+    form = FORMATS.get(record.format, "W4A4")
     return (record.name, form, str(record.rank or "-"), f"{record.error:.2%}", f"{record.error_naive:.2%}", record.measured_on,
             str(record.tokens), f"{record.bytes_after / 1e6:.2f}", record.smoothing)
 
@@ -54,23 +58,24 @@ def table(rows):
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def text(records, recipe):
-    """records: [LayerRecord] in model order; recipe: Recipe. Returns the report, a line a layer."""
+def text(records, recipe, notes=()):
+    """records: [LayerRecord] in model order; recipe: Recipe; notes: sentences of the whole run. Returns the report, a line a layer."""
     if not records:
         return "Every layer was kept in 16 bits; nothing was quantized."
     lines = [f"SVDQuant, preset {recipe.preset}, rank {recipe.rank}: {summary(records)}"]
-    packed = [record for record in records if record.format != layout.AWQ]
+    packed = [record for record in records if record.format not in FORMATS]
     if packed:
         mean, naive = (sum(getattr(r, field) for r in packed) / len(packed) for field in ("error", "error_naive"))
         worst = max(packed, key=lambda record: record.error)
         lines.append(f"W4A4 layers: mean relative error {mean:.2%} (plain rounding {naive:.2%}), largest {worst.error:.2%} in "
                      f"{worst.name}")
-    return "\n\n".join([*lines, *warnings(records), table([COLUMNS, *map(row, records)])])
+    return "\n\n".join([*lines, *notes, *warnings(records), table([COLUMNS, *map(row, records)])])
 
 
-def as_json(records, recipe):
+def as_json(records, recipe, notes=()):
     """The same as a JSON object: the recipe, and every layer's record."""
-    return json.dumps({"recipe": recipe.as_dict(), "warnings": warnings(records), "layers": [asdict(r) for r in records]}, indent=1)
+    told = {"recipe": recipe.as_dict(), "warnings": [*notes, *warnings(records)], "layers": [asdict(r) for r in records]}
+    return json.dumps(told, indent=1)
 
 
 def colour(error):

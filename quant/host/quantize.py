@@ -1,6 +1,8 @@
 """Quantizing a MODEL in the graph: sample with it, stream its blocks, build its 4-bit twin."""
 
-from contextlib import contextmanager, nullcontext
+import hashlib
+import logging
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 
@@ -13,8 +15,10 @@ import torch
 
 from .. import calibration, flux, quantizer
 from ..linear import PackedLinear
-from . import build
+from . import build, resume
 from .patcher import PREFIX, SVDQuantModelPatcher
+
+log = logging.getLogger(__name__)
 
 # Attachments of a MODEL that SVDQuant Load Model opened: its file's name, and what a quantized twin has of its card.
 SOURCE, CARD = "svdquant.source", "svdquant.card"
@@ -70,7 +74,8 @@ def check_conditioning(patcher, conditioning):
 
 def check_weights(patcher, check):
     """Raise ValueError naming the first parameter that is no floating point tensor, or holds NaN or Inf: calibration would only
-    show where it arrives."""
+    show where it arrives. Returns a digest of them all, as the MODEL uses them."""
+    told = hashlib.sha256()
     for name, parameter in patcher.model.diffusion_model.named_parameters():
         check()
         if not parameter.dtype.is_floating_point:
@@ -82,6 +87,9 @@ def check_weights(patcher, check):
         if not torch.isfinite(values).all():
             raise ValueError(f"The MODEL's {name} holds NaN or Inf: its file is damaged or was merged wrongly; load a "
                              "sound copy.")
+        used = effective_weight(patcher, name, patcher.load_device) if PREFIX + name in patcher.patches else parameter
+        told.update(f"{name} {resume.digest(used.to(patcher.load_device))}\n".encode())
+    return told.hexdigest()
 
 
 def compute_dtype(patcher):
@@ -108,24 +116,38 @@ def effective_weight(patcher, name, device):
     return weight
 
 
-def record_trajectory(patcher, conditioning, latent, steps, seed, progress):
-    """Sample every prompt once and return recorded calls of the diffusion model, at most MAX_CALLS, evenly spread."""
+def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept=None):
+    """Sample every prompt once and return recorded calls of the diffusion model, at most MAX_CALLS, evenly spread.
+
+    kept: resume.Checkpoint or None. What the model answers goes into it, or comes out of it.
+    """
+    model = patcher.model.diffusion_model
     every = -(-len(conditioning) * steps // MAX_CALLS)
     samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
-    with calibration.recorded_calls(patcher.model.diffusion_model, [], every) as calls:
+    answers = kept and kept.load(resume.TRAJECTORY)
+    answered = calibration.played_back(model, [answers[0][key] for key in sorted(answers[0])]) if answers else nullcontext()
+    calls = []
+    with answered, calibration.recorded_outputs(model) as outputs:
         for i, entry in enumerate(conditioning):
             prompt_seed = (seed + i) % 2**64  # what torch takes as a seed
             noise = comfy.sample.prepare_noise(samples, prompt_seed)
-            comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", [entry], [entry], samples,
-                                callback=lambda *_: progress.step(f"sampling prompt {i + 1} of {len(conditioning)}"),
-                                disable_pbar=True, seed=prompt_seed)
+            # From prompt to prompt other steps are kept, or the last ones might never be.
+            with calibration.recorded_calls(model, calls, every, i % every):
+                comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", [entry], [entry], samples,
+                                    callback=lambda *_: progress.step(f"sampling prompt {i + 1} of {len(conditioning)}"),
+                                    disable_pbar=True, seed=prompt_seed)
     if not calls:
         raise ValueError("The model was never called while it was watched; check the timestep range of the conditioning.")
+    if kept and not answers:
+        kept.save(resume.TRAJECTORY, {f"{i:06}": output for i, output in enumerate(outputs)}, None)
     return calls
 
 
-def block_statistics(patcher, calls, blocks, recipe, memory):
-    """Yield (block name, {layer: InputStats}) block by block; without calls, the statistics are empty."""
+def block_statistics(patcher, calls, blocks, specs, recipe, memory, packed, done):
+    """Yield (block name, {layer: InputStats}) block by block; without calls, and for the blocks that are done, there are none.
+
+    packed: {tensor name: packed tensor}, filled by the caller between the blocks.
+    """
     if not calls:
         yield from ((name, {}) for name, _ in blocks)
         return
@@ -136,9 +158,28 @@ def block_statistics(patcher, calls, blocks, recipe, memory):
     def loaded(name, block):
         return on_device(patcher, [(f"{name}.{inner}", module) for inner, module in block.named_modules()])
 
+    @contextmanager
+    def quantized(name, block):
+        layers = {layer: specs[layer] for layer in flux.block_layers(name, block) if f"{layer}.weight" in packed}
+        stored = {layer: model.get_submodule(layer) for layer in layers}
+        try:
+            for layer, spec in layers.items():
+                build.swap(model, layer, spec)
+                tensors = {part: packed[f"{layer}.{part}"].to(patcher.load_device) for part in spec.tensors()}
+                model.get_submodule(layer).load_state_dict(tensors, assign=True)
+            yield
+        finally:
+            for layer, module in stored.items():
+                parent, _, child = layer.rpartition(".")
+                setattr(model.get_submodule(parent), child, module)
+
+    def layers_of(name, block):
+        return {} if name in done else flux.block_layers(name, block)
+
     whole = make_room(patcher, working_memory(blocks, recipe.needs_gram()))
     with nullcontext() if whole else on_device(patcher, outside):
-        yield from calibration.stream_blocks(model, calls, memory, blocks, flux.block_layers, recipe.needs_gram(), recipe.tokens,
+        yield from calibration.stream_blocks(model, calls, memory, blocks, layers_of, recipe.needs_gram(), recipe.tokens,
+                                             quantized=quantized if recipe.propagate == "quantized" else None,
                                              **({} if whole else {"loaded": loaded}))
 
 
@@ -204,44 +245,81 @@ def layer_specs(diffusion_model, recipe, dtype):
             for name, layer in linears.items() if not recipe.keeps(name)}
 
 
-def quantize(patcher, recipe, conditioning, latent, steps, seed, progress):
+def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folder=None):
     """A 4-bit twin of a FLUX MODEL; the MODEL itself is left as it was, also when this fails or is cancelled.
 
     recipe: quantizer.Recipe; conditioning, latent: what the MODEL draws while it is watched, or None where the recipe
-    needs no calibration; progress: .total(n), .step(text) and .check(), which raises to cancel.
-    Returns (SVDQuantModelPatcher, [LayerRecord]).
+    needs no calibration; progress: .total(n), .step(text) and .check(), which raises to cancel; folder: where what is finished is
+    kept until all is, so that a run of the same inputs goes on from there; None: nowhere.
+    Returns (SVDQuantModelPatcher, [LayerRecord]); the patcher's recipe has "notes", sentences of what was unusual.
     """
     check_model(patcher)
     check_extras(patcher)
-    check_weights(patcher, progress.check)
+    weights = check_weights(patcher, progress.check)
     calibrated = recipe.smooth == "search"
     if calibrated and (conditioning is None or latent is None):
         raise ValueError(f"The preset {recipe.preset} watches the model draw: connect positive and latent, or choose "
                          "the preset data-free.")
     specs = layer_specs(patcher.model.diffusion_model, recipe, storage_dtype(patcher))
     progress.total(len(specs) + (len(conditioning) * steps if calibrated else 0))
-    calls = []
     if calibrated:
         check_conditioning(patcher, conditioning)
         check_latent(patcher, latent)
-        calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress)
-    packed, records = _quantize_blocks(patcher, specs, recipe, calls, progress)
-    watched = {"prompts": len(conditioning), "steps": steps, "seed": seed} if calibrated else {"prompts": 0}
-    told = recipe.as_dict() | {"calibration": watched, "layers": [asdict(record) for record in records]}
-    return _twin(patcher, specs, packed, told), records
-
-
-def _quantize_blocks(patcher, specs, recipe, calls, progress):
-    """{tensor name: packed tensor} of all the layers, and their records."""
+    watched = (conditioning, latent["samples"], steps, seed) if calibrated else ()
+    kept = _kept(patcher, folder, sum(spec.nbytes() for spec in specs.values()), weights, recipe.as_dict(), watched)
+    calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept) if calibrated else []
     memory = calibration.Memory(patcher.load_device)
+    packed, records = _quantize_blocks(patcher, specs, recipe, calls, progress, memory, kept)
+    watched = {"prompts": len(conditioning), "steps": steps, "seed": seed} if calibrated else {"prompts": 0}
+    told = recipe.as_dict() | {"calibration": watched, "notes": memory.notes, "layers": [asdict(record) for record in records]}
+    twin = _twin(patcher, {name: spec for name, spec in specs.items() if f"{name}.weight" in packed}, packed, told)
+    if kept:
+        kept.remove()
+    return twin, records
+
+
+def _kept(patcher, folder, nbytes, *inputs):
+    """The run's resume.Checkpoint, or None where there is no folder, or no telling this run from others."""
+    if folder is None:
+        return None
+    try:
+        return resume.Checkpoint(folder, resume.run_digest(patcher, *inputs), nbytes)
+    except resume.Unknown as what:
+        log.info("This quantization can't be resumed if it is interrupted: of a %s on the MODEL or the conditioning there is no telling "
+                 "whether it is the same the next time.", what)
+        return None
+
+
+def _quantize_blocks(patcher, specs, recipe, calls, progress, memory, kept):
+    """{tensor name: packed tensor} of all the layers that come out in 4 bits, and the records of all."""
     blocks = flux.blocks(patcher.model.diffusion_model)
+    done = {name: found for name, _ in blocks if kept and (found := kept.load_block(name))}
     packed, records = {}, []
-    for block_name, stats in block_statistics(patcher, calls, blocks, recipe, memory):
-        for name in [name for name in specs if name.startswith(f"{block_name}.")]:
-            tensors, record = quantize_layer(patcher, name, stats.pop(name, None), specs[name], recipe, memory, progress.check)
-            packed |= {f"{name}.{part}": tensor.to(patcher.offload_device) for part, tensor in tensors.items()}
-            records.append(record)
-            progress.step(f"{name}: error {record.error:.1%}")
+    # Closed at once when this ends early: it has parts of the MODEL on the device.
+    with closing(block_statistics(patcher, calls, blocks, specs, recipe, memory, packed, done)) as stream:
+        for block_name, stats in stream:
+            names = [name for name in specs if name.startswith(f"{block_name}.")]
+            if block_name in done:
+                tensors, found = done.pop(block_name)
+                for record in found:
+                    progress.step(f"{record.name}: error {record.error:.1%}, done before")
+            else:
+                tensors, found = _quantize_block(patcher, names, stats, specs, recipe, memory, progress)
+                if kept:
+                    kept.save(block_name, tensors, [asdict(record) for record in found])
+            packed |= tensors
+            records += found
+    return packed, records
+
+
+def _quantize_block(patcher, names, stats, specs, recipe, memory, progress):
+    """{tensor name: packed tensor} and [LayerRecord] of the layers `names`."""
+    packed, records = {}, []
+    for name in names:
+        tensors, record = quantize_layer(patcher, name, stats.pop(name, None), specs[name], recipe, memory, progress.check)
+        packed |= {f"{name}.{part}": tensor.to(patcher.offload_device) for part, tensor in tensors.items()}
+        records.append(record)
+        progress.step(f"{name}: error {record.error:.1%}")
     return packed, records
 
 
@@ -252,17 +330,21 @@ def quantize_layer(patcher, name, stats, spec, recipe, memory, check):
         bias = effective_weight(patcher, f"{name}.bias", device) if spec.bias else None
         return quantizer.quantize_layer(name, weight, bias, None if stats is None else stats.to(device), spec, recipe, check)
 
-    device = patcher.load_device
-    try:
+    device = torch.device(patcher.load_device)
+    for place in (device, torch.device("cpu")) if memory.level else (device, device, torch.device("cpu")):
+        try:
+            return run(place)
+        except RuntimeError as error:
+            if not calibration.is_out_of_memory(error):
+                raise
+            failure = str(error)
+        # Out here the exception is gone, and what its frames held with it.
         if memory.level == 0:
-            return memory.attempt(name, lambda: run(device))
-        return run(device)
-    except RuntimeError as error:
-        if not calibration.is_out_of_memory(error):
-            raise
-    calibration.empty_cache(device)
-    memory.say(f"The GPU has no room for {name}: the CPU quantized it, which takes longer.")
-    return run(torch.device("cpu"))
+            memory.step_down(name)
+        else:
+            calibration.empty_cache(device)
+            memory.say(f"The GPU has no room for {name}: the CPU quantizes it, which takes longer.")
+    raise MemoryError(f"There is not enough memory to quantize {name}: {failure}")
 
 
 def _twin(patcher, specs, packed, recipe):

@@ -1,0 +1,147 @@
+"""A quantization's progress on disk: an interrupted run of the same inputs goes on where it stopped.
+
+A folder a run, named by a digest of everything that decides its result. In it a safetensors file for each finished block, with
+the packed tensors, and in its metadata the records of its layers and a checksum; and one with what the model answered while it
+was watched, from which the sampling is played back without the model.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..quantizer import LayerRecord
+
+SPARE_BYTES = 1 << 30  # that stay free on the disk
+TRAJECTORY = "trajectory"
+CHECKSUM_WORDS = 1 << 24  # of a tensor's 32-bit words at a time, each of which takes 24 bytes
+PACK = Path(__file__).resolve().parents[2]
+
+log = logging.getLogger(__name__)
+
+
+class Unknown(Exception):
+    """Something has no digest: a function, or an object of another's."""
+
+
+def checksum(tensor):
+    """A tensor's bytes as an integer of 64 bits, computed on its device: the same on all of them."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
+    total = 0
+    for start in range(0, words.numel(), CHECKSUM_WORDS):
+        chunk = words[start:start + CHECKSUM_WORDS].long()
+        place = torch.arange(start, start + chunk.numel(), device=chunk.device)
+        # An odd factor a place, so that neither a changed nor a moved word goes unseen; int64 wraps around.
+        total += int(((chunk + 0x9E3779B9) * (2 * place * 0x5851F42D4C957F2D + 1)).sum())
+    return total % 2**64
+
+
+def digest(value):
+    """A text that tells `value` from others: tensors, modules, numbers, strings and what they are nested in. Raises Unknown on anything
+    else."""
+    if isinstance(value, torch.Tensor):
+        return f"tensor {value.dtype} {tuple(value.shape)} {checksum(value)}"
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return f"{type(value).__name__} {value!r}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(digest, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{digest(key)}: {digest(item)}' for key, item in value.items())}}}"
+    if isinstance(value, torch.nn.Module):
+        plain = {key: item for key, item in vars(value).items() if isinstance(item, (bool, int, float, str))}
+        return f"{type(value).__qualname__} {digest(plain)} {digest(dict(value.named_buffers()) | dict(value.named_parameters()))}"
+    raise Unknown(type(value).__name__)
+
+
+def run_digest(patcher, weights, *inputs):
+    """A hex digest of a run on a MODEL. weights: the digest of its weights; inputs: everything else. Raises Unknown where a node has put
+    something on the MODEL or into the inputs that can't be told from others of its kind."""
+    told = [weights, *map(digest, inputs), digest(patcher.get_model_object("model_sampling")), digest(patcher.model_options),
+            digest(patcher.object_patches)]
+    if patcher.forced_hooks or any(any(attached.values()) for attached in (patcher.wrappers, patcher.callbacks, patcher.hook_patches,
+                                                                           patcher.additional_models)):
+        raise Unknown("hook or wrapper")
+    told += [torch.__version__, str(patcher.load_device)]
+    told += [path.read_text(encoding="utf-8") for path in sorted(PACK.glob("quant/**/*.py"))]
+    if torch.device(patcher.load_device).type == "cuda":
+        told.append(torch.cuda.get_device_name(patcher.load_device))
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+class Checkpoint:
+    """The files of one run.
+
+    folder: of all runs; key: run_digest's; nbytes: what the whole of it will take. It keeps nothing where the disk has no room.
+    """
+
+    def __init__(self, folder, key, nbytes):
+        self.folder, self.key = Path(folder) / key[:32], key
+        self.keeps = True
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            there = sum(path.stat().st_size for path in self.folder.iterdir())
+            if shutil.disk_usage(self.folder).free + there < nbytes + SPARE_BYTES:
+                self._stop("the disk has too little room")
+        except OSError as error:
+            self._stop(error)
+
+    def _stop(self, why):
+        self.keeps = False
+        log.warning("The progress of this quantization is not kept in %s: %s. If it is interrupted, it starts from the beginning.",
+                    self.folder, why)
+
+    def load(self, name):
+        """(tensors, told) as saved under `name`; None where there is no file, or not a sound one of this run."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = json.loads((file.metadata() or {})["progress"])
+                # Copies, since the file is to go.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+            if told["key"] == self.key and told["crc32"] == _crc32(tensors):
+                return tensors, told["told"]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            pass
+        log.warning("The progress in %s is damaged, or that of another run; it is not used.", path)
+        return None
+
+    def save(self, name, tensors, told):
+        """All or nothing; a failure to write ends the keeping, not the run. told: JSON-able."""
+        if not self.keeps:
+            return
+        path = self.folder / f"{name}.safetensors"
+        metadata = {"progress": json.dumps({"key": self.key, "crc32": _crc32(tensors), "told": told})}
+        try:
+            save_file(tensors, path.with_suffix(".tmp"), metadata=metadata)
+            os.replace(path.with_suffix(".tmp"), path)
+        except (OSError, SafetensorError) as error:
+            self._stop(error)
+
+    def load_block(self, name):
+        """(tensors, [LayerRecord]) of a finished block, or None."""
+        found = self.load(name)
+        return found and (found[0], [LayerRecord(**record) for record in found[1]])
+
+    def remove(self):
+        """Remove the run's files, and the folder of all runs where it is empty then."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.folder.parent.rmdir()
+
+
+def _crc32(tensors):
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+    return value
