@@ -5,6 +5,8 @@ import torch
 from ..cuda import nvfp4, nvfp4_ops, ops, reference, scales
 from ..cuda.int4 import GELU_SHIFT
 
+TOKENS = (4096, 512, 4608)  # of a picture of 1024 x 1024, of FLUX's text, of both
+
 
 class PackedLinear(torch.nn.Module):
     """What all of them share: the parameters of a LayerSpec, under the names of the file.
@@ -118,6 +120,26 @@ class AWQLinear(PackedLinear):
     def fold(self, device):
         """(N,) float32: zeros, since nothing is folded into this layer's bias."""
         return torch.zeros(self.out_features, device=device)
+
+
+def warm_up(model, device, tokens=TOKENS):
+    """Have the kernels that the model's packed layers will ask for on `device` compiled in threads, beside what the caller does next.
+
+    tokens: the numbers of them to compile for; others may want a kernel more. Returns the threads' futures; none off CUDA.
+    """
+    if device.type != "cuda":
+        return []
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    layers = []
+    for module in model.modules():
+        if isinstance(module, SVDQuantLinear):
+            act_bits = module.act_bits or ops.best_act_bits(device)
+            layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, act_bits,
+                        module.spec.dtype) for m in tokens]
+        elif isinstance(module, AWQLinear):
+            layers.append((1, module.out_features, module.in_features, 0, module.in_features, None, module.spec.dtype))
+    return ops.warm_up(dict.fromkeys(layers), device)
 
 
 def set_act_bits(model, act_bits):
