@@ -8,15 +8,17 @@ from . import compiler, images
 
 ARCHITECTURES = ("sm_90a",)
 SOURCE, ENTRY = "gemm_wgmma.cu", "gemm"
-CLUSTER = 2  # CTAs that share their tokens
+PAIR = 2  # CTAs of a cluster: they share their tokens, or a tile's K
 MAX_RANK = 128  # the branch's blocks lie in the ring all at once
-# (weight rows, tokens) of a tile -> stages of its ring, as many as fit in shared memory.
-STAGES = {(192, 192): 5, (192, 128): 6, (192, 64): 9, (128, 256): 5, (128, 192): 6, (128, 128): 8, (128, 64): 12}
+# (weight rows, tokens, CTAs that share K) of a tile -> stages of its ring, as many as fit in shared memory.
+STAGES = {(192, 192, 1): 5, (192, 128, 1): 6, (192, 64, 1): 9, (128, 256, 1): 5, (128, 192, 1): 6, (128, 128, 1): 8, (128, 64, 1): 12,
+          (192, 128, 2): 5, (192, 64, 2): 8, (128, 128, 2): 7, (128, 64, 2): 10}
 
 
 def _defines(tile, dtype):
-    rows, tokens = tile
-    return (("HALF", int(dtype == torch.float16)), ("ROWS", rows), ("TOKENS", tokens), ("STAGES", STAGES[tile]), ("CLUSTER", CLUSTER))
+    rows, tokens, split = tile
+    return (("HALF", int(dtype == torch.float16)), ("ROWS", rows), ("TOKENS", tokens), ("STAGES", STAGES[tile]), ("CLUSTER", PAIR // split),
+            ("SPLIT", split))
 
 
 def variants(arch):
@@ -27,38 +29,53 @@ def variants(arch):
 
 
 def shared_bytes(tile):
-    """Shared memory of a CTA: the ring, the turned outputs, the tokens' and rows' factors, the barriers (see the kernel)."""
-    rows, tokens = tile
+    """Shared memory of a CTA: the ring, the turned outputs, the other CTA's sums, the tokens' and rows' factors, the barriers (see the
+    kernel)."""
+    rows, tokens, split = tile
+    warpgroups, out = rows // 64, tokens // split
     ring = STAGES[tile] * (tokens * 128 + rows * 64 + 2 * rows * 2)
-    return ring + rows // 64 * (2 * 32 * 128 + (3 * tokens + 64) * 4) + 16 * STAGES[tile]
+    sums = warpgroups * out * 64 * 4 if split > 1 else 0
+    return ring + warpgroups * 2 * 32 * 128 + sums + 2 * (3 * out * 4 + rows * 6) + 16 * STAGES[tile] + 16 + 16 * warpgroups
 
 
 def count_tiles(tile, m, n):
-    """Pairs of CTAs' tiles, side by side along the weight rows."""
-    rows, tokens = tile
-    return -(-m // tokens) * -(-n // (rows * CLUSTER))
+    """Clusters' tiles: two CTAs' side by side along the weight rows, or one that two share."""
+    rows, tokens, split = tile
+    return -(-m // tokens) * -(-n // (rows * PAIR // split))
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_tile(m, n, sms):
-    """The tile with the least time: waves of clusters times the time of a tile, which on an H100 went as its outputs and 16,000 more:
-    what its weights' way through the registers takes, however many tokens they meet."""
+def choose_tile(m, n, k, sms, divisible):
+    """The tile with the least time: waves of clusters times the time of a tile, in the clocks of an H100's tensor cores.
+
+    A block of 128 columns takes as long as its MMAs and 500 clocks more: its weights' way through the registers, however many tokens
+    they meet. A tile has its outputs to finish; one that is shared, its sums to exchange too. divisible: whether K may be shared.
+    """
     def time(tile):
-        return -(-count_tiles(tile, m, n) // (sms // CLUSTER)) * (tile[0] * tile[1] + 16000)
+        rows, tokens, split = tile
+        area, blocks = rows * tokens, -(-k // images.BLOCK)
+        end = 1500 + area / split / 16 + (1000 + area / split / 12 if split > 1 else 0)
+        return -(-count_tiles(tile, m, n) // (sms // PAIR)) * (-(-blocks // split) * (area / 32 + 500) + end)
 
-    return min(STAGES, key=time)
+    return min((tile for tile in STAGES if tile[2] == 1 or divisible), key=time)
 
 
 @functools.lru_cache(maxsize=1024)
-def launcher(m, n, k, rank, unsigned_from, dtype, device, tile=None):
-    """A function of the addresses of (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)."""
+def launcher(m, n, k, rank, unsigned_from, dtype, device, tile=None, pdl=False):
+    """A function of the addresses of (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias).
+
+    pdl: it may start while the kernel before it ends, which must not be one that writes the layer's own tensors.
+    """
     sms = compiler.multiprocessors(device)
-    tile = tile or choose_tile(m, n, sms)
-    kernel = compiler.kernel(SOURCE, ENTRY, _defines(tile, dtype), device, shared_bytes(tile))
-    clusters = min(sms // CLUSTER, count_tiles(tile, m, n))
     border = unsigned_from // images.BLOCK if 0 < unsigned_from < k else 0
+    divisible = k > images.BLOCK and not border  # the first part's sum is rounded as a whole
+    tile = tile or choose_tile(m, n, k, sms, divisible)
+    if not divisible:
+        tile = *tile[:2], 1
+    kernel = compiler.kernel(SOURCE, ENTRY, _defines(tile, dtype), device, shared_bytes(tile))
+    clusters = min(sms // PAIR, count_tiles(tile, m, n))
     sizes = m, images.padded(m, images.ROWS), n, k, rank, border, int(unsigned_from < k)
-    return kernel.launcher((CLUSTER * clusters,), (2 * tile[0] + 128,), 10, sizes)
+    return kernel.launcher((PAIR * clusters,), (2 * tile[0] + 128,), 10, sizes, pdl)
 
 
 def takes(k, unsigned_from):
@@ -71,7 +88,7 @@ def gemm(act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_u
 
     act: (blocks, padded m, 128) int8 in INTEGER order; act_scale: (2, padded m) float32; low, low_scale: the branch's image and its
     rows' factors, or None; weight: (N, K/2); weight_scale: (G, N); row_scale: (N,) float32 (scales.py); proj_up: (N, R);
-    bias: (N,) or None. tile: in place of the chosen one.
+    bias: (N,) or None. tile: in place of the chosen one. All tensors begin at a multiple of 16 bytes.
     """
     n, k, rank = weight.shape[0], 2 * weight.shape[1], proj_up.shape[1]
     if rank > MAX_RANK:

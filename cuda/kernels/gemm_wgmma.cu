@@ -13,6 +13,11 @@
 //          +----------------+                                                      W  ROWS x 64 B      up, 16 bit, swizzled
 //
 // CLUSTER 2: two CTAs side by side along the weight rows need the same tokens; each fetches half of them for both.
+// SPLIT 2: two CTAs share a tile's K. At the end each sends the other its int32 sums of half of the tile's tokens, and finishes its own
+// half; integer sums come out the same in any order.
+//
+// What the end of a tile needs (the tokens' and rows' factors, bias) comes with the tile's first block, into one of two buffers. The
+// consumers touch no global memory but y.
 //
 // See images.py for the order of the codes: lane q of a weight row reads bytes 16 q .. 16 q + 15 of its 64, which are 32 columns of one
 // group. Word s of the four is MMA step s: its low nibbles fill registers 0 and 1, its high nibbles 2 and 3.
@@ -27,18 +32,25 @@ constexpr int W_BYTES = ROWS * 64;
 constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int S_BYTES = 2 * ROWS * 2;           // kept apart, so that X stays on 1024 bytes
 constexpr int RING = STAGES * STAGE_BYTES;
+constexpr int OUT = TOKENS / SPLIT;             // tokens whose outputs a CTA finishes
 constexpr int SLICE = 32;                       // tokens that a warpgroup turns and stores at a time
+constexpr int SLICES = OUT / SLICE;
+constexpr int PRODUCTS = TOKENS == 192 && ROWS == 192 ? 1 : 2;  // slices of the branch's product that fit beside the accumulators
 constexpr int SLICE_BYTES = SLICE * 128;
 constexpr int STORE_BYTES = 2 * SLICE_BYTES;    // two slices, so that one barrier each is enough
-constexpr int FACTOR_BYTES = (3 * TOKENS + 64) * 4;
+constexpr int SUM_BYTES = SPLIT == 1 ? 0 : OUT * 64 * 4;  // of a warpgroup, from the CTA that has the rest of K
+// Factors of a tile, as offsets: OUT each of the last part's scale, the first's, low_scale; ROWS each of row_scale and bias.
+constexpr int LAST = 0, FIRST = OUT * 4, LOW = 2 * OUT * 4, ROW_SCALE = 3 * OUT * 4, BIAS = ROW_SCALE + ROWS * 4;
+constexpr int FACTOR_BYTES = BIAS + ROWS * 2;
 constexpr int STORES = RING + STAGES * S_BYTES;
-constexpr int FACTORS = STORES + CONSUMERS * STORE_BYTES;
-constexpr int BARRIERS = FACTORS + CONSUMERS * FACTOR_BYTES;
+constexpr int SUMS = STORES + CONSUMERS * STORE_BYTES;
+constexpr int FACTORS = SUMS + CONSUMERS * SUM_BYTES;
+constexpr int BARRIERS = FACTORS + 2 * FACTOR_BYTES;
 // A lane's registers at the launch are 128 (four warpgroups) or 168 (three); what the producers give is what the consumers may take.
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS == (CONSUMERS == 3 ? 4 * 128 : 3 * 168), "the CTA's registers");
-constexpr int PART = CONSUMERS == 3 ? 32 : 64;  // tokens of the branch's product that fit beside the accumulators
-static_assert(BARRIERS + 16 * STAGES <= 232448, "more shared memory than an SM has");
+static_assert(BARRIERS + 16 * STAGES + 16 + 16 * CONSUMERS <= 232448, "more shared memory than an SM has");
+static_assert(STAGES >= 5, "the last block and a branch of 128 ranks lie in the ring at once");
 static_assert(CLUSTER == 1 || TOKENS % 16 == 0, "each CTA of a cluster fetches whole atoms of 8 tokens");
 
 // A place in the ring: the stage, and the parity of the barrier's phase.
@@ -51,7 +63,8 @@ struct Place {
 };
 
 struct Problem {
-    int blocks, rank_blocks, token_tiles, tiles;
+    int begin, end;  // the CTA's blocks of K
+    int rank_blocks, token_tiles, tiles;
 };
 
 // Tiles go down the tokens first: the CTAs at work share few weight rows, and the activation stays in L2.
@@ -77,6 +90,11 @@ struct Rows {
         bytes = row_bytes - column;
     }
 
+    __device__ __forceinline__ void skip(int blocks) {
+        source += blocks * 64;
+        bytes -= blocks * 64;
+    }
+
     // The next block; what is outside the matrix becomes zeros.
     __device__ __forceinline__ void fetch(u32 target) {
 #pragma unroll
@@ -94,25 +112,50 @@ DEVICE void fetch_scales(u32 target, const u16* scales, int block, int n0, int n
         cp_async16(target + thread * 16, scales + (size_t)group * n + n0 + piece * 8, group < groups && n0 + piece * 8 < n);
 }
 
+// The factors of a tile's tokens and rows; what there is none of becomes zero.
+DEVICE void fetch_factors(u32 target, const float* act_scale, int last, bool two, const float* low_scale, const float* row_scale,
+                          const u16* bias, int m0, int padded_m, int n0, int n) {
+    const int thread = threadIdx.x & 127, token = m0 + thread * 4;
+    if (thread < OUT / 4) {
+        const bool valid = token < padded_m;
+        cp_async16(target + LAST + thread * 16, act_scale + last + token, valid);
+        if (two) cp_async16(target + FIRST + thread * 16, act_scale + token, valid);
+        cp_async16(target + LOW + thread * 16, low_scale + token, valid && low_scale);
+    }
+    if (thread < ROWS / 4) cp_async16(target + ROW_SCALE + thread * 16, row_scale + n0 + thread * 4, n0 + thread * 4 < n);
+    if (thread < ROWS / 8) cp_async16(target + BIAS + thread * 16, bias + n0 + thread * 8, bias && n0 + thread * 8 < n);
+}
+
 // `rows` tokens of an image's block, which is one contiguous piece of memory.
 DEVICE void fetch_tokens(u32 target, const char* image, size_t row_bytes, int rows, u32 barrier, u32 cta) {
     mbarrier_arrive_expect(barrier, rows * row_bytes);
 #if CLUSTER == 1
-    bulk_copy(target, image, rows * row_bytes, barrier);
+    if (rows > 0) bulk_copy(target, image, rows * row_bytes, barrier);
 #else
-    int first = cta * (TOKENS / 2), count = min(rows - first, TOKENS / 2);
-    if (count > 0) bulk_copy_multicast(target + first * row_bytes, image + first * row_bytes, count * row_bytes, barrier, 3);
+    int first = cta % CLUSTER * (TOKENS / 2), count = min(rows - first, TOKENS / 2);
+    u16 ctas = 3 << (cta / CLUSTER * CLUSTER);
+    if (count > 0) bulk_copy_multicast(target + first * row_bytes, image + first * row_bytes, count * row_bytes, barrier, ctas);
 #endif
 }
 
-DEVICE void release(u32 barrier) {
+DEVICE void release(u32 barrier, u32 cta) {
     int lane = threadIdx.x & 31;
 #if CLUSTER == 1
     if (lane == 0) mbarrier_arrive(barrier);
 #else
-    if (lane < CLUSTER) mbarrier_arrive_at(barrier, lane);
+    if (lane < CLUSTER) mbarrier_arrive_at(barrier, cta / CLUSTER * CLUSTER + lane);
 #endif
 }
+
+DEVICE float load_shared_float(u32 address) { return __uint_as_float(load_shared4(address)); }
+
+DEVICE float2 load_pair(u32 address) {
+    const uint2 pair = load_shared8(address);
+    return make_float2(__uint_as_float(pair.x), __uint_as_float(pair.y));
+}
+
+// 1 / x, and 0 of 0.
+DEVICE float inverse_of(float x) { return x != 0.f ? reciprocal(x) : 0.f; }
 
 // Four codes times their group's integer i as int8, twice: of the low nibbles and of the high ones. u = code + 8 is 0..15, so no byte of
 // u i + (128 - 8 i) leaves 0..255 for i in -15..16, and turning bit 7 of each takes the 128 off again.
@@ -129,11 +172,11 @@ struct Weights {
     u32 offset_i, offset_j;  // 128 - 8 i in each byte
 
     // w, s: the stage's packed weights and scales, at this lane's place; inverse: 1 / c of the two rows.
-    __device__ __forceinline__ void load(u32 w, u32 s, const float* inverse) {
+    __device__ __forceinline__ void load(u32 w, u32 s, u32 inverse) {
         a = load_shared16(w);
         b = load_shared16(w + 8 * 64);
-        i = integer(s, inverse[0]);
-        j = integer(s + 8 * 2, inverse[8]);
+        i = integer(s, load_shared_float(inverse));
+        j = integer(s + 8 * 2, load_shared_float(inverse + 128));
         offset_i = 0x80808080u - 0x08080808u * i;
         offset_j = 0x80808080u - 0x08080808u * j;
     }
@@ -155,22 +198,24 @@ DEVICE void multiply(int (&d)[TOKENS / 2], u32 a, u32 b, const Weights& w, u64 t
     wgmma_commit();
 }
 
-// low_rank (64 rows x PART tokens) = up low^T over all the branch's blocks, left running.
-DEVICE void multiply_branch(float (&low_rank)[PART / 2], u32 shared, int warpgroup, int part, Place place, int blocks) {
+// low_rank (64 rows x SLICE tokens) = up low^T over all the branch's blocks, left running.
+DEVICE void multiply_branch(float (&low_rank)[SLICE / 2], u32 shared, int warpgroup, int slice, Place place, int blocks) {
+#pragma unroll
+    for (int i = 0; i < SLICE / 2; i++) low_rank[i] = 0.f;
 #pragma unroll 1
     for (int block = 0; block < blocks; block++, place.next()) {
         wgmma_fence();
         const u32 x = shared + place.stage * STAGE_BYTES;
-        const u64 up = wgmma_descriptor<64>(x + X_BYTES + warpgroup * 4096), low = wgmma_descriptor<64>(x + part * (PART * 64));
-        wgmma_half(low_rank, up, low, block > 0);
-        wgmma_half(low_rank, up + 2, low + 2, 1);
+        const u64 up = wgmma_descriptor<64>(x + X_BYTES + warpgroup * 4096), low = wgmma_descriptor<64>(x + slice * (SLICE * 64));
+        wgmma_half(low_rank, up, low);
+        wgmma_half(low_rank, up + 2, low + 2);
     }
     wgmma_commit();
 }
 
 extern "C" __global__ void __launch_bounds__(ROWS * 2 + 128, 1)
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
+#if CLUSTER * SPLIT > 1
+__cluster_dims__(CLUSTER * SPLIT, 1, 1)
 #endif
 gemm(u16* __restrict__ y,                       // (m, n)
      const char* __restrict__ act,              // (blocks, padded_m, 128) int8 image
@@ -186,35 +231,70 @@ gemm(u16* __restrict__ y,                       // (m, n)
      int border,                                // the block at which the second part of the columns begins; 0: one part
      int part) {                                // the row of act_scale that the last part uses
     extern __shared__ __align__(1024) char memory[];
-    const u32 shared = shared_address(memory), full = shared + BARRIERS, empty = full + 8 * STAGES;
-    const u32 cta = CLUSTER == 1 ? 0 : cluster_rank();
-    const int row_tiles = (n + ROWS * CLUSTER - 1) / (ROWS * CLUSTER), token_tiles = (m + TOKENS - 1) / TOKENS;
-    const Problem p{(k + 127) / 128, (rank + 31) / 32, token_tiles, row_tiles * token_tiles};
+    // Barriers: the ring's, the factors' buffers read; for each warpgroup the other CTA's sums here, and its buffer read.
+    const u32 shared = shared_address(memory), full = shared + BARRIERS, empty = full + 8 * STAGES, used = empty + 8 * STAGES;
+    const u32 summed = used + 16, sendable = summed + 8 * CONSUMERS;
+    const u32 cta = CLUSTER * SPLIT == 1 ? 0 : cluster_rank(), half = cta / CLUSTER;
+    const int row_tiles = (n + ROWS * CLUSTER - 1) / (ROWS * CLUSTER), token_tiles = (m + TOKENS - 1) / TOKENS, blocks = (k + 127) / 128;
+    const Problem p{blocks * (int)half / SPLIT, blocks * ((int)half + 1) / SPLIT, (rank + 31) / 32, token_tiles, row_tiles * token_tiles};
+    const int first_tile = blockIdx.x / (CLUSTER * SPLIT), tile_step = gridDim.x / (CLUSTER * SPLIT);
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbarrier_init(full + 8 * s, 128 + 1);  // the producers' copies, and the one that announces the bulk copy
             mbarrier_init(empty + 8 * s, CONSUMERS * 4 * CLUSTER);
         }
+        for (int i = 0; i < 2; i++) mbarrier_init(used + 8 * i, CONSUMERS * 4);
+        for (int i = 0; i < CONSUMERS; i++) {
+            mbarrier_init(summed + 8 * i, 1);
+            mbarrier_init(sendable + 8 * i, 4);
+        }
         fence_mbarrier_init();
     }
-    if (CLUSTER == 1) __syncthreads(); else cluster_sync();
+    if (CLUSTER * SPLIT == 1) __syncthreads(); else cluster_sync();
 
     const int warpgroup = threadIdx.x / 128;
     Place place;
     if (warpgroup == CONSUMERS) {
         give_registers<PRODUCER_REGISTERS>();
-        for (int tile = blockIdx.x / CLUSTER; tile < p.tiles; tile += gridDim.x / CLUSTER) {
+        // Weights don't wait for the kernel before, which makes the tokens.
+        int early = 0;
+        {
             int m0, n0;
-            tile_origin(p, tile, cta, m0, n0);
-            const int tokens = min(TOKENS, padded_m - m0);
+            tile_origin(p, first_tile, cta % CLUSTER, m0, n0);
             Rows rows(weight, k / 2, n0, n, false);
+            rows.skip(p.begin);
 #pragma unroll 1
-            for (int block = 0; block < p.blocks; block++, place.next()) {
+            for (; early < min(STAGES, p.end - p.begin); early++) {
+                rows.fetch(shared + early * STAGE_BYTES + X_BYTES);
+                fetch_scales(shared + RING + early * S_BYTES, weight_scale, p.begin + early, n0, n, k / 64);
+            }
+        }
+        wait_for_previous_grid();
+        int buffer = 0;
+        u32 buffer_parity = 1;
+        for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
+            int m0, n0;
+            tile_origin(p, tile, cta % CLUSTER, m0, n0);
+            const int out_m0 = m0 + half * OUT;
+            mbarrier_wait(used + 8 * buffer, buffer_parity);
+            fetch_factors(shared + FACTORS + buffer * FACTOR_BYTES, act_scale, part * padded_m, border != 0, low_scale, row_scale, bias,
+                          out_m0, padded_m, n0, n);
+            buffer_parity ^= buffer;
+            buffer ^= 1;
+            Rows rows(weight, k / 2, n0, n, false);
+            rows.skip(p.begin + early);
+#pragma unroll 1
+            for (int block = p.begin; block < p.end; block++, place.next()) {
                 const u32 x = shared + place.stage * STAGE_BYTES, ready = full + 8 * place.stage;
                 mbarrier_wait(empty + 8 * place.stage, place.parity ^ 1);
-                if (threadIdx.x == CONSUMERS * 128) fetch_tokens(x, act + ((size_t)block * padded_m + m0) * 128, 128, tokens, ready, cta);
-                rows.fetch(x + X_BYTES);
-                fetch_scales(shared + RING + place.stage * S_BYTES, weight_scale, block, n0, n, k / 64);
+                if (threadIdx.x == CONSUMERS * 128)
+                    fetch_tokens(x, act + ((size_t)block * padded_m + m0) * 128, 128, min(TOKENS, padded_m - m0), ready, cta);
+                if (early) {
+                    early--;
+                } else {
+                    rows.fetch(x + X_BYTES);
+                    fetch_scales(shared + RING + place.stage * S_BYTES, weight_scale, block, n0, n, k / 64);
+                }
                 mbarrier_arrive_after_copies(ready);
             }
             rows = Rows(up, rank * 2, n0, n, true);
@@ -222,7 +302,8 @@ gemm(u16* __restrict__ y,                       // (m, n)
             for (int block = 0; block < p.rank_blocks; block++, place.next()) {
                 const u32 x = shared + place.stage * STAGE_BYTES, ready = full + 8 * place.stage;
                 mbarrier_wait(empty + 8 * place.stage, place.parity ^ 1);
-                if (threadIdx.x == CONSUMERS * 128) fetch_tokens(x, low + ((size_t)block * padded_m + m0) * 64, 64, tokens, ready, cta);
+                if (threadIdx.x == CONSUMERS * 128)
+                    fetch_tokens(x, low + ((size_t)block * padded_m + out_m0) * 64, 64, max(min(OUT, padded_m - out_m0), 0), ready, cta);
                 rows.fetch(x + X_BYTES);
                 mbarrier_arrive_after_copies(ready);
             }
@@ -232,31 +313,24 @@ gemm(u16* __restrict__ y,                       // (m, n)
         const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
         const int row = warpgroup * 64 + warp * 16 + g;       // of the tile; the lane's other row is 8 below
         const u32 store = shared + STORES + warpgroup * STORE_BYTES;
-        // TOKENS each of: the last part's scale, the parts' ratio, low_scale; then 1 / c of the warpgroup's rows.
-        float* const factors = (float*)(memory + FACTORS + warpgroup * FACTOR_BYTES);
-        for (int tile = blockIdx.x / CLUSTER; tile < p.tiles; tile += gridDim.x / CLUSTER) {
+        const u32 w = shared + X_BYTES + row * 64 + q * 16, s = shared + RING + (q >> 1) * (ROWS * 2) + row * 2;
+        // 1 / row_scale, as registers are short: where nobody but this warp writes its first two tokens' outputs, at the end of the tile.
+        const u32 inverse = store + warp * 32 + g * 4;
+        u32 factors = shared + FACTORS;
+#if SPLIT > 1
+        u32 sums_parity = 0;
+#endif
+        for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
             int m0, n0;
-            tile_origin(p, tile, cta, m0, n0);
-            barrier_named(1 + warpgroup, 128);  // the tile before is done with `factors`
-            for (int i = thread; i < TOKENS; i += 128) {
-                const int token = min(m0 + i, padded_m - 1);
-                const float first = act_scale[token], last = act_scale[part * padded_m + token];
-                factors[i] = last;
-                factors[TOKENS + i] = last != 0.f ? first * reciprocal(last) : 0.f;
-                factors[2 * TOKENS + i] = low_scale ? low_scale[token] : 1.f;
-            }
-            if (thread < 64) {
-                const float scale = row_scale[min(n0 + warpgroup * 64 + thread, n - 1)];
-                factors[3 * TOKENS + thread] = scale != 0.f ? reciprocal(scale) : 0.f;
-            }
-            barrier_named(1 + warpgroup, 128);
-
-            const u32 w = shared + X_BYTES + row * 64 + q * 16, s = shared + RING + (q >> 1) * (ROWS * 2) + row * 2;
-            const float* const inverse = factors + 3 * TOKENS + warp * 16 + g;
+            tile_origin(p, tile, cta % CLUSTER, m0, n0);
+            mbarrier_wait(full + 8 * place.stage, place.parity);
+            store_shared4(inverse, __float_as_uint(inverse_of(load_shared_float(factors + ROW_SCALE + row * 4))));
+            store_shared4(inverse + 128, __float_as_uint(inverse_of(load_shared_float(factors + ROW_SCALE + row * 4 + 32))));
+            __syncwarp();
             int d[TOKENS / 2];
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; i++) d[i] = 0;
-            for (int begin = 0, end = border ? border : p.blocks;; begin = end, end = p.blocks) {
+            for (int begin = p.begin, end = SPLIT == 1 && border ? border : p.end;; begin = end, end = p.end) {
                 Weights weights;
                 mbarrier_wait(full + 8 * place.stage, place.parity);
                 weights.load(w + place.stage * STAGE_BYTES, s + place.stage * S_BYTES, inverse);
@@ -267,7 +341,7 @@ gemm(u16* __restrict__ y,                       // (m, n)
                     multiply(d, weights.a.y, weights.b.y, weights, tokens + 2);
                     multiply(d, weights.a.z, weights.b.z, weights, tokens + 4);
                     wgmma_wait<3>();  // all of the block before is multiplied
-                    if (block > begin) release(empty + 8 * (place.stage ? place.stage - 1 : STAGES - 1));
+                    if (block > begin) release(empty + 8 * (place.stage ? place.stage - 1 : STAGES - 1), cta);
                     multiply(d, weights.a.w, weights.b.w, weights, tokens + 6);
                     place.next();
                     if (block + 1 < end) {
@@ -276,13 +350,15 @@ gemm(u16* __restrict__ y,                       // (m, n)
                     }
                 }
                 wgmma_wait<0>();
-                release(empty + 8 * (place.stage ? place.stage - 1 : STAGES - 1));
-                if (end == p.blocks) break;
+                release(empty + 8 * (place.stage ? place.stage - 1 : STAGES - 1), cta);
+                if (end == p.end) break;
                 // The parts' scales are within a factor of 16 (quantize.cu), so the sums stay within 32 bits; their rounding is half a
                 // unit of the product's last place.
 #pragma unroll
                 for (int t = 0; t < TOKENS / 8; t++) {
-                    const float2 ratio = *(const float2*)&factors[TOKENS + 8 * t + 2 * q];
+                    const float2 last = load_pair(factors + LAST + 32 * t + 8 * q), first = load_pair(factors + FIRST + 32 * t + 8 * q);
+                    const float2 ratio = make_float2(last.x != 0.f ? first.x * reciprocal(last.x) : 0.f,
+                                                     last.y != 0.f ? first.y * reciprocal(last.y) : 0.f);
                     d[4 * t] = __float2int_rn(d[4 * t] * ratio.x);
                     d[4 * t + 1] = __float2int_rn(d[4 * t + 1] * ratio.y);
                     d[4 * t + 2] = __float2int_rn(d[4 * t + 2] * ratio.x);
@@ -290,53 +366,89 @@ gemm(u16* __restrict__ y,                       // (m, n)
                 }
             }
 
-            // The branch's blocks are all in the ring.
-            const int n_a = min(n0 + row, n - 1), n_b = min(n0 + row + 8, n - 1);
-            const float scale_a = row_scale[n_a], scale_b = row_scale[n_b];
-            const float bias_a = bias ? to_float(bias[n_a]) : 0.f, bias_b = bias ? to_float(bias[n_b]) : 0.f;
-            Place branch = place;
+#if SPLIT > 1
+            {
+                const u32 sums = SUMS + warpgroup * SUM_BYTES + thread * 16, other = cta ^ CLUSTER;
+                const u32 remote = address_at(shared + sums, other), remote_barrier = address_at(summed + 8 * warpgroup, other);
+                mbarrier_wait(sendable + 8 * warpgroup, sums_parity ^ 1);
+                if (thread == 0) mbarrier_arrive_expect(summed + 8 * warpgroup, SUM_BYTES);
+#pragma unroll
+                for (int i = 0; i < OUT / 2; i += 4) {
+                    int sent[4];
+#pragma unroll
+                    for (int j = i; j < i + 4; j++) {
+                        sent[j - i] = half ? d[j] : d[OUT / 2 + j];
+                        d[j] = half ? d[OUT / 2 + j] : d[j];
+                    }
+                    store_async16(remote + i * 512, sent[0], sent[1], sent[2], sent[3], remote_barrier);
+                }
+                mbarrier_wait(summed + 8 * warpgroup, sums_parity);
+                sums_parity ^= 1;
+#pragma unroll
+                for (int i = 0; i < OUT / 2; i += 4) {
+                    const uint4 more = load_shared16(shared + sums + i * 512);
+                    d[i] += more.x, d[i + 1] += more.y, d[i + 2] += more.z, d[i + 3] += more.w;
+                }
+                __syncwarp();
+                if (lane == 0) mbarrier_arrive_at(sendable + 8 * warpgroup, other);
+            }
+#endif
+
+            // The branch's blocks are all in the ring. While a slice's outputs are computed, the next one's product runs.
+            u32 rows = factors;
+            asm volatile("" : "+r"(rows));  // the address anew: kept from the tile's beginning, it would be a register too many
+            rows += ROW_SCALE + row * 4;
+            const float scale_a = load_shared_float(rows), scale_b = load_shared_float(rows + 32);
+            const float bias_a = to_float(load_shared2(factors + BIAS + row * 2)), bias_b = to_float(load_shared2(factors + BIAS + row * 2 + 16));
+            const Place branch = place;
             for (int block = 0; block < p.rank_blocks; block++, place.next()) mbarrier_wait(full + 8 * place.stage, place.parity);
             fence_proxy_async();  // `up` was copied by threads, and wgmma reads it
-            float low_rank[PART / 2];
+            float low_rank[PRODUCTS][SLICE / 2];
+            if (PRODUCTS == 2) multiply_branch(low_rank[0], shared, warpgroup, 0, branch, p.rank_blocks);
 #pragma unroll
-            for (int slice = 0; slice < TOKENS / SLICE; slice++) {
-                const u32 buffer = store + (slice & 1) * SLICE_BYTES;
-                if (slice * SLICE % PART == 0 && p.rank_blocks) {
-                    multiply_branch(low_rank, shared, warpgroup, slice * SLICE / PART, branch, p.rank_blocks);
-                    wgmma_wait<0>();
-                }
+            for (int slice = 0; slice < SLICES; slice++) {
+                const u32 target = store + (slice & 1) * SLICE_BYTES;
+                const u32 scales = factors + LAST + slice * (SLICE * 4) + 8 * q;
+                float (&more)[SLICE / 2] = low_rank[slice % PRODUCTS];
+                if (PRODUCTS == 1) multiply_branch(more, shared, warpgroup, slice, branch, p.rank_blocks);
+                wgmma_wait<0>();
+                if (PRODUCTS == 2 && slice + 1 < SLICES)
+                    multiply_branch(low_rank[(slice + 1) % PRODUCTS], shared, warpgroup, slice + 1, branch, p.rank_blocks);
 #pragma unroll
                 for (int pair = 0; pair < SLICE / 16; pair++) {
                     u32 packed[4];
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        const int t = slice * (SLICE / 8) + pair * 2 + i, v = slice * SLICE % PART / 2 + pair * 8 + i * 4;
-                        const float2 scale = *(const float2*)&factors[8 * t + 2 * q];
-                        float y0 = fmaf(d[4 * t], scale.x * scale_a, bias_a), y1 = fmaf(d[4 * t + 1], scale.y * scale_a, bias_a);
-                        float y2 = fmaf(d[4 * t + 2], scale.x * scale_b, bias_b), y3 = fmaf(d[4 * t + 3], scale.y * scale_b, bias_b);
-                        if (p.rank_blocks) {
-                            const float2 factor = *(const float2*)&factors[2 * TOKENS + 8 * t + 2 * q];
-                            y0 = fmaf(low_rank[v], factor.x, y0), y1 = fmaf(low_rank[v + 1], factor.y, y1);
-                            y2 = fmaf(low_rank[v + 2], factor.x, y2), y3 = fmaf(low_rank[v + 3], factor.y, y3);
-                        }
+                        const int t = 2 * pair + i, v = slice * (SLICE / 2) + 4 * t;
+                        const float2 scale = load_pair(scales + 32 * t), factor = load_pair(scales + LOW - LAST + 32 * t);
+                        float y0 = fmaf(d[v], scale.x * scale_a, bias_a), y1 = fmaf(d[v + 1], scale.y * scale_a, bias_a);
+                        float y2 = fmaf(d[v + 2], scale.x * scale_b, bias_b), y3 = fmaf(d[v + 3], scale.y * scale_b, bias_b);
+                        y0 = fmaf(more[4 * t], factor.x, y0), y1 = fmaf(more[4 * t + 1], factor.y, y1);
+                        y2 = fmaf(more[4 * t + 2], factor.x, y2), y3 = fmaf(more[4 * t + 3], factor.y, y3);
                         packed[2 * i] = from_float2(y0, y1);
                         packed[2 * i + 1] = from_float2(y2, y3);
                     }
                     // Row = token, 128 bytes of 64 outputs, its 16-byte pieces swizzled against bank conflicts.
                     const int token = pair * 16 + (lane >> 4) * 8 + (lane & 7), piece = warp * 2 + ((lane >> 3) & 1);
-                    stmatrix4_transposed(buffer + token * 128 + ((piece ^ (token & 7)) << 4), packed);
+                    stmatrix4_transposed(target + token * 128 + ((piece ^ (token & 7)) << 4), packed);
+                }
+                if (slice == SLICES - 1) {
+                    if (lane == 0) mbarrier_arrive(factors == shared + FACTORS ? used : used + 8);
+                    Place done = branch;
+                    for (int block = 0; block < p.rank_blocks; block++, done.next()) release(empty + 8 * done.stage, cta);
                 }
                 barrier_named(1 + warpgroup, 128);
 #pragma unroll
                 for (int i = 0; i < SLICE / 16; i++) {
                     const int token = i * 16 + (thread >> 3), piece = thread & 7;
-                    const int to_m = m0 + slice * SLICE + token, to_n = n0 + warpgroup * 64 + piece * 8;
-                    const uint4 outputs = load_shared16(buffer + token * 128 + ((piece ^ (token & 7)) << 4));
+                    const int to_m = m0 + half * OUT + slice * SLICE + token, to_n = n0 + warpgroup * 64 + piece * 8;
+                    const uint4 outputs = load_shared16(target + token * 128 + ((piece ^ (token & 7)) << 4));
                     if (to_m < m && to_n < n) *(uint4*)(y + (size_t)to_m * n + to_n) = outputs;
                 }
             }
-            for (int block = 0; block < p.rank_blocks; block++, branch.next()) release(empty + 8 * branch.stage);
+            if (SLICES % 2) barrier_named(1 + warpgroup, 128);  // the next tile begins with the same half of the buffer
+            factors = factors == shared + FACTORS ? factors + FACTOR_BYTES : shared + FACTORS;
         }
     }
-    if (CLUSTER > 1) cluster_sync();  // nobody leaves while another may still arrive at its barriers
+    if (CLUSTER * SPLIT > 1) cluster_sync();  // nobody leaves while another may still arrive at its barriers
 }

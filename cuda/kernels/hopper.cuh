@@ -35,14 +35,29 @@ template <int registers> DEVICE void give_registers() { asm volatile("setmaxnreg
 
 DEVICE void barrier_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// The address in another CTA of the cluster that corresponds to this one's.
+DEVICE u32 address_at(u32 shared, u32 cta) {
+    u32 remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(cta));
+    return remote;
+}
+
+// 16 bytes to another CTA, counted by its barrier. Both addresses are address_at's.
+DEVICE void store_async16(u32 remote, int x, int y, int z, int w, u32 remote_barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(remote), "r"(x), "r"(y), "r"(z), "r"(w), "r"(remote_barrier) : "memory");
+}
+
 DEVICE u16 load_shared2(u32 address) {
     u16 v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
     return v;
 }
 
+DEVICE void store_shared4(u32 address, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
+
 // Four 8 x 8 matrices of 16 bit, transposed on their way; lane 8 i + r gives the address of matrix i's row r.
-DEVICE void stmatrix4_transposed(u32 address, const u32 (&d)[4]) {
+DEVICE void stmatrix4_transposed(u32 address, const u32* d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
 }
