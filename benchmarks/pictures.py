@@ -1,7 +1,7 @@
 """Pictures of the trained small FLUX, 4-bit against bf16, ours beside other recipes:
 
     python benchmarks/pictures.py --comfyui ~/ComfyUI             every recipe
-    python benchmarks/pictures.py --comfyui ~/ComfyUI --knobs     ours by preset, rank, prompts, steps and tokens
+    python benchmarks/pictures.py --comfyui ~/ComfyUI --knobs     ours by preset, rank, and what it calibrates on
     python benchmarks/pictures.py --table FILE                    the Markdown table of a result file
 
 The model and its VAE are demo/tiny_flux, on ComfyUI's own FLUX; the pictures are drawn by ComfyUI's own sampler, euler, simple,
@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -34,9 +35,9 @@ GPTQ = "DeepCompressor + GPTQ"
 FLOOR = ("bf16, another attention kernel", "bf16, batches an eighth as large", "bf16, other arithmetic (float32 for bf16)")
 EQUAL = 119  # dB: what PSNR's own bound leaves of equal pictures
 BITS = {"w4a4": 4, "w4a8": 8}
-# "tokens": for each input of a layer, that GPTQ and the refit go by
+# tokens: for each input of a layer, that GPTQ and the refit go by; propagate: on what of the blocks before it a block is watched
 KNOBS = {"preset": ("data-free", "fast", "best", "slow"), "rank": (16, 32, 64, 128), "prompts": (1, 2, 4, 8, 16),
-         "steps": (1, 2, 4, 8, 20), "tokens": (1, 2, 4, 16)}
+         "steps": (1, 2, 4, 8, 20), "tokens": (1, 2, 4, 16), "propagate": ("exact", "quantized")}
 
 
 def captions(count, seed, taken=()):
@@ -211,7 +212,7 @@ def knob_jobs(args):
     from comfyui_svdquant.quant.calibration import TOKENS_PER_INPUT
 
     usual = {"rank": args.rank, "prompts": args.calibration_prompts, "steps": args.calibration_steps, "tokens": TOKENS_PER_INPUT,
-             "preset": "best"}
+             "preset": "best", "propagate": "exact"}
     changed = [(knob, value) for knob, values in KNOBS.items() for value in values if value != usual[knob]]
     return [(ours, ("defaults",), {}), *((ours, (f"{knob} {value}",), {knob: value}) for knob, value in changed)]
 
@@ -232,10 +233,14 @@ def studio_of_process():
 
 
 def work(job):
-    """{name: result} of one job, on this process's Studio."""
+    """{name: result} of one job, on this process's Studio; of one that fails, its traceback on stderr and nothing."""
     function, names, settings = job
-    with torch.inference_mode():
-        return function(studio_of_process(), *names, **settings)
+    try:
+        with torch.inference_mode():
+            return function(studio_of_process(), *names, **settings)
+    except Exception:  # the device's time is short: the other rows go on
+        traceback.print_exc()
+        return {}
 
 
 def rows_of(args, jobs):
@@ -263,7 +268,7 @@ def gain(found, name, base, bits=("w4a4", "w4a4")):
 def in_order(found):
     """The rows as the table has them: the floor, others, ours; or the knobs in their order."""
     first = ["bf16", "naive", "SmoothQuant", "SVDQuant", BASE, GPTQ, "ours: data-free", "ours: fast", OURS, "ours",
-             "defaults", "preset", "rank", "prompts", "steps", "tokens"]
+             "defaults", "preset", "rank", "prompts", "steps", "tokens", "propagate"]
 
     def place(name):
         number = name.rpartition(" ")[2]
@@ -302,7 +307,7 @@ def table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH)")
-    parser.add_argument("--knobs", action="store_true", help="ours by preset, rank, calibration prompts, steps and tokens")
+    parser.add_argument("--knobs", action="store_true", help="ours by preset, rank, and what it calibrates on")
     parser.add_argument("--prompts", type=int, default=32, help="pictures")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at a time")
@@ -319,8 +324,8 @@ def main():
     if args.table:
         with open(args.table, encoding="utf-8") as file:
             print(table(json.load(file)["results"]))
-        return
-    run(args)
+        return 0
+    return run(args)
 
 
 def run(args):
@@ -344,7 +349,8 @@ def run(args):
             cost = [f"quantized in {row['seconds']:.1f} s"] if "seconds" in row else []
             print(f"[{time.perf_counter() - start:5.0f} s] {done}/{len(jobs)}  {name}: {', '.join(figures + cost)}", flush=True)
     print(table(record["results"]))
+    return 0 if all(name in record["results"] for _, names, _ in jobs for name in names) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
