@@ -277,28 +277,31 @@ def in_order(found):
     return {name: found[name] for name in sorted(found, key=place)}
 
 
-def cells(found, name, key, base, told):
-    """What the table says of a row with 4-bit or 8-bit activations; `told`: the measures beside PSNR."""
+def cell(found, name, key, measure, base):
+    """What the table says of a row with 4-bit or 8-bit activations (key)."""
     values = found[name].get(key)
     if values is None:
-        return [""] * (2 + len(told))
-    decibels = "equal" if min(values["psnr"]) > EQUAL else f"{mean(values['psnr']):.2f}"
-    form = {"ssim": "{:.4f}", "latent_error": "{:.2%}"}
-    difference = gain(found, name, base, (key, "w4a4")) if base in found and not name.startswith("bf16") else ""
-    return [decibels, difference, *(form[measure].format(mean(values[measure])) for measure in told)]
+        return ""
+    if measure == "gain":
+        return gain(found, name, base, (key, "w4a4")) if base in found and not name.startswith("bf16") else ""
+    if measure == "psnr":
+        return "equal" if min(values["psnr"]) > EQUAL else f"{mean(values['psnr']):.2f}"
+    return f"{mean(values[measure]):.2%}" if measure == "latent_error" else f"{mean(values[measure]):.4f}"
 
 
 def table(found):
     """The results as Markdown: means over the pictures, and how sure the difference to DeepCompressor's default at W4A4 is, or of
     knobs the difference to the defaults."""
-    base, told = (BASE, ("ssim", "latent_error")) if "defaults" not in found else ("defaults", ("latent_error",))
-    words = [f"PSNR, dB | to {base}, W4A4 (95 %)", *({"ssim": "SSIM", "latent_error": "latent error"}[measure] for measure in told)]
-    head = " | ".join([f"{key.upper()}: {' | '.join(words)}" for key in BITS])
-    lines = [f"| | {head} | MB | s |", "|" + "---|" * (5 + 2 * (1 + len(told)))]
+    knobs = any(name.rpartition(" ")[0] in KNOBS for name in found)
+    base = "defaults" if knobs else BASE
+    columns = ([("w4a4", "psnr"), ("w4a4", "gain"), ("w4a4", "latent_error"), ("w4a8", "psnr")] if knobs else
+               [(key, measure) for key in BITS for measure in ("psnr", "gain", "ssim", "latent_error")])
+    words = {"psnr": "PSNR, dB", "gain": f"to {base}, W4A4", "ssim": "SSIM", "latent_error": "latent error"}
+    head = [f"{key.upper()}: {words[measure]}" if measure == "psnr" else words[measure] for key, measure in columns]
+    lines = ["| | " + " | ".join([*head, "MB", "s"]) + " |", "|" + "---|" * (len(columns) + 3)]
     for name, row in in_order(found).items():
         cost = [f"{row['megabytes']:.2f}", f"{row['seconds']:.0f}"] if "seconds" in row else ["", ""]
-        figures = [cell for key in BITS for cell in cells(found, name, key, base, told)]
-        lines.append(f"| {name} | " + " | ".join(figures + cost) + " |")
+        lines.append(f"| {name} | " + " | ".join([cell(found, name, *column, base) for column in columns] + cost) + " |")
     if BASE in found and OURS in found:
         lines += ["", f"Both at W4A8, {OURS} is {gain(found, OURS, BASE, ('w4a8', 'w4a8'))} dB from {BASE}."]
     return "\n".join(lines)
