@@ -311,6 +311,14 @@ def driver():
     return library
 
 
+@functools.cache
+def _knows_dependent_launches(index):
+    """From Hopper on, and CUDA 12.3, whose graphs can hold them."""
+    version = ctypes.c_int()
+    _check("cuDriverGetVersion", driver().cuDriverGetVersion(ctypes.byref(version)))
+    return version.value >= 12030 and arch_number(_device_target(index)) >= 90
+
+
 def _check(name, status):
     if status != 0:
         text = ctypes.c_char_p()
@@ -432,7 +440,7 @@ def _build(source, entry, defines, index, shared):
         cubin = compile_cubin(source, defines, _device_target(index))
         with torch.cuda.device(index):
             function = _function(cupy, cubin, entry, shared)
-            return Kernel(function.ptr, index, shared, arch_number(_device_target(index)) >= 90, function)
+            return Kernel(function.ptr, index, shared, _knows_dependent_launches(index), function)
     except KernelsUnavailable as error:
         return error
     except Exception as error:  # the driver's errors have no common class in all versions of CuPy

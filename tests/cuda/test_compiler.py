@@ -336,6 +336,18 @@ def test_dependent_launch(launches):
     assert known == struct.pack("=I4xI60x", 6, 1) and unknown == b""
 
 
+@pytest.mark.parametrize("version, arch, expected", [(13000, "sm_90a", True), (12030, "sm_120", True), (12020, "sm_90a", False),
+                                                     (13000, "sm_89", False)])
+def test_who_knows_dependent_launches(launches, monkeypatch, version, arch, expected):
+    def get_version(pointer):
+        pointer._obj.value = version
+        return 0
+
+    launches[1].cuDriverGetVersion = get_version
+    monkeypatch.setattr(compiler, "_device_target", lambda index: arch)
+    assert compiler._knows_dependent_launches.__wrapped__(0) is expected
+
+
 def test_a_launch_that_fails(launches):
     kernel, driver = launches
     driver.status = 1
