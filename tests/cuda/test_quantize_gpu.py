@@ -239,10 +239,10 @@ def test_same_bits(m, k, rank, mode):
     first = quantize.quantize(x, smooth, down, k // 2, MODES[mode])
     for _ in range(5):
         for a, b in zip(first, quantize.quantize(x, smooth, down, k // 2, MODES[mode])):
-            assert torch.equal(a, b)
+            assert a is b is None or torch.equal(a, b)
     turned = quantize.quantize(x.roll(7, dims=0), smooth, down, k // 2, MODES[mode])
     for read in (lambda r: read_back(r, (m, k), k // 2, MODES[mode])[0], lambda r: read_back(r, (m, k), k // 2, MODES[mode])[1],
-                 lambda r: images.branch_rows(r.low, (m, rank)), lambda r: r.low_scale[:m].unsqueeze(1)):
+                 lambda r: images.branch_rows(r.low, (m, rank)), lambda r: torch.zeros(m, 1) if r.low_scale is None else r.low_scale[:m, None]):
         assert torch.equal(read(turned), read(first).roll(7, dims=0))
 
 
