@@ -4,8 +4,8 @@ Without --tools the cases run plainly, and are compared with the reference. With
 summary; compute-sanitizer (of the CUDA toolkit) has to be on the PATH. Tensors are made and compared on the CPU and allocated one by one,
 so that the tools watch our kernels only, and see the end of each tensor.
 
-racecheck doesn't follow a bulk copy (cp.async.bulk) to the mbarrier that its readers wait for, nor shared memory of other CTAs of a
-cluster: of gemm_wgmma.cu and quantize_ring.cu it sees the ordinary loads and stores only. memcheck sees no bulk copy's addresses either.
+What racecheck says of shared memory that bulk copies write (cp.async.bulk to an mbarrier, in gemm_wgmma.cu and quantize_ring.cu) or
+another CTA of the cluster has to be judged by hand: it is made for barriers of threads.
 """
 
 import argparse
