@@ -30,12 +30,12 @@ class PackedLinear(torch.nn.Module):
                                                              requires_grad=False))
 
     def at(self, x):
-        """{name: the parameter on x's device}."""
+        """{name: the parameter on x's device}, the caller's to change."""
         device = x.device
         for p in self._parameters.values():  # most times they are there: to look is a tenth of what to() takes
             if p is not None and p.device != device:
                 return {name: None if p is None else p.to(device, non_blocking=True) for name, p in self._parameters.items()}
-        return self._parameters
+        return dict(self._parameters)
 
     def forward(self, x):
         p, side = self.at(x), self.side

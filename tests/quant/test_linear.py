@@ -6,7 +6,10 @@ from comfyui_svdquant.quant import layout, linear
 
 def test_parameters_that_are_there_are_not_touched():
     module = linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, 128, 64, 16, 128), "cpu")
-    assert module.at(torch.zeros(1, 128)) is module._parameters
+    here = module.at(torch.zeros(1, 128))
+    assert all(here[name] is p for name, p in module._parameters.items()) and here.keys() == module._parameters.keys()
+    here["bias"] = None  # as ComfyUI's patches of an offloaded layer are put in
+    assert module.bias is not None
     elsewhere = module.at(torch.zeros(1, 128, device="meta"))
     assert {p.device.type for p in elsewhere.values()} == {"meta"} and list(elsewhere) == list(module._parameters)
     module.weight_scale = torch.nn.Parameter(elsewhere["weight_scale"], requires_grad=False)  # one of them has moved
