@@ -6,7 +6,7 @@ from collections import Counter
 from statistics import fmean, median
 
 from . import flux, layout
-from .checkpoint import kitchen, native, nunchaku, nunchaku_source
+from .checkpoint import foreign, kitchen, native, nunchaku, nunchaku_source
 from .checkpoint.card import MAX_FIELD_BYTES, PREFIX, SOURCE_HASH, SOURCE_TITLE
 from .checkpoint.header import CheckpointError, read_header
 
@@ -72,12 +72,12 @@ def _packed(header, name):
 
 
 def _plain(header):
-    for prefix in ("", "model.diffusion_model."):
-        inside = header.within(prefix)
-        if any(f"double_blocks.0.img_attn.norm.key_norm.{leaf}" in inside.tensors for leaf in ("scale", "weight")):
-            shapes = {name: info.shape for name, info in inside.tensors.items()}
-            return {"format": "a FLUX.1 that is not quantized", "model": _model(shapes, {}, header), **_sizes(header.tensors, ())}
-    raise CheckpointError(f"{header.file} is no FLUX.1 in ComfyUI's names and no quantized one; choose another file.")
+    prefix = foreign.flux_prefix(header)
+    if prefix is not None:
+        shapes = {name: info.shape for name, info in header.within(prefix).tensors.items()}
+        return {"format": "a FLUX.1 that is not quantized", "model": _model(shapes, {}, header), **_sizes(header.tensors, ())}
+    what = foreign.kind(header) or "no FLUX.1 in ComfyUI's names and no quantized one"
+    raise CheckpointError(f"{header.file} is {what}; choose another file.")
 
 
 def _model(shapes, stored, header):

@@ -7,7 +7,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..checkpoint import kitchen, native, nunchaku
+from ..checkpoint import foreign, kitchen, native, nunchaku, nunchaku_names
 from ..checkpoint.header import CheckpointError, read_header
 from .ops import Operations
 from .patcher import SVDQuantModelPatcher
@@ -17,30 +17,9 @@ UNSEEN_KEYS = ("axes_dim", "theta", "mlp_ratio", "patch_size", "out_channels")
 CONFIG_KEYS = UNSEEN_KEYS + ("image_model", "in_channels", "hidden_size", "num_heads", "depth", "depth_single_blocks",
                              "context_in_dim", "vec_in_dim", "qkv_bias", "guidance_embed")
 
-FLUX_KEYS = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight")
-
 SCALED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")  # ComfyUI's ways of storing fp8 with a scale
 
 PACKED_FORMATS = (native, nunchaku, kitchen)
-
-# A key that gives a foreign model away, and what to call it; first those that look like a FLUX.1 otherwise.
-COUSINS = (
-    ("distilled_guidance_layer", "a Chroma model"),
-    ("double_stream_modulation_img.lin.weight", "a FLUX.2 model"),
-)
-FOREIGN = (
-    ("individual_token_refiner", "a HunyuanVideo model"),
-    ("caption_projection.0.linear.weight", "a HiDream model"),
-    ("txt_norm.weight", "a Qwen-Image model"),
-    ("cap_embedder.1.weight", "a Lumina or Z-Image model"),
-    ("input_blocks.0.0.weight", "a Stable Diffusion or SDXL UNet"),
-    ("joint_blocks.0.", "a Stable Diffusion 3 model"),
-    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
-    ("text_model.encoder.layers.0.", "a CLIP text encoder"),
-    ("decoder.conv_in.weight", "a VAE"),
-    ("taesd_decoder.", "a VAE"),
-    ("lora_", "a LoRA"),
-)
 
 
 def load_model(path, compute_dtype=None):
@@ -79,42 +58,48 @@ def _load_packed(packed, compute_dtype):
 
 
 def _load_plain(header, compute_dtype):
-    prefix = _flux_prefix(header)
+    prefix = foreign.flux_prefix(header)
+    if prefix is None and not foreign.is_diffusers_flux(header):
+        raise CheckpointError(f"{header.file} is {foreign.kind(header) or 'not a FLUX.1 model'}; choose a FLUX.1 model in safetensors "
+                              "format.")
     if prefix is None:
-        return _load_by_core(header, compute_dtype)
-    shapes = {name.removeprefix(prefix): info.shape for name, info in header.tensors.items() if name.startswith(prefix)}
+        shapes = _from_diffusers(header)
+    else:
+        shapes = {name.removeprefix(prefix): info.shape for name, info in header.tensors.items() if name.startswith(prefix)}
     model = _empty_model(_detect(header, shapes, {}), {}, compute_dtype)
     _check_complete(header, model, shapes, exact=False)
     if _core_knows(shapes):
         return _load_by_core(header, compute_dtype)
     # ComfyUI before 0.9 takes every FLUX for one of 24 heads; a FLUX of another width is loaded here.
-    scaled = [name for name in shapes if name.endswith(SCALED)]
+    scaled = [name for name in header.tensors if name.endswith(SCALED)]
     if scaled:
         raise CheckpointError(f"{header.file} has scaled weights ({scaled[0]}), which this ComfyUI reads only for FLUX.1 of the "
                               "usual width; update ComfyUI, or take a bf16 version of the model.")
-    _load_weights(model, header, {name: prefix + name for name in shapes})
+    if prefix is None:
+        fill(model, comfy.model_detection.convert_diffusers_mmdit(comfy.utils.load_torch_file(header.path, safe_load=True), ""))
+    else:
+        _load_weights(model, header, {name: prefix + name for name in shapes})
     return make_patcher(model, comfy.model_patcher.ModelPatcher)
 
 
-def _flux_prefix(header):
-    """The prefix of a FLUX.1's tensors in ComfyUI's naming, None where the file is a FLUX.1 in diffusers' naming.
-
-    Raises CheckpointError where it is something else.
-    """
-    def first(kinds):
-        return next((what for key, what in kinds if any(key in name for name in header.tensors)), None)
-
-    what = first(COUSINS)
-    if what is None:
-        for prefix in ("", "model.diffusion_model."):  # a whole checkpoint has text encoders and a VAE beside the second
-            has_norm = any(prefix + key in header.tensors for key in FLUX_KEYS)
-            if has_norm and f"{prefix}img_in.weight" in header.tensors:
-                return prefix
-        if "transformer_blocks.0.attn.norm_added_k.weight" in header.tensors and "x_embedder.weight" in header.tensors:
-            return None
-        what = first(FOREIGN)
-    raise CheckpointError(f"{header.file} is {what or 'not a FLUX.1 model'}; choose a FLUX.1 model in safetensors "
-                          "format.")
+def _from_diffusers(header):
+    """{ComfyUI's name: shape} of a FLUX.1 in diffusers' naming. Raises CheckpointError unless the parts of each tensor of
+    ComfyUI's are there and fit: what is, is joined without a word."""
+    depths = {key: nunchaku_names.depth(header.tensors, kind) for key, kind in (
+        ("depth", nunchaku_names.DOUBLE), ("depth_single_blocks", nunchaku_names.SINGLE))}
+    config = depths | {"hidden_size": (*header.tensors["x_embedder.weight"].shape, 0)[0]}
+    parts = {stored: target for stored, target in comfy.utils.flux_to_diffusers(config).items() if not isinstance(target, str) and target[1]}
+    for name in ("x_embedder.bias", *parts):
+        if name not in header.tensors:
+            raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it again.")
+    tensors = _shapes_as_tensors({name: info.shape for name, info in header.tensors.items()})
+    try:
+        shapes = {name: tensor.shape for name, tensor in comfy.model_detection.convert_diffusers_mmdit(tensors, "").items()}
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{header.file} has tensors that do not fit each other ({error}); download it again.") from error
+    for name, (target, (_, _, rows), *_) in parts.items():
+        native.check_tensor(header, name, (rows, *shapes[target][1:]))
+    return shapes
 
 
 def _load_by_core(header, compute_dtype):

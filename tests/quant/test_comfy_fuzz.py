@@ -7,7 +7,7 @@ import resource
 
 import pytest
 import torch
-from comfyui_svdquant.quant import inspection
+from comfyui_svdquant.quant import convert, inspection
 from comfyui_svdquant.quant.checkpoint import native, nunchaku_write
 from comfyui_svdquant.quant.checkpoint.header import DTYPES, CheckpointError, read_header
 from comfyui_svdquant.quant.checkpoint.write import DTYPE_NAMES
@@ -15,6 +15,7 @@ from comfyui_svdquant.quant.host import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from .foreign_models import FOREIGN
 from .packed_flux import packed_flux
 
 pytestmark = [pytest.mark.usefixtures("inference_mode"), pytest.mark.timeout(1500)]
@@ -202,6 +203,28 @@ def test_a_file_of_100_gigabytes_that_is_a_hole_costs_nothing(files, tmp_path):
     os.remove(tmp_path / "huge.safetensors")
 
 
+# --- files of other models -----------------------------------------------------------------------------------------
+
+
+def foreign_file(path, kind, entries=None):
+    entries = entries or {name: ["BF16", list(shape), None] for name, shape in FOREIGN[kind][1].items()}
+    return write(path, entries, {"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_models_are_refused_by_name(tmp_path, kind):
+    what = FOREIGN[kind][0]
+    path = foreign_file(tmp_path / "model.safetensors", kind)
+    with pytest.raises(CheckpointError) as caught:
+        build.load_model(str(path))
+    assert str(caught.value) == f"model.safetensors is {what}; choose a FLUX.1 model in safetensors format."
+    with pytest.raises(CheckpointError, match="model.safetensors is " + (what if what.startswith("a ") else "no FLUX.1")):
+        inspection.inspect(str(path))
+    with pytest.raises(CheckpointError, match="model.safetensors is no quantized FLUX.1"):
+        convert.convert(str(path), str(tmp_path / "out.safetensors"), "native")
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
 # --- mutations -----------------------------------------------------------------------------------------------------
 
 VALUES = {
@@ -296,6 +319,26 @@ def test_mutated_files_are_refused_or_are_what_they_say(files, tmp_path, form, c
         inspection.text(inspection.inspect(str(path)))
     except CheckpointError as error:
         assert state is None, error
+
+
+@given(kind=st.sampled_from(sorted(FOREIGN)), changes=st.lists(mutations(), min_size=1, max_size=4))
+@settings(FUZZ, max_examples=600)
+def test_mutated_files_of_other_models_are_refused(tmp_path, kind, changes):
+    """Gigabytes that are holes: what is allocated for one of them would show."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    entries, metadata = {name: ["BF16", list(shape), None] for name, shape in FOREIGN[kind][1].items()}, {}
+    lies = [told for change in changes if entries and (told := mutate(entries, metadata, *change)) is not None]
+
+    def all_lies(header, size):
+        for told in lies:
+            size = told(header, size)
+        return size
+
+    path = write(tmp_path / "mutated.safetensors", entries, metadata, all_lies)
+    assert opened(path) is None
+    with pytest.raises(CheckpointError):
+        inspection.inspect(str(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
 @given(st.sampled_from(("native", "nunchaku", "kitchen")), st.data())
