@@ -27,8 +27,8 @@ class Quantized(NamedTuple):
     """What the GEMM needs of x. Mp is M padded to 16, G = K / 64; rows from M on hold zeros.
 
     act: an image of codes. act_scale: float32, INT8 (2, Mp), one for the columns before and one from `unsigned_from`;
-    else (G, Mp). low: the image of (x @ proj_down) / low_scale, low_scale: (Mp,) float32, powers of two, None for
-    ones. Both None without ranks.
+    else (G, Mp). low: the image of (x @ proj_down) / low_scale, low_scale: (Mp,) float32, powers of two. Both None
+    without ranks.
     """
 
     act: torch.Tensor
@@ -56,7 +56,8 @@ def quantize(x, smooth, proj_down, unsigned_from, codes, **cut):
     q = [None if o is None else torch.empty(o[0], dtype=o[1], device=x.device) for o in outputs(m, k, rank, codes, x.dtype)]
     branch = proj_down
     if rank > plan.ranks:
-        branch, q[3] = multiplied(x, proj_down)
+        branch, scale = multiplied(x, proj_down)
+        q[3] = q[3] if scale is None else scale
     launch(*map(compiler.address, (x, smooth, branch, *q)))
     return Quantized(*q)
 
@@ -72,7 +73,8 @@ def outputs(m, k, ranks, codes, dtype):
 
 
 def multiplied(x, proj_down):
-    """x @ proj_down / low_scale (M, R) by cuBLAS, for ranks that the kernels don't take, and low_scale (None: ones)."""
+    """x @ proj_down / low_scale (M, R) by cuBLAS, for ranks that the kernels don't take, and low_scale; None for the ones of
+    bf16, which the kernel writes."""
     if x.dtype == torch.bfloat16:
         return x @ proj_down, None
     low = x.float() @ proj_down.float()  # fp16 has 11 significant bits, as has tf32: nothing is lost to it

@@ -100,13 +100,16 @@ __device__ __forceinline__ void let_next_grid_start() {
 #endif
 }
 
-// A branch that was multiplied elsewhere: rows first, first + step, .. of the (M, R) matrix into its image.
-__device__ __forceinline__ void image_of_low(const u16* rows, u16* image, int M, int padded, int R, int first, int step, int count) {
+// A branch that was multiplied elsewhere: rows first, first + step, .. of the (M, R) matrix into its image. Of bf16, whose range is float's,
+// low_scale is 1; fp16's has been found already.
+__device__ __forceinline__ void image_of_low(const u16* rows, u16* image, float* low_scale, int M, int padded, int R, int first, int step,
+                                             int count) {
     const int pieces = (R + 31) / 32 * 4;
     for (int i = threadIdx.x; i < count * pieces; i += blockDim.x) {
         const int row = first + i / pieces * step, piece = i % pieces;
         uint4 v = make_uint4(0, 0, 0, 0);
         if (row < M && piece * 8 < R) v = *(const uint4*)(rows + (size_t)row * R + piece * 8);
+        if (!HALF && piece == 0 && row < padded) low_scale[row] = row < M;
         if (row < padded) *(uint4*)(image + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) = v;
     }
 }

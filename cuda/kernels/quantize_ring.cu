@@ -273,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER quantize_ring(
                 if (row < ROWS && L == 0) low_scale[token] = token < M ? scale : 0;
             }
 
-            if (RANKS == 0 && R > 0) image_of_low(proj_down, low, M, padded, R, tile * ROWS + rank, CTAS, OWN_ROWS);
+            if (RANKS == 0 && R > 0) image_of_low(proj_down, low, low_scale, M, padded, R, tile * ROWS + rank, CTAS, OWN_ROWS);
 
             const int token = tile * ROWS + my_code_row;
             // The eight lanes of a row read the maxima of up to eight CTAs.
