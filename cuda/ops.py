@@ -119,7 +119,7 @@ def _plan(m, n, k, rank, stride, unsigned_from, act_bits, dtype, device):
         places.append(size if output else 0)
         size += padded(math.prod(output[0]) * output[1].itemsize, ALIGNMENT) if output else 0
     if wgmma:
-        second = gemm_wgmma.launcher(m, n, k, rank, unsigned_from, dtype, device)
+        second = gemm_wgmma.launcher(m, n, k, rank, unsigned_from, dtype, device, pdl=True)
     else:
         kind = gemm_mma.INTEGER if act_bits == 8 else gemm_mma.NIBBLES if codes == quantize.NIBBLES else gemm_mma.BYTES
         second = gemm_mma.launcher(kind, m, n, k, rank, unsigned_from, dtype, device)
