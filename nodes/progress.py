@@ -1,8 +1,17 @@
-"""What a node shows while it works, and how it learns that it is to stop."""
+"""What a node shows while it works, how it learns that it is to stop, and where it keeps what it has done by then."""
+
+import os
 
 import comfy.model_management
 import comfy.utils
+import folder_paths
 from server import PromptServer
+
+KEPT = "svdquant_progress"  # the folder's name
+# {choice of a node: function that gives the folder, or None for nowhere}
+PROGRESS_FOLDERS = {"temp": lambda: os.path.join(folder_paths.get_temp_directory(), KEPT),
+                    "output": lambda: os.path.join(folder_paths.get_output_directory(), KEPT),
+                    "off": lambda: None}
 
 
 class NodeProgress:

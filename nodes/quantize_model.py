@@ -1,10 +1,13 @@
 """SVDQuant Quantize Model: a FLUX.1 MODEL into its 4-bit twin, in the graph."""
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ..quant import quantizer, report
+from ..quant.calibration import TOKENS_PER_INPUT
 from ..quant.host.quantize import quantize
-from .progress import NodeProgress
+from .progress import PROGRESS_FOLDERS, NodeProgress
 
 
 class SVDQuantQuantizeModel(io.ComfyNode):
@@ -41,6 +44,13 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                                 tooltip="Layers to treat differently, one a line: a name or pattern to keep in 16 bits, "
                                         "such as single_blocks.37.*, or one with a rank of its own, such as "
                                         "*.linear2 = 64."),
+                io.Int.Input("tokens", default=TOKENS_PER_INPUT, min=1, max=64, optional=True,
+                             tooltip="How many tokens, for each input of a layer, rounding goes by. 2 to 4 suit; more take "
+                                     "longer and change little."),
+                io.Combo.Input("progress", options=list(PROGRESS_FOLDERS), default="temp", optional=True,
+                               tooltip="Where finished blocks are kept until all are, so that a run that was interrupted goes on "
+                                       "with them. temp: ComfyUI's temp folder, which lasts until ComfyUI ends. output: the "
+                                       "output folder, which lasts. off: nowhere."),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The 4-bit model, for samplers and SVDQuant Save Model."),
@@ -53,9 +63,12 @@ class SVDQuantQuantizeModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, steps, seed, rank, preset, positive=None, latent=None, exceptions=""):
-        recipe = quantizer.recipe(preset, rank, exceptions)
-        progress = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
-        quantized, records = quantize(model, recipe, positive, latent, steps, seed, progress)
-        progress.say(report.summary(records))
-        return io.NodeOutput(quantized, report.text(records, recipe), report.picture(records), report.as_json(records, recipe))
+    def execute(cls, model, steps, seed, rank, preset, positive=None, latent=None, exceptions="", tokens=TOKENS_PER_INPUT,
+                progress="temp"):
+        recipe = replace(quantizer.recipe(preset, rank, exceptions), tokens=tokens)
+        shown = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
+        quantized, records = quantize(model, recipe, positive, latent, steps, seed, shown, PROGRESS_FOLDERS[progress]())
+        shown.say(report.summary(records))
+        notes = quantized.recipe["notes"]
+        return io.NodeOutput(quantized, report.text(records, recipe, notes), report.picture(records),
+                             report.as_json(records, recipe, notes))

@@ -17,6 +17,7 @@ from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
 from comfyui_svdquant.nodes.model_folder import target_path
 from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
+from comfyui_svdquant.quant import quantizer
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header
 from comfyui_svdquant.quant.host.build import load_model
 from safetensors.torch import load_file, save_file
@@ -92,6 +93,31 @@ def test_exceptions_keep_layers_in_16_bits_or_give_them_rank():
     for wrong in ("single_blocks.99.*", "*.linear2 = much", "*.linear2 = 7"):
         with pytest.raises(ValueError, match="No layer is called|can't be read|not possible"):
             quantize(exceptions=wrong)
+
+
+@pytest.mark.parametrize(("progress", "folder"), [("temp", folder_paths.get_temp_directory), ("output", folder_paths.get_output_directory),
+                                                  ("off", None)])
+def test_a_cancelled_run_leaves_its_progress_where_it_was_told_to(monkeypatch, progress, folder):
+    kept = [Path(place()) / "svdquant_progress" for place in (folder_paths.get_temp_directory, folder_paths.get_output_directory)]
+    done = []
+
+    def cancelled(name, *args):
+        done.append(name)
+        if name.startswith("double_blocks.1."):
+            raise comfy.model_management.InterruptProcessingException()
+        return quantize_layer(name, *args)
+
+    quantize_layer = quantizer.quantize_layer
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizer, "quantize_layer", cancelled)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            quantize(progress=progress)
+    assert [path.parent for path in kept if path.exists()] == ([Path(folder())] if folder else [])
+    monkeypatch.setattr(quantizer, "quantize_layer", lambda name, *args: done.append(name) or quantize_layer(name, *args))
+    done.clear()
+    quantize(progress=progress)
+    assert any(name.startswith("double_blocks.0.") for name in done) == (folder is None)
+    assert not any(path.exists() for path in kept)
 
 
 def test_a_changed_file_changes_the_fingerprint():
