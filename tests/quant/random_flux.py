@@ -5,10 +5,8 @@ import torch
 from tiny_flux import words
 
 
-def flux_tensors(hidden=256, depth=1, depth_single=2, in_channels=16, context=words.CONTEXT_DIM, pooled=words.POOLED_DIM,
-                 guidance=True, dtype=torch.bfloat16):
-    """{name: tensor} of a random FLUX.1 whose activations stay of order one."""
-    g = torch.Generator().manual_seed(0)
+def flux_shapes(hidden=256, depth=1, depth_single=2, in_channels=16, context=words.CONTEXT_DIM, pooled=words.POOLED_DIM, guidance=True):
+    """{name: shape} of a FLUX.1's tensors."""
     shapes = {"img_in": (hidden, in_channels * 4), "txt_in": (hidden, context), "final_layer.linear": (64, hidden),
               "final_layer.adaLN_modulation.1": (2 * hidden, hidden)}
     for embedder, width in (("time_in", 256), ("vector_in", pooled), *((("guidance_in", 256),) if guidance else ())):
@@ -25,8 +23,20 @@ def flux_tensors(hidden=256, depth=1, depth_single=2, in_channels=16, context=wo
         shapes |= {f"{block}.linear1": (7 * hidden, hidden), f"{block}.linear2": (hidden, 5 * hidden),
                    f"{block}.modulation.lin": (3 * hidden, hidden)}
         norms.append(f"{block}.norm")
-    tensors = {f"{norm}.{qk}_norm.scale": torch.ones(128) for norm in norms for qk in ("query", "key")}
+    found = {f"{norm}.{qk}_norm.scale": (128,) for norm in norms for qk in ("query", "key")}
     for name, shape in shapes.items():
-        tensors[f"{name}.weight"] = torch.randn(shape, generator=g) / shape[1] ** 0.5
-        tensors[f"{name}.bias"] = torch.randn(shape[0], generator=g) * 0.02
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return found
+
+
+def flux_tensors(dtype=torch.bfloat16, **changes):
+    """{name: tensor} of a random FLUX.1 whose activations stay of order one; changes: as flux_shapes takes them."""
+    g = torch.Generator().manual_seed(0)
+
+    def tensor(name, shape):
+        if name.endswith("_norm.scale"):
+            return torch.ones(shape)
+        values = torch.randn(shape, generator=g)
+        return values / shape[1] ** 0.5 if len(shape) == 2 else values * 0.02
+
+    return {name: tensor(name, shape).to(dtype) for name, shape in flux_shapes(**changes).items()}
