@@ -48,14 +48,14 @@ def count_tiles(tile, m, n):
 def choose_tile(m, n, k, sms, divisible):
     """The tile with the least time: waves of clusters times the time of a tile, in the clocks of an H100's tensor cores.
 
-    A block of 128 columns takes as long as its MMAs and 500 clocks more: its weights' way through the registers, however many tokens
+    A block of 128 columns takes as long as its MMAs and 320 clocks more: its weights' way through the registers, however many tokens
     they meet. A tile has its outputs to finish; one that is shared, its sums to exchange too. divisible: whether K may be shared.
     """
     def time(tile):
         rows, tokens, split = tile
         area, blocks = rows * tokens, -(-k // images.BLOCK)
         end = 1500 + area / split / 16 + (1000 + area / split / 12 if split > 1 else 0)
-        return -(-count_tiles(tile, m, n) // (sms // PAIR)) * (-(-blocks // split) * (area / 32 + 500) + end)
+        return -(-count_tiles(tile, m, n) // (sms // PAIR)) * (-(-blocks // split) * (area / 32 + 320) + end)
 
     return min((tile for tile in STAGES if tile[2] == 1 or divisible), key=time)
 
