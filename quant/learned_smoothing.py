@@ -5,8 +5,8 @@ lowered is the output error that rounding leaves on average: a group's step is i
 the error of each number in it that of a uniform one, step^2 / 12, or the number's own square where that is far below the step.
 Both sides count: the activation's error goes through the energy of the residual's columns, the weight's through that of the inputs.
 
-The branch takes part without an SVD a step: it holds the largest right singular vectors of W diag(s), one power iteration a step
-follows them, and where they are exact the gradient through them is zero (the residual's norm is stationary there).
+The branch takes part without an SVD a step: it holds the largest right singular vectors of W diag(s), which one power iteration a
+step follows. No gradient goes through them: the residual's norm is stationary there.
 """
 
 from dataclasses import dataclass
@@ -34,18 +34,21 @@ class Learned:
     error_before: float
 
 
-def expected_error(rows, tokens, log_factor, basis, unsigned):
+def expected_error(rows, tokens, log_factor, basis, unsigned_from):
     """What rounding leaves on average of the outputs' squares, over the tokens, summed over the rows; differentiable in log_factor.
 
     rows: (N, K), tokens: (M, K), log_factor: (K,), basis: (K, R) orthonormal, the branch's right singular vectors; float32.
+    unsigned_from: int, the first column that comes out of a GELU.
     """
     factor = log_factor.exp()
     smoothed = rows * factor
     residual = smoothed - (smoothed @ basis) @ basis.t()
-    act = (tokens + GELU_SHIFT if unsigned else tokens) / factor
-    groups = act.unflatten(-1, (-1, GROUP_SIZE))  # (M, G, 64)
+    columns = torch.arange(len(factor), device=factor.device)
+    shift = torch.where(columns < unsigned_from, 0.0, GELU_SHIFT)
+    largest = torch.where(columns < unsigned_from, SIGNED_MAX, UNSIGNED_MAX)[::GROUP_SIZE].unsqueeze(-1)  # (G, 1)
+    groups = ((tokens + shift) / factor).unflatten(-1, (-1, GROUP_SIZE))  # (M, G, 64)
     square = groups.square()
-    steps = (groups.abs().amax(dim=-1, keepdim=True) / (UNSIGNED_MAX if unsigned else SIGNED_MAX)).square()
+    steps = (groups.abs().amax(dim=-1, keepdim=True) / largest).square()
     # step^2 / 12 for numbers of a step and more, the number's square for those that are rounded away.
     act_error = steps * square / (steps + square / UNIFORM).clamp_min(torch.finfo(torch.float32).tiny)
     from_act = (act_error.mean(dim=0).flatten() * residual.square().sum(dim=0)).sum()
@@ -54,23 +57,23 @@ def expected_error(rows, tokens, log_factor, basis, unsigned):
     return from_act + (weight_steps.square().sum(dim=0) * energy).sum() * UNIFORM
 
 
-def measured_error(rows, tokens, factor, rank, unsigned, dtype):
+def measured_error(rows, tokens, factor, rank, unsigned_from, dtype):
     """smoothing.output_error with the branch of its own."""
     up = lowrank.left_bases((rows * factor).unsqueeze(0), rank)[0]
-    return smoothing.output_error(rows, tokens, factor, up, unsigned, dtype)
+    return smoothing.output_error(rows, tokens, factor, up, unsigned_from, dtype)
 
 
-def learn(weight, x, start, rank, unsigned, dtype, check=lambda: None):
-    """A better factor than `start` for one layer, or one part of a layer's columns, where there is one.
+def learn(weight, x, start, rank, unsigned_from, dtype, check=lambda: None):
+    """A better factor than `start` for one layer, where there is one.
 
-    weight: (N, K) float32; x: (M, K) float32 sample of the input; start: (K,) float32; dtype: of the scales; check: called at every
-    step, to cancel. Returns Learned: what measured best on the way, `start` among it.
+    weight: (N, K) float32; x: (M, K) float32 sample of the input; start: (K,) float32; unsigned_from: int, the first column that
+    comes out of a GELU; dtype: of the scales; check: called at every step, to cancel. Returns Learned: what measured best on the way, `start` among it.
     """
     # ComfyUI runs nodes in inference mode, whose tensors autograd does not take; these copies are ordinary ones.
     with torch.inference_mode(False), torch.enable_grad():
         rows = weight[smoothing.spread(weight.shape[0], ROWS).to(weight.device)]
         tokens, best_factor = x.clone(), start.clone()
-        before = best = measured_error(rows, tokens, best_factor, rank, unsigned, dtype)
+        before = best = measured_error(rows, tokens, best_factor, rank, unsigned_from, dtype)
         log_factor = best_factor.log().requires_grad_()
         adam = torch.optim.Adam([log_factor], lr=RATE, betas=DECAYS)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS)
@@ -81,12 +84,14 @@ def learn(weight, x, start, rank, unsigned, dtype, check=lambda: None):
                 smoothed = rows * log_factor.exp()
                 basis = lowrank.orthonormal(smoothed.t() @ (smoothed @ basis))
             adam.zero_grad()
-            expected_error(rows, tokens, log_factor, basis, unsigned).clamp_min(torch.finfo(torch.float32).tiny).log().backward()
+            expected_error(rows, tokens, log_factor, basis, unsigned_from).clamp_min(torch.finfo(torch.float32).tiny).log().backward()
             adam.step()
             schedule.step()
             if step % CHECKED_EVERY == 0:
-                factor = log_factor.detach().exp().clamp(1 / smoothing.LARGEST, smoothing.LARGEST)
-                error = measured_error(rows, tokens, factor, rank, unsigned, dtype)
+                # A common factor changes nothing, and is kept from drifting.
+                moved = log_factor.detach() - start.log()
+                factor = (start * (moved - moved.mean()).exp()).clamp(1 / smoothing.LARGEST, smoothing.LARGEST)
+                error = measured_error(rows, tokens, factor, rank, unsigned_from, dtype)
                 if error < best:
                     best, best_factor = error, factor
     return Learned(best_factor, best, before)

@@ -115,7 +115,7 @@ class LayerRecord:
 
 
 def choose_smoothing(weight, stats, spec, recipe, check):
-    """The smoothing factor of a layer, each part of its columns (before and from unsigned_from) on its own.
+    """The smoothing factor of a layer, found for each part of its columns (before and from unsigned_from) on its own.
 
     weight: (N, K) float32. Returns factor (K,) float32 and a label for the report.
     """
@@ -132,20 +132,22 @@ def choose_smoothing(weight, stats, spec, recipe, check):
                 # What is quantized is x + shift, so a channel that is nearly dead is not small, and must not be taken for it.
                 part_spans = {kind: span.clamp_min(int4.GELU_SHIFT) for kind, span in part_spans.items()}
             found = smoothing.search(part, sample[:, start:stop], part_spans, spec.rank, unsigned, spec.dtype, check)
-            factor, label = found.factor, found.label
-            if recipe.learned:
-                learned = learned_smoothing.learn(part, sample[:, start:stop], factor, spec.rank, unsigned, spec.dtype, check)
-                if learned.error < learned.error_before:
-                    factor, label = learned.factor, f"{label}, learned"
-            factors.append(factor)
-            labels.append(label)
+            factors.append(found.factor)
+            labels.append(found.label)
         elif recipe.smooth == "weights":
             factors.append(smoothing.data_free(smoothing.spans(part)))
             labels.append("absmax(W)^-0.5")
         else:
             factors.append(torch.ones(stop - start, device=weight.device))
             labels.append("1")
-    return torch.cat(factors), " / ".join(labels)
+    factor, label = torch.cat(factors), " / ".join(labels)
+    if recipe.smooth == "search":
+        factor = smoothing.balanced(factors, stats.spans()["rms"].split([len(part) for part in factors]))
+    if recipe.learned:
+        learned = learned_smoothing.learn(weight, sample, factor, spec.rank, spec.unsigned_from, spec.dtype, check)
+        if learned.error < learned.error_before:
+            factor, label = learned.factor, f"{label}, learned"
+    return factor, label
 
 
 @dataclass(frozen=True)

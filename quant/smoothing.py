@@ -57,26 +57,37 @@ def candidates(x_spans, w_spans):
                 yield f"{x_kind}^{a:g} : {w_kind}^{1 - a:.2g}", candidate(x_spans[x_kind], w_spans[w_kind], a)
 
 
+def balanced(factors, x_rms):
+    """The factors of a layer's parts, joined so that every part's smoothed input has the same mean square.
+
+    The branch is fitted to all the columns at once as if their inputs were alike; each part's own search leaves its scale open.
+    factors, x_rms: a (K,) each for every part. Returns (sum of K,), with a geometric mean of 1.
+    """
+    energies = [(rms / factor).square().mean() for factor, rms in zip(factors, x_rms)]
+    scaled = torch.cat([factor * (energy.sqrt() if energy > 0 else 1) for factor, energy in zip(factors, energies)])
+    return (scaled / scaled.log().mean().exp()).clamp(1 / LARGEST, LARGEST)
+
+
 def data_free(w_spans):
     """s from the weight alone, s = absmax(W)^(-1/2): what is left where no activation was seen."""
     ones = torch.ones_like(w_spans["absmax"])
     return candidate(ones, w_spans["absmax"], 0.5)
 
 
-def output_error(weight, x, factor, up, unsigned, dtype):
+def output_error(weight, x, factor, up, unsigned_from, dtype):
     """Relative output error ‖y - ŷ‖ / ‖y‖ of a W4A4 layer with branch under smoothing `factor`.
 
-    weight: (N, K) float32, x: (M, K) float32, factor: (K,), up: (N, R), of lowrank.left_bases of weight * factor; unsigned: whether
-    x comes out of a GELU.
+    weight: (N, K) float32, x: (M, K) float32, factor: (K,), up: (N, R), of lowrank.left_bases of weight * factor; unsigned_from:
+    int, the first column that comes out of a GELU.
     """
     smoothed = weight * factor
     down = smoothed.t() @ up
     residual = smoothed - up @ down.t()
     scales = rounding.absmax_scales(residual, dtype)
     packed = scaled_codes(rounding.round_to_nearest(residual, scales).float(), scales.float().t())
-    act = scaled_codes(*quantize_activation(x, factor, 0 if unsigned else x.shape[-1]))
+    act = scaled_codes(*quantize_activation(x, factor, unsigned_from))
     # The shift's constant contribution goes into the bias, so it does not count as an error.
-    shift = GELU_SHIFT * (packed / factor).sum(dim=-1) if unsigned else 0
+    shift = GELU_SHIFT * (packed / factor)[:, unsigned_from:].sum(dim=-1)
     estimate = act @ packed.t() + (x / factor) @ down @ up.t() - shift
     return relative_error(estimate, x @ weight.t())
 
@@ -94,7 +105,7 @@ def search(weight, x, x_spans, rank, unsigned, dtype, check=lambda: None):
     best = None
     for label, factor, up in with_branches(candidates(x_spans, w_spans), rows, rank):
         check()
-        error = output_error(rows, tokens, factor, up, unsigned, dtype)
+        error = output_error(rows, tokens, factor, up, 0 if unsigned else x.shape[-1], dtype)
         if best is None:
             best = Smoothing(factor, label, error, error)
         elif error < best.error:

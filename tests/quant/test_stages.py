@@ -234,6 +234,33 @@ def test_dead_channels_do_not_break_the_factor():
     assert all((factor == 1).all() for _, factor in smoothing.candidates(zeros, smoothing.spans(w)))
 
 
+def test_parts_are_balanced_to_the_same_energy_and_keep_their_shape():
+    rms = [torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.1, 300 * torch.rand(128, generator=torch.Generator().manual_seed(1)) + 1]
+    factors = [torch.linspace(0.5, 2, 64), torch.linspace(0.2, 3, 128)]
+    joined = smoothing.balanced(factors, rms)
+    energies = [float((span / part).square().mean()) for span, part in zip(rms, joined.split([64, 128]))]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-4) and float(joined.log().mean()) == pytest.approx(0, abs=1e-5)
+    for before, after in zip(factors, joined.split([64, 128])):
+        assert torch.allclose(after / before, (after / before)[0])
+    assert torch.isfinite(smoothing.balanced(factors, [torch.zeros(64), rms[1]])).all()
+
+
+def test_balanced_parts_make_the_joint_branch_better():
+    """A layer whose two parts live on scales 30 times apart: without the balance, its branch sees only one of them."""
+    w, x = weight(160, 256), tokens(600, 256)
+    w[:, 128:] *= 30
+    x = torch.cat((x[:, :128], torch.nn.functional.gelu(x[:, 128:], approximate="tanh") / 30), dim=1)
+    spec = layout.svdquant_spec(256, 160, 32, 128, True, torch.bfloat16)
+    recipe, stats = quantizer.recipe("best", 32), stats_of(x)
+    balanced, _ = quantizer.choose_smoothing(w, stats, spec, recipe, lambda: None)
+    apart = torch.cat([part / part.log().mean().exp() for part in balanced.split(128)])
+    errors = []
+    for factor in (balanced, apart):
+        tensors = quantizer.pack_svdquant(w, torch.zeros(160), factor, spec, recipe, stats)
+        errors.append(quantizer.layer_error(w, torch.zeros(160), tensors, stats, spec)[0])
+    assert errors[0] < 0.95 * errors[1], f"error {errors[0]:.4f} balanced, {errors[1]:.4f} not"
+
+
 def test_the_search_can_be_cancelled():
     def check():
         raise KeyboardInterrupt
