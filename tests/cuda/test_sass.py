@@ -158,3 +158,11 @@ def test_helper_sees_spills_and_loops():
     begin, end = max(listing.loops(), key=lambda loop: loop[1] - loop[0])
     assert listing.count("FFMA", (begin, end)) == 64 * round(listing.count("FFMA", (begin, end)) / 64) > 0
     assert listing.main_loop() is None
+
+
+def test_awq_reads_nothing_before_the_kernel_before_has_ended():
+    """The compiler may move reads of memory that it takes for constant, but not over the wait."""
+    for name, _, listing in listings("awq", "sm_90a"):
+        opcodes = [i.opcode for i in listing.instructions]
+        first = next(i for i, opcode in enumerate(opcodes) if opcode.startswith(("LDG", "STG")))
+        assert "ACQBULK" in opcodes[:first], name
