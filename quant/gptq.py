@@ -43,11 +43,11 @@ class Factor:
     damping: float
 
 
-def damped_cholesky(gram, damp, smooth=None):
-    """The Factor of inputs with the Gram matrix `gram`, divided by `smooth`; with more damping than `damp`, ten times as much at
+def damped_cholesky(gram, damp, smooth=None, noise=None):
+    """The Factor of inputs with the Gram matrix `gram`, divided by `smooth`, plus `noise` on its diagonal; with more damping than `damp`, ten times as much at
     a time, where that leaves no Cholesky factor.
 
-    gram: (K, K) float32, symmetric; smooth: (K,), or None for ones. Takes one more matrix of gram's size.
+    gram: (K, K) float32, symmetric; smooth: (K,), or None for ones; noise: (K,), or None for zeros. Takes one more matrix of gram's size.
     """
     smooth = torch.ones_like(gram[0]) if smooth is None else smooth
     diagonal = gram.diagonal() / smooth.square()
@@ -59,7 +59,7 @@ def damped_cholesky(gram, damp, smooth=None):
         for rows in torch.arange(len(gram), device=gram.device).split(PERMUTED_ROWS):
             torch.div(gram[order[rows]][:, order], divisor * divisor[rows, None], out=damped[rows[0]:rows[-1] + 1])
         strength = damp * 10**attempt
-        damped.diagonal().add_(mean * strength)
+        damped.diagonal().add_(mean * strength + (0 if noise is None else noise[order]))
         # LAPACK's matrices are stored by columns: the symmetric one's transpose is the same, and is factored in its own memory.
         lower = damped.t()
         torch.linalg.cholesky_ex(lower, out=(lower, info))

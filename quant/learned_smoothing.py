@@ -67,7 +67,8 @@ def learn(weight, x, start, rank, unsigned_from, dtype, check=lambda: None):
     """A better factor than `start` for one layer, where there is one.
 
     weight: (N, K) float32; x: (M, K) float32 sample of the input; start: (K,) float32; unsigned_from: int, the first column that
-    comes out of a GELU; dtype: of the scales; check: called at every step, to cancel. Returns Learned: what measured best on the way, `start` among it.
+    comes out of a GELU; dtype: of the scales; check: called at every step, to cancel. Returns Learned: what measured best on the
+    way, `start` among it.
     """
     # ComfyUI runs nodes in inference mode, whose tensors autograd does not take; these copies are ordinary ones.
     with torch.inference_mode(False), torch.enable_grad():

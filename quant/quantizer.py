@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from ..cuda import int4, reference
-from . import gptq, layout, learned_smoothing, lowrank, rounding, scales, smoothing
+from . import gptq, layout, learned_smoothing, lowrank, noise, rounding, scales, smoothing
 from .calibration import TOKENS_PER_INPUT
 from .metrics import relative_error
 
@@ -23,7 +23,8 @@ class Recipe:
 
     smooth: "search" (calibrated), "weights" (no calibration) or "none"; learned: whether what was found is learned further;
     rounds: how often branch and codes are fitted to each other; scales: "integer" (c_n * i), "free" or "absmax"; gptq,
-    refit: the two stages after that.
+    refit: the two stages after that; passes: how often those two run, each on the branch of the one before; quiet: whether the
+    codes allow for the activation's rounding.
     """
 
     preset: str
@@ -34,6 +35,8 @@ class Recipe:
     scales: str = "integer"
     gptq: bool = False
     refit: bool = False
+    passes: int = 1
+    quiet: bool = False
     keep: tuple = ()  # patterns of layers that stay in 16 bits
     ranks: tuple = ()  # (pattern, rank) of layers with a rank of their own; the last match counts
     tokens: int = TOKENS_PER_INPUT  # for each input of a layer, that GPTQ and refit go by
@@ -58,7 +61,7 @@ class Recipe:
 
 PRESETS = {
     "best": {"smooth": "search", "gptq": True, "refit": True},
-    "slow": {"smooth": "search", "learned": True, "gptq": True, "refit": True},
+    "slow": {"smooth": "search", "learned": True, "gptq": True, "refit": True, "passes": 2, "quiet": True},
     "fast": {"smooth": "search", "refit": True},  # round to nearest in place of GPTQ
     "data-free": {"smooth": "weights"},  # nothing is calibrated
     "naive": {"smooth": "none", "rounds": 1, "scales": "absmax"},  # plain rounding, no branch: the baseline to compare with
@@ -152,13 +155,15 @@ def choose_smoothing(weight, stats, spec, recipe, check):
 
 @dataclass(frozen=True)
 class Metric:
-    """How much each smoothed input matters. energy: (K,) its mean square; factor: of the damped Gram matrix."""
+    """How much each smoothed input matters. energy: (K,) its mean square; factor: of the damped Gram matrix; noise: (K,) what the
+    codes allow for of its rounding's mean square, which is in the other two, or None."""
 
     energy: torch.Tensor | None = None
     factor: gptq.Factor | None = None
+    noise: torch.Tensor | None = None
 
 
-def input_metric(stats, smooth, recipe, notes):
+def input_metric(stats, smooth, spec, recipe, notes):
     """The Metric of a layer's smoothed inputs; empty where nothing was calibrated. notes: a list that takes what was unusual.
 
     The shift of unsigned columns is left out: what it adds to the output goes into the bias, with the weight's own error.
@@ -168,12 +173,15 @@ def input_metric(stats, smooth, recipe, notes):
     energy = (stats.spans()["rms"] / smooth).square()
     if not recipe.needs_gram():
         return Metric(energy)
-    gram = stats.gram()
+    gram, allowed = stats.gram(), None
+    if recipe.quiet:
+        allowed = noise.SHARE * noise.activation_noise(stats.sample(), smooth, spec.unsigned_from)
+        energy = energy + allowed
     damping = gptq.damping(stats.gram_tokens, len(gram))
-    factor = gptq.damped_cholesky(gram, damping, smooth)
+    factor = gptq.damped_cholesky(gram, damping, smooth, allowed)
     if factor.damping > damping:
         notes.append(f"The Gram matrix of its inputs is singular; damping was raised from {damping:g} to {factor.damping:g}.")
-    return Metric(energy, factor)
+    return Metric(energy, factor, allowed)
 
 
 def find_scales(residual, metric, dtype, recipe):
@@ -228,18 +236,22 @@ def pack_svdquant(weight, bias, factor, spec, recipe, stats=None, check=lambda: 
     stored = factor.to(spec.dtype)
     smooth = stored.float()
     smoothed = weight * smooth
-    metric = input_metric(stats, smooth, recipe, [] if notes is None else notes)
+    metric = input_metric(stats, smooth, spec, recipe, [] if notes is None else notes)
     up, down, branch = stored_branch(*alternate(smoothed, metric, spec, recipe, check), smooth, spec.dtype)
-    residual = smoothed - branch
-    found = find_scales(residual, metric, spec.dtype, recipe)
-    check()
-    if recipe.gptq and metric.factor is not None:
-        codes = gptq.gptq_round(residual, found, metric.factor, check)
-    else:
-        codes = rounding.round_to_nearest(residual, found)
-    if recipe.refit and metric.factor is not None:
-        error = smoothed.sub_(reference.scaled_codes(codes.float(), found.float().t()))
-        up, down, _ = stored_branch(*lowrank.refit(error, spec.rank, metric.factor), smooth, spec.dtype)
+    for _ in range(recipe.passes):
+        residual = smoothed - branch
+        if metric.noise is not None:
+            residual = noise.quiet_target(residual, metric.noise, metric.factor)
+        found = find_scales(residual, metric, spec.dtype, recipe)
+        check()
+        if recipe.gptq and metric.factor is not None:
+            codes = gptq.gptq_round(residual, found, metric.factor, check)
+        else:
+            codes = rounding.round_to_nearest(residual, found)
+        if recipe.refit and metric.factor is not None:
+            del residual
+            error = torch.sub(smoothed, reference.scaled_codes(codes.float(), found.float().t()), out=branch)
+            up, down, branch = stored_branch(*lowrank.refit(error, spec.rank, metric.factor), smooth, spec.dtype)
     tensors = {"weight": int4.pack(codes), "weight_scale": found, "weight_proj_down": down.contiguous(),
                "weight_proj_up": up.contiguous(), "weight_smooth_factor": stored}
     if bias is not None:

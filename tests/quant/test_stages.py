@@ -235,7 +235,8 @@ def test_dead_channels_do_not_break_the_factor():
 
 
 def test_parts_are_balanced_to_the_same_energy_and_keep_their_shape():
-    rms = [torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.1, 300 * torch.rand(128, generator=torch.Generator().manual_seed(1)) + 1]
+    g = torch.Generator().manual_seed(0)
+    rms = [torch.rand(64, generator=g) + 0.1, 300 * torch.rand(128, generator=g) + 1]
     factors = [torch.linspace(0.5, 2, 64), torch.linspace(0.2, 3, 128)]
     joined = smoothing.balanced(factors, rms)
     energies = [float((span / part).square().mean()) for span, part in zip(rms, joined.split([64, 128]))]
