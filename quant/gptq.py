@@ -44,10 +44,11 @@ class Factor:
 
 
 def damped_cholesky(gram, damp, smooth=None, noise=None):
-    """The Factor of inputs with the Gram matrix `gram`, divided by `smooth`, plus `noise` on its diagonal; with more damping than `damp`, ten times as much at
-    a time, where that leaves no Cholesky factor.
+    """The Factor of inputs with the Gram matrix `gram`, divided by `smooth`, plus `noise` on its diagonal; with more damping than
+    `damp`, ten times as much at a time, where that leaves no Cholesky factor.
 
-    gram: (K, K) float32, symmetric; smooth: (K,), or None for ones; noise: (K,), or None for zeros. Takes one more matrix of gram's size.
+    gram: (K, K) float32, symmetric; smooth: (K,), or None for ones; noise: (K,), or None for zeros. Takes one more matrix of
+    gram's size.
     """
     smooth = torch.ones_like(gram[0]) if smooth is None else smooth
     diagonal = gram.diagonal() / smooth.square()
