@@ -258,8 +258,8 @@ def _replay(diffusion_model, call, memory, blocks, index, previous):
     hook = blocks[index][1].register_forward_hook(stop)
     try:
         with _forward_replaced(replaced):
-            args, kwargs = call
-            diffusion_model(*to_device(args, memory.device), **to_device(kwargs, memory.device))
+            args, kwargs = to_device(call, memory.device, copy=True)
+            diffusion_model(*args, **kwargs)
     except _Reached:
         pass
     finally:
@@ -280,6 +280,7 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, with_gram=F
     the yield, or None: the next block then sees what it gives, not what it gave in 16 bits. A call that does not run every block is
     left out from there on; ValueError where none is left.
     """
+    calls = to_device(calls, memory.states_on)  # a few MB each, wanted again for every block
     memory.states[:] = [None] * len(calls)
     for index, (name, block) in enumerate(blocks):
         def run(layers, in_4_bits):

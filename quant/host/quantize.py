@@ -81,14 +81,13 @@ def check_weights(patcher, check):
         if not parameter.dtype.is_floating_point:
             raise ValueError(f"The MODEL's {name} is stored as {parameter.dtype}, in a format of its own; load a bf16, fp16 or "
                              "fp8 version of the model.")
-        # On the device, which is quicker at it. fp8 has no isfinite of its own.
-        values = parameter.to(patcher.load_device)
-        values = values.half() if values.dtype.itemsize == 1 else values
-        if not torch.isfinite(values).all():
+        stored = parameter.to(patcher.load_device)  # which is quicker at it
+        # fp8 has no isfinite of its own.
+        if not torch.isfinite(stored.half() if stored.dtype.itemsize == 1 else stored).all():
             raise ValueError(f"The MODEL's {name} holds NaN or Inf: its file is damaged or was merged wrongly; load a "
                              "sound copy.")
-        used = effective_weight(patcher, name, patcher.load_device) if PREFIX + name in patcher.patches else parameter
-        told.update(f"{name} {resume.digest(used.to(patcher.load_device))}\n".encode())
+        used = effective_weight(patcher, name, patcher.load_device) if PREFIX + name in patcher.patches else stored
+        told.update(f"{name} {resume.digest(used)}\n".encode())
     return told.hexdigest()
 
 
@@ -266,10 +265,10 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
         check_conditioning(patcher, conditioning)
         check_latent(patcher, latent)
     watched = (conditioning, latent["samples"], steps, seed) if calibrated else ()
-    kept = _kept(patcher, folder, sum(spec.nbytes() for spec in specs.values()), weights, recipe.as_dict(), watched)
-    calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept) if calibrated else []
     memory = calibration.Memory(patcher.load_device)
-    packed, records = _quantize_blocks(patcher, specs, recipe, calls, progress, memory, kept)
+    with _kept(patcher, folder, sum(spec.nbytes() for spec in specs.values()), weights, recipe.as_dict(), watched) as kept:
+        calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept) if calibrated else []
+        packed, records = _quantize_blocks(patcher, specs, recipe, calls, progress, memory, kept)
     watched = {"prompts": len(conditioning), "steps": steps, "seed": seed} if calibrated else {"prompts": 0}
     told = recipe.as_dict() | {"calibration": watched, "notes": memory.notes, "layers": [asdict(record) for record in records]}
     twin = _twin(patcher, {name: spec for name, spec in specs.items() if f"{name}.weight" in packed}, packed, told)
@@ -279,15 +278,15 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
 
 
 def _kept(patcher, folder, nbytes, *inputs):
-    """The run's resume.Checkpoint, or None where there is no folder, or no telling this run from others."""
+    """The run's resume.Checkpoint; a context without one where there is no folder, or no telling this run from others."""
     if folder is None:
-        return None
+        return nullcontext()
     try:
         return resume.Checkpoint(folder, resume.run_digest(patcher, *inputs), nbytes)
     except resume.Unknown as what:
         log.info("This quantization can't be resumed if it is interrupted: of a %s on the MODEL or the conditioning there is no telling "
                  "whether it is the same the next time.", what)
-        return None
+        return nullcontext()
 
 
 def _quantize_blocks(patcher, specs, recipe, calls, progress, memory, kept):

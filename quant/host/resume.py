@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,12 +81,13 @@ def run_digest(patcher, weights, *inputs):
 class Checkpoint:
     """The files of one run.
 
-    folder: of all runs; key: run_digest's; nbytes: what the whole of it will take. It keeps nothing where the disk has no room.
+    folder: of all runs; key: run_digest's; nbytes: what the whole of it will take. It keeps nothing where the disk has no room. A
+    thread of its own writes; at the end of the context everything is written.
     """
 
     def __init__(self, folder, key, nbytes):
         self.folder, self.key = Path(folder) / key[:32], key
-        self.keeps = True
+        self.keeps, self.writer = True, ThreadPoolExecutor(1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             there = sum(path.stat().st_size for path in self.folder.iterdir())
@@ -93,6 +95,12 @@ class Checkpoint:
                 self._stop("the disk has too little room")
         except OSError as error:
             self._stop(error)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.writer.shutdown()
 
     def _stop(self, why):
         self.keeps = False
@@ -117,7 +125,11 @@ class Checkpoint:
         return None
 
     def save(self, name, tensors, told):
-        """All or nothing; a failure to write ends the keeping, not the run. told: JSON-able."""
+        """Write tensors on the CPU, that nobody changes any more, all or nothing; a failure to write ends the keeping, not the run.
+        told: JSON-able."""
+        self.writer.submit(self._write, name, tensors, told)
+
+    def _write(self, name, tensors, told):
         if not self.keeps:
             return
         path = self.folder / f"{name}.safetensors"
