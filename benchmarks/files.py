@@ -1,10 +1,11 @@
 """How long a full-size file takes to load and to convert, against reading it:  python benchmarks/files.py --comfyui ~/ComfyUI
 
-Writes a random FLUX.1-dev in 4 bits (our layout; Nunchaku's INT4 and NVFP4), each measurement in a process of its own. `cold` is with
-the file dropped from the system's cache before, `warm` with all of it there. "read in blocks" takes the file through one buffer of
-1 MiB; "read by tensor" reads each tensor into memory of its own and keeps it, which is the least that a loader has to do. Memory is
-what the process has for itself above what it had before, at its highest and in the end. Linux only; needs four times the file's
-size on the disk, and twice in memory. Prints the tables, writes benchmarks/results/files_<processor>.json, and removes its files.
+Writes a random FLUX.1-dev in 4 bits (our layout; Nunchaku's INT4 and NVFP4), each measurement in a process of its own. `cold`
+is with the file dropped from the system's cache before, `warm` with all of it there. "read in blocks" takes the file through one
+buffer of 1 MiB; "read by tensor" reads each tensor into memory of its own and keeps it, the least that a loader has to do. Memory
+is what the process has for itself above what it had before, at its highest and in the end. Linux only; needs four times the
+file's size on the disk, and twice in memory. Prints the tables, writes benchmarks/results/files_<processor>.json, and removes
+its files.
 """
 
 import argparse
@@ -56,11 +57,12 @@ class Random:
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
-        self.bytes = torch.randint(-128, 128, (POOL,), dtype=torch.int8, generator=generator)
-        self.floats = torch.randn(POOL, generator=generator) / 32
+        self.pools = {torch.int8: torch.randint(-128, 128, (POOL,), dtype=torch.int8, generator=generator)}
+        floats = torch.randn(POOL, generator=generator) / 32
+        self.pools |= {dtype: floats.to(dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)}
 
     def tensor(self, shape, dtype):
-        pool = self.floats.to(dtype) if dtype.is_floating_point else self.bytes
+        pool = self.pools[dtype if dtype.is_floating_point else torch.int8]
         count = torch.Size(shape).numel() * dtype.itemsize // pool.itemsize
         return pool.repeat(-(-count // POOL))[:count].view(dtype).view(shape)
 

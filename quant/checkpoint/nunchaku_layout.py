@@ -52,14 +52,15 @@ def _places(axes, order):
 def _reorder(source, axes, order, target):
     """Permute every tile: source, target (tiles, ...) of words; a tile's words have `axes` in the source.
 
-    A gather by a table is several times as fast on a CPU as copying a permuted view, whose inner loops are short.
+    A gather by a table is several times as fast on a CPU as copying a permuted view, whose inner loops are short. Small copies
+    are NumPy's: PyTorch would hand each to all cores, and wait for the one that is busy with something else.
     """
     places = _places(axes, order)
     for words, out in zip(source.flatten(1), target):
         if out.is_contiguous():
             torch.index_select(words, 0, places, out=out.view(-1))
         else:
-            out.copy_(words.index_select(0, places).view(out.shape))
+            out.numpy()[...] = words.index_select(0, places).view(out.shape).numpy()
     return target
 
 
@@ -206,14 +207,14 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     2^-9 in bf16 where it says less, as computing 1 + scale in that type does.
     """
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
-    codes, words = empty(chunks, n // chunks, k // 2), qweight.view(torch.int64).numpy()
+    codes, words = np.empty((chunks, n // chunks, k // 2), np.int8), qweight.view(torch.int64).numpy()
     for start, stop in _blocks(n):
         block = torch.from_numpy(_transpose_nibbles(words[start // AWQ_ROWS : stop // AWQ_ROWS].copy())).view(torch.int16)
         block = block.view(-1).index_select(0, _awq_places(stop - start, k, chunks, False))
-        codes[:, start // chunks : stop // chunks] = block.view(torch.int8).view(chunks, -1, k // 2)
+        codes[:, start // chunks : stop // chunks] = block.view(torch.int8).view(chunks, -1, k // 2).numpy()
     scales, zeros = (_deinterleave(t[: k // GROUP_SIZE].t(), chunks).t().contiguous() for t in (wscales, wzeros))
     zeros = (zeros.float() + 8 * scales.float()).to(scales.dtype)
-    return {"weight": codes.view(n, k // 2), "weight_scale": scales, "weight_zeros": zeros,
+    return {"weight": torch.from_numpy(codes).view(n, k // 2), "weight_scale": scales, "weight_zeros": zeros,
             "bias": _awq_bias(_deinterleave(bias, chunks), chunks, -1).to(bias.dtype)}
 
 
@@ -225,9 +226,9 @@ def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
     multiples of 2^-7 in bf16 (2^-10 in fp16), as computing 1 + scale in that type does.
     """
     (n, half), groups = weight.shape, weight_scale.shape[0]
-    qweight, codes = np.empty((n // AWQ_ROWS, half // 2), np.int64), weight.view(chunks, n // chunks, half)
+    qweight, codes = np.empty((n // AWQ_ROWS, half // 2), np.int64), weight.numpy().reshape(chunks, n // chunks, half)
     for start, stop in _blocks(n):
-        block = codes[:, start // chunks : stop // chunks].reshape(-1).view(torch.int16)
+        block = torch.from_numpy(codes[:, start // chunks : stop // chunks].reshape(-1).view(np.int16))
         block = block.index_select(0, _awq_places(stop - start, half * 2, chunks, True)).view(torch.int64)
         qweight[start // AWQ_ROWS : stop // AWQ_ROWS] = _transpose_nibbles(block.numpy()).reshape(-1, half // 2)
     zeros = (weight_zeros.float() - 8 * weight_scale.float()).to(weight_zeros.dtype)
