@@ -10,7 +10,8 @@ from ..quant.checkpoint import card
 from ..quant.checkpoint.header import read_header
 from ..quant.host.build import load_model
 from ..quant.host.quantize import CARD, SOURCE
-from ..quant.linear import set_act_bits
+from ..quant.linear import NVFP4Linear, set_act_bits
+from .progress import NodeProgress
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ACT_BITS = {"auto": 0, "int4": 4, "int8": 8}
@@ -34,9 +35,11 @@ class SVDQuantLoadModel(io.ComfyNode):
                 io.Combo.Input("activations", options=list(ACT_BITS), default="auto", optional=True,
                                tooltip="How 4-bit layers see their input on a GPU. int8 is closer to the 16-bit picture, int4 is "
                                        "SVDQuant as published; the weights are the same. auto takes what your card is faster with: "
-                                       "int4 on the RTX 20, 30 and 40 series, int8 on the RTX 50 series, A100, H100 and newer."),
+                                       "int4 on the RTX 20, 30 and 40 series, int8 on the RTX 50 series, A100, H100 and newer. "
+                                       "NVFP4 models always see theirs in NVFP4."),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The model, for samplers and other model nodes.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -52,6 +55,9 @@ class SVDQuantLoadModel(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         patcher = load_model(path, COMPUTE_DTYPES[compute_dtype])
         set_act_bits(patcher.model, ACT_BITS[activations])
+        if activations != "auto" and any(isinstance(layer, NVFP4Linear) for layer in patcher.model.modules()):
+            NodeProgress(cls.hidden.unique_id if cls.hidden else None).say(
+                f"{model_name} is NVFP4, whose layers see their input in NVFP4: activations = {activations} changes nothing")
         patcher.set_attachments(SOURCE, model_name)
         patcher.set_attachments(CARD, card.of_source(read_header(path).metadata))
         return io.NodeOutput(patcher)

@@ -66,7 +66,7 @@ class Header:
             return file.read(info.stop - info.start)
 
     def read_tensor(self, name, into=None):
-        """One tensor, read into memory of its own, or into the beginning of `into`, uint8: nothing of the file stays mapped."""
+        """One tensor, read into memory of its own, or into the beginning of `into` (uint8): nothing of the file stays mapped."""
         info = self.tensors[name]
         count = info.stop - info.start
         data = np.empty(count, np.uint8) if into is None else into[:count]

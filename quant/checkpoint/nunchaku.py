@@ -309,8 +309,8 @@ def _read_part(source, part, spec):
     if nvfp4:
         tensors["weight_scale_2"] = _read_second_scales(source, part, wscales.shape[1])
     if spec.rank == 0 or f"{part}.lora_down" not in source.tensors:
-        n, k = tensors["bias"].numel(), tensors["weight_smooth_factor"].numel()
-        return tensors | {"weight_proj_down": torch.zeros(k, 0, dtype=spec.dtype), "weight_proj_up": torch.zeros(n, 0, dtype=spec.dtype)}
+        features = {"weight_proj_down": tensors["weight_smooth_factor"], "weight_proj_up": tensors["bias"]}
+        return tensors | {name: torch.zeros(len(vector), 0, dtype=spec.dtype) for name, vector in features.items()}
     return tensors | {"weight_proj_down": order.unpack_down(source.read(f"{part}.lora_down")),
                       "weight_proj_up": order.unpack_up(source.read(f"{part}.lora_up"))}
 

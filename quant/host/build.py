@@ -60,8 +60,8 @@ def _load_packed(packed, compute_dtype):
 def _load_plain(header, compute_dtype):
     prefix = foreign.flux_prefix(header)
     if prefix is None and not foreign.is_diffusers_flux(header):
-        raise CheckpointError(f"{header.file} is {foreign.kind(header) or 'not a FLUX.1 model'}; choose a FLUX.1 model in safetensors "
-                              "format.")
+        what = foreign.kind(header) or "not a FLUX.1 model"
+        raise CheckpointError(f"{header.file} is {what}; choose a FLUX.1 model in safetensors format.")
     if prefix is None:
         shapes = _from_diffusers(header)
     else:
@@ -88,7 +88,8 @@ def _from_diffusers(header):
     depths = {key: nunchaku_names.depth(header.tensors, kind) for key, kind in (
         ("depth", nunchaku_names.DOUBLE), ("depth_single_blocks", nunchaku_names.SINGLE))}
     config = depths | {"hidden_size": (*header.tensors["x_embedder.weight"].shape, 0)[0]}
-    parts = {stored: target for stored, target in comfy.utils.flux_to_diffusers(config).items() if not isinstance(target, str) and target[1]}
+    targets = comfy.utils.flux_to_diffusers(config)
+    parts = {stored: target for stored, target in targets.items() if not isinstance(target, str) and target[1]}
     for name in ("x_embedder.bias", *parts):
         if name not in header.tensors:
             raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it again.")

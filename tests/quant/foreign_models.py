@@ -75,24 +75,28 @@ FOREIGN = {
     "SDXL": ("a Stable Diffusion or SDXL UNet", unet(320, 2048, 2816)),
     "SDXL, diffusers": ("a Stable Diffusion or SDXL UNet", {
         "conv_in.weight": (320, 4, 3, 3), "down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3),
-        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048), **linears(("time_embedding.linear_1", 1280, 320))}),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
+        **linears(("time_embedding.linear_1", 1280, 320))}),
     "SD3": ("a Stable Diffusion 3 model", {
         "model.diffusion_model.pos_embed": (1, 36864, 1536), "model.diffusion_model.x_embedder.proj.weight": (1536, 16, 2, 2),
-        **linears(("model.diffusion_model.context_embedder", 1536, 4096), ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv", 4608, 1536),
+        **linears(("model.diffusion_model.context_embedder", 1536, 4096),
+                  ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv", 4608, 1536),
                   ("model.diffusion_model.joint_blocks.0.context_block.attn.proj", 1536, 1536))}),
     "SD3.5, diffusers": ("not a FLUX.1 model", {"pos_embed.proj.weight": (2432, 16, 2, 2), **diffusers_block(2432),
                                               **linears(("context_embedder", 2432, 4096))}),
     "Chroma": ("a Chroma model", flux_block(3072, False) | linears(
         ("distilled_guidance_layer.in_proj", 5120, 64), ("distilled_guidance_layer.layers.0.in_layer", 5120, 5120))),
     "Chroma, diffusers": ("a Chroma model", diffusers_block(3072) | linears(
-        ("x_embedder", 3072, 64), ("context_embedder", 3072, 4096), ("proj_out", 64, 3072), ("distilled_guidance_layer.in_proj", 5120, 64))),
+        ("x_embedder", 3072, 64), ("context_embedder", 3072, 4096), ("proj_out", 64, 3072),
+        ("distilled_guidance_layer.in_proj", 5120, 64))),
     "FLUX.2": ("a FLUX.2 model", {key: shape for key, shape in flux_block(6144, False).items() if not key.endswith("bias")} | {
         "img_in.weight": (6144, 128), "txt_in.weight": (6144, 15360), "double_stream_modulation_img.lin.weight": (36864, 6144)}),
     "FLUX.2, diffusers": ("a FLUX.2 model", diffusers_block(6144) | {
         "x_embedder.weight": (6144, 128), "context_embedder.weight": (6144, 15360),
         "double_stream_modulation_img.linear.weight": (36864, 6144), "proj_out.weight": (128, 6144)}),
     "FLUX.1 ControlNet, diffusers": ("a ControlNet", diffusers_block(3072) | linears(
-        ("x_embedder", 3072, 64), ("context_embedder", 3072, 4096), ("controlnet_x_embedder", 3072, 64), ("controlnet_blocks.0", 3072, 3072))),
+        ("x_embedder", 3072, 64), ("context_embedder", 3072, 4096), ("controlnet_x_embedder", 3072, 64),
+        ("controlnet_blocks.0", 3072, 3072))),
     "Qwen-Image": ("a Qwen-Image model", diffusers_block(3072) | {"txt_norm.weight": (3584,)} | linears(
         ("img_in", 3072, 64), ("txt_in", 3072, 3584), ("transformer_blocks.0.img_mlp.net.0.proj", 12288, 3072), ("proj_out", 64, 3072))),
     "HunyuanVideo": ("a HunyuanVideo model", {key: shape for key, shape in flux_block(3072).items() if not key.startswith("img_in")} | {

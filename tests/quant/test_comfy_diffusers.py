@@ -50,7 +50,8 @@ def test_it_is_the_model_that_it_is_in_comfyuis_naming(tmp_path, changes):
 @pytest.mark.parametrize(("missing", "named"), [
     ("transformer_blocks.0.attn.to_k.weight", None), ("single_transformer_blocks.1.attn.to_v.bias", None),
     ("single_transformer_blocks.0.proj_mlp.weight", None), ("x_embedder.bias", None),
-    ("norm_out.linear.weight", "final_layer.adaLN_modulation.1.weight"), ("transformer_blocks.0.ff.net.2.bias", "double_blocks.0.img_mlp.2.bias"),
+    ("norm_out.linear.weight", "final_layer.adaLN_modulation.1.weight"),
+    ("transformer_blocks.0.ff.net.2.bias", "double_blocks.0.img_mlp.2.bias"),
 ])
 def test_a_missing_tensor_is_named(tmp_path, missing, named):
     """ComfyUI would load what is left, with whatever lies in memory in the place of the rest."""

@@ -1,7 +1,9 @@
 """Nunchaku's NVFP4 models in a real ComfyUI: loaded, sampled, saved as ours, with LoRAs and offloaded."""
 
+import folder_paths
 import pytest
 import torch
+from comfyui_svdquant.nodes import load_model
 from comfyui_svdquant.quant import layout
 from comfyui_svdquant.quant.checkpoint.header import read_header
 from comfyui_svdquant.quant.host import build
@@ -50,6 +52,17 @@ def test_it_stays_in_4_bits(files, twin):
     assert twin.model_size() < 1.1 * stored
     for compute_dtype in (torch.bfloat16, torch.float16):
         assert torch.isfinite(sample(build.load_model(files[0], compute_dtype))).all()
+
+
+def test_the_load_node_says_that_its_inputs_stay_nvfp4(files, monkeypatch):
+    """Asked for int8 activations, which its layers do not have."""
+    said = []
+    monkeypatch.setattr(load_model.NodeProgress, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: dict(zip(("nvfp4", "plain"), files))[name])
+    drawn = [sample(load_model.SVDQuantLoadModel.execute("nvfp4", "auto", activations).result[0]) for activations in ("auto", "int8")]
+    assert torch.equal(*drawn)
+    load_model.SVDQuantLoadModel.execute("plain", "auto", "int8")
+    assert said == ["nvfp4 is NVFP4, whose layers see their input in NVFP4: activations = int8 changes nothing"]
 
 
 def test_saved_and_reloaded_gives_the_same_bits(twin, tmp_path):
