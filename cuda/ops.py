@@ -177,7 +177,8 @@ def _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias,
         low_scale += act
     if multiply:
         proj_down, scale = quantize.multiplied(x.reshape(m, k), proj_down)
-        low_scale = compiler.address(scale)
+        if scale is not None:
+            low_scale = scale.data_ptr()
     first(source, smooth.data_ptr(), proj_down.data_ptr(), act, act_scale, low, low_scale)
     second(y.data_ptr(), act, act_scale, low, low_scale, weight.data_ptr(), weight_scale.data_ptr(),
            0 if row_scale is None else row_scale.data_ptr(), proj_up.data_ptr(), 0 if bias is None else bias.data_ptr())
