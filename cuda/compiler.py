@@ -433,6 +433,17 @@ def kernel(source, entry, defines, device, shared=0):
     return built
 
 
+def has_kernel(source, entry, device, shared=0):
+    """Whether kernel() gives this one without defines; False on the CPU."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    try:
+        kernel(source, entry, (), device, shared)
+    except KernelsUnavailable:
+        return False
+    return True
+
+
 def _build(source, entry, defines, index, shared):
     try:
         with _importing:

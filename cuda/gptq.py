@@ -1,7 +1,5 @@
 """Launch of kernels/gptq.cu: GPTQ's inner loop, a block of columns of the weight rounded one after the other."""
 
-import torch
-
 from . import compiler
 
 SOURCE, ENTRY = "gptq.cu", "gptq_block"
@@ -17,17 +15,7 @@ def variants(arch):
 
 def available(weight):
     """Whether the kernel runs where `weight` is."""
-    if not weight.is_cuda or torch.version.hip:
-        return False
-    try:
-        _kernel(weight.device)
-    except compiler.KernelsUnavailable:
-        return False
-    return True
-
-
-def _kernel(device):
-    return compiler.kernel(SOURCE, ENTRY, (), device, SHARED)
+    return compiler.has_kernel(SOURCE, ENTRY, weight.device, SHARED)
 
 
 def round_block(weight, pending, steps, inverse, groups, lower, codes):
@@ -42,6 +30,7 @@ def round_block(weight, pending, steps, inverse, groups, lower, codes):
     n, b = weight.shape
     lost = weight.new_empty(n, b)
     ctas = min(-(-n // WARPS), 2 * compiler.multiprocessors(weight.device))
-    _kernel(weight.device)((ctas,), (32 * WARPS,), weight, pending, steps, inverse, groups, lower,
-                           1 / lower.diagonal(), codes, lost, n, b, weight.stride(0), pending.stride(0), codes.stride(0), steps.shape[1])
+    kernel = compiler.kernel(SOURCE, ENTRY, (), weight.device, SHARED)
+    kernel((ctas,), (32 * WARPS,), weight, pending, steps, inverse, groups, lower, 1 / lower.diagonal(), codes, lost, n, b,
+           weight.stride(0), pending.stride(0), codes.stride(0), steps.shape[1])
     return lost

@@ -8,6 +8,7 @@ whole truth.
 
 import torch
 
+from ..cuda import group_error as kernel
 from ..cuda.int4 import GROUP_SIZE, SIGNED_MAX
 from .rounding import row_chunks
 
@@ -28,6 +29,8 @@ def group_error(groups, steps, energy):
 
     groups: (N, G, 64); steps: (N, G), not 0; energy: (G, 64), the mean square of each input. Returns (N, G).
     """
+    if kernel.available(groups):
+        return kernel.group_error(groups, steps, energy)
     steps = steps.unsqueeze(-1)
     codes = (groups / steps).round_().clamp_(CODE_MIN, CODE_MAX)
     return codes.mul_(steps).sub_(groups).square_().mul_(energy).sum(dim=-1)
@@ -98,7 +101,8 @@ def search(weight, energy, dtype, integer=True):
     energy = torch.ones(weight.shape[1], device=weight.device) if energy is None else energy
     energy = energy.view(-1, GROUP_SIZE)
     found = torch.empty(len(energy), weight.shape[0], dtype=dtype, device=weight.device)
-    for rows in row_chunks(weight):
+    # The kernel keeps what it computes in registers, so that nothing is won by chunks.
+    for rows in [slice(None)] if kernel.available(weight) else row_chunks(weight):
         groups = _groups(weight[rows])
         steps = free_steps(groups, energy)
         found[:, rows] = (integer_steps(groups, energy, steps) if integer else steps).t()

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
-from comfyui_svdquant.cuda import awq, compiler, gemm_mma, gemm_wgmma, gptq, quantize
+from comfyui_svdquant.cuda import awq, compiler, gemm_mma, gemm_wgmma, gptq, group_error, quantize
 
 from . import sass
 
@@ -60,6 +60,7 @@ KERNELS = {
     "gemm_mma": Kernel(gemm_mma, lambda d, a: 32 * d["ROW_WARPS"] * d["TOKEN_WARPS"], lambda d, a: 1, gemm_mma_mma),
     "gemm_wgmma": Kernel(gemm_wgmma, lambda d, a: 2 * d["ROWS"] + 128, lambda d, a: 1, gemm_wgmma_mma),
     "gptq": Kernel(gptq, lambda d, a: 32 * gptq.WARPS, lambda d, a: 1, lambda d, a: None),
+    "group_error": Kernel(group_error, lambda d, a: group_error.THREADS, lambda d, a: 4, lambda d, a: None),
     "quantize": Kernel(quantize, lambda d, a: 512 if "WARP_SPANS" in d else 128 * d["TILES"], lambda d, a: 1, quantize_mma),
 }
 

@@ -1,0 +1,31 @@
+"""Launch of kernels/group_error.cu: what rounding leaves of each group of a weight, the inner part of the search for scales."""
+
+from . import compiler
+from .int4 import GROUP_SIZE
+
+SOURCE, ENTRY = "group_error.cu", "group_error"
+THREADS = 256  # a CTA, group_error.cu's
+CTAS = 8  # an SM
+
+
+def variants(arch):
+    """What `group_error` may ask the compiler for: (source, entry, defines)."""
+    return [(SOURCE, ENTRY, ())]
+
+
+def available(weight):
+    """Whether the kernel runs where `weight` is."""
+    return compiler.has_kernel(SOURCE, ENTRY, weight.device)
+
+
+def group_error(groups, steps, energy):
+    """Sum over each group of energy * (weight - code * step)^2. groups: (N, G, 64) float32 in one piece; steps: (N, G), not 0;
+    energy: (G, 64). Returns (N, G) float32."""
+    if groups.shape[-1] != GROUP_SIZE or not groups.is_contiguous():
+        raise ValueError(f"The kernel needs whole groups of {GROUP_SIZE} in one piece; these are {tuple(groups.shape)} with strides "
+                         f"{groups.stride()}.")
+    steps, energy = steps.contiguous(), energy.contiguous()
+    error, device = groups.new_empty(steps.shape), groups.device
+    ctas = min(-(-steps.numel() // (THREADS // 16)), CTAS * compiler.multiprocessors(device))
+    compiler.kernel(SOURCE, ENTRY, (), device)((ctas,), (THREADS,), groups, steps, 1 / steps, energy, error, steps.numel(), steps.shape[1])
+    return error
