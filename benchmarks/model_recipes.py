@@ -69,10 +69,11 @@ def packed_layer(made, bias, dtype):
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
-def by_recipes(chosen, patcher, inputs, rank):
+def by_recipes(chosen, patcher, inputs, rank, narrow=False):
     """[(4-bit twin of the MODEL, seconds)], one for each recipe(Layer, rank) of `chosen`, which pack its W4A4 layers.
 
-    inputs: from layer_inputs. Part by part the recipes run one after the other, so that each can use what the last one found.
+    inputs: from layer_inputs; narrow: a layer's branches take no more room than our one. Part by part the recipes run one after
+    the other, so that each can use what the last one found.
     """
     twins = [quantize.quantize(patcher, quantizer.recipe("naive", rank), None, None, 1, 0, Silent())[0] for _ in chosen]
     seconds = [0.0] * len(chosen)
@@ -81,10 +82,12 @@ def by_recipes(chosen, patcher, inputs, rank):
         spec = layers_of_twin[name].spec
         weight, bias = (quantize.effective_weight(patcher, f"{name}.{part}", patcher.load_device).float() for part in ("weight", "bias"))
         made = [[] for _ in chosen]
-        for part in parts(name, weight, inputs[name], spec.unsigned_from):
+        pieces = parts(name, weight, inputs[name], spec.unsigned_from)
+        branch = rank // len(pieces) if narrow else 2 * rank if name.endswith(".linear1") else rank
+        for part in pieces:
             for i, recipe in enumerate(chosen):
                 with quantizer.threads_for(weight):
-                    tensors, took = timed(recipe, part, 2 * rank if name.endswith(".linear1") else rank)
+                    tensors, took = timed(recipe, part, branch)
                 made[i].append(tensors)
                 seconds[i] += took
         for twin, tensors in zip(twins, made):

@@ -31,7 +31,7 @@ SIDE = 24  # latents; 192 pixels
 CALIBRATION_CAPTIONS, PICTURE_CAPTIONS = 1, 2  # seeds of the two lists of captions
 MOST_CALIBRATION = 16  # prompts, that no picture is drawn from
 BASE, OURS = "DeepCompressor default", "ours: best"
-GPTQ = "DeepCompressor + GPTQ"
+GPTQ, NARROW = "DeepCompressor + GPTQ", ", branches as narrow as ours"
 FLOOR = ("bf16, another attention kernel", "bf16, batches an eighth as large", "bf16, other arithmetic")
 EQUAL = 119  # dB: what PSNR's own bound leaves of equal pictures
 BITS = {"w4a4": 4, "w4a8": 8}
@@ -164,8 +164,8 @@ def noise_floor(studio, *names):
     return {name: {"arithmetic": [str(usual), str(dtype)], "w4a4": studio.compare(latents)} for name, latents in zip(names, drawn)}
 
 
-def others(studio, *names):
-    """Rows of others' recipes, each with the seconds of those before it, whose findings it may use."""
+def others(studio, *names, narrow=False):
+    """Rows of others' recipes, each with the seconds of those before it, whose findings it may use. narrow: as by_recipes."""
     import model_recipes
     import recipes
     from comfyui_svdquant.quant.host import quantize
@@ -174,7 +174,8 @@ def others(studio, *names):
     entries, latent = studio.calibration(args.calibration_prompts)
     inputs, seconds = model_recipes.timed(lambda: model_recipes.layer_inputs(studio.patcher, quantize.record_trajectory(
         studio.patcher, entries, latent, args.calibration_steps, 0, model_recipes.Silent())))
-    made = model_recipes.by_recipes([recipes.RECIPES[name] for name in names], studio.patcher, inputs, args.rank)
+    chosen = [recipes.RECIPES[name.removesuffix(NARROW)] for name in names]
+    made = model_recipes.by_recipes(chosen, studio.patcher, inputs, args.rank, narrow)
     for name, (twin, took) in zip(names, made):
         seconds += took
         rows[name] = {"seconds": seconds, "megabytes": model_recipes.megabytes(twin)} | studio.judge(twin)
@@ -202,7 +203,8 @@ def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, excep
 def recipe_jobs(args):
     """[(function, row names, settings)] of the recipes, the longest first."""
     wide = f"*.linear1 = {2 * args.rank}, *.linear2 = {2 * args.rank}"
-    return [(others, (BASE, GPTQ), {}), (ours, ("ours: slow",), {"preset": "slow"}),
+    return [(others, (BASE, GPTQ), {}), (others, (BASE + NARROW, GPTQ + NARROW), {"narrow": True}),
+            (ours, ("ours: slow",), {"preset": "slow"}),
             (ours, (f"{OURS}, branches as wide as theirs",), {"exceptions": wide}),
             *((ours, (f"ours: {preset}",), {"preset": preset}) for preset in ("best", "fast", "data-free")),
             (noise_floor, FLOOR, {}), *((others, (name,), {}) for name in ("naive rounding", "SmoothQuant", "SVDQuant, one shot"))]

@@ -53,7 +53,8 @@ def test_naive_rounding_is_our_preset_naive(studio):
 
 
 def test_recipes_run_one_after_the_other_on_the_same_part(studio):
-    """Then DeepCompressor's two recipes search once; and where there are two branches, one of twice the rank stands for them."""
+    """Then DeepCompressor's two recipes search once. Where there are two branches, one of twice the rank stands for them; narrow
+    ones share the rank of our one."""
     seen = []
 
     def recipe(layer, rank):
@@ -66,6 +67,10 @@ def test_recipes_run_one_after_the_other_on_the_same_part(studio):
     assert all(first[0] is second[0] for first, second in zip(seen[::2], seen[1::2]))
     assert {rank for layer, rank in seen if layer.kind.endswith("linear1")} == {32}
     assert {rank for layer, rank in seen if not layer.kind.endswith("linear1")} == {16}
+    del seen[:]
+    model_recipes.by_recipes([recipe], studio.patcher, inputs, 16, narrow=True)
+    assert {rank for layer, rank in seen if layer.kind.endswith("linear2")} == {8}
+    assert {rank for layer, rank in seen if not layer.kind.endswith("linear2")} == {16}
 
 
 def test_four_bits_are_farther_from_bf16_than_bf16_computed_otherwise(studio):
