@@ -5,7 +5,7 @@
     python benchmarks/pictures.py --table FILE                    the Markdown table of a result file
 
 The model and its VAE are demo/tiny_flux, on ComfyUI's own FLUX; the pictures are drawn by ComfyUI's own sampler, euler, simple,
-cfg 1, picture i with seed i, from captions that nobody calibrates on. All recipes calibrate on the same prompts, steps and seed.
+cfg 1, picture i with seed 1000 + i, from captions that nobody calibrates on. All recipes calibrate on the same prompts, steps and seed.
 4-bit layers are computed as cuda/reference.py defines them, so that every recipe's scales count as they are; with CUDA, one more
 row has ours through the kernels. The result file is written after every row; --resume goes on with one.
 """
@@ -28,6 +28,7 @@ from machine import ROOT, description, load_pack
 from picture_metrics import interval, latent_error, psnr, ssim
 
 SIDE = 24  # latents; 192 pixels
+FIRST_SEED = 1000  # of the pictures; calibration's noise has those from 0 on
 CALIBRATION_CAPTIONS, PICTURE_CAPTIONS = 1, 2  # seeds of the two lists of captions
 MOST_CALIBRATION = 16  # prompts, that no picture is drawn from
 BASE, OURS = "DeepCompressor default", "ours: best"
@@ -93,7 +94,7 @@ class Studio:
         for start in range(0, len(self.captions), batch):
             context, pooled = words.embed(torch.tensor([words.word_ids(c) for c in self.captions[start:start + batch]]))
             empty = torch.zeros(len(context), 16, SIDE, SIDE)
-            noise = torch.cat([comfy.sample.prepare_noise(empty[:1], start + i) for i in range(len(context))])
+            noise = torch.cat([comfy.sample.prepare_noise(empty[:1], FIRST_SEED + start + i) for i in range(len(context))])
             prompt = [[context, {"pooled_output": pooled}]]
             latents.append(comfy.sample.sample(patcher, noise, self.args.steps, 1.0, "euler", "simple", prompt, prompt, empty,
                                                disable_pbar=True, seed=0))
