@@ -254,6 +254,7 @@ def test_complaints():
     messages = ("ptxas info    : Used 40 registers\n"
                 "ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
                 "ptxas         .    16 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads\n"
+                "ptxas info    : (C7519) warpgroup.arrive is injected in around line 1822 by compiler to allow use of registers in GMMA\n"
                 "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n")
     assert [line[:20] for line in compiler.complaints(messages)] == ["ptxas         .    1", "ptxas info    : (C75"]
 
