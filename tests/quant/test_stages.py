@@ -202,6 +202,8 @@ def test_refit_never_increases_the_metric(damp_tokens):
 
     before, after = metric(w - residual - up @ down.t()), metric(w - residual - refit_up @ refit_down.t())
     assert after < before, f"metric {after:.5f} after the refit, {before:.5f} before"
+    least = float(torch.linalg.svdvals((w - residual)[:, factor.order] @ factor.lower)[16:].norm())
+    assert after < 1.005 * least, f"metric {after:.5f} after the refit, {least:.5f} is possible"
 
 
 def test_statistics_of_too_few_tokens_still_give_a_factor():
