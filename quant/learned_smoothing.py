@@ -17,6 +17,7 @@ from ..cuda.int4 import GELU_SHIFT, GROUP_SIZE, SIGNED_MAX, UNSIGNED_MAX
 from . import lowrank, smoothing
 
 ROWS = 2048  # of W that stand for all, which bounds the memory
+STRETCHES = 8  # that the tokens are cut into; every second one is not learned from, but judges
 STEPS = 60
 CHECKED_EVERY = 15  # steps between two measurements of the real error
 RATE = 0.03  # Adam's, of log s; falls to zero as half a cosine
@@ -26,8 +27,8 @@ UNIFORM = 1 / 12  # variance of a number rounded to whole ones
 
 @dataclass(frozen=True)
 class Learned:
-    """factor: (K,) float32; error: relative output error of the layer on the rows and tokens it was learned from; error_before: the
-    same of the factor that learning began with."""
+    """factor: (K,) float32; error: relative output error of the layer on the tokens that judge; error_before: the same of the factor
+    that learning began with."""
 
     factor: torch.Tensor
     error: float
@@ -63,18 +64,24 @@ def measured_error(rows, tokens, factor, rank, unsigned_from, dtype):
     return smoothing.output_error(rows, tokens, factor, up, unsigned_from, dtype)
 
 
+def split(tokens):
+    """Tokens to learn from and tokens to judge by, in alternating stretches: neighbours come from one prompt or noise level."""
+    stretches = tokens.tensor_split(STRETCHES)
+    return torch.cat(stretches[::2]), torch.cat(stretches[1::2])
+
+
 def learn(weight, x, start, rank, unsigned_from, dtype, check=lambda: None):
     """A better factor than `start` for one layer, where there is one.
 
     weight: (N, K) float32; x: (M, K) float32 sample of the input; start: (K,) float32; unsigned_from: int, the first column that
-    comes out of a GELU; dtype: of the scales; check: called at every step, to cancel. Returns Learned: what measured best on the
-    way, `start` among it.
+    comes out of a GELU; dtype: of the scales; check: called at every step, to cancel. Returns Learned: what measured best on
+    tokens that it was not learned from, `start` among it.
     """
     # ComfyUI runs nodes in inference mode, whose tensors autograd does not take; these copies are ordinary ones.
     with torch.inference_mode(False), torch.enable_grad():
         rows = weight[smoothing.spread(weight.shape[0], ROWS).to(weight.device)]
-        tokens, best_factor = x.clone(), start.clone()
-        before = best = measured_error(rows, tokens, best_factor, rank, unsigned_from, dtype)
+        (tokens, judges), best_factor = split(x), start.clone()
+        before = best = measured_error(rows, judges, best_factor, rank, unsigned_from, dtype)
         log_factor = best_factor.log().requires_grad_()
         adam = torch.optim.Adam([log_factor], lr=RATE, betas=DECAYS)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS)
@@ -92,7 +99,7 @@ def learn(weight, x, start, rank, unsigned_from, dtype, check=lambda: None):
                 # A common factor changes nothing, and is kept from drifting.
                 moved = log_factor.detach() - start.log()
                 factor = (start * (moved - moved.mean()).exp()).clamp(1 / smoothing.LARGEST, smoothing.LARGEST)
-                error = measured_error(rows, tokens, factor, rank, unsigned_from, dtype)
+                error = measured_error(rows, judges, factor, rank, unsigned_from, dtype)
                 if error < best:
                     best, best_factor = error, factor
     return Learned(best_factor, best, before)

@@ -24,7 +24,8 @@ def test_learning_improves_on_no_smoothing(seed, unsigned):
     w, x = layer(seed=seed, unsigned=unsigned)
     found = learned(w, x, torch.ones(256), unsigned)
     assert found.error < 0.97 * found.error_before, f"error {found.error:.4f}, before {found.error_before:.4f}"
-    assert found.error == learned_smoothing.measured_error(w, x, found.factor, 16, 0 if unsigned else 256, torch.bfloat16)
+    judges = learned_smoothing.split(x)[1]
+    assert found.error == learned_smoothing.measured_error(w, judges, found.factor, 16, 0 if unsigned else 256, torch.bfloat16)
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
@@ -48,6 +49,16 @@ def test_the_expected_error_is_near_the_measured_one():
     measured = learned_smoothing.measured_error(w, x, factor, 16, 512, torch.bfloat16) ** 2
     exact = float((x @ w.t()).square().sum(dim=1).mean())
     assert abs(expected / exact / measured - 1) < 0.1, f"expected {expected / exact:.5f}, measured {measured:.5f}"
+
+
+def test_what_only_fits_the_tokens_it_was_learned_from_is_not_kept():
+    """Tokens to learn from that are nothing like the ones to come: their factor is good for themselves alone."""
+    w, x = layer()
+    g = torch.Generator().manual_seed(5)
+    for i, stretch in enumerate(x.tensor_split(learned_smoothing.STRETCHES)):
+        stretch.copy_(torch.randn(stretch.shape, generator=g) * (torch.linspace(-3, 3, 256) * (1 if i % 2 else -1)).exp())
+    start = smoothing.candidate(smoothing.spans(learned_smoothing.split(x)[1])["rms"], smoothing.spans(w)["rms"], 0.5)
+    assert torch.equal(learned(w, x, start).factor, start)
 
 
 def test_learning_is_deterministic_and_runs_in_inference_mode():
@@ -75,7 +86,7 @@ def test_learning_can_be_cancelled_at_every_step():
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("case", ["dead input", "dead weight", "zero input", "zero weight", "fewer rows than the rank"])
+@pytest.mark.parametrize("case", ["dead input", "dead weight", "zero input", "zero weight", "fewer rows than the rank", "one token"])
 def test_dead_channels_leave_a_usable_factor(case):
     w, x = layer(12 if case == "fewer rows than the rank" else 64, 128)
     if case == "dead input":
@@ -86,6 +97,8 @@ def test_dead_channels_leave_a_usable_factor(case):
         x[:] = 0
     elif case == "zero weight":
         w[:] = 0
+    elif case == "one token":
+        x = x[:1]
     found = learned(w, x, torch.ones(128))
     assert torch.isfinite(found.factor).all() and (found.factor > 0).all()
     assert (found.factor <= smoothing.LARGEST).all() and (found.factor >= 1 / smoothing.LARGEST).all()
