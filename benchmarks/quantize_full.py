@@ -59,9 +59,10 @@ class Stages:
             self.switch()
             self.running.pop()
 
-    def set_kind(self, block_name):
+    def set_kind(self, name):
+        """name: of a block, or of a layer in it; "rest" is what belongs to none."""
         self.switch()
-        self.kind = block_name.split("_")[0]
+        self.kind = name.split("_")[0] if "_blocks." in name else "rest"
 
     def time(self, owner, name, label):
         """Have every call of owner.name counted as `label`."""

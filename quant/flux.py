@@ -4,9 +4,11 @@ import re
 
 from . import layout
 
-# One pattern a kind of layer. Everything else (embedders, final layer, norms) stays in 16 bits.
+# One pattern a kind of layer. Everything else stays in 16 bits: norms, and the layers through which all of the picture or the text
+# comes in and goes out.
 W4A4 = re.compile(r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]")
-W4A16 = re.compile(r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modulation\.lin")
+W4A16 = re.compile(r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modulation\.lin|"
+                   r"final_layer\.adaLN_modulation\.1|(time|vector|guidance)_in\.out_layer")
 
 
 def layer_format(name):
@@ -50,6 +52,11 @@ def block_layers(block_name, block):
     """{full name: linear} of a block's layers that are to be quantized."""
     named = ((f"{block_name}.{name}", module) for name, module in block.named_modules() if name)
     return {name: module for name, module in named if layer_format(name)}
+
+
+def outer_layers(diffusion_model):
+    """{full name: linear} of the layers outside the blocks that are to be quantized. None of them sees more than a token a picture."""
+    return {name: module for name, module in diffusion_model.named_modules() if "_blocks." not in name and layer_format(name)}
 
 
 def quantized_names(keys):

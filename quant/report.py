@@ -28,8 +28,8 @@ def summary(records):
 
 
 def kind(record):
-    """A layer's place within its block: "img_attn.qkv" of "double_blocks.3.img_attn.qkv"."""
-    return record.name.split(".", 2)[2]
+    """A layer's place within its block: "img_attn.qkv" of "double_blocks.3.img_attn.qkv"; its name where it is in none."""
+    return record.name.split(".", 2)[2] if "_blocks." in record.name else record.name
 
 
 def warnings(records):

@@ -1,9 +1,11 @@
 """A quantized FLUX.1 as a Nunchaku INT4 file: the inverse of nunchaku.py."""
 
 import json
+from collections import ChainMap
 
 import torch
 
+from ...cuda import reference
 from .. import flux, layout
 from . import nunchaku_halves as halves
 from . import nunchaku_layout as order
@@ -28,6 +30,7 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     layers = _layers(depths)
     for name in layers:
         _check_layer(name, specs.get(name))
+    tensors = _with_16_bits_outside(tensors, specs)
     plain = _plain(tensors, depths)
     rank = _common_rank(tensors, specs, layers)
     infos = {stored: (tensors[name].shape, tensors[name].dtype) for name, stored in plain.items()}
@@ -68,6 +71,13 @@ def _check_layer(name, spec):
     if why:
         raise CheckpointError(f"Layer {name} {why}, which Nunchaku's layout has no place for; save the model in ComfyUI's "
                               "names instead.")
+
+
+def _with_16_bits_outside(tensors, specs):
+    """The tensors with those layers outside the blocks unpacked that Nunchaku has in 16 bits."""
+    dense = {f"{name}.weight": reference.dequantize_awq(*(tensors[f"{name}.{part}"] for part in ("weight", "weight_scale", "weight_zeros"))
+                                                        ).to(specs[name].dtype) for name in names.OUTSIDE if name in specs}
+    return ChainMap(dense, tensors)
 
 
 def _plain(tensors, depths):

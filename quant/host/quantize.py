@@ -1,6 +1,7 @@
 """Quantizing a MODEL in the graph: sample with it, stream its blocks, build its 4-bit twin."""
 
 import hashlib
+import itertools
 import logging
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 SOURCE, CARD = "svdquant.source", "svdquant.card"
 MAX_CALLS = 32  # recorded calls of the model, spread over prompts and noise levels
 WEIGHT_COPIES, GRAM_COPIES = 8, 3  # at the peak of quantizer.pack_svdquant
+OUTSIDE = "outside"  # stands for a block's name where layers are in none
 NOTHING_ELSE = 2**62  # bytes that ComfyUI is asked to free where everything is to leave the device
 
 
@@ -235,7 +237,7 @@ def layer_specs(diffusion_model, recipe, dtype):
     """{layer name: LayerSpec} of everything that will be packed. Raises ValueError where a layer does not fit, or where an
     exception of the recipe meets no layer."""
     linears = {name: layer for block_name, block in flux.blocks(diffusion_model)
-               for name, layer in flux.block_layers(block_name, block).items()}
+               for name, layer in flux.block_layers(block_name, block).items()} | flux.outer_layers(diffusion_model)
     for pattern in (*recipe.keep, *(pattern for pattern, _ in recipe.ranks)):
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise ValueError(f"No layer is called {pattern!r}; layers are called like {next(iter(linears))}, and * stands "
@@ -292,23 +294,28 @@ def _kept(patcher, folder, nbytes, *inputs):
 def _quantize_blocks(patcher, specs, recipe, calls, progress, memory, kept):
     """{tensor name: packed tensor} of all the layers that come out in 4 bits, and the records of all."""
     blocks = flux.blocks(patcher.model.diffusion_model)
-    done = {name: found for name, _ in blocks if kept and (found := kept.load_block(name))}
+    done = {name: found for name in [*dict(blocks), OUTSIDE] if kept and (found := kept.load_block(name))}
     packed, records = {}, []
     # Closed at once when this ends early: it has parts of the MODEL on the device.
     with closing(block_statistics(patcher, calls, blocks, specs, recipe, memory, packed, done)) as stream:
-        for block_name, stats in stream:
-            names = [name for name in specs if name.startswith(f"{block_name}.")]
+        for block_name, stats in itertools.chain(stream, [(OUTSIDE, {})]):
             if block_name in done:
                 tensors, found = done.pop(block_name)
                 for record in found:
                     progress.step(f"{record.name}: error {record.error:.1%}, done before")
             else:
+                names = [name for name in specs if _block_of(name) == block_name]
                 tensors, found = _quantize_block(patcher, names, stats, specs, recipe, memory, progress)
                 if kept:
                     kept.save(block_name, tensors, [asdict(record) for record in found])
             packed |= tensors
             records += found
     return packed, records
+
+
+def _block_of(name):
+    """The block of layer `name`, or OUTSIDE."""
+    return ".".join(name.split(".")[:2]) if "_blocks." in name else OUTSIDE
 
 
 def _quantize_block(patcher, names, stats, specs, recipe, memory, progress):

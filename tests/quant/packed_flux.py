@@ -13,7 +13,7 @@ def packed_flux(hidden=128, depth=1, depth_single=1, rank=16, guidance=True, in_
     plain = flux_tensors(hidden=hidden, depth=depth, depth_single=depth_single, guidance=guidance, in_channels=in_channels)
     recipe = quantizer.recipe("data-free", rank)
     tensors, specs = {}, {}
-    for name in flux.quantized_names(plain):
+    for name in (name for name in flux.quantized_names(plain) if "_blocks." in name):  # Nunchaku has the others in 16 bits
         weight, bias = plain.pop(f"{name}.weight"), plain.pop(f"{name}.bias")
         specs[name] = flux.layer_spec(name, weight.shape, rank, True, torch.bfloat16)
         packed, _ = quantizer.quantize_layer(name, weight, bias, None, specs[name], recipe)

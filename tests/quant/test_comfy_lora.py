@@ -265,4 +265,4 @@ def test_merging_a_quantized_model_into_a_16_bit_one(plain, twin):
 
 
 def test_every_packed_layer_is_one_of_ours(twin):
-    assert all(isinstance(layer, PackedLinear) for layer in twin.packed_layers().values()) and len(shapes(twin)) == 13
+    assert all(isinstance(layer, PackedLinear) for layer in twin.packed_layers().values()) and len(shapes(twin)) == 17

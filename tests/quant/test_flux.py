@@ -10,8 +10,8 @@ from comfyui_svdquant.quant import flux, layout
     ("double_blocks.3.txt_mlp.0", layout.SVDQUANT), ("double_blocks.3.img_mlp.2", layout.SVDQUANT),
     ("single_blocks.37.linear1", layout.SVDQUANT), ("single_blocks.0.linear2", layout.SVDQUANT),
     ("double_blocks.0.img_mod.lin", layout.AWQ), ("double_blocks.0.txt_mod.lin", layout.AWQ),
-    ("single_blocks.5.modulation.lin", layout.AWQ),
-    ("img_in", None), ("final_layer.linear", None), ("final_layer.adaLN_modulation.1", None), ("time_in.in_layer", None),
+    ("single_blocks.5.modulation.lin", layout.AWQ), ("final_layer.adaLN_modulation.1", layout.AWQ), ("time_in.out_layer", layout.AWQ),
+    ("img_in", None), ("final_layer.linear", None), ("txt_in", None), ("time_in.in_layer", None),
     ("double_blocks.0.img_attn.norm.query_norm", None), ("double_blocks.0.img_mlp.1", None),
 ])
 def test_which_layers_are_packed(name, form):
