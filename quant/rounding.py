@@ -6,6 +6,7 @@ from ..cuda.int4 import GROUP_SIZE, SIGNED_MAX, UNSIGNED_MAX
 from ..cuda.reference import scaled_codes
 
 CHUNK = 1 << 22  # elements of a weight that are worked on at a time
+AWQ_WIDTHS, AWQ_FITS = (1.0, 0.94, 0.88, 0.82), 3  # shares of a group's range, and how often scale and zero are fitted
 
 
 def absmax_scales(weight, dtype):
@@ -42,14 +43,43 @@ def row_chunks(matrix):
 
 
 def awq_round(weight, dtype):
-    """Asymmetric codes 0..15 with W ~ (code - 8) * scale + zero, a scale and a zero per row and group of 64.
+    """Asymmetric codes 0..15 with W ~ (code - 8) * scale + zero, a scale and a zero per row and group of 64: of those that the search
+    tries, what leaves a group the least squared error. That the whole range has codes is tried first, so it is never worse.
 
     weight: (N, K) float32. Returns codes (N, K) int8, scales (G, N) and zeros (G, N) in `dtype`.
     """
-    groups = weight.unflatten(-1, (-1, GROUP_SIZE))
-    low, high = groups.aminmax(dim=-1)  # (N, G)
-    scales = ((high - low) / UNSIGNED_MAX).to(dtype)
-    zeros = (low + 8 * scales.float()).to(dtype)
+    parts = [_awq_search(weight[rows].unflatten(-1, (-1, GROUP_SIZE)), dtype) for rows in row_chunks(weight)]
+    codes, scales, zeros = (torch.cat(part) for part in zip(*parts))
+    return codes, scales.t().contiguous(), zeros.t().contiguous()
+
+
+def _awq_search(groups, dtype):
+    """groups: (N, G, 64). Returns codes (N, K) int8, scales and zeros (N, G): from ranges of several widths, each followed by fits of
+    scale and zero to the codes that came of them."""
+    low, high = groups.aminmax(dim=-1)
+    best = None
+    for width in AWQ_WIDTHS:
+        scales = (high - low) * width / UNSIGNED_MAX
+        zeros = (low + high) / 2 + scales / 2  # code 7.5 is in the middle
+        for _ in range(AWQ_FITS):
+            found = _awq_codes(groups, scales.to(dtype), zeros.to(dtype))
+            best = found if best is None else tuple(
+                torch.where((found[-1] < best[-1]).view(*found[-1].shape, *[1] * (new.ndim - 2)), new, old)
+                for new, old in zip(found, best))
+            # The line through the group's weights over its codes.
+            codes = found[0] - found[0].mean(dim=-1, keepdim=True)
+            spread = codes.square().sum(dim=-1)
+            slope = (codes * groups).sum(dim=-1) / spread
+            scales = torch.where(spread > 0, slope, scales)
+            zeros = groups.mean(dim=-1) - scales * (found[0].mean(dim=-1) - 8)
+    codes, scales, zeros, _ = best
+    return codes.flatten(-2).to(torch.int8), scales, zeros
+
+
+def _awq_codes(groups, scales, zeros):
+    """(codes (N, G, 64), scales, zeros, squared error (N, G)) under given scales and zeros."""
     steps = torch.where(scales == 0, torch.ones_like(scales), scales).float().unsqueeze(-1)
-    codes = ((groups - zeros.float().unsqueeze(-1)) / steps).round() + 8
-    return codes.clamp(0, UNSIGNED_MAX).flatten(-2).to(torch.int8), scales.t().contiguous(), zeros.t().contiguous()
+    stood = zeros.float().unsqueeze(-1)
+    codes = (((groups - stood) / steps).round() + 8).clamp_(0, UNSIGNED_MAX)
+    error = ((codes - 8) * scales.float().unsqueeze(-1) + stood - groups).square().sum(dim=-1)
+    return codes, scales, zeros, error
