@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoint import foreign, kitchen, native, nunchaku, nunchaku_names
 from ..checkpoint.header import CheckpointError, read_header
+from ..linear import warm_up
 from .ops import Operations
 from .patcher import SVDQuantModelPatcher
 
@@ -48,6 +49,7 @@ def _load_packed(packed, compute_dtype):
         raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
                               "again.") from error
     _check_complete(header, model, packed.shapes, exact=True)
+    warm_up(model, comfy.model_management.get_torch_device())  # compiles while the file is read
     if packed.prefix is None:
         fill(model, packed.tensors())
     else:
