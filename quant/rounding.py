@@ -60,9 +60,9 @@ def _awq_search(groups, dtype):
     best = None
     for width in AWQ_WIDTHS:
         scales = (high - low) * width / UNSIGNED_MAX
-        zeros = (low + high) / 2 + scales / 2  # code 7.5 is in the middle
+        lowest = (low + high) / 2 - scales * (UNSIGNED_MAX / 2)
         for _ in range(AWQ_FITS):
-            found = _awq_codes(groups, scales.to(dtype), zeros.to(dtype))
+            found = _awq_codes(groups, scales.to(dtype), lowest.to(dtype))
             best = found if best is None else tuple(
                 torch.where((found[-1] < best[-1]).view(*found[-1].shape, *[1] * (new.ndim - 2)), new, old)
                 for new, old in zip(found, best))
@@ -71,13 +71,15 @@ def _awq_search(groups, dtype):
             spread = codes.square().sum(dim=-1)
             slope = (codes * groups).sum(dim=-1) / spread
             scales = torch.where(spread > 0, slope, scales)
-            zeros = groups.mean(dim=-1) - scales * (found[0].mean(dim=-1) - 8)
+            lowest = groups.mean(dim=-1) - scales * found[0].mean(dim=-1)
     codes, scales, zeros, _ = best
     return codes.flatten(-2).to(torch.int8), scales, zeros
 
 
-def _awq_codes(groups, scales, zeros):
-    """(codes (N, G, 64), scales, zeros, squared error (N, G)) under given scales and zeros."""
+def _awq_codes(groups, scales, lowest):
+    """(codes (N, G, 64), scales, zeros, squared error (N, G)) under given scales and values of code 0, which other formats store in
+    place of zeros: so both are what 16 bits can hold."""
+    zeros = (lowest.float() + 8 * scales.float()).to(scales.dtype)
     steps = torch.where(scales == 0, torch.ones_like(scales), scales).float().unsqueeze(-1)
     stood = zeros.float().unsqueeze(-1)
     codes = (((groups - stood) / steps).round() + 8).clamp_(0, UNSIGNED_MAX)
