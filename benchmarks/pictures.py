@@ -352,7 +352,7 @@ def run(args):
     for done, rows in enumerate(rows_of(args, jobs), 1):
         record["results"] = in_order(record["results"] | rows)
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
+            json.dump(record, file)
         for name, row in rows.items():
             figures = [f"{key} {mean(row[key]['psnr']):.2f} dB" for key in BITS if key in row]
             cost = [f"quantized in {row['seconds']:.1f} s"] if "seconds" in row else []
