@@ -430,7 +430,7 @@ def kernel(source, entry, defines, device, shared=0):
             if built is None:
                 built = _kernels[key] = _build(*key)
     if isinstance(built, KernelsUnavailable):
-        raise built
+        raise KernelsUnavailable(str(built))  # a new one: one raised again keeps every caller's frame, and the tensors in it
     return built
 
 
