@@ -25,6 +25,7 @@ SPARE_BYTES = 1 << 30  # that stay free on the disk
 TRAJECTORY = "trajectory"
 CHECKSUM_WORDS = 1 << 24  # of a tensor's 32-bit words at a time, each of which takes 24 bytes
 PACK = Path(__file__).resolve().parents[2]
+SOURCES = ("quant/**/*.py", "cuda/**/*.py", "cuda/kernels/*.cu*")  # of the pack, that decide what comes of a layer
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def run_digest(patcher, weights, *inputs):
                                                                            patcher.additional_models)):
         raise Unknown("hook or wrapper")
     told += [torch.__version__, str(patcher.load_device)]
-    told += [path.read_text(encoding="utf-8") for path in sorted(PACK.glob("quant/**/*.py"))]
+    told += [path.read_text(encoding="utf-8") for pattern in SOURCES for path in sorted(PACK.glob(pattern))]
     if torch.device(patcher.load_device).type == "cuda":
         told.append(torch.cuda.get_device_name(patcher.load_device))
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
@@ -125,9 +126,9 @@ class Checkpoint:
         return None
 
     def save(self, name, tensors, told):
-        """Write tensors on the CPU, that nobody changes any more, all or nothing; a failure to write ends the keeping, not the run.
-        told: JSON-able."""
-        self.writer.submit(self._write, name, tensors, told)
+        """Write tensors that nobody changes any more, all or nothing; a failure to write ends the keeping, not the run. told: JSON-able."""
+        # On ComfyUI's --highvram a model's place beside the device is the device.
+        self.writer.submit(self._write, name, {key: tensor.cpu() for key, tensor in tensors.items()}, told)
 
     def _write(self, name, tensors, told):
         if not self.keeps:

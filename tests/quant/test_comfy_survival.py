@@ -239,6 +239,32 @@ def test_other_inputs_do_not_take_the_progress_up(patcher, tmp_path):
     assert len(list(folder.iterdir())) == before + 1, "each weight counts"
 
 
+@pytest.mark.parametrize("source", ["quant/gptq.py", "cuda/reference.py", "cuda/kernels/gptq.cu", "cuda/kernels/common.cuh"])
+def test_another_version_of_the_pack_does_not_take_the_progress_up(patcher, tmp_path, monkeypatch, source):
+    from comfyui_svdquant.quant.host import resume
+
+    monkeypatch.setattr(resume, "PACK", tmp_path)
+    path = tmp_path / source
+    path.parent.mkdir(parents=True)
+    path.write_text("1")
+    before = resume.run_digest(patcher, "")
+    assert before == resume.run_digest(patcher, "")
+    path.write_text("2")
+    assert before != resume.run_digest(patcher, "")
+
+
+@pytest.mark.gpu
+def test_what_lies_on_the_gpu_is_kept(tmp_path):
+    """ComfyUI's --highvram leaves everything there."""
+    from comfyui_svdquant.quant.host import resume
+
+    codes = torch.arange(6, dtype=torch.int8)
+    with resume.Checkpoint(tmp_path, "key", 0) as kept:
+        kept.save("block", {"codes": codes.cuda()}, [])
+    tensors, told = kept.load("block")
+    assert torch.equal(tensors["codes"], codes) and told == []
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
 def test_a_damaged_or_foreign_file_is_ignored_with_one_line(patcher, tmp_path, caplog, expected, damage):
     folder = tmp_path / "progress"
