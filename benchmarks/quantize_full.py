@@ -308,7 +308,8 @@ def main():
     parser.add_argument("--hidden", type=int, default=DEV["hidden_size"], help="width of the model, a multiple of 128")
     parser.add_argument("--out", help="the result file; benchmarks/results/quantize_full_<device>.json")
     args = parser.parse_args()
-    result = {"arguments": vars(args)}  # the run takes long enough for the checkout to move on
+    arguments = {name: value for name, value in vars(args).items() if name not in ("comfyui", "out")}
+    result = {"arguments": arguments}  # the run takes long enough for the checkout to move on
     enter_comfyui(args.comfyui, args.vram_gb)
     load_pack()
     result |= description()
