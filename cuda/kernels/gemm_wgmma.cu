@@ -357,7 +357,7 @@ gemm(u16* __restrict__ y,                       // (m, n)
                 wgmma_wait<0>();
                 release(empty + 8 * (place.stage ? place.stage - 1 : STAGES - 1), cta);
                 if (end == p.end) break;
-                // The parts' scales are within a factor of 16 (quantize.cu), so the sums stay within 32 bits; their rounding is half a
+                // The parts' scales are within a factor of 16 (codes.cuh), so the sums stay within 32 bits; their rounding is half a
                 // unit of the product's last place.
 #pragma unroll
                 for (int t = 0; t < TOKENS / 8; t++) {

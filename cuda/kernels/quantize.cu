@@ -18,7 +18,8 @@
 //
 // -D: HALF 1 for fp16, else bf16
 //     CODES 0 int8, a scale a token and part, INTEGER order; 1 4-bit codes as bytes, GROUP order; 2 4-bit codes, NIBBLE order
-//     RANKS 0..128, a multiple of 32: the branch's rank, padded; 0 also where the branch was multiplied elsewhere;  TILES ROWS / 16: 1, 2, 4;  CTAS 1..8
+//     RANKS 0..128, a multiple of 32: the branch's rank, padded; 0 also where the branch was multiplied elsewhere
+//     TILES ROWS / 16: 1, 2, 4;  CTAS 1..8
 #include "codes.cuh"
 #include "quantize.cuh"
 

@@ -1,4 +1,4 @@
-// What quantize.cu is made of: PTX by name, 16-bit numbers, and the swizzles of its shared memory.
+// What quantize.cu and quantize_ring.cu are made of: PTX by name, 16-bit numbers, and the swizzles of its shared memory.
 // HALF=1: x is fp16, else bf16.
 #pragma once
 #include "common.cuh"
