@@ -37,9 +37,9 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                              tooltip="Width of the 16-bit branch. 32 suits most; more is closer to the original and "
                                      "makes the model larger."),
                 io.Combo.Input("preset", options=list(quantizer.PRESETS), default="best",
-                               tooltip="best: calibrated on your prompts, with GPTQ. slow: a little better, and longer. "
-                                       "fast: without GPTQ. data-free: no calibration, weaker. naive: plain rounding "
-                                       "without the method, only to compare with."),
+                               tooltip="best: calibrated on your prompts, with GPTQ. slow: errors of layers a little smaller, "
+                                       "and longer. fast: without GPTQ. data-free: no calibration, weaker. naive: plain "
+                                       "rounding without the method, only to compare with."),
                 io.String.Input("exceptions", default="", multiline=True, optional=True,
                                 tooltip="Layers to treat differently, one a line: a name or pattern to keep in 16 bits, "
                                         "such as single_blocks.37.*, or one with a rank of its own, such as "
