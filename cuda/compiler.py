@@ -327,6 +327,15 @@ def _check(name, status):
         raise RuntimeError(f"{name} failed: {(text.value or b'unknown error').decode()} ({status})")
 
 
+def _ensure_context():
+    """The driver's functions need a context, which PyTorch makes in the threads that use the GPU; here, in one that has not."""
+    context = ctypes.c_void_p()
+    _check("cuCtxGetCurrent", driver().cuCtxGetCurrent(ctypes.byref(context)))
+    if not context:
+        _check("cuDevicePrimaryCtxRetain", driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), _current_device()))
+        _check("cuCtxSetCurrent", driver().cuCtxSetCurrent(context))
+
+
 class _Memory:
     """A thread's memory for a launch: a CUlaunchConfig, then the kernel's parameters, 8 bytes each.
 
@@ -340,11 +349,7 @@ class _Memory:
         self.config = ctypes.c_void_p(address)
         self.pointers = (ctypes.c_void_p * MOST_ARGUMENTS)(*range(address + start, address + start + 8 * MOST_ARGUMENTS, 8))
         self.parameters = ctypes.c_void_p(ctypes.addressof(self.pointers))
-        context = ctypes.c_void_p()
-        _check("cuCtxGetCurrent", driver().cuCtxGetCurrent(ctypes.byref(context)))
-        if not context:  # in this thread nothing has used the GPU
-            _check("cuDevicePrimaryCtxRetain", driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), _current_device()))
-            _check("cuCtxSetCurrent", driver().cuCtxSetCurrent(context))
+        _ensure_context()
 
 
 def address(tensor):
@@ -381,6 +386,7 @@ class Kernel:
             struct.pack(_CONFIG, ctas, 1, 1, threads, 1, 1, self.shared, 0, ctypes.addressof(cluster), 1))
         count = ctypes.c_int()
         with torch.cuda.device(self.index):
+            _ensure_context()  # a thread of warm_up's may have waited while another loaded the kernel
             _check("cuOccupancyMaxActiveClusters", driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, config))
         return count.value
 

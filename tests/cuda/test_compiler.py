@@ -1,5 +1,6 @@
 """The kernel compiler without a GPU: the disk cache, what its keys hold, every message, and what a launch hands to the driver."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import logging
@@ -381,13 +382,17 @@ def test_launches_from_threads(launches):
 def test_a_thread_without_a_context(launches, monkeypatch):
     """The driver's functions need a context, which PyTorch makes in the threads that call it."""
     kernel, driver = launches
-    made = []
+    made, clusters = [], []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(driver, "cuCtxGetCurrent", lambda context: 0)
     driver.cuDevicePrimaryCtxRetain = lambda context, device: made.append(("retained", device)) or 0
     driver.cuCtxSetCurrent = lambda context: made.append("current") or 0
     for _ in range(2):
         kernel((1,), (32,), 0, 0, 0, 0, 0)
     assert made == [("retained", 0), "current"]
+    driver.cuOccupancyMaxActiveClusters = lambda count, function, config: clusters.append(len(made)) or 0
+    kernel.active_clusters(8, 512)
+    assert clusters == [4], "asked once there is a context"
 
 
 def test_no_driver_or_an_old_one(monkeypatch):
