@@ -508,6 +508,9 @@ def load_cupy():
 @contextlib.contextmanager
 def _nvidias_cuda():
     """CuPy 14 imports NVIDIA's package `cuda`. Where the repository is on the path (`python -m` run in it), ours hides that."""
+    if sys.modules.get("cupy"):  # it is there: other threads look at the path too
+        yield
+        return
     folder, path = Path(__file__).resolve().parent, sys.path[:]
     if (file := getattr(sys.modules.get("cuda"), "__file__", None)) and Path(file).resolve().parent == folder:
         del sys.modules["cuda"]

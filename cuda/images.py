@@ -19,7 +19,8 @@ shared memory, and already swizzled as wgmma and ldmatrix want it there. In piec
     128-byte rows (int8 codes)                     piece c of row r lies at c ^ (r & 7)
      64-byte rows (4-bit codes; 32 ranks of low)   piece c of row r lies at c ^ ((r >> 1) & 3)
 
-Rows are padded to a multiple of 16, columns to whole blocks; the padding holds zeros.
+Rows are padded to a multiple of 16, columns to whole blocks; the padding holds zeros. The kernels write and read images; the functions
+here are their definition, by which tests make and read them.
 """
 
 import torch

@@ -10,7 +10,7 @@ from ..quant.checkpoint import card
 from ..quant.checkpoint.header import read_header
 from ..quant.host.build import load_model
 from ..quant.host.quantize import CARD, SOURCE
-from ..quant.linear import NVFP4Linear, set_act_bits
+from ..quant.linear import NVFP4Linear
 from .progress import NodeProgress
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,8 +53,7 @@ class SVDQuantLoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, compute_dtype, activations="auto"):
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        patcher = load_model(path, COMPUTE_DTYPES[compute_dtype])
-        set_act_bits(patcher.model, ACT_BITS[activations])
+        patcher = load_model(path, COMPUTE_DTYPES[compute_dtype], ACT_BITS[activations])
         if activations != "auto" and any(isinstance(layer, NVFP4Linear) for layer in patcher.model.modules()):
             NodeProgress(cls.hidden.unique_id if cls.hidden else None).say(
                 f"{model_name} is NVFP4, whose layers see their input in NVFP4: activations = {activations} changes nothing")

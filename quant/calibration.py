@@ -178,7 +178,7 @@ def recorded_calls(diffusion_model, calls, every=1, first=0):
 
     def record(_module, args, kwargs):
         if next(counter) % every == 0:
-            calls.append((to_device(args, "cpu"), to_device(kwargs, "cpu")))
+            calls.append((to_device(args, "cpu", copy=True), to_device(kwargs, "cpu", copy=True)))
 
     hook = diffusion_model.register_forward_pre_hook(record, with_kwargs=True)
     try:

@@ -127,7 +127,7 @@ def warm_up(model, device, tokens=TOKENS):
 
     tokens: the numbers of them to compile for; others may want a kernel more. Returns the threads' futures; none off CUDA.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip:
         return []
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint import foreign, kitchen, native, nunchaku, nunchaku_names
 from ..checkpoint.header import CheckpointError, read_header
-from ..linear import warm_up
+from ..linear import set_act_bits, warm_up
 from .ops import Operations
 from .patcher import SVDQuantModelPatcher
 
@@ -23,24 +23,25 @@ SCALED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")  # Com
 PACKED_FORMATS = (native, nunchaku, kitchen)
 
 
-def load_model(path, compute_dtype=None):
+def load_model(path, compute_dtype=None, act_bits=0):
     """A ModelPatcher from a file: a quantized FLUX (ours, Nunchaku's or under comfy-kitchen's names), or an ordinary one
     in bf16, fp16 or fp8.
 
-    compute_dtype: torch.bfloat16, torch.float16, or None for what ComfyUI takes on this device.
+    compute_dtype: torch.bfloat16, torch.float16, or None for what ComfyUI takes on this device; act_bits: of W4A4 layers' inputs
+    (linear.SVDQuantLinear).
     Raises CheckpointError, one sentence, on any file that is not a whole FLUX.1.
     """
     header = read_header(path)
     reader = next((reader for reader in PACKED_FORMATS if reader.matches(header)), None)
     if reader is not None:
-        return _load_packed(reader.open_file(header), compute_dtype)
+        return _load_packed(reader.open_file(header), compute_dtype, act_bits)
     return _load_plain(header, compute_dtype)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _load_packed(packed, compute_dtype):
+def _load_packed(packed, compute_dtype, act_bits):
     header = packed.header
     model_config = _detect(header, packed.shapes, packed.config)
     try:
@@ -49,7 +50,9 @@ def _load_packed(packed, compute_dtype):
         raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
                               "again.") from error
     _check_complete(header, model, packed.shapes, exact=True)
-    warm_up(model, comfy.model_management.get_torch_device())  # compiles while the file is read
+    set_act_bits(model, act_bits)
+    if compute_dtype is None:
+        warm_up(model, comfy.model_management.get_torch_device())  # compiles while the file is read
     if packed.prefix is None:
         fill(model, packed.tensors())
     else:

@@ -205,7 +205,7 @@ def on_device(patcher, modules):
 
     modules: [(name in the diffusion model, module)], none of which is loaded.
     """
-    stored = []
+    stored, patched = [], []
     try:
         for name, module in modules:
             for tensors in (module._parameters, module._buffers):
@@ -215,14 +215,16 @@ def on_device(patcher, modules):
                     stored.append((tensors, leaf, tensor))
                     key = f"{PREFIX}{name}.{leaf}"
                     if key in patcher.patches:
+                        patched.append(key)
                         patcher.patch_weight_to_device(key, patcher.load_device)
-                        patcher.backup.pop(key)  # it is in `stored`
                     moved = tensors[leaf].to(patcher.load_device)
                     tensors[leaf] = torch.nn.Parameter(moved, requires_grad=False) if tensors is module._parameters else moved
         yield
     finally:
         for tensors, leaf, tensor in stored:
             tensors[leaf] = tensor
+        for key in patched:
+            patcher.backup.pop(key, None)  # it was in `stored`
 
 
 def working_memory(blocks, with_gram):

@@ -134,11 +134,11 @@ class Checkpoint:
         if not self.keeps:
             return
         path = self.folder / f"{name}.safetensors"
-        metadata = {"progress": json.dumps({"key": self.key, "crc32": _crc32(tensors), "told": told})}
         try:
+            metadata = {"progress": json.dumps({"key": self.key, "crc32": _crc32(tensors), "told": told})}
             save_file(tensors, path.with_suffix(".tmp"), metadata=metadata)
             os.replace(path.with_suffix(".tmp"), path)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is: nobody waits for this thread's result, and the run goes on without
             self._stop(error)
 
     def load_block(self, name):

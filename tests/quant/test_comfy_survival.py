@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_svdquant.quant import calibration, quantizer, report, smoothing
-from comfyui_svdquant.quant.host import build, quantize
+from comfyui_svdquant.quant.host import build, quantize, resume
 
 from .comfy_models import HIDDEN, LATENT, Progress, prompts, sample, save, write_flux
 
@@ -241,8 +241,6 @@ def test_other_inputs_do_not_take_the_progress_up(patcher, tmp_path):
 
 @pytest.mark.parametrize("source", ["quant/gptq.py", "cuda/reference.py", "cuda/kernels/gptq.cu", "cuda/kernels/common.cuh"])
 def test_another_version_of_the_pack_does_not_take_the_progress_up(patcher, tmp_path, monkeypatch, source):
-    from comfyui_svdquant.quant.host import resume
-
     monkeypatch.setattr(resume, "PACK", tmp_path)
     path = tmp_path / source
     path.parent.mkdir(parents=True)
@@ -256,8 +254,6 @@ def test_another_version_of_the_pack_does_not_take_the_progress_up(patcher, tmp_
 @pytest.mark.gpu
 def test_what_lies_on_the_gpu_is_kept(tmp_path):
     """ComfyUI's --highvram leaves everything there."""
-    from comfyui_svdquant.quant.host import resume
-
     codes = torch.arange(6, dtype=torch.int8)
     with resume.Checkpoint(tmp_path, "key", 0) as kept:
         kept.save("block", {"codes": codes.cuda()}, [])
@@ -286,11 +282,20 @@ def test_a_damaged_or_foreign_file_is_ignored_with_one_line(patcher, tmp_path, c
 
 
 def test_a_full_disk_does_not_end_the_run(patcher, tmp_path, monkeypatch, caplog, expected):
-    from comfyui_svdquant.quant.host import resume
-
     monkeypatch.setattr(resume, "SPARE_BYTES", 1 << 60)
     assert same(run(patcher, folder=tmp_path / "progress")[0], expected)
     assert sum("the disk has too little room" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_progress_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, caplog):
+    def fails(_tensors):
+        raise TypeError("no such bytes")
+
+    monkeypatch.setattr(resume, "_crc32", fails)
+    with resume.Checkpoint(tmp_path, "0" * 64, 0) as kept:
+        for _ in range(3):
+            kept.save("block", {"w": torch.zeros(2)}, [])
+    assert not kept.keeps and sum("is not kept" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_what_can_not_be_told_apart_is_not_resumed(patcher, tmp_path):
