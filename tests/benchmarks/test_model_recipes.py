@@ -76,7 +76,9 @@ def test_recipes_run_one_after_the_other_on_the_same_part(studio):
 def test_four_bits_are_farther_from_bf16_than_bf16_computed_otherwise(studio):
     floor = pictures.noise_floor(studio, *pictures.FLOOR)
     row = pictures.others(studio, "naive rounding")["naive rounding"]
-    assert 5 < pictures.mean(row["w4a4"]["psnr"]) < 40 < min(pictures.mean(f["w4a4"]["psnr"]) for f in floor.values())
+    # Of two pictures bf16's own noise was 39 to 52 dB, as the machine's kernels had it; naive rounding's is ten times as large.
+    noise = min(pictures.mean(f["w4a4"]["psnr"]) for f in floor.values())
+    assert 5 < pictures.mean(row["w4a4"]["psnr"]) < 32 < noise, f"{row['w4a4']['psnr']} dB, bf16 otherwise {noise} dB"
     assert pictures.mean(row["w4a8"]["latent_error"]) < pictures.mean(row["w4a4"]["latent_error"])
     assert 6 < row["megabytes"] < 8
 
