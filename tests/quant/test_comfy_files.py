@@ -26,7 +26,7 @@ def test_the_benchmark_of_files(tmp_path):
     for load in found["loading"].values():
         assert load["warm_s"] > 0 and load["cold_s"] > 0
         # No second copy of the model: what was the most at any time, above what is left.
-        assert load["peak_gb"] - load["end_gb"] < 0.5 * found["files"]["Nunchaku INT4"]
-    assert all(row["s"] > 0 and row["peak_gb"] < found["files"]["ours"] for row in found["converting"].values())
+        assert load["peak_gb"] - load["end_gb"] < 0.5 * found["files"]["Nunchaku INT4"] + LIBRARIES_GB
+    assert all(row["s"] > 0 and row["peak_gb"] < found["files"]["ours"] + LIBRARIES_GB for row in found["converting"].values())
     assert all(f"| {name} |" in done.stdout for name in (*LOADS, *found["converting"]))
     assert os.listdir(tmp_path) == ["result.json"]
