@@ -12,6 +12,7 @@ from host import setup
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADS = ["ours", "Nunchaku INT4", "Nunchaku INT4, one reader", "Nunchaku NVFP4"]
+LIBRARIES_GB = 0.05  # what PyTorch's threads and buffers take now and then, of which a file of 10 MB doesn't tell
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's count of a process's memory")
