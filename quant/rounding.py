@@ -61,19 +61,26 @@ def _awq_search(groups, dtype):
     for width in AWQ_WIDTHS:
         scales = (high - low) * width / UNSIGNED_MAX
         lowest = (low + high) / 2 - scales * (UNSIGNED_MAX / 2)
+        found = None
         for _ in range(AWQ_FITS):
+            if found is not None:
+                scales, lowest = _awq_line(groups, found[0], scales)
             found = _awq_codes(groups, scales.to(dtype), lowest.to(dtype))
             best = found if best is None else tuple(
                 torch.where((found[-1] < best[-1]).view(*found[-1].shape, *[1] * (new.ndim - 2)), new, old)
                 for new, old in zip(found, best))
-            # The line through the group's weights over its codes.
-            codes = found[0] - found[0].mean(dim=-1, keepdim=True)
-            spread = codes.square().sum(dim=-1)
-            slope = (codes * groups).sum(dim=-1) / spread
-            scales = torch.where(spread > 0, slope, scales)
-            lowest = groups.mean(dim=-1) - scales * found[0].mean(dim=-1)
     codes, scales, zeros, _ = best
     return codes.flatten(-2).to(torch.int8), scales, zeros
+
+
+def _awq_line(groups, codes, scales):
+    """(scale, value of code 0), (N, G) each, of the line through each group's weights over its codes; the scale is the one given where
+    all codes are the same."""
+    mean = codes.mean(dim=-1, keepdim=True)
+    around = codes - mean
+    spread = around.square().sum(dim=-1)
+    scales = torch.where(spread > 0, (around * groups).sum(dim=-1) / spread, scales)
+    return scales, groups.mean(dim=-1) - scales * mean.squeeze(-1)
 
 
 def _awq_codes(groups, scales, lowest):

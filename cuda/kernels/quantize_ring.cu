@@ -14,7 +14,7 @@
 //
 //         round t    multiply tokens t | refill the slot of t - 2 | add up and send t (some warps) | scales, low and codes of t - 1
 //
-// -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32, 64: the branch's rank, padded;  CTAS 2, 4, 8 in a cluster;
+// -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32: the branch's rank, padded;  CTAS 2, 4, 8 in a cluster;
 //     WARP_SPANS at least the CTA's columns / 32 / GROUPS
 #include "codes.cuh"
 #include "quantize.cuh"
