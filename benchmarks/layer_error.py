@@ -23,7 +23,7 @@ KNOB_TOKENS = (0.25, 0.5, 1, 2, 4)  # calibration tokens for each input channel
 KNOB_PRESETS = ("data-free", "fast", "slow")
 
 
-def measured(layer, recipe, rank, recipes):
+def measured(layer, name, recipe, rank, recipes):
     """{"errors": with 4-bit activations, "errors_w4a8": with 8-bit ones, "seconds"} of one layer under one recipe."""
     start = time.perf_counter()
     tensors = recipe(layer, rank)
@@ -31,8 +31,9 @@ def measured(layer, recipe, rank, recipes):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     spec = recipes.spec_of(layer, tensors["weight_proj_up"].shape[1])
-    return {"errors": recipes.error(layer, tensors, spec), "errors_w4a8": recipes.error(layer, tensors, spec, 8),
-            "seconds": seconds}
+    with recipes.activations(name):
+        return {"errors": recipes.error(layer, tensors, spec), "errors_w4a8": recipes.error(layer, tensors, spec, 8),
+                "seconds": seconds}
 
 
 def recipe_runs(_args, recipes):
@@ -57,7 +58,7 @@ def measure(args, runs, layers, recipes):
             layer = layers.make(kind, args.k, args.n, args.tokens, args.mild, seed, args.device)
             for name, recipe, rank, tokens in runs:
                 seen = layer if tokens is None else replace(layer, calibration=recipes.spread_rows(layer.calibration, tokens))
-                result = measured(seen, recipe, rank or args.rank, recipes)
+                result = measured(seen, name, recipe, rank or args.rank, recipes)
                 for key in ("errors", "errors_w4a8"):
                     found[name][key].setdefault(kind, []).append(result[key])
                 found[name]["seconds"] += result["seconds"] / total

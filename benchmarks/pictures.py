@@ -171,15 +171,19 @@ def others(studio, *names, narrow=False):
     import recipes
     from comfyui_svdquant.quant.host import quantize
 
-    args, rows = studio.args, {}
+    args, rows, plain = studio.args, {}, [name.removesuffix(NARROW) for name in names]
     entries, latent = studio.calibration(args.calibration_prompts)
     inputs, seconds = model_recipes.timed(lambda: model_recipes.layer_inputs(studio.patcher, quantize.record_trajectory(
         studio.patcher, entries, latent, args.calibration_steps, 0, model_recipes.Silent())))
-    chosen = [recipes.RECIPES[name.removesuffix(NARROW)] for name in names]
+    chosen = [recipes.OTHERS[name] for name in plain]
     made = model_recipes.by_recipes(chosen, studio.patcher, inputs, args.rank, narrow)
-    for name, (twin, took) in zip(names, made):
+    for name, recipe, (twin, took) in zip(names, plain, made):
         seconds += took
-        rows[name] = {"seconds": seconds, "megabytes": model_recipes.megabytes(twin)} | studio.judge(twin)
+        cost = {"seconds": seconds, "megabytes": model_recipes.megabytes(twin)}
+        with recipes.activations(recipe):
+            rows[name] = cost | studio.judge(twin)
+        if name == BASE:
+            rows[BASE + recipes.OUR_CODES] = cost | studio.judge(twin)
     return rows
 
 

@@ -3,7 +3,9 @@
 Each takes a Layer and a rank and returns the packed tensors of an SVDQuant layer (parameter name -> tensor).
 """
 
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from unittest import mock
 
 import torch
 from comfyui_svdquant.cuda import int4, reference
@@ -16,6 +18,14 @@ DEEPCOMPRESSOR_GRID = [(0.0, 0.0), *((i / 20, b) for i in range(1, 20) for b in 
 DEEPCOMPRESSOR_ROUNDS = 100
 DEEPCOMPRESSOR_DAMPING = 0.01
 DEEPCOMPRESSOR_TOKENS = 8192  # on which outputs are compared
+OUR_CODES = ", activations to -8"  # of a recipe that is not ours, made as published but measured with our activations
+
+
+@contextmanager
+def published_activations():
+    """Within it, 4-bit activations have the codes -7..7 that SVDQuant publishes, for recipes that are others'."""
+    with mock.patch.object(reference, "activation_scales", reference.symmetric_scales):
+        yield
 
 
 def spec_of(layer, rank):
@@ -78,6 +88,7 @@ def svdquant_one_shot(layer, rank):
 
 
 @lru_cache(maxsize=1)
+@published_activations()
 def deepcompressor_state(layer, rank):
     """DeepCompressor's default up to the rounding: 39-pair smoothing search with the branch inside, by output error; then
     branch and rounding alternated up to 100 times, until the output error first rises."""
@@ -127,15 +138,23 @@ def ours(preset, **changes):
     return run
 
 
-RECIPES = {
+OTHERS = {
     "naive rounding": naive,
     "SmoothQuant": smoothquant,
     "SVDQuant, one shot": svdquant_one_shot,
     "DeepCompressor default": deepcompressor,
     "DeepCompressor + GPTQ": deepcompressor_gptq,
+}
+RECIPES = OTHERS | {
+    "DeepCompressor default" + OUR_CODES: deepcompressor,
     "ours: data-free": ours("data-free"),
     "ours: fast": ours("fast"),
     "ours: best, free scales": ours("best", scales="free"),
     "ours: best": ours("best"),
     "ours: slow": ours("slow"),
 }
+
+
+def activations(name):
+    """The context in which the layers of a recipe or a row are measured: the activations that go with them."""
+    return published_activations() if name in OTHERS else nullcontext()

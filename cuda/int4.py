@@ -11,7 +11,7 @@ Signed codes are two's complement (-8..7), unsigned codes are 0..15. The order i
 import torch
 
 GROUP_SIZE = 64  # columns of K that share one scale
-SIGNED_MAX = 7  # activations use -7..7, so that +max and -max are treated alike
+SIGNED_MIN, SIGNED_MAX = -8, 7
 UNSIGNED_MAX = 15
 INT8_MAX = 127
 # tanh-GELU never goes below -0.17; this shift makes its output non-negative, so that all 16 codes are of use.

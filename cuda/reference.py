@@ -14,7 +14,7 @@ M tokens, K inputs, N outputs, R the rank, G = K / 64 groups.
 
 import torch
 
-from .int4 import GELU_SHIFT, GROUP_SIZE, INT8_MAX, SIGNED_MAX, UNSIGNED_MAX, unpack_signed, unpack_unsigned
+from .int4 import GELU_SHIFT, GROUP_SIZE, INT8_MAX, SIGNED_MAX, SIGNED_MIN, UNSIGNED_MAX, unpack_signed, unpack_unsigned
 
 PART_RATIO = 16  # at most, of a token's two int8 scales
 
@@ -30,11 +30,33 @@ def dequantize_weight(weight, weight_scale, dtype=torch.float32):
     return scaled_codes(unpack_signed(weight).to(dtype), weight_scale.to(dtype).t())
 
 
+def activation_scales(groups, first_unsigned):
+    """The scales of 4-bit activations. groups: (M, G, 64) smoothed, and shifted from group `first_unsigned` on. Returns (M, G).
+
+    A signed group's largest magnitude takes code -8, through a negative scale where it is a positive number: with steps an eighth
+    smaller than symmetric_scales', rounding leaves 22 % less of the noise's energy (normal, Laplace and Student-t groups alike, the
+    few numbers clipped at 7 included). A kernel pays one comparison a number for it, and the GEMM nothing.
+    """
+    high, low = groups.amax(dim=-1), groups.amin(dim=-1)
+    scales = torch.where(high >= -low, -high, -low) / -SIGNED_MIN
+    scales[:, first_unsigned:] = symmetric_scales(groups, first_unsigned)[:, first_unsigned:]
+    return scales
+
+
+def symmetric_scales(groups, first_unsigned):
+    """activation_scales as SVDQuant publishes them and other software computes them: codes -7..7, so that +max and -max are
+    treated alike. What comparisons with the others are made with."""
+    scales = groups.abs().amax(dim=-1)
+    scales[:, :first_unsigned] /= SIGNED_MAX
+    scales[:, first_unsigned:] /= UNSIGNED_MAX
+    return scales
+
+
 def quantize_activation(x, smooth, unsigned_from, act_bits=4, dtype=torch.float32):
     """Smooth and quantize each token.
 
     x: (M, K) float; smooth: (K,) float, the divisor; unsigned_from: int, a multiple of 64.
-    act_bits 4: a scale per token and group of 64; signed codes -7..7, or 0..15 from `unsigned_from` on.
+    act_bits 4: activation_scales, a scale per token and group of 64; signed codes -8..7, or 0..15 from `unsigned_from` on.
     act_bits 8: a scale per token and part (the columns before and from `unsigned_from`); codes -127..127. The smaller part's scale
     is at least a 16th of the other's, so that a kernel can carry integer sums of the one over to the units of the other.
     Returns codes (M, K) as whole numbers in `dtype`, and scales (M, G) in `dtype`.
@@ -45,21 +67,20 @@ def quantize_activation(x, smooth, unsigned_from, act_bits=4, dtype=torch.float3
     if unsigned_from < x.shape[-1]:
         shifted = torch.cat((shifted[:, :unsigned_from], shifted[:, unsigned_from:] + GELU_SHIFT), dim=-1)
     groups = (shifted / smooth.to(dtype)).unflatten(-1, (-1, GROUP_SIZE))  # (M, G, 64)
-    absmax = groups.abs().amax(dim=-1)  # (M, G)
     first_unsigned = unsigned_from // GROUP_SIZE
     if act_bits == 8:
+        absmax = groups.abs().amax(dim=-1)  # (M, G)
         parts = [part for part in absmax.tensor_split([first_unsigned], dim=-1) if part.shape[-1]]
         largest = [part.amax(dim=-1, keepdim=True) for part in parts]
         least = torch.stack(largest).amax(dim=0) / PART_RATIO
         absmax = torch.cat([torch.maximum(part, least).expand_as(columns) for part, columns in zip(largest, parts)], dim=-1)
-        high = torch.full_like(absmax[:1], INT8_MAX)
+        scales = absmax / INT8_MAX
+        high = torch.full_like(scales[:1], INT8_MAX)
         low = -high
     else:
-        high = torch.full_like(absmax[:1], SIGNED_MAX)
-        high[:, first_unsigned:] = UNSIGNED_MAX
-        low = -high
-        low[:, first_unsigned:] = 0
-    scales = absmax / high
+        scales = activation_scales(groups, first_unsigned)
+        high, low = torch.full_like(scales[:1], SIGNED_MAX), torch.full_like(scales[:1], SIGNED_MIN)
+        high[:, first_unsigned:], low[:, first_unsigned:] = UNSIGNED_MAX, 0
     # A group of zeros keeps the scale 0; dividing by 1 instead gives codes of 0, not 0 / 0.
     divisor = torch.where(scales == 0, torch.ones_like(scales), scales).unsqueeze(-1)
     codes = (groups / divisor).round()

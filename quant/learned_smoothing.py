@@ -1,7 +1,8 @@
 """The smoothing factor learned by gradient, from where the search ends.
 
 The search knows two exponents a layer; here every channel has a factor of its own. Rounding has no useful derivative, so what is
-lowered is the output error that rounding leaves on average: a group's step is its largest magnitude over 7 (15 without a sign) and
+lowered is the output error that rounding leaves on average: a group's step is its largest magnitude over 8 (15 without a sign; 7 of
+the weight) and
 the error of each number in it that of a uniform one, step^2 / 12, or the number's own square where that is far below the step.
 Both sides count: the activation's error goes through the energy of the residual's columns, the weight's through that of the inputs.
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cuda.int4 import GELU_SHIFT, GROUP_SIZE, SIGNED_MAX, UNSIGNED_MAX
+from ..cuda.int4 import GELU_SHIFT, GROUP_SIZE, SIGNED_MAX, SIGNED_MIN, UNSIGNED_MAX
 from . import lowrank, smoothing
 
 ROWS = 2048  # of W that stand for all, which bounds the memory
@@ -46,7 +47,7 @@ def expected_error(rows, tokens, log_factor, basis, unsigned_from):
     residual = smoothed - (smoothed @ basis) @ basis.t()
     columns = torch.arange(len(factor), device=factor.device)
     shift = torch.where(columns < unsigned_from, 0.0, GELU_SHIFT)
-    largest = torch.where(columns < unsigned_from, SIGNED_MAX, UNSIGNED_MAX)[::GROUP_SIZE].unsqueeze(-1)  # (G, 1)
+    largest = torch.where(columns < unsigned_from, -SIGNED_MIN, UNSIGNED_MAX)[::GROUP_SIZE].unsqueeze(-1)  # (G, 1)
     groups = ((tokens + shift) / factor).unflatten(-1, (-1, GROUP_SIZE))  # (M, G, 64)
     square = groups.square()
     steps = (groups.abs().amax(dim=-1, keepdim=True) / largest).square()

@@ -67,24 +67,29 @@ __device__ __forceinline__ void code_row(const uint4 (&x)[RUNS], u32 smooth, int
             for (int b = 0; b < 4; b++) v[4 * i + b] = (either_float(words[b], half) + shift[i]) * even[b];
         }
     }
-    float local = 0, floor = 0;
+    float local = 0, floor = 0, ceiling = 0;
     if (CODES != INTEGER) {
-        float m = 0;
+        float m = 0, high = 0;
 #pragma unroll
-        for (int i = 0; i < 16; i++) m = max_abs(m, v[i]);
-        m = max_abs(m, __shfl_xor_sync(~0u, m, 1));
-        m = max_abs(m, __shfl_xor_sync(~0u, m, 2));
+        for (int i = 0; i < 16; i++) m = max_abs(m, v[i]), high = fmaxf(high, v[i]);
+#pragma unroll
+        for (int lanes = 1; lanes < 4; lanes *= 2) {
+            m = max_abs(m, __shfl_xor_sync(~0u, m, lanes));
+            high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
+        }
         if (!real || m < TINY) m = 0;
-        const float s = finite(m) ? m * (is_unsigned ? 1 / 15.f : 1 / 7.f) : __int_as_float(0x7fffffff);
-        local = s > 0 ? reciprocal(s) : 0;
+        // Without a sign the largest is 15. With one, whichever sign it has, it is -8: a positive one makes the scale negative.
+        const float unit = is_unsigned ? 1 / 15.f : m > 0 && high == m ? -1 / 8.f : 1 / 8.f;
+        const float s = finite(m) ? m * unit : __int_as_float(0x7fffffff);
+        local = s != 0 ? reciprocal(s) : 0;
         keep = real && finite(m) ? ~0u : 0;
-        floor = is_unsigned ? MAGIC : 0;
+        floor = is_unsigned ? MAGIC : 0, ceiling = is_unsigned ? MAGIC + 15 : MAGIC + 7;
         if (scale) *scale = s;
     }
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         v[i] = fmaf(v[i], CODES == INTEGER ? inverse[i / 4 % RUNS] : local, MAGIC);
-        if (CODES != INTEGER) v[i] = fmaxf(v[i], floor);
+        if (CODES != INTEGER) v[i] = fminf(fmaxf(v[i], floor), ceiling);
     }
     if (CODES == NIBBLE) {
         u32 words[2];

@@ -1,7 +1,8 @@
 """The reference against somebody else's implementation of the same contract, and against itself in float64.
 
 comfy-kitchen's eager backend computes svdquant_w4a4 and awq_w4a16 from the same tensors. Given float32 tensors it
-takes the same steps in another order, so the two agree to rounding; one wrong scale or swapped nibble is 1e-3 and more.
+takes the same steps in another order, so the two agree to rounding; one wrong scale or swapped nibble is 1e-3 and more. Its 4-bit
+activations are the published ones, so here ours are too.
 """
 
 import pytest
@@ -27,7 +28,8 @@ def kitchen(x, layer, unsigned):
 
 @pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize(("m", "n", "k", "rank"), SHAPES)
-def test_svdquant_linear_is_comfy_kitchens(m, n, k, rank, unsigned):
+def test_svdquant_linear_is_comfy_kitchens(m, n, k, rank, unsigned, monkeypatch):
+    monkeypatch.setattr(reference, "activation_scales", reference.symmetric_scales)
     layer = random_layer(n, k, rank, unsigned_from=0 if unsigned else None, bias=n != 80, seed=m)
     x = random_input(m, k, seed=n)
     x = torch.nn.functional.gelu(x, approximate="tanh") if unsigned else x
@@ -93,6 +95,26 @@ def test_eight_bits_are_closer_than_four():
     assert 0.02 < four < 0.2 and eight < four / 5, f"relative errors: 4 bits {four:.3f}, 8 bits {eight:.4f}"
 
 
+def test_a_signed_groups_extreme_is_kept_exactly_as_minus_eight():
+    x = random_input(64, 256, outliers=False)
+    codes, scales = reference.quantize_activation(x, torch.ones(256), 128)
+    groups, coded, signed = x.view(64, 4, 64), codes.view(64, 4, 64), slice(0, 2)
+    at = groups[:, signed].abs().argmax(dim=-1, keepdim=True)
+    extreme = groups[:, signed].gather(-1, at)
+    assert (coded[:, signed].gather(-1, at) == -8).all() and coded[:, signed].max() == 7 and coded[:, 2:].min() == 0
+    assert torch.equal(-8 * scales[:, signed].unsqueeze(-1), extreme)  # to the bit: 8 is a power of two
+    assert 0.3 < (scales[:, signed] < 0).float().mean() < 0.7 and (scales[:, 2:] > 0).all()
+
+
+def test_the_activations_leave_a_fifth_less_noise_than_the_published_ones(monkeypatch):
+    x = random_input(512, 256, outliers=False)
+    ours = reference.scaled_codes(*reference.quantize_activation(x, torch.ones(256), 256))
+    monkeypatch.setattr(reference, "activation_scales", reference.symmetric_scales)
+    published = reference.scaled_codes(*reference.quantize_activation(x, torch.ones(256), 256))
+    ratio = float((ours - x).square().sum() / (published - x).square().sum())
+    assert 0.74 < ratio < 0.82, f"{ratio:.3f} of the published noise; (7/8)^2 = 0.766 but for what is clipped"
+
+
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_stay_in_their_row_and_are_seen(bad, act_bits):
@@ -111,7 +133,7 @@ def test_zeros_huge_values_and_denormals(act_bits):
     x = random_input(4, 128)
     x[0], x[1, 5], x[2] = 0, 3e30, 1e-42
     codes, scales = reference.quantize_activation(x, layer.smooth, 128, act_bits)
-    assert codes.abs().max() <= (7 if act_bits == 4 else 127)
+    assert codes.abs().max() <= (8 if act_bits == 4 else 127)
     assert torch.isfinite(codes).all() and torch.isfinite(scales).all()
     assert torch.equal(reference.svdquant_linear(x, *layer.args(), act_bits=act_bits)[0], layer.bias.float())
 
