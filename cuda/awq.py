@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from . import compiler
+from . import runtime
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "awq.cu", "awq"
@@ -27,7 +27,7 @@ def _defines(half, tiles):
 def launcher(m, n, dtype, device, tiles=None):
     """A function of the kernel's arguments as ints, for m tokens."""
     tiles = tiles or (1 if m <= 8 else 4)
-    kernel = compiler.kernel(SOURCE, ENTRY, _defines(dtype == torch.float16, tiles), device)
+    kernel = runtime.kernel(SOURCE, ENTRY, _defines(dtype == torch.float16, tiles), device)
     return kernel.launcher((-(-n // ROWS), -(-m // (8 * tiles))), (32 * WARPS,), 10, pdl=True)
 
 

@@ -1,11 +1,10 @@
-"""CUDA source to running kernels: NVRTC -> cubin -> disk cache -> CuPy function.
+"""CUDA source to machine code: NVRTC -> cubin -> disk cache. runtime.py loads and launches it.
 
 NVRTC is called through ctypes rather than by CuPy's RawModule: CuPy can't name sm_90a (wgmma) before CUDA 12.9, and compiling
-without CuPy lets the tests look at the machine code where there is no GPU. CuPy loads the cubin, the driver launches it. Neither is
-imported before the first kernel is asked for. The sources need no CUDA headers: what they share is in kernels/*.cuh.
+without CuPy lets the tests look at the machine code where there is no GPU. It is not loaded before the first kernel is asked for.
+The sources need no CUDA headers: what they share is in kernels/*.cuh.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,10 +12,8 @@ import importlib.util
 import logging
 import os
 import re
-import struct
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,10 +105,6 @@ def nvrtc_package():
     return "nvidia-cuda-nvrtc" if cuda_major() >= 13 else f"nvidia-cuda-nvrtc-cu{cuda_major()}"
 
 
-def cupy_package():
-    return f"cupy-cuda{cuda_major()}x"
-
-
 def nvrtc_candidates():
     """Where NVRTC may be, best first: PyTorch's own or its packages', a toolkit's, the system's."""
     folders = [Path(torch.__file__).parent / "lib"]
@@ -165,14 +158,14 @@ def target(capability):
 
 
 @functools.cache
-def _device_target(index):
+def device_target(index):
     return target(torch.cuda.get_device_capability(index))
 
 
 def architecture(device):
     """The architecture that kernels for `device` are compiled for: "sm_75", "sm_89", "sm_90a", ..."""
     index = torch.device(device).index
-    return _device_target(torch.cuda.current_device() if index is None else index)
+    return device_target(torch.cuda.current_device() if index is None else index)
 
 
 @functools.cache
@@ -284,242 +277,3 @@ def _write(path, cubin):
             raise
     except OSError as error:
         log.debug("The compiled kernel %s was not kept: %s", path, error)
-
-
-# --- Launch ----------------------------------------------------------------------------------------------------------
-
-# A launch is one call of the driver by ctypes. CuPy's own looks at the type of each argument every time, and can't say that a kernel
-# may start while the one before it ends.
-
-MOST_ARGUMENTS = 32
-_CONFIG = "=7I4xqqI4x"  # CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, how many of them
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # ten times as fast as torch.cuda.current_stream
-_current_device = getattr(torch._C, "_cuda_getDevice", None)  # torch.cuda.current_device, without the check that CUDA is initialized
-
-# {CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, padding, 1 in a union of 64 bytes}
-_PDL = ctypes.create_string_buffer(struct.pack("=I4xI60x", 6, 1))
-
-
-@functools.cache
-def driver():
-    """The CUDA driver's library."""
-    try:
-        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError as error:
-        raise KernelsUnavailable(f"The CUDA kernels need NVIDIA's driver ({error}).") from error
-    if not hasattr(library, "cuLaunchKernelEx"):  # it came with 11.8
-        raise KernelsUnavailable("The CUDA kernels need an NVIDIA driver for CUDA 12 or newer. Update the driver.")
-    return library
-
-
-@functools.cache
-def _knows_dependent_launches(index):
-    """From Hopper on, and CUDA 12.3, whose graphs can hold them."""
-    version = ctypes.c_int()
-    _check("cuDriverGetVersion", driver().cuDriverGetVersion(ctypes.byref(version)))
-    return version.value >= 12030 and arch_number(_device_target(index)) >= 90
-
-
-def _check(name, status):
-    if status != 0:
-        text = ctypes.c_char_p()
-        driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"{name} failed: {(text.value or b'unknown error').decode()} ({status})")
-
-
-def _ensure_context():
-    """The driver's functions need a context, which PyTorch makes in the threads that use the GPU; here, in one that has not."""
-    context = ctypes.c_void_p()
-    _check("cuCtxGetCurrent", driver().cuCtxGetCurrent(ctypes.byref(context)))
-    if not context:
-        _check("cuDevicePrimaryCtxRetain", driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), _current_device()))
-        _check("cuCtxSetCurrent", driver().cuCtxSetCurrent(context))
-
-
-class _Memory:
-    """A thread's memory for a launch: a CUlaunchConfig, then the kernel's parameters, 8 bytes each.
-
-    Of an int's 8 bytes the driver takes as many as the parameter has: all of a pointer, or the low 4.
-    """
-
-    def __init__(self):
-        start = struct.calcsize(_CONFIG)
-        self.bytes = ctypes.create_string_buffer(start + 8 * MOST_ARGUMENTS)
-        address = ctypes.addressof(self.bytes)
-        self.config = ctypes.c_void_p(address)
-        self.pointers = (ctypes.c_void_p * MOST_ARGUMENTS)(*range(address + start, address + start + 8 * MOST_ARGUMENTS, 8))
-        self.parameters = ctypes.c_void_p(ctypes.addressof(self.pointers))
-        _ensure_context()
-
-
-def address(tensor):
-    """Of a tensor, or 0 for None: as a kernel takes them."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-_threads = threading.local()
-
-
-class Kernel:
-    """A kernel on one device. `kernel(grid, block, *args)` launches it on PyTorch's current stream of that device.
-
-    args: tensors on the device (their addresses), None (a null pointer) and ints.
-    A launch allocates nothing and waits for nothing, so that CUDA graphs can record it.
-    """
-
-    __slots__ = ("function", "index", "shared", "dependent", "owner")
-
-    def __init__(self, function, index, shared, dependent=False, owner=None):
-        self.function = ctypes.c_void_p(function)
-        self.index = index
-        self.shared = shared        # bytes of dynamic shared memory of a block
-        self.dependent = dependent  # whether the device knows programmatic dependent launch
-        self.owner = owner          # CuPy's function, which keeps the module loaded
-
-    def __call__(self, grid, block, *args, pdl=False):
-        self.launcher(grid, block, len(args), pdl=pdl)(*(arg if type(arg) is int else address(arg) for arg in args))
-
-    def active_clusters(self, ctas, threads):
-        """How many clusters of `ctas` CTAs with `threads` threads the device holds at once."""
-        cluster = ctypes.create_string_buffer(struct.pack("=I4x3I52x", 4, ctas, 1, 1))  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        config = ctypes.create_string_buffer(
-            struct.pack(_CONFIG, ctas, 1, 1, threads, 1, 1, self.shared, 0, ctypes.addressof(cluster), 1))
-        count = ctypes.c_int()
-        with torch.cuda.device(self.index):
-            _ensure_context()  # a thread of warm_up's may have waited while another loaded the kernel
-            _check("cuOccupancyMaxActiveClusters", driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, config))
-        return count.value
-
-    def launcher(self, grid, block, count, sizes=(), pdl=False):
-        """A function of the kernel's first `count` arguments, ints, that launches it: for one shape many times.
-
-        sizes: the arguments that follow, ints.
-        pdl: let it start while the kernel before it ends. The kernel must then wait_for_previous_grid() (common.cuh).
-        """
-        head = (*grid, 1, 1)[:3] + (*block, 1, 1)[:3] + (self.shared,)
-        attributes = (ctypes.addressof(_PDL), 1) if pdl and self.dependent else (0, 0)
-        pack = struct.Struct(f"{_CONFIG}{count + len(sizes)}q").pack_into
-        launch, function, index, threads = driver().cuLaunchKernelEx, self.function, self.index, _threads
-
-        def run(*values):
-            if _current_device() != index:
-                with torch.cuda.device(index):
-                    return run(*values)
-            try:
-                memory = threads.memory
-            except AttributeError:
-                memory = threads.memory = _Memory()
-            pack(memory.bytes, 0, *head, _raw_stream(index), *attributes, *values, *sizes)
-            if status := launch(memory.config, function, memory.parameters, None):
-                _check("cuLaunchKernelEx", status)
-
-        return run
-
-
-_kernels = {}  # {what was asked for: Kernel, or the KernelsUnavailable that building it ended in}
-_locks = {}    # {the same: the lock of whoever builds it}; others build other kernels meanwhile
-_importing = threading.Lock()
-
-
-def kernel(source, entry, defines, device, shared=0):
-    """The kernel `entry` of kernels/`source`, compiled with `defines` for `device` and loaded there.
-
-    defines: ((name, int or str), ...); shared: bytes of dynamic shared memory.
-    Raises KernelsUnavailable, the second time at once.
-    """
-    index = device.index
-    key = source, entry, defines, torch.cuda.current_device() if index is None else index, shared
-    built = _kernels.get(key)
-    if built is None:
-        with _locks.setdefault(key, threading.Lock()):
-            built = _kernels.get(key)
-            if built is None:
-                built = _kernels[key] = _build(*key)
-    if isinstance(built, KernelsUnavailable):
-        raise KernelsUnavailable(str(built))  # a new one: one raised again keeps every caller's frame, and the tensors in it
-    return built
-
-
-def has_kernel(source, entry, device, shared=0):
-    """Whether kernel() gives this one without defines; False on the CPU."""
-    if device.type != "cuda" or torch.version.hip:
-        return False
-    try:
-        kernel(source, entry, (), device, shared)
-    except KernelsUnavailable:
-        return False
-    return True
-
-
-def _build(source, entry, defines, index, shared):
-    try:
-        with _importing:
-            cupy, _ = load_cupy(), driver()
-        cubin = compile_cubin(source, defines, _device_target(index))
-        with torch.cuda.device(index):
-            function = _function(cupy, cubin, entry, shared)
-            return Kernel(function.ptr, index, shared, _knows_dependent_launches(index), function)
-    except KernelsUnavailable as error:
-        return error
-    except Exception as error:  # the driver's errors have no common class in all versions of CuPy
-        log.debug("%s", source, exc_info=True)
-        return KernelsUnavailable(f"The CUDA driver did not load the kernel {entry} of {source}: {error}")
-
-
-def _function(cupy, cubin, entry, shared):
-    from cupy_backends.cuda.api import driver
-
-    module = cupy.cuda.function.Module()
-    module.load(cubin)
-    function = module.get_function(entry)
-    if shared > 48 << 10:
-        driver.funcSetAttribute(function.ptr, 8, shared)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    return function
-
-
-def load_cupy():
-    """Import CuPy, 13 or newer and for CUDA; raises KernelsUnavailable with what to install."""
-    install = f"Install it into ComfyUI's Python: pip install {cupy_package()}"
-    try:
-        with _nvidias_cuda():
-            import cupy
-            import cupy.cuda.function
-    except ImportError as error:
-        if getattr(error, "name", None) == "cupy":
-            raise KernelsUnavailable(f"The CUDA kernels need CuPy, which is not installed. {install}") from error
-        raise KernelsUnavailable(f"The CUDA kernels need CuPy, and the one here can't be imported ({_first_line(error)}). "
-                                 f"{install}") from error
-    except Exception as error:
-        raise KernelsUnavailable(f"The CUDA kernels need CuPy, and the one here can't be imported ({_first_line(error)}). "
-                                 f"{install}") from error
-    if int(cupy.__version__.split(".")[0]) < 13:
-        raise KernelsUnavailable(f"The CUDA kernels need CuPy 13 or newer; this is CuPy {cupy.__version__}. "
-                                 f"{install.replace('pip install', 'pip install --upgrade')}")
-    if cupy.cuda.runtime.is_hip:
-        raise KernelsUnavailable(f"The CUDA kernels need CuPy for CUDA; this one is for ROCm. {install}")
-    try:
-        cupy.cuda.runtime.runtimeGetVersion()
-    except Exception as error:  # CuPy loads the runtime of its own generation, PyTorch brought that of another
-        raise KernelsUnavailable(f"CuPy {cupy.__version__} does not fit this PyTorch, which is built for CUDA "
-                                 f"{torch.version.cuda} ({_first_line(error)}). {install}") from error
-    return cupy
-
-
-@contextlib.contextmanager
-def _nvidias_cuda():
-    """CuPy 14 imports NVIDIA's package `cuda`. Where the repository is on the path (`python -m` run in it), ours hides that."""
-    if sys.modules.get("cupy"):  # it is there: other threads look at the path too
-        yield
-        return
-    folder, path = Path(__file__).resolve().parent, sys.path[:]
-    if (file := getattr(sys.modules.get("cuda"), "__file__", None)) and Path(file).resolve().parent == folder:
-        del sys.modules["cuda"]
-    sys.path[:] = [entry for entry in path if Path(entry).resolve() != folder.parent]
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-
-
-def _first_line(error):
-    return next((line.strip() for line in str(error).splitlines() if line.strip(" =")), type(error).__name__)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import compiler
+from . import compiler, runtime
 from .images import padded
 from .int4 import GROUP_SIZE
 
@@ -102,7 +102,7 @@ def launcher(kind, m, n, k, rank, unsigned_from, dtype, device, tile=None, turin
     number = compiler.arch_number(compiler.architecture(device))
     tile = tile or choose_tile(kind, number, compiler.multiprocessors(device), m, n)
     defines = defines_of(kind, tile, number, dtype == torch.float16, turing)
-    kernel = compiler.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
+    kernel = runtime.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
     grid = -(-m // tile.tokens) * -(-n // tile.rows)
     return kernel.launcher((grid,), (tile.threads,), 10, (m, n, k, rank, unsigned_from))
 
@@ -139,4 +139,4 @@ def launch(y, mode, act, act_scale, low, low_scale, weight, weight_scale, row_sc
     if n * k >= 1 << 33:
         raise ValueError(f"A layer of {n} x {k} has more bytes than the GEMM's 32-bit offsets reach.")
     run = launcher(kind, m, n, k, rank, unsigned_from, y.dtype, weight.device, tile, turing)
-    run(*map(compiler.address, (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)))
+    run(*map(runtime.address, (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)))

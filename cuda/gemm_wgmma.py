@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from . import compiler, images
+from . import compiler, images, runtime
 
 ARCHITECTURES = ("sm_90a",)
 SOURCE, ENTRY = "gemm_wgmma.cu", "gemm"
@@ -72,7 +72,7 @@ def launcher(m, n, k, rank, unsigned_from, dtype, device, tile=None, pdl=False):
     tile = tile or choose_tile(m, n, k, sms, divisible)
     if not divisible:
         tile = *tile[:2], 1
-    kernel = compiler.kernel(SOURCE, ENTRY, _defines(tile, dtype), device, shared_bytes(tile))
+    kernel = runtime.kernel(SOURCE, ENTRY, _defines(tile, dtype), device, shared_bytes(tile))
     clusters = min(sms // PAIR, count_tiles(tile, m, n))
     sizes = m, images.padded(m, images.ROWS), n, k, rank, border, int(unsigned_from < k)
     return kernel.launcher((PAIR * clusters,), (2 * tile[0] + 128,), 10, sizes, pdl)
@@ -95,5 +95,5 @@ def gemm(act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_u
         raise ValueError(f"the branch has rank {rank}; at most {MAX_RANK} ranks are fused")
     y = torch.empty(m, n, dtype=weight_scale.dtype, device=act.device) if out is None else out
     launch = launcher(m, n, k, rank, unsigned_from, y.dtype, act.device, tile)
-    launch(*map(compiler.address, (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)))
+    launch(*map(runtime.address, (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)))
     return y

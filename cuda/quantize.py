@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from . import compiler, images
+from . import compiler, images, runtime
 from .int4 import GROUP_SIZE
 
 # How codes are stored (images.py), in the kernels' numbers.
@@ -58,7 +58,7 @@ def quantize(x, smooth, proj_down, unsigned_from, codes, **cut):
     if rank > plan.ranks:
         branch, scale = multiplied(x, proj_down)
         q[3] = q[3] if scale is None else scale
-    launch(*map(compiler.address, (x, smooth, branch, *q)))
+    launch(*map(runtime.address, (x, smooth, branch, *q)))
     return Quantized(*q)
 
 
@@ -92,7 +92,7 @@ def launcher(m, k, rank, stride, unsigned_from, codes, dtype, device, **cut):
     half = dtype == torch.float16
     plan = plan_for(m, k, rank, codes, half, compiler.arch_number(arch), compiler.multiprocessors(device), **cut)
     source, entry, defines = variant(half, codes, plan)
-    kernel = compiler.kernel(source, entry, defines, device, plan.shared)
+    kernel = runtime.kernel(source, entry, defines, device, plan.shared)
     if plan.spans:  # how many clusters fit differs from one GPU to the next: not all have all of their multiprocessors
         clusters = min(-(-m // 16), kernel.active_clusters(plan.ctas, plan.threads))
         plan = plan._replace(grid=plan.ctas * clusters)

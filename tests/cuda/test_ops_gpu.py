@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import compiler, int4, ops, reference, scales
+from comfyui_svdquant.cuda import int4, ops, reference, runtime, scales
 
 from .layers import random_input, random_layer, relative_error
 
@@ -104,10 +104,10 @@ def test_warm_up():
     layers = [(70, 192, 256, 32, 256, act_bits, torch.bfloat16) for act_bits in (4, 8)]
     for future in ops.warm_up([*layers, (1, 64, 128, 0, 128, None, torch.bfloat16), (70, 192, 256, 7, 256, 8, torch.float64)], device):
         assert future.result() is None
-    before = set(compiler._kernels)
+    before = set(runtime._kernels)
     for act_bits in (4, 8):
         ops.svdquant_linear(random_input(70, 256, torch.bfloat16).cuda(), *integer_layer(192, 256, 32).args(), act_bits)
-    assert set(compiler._kernels) == before
+    assert set(runtime._kernels) == before
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])

@@ -1,0 +1,225 @@
+"""From machine code to a launch, without a GPU: what is said where CuPy or a driver is missing, and what a launch hands to the driver."""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import struct
+import subprocess
+import sys
+import threading
+import types
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import compiler, runtime
+
+ROOT = Path(runtime.__file__).parents[1]
+
+
+def test_nothing_of_it_is_imported_with_the_pack():
+    """CuPy's import takes a second, and it is of no use on a CPU."""
+    code = "import sys; from cuda import runtime; print('cupy' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
+
+
+def test_no_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    with pytest.raises(compiler.KernelsUnavailable, match="need CuPy, which is not installed.*pip install cupy-cuda12x$"):
+        runtime.load_cupy()
+
+
+def fake_cupy(version="14.2.0", is_hip=False, runtime_version=lambda: 13000):
+    """The part of CuPy that load_cupy reads, as modules."""
+    cupy, cuda, function = (types.ModuleType(name) for name in ("cupy", "cupy.cuda", "cupy.cuda.function"))
+    cupy.__version__, cupy.__path__, cuda.__path__ = version, [], []
+    cupy.cuda, cuda.function = cuda, function
+    cuda.runtime = types.SimpleNamespace(is_hip=is_hip, runtimeGetVersion=runtime_version)
+    return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.function": function}
+
+
+def no_runtime():
+    raise RuntimeError("CuPy failed to load libcudart.so.12: OSError: no such file\n(and more)")
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (fake_cupy(version="12.3.0"), r"need CuPy 13 or newer; this is CuPy 12\.3\.0.*pip install --upgrade cupy-cuda13x$"),
+    (fake_cupy(is_hip=True), r"CuPy for CUDA; this one is for ROCm.*pip install cupy-cuda13x$"),
+    (fake_cupy(runtime_version=no_runtime), r"does not fit this PyTorch, which is built for CUDA 13\.0 \(CuPy failed to load "
+                                            r"libcudart\.so\.12: OSError: no such file\)\..*pip install cupy-cuda13x$"),
+])
+def test_wrong_cupy(monkeypatch, wrong, message):
+    for name, module in wrong.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(compiler.KernelsUnavailable, match=message):
+        runtime.load_cupy()
+
+
+def test_right_cupy(monkeypatch):
+    modules = fake_cupy()
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert runtime.load_cupy() is modules["cupy"]
+
+
+def test_failure_is_remembered(monkeypatch):
+    """A linear that can't have its kernel asks for it at every call: the reason is found once."""
+    builds = []
+
+    def build(*key):
+        builds.append(key)
+        return compiler.KernelsUnavailable("no CuPy")
+
+    monkeypatch.setattr(runtime, "_build", build)
+    monkeypatch.setattr(runtime, "_kernels", {})
+
+    def layer(x):
+        try:
+            runtime.kernel("awq.cu", "awq", (), torch.device("cuda", 0))
+        except compiler.KernelsUnavailable as error:
+            return str(error)
+
+    inputs = [torch.ones(1) for _ in range(3)]
+    left = [weakref.ref(x) for x in inputs]
+    while inputs:
+        assert layer(inputs.pop()) == "no CuPy"
+    assert len(builds) == 1
+    assert not any(x() is not None for x in left), "what is remembered holds no caller's tensors"
+
+
+@pytest.fixture
+def cupy():
+    if not any(name.startswith("cupy-cuda") for distribution in importlib.metadata.distributions()
+               if (name := distribution.metadata["Name"] or "")):
+        pytest.skip("CuPy is not installed")
+    return runtime.load_cupy()
+
+
+def test_cupy_from_the_repository(cupy):
+    """`python -m benchmarks...` has the repository on its path, where `import cuda` finds our package."""
+    code = "import sys; from cuda import runtime; print(runtime.load_cupy().__version__, sys.path[0] == '')"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == [cupy.__version__, "True"]
+
+
+def test_no_driver(cupy):
+    """Where CuPy finds no driver, the message is still ours."""
+    if torch.cuda.is_available():
+        pytest.skip("There is a driver")
+    assert isinstance(runtime._build("awq.cu", "awq", (), 0, 0), compiler.KernelsUnavailable)
+
+
+# --- Launch -----------------------------------------------------------------------------------------------------------
+
+
+class FakeDriver:
+    """Reads what a launch hands to the driver, as the driver would: {config's fields}, its attributes' bytes, the parameters."""
+
+    def __init__(self, parameters, status=0):
+        self.calls, self.parameters, self.status = [], parameters, status
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        *numbers, stream, attributes, count = struct.unpack("=7I4xQQI4x", ctypes.string_at(config.value, 56))
+        pointers = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))
+        values = [kind.from_address(pointers[i]).value for i, kind in enumerate(self.parameters)]
+        self.calls.append((numbers, stream, ctypes.string_at(attributes, 72 * count) if count else b"", function.value, values))
+        assert extra is None
+        return self.status
+
+    def cuCtxGetCurrent(self, context):
+        context._obj.value = 1
+        return 0
+
+    def cuGetErrorString(self, status, text):
+        text._obj.value = b"invalid argument"
+        return 0
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A Kernel on a device that isn't there, and the driver that it calls."""
+    driver = FakeDriver([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int])
+    monkeypatch.setattr(runtime, "driver", lambda: driver)
+    monkeypatch.setattr(runtime, "_current_device", lambda: 0)
+    monkeypatch.setattr(runtime, "_raw_stream", lambda index: 0x1234)
+    monkeypatch.setattr(runtime, "_threads", threading.local())
+    return runtime.Kernel(0x77, 0, 1024, dependent=True), driver
+
+
+def test_launch_arguments(launches):
+    kernel, driver = launches
+    x = torch.zeros(4)
+    kernel((2, 3), (128,), x, torch.nn.Parameter(x), None, 7, -1)
+    (numbers, stream, attributes, function, values), = driver.calls
+    assert (numbers, stream, attributes, function) == ([2, 3, 1, 128, 1, 1, 1024], 0x1234, b"", 0x77)
+    assert values == [x.data_ptr(), x.data_ptr(), None, 7, -1]
+
+
+def test_dependent_launch(launches):
+    """CUlaunchAttribute: id 6, padding, a union of 64 bytes that begins with 1. Only where the device knows it."""
+    kernel, driver = launches
+    for dependent in (True, False):
+        kernel.dependent = dependent
+        kernel((1,), (32,), 0, 0, 0, 0, 0, pdl=True)
+    known, unknown = (call[2] for call in driver.calls)
+    assert known == struct.pack("=I4xI60x", 6, 1) and unknown == b""
+
+
+@pytest.mark.parametrize("version, arch, expected", [(13000, "sm_90a", True), (12030, "sm_120", True), (12020, "sm_90a", False),
+                                                     (13000, "sm_89", False)])
+def test_who_knows_dependent_launches(launches, monkeypatch, version, arch, expected):
+    def get_version(pointer):
+        pointer._obj.value = version
+        return 0
+
+    launches[1].cuDriverGetVersion = get_version
+    monkeypatch.setattr(compiler, "device_target", lambda index: arch)
+    assert runtime._knows_dependent_launches.__wrapped__(0) is expected
+
+
+def test_a_launch_that_fails(launches):
+    kernel, driver = launches
+    driver.status = 1
+    with pytest.raises(RuntimeError, match=r"cuLaunchKernelEx failed: invalid argument \(1\)"):
+        kernel((1,), (32,), 0, 0, 0, 0, 0)
+
+
+def test_launches_from_threads(launches):
+    """Threads that launch at once, each with its own arguments: none gets another's."""
+    kernel, driver = launches
+    run = kernel.launcher((1,), (32,), 5)
+    threads = [threading.Thread(target=lambda i=i: [run(i, i, i, i, i) for _ in range(1000)]) for i in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(call[4] for call in driver.calls) == [[i] * 5 for i in range(1, 5) for _ in range(1000)]
+
+
+def test_a_thread_without_a_context(launches, monkeypatch):
+    """The driver's functions need a context, which PyTorch makes in the threads that call it."""
+    kernel, driver = launches
+    made, clusters = [], []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(driver, "cuCtxGetCurrent", lambda context: 0)
+    driver.cuDevicePrimaryCtxRetain = lambda context, device: made.append(("retained", device)) or 0
+    driver.cuCtxSetCurrent = lambda context: made.append("current") or 0
+    for _ in range(2):
+        kernel((1,), (32,), 0, 0, 0, 0, 0)
+    assert made == [("retained", 0), "current"]
+    driver.cuOccupancyMaxActiveClusters = lambda count, function, config: clusters.append(len(made)) or 0
+    kernel.active_clusters(8, 512)
+    assert clusters == [4], "asked once there is a context"
+
+
+def test_no_driver_or_an_old_one(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: no such file")
+
+    for library, message in ((missing, "need NVIDIA's driver .*: no such file"),
+                             (lambda name: types.SimpleNamespace(), "need an NVIDIA driver for CUDA 12 or newer. Update the driver")):
+        monkeypatch.setattr(runtime.ctypes, "CDLL", library)
+        with pytest.raises(compiler.KernelsUnavailable, match=message):
+            runtime.driver.__wrapped__()
