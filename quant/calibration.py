@@ -244,7 +244,7 @@ def _observed(layers, stats):
 
 def _replay(diffusion_model, call, memory, blocks, index, previous):
     """Run one recorded call up to and with block `index`; `previous` is the output of the block before. Returns its output,
-    None where the call does not run the block (some nodes skip blocks)."""
+    None where the call does not run the block (some nodes skip blocks). The last block may be the model itself."""
     reached = {}
 
     def stop(_module, _args, output):
@@ -275,7 +275,8 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, with_gram=F
                   loaded=_as_it_is, quantized=None):
     """Yield (block name, {layer name: InputStats}) for each block in turn; the statistics are dropped before the next.
 
-    calls: from recorded_calls; memory: Memory; blocks: [(name, module)] in running order; layers_of(name, block): {name: linear};
+    calls: from recorded_calls; memory: Memory; blocks: [(name, module)] in running order, at the end the model itself if layers outside
+    the others are to be seen too (those are passed over then); layers_of(name, block): {name: linear};
     loaded(name, block): a context in which the block can run; quantized(name, block): one in which it runs in 4 bits, entered after
     the yield, or None: the next block then sees what it gives, not what it gave in 16 bits. A call that does not run every block is
     left out from there on; ValueError where none is left.

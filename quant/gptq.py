@@ -73,13 +73,12 @@ def gptq_round(weight, scales, factor, check=lambda: None):
     """Codes for `weight` under fixed scales that leave less error in the output than rounding to nearest.
 
     weight: (N, K) float32; scales: (G, N); factor: Factor of the layer's inputs; check: called between blocks, to cancel.
-    Returns (N, K) int8.
+    Returns (N, K) int8, -8..7.
     """
     if not scales.any():
         return round_to_nearest(weight, scales)
-    steps = scales.float().t().contiguous()
-    steps = torch.where(steps == 0, torch.ones_like(steps), steps)  # (N, G)
-    inverse = 1 / steps
+    steps = scales.float().t().contiguous()  # (N, G)
+    inverse = torch.where(steps == 0, torch.zeros_like(steps), 1 / steps)  # such a group's codes stand for nothing: all are 0
     groups = (factor.order // GROUP_SIZE).int()
     weight = weight[:, factor.order]
     pending = torch.zeros_like(weight)  # for each column, the sum over the columns done of e_i C_ij

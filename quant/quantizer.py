@@ -106,7 +106,7 @@ class LayerRecord:
     format: str
     rank: int
     error: float  # relative output error on the sample; of the weight itself where no input was seen
-    error_naive: float  # the same for plain rounding to nearest, without smoothing or branch
+    error_naive: float  # the same for plain rounding to nearest, without smoothing, branch or search
     measured_on: str  # "outputs" or "weights"
     smoothing: str
     scales: tuple  # smallest, median and largest magnitude of the group scales, and the share that is negative
@@ -168,20 +168,31 @@ def input_metric(stats, smooth, spec, recipe, notes):
 
     The shift of unsigned columns is left out: what it adds to the output goes into the bias, with the weight's own error.
     """
-    if stats is None or recipe.smooth != "search" or not stats.spans()["absmax"].any():
-        return Metric()  # nothing is known of the inputs, or they are all zero
+    if not knows_inputs(stats, recipe):
+        return Metric()
     energy = (stats.spans()["rms"] / smooth).square()
     if not recipe.needs_gram():
         return Metric(energy)
-    gram, allowed = stats.gram(), None
+    allowed = None
     if recipe.quiet:
         allowed = noise.SHARE * noise.activation_noise(stats.sample(), smooth, spec.unsigned_from)
         energy = energy + allowed
+    return Metric(energy, input_factor(stats, notes, smooth, allowed), allowed)
+
+
+def knows_inputs(stats, recipe):
+    """Whether the codes of a layer can go by its inputs: the recipe is calibrated, and some were seen that are not all zero."""
+    return stats is not None and recipe.smooth == "search" and bool(stats.spans()["absmax"].any())
+
+
+def input_factor(stats, notes, smooth=None, allowed=None):
+    """The gptq.Factor of the inputs, divided by `smooth`, with `allowed` added to their energy. notes: as input_metric."""
+    gram = stats.gram()
     damping = gptq.damping(stats.gram_tokens, len(gram))
     factor = gptq.damped_cholesky(gram, damping, smooth, allowed)
     if factor.damping > damping:
         notes.append(f"The Gram matrix of its inputs is singular; damping was raised from {damping:g} to {factor.damping:g}.")
-    return Metric(energy, factor, allowed)
+    return factor
 
 
 def find_scales(residual, metric, dtype, recipe):
@@ -268,20 +279,47 @@ def fold_shift(bias, tensors, spec):
     return bias - int4.GELU_SHIFT * (packed / smooth)[:, spec.unsigned_from:].sum(dim=-1)
 
 
-def pack_awq(weight, bias, spec):
-    """A W4A16 layer: {parameter name: tensor} as spec.tensors(). weight: (N, K) float32, bias: (N,) float32 or None."""
-    codes, scales, zeros = rounding.awq_round(weight, spec.dtype)
-    tensors = {"weight": int4.pack(codes), "weight_scale": scales, "weight_zeros": zeros}
-    if bias is not None:
-        tensors["bias"] = bias.to(spec.dtype)
+def pack_awq(weight, bias, spec, recipe, stats=None, check=lambda: None, notes=None):
+    """A W4A16 layer; arguments and result as those of pack_svdquant, without a smoothing factor.
+
+    Its inputs are few, a row a picture, and close to each other, so that what the codes get wrong of them can nearly all be made up
+    for. Measured on the small trained FLUX, for prompts and steps that it was not calibrated on: the modulations' outputs are off by
+    1.55 % where the search knows no inputs, 0.80 % where it knows their energy and the bias makes up for the mean, 0.61 % with GPTQ too.
+    """
+    known = knows_inputs(stats, recipe)
+    codes, scales, zeros = rounding.awq_round(weight, spec.dtype, stats.spans()["rms"].square() if known else None)
+    check()
+    if known and recipe.gptq:
+        factor = input_factor(stats, [] if notes is None else notes)
+        target = weight - zeros.float().t().repeat_interleave(int4.GROUP_SIZE, dim=-1)
+        codes = gptq.gptq_round(target, scales, factor, check) - int4.SIGNED_MIN
+    tensors = awq_tensors(codes, scales, zeros, bias, spec)
+    if known and bias is not None:
+        lost = weight - awq_weight(tensors)
+        tensors["bias"] = (bias + torch.mv(lost, stats.sample().mean(dim=0))).to(spec.dtype)
     return tensors
+
+
+def awq_tensors(codes, scales, zeros, bias, spec):
+    """{parameter name: tensor} of a W4A16 layer from what rounding.awq_round gives, and its bias (N,) or None."""
+    tensors = {"weight": int4.pack(codes), "weight_scale": scales, "weight_zeros": zeros}
+    return tensors if bias is None else tensors | {"bias": bias.to(spec.dtype)}
+
+
+def awq_weight(tensors):
+    """(N, K) float32: what a W4A16 layer's tensors stand for."""
+    return reference.dequantize_awq(tensors["weight"], tensors["weight_scale"], tensors["weight_zeros"])
 
 
 def layer_error(weight, bias, tensors, stats, spec):
     """(relative error, "outputs" or "weights") of a packed layer against the 16-bit one."""
     if spec.format == layout.AWQ:
-        packed = reference.dequantize_awq(tensors["weight"], tensors["weight_scale"], tensors["weight_zeros"])
-        return relative_error(packed, weight), "weights"
+        packed = awq_weight(tensors)
+        if stats is None:
+            return relative_error(packed, weight), "weights"
+        x, linear = stats.sample(), torch.nn.functional.linear
+        stored = None if bias is None else tensors["bias"].float()
+        return relative_error(linear(x, packed, stored), linear(x, weight, bias)), "outputs"
     if stats is None:
         smooth = tensors["weight_smooth_factor"].float()
         packed = reference.dequantize_weight(tensors["weight"], tensors["weight_scale"]) / smooth
@@ -334,7 +372,7 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
     check_finite(name, weight, bias, stats)
     with threads_for(weight):
         if spec.format == layout.AWQ:
-            tensors, label = pack_awq(weight, bias, spec), "-"
+            tensors, label = pack_awq(weight, bias, spec, recipe, stats, check, notes), "-"
         else:
             factor, label = choose_smoothing(weight, stats, spec, recipe, check)
             tensors = pack_svdquant(weight, bias, factor, spec, recipe, stats, check, notes)
@@ -344,7 +382,7 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
             raise ValueError(f"Layer {name} does not fit {spec.dtype}: its {overflown[0]} overflows; quantize a bf16 version of "
                              f"the model, or keep the layer in 16 bits with the input exceptions.")
         error, measured_on = layer_error(weight, bias, tensors, stats, spec)
-        naive = error if spec.format == layout.AWQ else naive_error(weight, bias, stats, spec)
+        naive = naive_error(weight, bias, stats, spec)
         spread = scale_statistics(tensors["weight_scale"])
     form, rank, bytes_after = spec.format, spec.rank, spec.nbytes()
     if error > recipe.largest_error:
@@ -356,6 +394,8 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
 
 def naive_error(weight, bias, stats, spec):
     """What layer_error would be under plain rounding: the "before" of the report."""
+    if spec.format == layout.AWQ:
+        return layer_error(weight, bias, awq_tensors(*rounding.awq_plain(weight, spec.dtype), bias, spec), stats, spec)[0]
     plain = replace(spec, rank=0)
     ones = torch.ones(spec.in_features, device=weight.device)
     tensors = pack_svdquant(weight, bias, ones, plain, recipe("naive", MIN_RANK))

@@ -42,53 +42,79 @@ def row_chunks(matrix):
     return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)]
 
 
-def awq_round(weight, dtype):
+def awq_round(weight, dtype, energy=None):
     """Asymmetric codes 0..15 with W ~ (code - 8) * scale + zero, a scale and a zero per row and group of 64: of those that the search
     tries, what leaves a group the least squared error. That the whole range has codes is tried first, so it is never worse.
 
-    weight: (N, K) float32. Returns codes (N, K) int8, scales (G, N) and zeros (G, N) in `dtype`.
+    weight: (N, K) float32; energy: (K,), the mean square of each input, which its errors count by, or None for equal ones.
+    Returns codes (N, K) int8, scales (G, N) and zeros (G, N) in `dtype`.
     """
-    parts = [_awq_search(weight[rows].unflatten(-1, (-1, GROUP_SIZE)), dtype) for rows in row_chunks(weight)]
-    codes, scales, zeros = (torch.cat(part) for part in zip(*parts))
-    return codes, scales.t().contiguous(), zeros.t().contiguous()
+    energy = torch.ones(weight.shape[1], device=weight.device) if energy is None else energy
+    shares = _shares(energy.view(-1, GROUP_SIZE))
+    return _awq_in_chunks(weight, lambda groups: _awq_search(groups, shares, dtype))
 
 
-def _awq_search(groups, dtype):
-    """groups: (N, G, 64). Returns codes (N, K) int8, scales and zeros (N, G): from ranges of several widths, each followed by fits of
-    scale and zero to the codes that came of them."""
+def awq_plain(weight, dtype):
+    """awq_round without a search: codes 0 and 15 are a group's smallest and largest weight."""
+    equal = _shares(torch.ones(weight.shape[1] // GROUP_SIZE, GROUP_SIZE, device=weight.device))
+    return _awq_in_chunks(weight, lambda groups: _awq_codes(groups, equal, *_awq_range(groups, 1.0, dtype))[:-1])
+
+
+def _awq_in_chunks(weight, round_groups):
+    """(codes, scales, zeros) as awq_round has them, from round_groups' (codes (N, G, 64), scales and zeros (N, G)) of some rows."""
+    parts = [round_groups(weight[rows].unflatten(-1, (-1, GROUP_SIZE))) for rows in row_chunks(weight)]
+    codes = torch.cat([part[0].flatten(-2).to(torch.int8) for part in parts])
+    scales, zeros = (torch.cat([part[i] for part in parts]).t().contiguous() for i in (1, 2))
+    return codes, scales, zeros
+
+
+def _shares(energy):
+    """(G, 64): what part of its group's energy each input has; equal parts where the group has none."""
+    total = energy.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, energy / total, 1 / GROUP_SIZE)
+
+
+def _awq_range(groups, width, dtype):
+    """(scale, value of code 0), (N, G) each in `dtype`, of codes over the middle `width` of each group's range."""
     low, high = groups.aminmax(dim=-1)
+    scales = (high - low) * width / UNSIGNED_MAX
+    return scales.to(dtype), ((low + high) / 2 - scales * (UNSIGNED_MAX / 2)).to(dtype)
+
+
+def _awq_search(groups, shares, dtype):
+    """groups: (N, G, 64). Returns codes (N, G, 64), scales and zeros (N, G): from ranges of several widths, each followed by fits of
+    scale and zero to the codes that came of them."""
     best = None
     for width in AWQ_WIDTHS:
-        scales = (high - low) * width / UNSIGNED_MAX
-        lowest = (low + high) / 2 - scales * (UNSIGNED_MAX / 2)
+        scales, lowest = _awq_range(groups, width, torch.float32)
         found = None
         for _ in range(AWQ_FITS):
             if found is not None:
-                scales, lowest = _awq_line(groups, found[0], scales)
-            found = _awq_codes(groups, scales.to(dtype), lowest.to(dtype))
+                scales, lowest = _awq_line(groups, shares, found[0], scales)
+            found = _awq_codes(groups, shares, scales.to(dtype), lowest.to(dtype))
             best = found if best is None else tuple(
                 torch.where((found[-1] < best[-1]).view(*found[-1].shape, *[1] * (new.ndim - 2)), new, old)
                 for new, old in zip(found, best))
-    codes, scales, zeros, _ = best
-    return codes.flatten(-2).to(torch.int8), scales, zeros
+    return best[:-1]
 
 
-def _awq_line(groups, codes, scales):
+def _awq_line(groups, shares, codes, scales):
     """(scale, value of code 0), (N, G) each, of the line through each group's weights over its codes; the scale is the one given where
     all codes are the same."""
-    mean = codes.mean(dim=-1, keepdim=True)
+    mean = (codes * shares).sum(dim=-1, keepdim=True)
     around = codes - mean
-    spread = around.square().sum(dim=-1)
-    scales = torch.where(spread > 0, (around * groups).sum(dim=-1) / spread, scales)
-    return scales, groups.mean(dim=-1) - scales * mean.squeeze(-1)
+    counted = around * shares
+    spread = (counted * around).sum(dim=-1)
+    scales = torch.where(spread > 0, (counted * groups).sum(dim=-1) / spread, scales)
+    return scales, (groups * shares).sum(dim=-1) - scales * mean.squeeze(-1)
 
 
-def _awq_codes(groups, scales, lowest):
+def _awq_codes(groups, shares, scales, lowest):
     """(codes (N, G, 64), scales, zeros, squared error (N, G)) under given scales and values of code 0, which other formats store in
     place of zeros: so both are what 16 bits can hold."""
     zeros = (lowest.float() + 8 * scales.float()).to(scales.dtype)
     steps = torch.where(scales == 0, torch.ones_like(scales), scales).float().unsqueeze(-1)
     stood = zeros.float().unsqueeze(-1)
     codes = (((groups - stood) / steps).round() + 8).clamp_(0, UNSIGNED_MAX)
-    error = ((codes - 8) * scales.float().unsqueeze(-1) + stood - groups).square().sum(dim=-1)
+    error = ((codes - 8) * scales.float().unsqueeze(-1) + stood - groups).square_().mul_(shares).sum(dim=-1)
     return codes, scales, zeros, error

@@ -1,7 +1,6 @@
 """Quantizing a MODEL in the graph: sample with it, stream its blocks, build its 4-bit twin."""
 
 import hashlib
-import itertools
 import logging
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 SOURCE, CARD = "svdquant.source", "svdquant.card"
 MAX_CALLS = 32  # recorded calls of the model, spread over prompts and noise levels
 WEIGHT_COPIES, GRAM_COPIES = 8, 3  # at the peak of quantizer.pack_svdquant
-OUTSIDE = "outside"  # stands for a block's name where layers are in none
+OUTSIDE = "outside"  # stands for a block's name where layers are in none: the block is then the whole model
 NOTHING_ELSE = 2**62  # bytes that ComfyUI is asked to free where everything is to leave the device
 
 
@@ -145,18 +144,21 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept
 
 
 def block_statistics(patcher, calls, blocks, specs, recipe, memory, packed, done):
-    """Yield (block name, {layer: InputStats}) block by block; without calls, and for the blocks that are done, there are none.
+    """Yield (block name, {layer: InputStats}) block by block, last OUTSIDE; without calls, and for those that are done, there are none.
 
     packed: {tensor name: packed tensor}, filled by the caller between the blocks.
     """
-    if not calls:
-        yield from ((name, {}) for name, _ in blocks)
-        return
     model = patcher.model.diffusion_model
+    stages = [*blocks, (OUTSIDE, model)]
+    if not calls:
+        yield from ((name, {}) for name, _ in stages)
+        return
     inside = {module for _, block in blocks for module in block.modules()}
     outside = [(name, module) for name, module in model.named_modules() if module not in inside]
 
     def loaded(name, block):
+        if name == OUTSIDE:
+            return nullcontext()  # what is in no block is on the device all the time
         return on_device(patcher, [(f"{name}.{inner}", module) for inner, module in block.named_modules()])
 
     @contextmanager
@@ -175,11 +177,13 @@ def block_statistics(patcher, calls, blocks, specs, recipe, memory, packed, done
                 setattr(model.get_submodule(parent), child, module)
 
     def layers_of(name, block):
-        return {} if name in done else flux.block_layers(name, block)
+        if name in done:
+            return {}
+        return flux.outer_layers(block) if name == OUTSIDE else flux.block_layers(name, block)
 
     whole = make_room(patcher, working_memory(blocks, recipe.needs_gram()))
     with nullcontext() if whole else on_device(patcher, outside):
-        yield from calibration.stream_blocks(model, calls, memory, blocks, layers_of, recipe.needs_gram(), recipe.tokens,
+        yield from calibration.stream_blocks(model, calls, memory, stages, layers_of, recipe.needs_gram(), recipe.tokens,
                                              quantized=quantized if recipe.propagate == "quantized" else None,
                                              **({} if whole else {"loaded": loaded}))
 
@@ -300,7 +304,7 @@ def _quantize_blocks(patcher, specs, recipe, calls, progress, memory, kept):
     packed, records = {}, []
     # Closed at once when this ends early: it has parts of the MODEL on the device.
     with closing(block_statistics(patcher, calls, blocks, specs, recipe, memory, packed, done)) as stream:
-        for block_name, stats in itertools.chain(stream, [(OUTSIDE, {})]):
+        for block_name, stats in stream:
             if block_name in done:
                 tensors, found = done.pop(block_name)
                 for record in found:

@@ -198,7 +198,8 @@ def interrupted(patcher, folder, at, **inputs):
 
 # Sampling takes four steps, then the blocks' layers follow, ten, three and three, and four outside them.
 @pytest.mark.parametrize(("at", "kept"), [
-    (2, []), (7, ["trajectory"]), (15, ["double_blocks.0", "trajectory"]), (18, ["double_blocks.0", "single_blocks.0", "trajectory"])])
+    (2, []), (7, ["trajectory"]), (15, ["double_blocks.0", "trajectory"]), (18, ["double_blocks.0", "single_blocks.0", "trajectory"]),
+    (22, ["double_blocks.0", "single_blocks.0", "single_blocks.1", "trajectory"])])
 def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(patcher, tmp_path, monkeypatch, expected, at, kept):
     folder = tmp_path / "progress"
     assert interrupted(patcher, folder, at) == kept
@@ -213,7 +214,7 @@ def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(patcher, tmp_path
     assert same(twin, expected)
     assert len(records) == LAYERS and len(progress.texts) == progress.steps
     assert not folder.exists(), "what a finished run has kept goes"
-    done = {"double_blocks.0": 10, "single_blocks.0": 3}
+    done = {"double_blocks.0": 10, "single_blocks.0": 3, "single_blocks.1": 3}
     assert len(layers) == LAYERS - sum(done.get(name, 0) for name in kept)
     assert len(calls) == (4 if "trajectory" in kept else 8), "the sampling is played back without the model"
 

@@ -25,6 +25,9 @@ def test_batches_lengths_and_large_seeds(patcher):
     twin, records = run(patcher, mixed, {"samples": torch.zeros(2, 16, 6, 10)}, seed=2**64 - 1)
     assert torch.isfinite(sample(twin)).all()
     tokens = {record.name: record.tokens for record in records}
+    measured = {record.name: record.measured_on for record in records}
+    for name in ("double_blocks.0.img_mod.lin", "vector_in.out_layer", "final_layer.adaLN_modulation.1"):
+        assert tokens[name] == 2 * 2 * 2 and measured[name] == "outputs", "a row a call and picture"
     assert tokens["double_blocks.0.txt_attn.qkv"] == 2 * 2 * (12 + 1) and tokens["double_blocks.0.img_attn.qkv"] == 2 * 2 * 2 * 15
 
 
@@ -41,20 +44,24 @@ def test_streaming_a_real_flux_sees_what_its_blocks_see(patcher):
                  "transformer_options": {}})
 
     calls, seen = [call(), call()], {}
-    blocks = flux.blocks(model)
-    layers = {name: layer for block_name, block in blocks for name, layer in flux.block_layers(block_name, block).items()}
+    def layers_of(name, block):
+        return flux.outer_layers(block) if name == quantize.OUTSIDE else flux.block_layers(name, block)
+
+    blocks = [*flux.blocks(model), (quantize.OUTSIDE, model)]
+    layers = {name: layer for block_name, block in blocks for name, layer in layers_of(block_name, block).items()}
     hooks = [layer.register_forward_pre_hook(lambda _m, a, name=name: seen.setdefault(name, []).append(a[0].flatten(0, -2).clone()))
              for name, layer in layers.items()]
     for args, kwargs in calls:
         model(*args, **kwargs)
     for hook in hooks:
         hook.remove()
-    for _, stats in calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks, flux.block_layers, with_gram=True):
+    for _, stats in calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks, layers_of, with_gram=True):
         for name, found in stats.items():
-            x = torch.cat(seen[name])
+            x = torch.cat(seen.pop(name))
             assert found.tokens == len(x) and torch.equal(found.spans()["absmax"], x.abs().amax(0)), name
             error = float((found.gram() - x.t() @ x / len(x)).norm() / found.gram().norm())
             assert error < 1e-5, f"{name}: relative error of the Gram matrix {error:.1e}"
+    assert not seen, "every layer was watched"
 
 
 def test_nodes_that_would_go_on_running_the_16_bit_model_are_refused(patcher):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import reference
+from comfyui_svdquant.cuda import int4, reference
 from comfyui_svdquant.quant import gptq, layout, lowrank, quantizer, rounding, scales, smoothing
 from comfyui_svdquant.quant.calibration import InputStats
 from comfyui_svdquant.quant.metrics import relative_error
@@ -95,11 +95,31 @@ def test_awq_is_better_than_the_whole_range_in_every_group(offset):
     steps = scales.float().t().repeat_interleave(64, 1)
     codes = ((w - zeros.float().t().repeat_interleave(64, 1)) / steps).round().add(8).clamp(0, 15)
     plain = (awq_values(w, codes, scales, zeros) - w).unflatten(-1, (-1, 64)).square().sum(-1)
+    least = (awq_values(w, *rounding.awq_plain(w, torch.float16)) - w).unflatten(-1, (-1, 64)).square().sum(-1)
+    assert torch.allclose(least.sum(), plain.sum(), rtol=0.01), "plain rounding is this"
     found = rounding.awq_round(w, torch.float16)
     assert 0 <= found[0].min() and found[0].max() <= 15
     searched = (awq_values(w, *found) - w).unflatten(-1, (-1, 64)).square().sum(-1)
     assert (searched <= plain * 1.0001).all()
     assert searched.sum() < 0.9 * plain.sum(), f"{searched.sum() / plain.sum() - 1:+.1%} squared error"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_awq_by_its_inputs_energy_is_never_worse_than_the_whole_range_and_better_than_without(seed):
+    w, energy = weight(96, 256, seed), tokens(400, 256).square().mean(0)
+    plain, blind, found = ((awq_values(w, *csz) - w).square().mul(energy).unflatten(-1, (-1, 64)).sum(-1) for csz in (
+        rounding.awq_plain(w, torch.bfloat16), rounding.awq_round(w, torch.bfloat16), rounding.awq_round(w, torch.bfloat16, energy)))
+    assert (found <= plain * 1.0001).all()
+    assert found.sum() < 0.8 * blind.sum(), f"{found.sum() / blind.sum() - 1:+.1%} weighted squared error"
+
+
+@pytest.mark.parametrize("dead", [slice(0, 64), slice(10, 20), slice(0, 128)])
+def test_awq_with_dead_inputs_is_finite_and_knows_equal_energies_as_none(dead):
+    w, energy = weight(32, 128), torch.rand(128, generator=torch.Generator().manual_seed(0))
+    energy[dead] = 0
+    assert all(torch.isfinite(tensor).all() for tensor in rounding.awq_round(w, torch.float16, energy))
+    same = rounding.awq_round(w, torch.float16, torch.full((128,), 2.0))
+    assert all(map(torch.equal, same, rounding.awq_round(w, torch.float16)))
 
 
 def test_awq_keeps_constant_groups_and_zeros():
@@ -185,6 +205,17 @@ def test_gptq_on_independent_inputs_is_rounding_to_nearest():
     w = weight(32, 128)
     found = rounding.absmax_scales(w, torch.bfloat16)
     assert torch.equal(gptq.gptq_round(w, found, gptq.damped_cholesky(torch.eye(128), 0.1)), rounding.round_to_nearest(w, found))
+
+
+def test_gptq_gives_codes_without_a_scale_nothing_to_make_up_for():
+    """A group of zeros has the scale 0: whatever its codes, they add nothing."""
+    w, x = 100 * weight(32, 128), correlated_tokens(500, 128)
+    w[:, 64:] = 0
+    found, factor = rounding.absmax_scales(w, torch.bfloat16), gptq.damped_cholesky(x.t() @ x / len(x), 0.1)
+    codes = gptq.gptq_round(w, found, factor)
+    assert not codes[:, 64:].any()
+    nearest = output_error(w, rounding.round_to_nearest(w, found), found, x)
+    assert output_error(w, codes, found, x) < nearest
 
 
 def test_gptq_of_one_row_is_the_textbook_recursion():
@@ -341,12 +372,74 @@ def test_storing_the_branch_in_16_bits_costs_little():
     assert bf16 < 1.05 * f32, f"error {bf16:.5f} in bf16, {f32:.5f} in float32"
 
 
-def test_modulation_layers_are_w4a16():
-    w = weight(96, 128)
-    spec = layout.LayerSpec(layout.AWQ, 128, 96)
-    tensors, record = quantizer.quantize_layer("mod", w, torch.randn(96), None, spec, quantizer.recipe("fast", 16))
+def conditions(times, seed, prompts=8, k=256):
+    """(times * prompts, k) inputs as modulation layers have them: a curve of the time and a few directions of the prompts."""
+    g = torch.Generator().manual_seed(9)
+    curve, directions, mean = torch.randn(8, k, generator=g), torch.randn(6, k, generator=g), torch.randn(k, generator=g)
+    prompt = torch.randn(prompts, 6, generator=torch.Generator().manual_seed(seed)) @ directions / 3
+    waves = torch.linspace(0, 1, times).outer(torch.arange(1.0, 5.0))
+    time = torch.cat((waves.sin(), waves.cos()), dim=1) @ curve / 2
+    return torch.nn.functional.silu(time.unsqueeze(0) + prompt.unsqueeze(1) + mean).flatten(0, 1)
+
+
+def modulation(preset, stats, seed=0, bias=True):
+    """(tensors, record, error of the output for given inputs) of a W4A16 layer under a preset."""
+    w, b = weight(160, 256, seed), torch.randn(160, generator=torch.Generator().manual_seed(seed)) / 10
+    spec = layout.LayerSpec(layout.AWQ, 256, 160, bias=bias)
+    tensors, record = quantizer.quantize_layer("mod", w, b if bias else None, stats, spec, quantizer.recipe(preset, 16))
     assert {part: (tuple(t.shape), t.dtype) for part, t in tensors.items()} == spec.tensors()
-    assert record.error < 0.12, f"relative error of the weight {record.error:.3f}"
+    assert record.format == layout.AWQ and record.bytes_after == spec.nbytes()
+
+    def error(x):
+        y = reference.awq_linear(x, tensors["weight"], tensors["weight_scale"], tensors["weight_zeros"],
+                                 tensors["bias"].float() if bias else None)
+        return relative_error(y, torch.nn.functional.linear(x, w, b if bias else None))
+
+    return tensors, record, error
+
+
+def calls_of(x):
+    """InputStats of calls with one row each."""
+    stats = InputStats(len(x), with_gram=True, tokens_per_input=4)
+    for row in x:
+        stats.add(row.view(1, 1, -1))
+    return stats
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_modulation_layers_are_rounded_for_what_they_see_and_its_like(seed, bias):
+    seen, fresh = conditions(4, 1), conditions(7, 2, prompts=30)
+    blind, fast, best = (modulation(preset, stats, seed, bias) for preset, stats in (
+        ("best", None), ("fast", calls_of(seen)), ("best", calls_of(seen))))
+    told = " ".join(f"{name} {error(seen):.2%} seen, {error(fresh):.2%} fresh;"
+                    for name, (_, _, error) in (("without inputs", blind), ("fast", fast), ("best", best)))
+    assert best[2](seen) < 0.3 * fast[2](seen) and best[2](fresh) < 0.7 * fast[2](fresh), told
+    assert fast[2](seen) < 0.9 * blind[2](seen) and fast[2](fresh) < 0.9 * blind[2](fresh), told
+    for _, record, error in (fast, best):
+        assert record.measured_on == "outputs" and record.tokens == 32
+        assert record.error == pytest.approx(error(seen), rel=1e-3) and record.error < 0.7 * record.error_naive
+
+
+@pytest.mark.parametrize("preset", ["best", "slow", "fast", "data-free", "naive"])
+def test_modulation_layers_without_inputs_are_searched_by_their_weights(preset):
+    w = weight(160, 256)
+    codes, found, zeros = rounding.awq_round(w, torch.bfloat16)
+    plain = relative_error(awq_values(w, *rounding.awq_plain(w, torch.bfloat16)), w)
+    for stats in (None, calls_of(torch.zeros(8, 256))):
+        tensors, record, error = modulation(preset, stats)
+        assert torch.equal(tensors["weight"], int4.pack(codes))
+        assert torch.equal(tensors["weight_scale"], found) and torch.equal(tensors["weight_zeros"], zeros)
+        if stats is None:
+            assert record.measured_on == "weights" and record.error_naive == pytest.approx(plain) and record.error < plain < 0.13
+        else:
+            assert record.measured_on == "outputs" and record.error < 2**-8, "the bias in 16 bits is all there is"
+
+
+@pytest.mark.parametrize("preset", ["best", "fast"])
+def test_modulation_layers_of_the_same_inputs_have_the_same_bytes(preset):
+    first, again = (modulation(preset, calls_of(conditions(4, 1)))[0] for _ in range(2))
+    assert all(torch.equal(first[part], again[part]) for part in first)
 
 
 @pytest.mark.parametrize("preset", ["best", "fast", "data-free"])
