@@ -33,15 +33,18 @@ def kind(record):
 
 
 def warnings(records):
-    """Sentences: what was unusual with a layer, then each one whose error stands out among the layers of its kind, worst first."""
+    """Sentences: what was unusual with a layer, then each one whose error stands out among the layers of its kind, worst first; an
+    error below that of most layers does not."""
     errors = {}
     for record in records:
         errors.setdefault(kind(record), []).append(record.error)
     unusual = [f"{record.name}: {note}" for record in records for note in record.notes]
-    far = [r for r in records if r.error > STANDS_OUT * median(errors[kind(r)]) and len(errors[kind(r)]) > 2]
+    usual = median([record.error for record in records] or [0])
+    far = [r for r in records if r.error > max(usual, STANDS_OUT * median(errors[kind(r)])) and len(errors[kind(r)]) > 2]
     return unusual + [
-        f"{r.name} stands out with an error of {r.error:.1%} (others like it: {median(errors[kind(r)]):.1%}); give it more rank or keep "
-        f"it in 16 bits with the input exceptions." for r in sorted(far, key=lambda r: -r.error)]
+        f"{r.name} stands out with an error of {r.error:.1%} (others like it: {median(errors[kind(r)]):.1%}); "
+        f"{'give it more rank or ' if r.rank else ''}keep it in 16 bits with the input exceptions."
+        for r in sorted(far, key=lambda r: -r.error)]
 
 
 def row(record):

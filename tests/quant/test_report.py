@@ -1,5 +1,6 @@
 """The report: its numbers, its warnings, its picture."""
 
+import dataclasses
 import json
 
 import torch
@@ -20,6 +21,17 @@ def test_a_layer_that_stands_out_is_named_with_a_remedy():
     assert "single_blocks.5.linear1 stands out with an error of 20.0%" in warning and "exceptions" in warning
     assert warning in report.text(bad, quantizer.recipe("best", 32))
     assert json.loads(report.as_json(bad, quantizer.recipe("best", 32)))["warnings"] == [warning]
+
+
+def test_a_modulation_layer_stands_out_where_its_error_is_no_small_one_and_gets_no_advice_on_rank():
+    def modulation(i, error):
+        return dataclasses.replace(record(f"single_blocks.{i}.modulation.lin", error, form=layout.AWQ), rank=0)
+
+    alike = [*RECORDS, *(modulation(i, 0.002) for i in range(5))]
+    assert report.warnings([*alike, modulation(5, 0.006)]) == []
+    (warning,) = report.warnings([*alike, modulation(5, 0.1)])
+    assert "single_blocks.5.modulation.lin stands out" in warning and "rank" not in warning and "16 bits" in warning
+    assert report.warnings([]) == []
 
 
 def test_the_summary_adds_up():
