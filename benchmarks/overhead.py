@@ -47,7 +47,7 @@ def microseconds(run, calls=200, repeats=15):
 
 def overheads():
     """{what: microseconds a call}"""
-    from comfyui_svdquant.cuda import ops
+    from comfyui_svdquant.cuda import group_error, ops, runtime
     from comfyui_svdquant.quant import layout
 
     m, n, k = SMALL
@@ -68,6 +68,11 @@ def overheads():
     linear = torch.nn.Linear(k, n, device="cuda", dtype=torch.bfloat16)
     found["bf16, layer"] = microseconds(lambda: linear(x))
     found["an allocation"] = microseconds(lambda: x.new_empty(1000))
+    stream = torch.cuda.current_stream().cuda_stream
+    free, take = torch.cuda.caching_allocator_delete, torch._C._cuda_cudaCachingAllocator_raw_alloc
+    found["an allocation without a tensor"] = microseconds(lambda: free(take(2000, stream)))
+    launch = runtime.kernel(group_error.SOURCE, group_error.ENTRY, (), x.device).launcher((1,), (group_error.THREADS,), 7)
+    found["a launch"] = microseconds(lambda: launch(0, 0, 0, 0, 0, 0, 1))  # of no groups: it reads nothing
     return found
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import awq, compiler, gemm_mma, gemm_wgmma, quantize, reference, scales
+from . import awq, compiler, gemm_mma, gemm_wgmma, quantize, reference, runtime, scales
 from .images import padded
 from .int4 import GROUP_SIZE
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 INT8_FASTER = (80, 90, 100, 103, 110, 120, 121)
 RANKS = 16  # the kernels' branches have a multiple of this
 ALIGNMENT = 256  # bytes, of each part of a layer's workspace
+PLAIN = Tensor, torch.nn.Parameter
+_dynamo_traces, _dispatch_modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack
 
 
 @functools.cache
@@ -43,18 +45,19 @@ def svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, u
     Arguments as in reference.svdquant_linear. row_scale: (N,) float32, scales.row_scale of the layer, for act_bits 8 on a GPU
     (computed there if it is not given). With act_bits 8 the kernels compute with group scales that are integer multiples of it.
     """
-    run = _svdquant_linear if _plain(x) else _svdquant_op
+    run = _svdquant_linear if plain(x) else _svdquant_op
     return run(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale)
 
 
 def awq_linear(x, weight, weight_scale, weight_zeros, bias):
     """One W4A16 layer, (..., K) -> (..., N) in x.dtype; arguments as in reference.awq_linear."""
-    return (_awq_linear if _plain(x) else _awq_op)(x, weight, weight_scale, weight_zeros, bias)
+    return (_awq_linear if plain(x) else _awq_op)(x, weight, weight_scale, weight_zeros, bias)
 
 
-def _plain(x):
+def plain(x):
     """Whether nobody traces: then the dispatcher, a third of a layer's time on the CPU, has nothing to add."""
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
+    # An export traces with tensors of a class of their own.
+    return type(x) in PLAIN and not _dynamo_traces() and not _dispatch_modes()
 
 
 def _svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale):
@@ -94,13 +97,21 @@ def compute_dtype(dtype, layers, device):
 class _Plan(NamedTuple):
     """The two launches of a layer, and the one allocation for what the first leaves to the second."""
 
-    quantize: Callable  # quantize.launcher's
-    gemm: Callable      # gemm_wgmma.launcher's or gemm_mma.launcher's
-    elements: int       # of 2 bytes; where in them, in bytes:
+    quantize: runtime.Launcher  # quantize.launcher's
+    gemm: runtime.Launcher      # gemm_wgmma.launcher's or gemm_mma.launcher's
+    run: Callable               # both, of VARYING's addresses and those of CONSTANT
+    elements: int               # of 2 bytes; where in them, in bytes:
     act_scale: int
-    low: int            # 0: not there
+    low: int                    # 0: not there
     low_scale: int
-    multiply: bool      # x @ proj_down by cuBLAS first
+    multiply: bool              # x @ proj_down by cuBLAS first, whose product takes proj_down's place
+
+
+VARYING = ("x", "y", "act", "act_scale", "low", "low_scale")  # from call to call of a layer
+CONSTANT = ("proj_down", "weight", "weight_scale", "smooth", "row_scale", "proj_up", "bias")
+QUANTIZE, GEMM = (tuple(map((VARYING + CONSTANT).index, names)) for names in (
+    ("x", "smooth", "proj_down", "act", "act_scale", "low", "low_scale"),
+    ("y", "act", "act_scale", "low", "low_scale", "weight", "weight_scale", "row_scale", "proj_up", "bias")))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -123,7 +134,8 @@ def _plan(m, n, k, rank, stride, unsigned_from, act_bits, dtype, device):
     else:
         kind = gemm_mma.INTEGER if act_bits == 8 else gemm_mma.NIBBLES if codes == quantize.NIBBLES else gemm_mma.BYTES
         second = gemm_mma.launcher(kind, m, n, k, rank, unsigned_from, dtype, device)
-    return _Plan(first, second, size // 2, *places[1:], cut.ranks < rank)
+    run = runtime.chain(len(VARYING + CONSTANT), (first, QUANTIZE), (second, GEMM))
+    return _Plan(first, second, run, size // 2, *places[1:], cut.ranks < rank)
 
 
 def warm_up(layers, device):
@@ -155,7 +167,7 @@ def _wgmma(arch, act_bits, k, unsigned_from):
 
 
 def _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale):
-    """The layer by two launches, as most are: nothing here but what differs from call to call."""
+    """The layer by two launches, as most are."""
     dtype, (*leading, k), (n, rank) = x.dtype, x.shape, proj_up.shape
     m, stride, source = x.numel() // k, k, x.data_ptr()
     if act_bits == 8 and row_scale is None:
@@ -168,21 +180,57 @@ def _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias,
     plan = _plan(m, n, k, rank, stride, unsigned_from, act_bits, dtype, x.device) if readable else None
     if plan is None:
         return _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale)
-    first, second, elements, act_scale, low, low_scale, multiply = plan
-    y, work = x.new_empty((*leading, n)), x.new_empty(elements)
+    y, work = x.new_empty(*leading, n), x.new_empty(plan.elements)  # a size in a tuple takes PyTorch half as long again
     act = work.data_ptr()
-    act_scale += act
-    if low:
-        low += act
-        low_scale += act
-    if multiply:
+    low, low_scale = (act + plan.low, act + plan.low_scale) if plan.low else (0, 0)
+    if plan.multiply:
         proj_down, scale = quantize.multiplied(x.reshape(m, k), proj_down)
-        if scale is not None:
-            low_scale = scale.data_ptr()
-    first(source, smooth.data_ptr(), proj_down.data_ptr(), act, act_scale, low, low_scale)
-    second(y.data_ptr(), act, act_scale, low, low_scale, weight.data_ptr(), weight_scale.data_ptr(),
-           0 if row_scale is None else row_scale.data_ptr(), proj_up.data_ptr(), 0 if bias is None else bias.data_ptr())
+        low_scale = low_scale if scale is None else scale.data_ptr()
+    plan.run(source, y.data_ptr(), act, act + plan.act_scale, low, low_scale,
+             *map(runtime.address, (proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias)))
     return y
+
+
+def repeated(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale):
+    """svdquant_linear for one layer and inputs like x, with everything looked up: again(x, weight_scale, proj_down, addresses), or None
+    where that isn't two launches. The layer's tensors are on x's device; row_scale is given with act_bits 8.
+
+    again takes an x that is plain() and has the same shape, the present tensors of the layer, and the addresses of CONSTANT's. While those
+    are the same, so is the tensors' device: host and devices share one space of addresses. It returns y, or None where anything isn't as
+    it was.
+    """
+    dtype, device, (*leading, k), (n, rank) = x.dtype, x.get_device(), x.shape, proj_up.shape
+    if not kernels_run(x, weight) or weight_scale.dtype != dtype or not x.is_contiguous() or x.data_ptr() % 16:
+        return None
+    m, size = x.numel() // k, (*leading, n)
+    try:
+        plan = _plan(m, n, k, rank, k, unsigned_from, act_bits, dtype, x.device)
+    except compiler.KernelsUnavailable:  # svdquant_linear says so
+        return None
+    if plan is None:
+        return None
+    elements, act_scale, low, low_scale, multiply = plan[3:]
+    there = tuple(map(runtime.address, (proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias)))
+    run = runtime.chain(len(VARYING) + multiply, (plan.quantize, QUANTIZE), (plan.gemm, GEMM), constants=there[multiply:])
+
+    def again(x, weight_scale, proj_down, addresses):
+        source = x.data_ptr()
+        if (addresses != there or x.dtype is not dtype or weight_scale.dtype is not dtype or x.get_device() != device or source % 16
+                or not x.is_contiguous()):
+            return None
+        y, work = x.new_empty(*size), x.new_empty(elements)
+        act = work.data_ptr()
+        if multiply:
+            product, scale = quantize.multiplied(x.view(m, k), proj_down)
+            run(source, y.data_ptr(), act, act + act_scale, act + low, act + low_scale if scale is None else scale.data_ptr(),
+                product.data_ptr())
+        elif low:
+            run(source, y.data_ptr(), act, act + act_scale, act + low, act + low_scale)
+        else:
+            run(source, y.data_ptr(), act, act + act_scale, 0, 0)
+        return y
+
+    return again
 
 
 def _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale):

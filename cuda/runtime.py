@@ -21,8 +21,8 @@ from .compiler import KernelsUnavailable
 
 log = logging.getLogger(__name__)
 
-MOST_ARGUMENTS = 32
 _CONFIG = "=7I4xqqI4x"  # CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, how many of them
+_STREAM = 32  # where in it the stream is
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # ten times as fast as torch.cuda.current_stream
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # torch.cuda.current_device, without the check that CUDA is initialized
 
@@ -67,19 +67,77 @@ def _ensure_context():
 
 
 class _Memory:
-    """A thread's memory for a launch: a CUlaunchConfig, then the kernel's parameters, 8 bytes each.
+    """A thread's memory for the launches of a chain: their CUlaunchConfigs, then the kernels' parameters, 8 bytes each.
 
     Of an int's 8 bytes the driver takes as many as the parameter has: all of a pointer, or the low 4.
     """
 
-    def __init__(self):
-        start = struct.calcsize(_CONFIG)
-        self.bytes = ctypes.create_string_buffer(start + 8 * MOST_ARGUMENTS)
-        address = ctypes.addressof(self.bytes)
-        self.config = ctypes.c_void_p(address)
-        self.pointers = (ctypes.c_void_p * MOST_ARGUMENTS)(*range(address + start, address + start + 8 * MOST_ARGUMENTS, 8))
-        self.parameters = ctypes.c_void_p(ctypes.addressof(self.pointers))
+    __slots__ = ("bytes", "values", "stream", "calls")
+
+    def __init__(self, count, steps, constants):
+        first = count + len(constants)
+        constants = [*constants, *(size for launcher, _ in steps for size in launcher.sizes)]
+        self.values = struct.calcsize(_CONFIG) * len(steps)  # where the chain's ints begin, and after them the constants
+        self.bytes = ctypes.create_string_buffer(self.values + 8 * (count + len(constants)))
+        struct.pack_into(f"={len(constants)}q", self.bytes, self.values + 8 * count, *constants)
+        begin, calls = ctypes.addressof(self.bytes), []
+        for turn, (launcher, places) in enumerate(steps):
+            places = *places, *range(first, first + len(launcher.sizes))
+            first += len(launcher.sizes)
+            config = turn * struct.calcsize(_CONFIG)
+            struct.pack_into(_CONFIG, self.bytes, config, *launcher.head, 0, *launcher.attributes)
+            parameters = (ctypes.c_void_p * len(places))(*(begin + self.values + 8 * place for place in places))
+            calls.append((ctypes.c_void_p(begin + config), launcher.kernel.function, parameters, None))
+        self.stream, self.calls = 0, tuple(calls)
         _ensure_context()
+
+    def turn_to(self, stream):
+        """Most of the time it is the same one."""
+        for turn in range(len(self.calls)):
+            struct.pack_into("=q", self.bytes, turn * struct.calcsize(_CONFIG) + _STREAM, stream)
+        self.stream = stream
+
+
+def chain(count, *steps, constants=()):
+    """A function of `count` ints that launches kernels of one device one after the other, on PyTorch's current stream of that device.
+
+    constants: ints that follow those in every call. steps: (Launcher, which of the ints are its kernel's first arguments).
+    All that doesn't change from call to call is written once a thread.
+    """
+    index, launch, threads = steps[0][0].kernel.index, driver().cuLaunchKernelEx, threading.local()
+    pack = struct.Struct(f"={count}q").pack_into
+
+    def run(*values):
+        if _current_device() != index:
+            with torch.cuda.device(index):
+                return run(*values)
+        try:
+            memory = threads.memory
+        except AttributeError:
+            memory = threads.memory = _Memory(count, steps, constants)
+        if (stream := _raw_stream(index)) != memory.stream:
+            memory.turn_to(stream)
+        pack(memory.bytes, memory.values, *values)
+        for call in memory.calls:
+            if status := launch(*call):
+                _check("cuLaunchKernelEx", status)
+
+    return run
+
+
+class Launcher:
+    """A kernel with its grid, block and last arguments. `launcher(*ints)`, its first ones, launches it."""
+
+    __slots__ = ("kernel", "head", "attributes", "sizes", "run")
+
+    def __init__(self, kernel, grid, block, count, sizes, pdl):
+        self.kernel, self.sizes = kernel, sizes
+        self.head = (*grid, 1, 1)[:3] + (*block, 1, 1)[:3] + (kernel.shared,)
+        self.attributes = (ctypes.addressof(_PDL), 1) if pdl and kernel.dependent else (0, 0)
+        self.run = chain(count, (self, range(count)))
+
+    def __call__(self, *values):
+        self.run(*values)
 
 
 def address(tensor):
@@ -87,14 +145,11 @@ def address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-_threads = threading.local()
-
-
 class Kernel:
     """A kernel on one device. `kernel(grid, block, *args)` launches it on PyTorch's current stream of that device.
 
     args: tensors on the device (their addresses), None (a null pointer) and ints.
-    A launch allocates nothing and waits for nothing, so that CUDA graphs can record it.
+    A launch allocates nothing on the device and waits for nothing, so that CUDA graphs can record it.
     """
 
     __slots__ = ("function", "index", "shared", "dependent", "owner")
@@ -121,29 +176,12 @@ class Kernel:
         return count.value
 
     def launcher(self, grid, block, count, sizes=(), pdl=False):
-        """A function of the kernel's first `count` arguments, ints, that launches it: for one shape many times.
+        """A Launcher: a function of the kernel's first `count` arguments, ints, for one shape many times.
 
         sizes: the arguments that follow, ints.
         pdl: let it start while the kernel before it ends. The kernel must then wait_for_previous_grid() (common.cuh).
         """
-        head = (*grid, 1, 1)[:3] + (*block, 1, 1)[:3] + (self.shared,)
-        attributes = (ctypes.addressof(_PDL), 1) if pdl and self.dependent else (0, 0)
-        pack = struct.Struct(f"{_CONFIG}{count + len(sizes)}q").pack_into
-        launch, function, index, threads = driver().cuLaunchKernelEx, self.function, self.index, _threads
-
-        def run(*values):
-            if _current_device() != index:
-                with torch.cuda.device(index):
-                    return run(*values)
-            try:
-                memory = threads.memory
-            except AttributeError:
-                memory = threads.memory = _Memory()
-            pack(memory.bytes, 0, *head, _raw_stream(index), *attributes, *values, *sizes)
-            if status := launch(memory.config, function, memory.parameters, None):
-                _check("cuLaunchKernelEx", status)
-
-        return run
+        return Launcher(self, grid, block, count, sizes, pdl)
 
 
 # --- From the source -------------------------------------------------------------------------------------------------

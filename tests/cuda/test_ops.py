@@ -4,6 +4,7 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import int4, ops, reference
 
+from .launches import addresses, aligned, recorded
 from .layers import random_input, random_layer
 
 
@@ -34,3 +35,71 @@ def test_one_graph_under_torch_compile():
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), model(x))
+
+
+def test_nobody_is_passed_by():
+    """Whoever traces sees the op and not what is in it: torch.export, and modes of the dispatcher."""
+    layer, x = random_layer(96, 128, 16), random_input(5, 128)
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return ops.svdquant_linear(x, *layer.args(), 4)
+
+    for strict in (True, False):
+        program = torch.export.export(Model(), (x,), strict=strict)
+        assert sum("svdquant.linear" in str(node.target) for node in program.graph.nodes) == 1
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Mode():
+        Model()(x)
+    assert "svdquant.linear.default" in seen
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("rank", [0, 32, 128])
+def test_what_the_kernels_get(monkeypatch, rank, act_bits):
+    """The addresses of everything, by the first call and by one that repeats it; each part of the workspace where no other is."""
+    m, n, k = 37, 208, 256
+    layer, row_scale = random_layer(n, k, rank, bias=rank != 32), torch.rand(n) if act_bits == 8 else None
+    x = aligned(random_input(m, k, torch.bfloat16)).view(1, m, k)
+    weight, weight_scale, proj_down, proj_up, smooth, bias, _ = layer.args()
+    constant = addresses(weight=weight, weight_scale=weight_scale, smooth=smooth, row_scale=row_scale, proj_up=proj_up, bias=bias,
+                         proj_down=proj_down)
+    with recorded(monkeypatch) as calls:
+        y = [ops.svdquant_linear(x, *layer.args(), act_bits, row_scale)]
+        again = ops.repeated(x, *layer.args(), act_bits, row_scale)
+        y.append(again(x, weight_scale, proj_down, tuple(constant[name] for name in ops.CONSTANT)))
+        assert len(calls) == 2
+    for call, out in zip(calls, y):
+        assert out.shape == (1, m, n) and out.dtype == x.dtype
+        if rank == 128:  # cuBLAS multiplies
+            assert call.pop("proj_down") != proj_down.data_ptr()
+        assert call.items() >= {name: constant[name] for name in call.keys() & constant.keys()}.items()
+        assert call["x"] == x.data_ptr() and call["y"] == out.data_ptr()
+        assert call["act_scale"] >= call["act"] + 48 * k and (call["low"] != 0) is (call["low_scale"] != 0) is (rank > 0)
+        if rank:
+            assert call["low"] >= call["act_scale"] + 4 * 48 * (2 if act_bits == 8 else k // 64)
+            assert call["low_scale"] >= call["low"] + 2 * 48 * rank
+
+
+def test_when_a_call_is_not_the_same_again(monkeypatch):
+    layer, x = random_layer(208, 256, 32), aligned(random_input(37, 256, torch.bfloat16))
+    weight, weight_scale, proj_down, proj_up, smooth, bias, _ = layer.args()
+    there = tuple(addresses(proj_down=proj_down, weight=weight, weight_scale=weight_scale, smooth=smooth, row_scale=None, proj_up=proj_up,
+                            bias=bias)[name] for name in ops.CONSTANT)
+    with recorded(monkeypatch) as calls:
+        again = ops.repeated(x, *layer.args(), 4, None)
+        assert again(x, weight_scale, proj_down, there) is not None and len(calls) == 1
+        for place in range(len(there)):
+            moved = (*there[:place], there[place] + 64, *there[place + 1:])
+            assert again(x, weight_scale, proj_down, moved) is None
+        for other in (x.half(), x.float(), x.t().contiguous().t(), aligned(torch.cat((x, x)).flatten())[1:37 * 256 + 1].view(37, 256)):
+            assert again(other, weight_scale, proj_down, there) is None
+            assert ops.repeated(other, *layer.args(), 4, None) is None
+        assert again(x, weight_scale.half(), proj_down, there) is None
+        assert len(calls) == 1

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from comfyui_svdquant.cuda import int4, ops, reference, runtime, scales
+from comfyui_svdquant.quant import layout, linear
 
 from .layers import random_input, random_layer, relative_error
 
@@ -96,6 +97,118 @@ def test_in_threads_with_streams_of_their_own(act_bits):
         thread.join()
     for i in range(4):
         assert len(results[i]) == 20 and all(map(torch.equal, results[i], expected[i])), f"thread {i}"
+
+
+def module_of(n, k, rank, act_bits, seed=0):
+    """An SVDQuantLinear with integer_layer's tensors."""
+    module, layer = linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, k, n, rank, k), "cuda"), integer_layer(n, k, rank, seed=seed)
+    for name, tensor in zip(("weight", "weight_scale", "weight_proj_down", "weight_proj_up", "weight_smooth_factor", "bias"), layer.args()):
+        getattr(module, name).data.copy_(tensor)
+    module.act_bits = act_bits
+    return module
+
+
+def by_the_op(module, x):
+    """What a layer gives that remembers nothing."""
+    p = {name: None if p is None else p.cuda() for name, p in module._parameters.items()}
+    return ops.svdquant_linear(x, p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"],
+                               p["bias"], module.spec.unsigned_from, module.act_bits)
+
+
+def other_tensors(module):
+    for name, p in module_of(192, 256, module.spec.rank, 8, seed=5)._parameters.items():
+        setattr(module, name, p)
+
+
+def other_values(module):
+    module.load_state_dict(module_of(192, 256, module.spec.rank, 8, seed=6).state_dict())
+
+
+def one_offloaded(module):
+    module.weight.data = module.weight.data.cpu()
+
+
+CHANGES = [other_tensors, other_values, one_offloaded, lambda module: module.cpu(), lambda module: module.cpu().cuda(),
+           lambda module: setattr(module, "act_bits", 12 - module.act_bits)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("rank", [32, 128])
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_a_layer_that_changes_between_two_calls(act_bits, rank, change):
+    module = module_of(192, 256, rank, act_bits)
+    inputs = [random_input(m, 256, torch.bfloat16, seed=m).cuda() for m in (70, 33)]
+    kept = [[module(x) for x in inputs] for _ in range(3)]
+    expected = [by_the_op(module, x) for x in inputs]
+    assert all(map(torch.equal, kept[0] + kept[2], expected * 2))
+    change(module)
+    filler = [torch.full((1 << 16,), 0x7FC0, dtype=torch.int16, device="cuda") for _ in range(64)]  # NaN where freed memory was
+    for _ in range(3):
+        assert all(torch.equal(module(x), by_the_op(module, x)) for x in inputs)
+    assert all(map(torch.equal, kept[0] + kept[1] + kept[2], expected * 3)), "what was given out has changed"
+    del filler
+    half, x = inputs[0].float(), torch.zeros(70, 512, dtype=torch.bfloat16, device="cuda")
+    x[:, 128:384] = inputs[0]
+    assert torch.equal(module(half), by_the_op(module, half)) and torch.equal(module(x[:, 128:384]), module(inputs[0]))
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_one_layer_in_threads(act_bits):
+    """They share what the layer remembers, not the memory of a launch; each has a stream and two shapes."""
+    def work(i):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream), torch.inference_mode():
+            for turn in range(100):
+                x = inputs[i][turn % 2] * 2 ** (turn % 5)
+                results[i].append(module(x))
+        stream.synchronize()
+
+    module = module_of(192, 256, 32, act_bits)
+    inputs = [[random_input(m + i, 256, torch.bfloat16, seed=i).cuda() for m in (16, 64)] for i in range(4)]
+    expected = [[by_the_op(module, pair[turn % 2] * 2 ** (turn % 5)) for turn in range(10)] for pair in inputs]
+    torch.cuda.synchronize()
+    results = [[] for _ in inputs]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        assert len(results[i]) == 100 and all(torch.equal(y, expected[i][turn % 10]) for turn, y in enumerate(results[i])), f"thread {i}"
+
+
+@pytest.mark.parametrize("rank", [32, 128])
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_a_layer_in_cuda_graphs_and_compiled(act_bits, rank):
+    """A layer that has run before, recorded twice, replayed while it runs outside as well."""
+    module = module_of(192, 256, rank, act_bits)
+    with torch.inference_mode():
+        x = random_input(70, 256, torch.bfloat16).cuda()
+        expected = module(x)
+        assert torch.equal(module(x), expected)
+        recorded = []
+        for _ in range(2):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                recorded.append((graph, module(module(x)[:, :192].repeat(1, 2)[:, :256].contiguous())))
+        outside = module(expected.repeat(1, 2)[:, :256].contiguous())
+        for graph, y in recorded:
+            y.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(module(x), expected) and torch.equal(y, outside)
+        assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_layer_on_another_device_than_the_current():
+    module, x = module_of(192, 256, 32, 8), random_input(70, 256, torch.bfloat16).cuda()
+    expected = module(x)
+    module.to("cuda:1")
+    for _ in range(3):
+        y = module(x.to("cuda:1"))
+        assert y.device == torch.device("cuda", 1) and torch.equal(y.cpu(), expected.cpu())
+        assert torch.equal(module(x), expected), "brought to the input"
+    assert torch.cuda.current_device() == 0
 
 
 def test_warm_up():

@@ -144,7 +144,6 @@ def launches(monkeypatch):
     monkeypatch.setattr(runtime, "driver", lambda: driver)
     monkeypatch.setattr(runtime, "_current_device", lambda: 0)
     monkeypatch.setattr(runtime, "_raw_stream", lambda index: 0x1234)
-    monkeypatch.setattr(runtime, "_threads", threading.local())
     return runtime.Kernel(0x77, 0, 1024, dependent=True), driver
 
 
@@ -179,6 +178,43 @@ def test_who_knows_dependent_launches(launches, monkeypatch, version, arch, expe
     assert runtime._knows_dependent_launches.__wrapped__(0) is expected
 
 
+def test_a_chain(launches, monkeypatch):
+    """Two kernels that share ints, each with its own grid and constants; what changes is the ints and the stream."""
+    kernel, driver = launches
+    other = runtime.Kernel(0x88, 0, 0, dependent=True)
+    first, second = kernel.launcher((2, 3), (64,), 3, (-7, 8)), other.launcher((9,), (32,), 4, (6,), pdl=True)
+    run = runtime.chain(4, (first, (0, 2, 3)), (second, (3, 1, 2, 0)))
+    driver.parameters = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    for stream, ints in ((0x1234, (10, 11, 12, 13)), (0x5678, (1 << 50, 21, 22, 23)), (0x5678, (30, 31, 32, 33))):
+        monkeypatch.setattr(runtime, "_raw_stream", lambda index: stream)
+        run(*ints)
+        a, b, c, d = ints
+        assert [call[:2] + call[3:] for call in driver.calls] == [
+            ([2, 3, 1, 64, 1, 1, 1024], stream, 0x77, [a, c, d, -7, 8]),
+            ([9, 1, 1, 32, 1, 1, 0], stream, 0x88, [d, b, c, a & 0x7FFFFFFF, 6])]
+        assert [len(call[2]) for call in driver.calls] == [0, 72]
+        driver.calls.clear()
+
+
+def test_on_another_device(launches, monkeypatch):
+    """PyTorch's current device is the kernel's while it is launched, and its stream that device's."""
+    kernel, driver = launches
+    kernel.index, current = 3, [0]
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(runtime, "_current_device", lambda: current[-1])
+    monkeypatch.setattr(runtime, "_raw_stream", lambda index: 0x1000 * current[-1] + index)
+    kernel((1,), (32,), 1, 2, 3, 4, 5)
+    (_, stream, _, _, values), = driver.calls
+    assert stream == 0x3003 and values == [1, 2, 3, 4, 5] and current == [0]
+
+
 def test_a_launch_that_fails(launches):
     kernel, driver = launches
     driver.status = 1
@@ -206,8 +242,9 @@ def test_a_thread_without_a_context(launches, monkeypatch):
     monkeypatch.setattr(driver, "cuCtxGetCurrent", lambda context: 0)
     driver.cuDevicePrimaryCtxRetain = lambda context, device: made.append(("retained", device)) or 0
     driver.cuCtxSetCurrent = lambda context: made.append("current") or 0
+    run = kernel.launcher((1,), (32,), 5)
     for _ in range(2):
-        kernel((1,), (32,), 0, 0, 0, 0, 0)
+        run(0, 0, 0, 0, 0)
     assert made == [("retained", 0), "current"]
     driver.cuOccupancyMaxActiveClusters = lambda count, function, config: clusters.append(len(made)) or 0
     kernel.active_clusters(8, 512)

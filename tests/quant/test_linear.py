@@ -1,7 +1,30 @@
 """The packed layers apart from any model: where their parameters are looked for, and what a warm-up asks for."""
 
+import copy
+import pickle
+
+import pytest
 import torch
+from comfyui_svdquant.cuda import ops, reference, scales
 from comfyui_svdquant.quant import layout, linear
+
+from ..cuda.launches import addresses, aligned, recorded
+
+NAMES = {"weight": "weight", "weight_scale": "weight_scale", "weight_proj_down": "proj_down", "weight_proj_up": "proj_up",
+         "weight_smooth_factor": "smooth", "bias": "bias"}  # of the parameters, of the op's arguments
+
+
+def filled(module):
+    for p in module.parameters():
+        p.data.copy_(torch.randint(-8, 8, p.shape) if p.dtype == torch.int8 else torch.rand(p.shape) + 0.5)
+    return module
+
+
+@pytest.fixture
+def module():
+    made = filled(linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, 256, 208, 32, 256), "cpu"))
+    made.act_bits = 4
+    return made
 
 
 def test_parameters_that_are_there_are_not_touched():
@@ -30,3 +53,120 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch):
     assert layers == [(70, 64, 128, 16, 128, 8, torch.bfloat16), (5, 64, 128, 16, 128, 8, torch.bfloat16),
                       (70, 64, 256, 16, 128, 8, torch.bfloat16), (5, 64, 256, 16, 128, 8, torch.bfloat16),
                       (1, 192, 128, 0, 128, None, torch.bfloat16)]
+
+
+def present(module):
+    return addresses(**{NAMES[name]: p for name, p in module._parameters.items()})
+
+
+def replaced(module, name):
+    setattr(module, name, torch.nn.Parameter(getattr(module, name).clone(), requires_grad=False))
+
+
+def moved(module, name):
+    p = getattr(module, name)
+    p.data = p.data.clone()
+
+
+@pytest.mark.parametrize("change", [replaced, moved])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernels_get_the_present_parameters(module, monkeypatch, name, change):
+    x, old = aligned(torch.randn(5, 256).bfloat16()), []
+    with recorded(monkeypatch) as calls:
+        for turn in range(6):
+            if turn == 3:
+                old.append(getattr(module, name).data)  # so that its address is not used again
+                before = present(module)
+                change(module, name)
+                assert present(module) != before
+            y = module(x)
+            assert len(calls) == turn + 1 and calls[-1].items() >= present(module).items()
+            assert calls[-1]["y"] == y.data_ptr() and calls[-1]["x"] == x.data_ptr()
+
+
+def test_the_second_call_looks_nothing_up(module, monkeypatch):
+    """Neither for the same shape nor for those seen before; settings, side branches and patches of the bias are looked at."""
+    general, op = [], ops.svdquant_linear
+    monkeypatch.setattr(ops, "svdquant_linear", lambda *args: general.append(args) or op(*args))
+    one, two = (aligned(torch.randn(m, 256).bfloat16()) for m in (5, 6))
+
+    def generals(x):
+        before = len(general)
+        assert module(x).shape == (*x.shape[:-1], 208)
+        return len(general) - before
+
+    with recorded(monkeypatch) as calls:
+        assert [generals(x) for x in (one, two, one, two, one[None])] == [1, 1, 0, 0, 1]
+        module.act_bits = 8
+        assert [generals(one), generals(one)] == [1, 0]
+        module.act_bits = 4
+        assert [generals(one), generals(one)] == [1, 0]
+        module.side, added = torch.nn.Module(), []
+        module.side.gain, module.side.add = None, lambda y, x: added.append(y) or y
+        assert generals(one) == 0 and added.pop().shape == (5, 208)
+        module.side.gain, module.side.fold = torch.ones(208), torch.zeros(208)
+        assert [generals(one), generals(one)] == [1, 1] and len(added) == 2
+        module.side = None
+        assert generals(one) == 0 and len(added) == 2
+        module.bias_function = [torch.neg]
+        assert generals(one) == 1
+        module.bias_function = []
+        assert [generals(one), generals(one[:, :].float()), generals(one)] == [0, 1, 0]
+        for m in range(20, 20 + 2 * linear.SHAPES):
+            module(aligned(torch.randn(m, 256).bfloat16()))
+        assert len(module._repeated) <= linear.SHAPES
+        assert len(calls) == 17 - 1 + 2 * linear.SHAPES  # one was float32, for which they are launched one by one
+
+
+def test_copies_are_layers_of_their_own(module, monkeypatch):
+    """Of a layer that has run: by copy, and in a file."""
+    x = aligned(torch.randn(5, 256).bfloat16())
+    with recorded(monkeypatch) as calls:
+        module(x)
+        module.row_scale(module.weight_scale)
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert other._row_scale is None and not other._repeated and module._repeated
+            for _ in range(2):
+                other(x)
+                assert calls[-1].items() >= present(other).items() and present(other) != present(module)
+
+
+def test_row_scale_is_that_of_the_present_scales(module, monkeypatch):
+    """Found once for a parameter, however it is moved; anew for another one and for other contents."""
+    found = []
+    monkeypatch.setattr(linear.scales, "row_scale", lambda s, real=scales.row_scale: found.append(s) or real(s))
+
+    def fresh():
+        before = len(found)
+        value = module.row_scale(module.weight_scale)
+        assert torch.equal(value, found[-1].float().abs().amax(dim=0) * 0 + value)
+        return len(found) - before, value
+
+    assert fresh()[0] == 1 and fresh()[0] == 0
+    moved(module, "weight_scale")
+    assert fresh()[0] == 0
+    module.load_state_dict({name: 2 * p if name == "weight_scale" else p for name, p in module.state_dict().items()})
+    assert fresh()[0] == 1
+    module.weight_scale = torch.nn.Parameter(4 * module.weight_scale.data, requires_grad=False)
+    assert fresh()[0] == 1 and fresh()[0] == 0
+    assert torch.equal(fresh()[1], scales.row_scale(module.weight_scale))
+
+
+def test_made_in_inference_mode():
+    """As ComfyUI loads models: PyTorch doesn't count the writes to such parameters."""
+    with torch.inference_mode():
+        module = filled(linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, 256, 208, 32, 256), "cpu"))
+        first = module.row_scale(module.weight_scale)
+        assert module.row_scale(module.weight_scale) is first
+        replaced(module, "weight_scale")
+        assert module.row_scale(module.weight_scale) is not first
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_one_graph_under_torch_compile(module, act_bits):
+    module.act_bits, x = act_bits, torch.randn(5, 256).bfloat16()
+    expected = module(x)
+    module.row_scale(module.weight_scale)
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
+    args = {argument: module._parameters[name] for name, argument in NAMES.items()}
+    assert torch.equal(expected, reference.svdquant_linear(x, unsigned_from=256, act_bits=act_bits, **args))
