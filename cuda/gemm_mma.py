@@ -81,10 +81,10 @@ def choose_tile(mode, number, sms, m, n):
     return min(tiles_of(mode, number), key=time)
 
 
-def defines_of(mode, tile, number, half, turing=None):
+def defines_of(mode, tile, number, half, turing=None, gelu=False):
     stages = 2 if turing else tile.stages(mode, number)
     defines = (("MODE", mode), ("HALF", int(half)), ("ROW_WARPS", tile.row_warps), ("TOKEN_WARPS", tile.token_warps),
-               ("TILES", tile.tiles), ("STAGES", stages), ("SHARED_BYTES", tile.shared_bytes(mode, stages)))
+               ("TILES", tile.tiles), ("STAGES", stages), ("SHARED_BYTES", tile.shared_bytes(mode, stages)), ("GELU", int(gelu)))
     return defines if turing is None else (*defines, ("TURING", int(turing)))
 
 
@@ -92,37 +92,42 @@ def variants(arch):
     """Every (source, entry, defines) that can be launched on `arch`, such as "sm_89"."""
     number = compiler.arch_number(arch)
     modes = (BYTES,) if number == 90 else (INTEGER, NIBBLES if number in NATIVE_INT4 else BYTES)  # 90's int8 is gemm_wgmma
-    return [(SOURCE, ENTRY, defines_of(mode, tile, number, half))
-            for mode in modes for tile in tiles_of(mode, number) for half in ((True,) if number == 75 else (False, True))]
+    return [(SOURCE, ENTRY, defines_of(mode, tile, number, half, gelu=gelu)) for mode in modes for tile in tiles_of(mode, number)
+            for half in ((True,) if number == 75 else (False, True)) for gelu in (False, True)]
 
 
 @functools.lru_cache(maxsize=1024)
-def launcher(kind, m, n, k, rank, unsigned_from, dtype, device, tile=None, turing=None):
-    """A function of the addresses of (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)."""
+def launcher(kind, m, n, k, rank, unsigned_from, dtype, device, tile=None, turing=None, gelu_from=None):
+    """A function of the addresses of (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias).
+
+    gelu_from: y's column from which on it is gelu(y), a multiple of 64; None: nowhere.
+    """
+    gelu = gelu_from is not None
     number = compiler.arch_number(compiler.architecture(device))
     tile = tile or choose_tile(kind, number, compiler.multiprocessors(device), m, n)
-    defines = defines_of(kind, tile, number, dtype == torch.float16, turing)
+    defines = defines_of(kind, tile, number, dtype == torch.float16, turing, gelu)
     kernel = runtime.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
     grid = -(-m // tile.tokens) * -(-n // tile.rows)
-    return kernel.launcher((grid,), (tile.threads,), 10, (m, n, k, rank, unsigned_from))
+    return kernel.launcher((grid,), (tile.threads,), 10, (m, n, k, rank, unsigned_from, *((gelu_from,) if gelu else ())))
 
 
 def gemm(mode, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias, unsigned_from, m,
-         tile=None, turing=None):
+         tile=None, turing=None, gelu_from=None):
     """The layer's output from its quantized activation.
 
     mode: "int8" or "int4"; act: its image (images.py), int4's with 64 bytes a row through 4-bit MMAs, with 128 through int8's;
     act_scale: (2, Mp) for int8, (K / 64, Mp) for int4, float32; low: (rank blocks, Mp, 32) and low_scale: (Mp,), or None at rank 0;
     weight: (N, K / 2) int8; weight_scale: (K / 64, N); row_scale: (N,) float32 for int8, else None; proj_up: (N, R); bias: (N,) or None.
-    Mp is M padded to 16. tile and turing are the tests' choice of a path. Returns (M, N) in weight_scale's dtype.
+    Mp is M padded to 16. tile and turing are the tests' choice of a path; gelu_from: as in launcher. Returns (M, N) in weight_scale's
+    dtype.
     """
     y = torch.empty(m, weight.shape[0], dtype=weight_scale.dtype, device=weight.device)
-    launch(y, mode, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias, unsigned_from, tile, turing)
+    launch(y, mode, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias, unsigned_from, tile, turing, gelu_from)
     return y
 
 
 def launch(y, mode, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias, unsigned_from,
-           tile=None, turing=None):
+           tile=None, turing=None, gelu_from=None):
     """As gemm, into y (M, N)."""
     (m, n), k, rank = y.shape, 2 * weight.shape[1], proj_up.shape[1]
     if m == 0:
@@ -138,5 +143,5 @@ def launch(y, mode, act, act_scale, low, low_scale, weight, weight_scale, row_sc
                          f"got {tuple(act.shape)} and {tuple(act_scale.shape)}.")
     if n * k >= 1 << 33:
         raise ValueError(f"A layer of {n} x {k} has more bytes than the GEMM's 32-bit offsets reach.")
-    run = launcher(kind, m, n, k, rank, unsigned_from, y.dtype, weight.device, tile, turing)
+    run = launcher(kind, m, n, k, rank, unsigned_from, y.dtype, weight.device, tile, turing, gelu_from)
     run(*map(runtime.address, (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)))

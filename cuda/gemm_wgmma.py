@@ -15,17 +15,18 @@ STAGES = {(192, 192, 1): 5, (192, 128, 1): 6, (192, 64, 1): 9, (128, 256, 1): 5,
           (192, 128, 2): 5, (192, 64, 2): 8, (128, 128, 2): 7, (128, 64, 2): 10}
 
 
-def _defines(tile, dtype):
+def _defines(tile, dtype, gelu):
     rows, tokens, split = tile
     return (("HALF", int(dtype == torch.float16)), ("ROWS", rows), ("TOKENS", tokens), ("STAGES", STAGES[tile]), ("CLUSTER", PAIR // split),
-            ("SPLIT", split))
+            ("SPLIT", split), ("GELU", int(gelu)))
 
 
 def variants(arch):
     """[(source, entry, defines)] of all that may be asked for on `arch`."""
     if arch not in ARCHITECTURES:
         return []
-    return [(SOURCE, ENTRY, _defines(tile, dtype)) for tile in STAGES for dtype in (torch.bfloat16, torch.float16)]
+    return [(SOURCE, ENTRY, _defines(tile, dtype, gelu))
+            for tile in STAGES for dtype in (torch.bfloat16, torch.float16) for gelu in (False, True)]
 
 
 def shared_bytes(tile):
@@ -61,20 +62,22 @@ def choose_tile(m, n, k, sms, divisible):
 
 
 @functools.lru_cache(maxsize=1024)
-def launcher(m, n, k, rank, unsigned_from, dtype, device, tile=None, pdl=False):
+def launcher(m, n, k, rank, unsigned_from, dtype, device, tile=None, pdl=False, gelu_from=None):
     """A function of the addresses of (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias).
 
     pdl: it may start while the kernel before it ends, which must not be one that writes the layer's own tensors.
+    gelu_from: y's column from which on it is gelu(y), a multiple of 64; None: nowhere.
     """
+    gelu = gelu_from is not None
     sms = compiler.multiprocessors(device)
     border = unsigned_from // images.BLOCK if 0 < unsigned_from < k else 0
     divisible = k > images.BLOCK and not border  # the first part's sum is rounded as a whole
     tile = tile or choose_tile(m, n, k, sms, divisible)
     if not divisible:
         tile = *tile[:2], 1
-    kernel = runtime.kernel(SOURCE, ENTRY, _defines(tile, dtype), device, shared_bytes(tile))
+    kernel = runtime.kernel(SOURCE, ENTRY, _defines(tile, dtype, gelu), device, shared_bytes(tile))
     clusters = min(sms // PAIR, count_tiles(tile, m, n))
-    sizes = m, images.padded(m, images.ROWS), n, k, rank, border, int(unsigned_from < k)
+    sizes = m, images.padded(m, images.ROWS), n, k, rank, border, int(unsigned_from < k), *((gelu_from,) if gelu else ())
     return kernel.launcher((PAIR * clusters,), (2 * tile[0] + 128,), 10, sizes, pdl)
 
 
@@ -83,17 +86,18 @@ def takes(k, unsigned_from):
     return unsigned_from == k or unsigned_from % images.BLOCK == 0
 
 
-def gemm(act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias, unsigned_from, m, out=None, tile=None):
+def gemm(act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias, unsigned_from, m, out=None, tile=None,
+         gelu_from=None):
     """y (m, N) in weight_scale's dtype.
 
     act: (blocks, padded m, 128) int8 in INTEGER order; act_scale: (2, padded m) float32; low, low_scale: the branch's image and its
     rows' factors, or None; weight: (N, K/2); weight_scale: (G, N); row_scale: (N,) float32 (scales.py); proj_up: (N, R);
-    bias: (N,) or None. tile: in place of the chosen one. All tensors begin at a multiple of 16 bytes.
+    bias: (N,) or None. tile: in place of the chosen one; gelu_from: as in launcher. All tensors begin at a multiple of 16 bytes.
     """
     n, k, rank = weight.shape[0], 2 * weight.shape[1], proj_up.shape[1]
     if rank > MAX_RANK:
         raise ValueError(f"the branch has rank {rank}; at most {MAX_RANK} ranks are fused")
     y = torch.empty(m, n, dtype=weight_scale.dtype, device=act.device) if out is None else out
-    launch = launcher(m, n, k, rank, unsigned_from, y.dtype, act.device, tile)
+    launch = launcher(m, n, k, rank, unsigned_from, y.dtype, act.device, tile, gelu_from=gelu_from)
     launch(*map(runtime.address, (y, act, act_scale, low, low_scale, weight, weight_scale, row_scale, proj_up, bias)))
     return y

@@ -29,6 +29,7 @@
 // 4 sums of an MMA, and one rounding a group.
 
 #include "common.cuh"
+#include "gelu.cuh"
 #include "imma.cuh"
 
 #define INTEGER 0
@@ -226,7 +227,11 @@ gemm(u16* __restrict__ y,                   // (m, n)
      const u8* __restrict__ proj_up,        // (n, rank) of 16-bit numbers
      const u16* __restrict__ bias,          // (n) or null
      int m, int n, int k, int rank,
-     int unsigned_from) {                   // the second part of the columns, unsigned codes in int4; k where there is none
+     int unsigned_from                      // the second part of the columns, unsigned codes in int4; k where there is none
+#if GELU
+     , int gelu_from                        // y's column, a multiple of 64, from which on it is gelu(y)
+#endif
+    ) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 shared = shared_address(memory);
   float* const tables = (float*)(memory + TABLES);  // [3][TOKENS]
@@ -463,10 +468,17 @@ gemm(u16* __restrict__ y,                   // (m, n)
     for (int e = 0; e < 2; e++) {
       const int token = (token_warp * TILES + t) * 8 + 2 * q + e;
       const float around = tables[TOKENS + token];
+      float out[8];
+#pragma unroll
+      for (int i = 0; i < 8; i++) out[i] = fmaf(acc[i / 2][t][e + i % 2 * 2], around, offset[i]);
+#if GELU
+      if (lane_row >= gelu_from)  // of all lanes, or of none
+#pragma unroll
+        for (int i = 0; i < 8; i++) out[i] = gelu(out[i]);
+#endif
       u32 word[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        word[i] = from_float2(fmaf(acc[i][t][e], around, offset[2 * i]), fmaf(acc[i][t][e + 2], around, offset[2 * i + 1]));
+      for (int i = 0; i < 4; i++) word[i] = from_float2(out[2 * i], out[2 * i + 1]);
       if (m0 + token < m) *(uint4*)(y + (size_t)(m0 + token) * n + lane_row) = make_uint4(word[0], word[1], word[2], word[3]);
     }
 }

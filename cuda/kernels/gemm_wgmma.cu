@@ -23,6 +23,7 @@
 // group. Word s of the four is MMA step s: its low nibbles fill registers 0 and 1, its high nibbles 2 and 3.
 
 #include "common.cuh"
+#include "gelu.cuh"
 #include "hopper.cuh"
 #include "wgmma.cuh"
 
@@ -234,7 +235,11 @@ gemm(u16* __restrict__ y,                       // (m, n)
      const u16* __restrict__ bias,              // (n) or null
      int m, int padded_m, int n, int k, int rank,
      int border,                                // the block at which the second part of the columns begins; 0: one part
-     int part) {                                // the row of act_scale that the last part uses
+     int part                                   // the row of act_scale that the last part uses
+#if GELU
+     , int gelu_from                            // y's column, a multiple of 64, from which on it is gelu(y)
+#endif
+    ) {
     extern __shared__ __align__(1024) char memory[];
     // Barriers: the ring's, the factors' buffers read; for each warpgroup the other CTA's sums here, and its buffer read.
     const u32 shared = shared_address(memory), full = shared + BARRIERS, empty = full + 8 * STAGES, used = empty + 8 * STAGES;
@@ -409,6 +414,9 @@ gemm(u16* __restrict__ y,                       // (m, n)
             for (int block = 0; block < p.rank_blocks; block++, place.next()) mbarrier_wait(full + 8 * place.stage, place.parity);
             fence_proxy_async();  // `up` was copied by threads, and wgmma reads it
             float low_rank[PRODUCTS][SLICE / 2];
+#if GELU
+            const bool activated = n0 + warpgroup * 64 >= gelu_from;  // all of the warpgroup's rows, or none
+#endif
             if (PRODUCTS == 2) multiply_branch(low_rank[0], shared, warpgroup, 0, branch, p.rank_blocks);
 #pragma unroll
             for (int slice = 0; slice < SLICES; slice++) {
@@ -430,6 +438,9 @@ gemm(u16* __restrict__ y,                       // (m, n)
                         float y2 = fmaf(d[v + 2], scale.x * scale_b, bias_b), y3 = fmaf(d[v + 3], scale.y * scale_b, bias_b);
                         y0 = fmaf(more[4 * t], factor.x, y0), y1 = fmaf(more[4 * t + 1], factor.y, y1);
                         y2 = fmaf(more[4 * t + 2], factor.x, y2), y3 = fmaf(more[4 * t + 3], factor.y, y3);
+#if GELU
+                        if (activated) y0 = gelu(y0), y1 = gelu(y1), y2 = gelu(y2), y3 = gelu(y3);
+#endif
                         packed[2 * i] = from_float2(y0, y1);
                         packed[2 * i + 1] = from_float2(y2, y3);
                     }

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from comfyui_svdquant.cuda import images, int4
+from torch.nn.functional import gelu
 
 
 @dataclass
@@ -34,8 +35,22 @@ def output_rounding(dtype):
     return 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
 
 
-def int8_case(m, n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, device="cuda", seed=0):
-    """All codes and integers occur; token scales over two octaves, the parts' within a factor of 16."""
+def activated(exact, bound, gelu_from, dtype):
+    """(exact, bound) of the same product with GELU from a column on: that is nowhere steeper than 1.13, and the kernels' within 2^-12 |x|
+    before the one rounding."""
+    x = exact[:, gelu_from:]
+    y, sums = gelu(x, approximate="tanh"), bound[:, gelu_from:] - output_rounding(dtype) * x.abs()
+    after = 1.13 * sums + 1.01 * 2.0**-12 * x.abs() + output_rounding(dtype) * y.abs() * 1.01
+    return torch.cat((exact[:, :gelu_from], y), dim=1), torch.cat((bound[:, :gelu_from], after), dim=1)
+
+
+def all_numbers(dtype):
+    """(65536,): every number of a 16-bit type, as often NaN as it has ways to say so."""
+    return torch.arange(-2**15, 2**15, device="cuda").to(torch.int16).view(dtype)
+
+
+def int8_case(m, n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, device="cuda", seed=0, scale=1.0):
+    """All codes and integers occur; token scales over two octaves, the parts' within a factor of 16. scale: of all tokens."""
     g = torch.Generator(device).manual_seed(seed)
 
     def uniform(*shape):
@@ -47,10 +62,10 @@ def int8_case(m, n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16
     weight = torch.randint(-8, 8, (n, k), generator=g, device=device)
     integer = torch.randint(-15, 17, (k // 64, n), generator=g, device=device).float()
     row_scale = torch.randint(8, 16, (n,), generator=g, device=device).float() * torch.exp2((uniform(n) * 4).floor() - 14)
-    act_scale = torch.exp2(uniform(2, rows) * 2 - 6)
+    act_scale = scale * torch.exp2(uniform(2, rows) * 2 - 6)
     act_scale[:, m:] = 0
     low = torch.randn(m, rank, generator=g, device=device).to(dtype)
-    low_scale = torch.exp2((uniform(rows) * 5).floor() - 2)
+    low_scale = scale * torch.exp2((uniform(rows) * 5).floor() - 2)
     up = torch.randn(n, rank, generator=g, device=device).to(dtype)
     bias = torch.randn(n, generator=g, device=device).to(dtype) if bias else None
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import compiler, gemm_mma, images, int4
 from comfyui_svdquant.cuda.gemm_mma import BYTES, INTEGER, LARGE, MEDIUM, NIBBLES, SMALL
+from comfyui_svdquant.cuda.int4 import GELU_SHIFT
+
+from .gemm_cases import activated, all_numbers, output_rounding
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -58,7 +61,8 @@ def compiled():
     """All kernels at once, on as many cores as there are."""
     arch = compiler.architecture(DEVICE)
     number = compiler.arch_number(arch)
-    defines = [gemm_mma.defines_of(p.kind, p.tile, number, p.dtype == torch.float16, p.turing) for p in PATHS]
+    defines = [gemm_mma.defines_of(p.kind, p.tile, number, p.dtype == torch.float16, p.turing, gelu)
+               for p in PATHS for gelu in (False, True)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda d: compiler.compile_cubin(gemm_mma.SOURCE, d, arch), defines))
 
@@ -112,7 +116,7 @@ def padded_rows(vectors):
     return torch.nn.functional.pad(vectors, (0, -vectors.shape[-1] % 16), value=float("nan")).contiguous()
 
 
-def run(path, case):
+def run(path, case, gelu_from=None):
     """y (M, N), out of a poisoned buffer whose margins have to stay as they are."""
     (m, _), (n, _), margin = case.codes.shape, case.weight.shape, 4096
     buffer = torch.full((m * n + 2 * margin,), float("nan"), dtype=path.dtype, device=DEVICE)
@@ -122,13 +126,13 @@ def run(path, case):
     branch = case.up.shape[1] > 0
     gemm_mma.launch(y, path.mode, act, padded_rows(case.act_scale), images.branch_image(case.low) if branch else None,
                     padded_rows(case.low_scale) if branch else None, int4.pack(case.weight), case.weight_scale, case.row_scale,
-                    case.up, case.bias, case.unsigned_from, path.tile, path.turing)
+                    case.up, case.bias, case.unsigned_from, path.tile, path.turing, gelu_from)
     torch.cuda.synchronize()
     assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all(), "written outside y"
     return y
 
 
-def exact(path, case):
+def exact(path, case, gelu_from=None):
     """y in float64, and how far from it a correct kernel may be."""
     k = case.codes.shape[1]
     groups = k // 64
@@ -149,7 +153,7 @@ def exact(path, case):
     bound = half_ulp * y.abs() + roundings * 2.0**-23 * size
     if path.kind == INTEGER and 0 < case.unsigned_from < k:  # the border's rounding to a whole number
         bound += 0.51 * scale[-1][:, None] * case.row_scale.double()
-    return y, bound
+    return (y, bound) if gelu_from is None else activated(y, bound, gelu_from, path.dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(str(int(v)) for v in s))
@@ -164,6 +168,29 @@ def test_matches_float64_and_repeats(path, shape):
     assert torch.equal(y.view(torch.int16), run(path, case).view(torch.int16))
 
 
+@pytest.mark.parametrize(("shape", "gelu_from"), [(SHAPES[1], 0), (SHAPES[2], 64), (SHAPES[3], 192), (SHAPES[4], 0), (SHAPES[6], 1040)])
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_gelu_from_a_column_on(path, shape, gelu_from):
+    case = random_case(path, *shape)
+    y = run(path, case, gelu_from)
+    expected, bound = exact(path, case, gelu_from)
+    assert ((y.double() - expected).abs() <= bound).all() and (y.abs() < 3).any()
+    assert torch.equal(y[:, :gelu_from], run(path, case)[:, :gelu_from]) and torch.equal(y, run(path, case, gelu_from))
+
+
+@pytest.mark.parametrize("path", [Path(INTEGER, LARGE, None, torch.bfloat16), Path(INTEGER, MEDIUM, None, torch.float16)], ids=str)
+def test_gelu_of_every_number(path):
+    """As the bias beside a product of zeros."""
+    case = random_case(path, 1, 65536, 64, 0, 64, False)
+    case.codes.zero_()
+    case.bias = all_numbers(path.dtype)
+    x = case.bias.double()[None]
+    y, bound = activated(x, 2.0**-24 + output_rounding(path.dtype) * x.abs(), 0, path.dtype)
+    got, finite = run(path, case, 0), x.isfinite()
+    assert ((got.double() - y).abs() <= bound)[finite].all() and got[finite].min() > -GELU_SHIFT
+    assert got[x.isnan()].isnan().all() and (got[x == torch.inf] == torch.inf).all()
+
+
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_a_token_does_not_see_its_neighbours(path):
     case = random_case(path, 150, 160, 320, 32, 192, True)
@@ -172,14 +199,14 @@ def test_a_token_does_not_see_its_neighbours(path):
         assert torch.equal(run(path, case.tokens(rows)), whole[rows])
 
 
-@pytest.mark.parametrize("row", [0, 77])
+@pytest.mark.parametrize(("row", "gelu_from"), [(0, None), (77, None), (77, 64)])
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_nan_stays_in_its_row(path, row):
+def test_nan_stays_in_its_row(path, row, gelu_from):
     case = random_case(path, 130, 144, 256, 16, 128, True)
-    clean = run(path, case)
+    clean = run(path, case, gelu_from)
     case.act_scale[:1, row] = torch.nan  # of the first group, or the first part
     case.codes[row] = 0
-    y = run(path, case)
+    y = run(path, case, gelu_from)
     others = torch.arange(130, device=DEVICE) != row
     assert y[row].isnan().all() and torch.equal(y[others], clean[others])
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from comfyui_svdquant.cuda import compiler, gemm_wgmma
+from comfyui_svdquant.cuda.int4 import GELU_SHIFT
 
-from .gemm_cases import int8_case
+from .gemm_cases import activated, all_numbers, int8_case, output_rounding
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
                                                   reason="wgmma is Hopper's alone")]
@@ -35,10 +36,40 @@ def test_is_float64s_product(m, n, k, rank, unsigned_from, tile):
     assert torch.equal(y, gemm_wgmma.gemm(*case.args(), out=again, tile=tile)), "two runs differ"
 
 
-def test_nan_stays_in_its_row():
+@pytest.mark.parametrize("tile", gemm_wgmma.STAGES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "rank", "unsigned_from", "gelu_from"), [
+    (1, 64, 64, 0, None, 0), (37, 80, 192, 16, None, 64), (200, 400, 320, 48, 0, 0), (513, 1040, 1024, 128, None, 320),
+    (300, 208, 1536, 32, 1024, 192), (130, 384, 640, 32, 128, 384)])
+def test_gelu_from_a_column_on(m, n, k, rank, unsigned_from, gelu_from, tile):
+    case = int8_case(m, n, k, rank, unsigned_from, bias=n != 80, dtype=torch.float16 if n == 400 else torch.bfloat16, seed=m, scale=0.25)
+    plain = gemm_wgmma.gemm(*case.args(), tile=tile)
+    assert (case.exact.abs() < 3).float().mean() > 0.4
+    case.exact, case.bound = activated(case.exact, case.bound, gelu_from, plain.dtype)
+    y = gemm_wgmma.gemm(*case.args(), out=torch.full_like(plain, torch.nan), tile=tile, gelu_from=gelu_from)
+    check(case, y)
+    assert torch.equal(y[:, :gelu_from], plain[:, :gelu_from])
+    again = torch.full_like(y, torch.nan)
+    assert torch.equal(y, gemm_wgmma.gemm(*case.args(), out=again, tile=tile, gelu_from=gelu_from)), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_of_every_number(dtype):
+    """As the bias beside a product of zeros."""
+    case = int8_case(1, 65536, 64, 0, dtype=dtype, scale=0.0)
+    case.bias = all_numbers(dtype)
+    x = case.bias.double()[None]
+    y, bound = activated(x, 2.0**-24 + output_rounding(dtype) * x.abs(), 0, dtype)
+    got = gemm_wgmma.gemm(*case.args(), gelu_from=0)
+    finite = x.isfinite()
+    assert ((got.double() - y).abs() <= bound)[finite].all() and got[finite].min() > -GELU_SHIFT
+    assert got[x.isnan()].isnan().all() and (got[x == torch.inf] == torch.inf).all()
+
+
+@pytest.mark.parametrize("gelu_from", [None, 128])
+def test_nan_stays_in_its_row(gelu_from):
     case = int8_case(100, 256, 256, 32)
     case.act_scale[0, 17] = torch.nan
-    y = gemm_wgmma.gemm(*case.args())
+    y = gemm_wgmma.gemm(*case.args(), gelu_from=gelu_from)
     rows = torch.isnan(y).any(dim=1)
     assert rows.nonzero().flatten().tolist() == [17]
     assert torch.isnan(y[17]).all()

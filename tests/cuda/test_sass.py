@@ -117,6 +117,18 @@ def test_machine_code(name, arch):
     assert not found, f"{arch}:\n" + "\n".join(found)
 
 
+OUTPUTS = {"gemm_mma": lambda d: 16 * d["TILES"], "gemm_wgmma": lambda d: d["TOKENS"] // 2 // d["SPLIT"]}  # of a lane
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in OUTPUTS for arch in sass.ARCHITECTURES
+                                            if KERNELS[name].module.variants(arch)])
+def test_gelu_is_one_tanh_an_output(name, arch):
+    """MUFU is the slowest unit: an output with GELU takes one of its instructions, a kernel without GELU none."""
+    for text, defines, listing in listings(name, arch):
+        assert listing.count(r"MUFU\.TANH") == defines["GELU"] * OUTPUTS[name](defines), text
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89"])
 def test_int4_issue_slots(arch):
     """Instructions for each 4-bit MMA of the largest tile, with the rescaling of every group: sm_86 and sm_89 are busy with an MMA
