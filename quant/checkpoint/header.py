@@ -6,6 +6,7 @@ changes nothing. Format: https://huggingface.co/docs/safetensors (8 bytes little
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,16 +66,46 @@ class Header:
             file.seek(info.start)
             return file.read(info.stop - info.start)
 
-    def read_tensor(self, name, into=None):
-        """One tensor, read into memory of its own, or into the beginning of `into` (uint8): nothing of the file stays mapped."""
+    def read_tensor(self, name):
+        """One tensor, read into memory of its own: nothing of the file stays mapped."""
         info = self.tensors[name]
-        count = info.stop - info.start
-        data = np.empty(count, np.uint8) if into is None else into[:count]
-        with open(self.path, "rb") as file:
-            file.seek(info.start)
-            if file.readinto(data) != count:
-                raise CheckpointError(f"{self.file} was cut off while it was read; download it again.")
+        data = np.empty(info.stop - info.start, np.uint8)
+        for _ in self.read_into(name, [data]):
+            pass
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
+
+    def read_into(self, name, parts):
+        """Fill NumPy arrays with what follows each other in a tensor. Yields each when it is filled."""
+        with open(self.path, "rb") as file:
+            file.seek(self.tensors[name].start)
+            for part in parts:
+                if file.readinto(part) != part.nbytes:
+                    raise CheckpointError(f"{self.file} was cut off while it was read; download it again.")
+                yield part
+
+    def announce(self, name):
+        """Have the system begin to read a tensor, where it can be told to."""
+        if hasattr(os, "posix_fadvise"):  # not on Windows
+            info = self.tensors[name]
+            with open(self.path, "rb") as file, suppress(OSError):
+                os.posix_fadvise(file.fileno(), info.start, info.stop - info.start, os.POSIX_FADV_WILLNEED)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is read a block at a time."""
+
+    header: Header
+    name: str
+
+    @property
+    def shape(self):
+        return self.header.tensors[self.name].shape
+
+    def words(self, counts):
+        """Yield it in blocks of so many 32-bit words, all of them in the same memory."""
+        memory = np.empty(max(counts), np.int32)
+        yield from map(torch.from_numpy, self.header.read_into(self.name, (memory[:count] for count in counts)))
 
 
 def read_header(path):

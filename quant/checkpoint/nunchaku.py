@@ -9,12 +9,10 @@ that has zeros where they do not meet; where the files share what can be shared 
 """
 
 import os
-import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from .. import flux, layout
@@ -25,11 +23,12 @@ from .header import CheckpointError
 from .nunchaku_source import BLOCKS_FILE, REST_FILE, gather
 from .packed import PackedFile
 
-AHEAD = 4  # layers that are read before they are asked for
+AHEAD = min(4, os.cpu_count() or 1)  # layers that are read at once; more than cores only wait for each other
 MODEL_CLASSES = ("NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 FLOAT_TYPES = (*HALF_TYPES, torch.float32)
 UNUSED = ("smooth_orig",)  # what the smoothing was before it was merged into another layer; nobody reads it
+LEAVES = ("qweight", "wscales", "wzeros", "wcscales", "wtscale", "smooth", "bias", "lora_down", "lora_up")  # what is read of a layer
 SECOND_SCALES = ("wtscale", "wcscales")  # NVFP4's
 # diffusers' configuration keys: ComfyUI's
 DIFFUSERS_CONFIG = {
@@ -247,43 +246,33 @@ def _check_left_over(source, layers, plain, nvfp4):
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-class _Codes(threading.local):
-    """Reads packed codes of a source into memory that each thread keeps from one layer to the next: memory that is new to a
-    process costs it more time than to read into what it has."""
-
-    def __init__(self, source):
-        self.source, self.memory = source, np.empty(0, np.uint8)
-
-    def read(self, name):
-        """A tensor that lasts until the thread's next."""
-        info = self.source.info(name)
-        if self.memory.size < info.stop - info.start:
-            self.memory = np.empty(info.stop - info.start, np.uint8)
-        return self.source.read(name, self.memory)
-
-
 def _tensors(source, layers, plain):
-    """Yield (our name, tensor) of the whole model, a layer at a time."""
-    codes = _Codes(source)
+    """Yield (our name, tensor) of the whole model, a layer at a time, in the order in which the file has them."""
+    def stored(name):
+        return [f"{part}.{leaf}" for part in layers[name].parts for leaf in LEAVES] if name in layers else [plain[name]]
 
     def read(name):
-        return name, (_read_modulation if layers[name].chunks else _read_linear)(source, codes, name, layers[name])
+        if name in plain:
+            tensor = source.read(plain[name])
+            return {name: torch.cat(tensor.chunk(2)[::-1]) if name.startswith(names.SWAPPED) else tensor}
+        tensors = (_read_modulation if layers[name].chunks else _read_linear)(source, name, layers[name])
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
 
-    for name, tensors in _ahead(read, layers):
-        yield from ((f"{name}.{part}", tensor) for part, tensor in tensors.items())
-    for name, stored in plain.items():
-        tensor = source.read(stored)
-        yield name, torch.cat(tensor.chunk(2)[::-1]) if name.startswith(names.SWAPPED) else tensor
+    in_order = sorted((*layers, *plain), key=lambda name: source.info(stored(name)[0]).start)
+    for tensors in _ahead(read, in_order, lambda name: source.announce(stored(name))):
+        yield from tensors.items()
 
 
-def _ahead(function, items):
-    """map(function, items), in order, with a few calls running ahead: reading and unpacking both take their time."""
+def _ahead(function, items, announce):
+    """map(function, items), in order, with a few calls running ahead: reading and unpacking both take their time. announce: called
+    with each item some time before function is."""
     with ThreadPoolExecutor(AHEAD) as pool:
         waiting = deque()
         try:
             for item in items:
+                announce(item)
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > AHEAD:
+                if len(waiting) > 2 * AHEAD:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -292,22 +281,21 @@ def _ahead(function, items):
                 future.cancel()
 
 
-def _read_modulation(source, codes, _name, layer):
+def _read_modulation(source, _name, layer):
     part = layer.parts[0]
     leaves = (source.read(f"{part}.{leaf}") for leaf in ("wscales", "wzeros", "bias"))
-    return order.unpack_awq(codes.read(f"{part}.qweight"), *leaves, layer.chunks)
+    return order.unpack_awq(source.stored(f"{part}.qweight"), *leaves, layer.chunks)
 
 
 def _read_part(source, part, spec):
     """{parameter name: tensor} of one W4A4 layer of theirs but for its codes, in our order. spec: of the layer of ours that it
     belongs to."""
-    wscales = source.read(f"{part}.wscales")
-    nvfp4 = spec.format == layout.NVFP4
-    tensors = {"weight_scale": order.unpack_nvfp4_scales(wscales) if nvfp4 else order.unpack_scales(wscales),
+    nvfp4, wscales = spec.format == layout.NVFP4, f"{part}.wscales"
+    tensors = {"weight_scale": order.unpack_nvfp4_scales(source.stored(wscales)) if nvfp4 else order.unpack_scales(source.read(wscales)),
                "weight_smooth_factor": order.unpack_vector(source.read(f"{part}.smooth")),
                "bias": order.unpack_vector(source.read(f"{part}.bias"))}
     if nvfp4:
-        tensors["weight_scale_2"] = _read_second_scales(source, part, wscales.shape[1])
+        tensors["weight_scale_2"] = _read_second_scales(source, part, source.info(wscales).shape[1])
     if spec.rank == 0 or f"{part}.lora_down" not in source.tensors:
         features = {"weight_proj_down": tensors["weight_smooth_factor"], "weight_proj_up": tensors["bias"]}
         return tensors | {name: torch.zeros(len(vector), 0, dtype=spec.dtype) for name, vector in features.items()}
@@ -325,11 +313,11 @@ def _read_second_scales(source, part, n):
     return second.unsqueeze(0)
 
 
-def _read_linear(source, codes, name, layer):
+def _read_linear(source, name, layer):
     spec, rows = layer.spec, _by_rows(name)
     weight = order.empty(spec.out_features, spec.in_features // 2)
     shapes = [source.info(f"{part}.qweight").shape for part in layer.parts]
     for part, own in zip(layer.parts, weight.split([shape[0] if rows else shape[1] for shape in shapes], 0 if rows else 1)):
-        order.unpack_codes(codes.read(f"{part}.qweight"), own)
+        order.unpack_codes(source.stored(f"{part}.qweight"), own)
     parts = [_read_part(source, part, spec) for part in layer.parts]
     return {"weight": weight} | (parts[0] if len(parts) == 1 else halves.join(parts, rows, layer.joint))

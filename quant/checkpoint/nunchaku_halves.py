@@ -6,6 +6,7 @@ are in our order, as layout.py lists them.
 
 import math
 
+import numpy as np
 import torch
 
 from ..layout import GROUP_SIZE
@@ -13,6 +14,7 @@ from ..layout import GROUP_SIZE
 # The dimension along which a part of a layer falls in two; the others belong to both halves (the bias to the second).
 ROWS = {"weight": 0, "weight_scale": 1, "bias": 0, "weight_proj_up": 0}
 COLUMNS = {"weight": 1, "weight_scale": 0, "weight_smooth_factor": 0, "weight_proj_down": 0}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # NumPy's, for bits of any type
 
 
 def join(parts, rows, joint):
@@ -24,10 +26,10 @@ def join(parts, rows, joint):
     first, second = parts
 
     def cat(part, dim):
-        return torch.cat((first[part], second[part]), dim)
+        return _cat((first[part], second[part]), dim)
 
     def diagonal(part):
-        return torch.block_diag(first[part], second[part])
+        return _diagonal(first[part], second[part])
 
     extra = {}
     if "weight_scale_2" in first:
@@ -44,6 +46,23 @@ def join(parts, rows, joint):
             "weight_smooth_factor": cat("weight_smooth_factor", 0),
             "weight_proj_down": cat("weight_proj_down", 0) if joint else diagonal("weight_proj_down"),
             "weight_proj_up": first["weight_proj_up"] if joint else cat("weight_proj_up", 1)}
+
+
+# PyTorch would hand these copies to threads of its own, from each of the threads in which layers are read.
+
+
+def _cat(tensors, dim):
+    return torch.from_numpy(np.concatenate([_bits(tensor) for tensor in tensors], dim)).view(tensors[0].dtype)
+
+
+def _diagonal(first, second):
+    joined = np.zeros(np.add(first.shape, second.shape), _bits(first).dtype)
+    joined[: len(first), : first.shape[1]], joined[len(first) :, first.shape[1] :] = _bits(first), _bits(second)
+    return torch.from_numpy(joined).view(first.dtype)
+
+
+def _bits(tensor):
+    return tensor.view(INTEGERS[tensor.itemsize]).numpy()
 
 
 def scale_blocks(*columns):

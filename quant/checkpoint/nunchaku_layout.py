@@ -14,6 +14,10 @@ writing it as a sum, and the axes are listed slowest to fastest (a lower-case ax
 
 The eight codes of a word have the same places in both, so codes move as whole words and are never unpacked.
 
+The large arrays of a file (codes, NVFP4's scales) may be tensors or header.StoredTensor, which is read block by block: what is
+read goes to its place while it lies in a core's own cache, and no memory is touched but the result's. What is here runs in
+several threads at once, so it does without PyTorch's own (copies and arithmetic of many numbers), which would wait for each other.
+
 Modulation layers (W4A16) have codes 0..15, four rows side by side, and in each run of 32 columns eight 16-bit words
 that hold the columns j, 8 + j, 16 + j, 24 + j. Their rows are interleaved: row j S + s of the file is row s d + j of
 the layer, S = 6 or 3 chunks (shift, scale, gate once or twice) of d rows. The bias of the scale chunks has 1 added.
@@ -30,12 +34,16 @@ from ..layout import GROUP_SIZE
 TILE = 128  # N and K are multiples of it
 RANK_TILE = 16  # the rank is a multiple of it
 BRANCH_TILE = 1024  # channels of a branch that are moved at a time, where they divide all
+CODES_GROUPS = 48  # groups of 64 columns of a tile whose codes are moved at a time: 192 KiB
+SCALES_BLOCK = 1 << 18  # bytes of NVFP4's scales that are moved at a time
 AWQ_ROWS = 4  # rows that lie side by side
 AWQ_GROUP_TILE = 16  # groups are padded to a multiple of it
-AWQ_BLOCK = 48  # rows that are worked on at a time: a multiple of AWQ_ROWS and of 6, few enough for a core's own cache
+AWQ_BLOCK = 192  # rows that are worked on at a time: a multiple of AWQ_ROWS and of 6, few enough for a core's own cache
 
-# Transposing a 4 x 4 matrix of nibbles in 64 bits: swap within the 2 x 2 blocks, then swap the blocks.
-NIBBLE_SWAPS = ((12, 0x0000F0F00000F0F0), (24, 0x00000000FF00FF00))
+# Steps of _exchange: (index of the planes that it is between, bits to shift by, which bits of the one).
+AWQ_STEPS = ((1, 8, 0x00FF00FF00FF00FF), (0, 16, 0x0000FFFF0000FFFF), (0, 4, 0x0F0F0F0F0F0F0F0F))
+AWQ_WORDS = (0, 2, 1, 3)  # of the four words of 32 columns, the one that each plane holds then
+NVFP4_STEPS = ((0, 16, 0x0000FFFF0000FFFF), (1, 8, 0x00FF00FF00FF00FF))
 
 
 def empty(*shape):
@@ -43,7 +51,19 @@ def empty(*shape):
     return torch.from_numpy(np.empty(shape, np.int8))
 
 
-@lru_cache(maxsize=16)
+def _words(tensor, counts):
+    """Blocks of so many 32-bit words, one after the other, of a tensor or a StoredTensor; each lasts until the next is asked for."""
+    if isinstance(tensor, torch.Tensor):
+        return tensor.contiguous().flatten().view(torch.int32).split(counts)
+    return tensor.words(counts)
+
+
+def _cut(total, most):
+    """total as a list of numbers of which none is above `most`."""
+    return [min(most, total - start) for start in range(0, total, most)]
+
+
+@lru_cache(maxsize=32)
 def _places(axes, order):
     """Where in a tile with `axes` each word comes from when they are permuted to `order`, one after the other; int32."""
     return torch.arange(prod(axes), dtype=torch.int32).view(axes).permute(order).reshape(-1)
@@ -52,16 +72,26 @@ def _places(axes, order):
 def _reorder(source, axes, order, target):
     """Permute every tile: source, target (tiles, ...) of words; a tile's words have `axes` in the source.
 
-    A gather by a table is several times as fast on a CPU as copying a permuted view, whose inner loops are short. Small copies
-    are NumPy's: PyTorch would hand each to all cores, and wait for the one that is busy with something else.
+    A gather by a table is several times as fast on a CPU as copying a permuted view, whose inner loops are short.
     """
     places = _places(axes, order)
     for words, out in zip(source.flatten(1), target):
-        if out.is_contiguous():
-            torch.index_select(words, 0, places, out=out.view(-1))
-        else:
-            out.numpy()[...] = words.index_select(0, places).view(out.shape).numpy()
+        torch.index_select(words, 0, places, out=out.view(-1))
     return target
+
+
+def _exchange(planes, steps):
+    """planes: (2, 2, ...) int64, changed in place. A step exchanges, between the planes with index 0 and 1 on one axis, the bits
+    `mask` of the second with those of the first that are `shift` above. The inverse: the steps in the reverse order."""
+    spare = np.empty_like(planes[0])
+    for axis, shift, mask in steps:
+        first, second = planes.swapaxes(0, axis)
+        np.right_shift(first, shift, out=spare)
+        np.bitwise_xor(spare, second, out=spare)
+        np.bitwise_and(spare, mask, out=spare)
+        np.bitwise_xor(second, spare, out=second)
+        np.left_shift(spare, shift, out=spare)
+        np.bitwise_xor(first, spare, out=first)
 
 
 def _codes(codes):
@@ -70,9 +100,20 @@ def _codes(codes):
 
 
 def unpack_codes(qweight, out=None):
-    """(N, K/2) int8 in Nunchaku's order -> the same shape in ours (cuda/int4.py), in `out` if given."""
+    """(N, K/2) int8 in Nunchaku's order (or a StoredTensor) -> the same shape in ours (cuda/int4.py), in `out` if given."""
     out = empty(*qweight.shape) if out is None else out
-    _reorder(_codes(qweight), (qweight.shape[1] // 32, 8, 8, 4, 2, 2), (1, 4, 2, 0, 5, 3), _codes(out))
+    counts, columns, start = _cut(qweight.shape[1] // 32, CODES_GROUPS), [], 0
+    spare = torch.empty(counts[0] * TILE * 8, dtype=torch.int32)
+    for count in counts:
+        moved = spare[: count * TILE * 8]
+        columns.append((slice(start, start + count * 8), _places((count, 8, 8, 4, 2, 2), (1, 4, 2, 0, 5, 3)), moved,
+                        moved.view(TILE, -1).numpy()))
+        start += count * 8
+    words = iter(_words(qweight, [count * TILE * 8 for count in counts] * (qweight.shape[0] // TILE)))
+    for rows in _codes(out).numpy():
+        for cut, places, moved, table in columns:
+            torch.index_select(next(words), 0, places, out=moved)
+            rows[:, cut] = table
     return out
 
 
@@ -96,12 +137,20 @@ def pack_scales(scales):
 
 
 def unpack_nvfp4_scales(wscales):
-    """(K/16, N) e4m3 in Nunchaku's order, nominally -> (K/16, N) in ours."""
+    """(K/16, N) e4m3 in Nunchaku's order, nominally (or a StoredTensor) -> (K/16, N) in ours."""
     groups, n = wscales.shape
-    out = torch.empty_like(wscales)
-    target = out.view(torch.uint8).view(groups, n // TILE, TILE).transpose(0, 1)
-    _reorder(wscales.view(torch.uint8).view(n // TILE, -1), (groups // 4, 8, 4, 4, 4), (0, 4, 3, 2, 1), target)
-    return out
+    out = empty(groups, n)
+    target = out.view(torch.int32).numpy().reshape(groups // 4, 4, n // TILE, TILE // 4)
+    tiles, start = _cut(n // TILE, max(1, SCALES_BLOCK // (groups * TILE))), 0
+    planes = torch.empty(groups // 4 * tiles[0] * TILE, dtype=torch.int32)
+    for words, count in zip(_words(wscales, [groups // 4 * count * TILE for count in tiles]), tiles):
+        # The four g of a word, and four i in as many planes, change places.
+        block = planes[: words.numel()]
+        _reorder(words.unsqueeze(0), (count, groups // 4, 2, 2, 2, 4, 4), (3, 4, 1, 0, 6, 5, 2), block.unsqueeze(0))
+        _exchange(block.numpy().view(np.int64).reshape(2, 2, -1), NVFP4_STEPS)
+        target[:, :, start : start + count] = block.numpy().reshape(4, groups // 4, count, -1).swapaxes(0, 1)
+        start += count
+    return out.view(torch.float8_e4m3fn)
 
 
 def unpack_vector(vector):
@@ -154,30 +203,23 @@ def pack_up(proj_up):
 # --- modulation layers ---------------------------------------------------------------------------------------------
 
 
-def _transpose_nibbles(words):
-    """int64 array, each word a 4 x 4 matrix of nibbles, transposed in place; its own inverse."""
-    swapped = np.empty_like(words)
-    for shift, mask in NIBBLE_SWAPS:
-        np.right_shift(words, shift, out=swapped)
-        swapped ^= words
-        swapped &= mask
-        words ^= swapped
-        swapped <<= shift
-        words ^= swapped
-    return words
-
-
 @lru_cache(maxsize=8)
 def _awq_places(rows, columns, chunks, packing):
-    """_places of the 16-bit words of `rows` rows of a modulation layer: of the file's for ours, of ours for the file's."""
-    words = torch.arange(rows * columns // 4, dtype=torch.int32).view(-1, columns // 64, AWQ_ROWS, 2, 2, 4)
-    places = words.permute(0, 2, 1, 3, 5, 4).reshape(-1, chunks, columns // 4).transpose(0, 1).reshape(-1)
+    """_places of the 32-bit words of `rows` rows of a modulation layer: of the file's for planes, of planes for the file's.
+
+    A word of the file has the columns 8 c + 4 x + y of four c and of two y (32 columns are x[2] y[2] words). Planes are 2 x 2 for
+    x and the high bit of y, each in the layer's order; _exchange by AWQ_STEPS makes of them planes for the low and the high bit
+    of c, whose words are of eight columns: ours.
+    """
+    words = torch.arange(rows * columns // 8, dtype=torch.int32).view(-1, columns // 64, AWQ_ROWS, 2, 2, 2)
+    places = words.permute(4, 5, 0, 2, 1, 3).reshape(4, -1, chunks, columns // 32).transpose(1, 2).reshape(-1)
     return places.argsort().int() if packing else places
 
 
-def _blocks(rows):
-    """(start, stop) of whole runs of AWQ_ROWS and of chunks, few enough that the steps between meet in a cache."""
-    return ((start, min(start + AWQ_BLOCK, rows)) for start in range(0, rows, AWQ_BLOCK))
+def _awq_blocks(weight, chunks, blocks):
+    """Views of so many rows of the file each of our codes (N, K/2), as NumPy words (chunks, rows / chunks, K / 32, 4)."""
+    words = weight.view(torch.int32).numpy().reshape(chunks, weight.shape[0] // chunks, -1, 4)
+    return np.split(words, np.cumsum(blocks[:-1]) // chunks, 1)
 
 
 def _interleave(rows, chunks):
@@ -207,14 +249,21 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     2^-9 in bf16 where it says less, as computing 1 + scale in that type does.
     """
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
-    codes, words = np.empty((chunks, n // chunks, k // 2), np.int8), qweight.view(torch.int64).numpy()
-    for start, stop in _blocks(n):
-        block = torch.from_numpy(_transpose_nibbles(words[start // AWQ_ROWS : stop // AWQ_ROWS].copy())).view(torch.int16)
-        block = block.view(-1).index_select(0, _awq_places(stop - start, k, chunks, False))
-        codes[:, start // chunks : stop // chunks] = block.view(torch.int8).view(chunks, -1, k // 2).numpy()
-    scales, zeros = (_deinterleave(t[: k // GROUP_SIZE].t(), chunks).t().contiguous() for t in (wscales, wzeros))
-    zeros = (zeros.float() + 8 * scales.float()).to(scales.dtype)
-    return {"weight": torch.from_numpy(codes).view(n, k // 2), "weight_scale": scales, "weight_zeros": zeros,
+    weight, blocks = empty(n, k // 2), _cut(n, AWQ_BLOCK)
+    planes = torch.empty(blocks[0] * k // 8, dtype=torch.int32)
+    for words, ours in zip(_words(qweight, [rows * k // 8 for rows in blocks]), _awq_blocks(weight, chunks, blocks)):
+        block = planes[: words.numel()]
+        torch.index_select(words, 0, _awq_places(words.numel() * 8 // k, k, chunks, False), out=block)
+        _exchange(block.numpy().view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
+        for word, plane in zip(AWQ_WORDS, block.numpy().reshape(4, chunks, -1, k // 32)):
+            ours[..., word] = plane
+    groups = k // GROUP_SIZE
+    scales, zeros = torch.empty(groups, n, dtype=bias.dtype), torch.empty(groups, n, dtype=bias.dtype)
+    for ours, theirs in ((scales, wscales), (zeros, wzeros)):
+        _reorder(theirs[:groups], (n // chunks, chunks), (1, 0), ours)
+    for zero, scale in zip(zeros, scales):
+        zero.copy_(zero.float() + 8 * scale.float())
+    return {"weight": weight, "weight_scale": scales, "weight_zeros": zeros,
             "bias": _awq_bias(_deinterleave(bias, chunks), chunks, -1).to(bias.dtype)}
 
 
@@ -226,14 +275,17 @@ def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
     multiples of 2^-7 in bf16 (2^-10 in fp16), as computing 1 + scale in that type does.
     """
     (n, half), groups = weight.shape, weight_scale.shape[0]
-    qweight, codes = np.empty((n // AWQ_ROWS, half // 2), np.int64), weight.numpy().reshape(chunks, n // chunks, half)
-    for start, stop in _blocks(n):
-        block = torch.from_numpy(codes[:, start // chunks : stop // chunks].reshape(-1).view(np.int16))
-        block = block.index_select(0, _awq_places(stop - start, half * 2, chunks, True)).view(torch.int64)
-        qweight[start // AWQ_ROWS : stop // AWQ_ROWS] = _transpose_nibbles(block.numpy()).reshape(-1, half // 2)
+    qweight, blocks = empty(n, half).view(torch.int32), _cut(n, AWQ_BLOCK)
+    planes = torch.empty(blocks[0] * half // 4, dtype=torch.int32)
+    for words, ours in zip(qweight.view(-1).split([rows * half // 4 for rows in blocks]), _awq_blocks(weight, chunks, blocks)):
+        block = planes[: words.numel()]
+        for word, plane in zip(AWQ_WORDS, block.numpy().reshape(4, chunks, -1, half // 16)):
+            plane[...] = ours[..., word]
+        _exchange(block.numpy().view(np.int64).reshape(2, 2, -1), AWQ_STEPS[::-1])
+        torch.index_select(block, 0, _awq_places(words.numel() * 4 // half, half * 2, chunks, True), out=words)
     zeros = (weight_zeros.float() - 8 * weight_scale.float()).to(weight_zeros.dtype)
     padding = (0, 0, 0, -groups % AWQ_GROUP_TILE)
     scales, zeros = (torch.nn.functional.pad(_interleave(t.t(), chunks).t(), padding).contiguous()
                      for t in (weight_scale, zeros))
-    return {"qweight": torch.from_numpy(qweight).view(torch.int32), "wscales": scales, "wzeros": zeros,
+    return {"qweight": qweight.view(n // AWQ_ROWS, half), "wscales": scales, "wzeros": zeros,
             "bias": _interleave(_awq_bias(bias, chunks, 1).to(bias.dtype), chunks).contiguous()}

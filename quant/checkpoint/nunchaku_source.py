@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 
 from . import nunchaku_names as names
-from .header import CheckpointError, Header, read_header
+from .header import CheckpointError, Header, StoredTensor, read_header
 
 BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
 CONFIG_FILES = {"config": "config.json", "comfy_config": "comfy_config.json"}
@@ -27,9 +27,18 @@ class Source:
         header, stored = self.tensors[name]
         return header.tensors[stored]
 
-    def read(self, name, into=None):
+    def read(self, name):
         header, stored = self.tensors[name]
-        return header.read_tensor(stored, into)
+        return header.read_tensor(stored)
+
+    def stored(self, name):
+        """StoredTensor: a large one, to be read while it is worked on."""
+        return StoredTensor(*self.tensors[name])
+
+    def announce(self, names):
+        """Have the system begin to read these tensors; those that a very old file lacks are left out."""
+        for header, stored in (self.tensors[name] for name in names if name in self.tensors):
+            header.announce(stored)
 
     def read_bytes(self, name):
         header, stored = self.tensors[name]
