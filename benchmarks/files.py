@@ -74,7 +74,8 @@ def write_native(path, gb, rank):
 
     hidden, depth = sizes(gb)
     shapes = linears(hidden, depth)
-    specs = {name: flux.layer_spec(name, shapes[name], rank, True, torch.bfloat16) for name in shapes if flux.layer_format(name)}
+    specs = {name: flux.layer_spec(name, shapes[name], flux.branches(name) * rank, True, torch.bfloat16)
+             for name in shapes if flux.layer_format(name)}
     infos = {f"{name}.{part}": info for name, spec in specs.items() for part, info in spec.tensors().items()}
     for name in shapes.keys() - specs.keys():
         infos |= {f"{name}.weight": (shapes[name], torch.bfloat16), f"{name}.bias": (shapes[name][:1], torch.bfloat16)}

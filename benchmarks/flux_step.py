@@ -52,7 +52,7 @@ def packed_flux(rank):
     flux = new_flux(ops.Operations, "meta")
     shapes = {name: parameter.shape for name, parameter in flux.named_parameters()}
     for name in inventory.quantized_names(shapes):
-        build.swap(flux, name, inventory.layer_spec(name, shapes[f"{name}.weight"], rank, True, torch.bfloat16))
+        build.swap(flux, name, inventory.layer_spec(name, shapes[f"{name}.weight"], inventory.branches(name) * rank, True, torch.bfloat16))
     flux.to_empty(device="cuda")
     for name, parameter in flux.named_parameters():
         random_(parameter.data, name)

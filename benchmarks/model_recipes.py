@@ -1,8 +1,8 @@
-"""Recipes for a whole FLUX: every W4A4 layer on the inputs that it really has; the modulation layers are W4A16, and alike for all.
+"""Recipes for a whole FLUX: every W4A4 layer on the inputs that it really has; the modulation layers are W4A16, by our presets.
 
 Others' recipes come from recipes.py. They get the layers that SVDQuant publishes: linear2 is two, of which one reads the attention and
 one the GELU, each with a smoothing and a branch of its own; and where linear1 has two branches, for qkv and for the MLP, it gets
-one of twice the rank, which leaves at most as much. Ours is what the node does: one branch for all of a layer.
+one of twice the rank, which leaves at most as much. Ours is what the node does: one branch of twice the rank for each of the two.
 """
 
 import time
@@ -69,13 +69,15 @@ def packed_layer(made, bias, dtype):
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
-def by_recipes(chosen, patcher, inputs, rank, narrow=False):
+def by_recipes(chosen, patcher, inputs, rank, around=("naive",), narrow=False):
     """[(4-bit twin of the MODEL, seconds)], one for each recipe(Layer, rank) of `chosen`, which pack its W4A4 layers.
 
-    inputs: from layer_inputs; narrow: a layer's branches take no more room than our one. Part by part the recipes run one after
-    the other, so that each can use what the last one found.
+    inputs: from layer_inputs; around: the preset of ours, and what it watches, that packs the other layers; narrow: the branches of a
+    single block's layers are half as wide. Part by part the recipes run one after the other, so that each can use what the last one
+    found.
     """
-    twins = [quantize.quantize(patcher, quantizer.recipe("naive", rank), None, None, 1, 0, Silent())[0] for _ in chosen]
+    preset, *watched = around
+    twins = [quantize.quantize(patcher, quantizer.recipe(preset, rank), *(watched or (None, None, 1)), 0, Silent())[0] for _ in chosen]
     seconds = [0.0] * len(chosen)
     layers_of_twin = twins[0].packed_layers()
     for name in [name for name, linear in layers_of_twin.items() if isinstance(linear, SVDQuantLinear)]:

@@ -32,7 +32,7 @@ FIRST_SEED = 1000  # of the pictures; calibration's noise has those from 0 on
 CALIBRATION_CAPTIONS, PICTURE_CAPTIONS = 1, 2  # seeds of the two lists of captions
 MOST_CALIBRATION = 16  # prompts, that no picture is drawn from
 BASE, OURS = "DeepCompressor default", "ours: best"
-GPTQ, NARROW = "DeepCompressor + GPTQ", ", branches as narrow as ours"
+GPTQ, NARROW, MODULATED = "DeepCompressor + GPTQ", ", single blocks' branches half as wide", ", modulation layers as ours"
 FLOOR = ("bf16, another attention kernel", "bf16, batches an eighth as large", "bf16, other arithmetic")
 EQUAL = 119  # dB: what PSNR's own bound leaves of equal pictures
 BITS = {"w4a4": 4, "w4a8": 8}
@@ -165,18 +165,20 @@ def noise_floor(studio, *names):
     return {name: {"arithmetic": [str(usual), str(dtype)], "w4a4": studio.compare(latents)} for name, latents in zip(names, drawn)}
 
 
-def others(studio, *names, narrow=False):
-    """Rows of others' recipes, each with the seconds of those before it, whose findings it may use. narrow: as by_recipes."""
+def others(studio, *names, narrow=False, modulated=False):
+    """Rows of others' recipes, each with the seconds of those before it, whose findings it may use. narrow: as by_recipes; modulated:
+    with W4A16 layers of our preset best, in place of plainly rounded ones."""
     import model_recipes
     import recipes
     from comfyui_svdquant.quant.host import quantize
 
-    args, rows, plain = studio.args, {}, [name.removesuffix(NARROW) for name in names]
+    args, rows, plain = studio.args, {}, [name.removesuffix(NARROW).removesuffix(MODULATED) for name in names]
     entries, latent = studio.calibration(args.calibration_prompts)
     inputs, seconds = model_recipes.timed(lambda: model_recipes.layer_inputs(studio.patcher, quantize.record_trajectory(
         studio.patcher, entries, latent, args.calibration_steps, 0, model_recipes.Silent())))
     chosen = [recipes.OTHERS[name] for name in plain]
-    made = model_recipes.by_recipes(chosen, studio.patcher, inputs, args.rank, narrow)
+    around = ("best", entries, latent, args.calibration_steps) if modulated else ("naive",)
+    made = model_recipes.by_recipes(chosen, studio.patcher, inputs, args.rank, around, narrow)
     for name, recipe, (twin, took) in zip(names, plain, made):
         seconds += took
         cost = {"seconds": seconds, "megabytes": model_recipes.megabytes(twin)}
@@ -207,10 +209,10 @@ def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, excep
 
 def recipe_jobs(args):
     """[(function, row names, settings)] of the recipes, the longest first."""
-    wide = f"*.linear1 = {2 * args.rank}, *.linear2 = {2 * args.rank}"
-    return [(others, (BASE, GPTQ), {}), (others, (BASE + NARROW, GPTQ + NARROW), {"narrow": True}),
+    narrow = f"*.linear1 = {args.rank}, *.linear2 = {args.rank}"
+    return [(others, (BASE, GPTQ), {}), (others, (BASE + NARROW,), {"narrow": True}), (others, (BASE + MODULATED,), {"modulated": True}),
             (ours, ("ours: slow",), {"preset": "slow"}),
-            (ours, (f"{OURS}, branches as wide as theirs",), {"exceptions": wide}),
+            (ours, (OURS + NARROW,), {"exceptions": narrow}),
             *((ours, (f"ours: {preset}",), {"preset": preset}) for preset in ("best", "fast", "data-free")),
             (noise_floor, FLOOR, {}), *((others, (name,), {}) for name in ("naive rounding", "SmoothQuant", "SVDQuant, one shot"))]
 

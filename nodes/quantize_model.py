@@ -34,8 +34,8 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                              tooltip="Noise of the pictures that are drawn while watching."),
                 io.Int.Input("rank", default=32, min=quantizer.MIN_RANK, max=quantizer.MAX_RANK,
                              step=quantizer.RANK_STEP,
-                             tooltip="Width of the 16-bit branch. 32 suits most; more is closer to the original and "
-                                     "makes the model larger."),
+                             tooltip="Width of the 16-bit branch; twice that in the single blocks, whose layers are two in one. "
+                                     "32 suits most; more is closer to the original and makes the model larger."),
                 io.Combo.Input("preset", options=list(quantizer.PRESETS), default="best",
                                tooltip="best: calibrated on your prompts, with GPTQ. slow: errors of layers a little smaller, "
                                        "and longer. fast: without GPTQ. data-free: no calibration, weaker. naive: plain "
@@ -43,7 +43,7 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                 io.String.Input("exceptions", default="", multiline=True, optional=True,
                                 tooltip="Layers to treat differently, one a line: a name or pattern to keep in 16 bits, "
                                         "such as single_blocks.37.*, or one with a rank of its own, such as "
-                                        "*.linear2 = 64."),
+                                        "*.linear2 = 128."),
                 io.Int.Input("tokens", default=TOKENS_PER_INPUT, min=1, max=64, optional=True,
                              tooltip="How many tokens, for each input of a layer, rounding goes by. 2 to 4 suit; more take "
                                      "longer and change little."),

@@ -171,14 +171,29 @@ def to_device(value, device, copy=False):
     return value
 
 
+def _shared(value, known):
+    """`value`, with the tensors of `known`, something of the same form, in place of its own where they are equal to the bit."""
+    if type(value) is not type(known):
+        return value
+    if isinstance(value, torch.Tensor):
+        return known if value.shape == known.shape and value.dtype == known.dtype and torch.equal(value, known) else value
+    if isinstance(value, (list, tuple)) and len(value) == len(known):
+        return type(value)(map(_shared, value, known))
+    if isinstance(value, dict):
+        return {key: _shared(item, known.get(key)) for key, item in value.items()}
+    return value
+
+
 @contextmanager
 def recorded_calls(diffusion_model, calls, every=1, first=0):
-    """Within it, the arguments of every n-th forward of `diffusion_model`, from `first` on, are appended to `calls`, on the CPU."""
+    """Within it, the arguments of every n-th forward of `diffusion_model`, from `first` on, are appended to `calls`, on the CPU. What one
+    call has in common with the one before, such as the prompt, is kept once."""
     counter = itertools.count(-first)
 
     def record(_module, args, kwargs):
         if next(counter) % every == 0:
-            calls.append((to_device(args, "cpu", copy=True), to_device(kwargs, "cpu", copy=True)))
+            call = to_device((args, kwargs), "cpu", copy=True)
+            calls.append(_shared(call, calls[-1]) if calls else call)
 
     hook = diffusion_model.register_forward_pre_hook(record, with_kwargs=True)
     try:

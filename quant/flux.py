@@ -7,6 +7,7 @@ from . import layout
 # One pattern a kind of layer. Everything else stays in 16 bits: norms, and the layers through which all of the picture or the text
 # comes in and goes out.
 W4A4 = re.compile(r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]")
+SINGLE = re.compile(r"single_blocks\.\d+\.linear[12]")  # [q k v ; MLP up] and [attention out | MLP down]
 W4A16 = re.compile(r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modulation\.lin|"
                    r"final_layer\.adaLN_modulation\.1|(time|vector|guidance)_in\.out_layer")
 
@@ -19,6 +20,11 @@ def layer_format(name):
     if W4A4.fullmatch(name):
         return layout.SVDQUANT
     return layout.AWQ if W4A16.fullmatch(name) else None
+
+
+def branches(name):
+    """How many of the layers that SVDQuant publishes, each with a branch of its own, the W4A4 layer `name` holds."""
+    return 2 if SINGLE.fullmatch(name) else 1
 
 
 def unsigned_from(name, in_features, out_features):

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from ..cuda import int4, reference
-from . import gptq, layout, learned_smoothing, lowrank, noise, rounding, scales, smoothing
+from . import flux, gptq, layout, learned_smoothing, lowrank, noise, rounding, scales, smoothing
 from .calibration import TOKENS_PER_INPUT
 from .metrics import relative_error
 
@@ -21,7 +21,8 @@ SMALL_LAYER = 1 << 22  # elements of a weight up to which one CPU thread is as f
 class Recipe:
     """What a quantization run does.
 
-    smooth: "search" (calibrated), "weights" (no calibration) or "none"; learned: whether what was found is learned further;
+    rank: of the branch of every layer that SVDQuant publishes; a single block's linear1 and linear2 hold two each, and get twice the
+    rank in one; smooth: "search" (calibrated), "weights" (no calibration) or "none"; learned: whether what was found is learned further;
     rounds: how often branch and codes are fitted to each other; scales: "integer" (c_n * i), "free" or "absmax"; gptq,
     refit: the two stages after that; passes: how often those two run, each on the branch of the one before; quiet: whether the
     codes allow for the activation's rounding.
@@ -52,7 +53,8 @@ class Recipe:
 
     def rank_of(self, name):
         """The rank of layer `name`."""
-        return next((rank for pattern, rank in reversed(self.ranks) if fnmatchcase(name, pattern)), self.rank)
+        usual = flux.branches(name) * self.rank
+        return next((rank for pattern, rank in reversed(self.ranks) if fnmatchcase(name, pattern)), usual)
 
     def needs_gram(self):
         """Whether the stages need the inputs' Gram matrix."""

@@ -54,7 +54,7 @@ def test_naive_rounding_is_our_preset_naive(studio):
 
 def test_recipes_run_one_after_the_other_on_the_same_part(studio):
     """Then DeepCompressor's two recipes search once. Where there are two branches, one of twice the rank stands for them; narrow
-    ones share the rank of our one."""
+    ones have half of that."""
     seen = []
 
     def recipe(layer, rank):

@@ -46,6 +46,20 @@ def named_blocks(model):
 
 
 @torch.no_grad()
+def test_what_two_calls_have_in_common_is_kept_once():
+    """The prompt of all the steps that are recorded of it: megabytes each, in host memory beside the model."""
+    model, txt = Model(), torch.randn(1, 3, 8)
+    with calibration.recorded_calls(model, []) as calls:
+        for scale in (0.5, 0.5, 2.0):
+            model(torch.randn(1, 5, 8), txt.clone(), options={"scale": torch.tensor(scale)})
+        model(torch.randn(1, 5, 8), torch.randn(1, 4, 8), options={"scale": torch.tensor(2.0)})
+    (images, texts), scales = zip(*(args for args, _ in calls)), [kwargs["options"]["scale"] for _, kwargs in calls]
+    assert texts[0] is texts[1] is texts[2] and texts[3].shape == (1, 4, 8) and torch.equal(texts[0], txt)
+    assert len({id(image) for image in images}) == 4
+    assert [float(scale) for scale in scales] == [0.5, 0.5, 2.0, 2.0] and scales[2] is scales[3]
+
+
+@torch.no_grad()
 def test_every_block_is_seen_as_in_an_ordinary_forward():
     torch.manual_seed(0)
     model, blocks = Model(), None

@@ -43,7 +43,7 @@ def test_the_target_is_the_minimum_in_closed_form():
     assert left(target.double()) < left(r)
 
 
-@pytest.mark.parametrize(("unsigned_from", "bits", "most"), [(256, 4, 0.99), (256, 8, 1.0), (0, 4, 1.0), (128, 4, 1.0)])
+@pytest.mark.parametrize(("unsigned_from", "bits", "most"), [(256, 4, 0.995), (256, 8, 1.0), (0, 4, 1.0), (128, 4, 1.0)])
 def test_quiet_codes_and_a_second_pass_are_better_on_fresh_tokens(unsigned_from, bits, most):
     w, stats = torch.randn(192, 256, generator=torch.Generator().manual_seed(0)), InputStats(1, with_gram=True)
 
