@@ -48,6 +48,8 @@ def text(told):
     for kind, layers in told.get("layers", {}).items():
         ranks = ", ".join(f"rank {rank}: {count}" for rank, count in layers["ranks"].items())
         lines.append(f"{kind}: {layers['count']} layers" + (f" ({ranks})" if kind != layout.AWQ else ""))
+    if told.get("int8_scales"):
+        lines.append(f"scales: 8-bit integers times a number of their row, in {told['int8_scales']} layers")
     # What a file says of itself may hold anything, a terminal's control codes too.
     return "\n".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
                      for line in [*lines, *_recipe_lines(told)])
@@ -68,7 +70,8 @@ def _packed(header, name):
     recipe = {key: value for key, value in packed.recipe.items() if key != "layers"}
     return {"bytes": sum(map(os.path.getsize, files)), "format": f"{name} layout, {codes}",
             "model": _model(packed.shapes, packed.config, header), "source": packed.source, "recipe": recipe,
-            "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs), **_sizes(infos, modules)}
+            "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs),
+            "int8_scales": len(packed.computed), **_sizes(infos, modules)}
 
 
 def _plain(header):

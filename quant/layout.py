@@ -12,7 +12,16 @@ that other software can read the files; N outputs, K inputs, R the rank, G = K /
     X.bias                  (N)          X.bias          (N)         16 bit
     X.comfy_quant                        X.comfy_quant               uint8, JSON: format, group_size, rank, ...
 
-`weight_scale` is the whole truth about the scales, whatever structure a kernel may find in it.
+`weight_scale` is the whole truth about the scales, whatever structure a kernel may find in it. A file may hold it in half the
+bytes, where it is c_n * i to the bit (cuda/scales.py). The layer has the 16-bit scales all the same, and in the file it is
+
+    svdquant_w4a4_int8_scale
+    X.weight_scale          (G, N)    int8, i in -15..16
+    X.weight_scale_2        (N)       16 bit, c_n, not negative; the layer's scales are the products in this type
+    and the others as in svdquant_w4a4
+
+whose description always says `act_unsigned_from`, K where no column is unsigned. The format has a name of its own because a reader
+that took these integers for the scales would compute a wrong picture in silence.
 
 Layers that others quantized to NVFP4 stay in it (cuda/nvfp4.py has the arithmetic), with groups of 16, G = K / 16:
 
@@ -46,9 +55,10 @@ from ..cuda.nvfp4 import NVFP4_GROUP
 
 SVDQUANT = "svdquant_w4a4"
 SVDQUANT_SPLIT = "svdquant_w4a4_split"  # signed columns, then unsigned ones: only linear2
+SVDQUANT_INT8_SCALE = "svdquant_w4a4_int8_scale"  # in files only: either of the two
 NVFP4 = "svdquant_nvfp4"
 AWQ = "awq_w4a16"
-GROUP_SIZES = {SVDQUANT: GROUP_SIZE, SVDQUANT_SPLIT: GROUP_SIZE, NVFP4: NVFP4_GROUP, AWQ: GROUP_SIZE}
+GROUP_SIZES = {SVDQUANT: GROUP_SIZE, SVDQUANT_SPLIT: GROUP_SIZE, SVDQUANT_INT8_SCALE: GROUP_SIZE, NVFP4: NVFP4_GROUP, AWQ: GROUP_SIZE}
 
 QUANT_KEY = "comfy_quant"
 
@@ -88,7 +98,7 @@ class LayerSpec:
         return GROUP_SIZES[self.format]
 
     def tensors(self):
-        """{parameter name: (shape, dtype)} of the module's parameters, which are also the file's tensors."""
+        """{parameter name: (shape, dtype)} of the module's parameters, which are also the file's tensors, but for int8 scales."""
         n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
         scale_dtype = torch.float8_e4m3fn if self.format == NVFP4 else self.dtype
         tensors = {"weight": ((n, k // 2), torch.int8), "weight_scale": ((groups, n), scale_dtype)}
@@ -104,17 +114,26 @@ class LayerSpec:
             tensors["bias"] = ((n,), self.dtype)
         return tensors
 
+    def stored(self, int8_scale):
+        """tensors, as a file has them. int8_scale: whether as svdquant_w4a4_int8_scale."""
+        if not int8_scale:
+            return self.tensors()
+        (groups, n), dtype = self.tensors()["weight_scale"]
+        return self.tensors() | {"weight_scale": ((groups, n), torch.int8), "weight_scale_2": ((n,), dtype)}
+
     def nbytes(self):
         """Bytes of all the layer's tensors."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors().values())
 
-    def conf(self):
-        """The JSON object of `X.comfy_quant`."""
+    def conf(self, int8_scale=False):
+        """The JSON object of `X.comfy_quant`. int8_scale: as in stored."""
         conf = {"format": self.format, "group_size": self.group_size, "orig_dtype": str(self.dtype),
                 "orig_shape": [self.out_features, self.in_features]}
         if self.format != AWQ:
             conf |= {"rank": self.rank, "act_unsigned": self.unsigned_from == 0}
-        if self.format == SVDQUANT_SPLIT:
+        if int8_scale:
+            conf["format"] = SVDQUANT_INT8_SCALE
+        if int8_scale or self.format == SVDQUANT_SPLIT:
             conf["act_unsigned_from"] = self.unsigned_from
         return conf
 

@@ -3,7 +3,7 @@
 Every 16-bit tensor has the name it has in an ordinary FLUX file, without prefix; every packed layer has the tensors of
 layout.py, and `X.comfy_quant` says what it is. The file's metadata:
 
-    svdquant.version   "1"; a reader refuses a higher number
+    svdquant.version   "1"; "2" where a layer has int8 scales; a reader refuses a higher number
     svdquant.config    JSON: the FLUX configuration (hidden_size, num_heads, depth, ...)
     svdquant.recipe    JSON: how it was quantized; its "calibration" has the count of prompts, its "layers" the error,
                        size and smoothing of each layer (quantizer.LayerRecord)
@@ -14,19 +14,22 @@ Files that others made under comfy-kitchen's names have none of these metadata; 
 """
 
 import json
+from functools import partial
 from itertools import chain
 
 import torch
 
+from ...cuda import scales
 from .. import flux, layout
 from .card import modelspec
 from .header import CheckpointError
 from .packed import PackedFile
-from .write import write
+from .write import check_target, write
 
-VERSION = 1
+VERSION = 2
 MODULE_FORMATS = tuple(layout.GROUP_SIZES)
-SCALE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+HALF_TYPES = (torch.bfloat16, torch.float16)
+SCALE_TYPES = (*HALF_TYPES, torch.float32)
 MAX_DESCRIPTION_BYTES = 1 << 16  # of one X.comfy_quant
 
 
@@ -38,18 +41,42 @@ def matches(header):
 def open_file(header):
     """PackedFile of a file of ours. Raises CheckpointError, before any weight is read, unless its packed layers are
     whole and its metadata is sound."""
-    return packed_file(header, "", config(header), recipe(header), header.metadata.get("svdquant.source", ""))
+    packed = packed_file(header, "", config(header), recipe(header), header.metadata.get("svdquant.source", ""))
+    if packed.computed and _version(header) < 2:
+        raise CheckpointError(f"{header.file} says that it has SVDQuant format version 1, and {min(packed.computed)} is of version 2; "
+                              "download or save it again.")
+    return packed
 
 
 def packed_file(header, prefix, config, recipe, source):
     """PackedFile of a header that has our names under `prefix`."""
     own = header.within(prefix)
-    shapes = {name: info.shape for name, info in own.tensors.items() if not name.endswith(f".{layout.QUANT_KEY}")}
+    specs, int8_scales = layer_specs(own)
+    computed = frozenset(f"{layer}.weight_scale" for layer in int8_scales)
+    leave_out = {f"{layer}.weight_scale_2" for layer in int8_scales}
+    shapes = {name: info.shape for name, info in own.tensors.items()
+              if not name.endswith(f".{layout.QUANT_KEY}") and name not in leave_out}
     dtypes = {name: own.tensors[name].dtype for name in shapes}
-    specs = layer_specs(own)
+    dtypes |= {f"{layer}.weight_scale": specs[layer].dtype for layer in int8_scales}
     _check_plain(header, specs, dtypes)
+    read = partial(_read, own, computed)
     return PackedFile(header, specs, shapes, dtypes, config, recipe, source,
-                      lambda: ((name, own.read_tensor(name)) for name in shapes), prefix, own.read_tensor)
+                      lambda: ((name, read(name)) for name in shapes), prefix, read, computed)
+
+
+def _read(header, computed, name):
+    """One tensor as the layer has it. Raises CheckpointError where int8 scales are none."""
+    tensor = header.read_tensor(name)
+    if name not in computed:
+        return tensor
+    row_scale = header.read_tensor(f"{name}_2")
+    if not ((row_scale >= 0) & (row_scale * scales.HIGHEST).isfinite()).all():
+        raise CheckpointError(f"{header.file}: tensor {name}_2 has values that are negative, not finite or too large; download or "
+                              "save it again.")
+    if tensor.numel() and not scales.LOWEST <= tensor.amin() <= tensor.amax() <= scales.HIGHEST:
+        raise CheckpointError(f"{header.file}: tensor {name} has values outside {scales.LOWEST}..{scales.HIGHEST}; download or save "
+                              "it again.")
+    return scales.product(tensor, row_scale)
 
 
 def _check_plain(header, specs, dtypes):
@@ -70,12 +97,17 @@ def _json_metadata(header, key):
     return value
 
 
-def config(header):
-    """The FLUX configuration of the file, a dict. Raises CheckpointError on a newer version or a damaged entry."""
+def _version(header):
     version = header.metadata["svdquant.version"]
     if not version.isdecimal() or len(version) > 9 or int(version) > VERSION:
         raise CheckpointError(f"{header.file} has SVDQuant format version {version}, and this pack reads up to "
                               f"{VERSION}; update ComfyUI-SVDQuant.")
+    return int(version)
+
+
+def config(header):
+    """The FLUX configuration of the file, a dict. Raises CheckpointError on a newer version or a damaged entry."""
+    _version(header)
     return _json_metadata(header, "svdquant.config")
 
 
@@ -85,11 +117,12 @@ def recipe(header):
 
 
 def layer_specs(header):
-    """{layer name: LayerSpec} of the packed layers. Raises CheckpointError where name, description and tensors do not
-    agree."""
+    """({layer name: LayerSpec} of the packed layers, the names of those with int8 scales). Raises CheckpointError where name,
+    description and tensors do not agree."""
     suffix = f".{layout.QUANT_KEY}"
     names = [key.removesuffix(suffix) for key in header.tensors if key.endswith(suffix)]
-    return {name: _layer_spec(header, name) for name in names}
+    found = {name: _layer_spec(header, name) for name in names}
+    return {name: spec for name, (spec, _) in found.items()}, [name for name, (_, int8_scale) in found.items() if int8_scale]
 
 
 def decode(header, key):
@@ -105,6 +138,7 @@ def decode(header, key):
 
 
 def _layer_spec(header, name):
+    """(LayerSpec, whether its scales are int8)."""
     key = f"{name}.{layout.QUANT_KEY}"
     conf = decode(header, key)
     kind = conf.get("format")
@@ -123,25 +157,32 @@ def _layer_spec(header, name):
                               "choose a file that is not packed for another kernel, or save or download it again.")
     n, k = weight.shape[0], weight.shape[1] * 2
     unsigned = {layout.SVDQUANT: 0 if conf.get("act_unsigned") else k,
-                layout.SVDQUANT_SPLIT: conf.get("act_unsigned_from")}.get(kind, k)
+                layout.SVDQUANT_SPLIT: conf.get("act_unsigned_from"),
+                layout.SVDQUANT_INT8_SCALE: conf.get("act_unsigned_from")}.get(kind, k)
     rank = 0 if kind == layout.AWQ else conf.get("rank", _rank(header, name))
     if type(unsigned) is not int or type(rank) is not int or rank < 0 or unsigned < 0:  # True is an int too
         raise CheckpointError(f"{header.file}: {key} lacks a valid rank or act_unsigned_from; save or download the "
                               "file again.")
-    dtype, scale_blocks = scale.dtype, 1
+    dtype, scale_blocks, int8_scale = scale.dtype, 1, kind == layout.SVDQUANT_INT8_SCALE
     if kind == layout.NVFP4:
         dtype = _info(header, f"{name}.weight_smooth_factor").dtype
         scale_blocks = (*_info(header, f"{name}.weight_scale_2").shape, 0)[0]
-    if dtype not in SCALE_TYPES:
+    elif int8_scale:
+        dtype = _info(header, f"{name}.weight_scale_2").dtype
+    elif f"{name}.weight_scale_2" in header.tensors:
+        raise CheckpointError(f"{header.file} has tensor {name}.weight_scale_2, which a layer of format {kind} has no place for; "
+                              "download or save it again.")
+    if dtype not in (HALF_TYPES if int8_scale else SCALE_TYPES):
         raise CheckpointError(f"{header.file}: layer {name} has scales of type {dtype}; the file is damaged, download or save it again.")
     try:
         # Every layer of FLUX.1 has a bias: one that lacks it here has lost it.
-        spec = layout.LayerSpec(kind, k, n, rank, unsigned, True, dtype, scale_blocks)
+        spec = (layout.svdquant_spec(k, n, rank, unsigned, True, dtype) if int8_scale
+                else layout.LayerSpec(kind, k, n, rank, unsigned, True, dtype, scale_blocks))
     except ValueError as error:
         raise CheckpointError(f"{header.file}: layer {name} {error}; save or download the file again.") from None
-    for part, (shape, dtype) in spec.tensors().items():
+    for part, (shape, dtype) in spec.stored(int8_scale).items():
         check_tensor(header, f"{name}.{part}", shape, dtype)
-    return spec
+    return spec, int8_scale
 
 
 def _rank(header, name):
@@ -171,19 +212,38 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     """Write a checkpoint, as write.write does.
 
     tensors: {name: tensor} of the whole diffusion model; specs: {layer name: LayerSpec} of its packed layers; config,
-    recipe: JSON-able dicts; source: str; source_card: card.of_source of what was quantized. Raises CheckpointError where
-    the file exists (and overwrite is False), the disk is full or the folder can't be written.
+    recipe: JSON-able dicts; source: str; source_card: card.of_source of what was quantized. Scales that are integer multiples
+    of one float a row are written as int8. Raises CheckpointError where the file exists (and overwrite is False), the disk is
+    full or the folder can't be written.
     """
+    check_target(path, overwrite)
     infos = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
-    save_stream(path, infos, tensors.items(), specs, config, recipe, source, overwrite, source_card)
+    row_scales = {layer: scales.exact_row_scale(tensors[f"{layer}.weight_scale"].detach()) for layer, spec in specs.items()
+                  if spec.format in (layout.SVDQUANT, layout.SVDQUANT_SPLIT) and spec.dtype in HALF_TYPES}
+    save_stream(path, infos, tensors.items(), specs, config, recipe, source, overwrite, source_card,
+                {layer: row_scale for layer, row_scale in row_scales.items() if row_scale is not None})
 
 
-def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=False, source_card=None):
-    """save, with the tensors one at a time. infos: {name: (shape, dtype)}; tensors: iterable of (name, tensor)."""
-    described = {f"{layer}.{layout.QUANT_KEY}": layout.encode_conf(spec.conf()) for layer, spec in specs.items()}
+def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=False, source_card=None, row_scales=None):
+    """save, with the tensors one at a time. infos: {name: (shape, dtype)}; tensors: iterable of (name, tensor); row_scales:
+    {layer name: scales.exact_row_scale} of the layers whose scales are to be int8."""
+    row_scales = row_scales or {}
+    described = {f"{layer}.{layout.QUANT_KEY}": layout.encode_conf(spec.conf(layer in row_scales)) for layer, spec in specs.items()}
     infos = infos | {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
+    infos |= {f"{layer}.{part}": info for layer in row_scales for part, info in specs[layer].stored(True).items()}
     metadata = {
-        "svdquant.version": str(VERSION), "svdquant.config": json.dumps(config), "svdquant.recipe": json.dumps(recipe),
-        "svdquant.source": source, **modelspec(path, source_card),
+        "svdquant.version": "2" if row_scales else "1", "svdquant.config": json.dumps(config),
+        "svdquant.recipe": json.dumps(recipe), "svdquant.source": source, **modelspec(path, source_card),
     }
-    write(path, infos, chain(tensors, described.items()), metadata, overwrite)
+    write(path, infos, chain(_with_int8_scales(tensors, row_scales), described.items()), metadata, overwrite)
+
+
+def _with_int8_scales(tensors, row_scales):
+    """The iterable of (name, tensor) with the scales of those layers as the file has them."""
+    for name, tensor in tensors:
+        layer, _, part = name.rpartition(".")
+        if part == "weight_scale" and layer in row_scales:
+            yield name, scales.integers(tensor, row_scales[layer].float()).to(torch.int8)
+            yield f"{name}_2", row_scales[layer]
+        else:
+            yield name, tensor

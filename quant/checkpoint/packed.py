@@ -20,3 +20,4 @@ class PackedFile:
     tensors: Callable[[], Iterable]  # reads: yields (name, tensor), one tensor or layer at a time
     prefix: str | None = None  # where the file has these very tensors under prefix + name, so that it can be mapped
     read: Callable | None = None  # one tensor by its name, where that costs no more than the tensor itself
+    computed: frozenset = frozenset()  # names of the tensors that the file has in another form, which `read` knows: int8 scales

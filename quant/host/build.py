@@ -56,7 +56,8 @@ def _load_packed(packed, compute_dtype, act_bits):
     if packed.prefix is None:
         fill(model, packed.tensors())
     else:
-        _load_weights(model, header, {name: packed.prefix + name for name in packed.shapes})
+        mapped = {name: packed.prefix + name for name in packed.shapes if name not in packed.computed}
+        _load_weights(model, header, mapped, {name: packed.read(name) for name in packed.computed})
     patcher = make_patcher(model, SVDQuantModelPatcher)
     patcher.source, patcher.recipe = packed.source, packed.recipe
     return patcher
@@ -115,10 +116,11 @@ def _load_by_core(header, compute_dtype):
     return patcher
 
 
-def _load_weights(model, header, names):
-    """Put the file's tensors into an empty model, as they are: no copy, no cast. names: {model's name: file's}."""
+def _load_weights(model, header, names, computed=None):
+    """Put the file's tensors into an empty model, as they are: no copy, no cast. names: {model's name: file's}; computed: {name:
+    tensor} of those that the file does not have as they are."""
     tensors = comfy.utils.load_torch_file(header.path, safe_load=True)
-    fill(model, {name: tensors[stored] for name, stored in names.items()})
+    fill(model, {name: tensors[stored] for name, stored in names.items()} | (computed or {}))
 
 
 # --- models --------------------------------------------------------------------------------------------------------

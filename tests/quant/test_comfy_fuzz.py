@@ -24,6 +24,7 @@ FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scope
 DESCRIPTION = ".comfy_quant"
 PREFIX = "model.diffusion_model."
 GIGABYTES = 10**11  # 100 of them
+QKV, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear2"
 NEEDED = 12 * 4 + 3 * 4 + 6 + 20  # tensors of Nunchaku's file: its linears, modulation layers, norms and the rest
 
 
@@ -31,6 +32,8 @@ NEEDED = 12 * 4 + 3 * 4 + 6 + 20  # tensors of Nunchaku's file: its linears, mod
 def files(tmp_path_factory):
     """One model in each form that is read, as {form: (entries, metadata)} of its header."""
     folder, model = tmp_path_factory.mktemp("models"), packed_flux()
+    scale = model[0][f"{QKV}.weight_scale"]  # one layer of free scales beside those of integers
+    scale += torch.rand(scale.shape, generator=torch.Generator().manual_seed(0)).mul(scale).to(scale.dtype)
     native.save(str(folder / "native"), *model, {"preset": "data-free"}, "flux")
     nunchaku_write.save(str(folder / "nunchaku"), *model, {"preset": "data-free"}, "flux")
     headers = {form: read_header(str(folder / form)) for form in ("native", "nunchaku")}
@@ -87,6 +90,8 @@ def agrees(state, entries, form):
         needed = {name for name in entries if not name.endswith((".smooth_orig", ".lora_down", ".lora_up"))}
         return len(needed) == NEEDED
     stored = {name.removeprefix(PREFIX): value for name, value in entries.items() if not name.endswith(DESCRIPTION)}
+    for name in [name for name, value in stored.items() if name.endswith(".weight_scale") and value[0] == "I8"]:
+        stored[name] = [stored.pop(f"{name}_2")[0], *stored[name][1:]]
     return state.keys() == stored.keys() and all(
         list(tensor.shape) == stored[name][1] and tensor.dtype == DTYPES[stored[name][0]] for name, tensor in state.items())
 
@@ -99,8 +104,6 @@ def test_the_files_themselves_are_read(files, tmp_path, form):
 
 
 # --- one lie at a time ---------------------------------------------------------------------------------------------
-
-QKV = "double_blocks.0.img_attn.qkv"
 
 
 def grow(header, size):
@@ -167,6 +170,20 @@ def describe(layer, **changes):
     (describe(QKV, format="float8_e4m3fn"), f"layer {QKV} has format 'float8_e4m3fn'"),
     (describe(QKV, format="awq_w4a16"), f"lacks tensor {QKV}.weight_zeros"),
     (describe("single_blocks.0.linear2", act_unsigned_from=100), "not at a multiple of 64"),
+    (put(f"{LINEAR2}.weight_scale", 0, "U8"), f"tensor {LINEAR2}.weight_scale is torch.uint8 where torch.int8 is due"),
+    (put(f"{LINEAR2}.weight_scale", 0, "BF16"), f"tensor {LINEAR2}.weight_scale is torch.bfloat16 where torch.int8 is due"),
+    (put(f"{LINEAR2}.weight_scale", 1, [128, 10]), f"tensor {LINEAR2}.weight_scale has shape [128, 10] where [10, 128] is due"),
+    (put(f"{LINEAR2}.weight_scale_2", 1, [1, 128]), f"tensor {LINEAR2}.weight_scale_2 has shape [1, 128] where [128] is due"),
+    (put(f"{LINEAR2}.weight_scale_2", 1, [GIGABYTES]), f"tensor {LINEAR2}.weight_scale_2 has shape [100000000000] where [128] is due"),
+    (put(f"{LINEAR2}.weight_scale_2", 0, "F32"), f"layer {LINEAR2} has scales of type torch.float32"),
+    (put(f"{LINEAR2}.weight_scale_2", 0, "F16"), "is torch.bfloat16 where torch.float16 is due"),
+    (lambda entries: entries.pop(f"{LINEAR2}.weight_scale_2"), f"lacks tensor {LINEAR2}.weight_scale_2"),
+    (lambda entries: entries.pop(f"{LINEAR2}.weight_scale"), f"lacks tensor {LINEAR2}.weight_scale"),
+    (lambda entries: entries.update({f"{QKV}.weight_scale_2": ["BF16", [384], None]}),
+     f"has tensor {QKV}.weight_scale_2, which a layer of format svdquant_w4a4 has no place for"),
+    (describe(LINEAR2, format="svdquant_w4a4_split"), f"tensor {LINEAR2}.weight_scale_2, which a layer of format svdquant_w4a4_split"),
+    (describe(QKV, format="svdquant_w4a4_int8_scale", act_unsigned_from=128), f"lacks tensor {QKV}.weight_scale_2"),
+    (describe(LINEAR2, act_unsigned_from=None), "lacks a valid rank or act_unsigned_from"),
     (put(QKV + DESCRIPTION, 2, b"{"), "is not JSON"), (put(QKV + DESCRIPTION, 2, b"[" * 60_000), QKV + DESCRIPTION),
     (put(QKV + DESCRIPTION, 2, b" " * 70_000), "has 70000 bytes where a few hundred are due"),
 ])
@@ -180,8 +197,10 @@ def test_files_whose_parts_do_not_fit_each_other(files, tmp_path, change, says):
 
 
 @pytest.mark.parametrize(("metadata", "says"), [
-    ({"svdquant.version": "2"}, "format version 2"), ({"svdquant.version": "9" * 5000}, "format version 9"),
-    ({"svdquant.version": "one"}, "format version one"), ({"svdquant.config": "[" * 100_000}, "no valid svdquant.config"),
+    ({"svdquant.version": "3"}, "format version 3, and this pack reads up to 2"), ({"svdquant.version": "9" * 5000}, "format version 9"),
+    ({"svdquant.version": "one"}, "format version one"),
+    ({"svdquant.version": "1"}, "format version 1, and double_blocks.0.img_attn.proj.weight_scale is of version 2"),
+    ({"svdquant.config": "[" * 100_000}, "no valid svdquant.config"),
     ({"svdquant.recipe": "3"}, "no valid svdquant.recipe"), ({"svdquant.config": '{"depth": 2}'}, "depth = 2"),
     ({"svdquant.config": '{"axes_dim": [1, 2]}'}, "axes_dim"), ({"svdquant.config": '{"hidden_size": 1e99}'}, "hidden_size"),
 ])
@@ -235,12 +254,12 @@ VALUES = {
     "extra": st.text(max_size=20),
     "describe": st.tuples(st.sampled_from(("format", "rank", "act_unsigned", "act_unsigned_from", "group_size")),
                           st.sampled_from((None, True, -1, 0, 16, 32, 64, 10**30, 1.5, "x", [], {}, "awq_w4a16", "svdquant_w4a4",
-                                           "svdquant_w4a4_split", "svdquant_nvfp4", "nvfp4"))),
+                                           "svdquant_w4a4_split", "svdquant_w4a4_int8_scale", "svdquant_nvfp4", "nvfp4"))),
     "bytes": st.binary(max_size=40),
     "metadata": st.tuples(
         st.sampled_from(("svdquant.version", "svdquant.config", "svdquant.recipe", "_quantization_metadata", "config", "comfy_config",
                          "quantization_config", "model_class")),
-        st.sampled_from(("", "1", "{}", "[]", "null", "[" * 3000, '{"depth": 2}', '{"theta": true}', '{"layers": {}}',
+        st.sampled_from(("", "1", "{}", "[]", "null", "2", "[" * 3000, '{"depth": 2}', '{"theta": true}', '{"layers": {}}',
                          '{"layers": {"a": 1}}', '{"layers": {"img_in": {"format": "svdquant_w4a4"}}}', '{"weight": 3}'))),
     "offsets": st.tuples(st.integers(-300, 300), st.integers(-300, 300)),
     "swap": st.integers(0, 10**6),

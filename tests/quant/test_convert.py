@@ -30,6 +30,8 @@ def test_a_converted_file_is_what_the_writer_writes(files, tmp_path, source, to)
     target, seen = tmp_path / "out.safetensors", []
     convert.convert(str(files[source]), str(target), to, progress=lambda *counts: seen.append(counts))
     expected, found = load_file(files[to]), load_file(target)
+    if to == "native":  # as layers have them: a conversion leaves scales in 16 bits that the writer of a whole model makes integers
+        expected, found = (dict(native.open_file(read_header(str(path))).tensors()) for path in (files[to], target))
     assert expected.keys() == found.keys()
     unequal = {name for name in expected if not torch.equal(expected[name], found[name])}
     assert to == "nunchaku" and not unequal or all("mod" in name and name.endswith(".bias") for name in unequal)

@@ -29,6 +29,17 @@ def test_only_a_split_layer_has_a_format_that_others_refuse(unsigned_from, name,
     assert conf.get("act_unsigned_from") == (64 if name.endswith("split") else None)
 
 
+@pytest.mark.parametrize("unsigned_from", [0, 64, 256])
+def test_int8_scales_are_a_format_of_files(unsigned_from):
+    spec = layout.svdquant_spec(256, 96, 16, unsigned_from, True, torch.float16)
+    stored = spec.stored(int8_scale=True)
+    assert stored.pop("weight_scale_2") == ((96,), torch.float16) and stored["weight_scale"] == ((4, 96), torch.int8)
+    assert stored | {"weight_scale": ((4, 96), torch.float16)} == spec.tensors() == spec.stored(int8_scale=False)
+    conf = spec.conf(int8_scale=True)
+    assert conf["format"] == "svdquant_w4a4_int8_scale" and conf["act_unsigned_from"] == unsigned_from
+    assert conf | spec.conf() == spec.conf() | {"act_unsigned_from": unsigned_from}
+
+
 @pytest.mark.parametrize(("k", "unsigned_from"), [(100, 100), (128, 32), (128, 192)])
 def test_what_does_not_fall_on_groups_is_refused(k, unsigned_from):
     with pytest.raises(ValueError, match="multiple of 64"):
