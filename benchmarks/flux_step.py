@@ -53,6 +53,7 @@ def packed_flux(rank):
     shapes = {name: parameter.shape for name, parameter in flux.named_parameters()}
     for name in inventory.quantized_names(shapes):
         build.swap(flux, name, inventory.layer_spec(name, shapes[f"{name}.weight"], inventory.branches(name) * rank, True, torch.bfloat16))
+    build.take_over_activations(flux)
     flux.to_empty(device="cuda")
     for name, parameter in flux.named_parameters():
         random_(parameter.data, name)

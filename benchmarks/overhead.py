@@ -15,9 +15,10 @@ import time
 import torch
 from machine import description, load_pack
 
-# (M, N, K, unsigned_from): a step's linears in the order in which the model asks for them; modulation beside them.
-FLUX = [(4096, 9216, 3072, 3072), (512, 9216, 3072, 3072), (4096, 3072, 3072, 3072), (4096, 12288, 3072, 3072), (4096, 3072, 12288, 0),
-        (512, 3072, 3072, 3072), (512, 12288, 3072, 3072), (512, 3072, 12288, 0), (4608, 21504, 3072, 3072), (4608, 3072, 15360, 3072)]
+# (M, N, K, unsigned_from, gelu_from): a step's linears in the order in which the model asks for them; modulation beside them.
+FLUX = [(4096, 9216, 3072, 3072, None), (512, 9216, 3072, 3072, None), (4096, 3072, 3072, 3072, None), (4096, 12288, 3072, 3072, 0),
+        (4096, 3072, 12288, 0, None), (512, 3072, 3072, 3072, None), (512, 12288, 3072, 3072, 0), (512, 3072, 12288, 0, None),
+        (4608, 21504, 3072, 3072, 9216), (4608, 3072, 15360, 3072, None)]
 MODULATION = [(1, 18432, 3072), (1, 9216, 3072)]
 SMALL = 16, 256, 256  # M, N, K
 
@@ -82,7 +83,7 @@ def prepare(how, act_bits):
 
     device = torch.device("cuda", torch.cuda.current_device())
     torch.empty(1, device=device)
-    layers = [(m, n, k, 32, split, act_bits, torch.bfloat16) for m, n, k, split in FLUX]
+    layers = [(m, n, k, 32, split, act_bits, torch.bfloat16, gelu_from) for m, n, k, split, gelu_from in FLUX]
     layers += [(m, n, k, 0, k, None, torch.bfloat16) for m, n, k in MODULATION]
     start = time.perf_counter()
     for one in ([layer] for layer in layers) if how == "serial" else [layers]:

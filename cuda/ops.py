@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # Compute capabilities on which int8 activations are the fast ones: their 4-bit tensor cores are missing, or starved by the scales.
 INT8_FASTER = (80, 90, 100, 103, 110, 120, 121)
 RANKS = 16  # the kernels' branches have a multiple of this
+GELU_COLUMNS = 64  # are activated together: a warp's rows of the weight in gemm_mma.cu, a warpgroup's in gemm_wgmma.cu
 ALIGNMENT = 256  # bytes, of each part of a layer's workspace
 PLAIN = Tensor, torch.nn.Parameter
 _dynamo_traces, _dispatch_modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack
@@ -39,14 +40,15 @@ def best_act_bits(device):
     return 8 if 10 * torch.cuda.get_device_capability(device)[0] in INT8_FASTER else 4
 
 
-def svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale=None):
+def svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale=None, gelu_from=None):
     """One SVDQuant layer, (..., K) -> (..., N) in x.dtype.
 
     Arguments as in reference.svdquant_linear. row_scale: (N,) float32, scales.row_scale of the layer, for act_bits 8 on a GPU
     (computed there if it is not given). With act_bits 8 the kernels compute with group scales that are integer multiples of it.
+    gelu_from: best a multiple of GELU_COLUMNS, which costs next to nothing.
     """
     run = _svdquant_linear if plain(x) else _svdquant_op
-    return run(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale)
+    return run(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from)
 
 
 def awq_linear(x, weight, weight_scale, weight_zeros, bias):
@@ -60,13 +62,15 @@ def plain(x):
     return type(x) in PLAIN and not _dynamo_traces() and not _dispatch_modes()
 
 
-def _svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale):
+def _svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from):
     if kernels_run(x, weight):
         try:
-            return _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale)
+            return _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale,
+                                     gelu_from)
         except compiler.KernelsUnavailable as error:
             warn_once(str(error))
-    return reference.svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits)
+    return reference.svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits,
+                                     gelu_from=gelu_from)
 
 
 def _awq_linear(x, weight, weight_scale, weight_zeros, bias):
@@ -115,13 +119,13 @@ QUANTIZE, GEMM = (tuple(map((VARYING + CONSTANT).index, names)) for names in (
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(m, n, k, rank, stride, unsigned_from, act_bits, dtype, device):
+def _plan(m, n, k, rank, stride, unsigned_from, act_bits, gelu_from, dtype, device):
     """The _Plan for a layer of x's dtype; None where it takes more than that."""
     arch = compiler.architecture(device)
     if dtype not in ((torch.float16,) if arch == "sm_75" else (torch.bfloat16, torch.float16)) or rank % RANKS or n * k >= 1 << 33:
         return None
     wgmma = _wgmma(arch, act_bits, k, unsigned_from)
-    if wgmma and rank > gemm_wgmma.MAX_RANK:
+    if wgmma and rank > gemm_wgmma.MAX_RANK or gelu_from is not None and gelu_from % GELU_COLUMNS:
         return None
     codes = quantize.storage(act_bits, arch)
     first, cut = quantize.launcher(m, k, rank, stride, unsigned_from, codes, dtype, device)
@@ -130,10 +134,10 @@ def _plan(m, n, k, rank, stride, unsigned_from, act_bits, dtype, device):
         places.append(size if output else 0)
         size += padded(math.prod(output[0]) * output[1].itemsize, ALIGNMENT) if output else 0
     if wgmma:
-        second = gemm_wgmma.launcher(m, n, k, rank, unsigned_from, dtype, device, pdl=True)
+        second = gemm_wgmma.launcher(m, n, k, rank, unsigned_from, dtype, device, pdl=True, gelu_from=gelu_from)
     else:
         kind = gemm_mma.INTEGER if act_bits == 8 else gemm_mma.NIBBLES if codes == quantize.NIBBLES else gemm_mma.BYTES
-        second = gemm_mma.launcher(kind, m, n, k, rank, unsigned_from, dtype, device)
+        second = gemm_mma.launcher(kind, m, n, k, rank, unsigned_from, dtype, device, gelu_from=gelu_from)
     run = runtime.chain(len(VARYING + CONSTANT), (first, QUANTIZE), (second, GEMM))
     return _Plan(first, second, run, size // 2, *places[1:], cut.ranks < rank)
 
@@ -142,17 +146,18 @@ def warm_up(layers, device):
     """Compile and load in threads, beside what the caller does next, the kernels that these layers will ask for: all but those of a
     layer that doesn't want them, or of a machine that can't have them, which its first call says.
 
-    layers: [(M, N, K, rank, unsigned_from, act_bits, dtype)] as svdquant_linear gets them, contiguous; act_bits None: awq_linear.
+    layers: [(M, N, K, rank, unsigned_from, act_bits, dtype, gelu_from or nothing)] as svdquant_linear gets them, contiguous; act_bits
+    None: awq_linear.
     device: a CUDA device with its index. Returns the threads' futures.
     """
-    def prepare(m, n, k, rank, unsigned_from, act_bits, dtype):
+    def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None):
         if not threading.main_thread().is_alive():  # the program ends: don't let it wait
             return
         try:
             if act_bits is None:
                 awq.launcher(m, n, dtype, device)
             else:
-                _plan(m, n, k, rank, k, unsigned_from, act_bits, dtype, device)
+                _plan(m, n, k, rank, k, unsigned_from, act_bits, gelu_from, dtype, device)
         except Exception:  # whoever needs the kernel meets it again, and says so
             log.debug("warm-up of %s", (m, n, k, rank, unsigned_from, act_bits, dtype), exc_info=True)
 
@@ -166,7 +171,7 @@ def _wgmma(arch, act_bits, k, unsigned_from):
     return act_bits == 8 and arch in gemm_wgmma.ARCHITECTURES and gemm_wgmma.takes(k, unsigned_from)
 
 
-def _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale):
+def _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from):
     """The layer by two launches, as most are."""
     dtype, (*leading, k), (n, rank) = x.dtype, x.shape, proj_up.shape
     m, stride, source = x.numel() // k, k, x.data_ptr()
@@ -177,9 +182,9 @@ def _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias,
         tokens = x.reshape(m, k)
         stride = tokens.stride(0)
         readable = readable and tokens.data_ptr() == source and tokens.stride(1) == 1 and stride % 8 == 0
-    plan = _plan(m, n, k, rank, stride, unsigned_from, act_bits, dtype, x.device) if readable else None
+    plan = _plan(m, n, k, rank, stride, unsigned_from, act_bits, gelu_from, dtype, x.device) if readable else None
     if plan is None:
-        return _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale)
+        return _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from)
     y, work = x.new_empty(*leading, n), x.new_empty(plan.elements)  # a size in a tuple takes PyTorch half as long again
     act = work.data_ptr()
     low, low_scale = (act + plan.low, act + plan.low_scale) if plan.low else (0, 0)
@@ -191,7 +196,7 @@ def _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias,
     return y
 
 
-def repeated(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale):
+def repeated(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from=None):
     """svdquant_linear for one layer and inputs like x, with everything looked up: again(x, weight_scale, proj_down, addresses), or None
     where that isn't two launches. The layer's tensors are on x's device; row_scale is given with act_bits 8.
 
@@ -204,7 +209,7 @@ def repeated(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned
         return None
     m, size = x.numel() // k, (*leading, n)
     try:
-        plan = _plan(m, n, k, rank, k, unsigned_from, act_bits, dtype, x.device)
+        plan = _plan(m, n, k, rank, k, unsigned_from, act_bits, gelu_from, dtype, x.device)
     except compiler.KernelsUnavailable:  # svdquant_linear says so
         return None
     if plan is None:
@@ -233,7 +238,7 @@ def repeated(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned
     return again
 
 
-def _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale):
+def _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from):
     """The same in every case: other dtypes, ranks that one GEMM doesn't take, an x that the kernels can't read."""
     dtype, arch = compute_dtype(x.dtype, weight_scale.dtype, x.device), compiler.architecture(x.device)
     tokens = x.reshape(-1, x.shape[-1])
@@ -245,14 +250,17 @@ def _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, u
     wgmma = _wgmma(arch, act_bits, x.shape[-1], unsigned_from)
     rest = wgmma and proj_up.shape[1] > gemm_wgmma.MAX_RANK
     down, up = (proj_down[:, :0], proj_up[:, :0]) if rest else (proj_down, proj_up)
+    fused = None if rest or gelu_from is not None and gelu_from % GELU_COLUMNS else gelu_from
     q = quantize.quantize(tokens, smooth, down, unsigned_from, quantize.storage(act_bits, arch))
     if wgmma:
-        y = gemm_wgmma.gemm(*q, weight, weight_scale, row_scale, up, bias, unsigned_from, tokens.shape[0])
+        y = gemm_wgmma.gemm(*q, weight, weight_scale, row_scale, up, bias, unsigned_from, tokens.shape[0], gelu_from=fused)
     else:
         mode = "int8" if act_bits == 8 else "int4"
-        y = gemm_mma.gemm(mode, *q, weight, weight_scale, row_scale, up, bias, unsigned_from, tokens.shape[0])
+        y = gemm_mma.gemm(mode, *q, weight, weight_scale, row_scale, up, bias, unsigned_from, tokens.shape[0], gelu_from=fused)
     if rest:
         y.addmm_(tokens @ proj_down, proj_up.t())
+    if fused is None:
+        reference.activated(y, gelu_from)
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -263,12 +271,13 @@ def warn_once(message):
 
 @torch.library.custom_op("svdquant::linear", mutates_args=())
 def _svdquant_op(x: Tensor, weight: Tensor, weight_scale: Tensor, proj_down: Tensor, proj_up: Tensor, smooth: Tensor,
-                 bias: Optional[Tensor], unsigned_from: int, act_bits: int, row_scale: Optional[Tensor] = None) -> Tensor:
-    return _svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale)
+                 bias: Optional[Tensor], unsigned_from: int, act_bits: int, row_scale: Optional[Tensor] = None,
+                 gelu_from: Optional[int] = None) -> Tensor:
+    return _svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from)
 
 
 @_svdquant_op.register_fake
-def _(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale=None):
+def _(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale=None, gelu_from=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

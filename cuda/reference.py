@@ -13,6 +13,7 @@ M tokens, K inputs, N outputs, R the rank, G = K / 64 groups.
 """
 
 import torch
+from torch.nn.functional import gelu
 
 from .int4 import GELU_SHIFT, GROUP_SIZE, INT8_MAX, SIGNED_MAX, SIGNED_MIN, UNSIGNED_MAX, unpack_signed, unpack_unsigned
 
@@ -88,12 +89,20 @@ def quantize_activation(x, smooth, unsigned_from, act_bits=4, dtype=torch.float3
     return codes.flatten(-2), scales
 
 
+def activated(y, gelu_from):
+    """y (..., N), from column `gelu_from` on as its GELU, written in place; None: nowhere."""
+    if gelu_from is not None:
+        columns = y[..., gelu_from:]
+        columns.copy_(gelu(columns, approximate="tanh"))
+    return y
+
+
 def svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits=4,
-                    dtype=torch.float32):
+                    dtype=torch.float32, gelu_from=None):
     """One SVDQuant layer, computed and accumulated in `dtype`.
 
     x: (..., K); weight: (N, K/2) int8; weight_scale: (G, N); proj_down: (K, R); proj_up: (N, R); smooth: (K,);
-    bias: (N,) or None. Returns (..., N) in x.dtype.
+    bias: (N,) or None; gelu_from: the first output that goes through GELU, None if none does. Returns (..., N) in x.dtype.
     """
     tokens = x.reshape(-1, x.shape[-1])
     act = scaled_codes(*quantize_activation(tokens, smooth, unsigned_from, act_bits, dtype))
@@ -101,7 +110,7 @@ def svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, u
     y += (tokens.to(dtype) @ proj_down.to(dtype)) @ proj_up.to(dtype).t()
     if bias is not None:
         y += bias.to(dtype)
-    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    return activated(y, gelu_from).to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def dequantize_awq(weight, weight_scale, weight_zeros, dtype=torch.float32):

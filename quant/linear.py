@@ -21,8 +21,11 @@ class PackedLinear(torch.nn.Module):
     to the input.
 
     side: side.SideBranch, what the loaded LoRAs add; None without any. The parameters know nothing of it.
+    gelu_from: the first output that goes through a GELU, which the model then leaves to the layer; None: none does. It is set before the
+    first call.
     """
 
+    gelu_from = None
     bias_function = ()  # what a host does to the bias in its own `at`
 
     def __init__(self, spec, device="meta"):
@@ -46,13 +49,18 @@ class PackedLinear(torch.nn.Module):
 
     def forward(self, x):
         p, side = self.at(x), self.side
-        if side is None or side.gain is None:
-            y = self.product(x, p, p["bias"])
-            return y if side is None else side.add(y, x)
+        if side is None:
+            return self.product(x, p, p["bias"], self.gelu_from)
+        if side.gain is None:
+            return self.added(self.product(x, p, p["bias"]), x)
         # Of the bias, the gain is for the part that corrects the GELU shift, and that only.
         fold = side.fold.to(x.device, self.spec.dtype)
         y = self.product(x, p, fold) * side.gain.to(x) - fold.to(x)
-        return side.add(y if p["bias"] is None else y + p["bias"].to(x), x)
+        return self.added(y if p["bias"] is None else y + p["bias"].to(x), x)
+
+    def added(self, y, x):
+        """y (..., N) plus what the LoRAs add, and then through the layer's GELU; in place."""
+        return reference.activated(self.side.add(y, x), self.gelu_from)
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, {self.spec.format}, rank={self.spec.rank}"
@@ -83,8 +91,9 @@ class RowScale(NamedTuple):
 class Repeated(NamedTuple):
     """How a layer runs with inputs of one shape while nothing else changes."""
 
-    again: Callable  # ops.repeated's
-    act_bits: int    # as they were set
+    again: Callable        # ops.repeated's
+    gelu_from: int | None  # of the product; a side branch is added before the layer's GELU
+    act_bits: int          # as they were set
     row_scale: RowScale | None
 
 
@@ -108,33 +117,33 @@ class SVDQuantLinear(BranchedLinear):
         if ops.plain(x) and (known := self._repeated.get(x.shape)) is not None:
             side, y = self._modules.get("side"), None
             if not self.bias_function and (side is None or side.gain is None):
-                y = self._again(x, *known)
+                y = self._again(x, self.gelu_from if side is None else None, *known)
             if y is not None:
-                return y if side is None else side.add(y, x)
+                return y if side is None else self.added(y, x)
         return super().forward(x)
 
-    def _again(self, x, again, act_bits, c):
+    def _again(self, x, gelu_from, again, activated_from, act_bits, c):
         """The layer without its side branch, by a Repeated; None where anything has changed since."""
         p = self._parameters
         weight_scale, proj_down, bias = p["weight_scale"], p["weight_proj_down"], p["bias"]
-        if act_bits != self.act_bits or c is not None and (
+        if activated_from != gelu_from or act_bits != self.act_bits or c is not None and (
                 c.parameter() is not weight_scale or c.version is not None and c.version != weight_scale._version):
             return None
         return again(x, weight_scale, proj_down, (
             proj_down.data_ptr(), p["weight"].data_ptr(), weight_scale.data_ptr(), p["weight_smooth_factor"].data_ptr(),
             0 if c is None else c.address, p["weight_proj_up"].data_ptr(), 0 if bias is None else bias.data_ptr()))
 
-    def product(self, x, p, bias):
+    def product(self, x, p, bias, gelu_from=None):
         act_bits = self.act_bits or ops.best_act_bits(x.device)
         row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 and x.is_cuda else None
         args = (x, p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], bias,
-                self.spec.unsigned_from, act_bits, row_scale)
+                self.spec.unsigned_from, act_bits, row_scale, gelu_from)
         if ops.plain(x) and bias is p["bias"] and all(tensor is self._parameters[name] for name, tensor in p.items()):
             again, known = ops.repeated(*args), self._row_scale
             if again and (row_scale is None or known.value is row_scale):
                 if len(self._repeated) >= SHAPES:
                     self._repeated.clear()
-                self._repeated[x.shape] = Repeated(again, self.act_bits, None if row_scale is None else known)
+                self._repeated[x.shape] = Repeated(again, gelu_from, self.act_bits, None if row_scale is None else known)
         return ops.svdquant_linear(*args)
 
     def row_scale(self, weight_scale):
@@ -160,9 +169,10 @@ class SVDQuantLinear(BranchedLinear):
 class NVFP4Linear(BranchedLinear):
     """W4A4 in NVFP4 with a low-rank branch: x (..., K) -> (..., N). Only read from others' files, never made here."""
 
-    def product(self, x, p, bias):
-        return nvfp4_ops.nvfp4_linear(x, p["weight"], p["weight_scale"], p["weight_scale_2"], p["weight_proj_down"],
-                                      p["weight_proj_up"], p["weight_smooth_factor"], bias)
+    def product(self, x, p, bias, gelu_from=None):
+        y = nvfp4_ops.nvfp4_linear(x, p["weight"], p["weight_scale"], p["weight_scale_2"], p["weight_proj_down"],
+                                   p["weight_proj_up"], p["weight_smooth_factor"], bias)
+        return reference.activated(y, gelu_from)
 
     def packed_part(self, device):
         """(N, K) float32: the packed codes' share of the weight."""
@@ -173,8 +183,8 @@ class NVFP4Linear(BranchedLinear):
 class AWQLinear(PackedLinear):
     """W4A16, for the modulation layers, which see one row a picture: x (..., K) -> (..., N)."""
 
-    def product(self, x, p, bias):
-        return ops.awq_linear(x, p["weight"], p["weight_scale"], p["weight_zeros"], bias)
+    def product(self, x, p, bias, gelu_from=None):
+        return reference.activated(ops.awq_linear(x, p["weight"], p["weight_scale"], p["weight_zeros"], bias), gelu_from)
 
     def dense(self, device):
         """(N, K) float32: the weight that the layer stands for."""
@@ -199,7 +209,7 @@ def warm_up(model, device, tokens=TOKENS):
         if isinstance(module, SVDQuantLinear):
             act_bits = module.act_bits or ops.best_act_bits(device)
             layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, act_bits,
-                        module.spec.dtype) for m in tokens]
+                        module.spec.dtype, module.gelu_from) for m in tokens]
         elif isinstance(module, AWQLinear):
             layers.append((1, module.out_features, module.in_features, 0, module.in_features, None, module.spec.dtype))
     return ops.warm_up(dict.fromkeys(layers), device)

@@ -1,5 +1,6 @@
 """Models from checkpoints and from other models, built on ComfyUI's own FLUX classes."""
 
+import comfy.ldm.flux.layers
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -7,9 +8,10 @@ import comfy.sd
 import comfy.utils
 import torch
 
+from .. import flux
 from ..checkpoint import foreign, kitchen, native, nunchaku, nunchaku_names
 from ..checkpoint.header import CheckpointError, read_header
-from ..linear import set_act_bits, warm_up
+from ..linear import SVDQuantLinear, set_act_bits, warm_up
 from .ops import Operations
 from .patcher import SVDQuantModelPatcher
 
@@ -196,17 +198,46 @@ def _empty_model(model_config, specs, compute_dtype):
     model = model_config.get_model({}, "", device=torch.device("meta"))
     for name, spec in specs.items():
         swap(model.diffusion_model, name, spec)
+    take_over_activations(model.diffusion_model)
     return model
 
 
 def swap(diffusion_model, name, spec):
-    """Put a packed layer in the place of linear `name`. Raises ValueError unless the two have the same features."""
+    """Put a packed layer in the place of linear `name`; it goes on with the GELU that a packed layer there has taken over. Raises
+    ValueError unless the two have the same features."""
     parent, _, child = name.rpartition(".")
     linear = diffusion_model.get_submodule(name)
     if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
         raise ValueError(f"layer {name} is {spec.out_features} x {spec.in_features} where the model has "
                          f"{linear.out_features} x {linear.in_features}")
-    setattr(diffusion_model.get_submodule(parent), child, Operations.packed(spec))
+    packed = Operations.packed(spec)
+    packed.gelu_from = getattr(linear, "gelu_from", None)
+    setattr(diffusion_model.get_submodule(parent), child, packed)
+
+
+class TakenOver(torch.nn.Identity):
+    """Where a GELU was, which the packed layer before it now applies to its output (PackedLinear.gelu_from)."""
+
+
+def take_over_activations(diffusion_model):
+    """Let the W4A4 layers of FLUX.1's blocks apply the GELU that alone reads them. Blocks and activations of other kinds, as newer models
+    have them, stay as they are."""
+    for _, block in flux.blocks(diffusion_model):
+        if type(block) is comfy.ldm.flux.layers.DoubleStreamBlock:
+            for mlp in (block.img_mlp, block.txt_mlp):
+                if type(mlp) is torch.nn.Sequential and len(mlp) == 3:
+                    _take_over(mlp[0], 0, mlp, "1")
+        elif type(block) is comfy.ldm.flux.layers.SingleStreamBlock:
+            qkv = 3 * block.hidden_size
+            if block.linear1.out_features == qkv + block.mlp_hidden_dim:  # [q k v ; MLP], and no gate beside it
+                _take_over(block.linear1, qkv, block, "mlp_act")
+
+
+def _take_over(layer, gelu_from, parent, child):
+    activation = getattr(parent, child)
+    if isinstance(layer, SVDQuantLinear) and type(activation) is torch.nn.GELU and activation.approximate == "tanh":
+        layer.gelu_from = gelu_from
+        setattr(parent, child, TakenOver())
 
 
 def _check_complete(header, model, shapes, exact):

@@ -16,7 +16,8 @@ def awq_layer():
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):
     layer = random_layer(96, 128, 16, 64, bias)
-    torch.library.opcheck(torch.ops.svdquant.linear.default, (random_input(5, 128, torch.bfloat16), *layer.args(), 4))
+    for more in ((), (None, 32)):  # row_scale, gelu_from
+        torch.library.opcheck(torch.ops.svdquant.linear.default, (random_input(5, 128, torch.bfloat16), *layer.args(), 4, *more))
     weight, scale, zeros, awq_bias = awq_layer()
     torch.library.opcheck(torch.ops.svdquant.awq_linear.default, (random_input(2, 128), weight, scale, zeros, awq_bias if bias else None))
 
@@ -24,7 +25,9 @@ def test_opcheck(bias):
 def test_the_op_is_the_reference():
     layer, x = random_layer(96, 128, 16), random_input(5, 128, torch.float16)
     for act_bits in (4, 8):
-        assert torch.equal(ops.svdquant_linear(x, *layer.args(), act_bits), reference.svdquant_linear(x, *layer.args(), act_bits))
+        for gelu_from in (None, 32):
+            assert torch.equal(ops.svdquant_linear(x, *layer.args(), act_bits, gelu_from=gelu_from),
+                               reference.svdquant_linear(x, *layer.args(), act_bits, gelu_from=gelu_from))
 
 
 def test_one_graph_under_torch_compile():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import int4, ops, reference, runtime, scales
 from comfyui_svdquant.quant import layout, linear
+from comfyui_svdquant.quant.side import LowRank, SideBranch
 
 from .layers import random_input, random_layer, relative_error
 
@@ -39,6 +40,23 @@ def test_is_the_references_product(m, n, k, rank, unsigned_from, dtype, act_bits
     error = relative_error(y, exact)
     assert error < BF16, f"relative error {error:.2e} at M={m} N={n} K={k} R={rank} in {dtype}, {act_bits} bits"
     assert torch.equal(y, ops.svdquant_linear(x, *layer.args(), act_bits)), "two runs differ"
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize(("n", "rank", "gelu_from", "dtype"), [
+    (384, 32, 0, torch.bfloat16), (384, 128, 128, torch.float16), (384, 160, 128, torch.bfloat16), (208, 16, 80, torch.bfloat16),
+    (192, 0, 64, torch.float32), (192, 24, 192, torch.bfloat16)])
+def test_gelu_from_a_column_on(n, rank, gelu_from, dtype, act_bits):
+    """In the kernel where it can be, else behind it."""
+    stored = torch.bfloat16 if dtype == torch.float32 else dtype
+    layer, x = integer_layer(n, 256, rank, None, n != 208, stored), random_input(70, 256, dtype, seed=n).cuda()
+    y = ops.svdquant_linear(x, *layer.args(), act_bits, gelu_from=gelu_from)
+    exact = reference.svdquant_linear(x.to(stored).double(), *layer.args(), act_bits=act_bits, dtype=torch.float64, gelu_from=gelu_from)
+    error = relative_error(y, exact)
+    assert y.dtype == dtype and error < 1.5 * BF16, f"relative error {error:.2e}"
+    plain = ops.svdquant_linear(x, *layer.args(), act_bits)
+    assert torch.equal(y[:, :gelu_from], plain[:, :gelu_from])
+    assert relative_error(y, reference.activated(plain, gelu_from)) < BF16
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
@@ -112,7 +130,23 @@ def by_the_op(module, x):
     """What a layer gives that remembers nothing."""
     p = {name: None if p is None else p.cuda() for name, p in module._parameters.items()}
     return ops.svdquant_linear(x, p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"],
-                               p["bias"], module.spec.unsigned_from, module.act_bits)
+                               p["bias"], module.spec.unsigned_from, module.act_bits, gelu_from=module.gelu_from)
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_a_layer_with_gelu_and_loras(act_bits):
+    """LoRAs come and go; what they add is added before the GELU."""
+    module, x = module_of(384, 256, 32, act_bits), random_input(70, 256, torch.bfloat16).cuda()
+    plain = module(x)
+    side = SideBranch([LowRank((64, 320), (0, 256), torch.randn(256, 4), torch.randn(4, 256) / 16)]).cuda()
+    loaded = reference.activated(side.add(plain.clone(), x), 128)
+    module.gelu_from = 128
+    fused = by_the_op(module, x)
+    assert relative_error(fused, reference.activated(plain, 128)) < BF16
+    for branch, expected in ((None, fused), (side, loaded)) * 3:
+        module.side = branch
+        for _ in range(2):
+            assert torch.equal(module(x), expected)
 
 
 def other_tensors(module):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import ops, reference, scales
 from comfyui_svdquant.quant import layout, linear
+from comfyui_svdquant.quant.side import LowRank, SideBranch
 
 from ..cuda.launches import addresses, aligned, recorded
 
@@ -46,12 +47,13 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch):
     awq = layout.LayerSpec(layout.AWQ, 128, 192)
     model = torch.nn.Sequential(*map(linear.SVDQuantLinear, (wide, wide, split)), linear.AWQLinear(awq), torch.nn.Linear(8, 8))
     linear.set_act_bits(model, 8)
+    model[2].gelu_from = 64
     assert linear.warm_up(model, torch.device("cpu")) == [] and asked == []
     linear.warm_up(model, torch.device("cuda", 1), tokens=(70, 5))
     (layers, device), = asked
     assert device == torch.device("cuda", 1)
-    assert layers == [(70, 64, 128, 16, 128, 8, torch.bfloat16), (5, 64, 128, 16, 128, 8, torch.bfloat16),
-                      (70, 64, 256, 16, 128, 8, torch.bfloat16), (5, 64, 256, 16, 128, 8, torch.bfloat16),
+    assert layers == [(70, 64, 128, 16, 128, 8, torch.bfloat16, None), (5, 64, 128, 16, 128, 8, torch.bfloat16, None),
+                      (70, 64, 256, 16, 128, 8, torch.bfloat16, 64), (5, 64, 256, 16, 128, 8, torch.bfloat16, 64),
                       (1, 192, 128, 0, 128, None, torch.bfloat16)]
 
 
@@ -116,6 +118,40 @@ def test_the_second_call_looks_nothing_up(module, monkeypatch):
             module(aligned(torch.randn(m, 256).bfloat16()))
         assert len(module._repeated) <= linear.SHAPES
         assert len(calls) == 17 - 1 + 2 * linear.SHAPES  # one was float32, for which they are launched one by one
+
+
+def side_branch(kind):
+    """Of 256 x 208: some terms, with a gain too, or none at all."""
+    terms = [LowRank((64, 192), (0, 256), torch.randn(128, 4), torch.randn(4, 256))]
+    return {"none": None, "terms": SideBranch(terms), "gain": SideBranch(terms, torch.rand(208) + 0.5, torch.randn(208))}[kind]
+
+
+@pytest.mark.parametrize("kind", ["none", "terms", "gain"])
+@pytest.mark.parametrize("form", [layout.SVDQUANT, layout.AWQ])
+def test_gelu_comes_after_everything_else(form, kind):
+    """As a GELU behind the layer, but for the rounding between the two."""
+    made = linear.SVDQuantLinear if form == layout.SVDQUANT else linear.AWQLinear
+    module = filled(made(layout.LayerSpec(form, 256, 208, 32 if form == layout.SVDQUANT else 0, 256), "cpu"))
+    module.weight_scale.data.mul_(2.0**-6)
+    module.side, x = side_branch(kind), torch.randn(5, 256)
+    expected = module(x)
+    expected[:, 80:] = torch.nn.functional.gelu(expected[:, 80:], approximate="tanh")
+    module.gelu_from = 80
+    assert torch.equal(module(x), expected)
+
+
+def test_gelu_is_the_kernels_unless_something_is_added(module, monkeypatch):
+    """Also when LoRAs come and go between calls that look nothing up."""
+    after, x, activated = [], aligned(torch.randn(5, 256).bfloat16()), reference.activated
+    monkeypatch.setattr(reference, "activated", lambda y, gelu_from: after.append(gelu_from) or activated(y, gelu_from))
+    module.gelu_from = 128
+    with recorded(monkeypatch):
+        for kind in ("none", "none", "terms", "terms", "none", "terms", "none"):
+            module.side = side_branch(kind)
+            module(x)
+            assert module._repeated[x.shape].gelu_from == (128 if kind == "none" else None)
+            assert after == ([] if kind == "none" else [128])
+            after.clear()
 
 
 def test_copies_are_layers_of_their_own(module, monkeypatch):
