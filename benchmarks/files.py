@@ -68,8 +68,9 @@ class Random:
 
 
 def write_native(path, gb, rank):
-    """A random FLUX.1 in our layout."""
-    from comfyui_svdquant.quant import flux
+    """A random FLUX.1 in our layout, with scales as our quantizer's."""
+    from comfyui_svdquant.cuda import scales
+    from comfyui_svdquant.quant import flux, layout
     from comfyui_svdquant.quant.checkpoint import native
 
     hidden, depth = sizes(gb)
@@ -83,8 +84,18 @@ def write_native(path, gb, rank):
     norms += [f"single_blocks.{i}.norm" for i in range(2 * depth)]
     infos |= {f"{norm}.{kind}_norm.scale": ((128,), torch.bfloat16) for norm in norms for kind in ("query", "key")}
     random = Random()
+    row_scales = {name: random.tensor((spec.out_features,), spec.dtype).abs() for name, spec in specs.items()
+                  if spec.format != layout.AWQ}
+
+    def tensor(name, shape, dtype):
+        layer, _, part = name.rpartition(".")
+        if part == "weight_scale" and layer in row_scales:
+            return scales.product(random.tensor(shape, torch.int8) % scales.HIGHEST + 1, row_scales[layer])
+        return random.tensor(shape, dtype)
+
     config = flux.config({name: shape for name, (shape, _) in infos.items()})
-    native.save_stream(path, infos, ((name, random.tensor(*info)) for name, info in infos.items()), specs, config, {}, "random")
+    native.save_stream(path, infos, ((name, tensor(name, *info)) for name, info in infos.items()), specs, config, {}, "random",
+                       row_scales=row_scales)
 
 
 def write_nvfp4(path, int4):
@@ -196,7 +207,7 @@ def loading(path, comfyui, readers):
     from comfyui_svdquant.quant.checkpoint import nunchaku
     from comfyui_svdquant.quant.host import build
 
-    nunchaku.AHEAD = readers or nunchaku.AHEAD
+    nunchaku.READERS = readers or nunchaku.READERS
 
     def load():
         with torch.inference_mode():

@@ -23,7 +23,8 @@ from .header import CheckpointError
 from .nunchaku_source import BLOCKS_FILE, REST_FILE, gather
 from .packed import PackedFile
 
-AHEAD = min(4, os.cpu_count() or 1)  # layers that are read at once; more than cores only wait for each other
+READERS = min(4, os.cpu_count() or 1)  # threads; more than there are cores only wait for each other
+AHEAD = 4  # layers that are read before they are asked for
 MODEL_CLASSES = ("NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 FLOAT_TYPES = (*HALF_TYPES, torch.float32)
@@ -266,13 +267,13 @@ def _tensors(source, layers, plain):
 def _ahead(function, items, announce):
     """map(function, items), in order, with a few calls running ahead: reading and unpacking both take their time. announce: called
     with each item some time before function is."""
-    with ThreadPoolExecutor(AHEAD) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         waiting = deque()
         try:
             for item in items:
                 announce(item)
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * AHEAD:
+                if len(waiting) > AHEAD:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -1,12 +1,15 @@
 """Nunchaku's byte order, against tensors that its own packers packed (tests/data/nunchaku), to the bit and both ways."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from comfyui_svdquant.cuda import int4, reference
 from comfyui_svdquant.quant.checkpoint import nunchaku_layout as order
-from safetensors.torch import load_file
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, StoredTensor, read_header
+from safetensors.torch import load_file, save_file
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "nunchaku"
 
@@ -84,3 +87,98 @@ def test_rounding_of_the_zeros_is_far_below_a_step():
     exact = order._deinterleave((zeros + 8 * scale).t(), 6).t()
     error = ((ours["weight_zeros"].double() - exact) / ours["weight_scale"].double()).abs().max()
     assert error < 1 / 500, f"{error:.4f} of a step"
+
+
+# --- blocks --------------------------------------------------------------------------------------------------------
+
+
+def random_array(kind, size):
+    """(a large array of a file, the function that unpacks it); size multiplies its rows."""
+    g = torch.Generator().manual_seed(3)
+    if kind == "codes":  # 100 groups: two whole blocks of a tile, and a rest
+        return torch.randint(-128, 128, (128 * size, 3200), dtype=torch.int8, generator=g), order.unpack_codes
+    if kind == "scales":
+        stored = torch.randint(0, 127, (400, 128 * size), dtype=torch.uint8, generator=g)
+        return stored.view(torch.float8_e4m3fn), lambda array: order.unpack_nvfp4_scales(array).view(torch.uint8)
+    n = 6 * 68 * size  # 408 is two blocks of 192 rows, and a rest
+    small = [torch.ones(16, n, dtype=torch.bfloat16)] * 2 + [torch.zeros(n, dtype=torch.bfloat16)]
+    words = torch.randint(-(2**31), 2**31, (n // 4, 512), generator=g).int()
+    return words, lambda array: order.unpack_awq(array, *small, 6)["weight"]
+
+
+KINDS = ("codes", "scales", "modulation")
+
+
+def stored(path, array):
+    """The array as a StoredTensor."""
+    save_file({"before": torch.zeros(3), "x": array, "y": torch.zeros(3)}, path)
+    return StoredTensor(read_header(str(path)), "x")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arrays_of_several_blocks_from_memory_and_from_a_file(tmp_path, monkeypatch, kind):
+    array, unpack = random_array(kind, 3)
+    expected = unpack(array)
+    assert torch.equal(unpack(stored(tmp_path / "x.safetensors", array)), expected)
+    for name, small in (("CODES_GROUPS", 7), ("SCALES_BLOCK", 1), ("AWQ_BLOCK", 12)):
+        monkeypatch.setattr(order, name, small)
+    assert torch.equal(unpack(stored(tmp_path / "x.safetensors", array)), expected)
+
+
+def test_large_arrays_by_the_table_of_the_description():
+    """The places of 100 groups and of three tiles, by index arithmetic of its own."""
+    codes, _ = random_array("codes", 3)
+    n, k = torch.arange(384).unsqueeze(1), torch.arange(0, 6400, 8).unsqueeze(0)
+    word = ((n // 128 * 100 + k // 64) * 8 + n % 128 // 16) * 8 + n % 8
+    word = (word * 4 + k % 32 // 8) * 4 + n % 16 // 8 * 2 + k % 64 // 32
+    assert torch.equal(order.unpack_codes(codes).view(torch.int32), codes.view(torch.int32).flatten()[word])
+    scales, unpack = random_array("scales", 3)
+    n, group = torch.arange(384).unsqueeze(0), torch.arange(400).unsqueeze(1)
+    byte = ((n // 128 * 100 + group // 4) * 8 + n % 8) * 4 + n % 32 // 8
+    byte = byte * 16 + n % 128 // 32 * 4 + group % 4
+    assert torch.equal(unpack(scales), scales.view(torch.uint8).flatten()[byte])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path, kind):
+    array, unpack = random_array(kind, 3)
+    found = stored(tmp_path / "x.safetensors", array)
+    with open(found.header.path, "rb+") as file:
+        file.truncate(found.header.tensors["x"].stop - 4)
+    with pytest.raises(CheckpointError, match="x.safetensors was cut off while it was read; download it again."):
+        unpack(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unpacking_is_vectorized(kind):
+    """Calls from Python, of which there are some for a block and none for a row or a word."""
+    array, unpack = random_array(kind, 24)
+    calls = 0
+
+    def count(_frame, event, _argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        unpack(array)
+    finally:
+        sys.setprofile(None)
+    assert 0 < calls < 100 + 50 * array.nbytes / 2**17, calls
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's count of a process's memory")
+@pytest.mark.parametrize(("kind", "size"), [("codes", 100), ("scales", 800), ("modulation", 200)])
+def test_no_memory_but_the_results_is_needed(tmp_path, kind, size):
+    array, unpack = random_array(kind, size)  # so large that it never is memory that was there before
+    found, nbytes = stored(tmp_path / "x.safetensors", array), array.nbytes
+    unpack(random_array(kind, 3)[0])  # tables
+    del array
+
+    def memory(key):
+        return int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+    Path("/proc/self/clear_refs").write_text("5")  # the most that it has had until now is forgotten
+    before = memory("VmRSS")
+    result = unpack(found)
+    assert nbytes > 32 << 20 and result.nbytes == nbytes and memory("VmHWM") - before < nbytes + (6 << 20)
