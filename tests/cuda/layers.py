@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from comfyui_svdquant.cuda import int4
+from comfyui_svdquant.cuda import int4, reference
 
 
 @dataclass
@@ -41,6 +41,14 @@ def random_input(m, k, dtype=torch.float32, outliers=True, seed=1):
     if outliers:
         x[:, torch.randperm(k, generator=g)[: max(1, k // 50)]] *= 40
     return x.to(dtype)
+
+
+def decided(x, layer, act_bits):
+    """(M,) which tokens have no code so near the border of two that float32 may round it the other way. x: (M, K), of 16-bit numbers."""
+    codes, scales = reference.quantize_activation(x, layer.smooth, layer.unsigned_from, act_bits, torch.float64)
+    shift = int4.GELU_SHIFT * (torch.arange(x.shape[1], device=x.device) >= layer.unsigned_from)
+    exact = ((x.double() + shift) / layer.smooth.double()).unflatten(-1, (-1, int4.GROUP_SIZE)) / scales.unsqueeze(-1)
+    return ((exact - exact.floor() - 0.5).abs() > 1e-4).flatten(1).all(dim=1)
 
 
 def relative_error(estimate, exact):
