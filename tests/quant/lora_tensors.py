@@ -57,6 +57,13 @@ def loaded(patcher):
     return patcher
 
 
+def without_gelu(patcher):
+    """The patcher, its packed layers linear: none applies a GELU to its output."""
+    for layer in patcher.packed_layers().values():
+        layer.gelu_from = None
+    return patcher
+
+
 def layer_of(patcher, name):
     return patcher.packed_layers()[name]
 
