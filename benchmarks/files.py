@@ -69,9 +69,10 @@ class Random:
 
 def write_native(path, gb, rank):
     """A random FLUX.1 in our layout, with scales as our quantizer's."""
-    from comfyui_svdquant.cuda import scales
+    from comfyui_svdquant.cuda.scales import HIGHEST, product
     from comfyui_svdquant.quant import flux, layout
     from comfyui_svdquant.quant.checkpoint import native
+    from comfyui_svdquant.quant.scales import four_bits
 
     hidden, depth = sizes(gb)
     shapes = linears(hidden, depth)
@@ -84,13 +85,13 @@ def write_native(path, gb, rank):
     norms += [f"single_blocks.{i}.norm" for i in range(2 * depth)]
     infos |= {f"{norm}.{kind}_norm.scale": ((128,), torch.bfloat16) for norm in norms for kind in ("query", "key")}
     random = Random()
-    row_scales = {name: random.tensor((spec.out_features,), spec.dtype).abs() for name, spec in specs.items()
+    row_scales = {name: four_bits(random.tensor((spec.out_features,), spec.dtype).abs()) for name, spec in specs.items()
                   if spec.format != layout.AWQ}
 
     def tensor(name, shape, dtype):
         layer, _, part = name.rpartition(".")
         if part == "weight_scale" and layer in row_scales:
-            return scales.product(random.tensor(shape, torch.int8) % scales.HIGHEST + 1, row_scales[layer])
+            return product(random.tensor(shape, torch.int8) % HIGHEST + 1, row_scales[layer])
         return random.tensor(shape, dtype)
 
     config = flux.config({name: shape for name, (shape, _) in infos.items()})
