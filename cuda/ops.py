@@ -45,7 +45,7 @@ def svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, u
 
     Arguments as in reference.svdquant_linear. row_scale: (N,) float32, scales.row_scale of the layer, for act_bits 8 on a GPU
     (computed there if it is not given). With act_bits 8 the kernels compute with group scales that are integer multiples of it.
-    gelu_from: best a multiple of GELU_COLUMNS, which costs next to nothing.
+    gelu_from: a multiple of GELU_COLUMNS is the GEMM's, GELU from another column on comes after it.
     """
     run = _svdquant_linear if plain(x) else _svdquant_op
     return run(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from)
