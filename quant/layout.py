@@ -13,7 +13,7 @@ that other software can read the files; N outputs, K inputs, R the rank, G = K /
     X.comfy_quant                        X.comfy_quant               uint8, JSON: format, group_size, rank, ...
 
 `weight_scale` is the whole truth about the scales, whatever structure a kernel may find in it. A file may hold it in half the
-bytes, where it is c_n * i to the bit (cuda/scales.py). The layer has the 16-bit scales all the same, and in the file it is
+bytes, where it is c_n * i to the bit (checkpoint/int8_scales.py). The layer has the 16-bit scales all the same, and in the file it is
 
     svdquant_w4a4_int8_scale
     X.weight_scale          (G, N)    int8, i in -15..16

@@ -19,8 +19,9 @@ from itertools import chain
 
 import torch
 
-from ...cuda import scales
+from ...cuda.scales import HIGHEST, LOWEST
 from .. import flux, layout
+from . import int8_scales
 from .card import modelspec
 from .header import CheckpointError
 from .packed import PackedFile
@@ -51,13 +52,13 @@ def open_file(header):
 def packed_file(header, prefix, config, recipe, source):
     """PackedFile of a header that has our names under `prefix`."""
     own = header.within(prefix)
-    specs, int8_scales = layer_specs(own)
-    computed = frozenset(f"{layer}.weight_scale" for layer in int8_scales)
-    leave_out = {f"{layer}.weight_scale_2" for layer in int8_scales}
+    specs, compact = layer_specs(own)
+    computed = frozenset(f"{layer}.weight_scale" for layer in compact)
+    leave_out = {f"{layer}.weight_scale_2" for layer in compact}
     shapes = {name: info.shape for name, info in own.tensors.items()
               if not name.endswith(f".{layout.QUANT_KEY}") and name not in leave_out}
     dtypes = {name: own.tensors[name].dtype for name in shapes}
-    dtypes |= {f"{layer}.weight_scale": specs[layer].dtype for layer in int8_scales}
+    dtypes |= {f"{layer}.weight_scale": specs[layer].dtype for layer in compact}
     _check_plain(header, specs, dtypes)
     read = partial(_read, own, computed)
     return PackedFile(header, specs, shapes, dtypes, config, recipe, source,
@@ -66,17 +67,16 @@ def packed_file(header, prefix, config, recipe, source):
 
 def _read(header, computed, name):
     """One tensor as the layer has it. Raises CheckpointError where int8 scales are none."""
-    tensor = header.read_tensor(name)
     if name not in computed:
-        return tensor
-    row_scale = header.read_tensor(f"{name}_2")
-    if not ((row_scale >= 0) & (row_scale * scales.HIGHEST).isfinite()).all():
+        return header.read_tensor(name)
+    integers, row_scale = header.read_tensor(name), header.read_tensor(f"{name}_2")
+    if not ((row_scale >= 0) & (row_scale * HIGHEST).isfinite()).all():
         raise CheckpointError(f"{header.file}: tensor {name}_2 has values that are negative, not finite or too large; download or "
                               "save it again.")
-    if tensor.numel() and not scales.LOWEST <= tensor.amin() <= tensor.amax() <= scales.HIGHEST:
-        raise CheckpointError(f"{header.file}: tensor {name} has values outside {scales.LOWEST}..{scales.HIGHEST}; download or save "
-                              "it again.")
-    return scales.product(tensor, row_scale)
+    values = integers.numpy()
+    if values.size and not LOWEST <= values.min() <= values.max() <= HIGHEST:
+        raise CheckpointError(f"{header.file}: tensor {name} has values outside {LOWEST}..{HIGHEST}; download or save it again.")
+    return int8_scales.product(integers, row_scale)
 
 
 def _check_plain(header, specs, dtypes):
@@ -218,7 +218,8 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     """
     check_target(path, overwrite)
     infos = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
-    row_scales = {layer: scales.exact_row_scale(tensors[f"{layer}.weight_scale"].detach()) for layer, spec in specs.items()
+    row_scales = {layer: int8_scales.find_row_scale(tensors[f"{layer}.weight_scale"].detach().cpu())
+                  for layer, spec in specs.items()
                   if spec.format in (layout.SVDQUANT, layout.SVDQUANT_SPLIT) and spec.dtype in HALF_TYPES}
     save_stream(path, infos, tensors.items(), specs, config, recipe, source, overwrite, source_card,
                 {layer: row_scale for layer, row_scale in row_scales.items() if row_scale is not None})
@@ -226,7 +227,7 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
 
 def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=False, source_card=None, row_scales=None):
     """save, with the tensors one at a time. infos: {name: (shape, dtype)}; tensors: iterable of (name, tensor); row_scales:
-    {layer name: scales.exact_row_scale} of the layers whose scales are to be int8."""
+    {layer name: int8_scales.find_row_scale} of the layers whose scales are to be int8."""
     row_scales = row_scales or {}
     described = {f"{layer}.{layout.QUANT_KEY}": layout.encode_conf(spec.conf(layer in row_scales)) for layer, spec in specs.items()}
     infos = infos | {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
@@ -243,7 +244,7 @@ def _with_int8_scales(tensors, row_scales):
     for name, tensor in tensors:
         layer, _, part = name.rpartition(".")
         if part == "weight_scale" and layer in row_scales:
-            yield name, scales.integers(tensor, row_scales[layer].float()).to(torch.int8)
+            yield name, int8_scales.integers(tensor.detach().cpu(), row_scales[layer])
             yield f"{name}_2", row_scales[layer]
         else:
             yield name, tensor

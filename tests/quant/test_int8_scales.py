@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import scales
 from comfyui_svdquant.quant import convert, inspection, layout
-from comfyui_svdquant.quant.checkpoint import native, nunchaku
+from comfyui_svdquant.quant.checkpoint import int8_scales, native, nunchaku
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,19 +46,19 @@ def free(scale):
 def test_products_are_found_to_the_bit(dtype, low, high):
     scale = integer_scales(17, 600, dtype, low=low, high=high)
     scale[:, 100] = 0
-    row_scale = scales.exact_row_scale(scale)
-    i = scales.integers(scale, row_scale.float()).to(torch.int8)
+    row_scale = int8_scales.find_row_scale(scale)
+    i = int8_scales.integers(scale, row_scale)
     assert row_scale.dtype == dtype and row_scale.shape == (600,) and (row_scale >= 0).all() and row_scale[100] == 0
     assert -15 <= i.amin() and i.amax() <= 16
-    assert torch.equal(bits(scales.product(i, row_scale)), bits(scale))
+    assert torch.equal(bits(int8_scales.product(i, row_scale)), bits(scale))
 
 
 @given(st.sampled_from(HALVES), st.integers(8, 15), st.integers(-10, -3), st.lists(st.integers(-15, 16), min_size=1, max_size=12))
 def test_every_row_of_products_is_found(dtype, mantissa, exponent, row):
     scale = (torch.tensor(row) * (mantissa * 2.0**exponent) + 0.0).to(dtype).unsqueeze(1)
-    row_scale = scales.exact_row_scale(scale)
-    i = scales.integers(scale, row_scale.float()).to(torch.int8)
-    assert torch.equal(bits(scales.product(i, row_scale)), bits(scale))
+    row_scale = int8_scales.find_row_scale(scale)
+    i = int8_scales.integers(scale, row_scale)
+    assert torch.equal(bits(int8_scales.product(i, row_scale)), bits(scale))
 
 
 def changed(index, value):
@@ -73,22 +72,22 @@ def changed(index, value):
     changed((9, 700), -0.0),  # which is no 0 * c to the bit
     changed((slice(None), 700), torch.arange(1, 18) / 1024),  # 17 of them
     changed((slice(None), 700), torch.arange(-16, 1) / 1024), lambda scale: scale.copy_(free(scale)),
-    changed((16, 700), 3.0),  # a group that not every glance falls on
+    changed((16, 700), 3.0),  # the largest, of which the others are no 16ths
 ])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_what_is_no_product_is_seen_in_one_row_of_many(dtype, change):
     scale = integer_scales(17, 1000, dtype)
     scale[:, 700] = torch.arange(17) / 1024
-    assert scales.exact_row_scale(scale) is not None
+    assert int8_scales.find_row_scale(scale) is not None
     change(scale)
-    assert scales.exact_row_scale(scale) is None
+    assert int8_scales.find_row_scale(scale) is None
 
 
 def test_fp16_where_the_float_of_a_row_underflows():
     i = torch.tensor([[16], [5], [1]])
-    assert scales.exact_row_scale((i * 2.0**-24).half()) is not None  # the smallest number of all
-    assert scales.exact_row_scale((i * (9 * 2.0**-26)).half()) is None  # 2.25 times it, rounded
-    assert scales.exact_row_scale(torch.tensor([[9 * 4608.0], [4608.0]]).half()) is None  # 16 * c is not finite
+    assert int8_scales.find_row_scale((i * 2.0**-24).half()) is not None  # the smallest number of all
+    assert int8_scales.find_row_scale((i * (9 * 2.0**-26)).half()) is None  # 2.25 times it, rounded
+    assert int8_scales.find_row_scale(torch.tensor([[9 * 4608.0], [4608.0]]).half()) is None  # 16 * c is not finite
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
