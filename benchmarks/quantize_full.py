@@ -133,26 +133,38 @@ def context_exit(entered):
 
 
 class HostMemory:
-    """The largest resident set of this process, looked at 20 times a second."""
+    """The largest resident set of this process by stage, looked at 20 times a second.
 
-    def __init__(self):
+    peaks: {label: (bytes above those at the start, how many of them are mapped from files, such as libraries' code)}
+    """
+
+    def __init__(self, stages):
         import psutil
 
-        self.process, self.peak, self.done = psutil.Process(), 0, threading.Event()
+        self.process, self.stages, self.peaks, self.done = psutil.Process(), stages, {}, threading.Event()
+        self.before = self.now()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     def now(self):
-        return self.process.memory_info().rss
+        info = self.process.memory_info()
+        return info.rss, getattr(info, "shared", 0)  # Linux tells it
+
+    def look(self):
+        above = tuple(now - before for now, before in zip(self.now(), self.before))
+        label = self.stages.running[-1]
+        self.peaks[label] = max(self.peaks.get(label, (0, 0)), above)
 
     def watch(self):
         while not self.done.wait(0.05):
-            self.peak = max(self.peak, self.now())
+            self.look()
 
     def stop(self):
+        """The largest of the peaks."""
         self.done.set()
         self.thread.join()
-        return max(self.peak, self.now())
+        self.look()
+        return max(self.peaks.values())
 
 
 class Progress:
@@ -265,8 +277,8 @@ def measure(args):
           flush=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    memory = HostMemory()
-    before, stages = memory.now(), Stages()
+    stages = Stages()
+    memory = HostMemory(stages)
     watch_stages(stages)
     latent = {"samples": torch.zeros(1, 16, args.size // 8, args.size // 8)}
     prompts, recipe = conditioning(args.prompts, args.text_tokens), quantizer.recipe(args.preset, args.rank)
@@ -278,9 +290,12 @@ def measure(args):
         seconds = time.perf_counter() - began
         file_bytes = save(quantized, folder)
     stages.switch()
+    host, mapped = memory.stop()
     result = {"parameters": parameters, "model_gb": patcher.model_size() / 1e9, "seconds": seconds,
               "seconds_with_saving": time.perf_counter() - began, "stages": stages.by_label({"double": 1, "single": 1, "rest": 1}),
-              "host_gb_above_the_model": (memory.stop() - before) / 1e9, "file_gb": file_bytes / 1e9, "errors": errors(records),
+              "host_gb_above_the_model": host / 1e9, "host_gb_mapped_from_files": mapped / 1e9,
+              "host_gb_by_stage": {label: peak[0] / 1e9 for label, peak in memory.peaks.items()},
+              "file_gb": file_bytes / 1e9, "errors": errors(records),
               "notes": quantized.recipe.get("notes", [])}
     if torch.cuda.is_available():
         result |= {"gpu_gb_allocated": max(stages.allocated.values()) / 1e9, "gpu_gb_reserved": max(stages.reserved.values()) / 1e9,
