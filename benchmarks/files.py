@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from machine import ROOT, description, load_pack
 
-FULL_GB, DEPTH, HIDDEN, CONTEXT, POOLED = 6.75, 19, 3072, 4096, 768
+FULL_GB, DEPTH, HIDDEN, CONTEXT, POOLED = 6.66, 19, 3072, 4096, 768
 BLOCK_BYTES = 1 << 20
 POOL = 1 << 24  # random numbers, of which every tensor is a repetition
 

@@ -230,8 +230,10 @@ def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=F
     {layer name: int8_scales.find_row_scale} of the layers whose scales are to be int8."""
     row_scales = row_scales or {}
     described = {f"{layer}.{layout.QUANT_KEY}": layout.encode_conf(spec.conf(layer in row_scales)) for layer, spec in specs.items()}
-    infos = infos | {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
-    infos |= {f"{layer}.{part}": info for layer in row_scales for part, info in specs[layer].stored(True).items()}
+    stored = {f"{layer}.{part}": specs[layer].stored(True)[part] for part in ("weight_scale", "weight_scale_2") for layer in row_scales}
+    # Beside each other in the file: all of them are read before anything else is.
+    infos = stored | {key: info for key, info in infos.items() if key not in stored}
+    infos |= {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
     metadata = {
         "svdquant.version": "2" if row_scales else "1", "svdquant.config": json.dumps(config),
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source, **modelspec(path, source_card),

@@ -59,7 +59,7 @@ def _load_packed(packed, compute_dtype, act_bits):
         fill(model, packed.tensors())
     else:
         mapped = {name: packed.prefix + name for name in packed.shapes if name not in packed.computed}
-        _load_weights(model, header, mapped, {name: packed.read(name) for name in packed.computed})
+        _load_weights(model, header, mapped, {name: packed.read(name) for name in packed.shapes if name in packed.computed})
     patcher = make_patcher(model, SVDQuantModelPatcher)
     patcher.source, patcher.recipe = packed.source, packed.recipe
     return patcher
