@@ -1,7 +1,7 @@
 """Kernel 1 of a linear: the activation's codes and scales, and the branch's x @ proj_down, in one pass over x.
 
-kernels/quantize_ring.cu is for int8 codes of wide layers on GPUs with clusters, kernels/quantize.cu for everything else. Here are the
-shapes of what they write, and how x is cut up for a GPU.
+kernels/quantize_registers.cu is for int8 codes on GPUs with clusters, as long as a cluster's registers hold its tokens, kernels/quantize.cu
+for everything else. Here are the shapes of what they write, and how x is cut up for a GPU.
 """
 
 import functools
@@ -18,7 +18,7 @@ BYTES = 1    # 4-bit codes, a scale a token and group of 64, a byte each in GROU
 NIBBLES = 2  # the same codes, two a byte in NIBBLE order
 
 DEPTH = 4         # blocks of x under way, quantize.cu's
-RING_WARPS = 16   # of a CTA, quantize_ring.cu's
+MOST_WARPS = 16   # of a CTA, quantize_registers.cu's: so many find the 128 registers that they need
 SHARED_PER_SM = {75: 64, 80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228, 120: 100, 121: 100}  # KiB
 PEAK = 2.0**14    # an fp16 `low` is scaled down to stay below
 
@@ -90,13 +90,13 @@ def launcher(m, k, rank, stride, unsigned_from, codes, dtype, device, **cut):
     low, low_scale); the plan). Where the plan has fewer ranks, x @ proj_down takes proj_down's place."""
     arch = compiler.architecture(device)
     half = dtype == torch.float16
-    plan = plan_for(m, k, rank, codes, half, compiler.arch_number(arch), compiler.multiprocessors(device), **cut)
+    plan = plan_for(m, k, rank, codes, compiler.arch_number(arch), compiler.multiprocessors(device), **cut)
     source, entry, defines = variant(half, codes, plan)
     kernel = runtime.kernel(source, entry, defines, device, plan.shared)
-    if plan.spans:  # how many clusters fit differs from one GPU to the next: not all have all of their multiprocessors
-        clusters = min(-(-m // 16), kernel.active_clusters(plan.ctas, plan.threads))
+    if plan.loop:  # how many clusters fit differs from one GPU to the next: not all have all of their multiprocessors
+        clusters = min(-(-m // (16 * plan.tiles)), kernel.active_clusters(plan.ctas, plan.threads))
         plan = plan._replace(grid=plan.ctas * clusters)
-    sizes = m, k, rank, stride, unsigned_from, plan.slots, plan.kept
+    sizes = m, k, rank, stride, unsigned_from, *(() if plan.warps else (plan.slots, plan.kept))
     return kernel.launcher((plan.grid,), (plan.threads,), 7, sizes), plan
 
 
@@ -109,20 +109,27 @@ class Plan(NamedTuple):
     ranks: int    # that the kernel multiplies with: all, or none
     tiles: int    # a CTA has 16 * tiles tokens at a time
     ctas: int     # of a cluster: they share the columns
-    slots: int    # blocks of x in shared memory; of a ring, tiles
-    kept: int     # blocks of 1 / smooth in shared memory
+    slots: int    # quantize.cu: blocks of x in shared memory
+    kept: int     # quantize.cu: blocks of 1 / smooth in shared memory
     shared: int   # bytes of shared memory
     grid: int     # CTAs in all
     threads: int  # of a CTA
-    spans: int    # of a ring: spans of 32 columns a warp; 0: no ring
+    warps: int    # quantize_registers.cu: of a CTA, that have x; 0: it is quantize.cu
+    loop: bool    # quantize_registers.cu: clusters that stay, and take tokens after tokens
 
 
 def variant(half, codes, plan):
     """(source, entry, defines) of one compiled kernel."""
     defines = (("HALF", int(half)), ("CODES", codes), ("CTAS", plan.ctas), ("RANKS", images.padded(plan.ranks, images.RANK_BLOCK)))
-    if plan.spans:
-        return "quantize_ring.cu", "quantize_ring", (*defines, ("WARP_SPANS", plan.spans))
-    return "quantize.cu", "quantize", (*defines, ("TILES", plan.tiles))
+    defines = (*defines, ("TILES", plan.tiles))
+    if plan.warps:
+        return "quantize_registers.cu", "quantize_registers", (*defines, ("WARPS", plan.warps), ("LOOP", int(plan.loop)))
+    return "quantize.cu", "quantize", defines
+
+
+# FLUX's at 1024 x 1024, some of fewer tokens, and of few columns.
+VARIANT_SHAPES = ((512, 3072), (1024, 3072), (4096, 3072), (4608, 3072), (512, 12288), (4096, 12288), (4608, 15360), (300, 192),
+                  (9000, 1536))
 
 
 def variants(arch):
@@ -132,8 +139,8 @@ def variants(arch):
     for half in (1,) if number < 80 else (0, 1):
         for codes in (INT8, storage(4, arch)):
             for rank in (0, 32, 64):
-                for m, k in ((512, 3072), (4096, 3072), (4608, 3072), (4096, 12288), (4608, 15360)):
-                    found.append(variant(half, codes, plan_for(m, k, rank, codes, half, number, 132)))
+                for m, k in VARIANT_SHAPES:
+                    found.append(variant(half, codes, plan_for(m, k, rank, codes, number, 132)))
     return list(dict.fromkeys(found))
 
 
@@ -142,24 +149,27 @@ def most_ranks(arch):
     return 32 if arch >= 90 else 128 if arch > 75 else 64
 
 
-def plan_for(m, k, rank, codes, half, arch, sms, ring=None, tiles=None, ctas=None):
+def plan_for(m, k, rank, codes, arch, sms, registers=None, tiles=None, ctas=None, loop=None):
     """The fastest Plan for a GPU of compute capability `arch` (90, ...) with `sms` multiprocessors.
 
-    ring, tiles, ctas: only plans that are (not) a ring, have as many tiles, or clusters of as many CTAs. Raises ValueError where there is
-    none.
+    registers, tiles, ctas, loop: only plans of (not) quantize_registers.cu, that have as many tiles, clusters of as many CTAs, clusters
+    that (don't) stay. Raises ValueError where there is none.
     """
     ranks = rank if rank <= most_ranks(arch) else 0
-    # Without clusters the tokens alone have to make enough CTAs, so tiles are small there, but for the ranks that need two.
-    heights = (tiles,) if tiles else (1, 2) if arch >= 90 else (2,) if ranks > 64 else (1,)
-    sizes = (ctas,) if ctas else (1, 2, 4, 8)
     plans = []
-    if not ring:
-        plans += [tile_plan(m, k, ranks, codes, arch, sms, height, size) for height in heights for size in sizes]
-    if ring is not False and not tiles and codes == INT8 and arch >= 90:
-        plans += [ring_plan(m, k, ranks, half, arch, sms, size) for size in sizes if size > 1]
+    if not registers and loop is None:
+        # Without clusters the tokens alone have to make enough CTAs, so tiles are small there, but for the ranks that need two.
+        heights = (tiles,) if tiles else (1, 2) if arch >= 90 else (2,) if ranks > 64 else (1,)
+        plans += [tile_plan(m, k, ranks, codes, arch, sms, height, size)
+                  for height in heights for size in (1, 2, 4, 8) if ctas in (None, size)]
+    if registers is not False and codes == INT8 and arch >= 90:
+        # Of the sizes of clusters that were measured, those that are the fastest for some shape.
+        plans += [registers_plan(m, k, ranks, arch, sms, height, size, loop)
+                  for height in ((tiles,) if tiles else (1, 2)) for size in ((ctas,) if ctas else (2, 6, 8))]
     plans = [plan for plan in plans if plan]
     if not plans:
-        raise ValueError(f"no plan for ({m}, {k}), rank {rank} on sm_{arch} with ring={ring}, tiles={tiles}, ctas={ctas}")
+        raise ValueError(f"no plan for ({m}, {k}), rank {rank} on sm_{arch} with registers={registers}, tiles={tiles}, ctas={ctas}, "
+                         f"loop={loop}")
     return min(plans)[1]
 
 
@@ -172,23 +182,38 @@ def room(sms, ctas):
     return sms if ctas <= 2 else sms * 10 // 11 // ctas * ctas
 
 
-def ring_plan(m, k, ranks, half, arch, sms, ctas):
-    """(time, Plan) of a ring, or None where it doesn't fit."""
-    padded, blocks, tiles = images.padded(ranks, images.RANK_BLOCK), -(-k // images.BLOCK), -(-m // 16)
-    share, groups = -(-blocks // ctas), RING_WARPS // max(1, padded // 16)
-    spans = -(-4 * share // groups)
-    slot = 16 * (256 * share + 64)
-    fixed = 192 + 512 * ctas + 128 * RING_WARPS + (4 + groups) * 64 * padded + 512 * share  # Places in quantize_ring.cu
-    slots = min(16, (_shared_per_sm(arch) - 1024 - fixed) // slot)
-    clusters = min(tiles, room(sms, ctas) // ctas)
-    if ctas > blocks or spans > (7 if half else 8) or clusters < 1:
+def registers_plan(m, k, ranks, arch, sms, tiles, ctas, loop):
+    """(time, Plan) with x in registers, or None where it doesn't fit. loop: None for what the number of tokens asks for."""
+    blocks, cover = -(-k // images.BLOCK), -(-m // (16 * tiles))
+    warps = -(-blocks // ctas)
+    messenger = int(tiles == 1)
+    if not 1 < ctas <= blocks or tiles > 2 or warps + messenger > MOST_WARPS:
         return None
-    rounds = -(-tiles // clusters)
-    if slots < min(3, rounds):
+    per_sm = _shared_per_sm(arch)
+    resident = 2 if warps < 8 else 1  # CTAs on a multiprocessor
+    fits = room(sms * resident, ctas) // ctas
+    loop = cover > fits if loop is None else loop
+    shared = registers_bytes(tiles, ctas, warps, images.padded(ranks, images.RANK_BLOCK), loop)
+    if loop and tiles > 1 or resident * (shared + 1024) > per_sm:
         return None
-    slots = min(slots, rounds)
-    time = 7 + (rounds + 1.5) * (0.9 + 0.25 * share if ranks else 0.6 + 0.2 * share)
-    return time, Plan(ranks, 1, ctas, slots, share, fixed + slots * slot, clusters * ctas, 32 * RING_WARPS, spans)
+    if arch >= 100 and ranks and (loop or tiles > 1):  # ptxas spills for Blackwell
+        return None
+    # A round: from x to maxima, to the others, and back to codes; or the time that its bytes take, x's and the codes'. CTAs of less
+    # than four warps gain nothing.
+    share = max(warps, 4)
+    chain = (1.3 + 0.22 * share if ranks else 0.9 + 0.2 * share) * tiles * (0.9 + 0.1 * resident)
+    memory = min(fits, cover) * 16 * tiles * k * 3 / 2.9e6
+    time = 1.6 + 0.08 * share * (ranks > 0) + -(-cover // fits) * max(chain, memory)
+    return time, Plan(ranks, tiles, ctas, 0, 0, shared, cover * ctas, 32 * (warps + messenger), warps, loop)
+
+
+def registers_bytes(tiles, ctas, warps, rank, loop):
+    """Shared memory of a CTA, in quantize_registers.cu's order: barriers, maxima, sums, 1 / smooth, proj_down, the warps' sums."""
+    rows, turns = 16 * tiles, 2 if loop else 1
+    parts = warps // 4 if ctas <= 2 and warps >= 8 else 1
+    own_rows = -(-rows // ctas)
+    received = ctas * (2 * rows + parts * own_rows * rank) * 4
+    return 128 + turns * received + warps * (2 * rows * 4 + 512 + 256 * rank + (rows * rank * 4 if loop else 0))
 
 
 def tile_plan(m, k, ranks, codes, arch, sms, tiles, ctas):
@@ -213,7 +238,7 @@ def tile_plan(m, k, ranks, codes, arch, sms, tiles, ctas):
     busy = min(resident, -(-ctas * cover // sms)) * tiles  # tiles of 16 rows that a multiprocessor works on
     again = 1.5 if codes == INT8 and slots < share else 1
     time = 4 + waves * (2.6 + share * again * (0.28 + 0.26 * busy))
-    return time, Plan(ranks, tiles, ctas, slots, kept, shared, cover * ctas, 128 * tiles, 0)
+    return time, Plan(ranks, tiles, ctas, slots, kept, shared, cover * ctas, 128 * tiles, 0, False)
 
 
 def tile_bytes(tiles, rank, slots, kept):

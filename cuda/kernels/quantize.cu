@@ -181,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         if (block < count) fetch(block);
         copies_commit();
     }
-    if (RANKS == 0 && R > 0) image_of_low(proj_down, low, low_scale, M, padded, R, first_row + rank, CTAS, ROWS / CTAS);
+    if (RANKS == 0 && R > 0) image_of_low(proj_down, low, low_scale, M, padded, R, first_row + rank, CTAS, ROWS / CTAS, thread, THREADS);
     float sums[MULTI][RANKS > 0 ? WARP_RANK_TILES : 1][4] = {};
     float row_max[2][2] = {};  // [part][rows g, g + 8] of one tile and one span of each block
     auto pass = [&](Ahead& arrived, int block) {

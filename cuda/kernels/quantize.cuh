@@ -1,4 +1,4 @@
-// What quantize.cu and quantize_ring.cu are made of: PTX by name, 16-bit numbers, and the swizzles of its shared memory.
+// What quantize.cu and quantize_registers.cu are made of: PTX by name, 16-bit numbers, and the branch's image.
 // HALF=1: x is fp16, else bf16.
 #pragma once
 #include "common.cuh"
@@ -101,11 +101,12 @@ __device__ __forceinline__ void let_next_grid_start() {
 }
 
 // A branch that was multiplied elsewhere: rows first, first + step, .. of the (M, R) matrix into its image. Of bf16, whose range is float's,
-// low_scale is 1; fp16's has been found already.
+// low_scale is 1; fp16's has been found already. This is `thread` of the `threads` that share the work.
 __device__ __forceinline__ void image_of_low(const u16* rows, u16* image, float* low_scale, int M, int padded, int R, int first, int step,
-                                             int count) {
+                                             int count, int thread, int threads) {
     const int pieces = (R + 31) / 32 * 4;
-    for (int i = threadIdx.x; i < count * pieces; i += blockDim.x) {
+#pragma unroll 1
+    for (int i = thread; i < count * pieces; i += threads) {
         const int row = first + i / pieces * step, piece = i % pieces;
         uint4 v = make_uint4(0, 0, 0, 0);
         if (row < M && piece * 8 < R) v = *(const uint4*)(rows + (size_t)row * R + piece * 8);
@@ -125,6 +126,15 @@ __device__ __forceinline__ void image_of_low(const u16* rows, u16* image, float*
 __device__ __forceinline__ void cluster_arrive() {
 #if CTAS > 1
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// An arrival that shows nothing to the others: no fence, which would wait for all that this thread has stored.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if CTAS > 1
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #else
     __syncthreads();
 #endif
@@ -170,7 +180,13 @@ __device__ __forceinline__ float4 load_floats_at(u32 address) {
 }
 
 #if __CUDA_ARCH__ >= 900
-// Stores 16 bytes in CTA `cta`'s shared memory, counted by the barrier at the same place there.
+// Stores 4 or 16 bytes in CTA `cta`'s shared memory, counted by the barrier at the same place there.
+__device__ __forceinline__ void send_float(u32 address, float v, u32 barrier, u32 cta) {
+    asm volatile("{\n.reg .b32 there, counter;\nmapa.shared::cluster.u32 there, %0, %3;\nmapa.shared::cluster.u32 counter, %2, %3;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %1, [counter];\n}"
+                 ::"r"(address), "f"(v), "r"(barrier), "r"(cta) : "memory");
+}
+
 __device__ __forceinline__ void send_floats(u32 address, float4 v, u32 barrier, u32 cta) {
     asm volatile("{\n.reg .b32 there, counter;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 counter, %5, %6;\n"
                  "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [counter];\n}"

@@ -4,8 +4,8 @@ Without --tools the cases run plainly, and are compared with the reference. With
 summary; compute-sanitizer (of the CUDA toolkit) has to be on the PATH. Tensors are made and compared on the CPU and allocated one by one,
 so that the tools watch our kernels only, and see the end of each tensor.
 
-What racecheck says of shared memory that bulk copies write (cp.async.bulk to an mbarrier, in gemm_wgmma.cu and quantize_ring.cu) or
-another CTA of the cluster has to be judged by hand: it is made for barriers of threads.
+What racecheck says of shared memory that bulk copies write (cp.async.bulk to an mbarrier, in gemm_wgmma.cu) or another CTA of the
+cluster (quantize.cu, quantize_registers.cu) has to be judged by hand: it is made for barriers of threads.
 """
 
 import argparse
@@ -39,6 +39,19 @@ def on_gpu(tensors):
     return [t.cuda() if isinstance(t, torch.Tensor) else t for t in tensors]
 
 
+def cuts(kind, m, k, rank, arch):
+    """How each of the quantize kernels may cut up x."""
+    from comfyui_svdquant.cuda import compiler, quantize
+
+    registers = [dict(registers=True, tiles=1, loop=False), dict(registers=True, tiles=2, loop=False), dict(registers=True, loop=True)]
+    for cut in (dict(registers=False), *registers):
+        try:
+            quantize.plan_for(m, k, rank, kind, compiler.arch_number(arch), 132, **cut)
+        except ValueError:  # 4 bits, no clusters, too few columns
+            continue
+        yield cut
+
+
 def svdquant_cases():
     """(name, y, what the reference says)"""
     from comfyui_svdquant.cuda import compiler, gemm_mma, gemm_wgmma, ops, quantize, reference, scales
@@ -60,9 +73,10 @@ def svdquant_cases():
             # What the device's own path doesn't take: the other GEMM, and each of the tiles.
             kinds = (quantize.INT8,) if act_bits == 8 else (quantize.BYTES, quantize.NIBBLES)
             for kind in kinds:
-                q = quantize.quantize(there, smooth, down, split, kind)
-                y = gemm_mma.gemm(f"int{act_bits}", *q, weight, weight_scale, scale if act_bits == 8 else None, up, bias, split, m)
-                yield f"{name}, codes {kind} by mma", y, expected
+                for cut in cuts(kind, m, k, rank, arch):
+                    q = quantize.quantize(there, smooth, down, split, kind, **cut)
+                    y = gemm_mma.gemm(f"int{act_bits}", *q, weight, weight_scale, scale if act_bits == 8 else None, up, bias, split, m)
+                    yield f"{name}, codes {kind}, {cut}, by mma", y, expected
             if act_bits == 8 and arch in gemm_wgmma.ARCHITECTURES and gemm_wgmma.takes(k, split) and k == 192:
                 for tile in gemm_wgmma.STAGES:
                     y = gemm_wgmma.gemm(*q, weight, weight_scale, scale, up, bias, split, m, tile=tile)

@@ -152,19 +152,30 @@ CASES = [
     (9, 4160, 32, 4096, 1, 8, torch.float16),
 ]
 
-# The same without tiles: int8, by quantize_ring.cu.
-RING_CASES = [
-    (1, 192, 16, None, 2, torch.bfloat16),
-    (17, 192, 32, 128, 2, torch.float16),
-    (37, 704, 16, 64, 2, torch.bfloat16),
-    (100, 1216, 128, 0, 4, torch.float16),
-    (300, 3072, 128, 2048, 8, torch.bfloat16),
-    (2500, 1536, 32, 512, 2, torch.bfloat16),  # several rounds
-    (2500, 3072, 0, 1024, 4, torch.bfloat16),
-    (1300, 3072, 32, None, 2, torch.float16),
-    (1300, 12288, 32, 0, 8, torch.bfloat16),
-    (2500, 15360, 32, 3072, 8, torch.bfloat16),
-    (33, 4096, 112, None, 8, torch.bfloat16),
+# M, K, rank, unsigned_from, tiles, ctas, loop, dtype: int8, by quantize_registers.cu.
+REGISTERS_CASES = [
+    (1, 192, 16, None, 1, 2, False, torch.bfloat16),
+    (17, 192, 32, 128, 1, 2, True, torch.float16),
+    (37, 704, 16, 64, 2, 6, False, torch.bfloat16),
+    (100, 1216, 128, 0, 1, 8, False, torch.float16),
+    (77, 3072, 64, 1024, 1, 6, False, torch.bfloat16),
+    (500, 3072, 32, None, 1, 6, False, torch.bfloat16),
+    (1300, 3072, 32, 2048, 1, 2, False, torch.float16),   # more clusters than fit at once
+    (300, 12288, 32, 0, 2, 6, False, torch.float16),
+    (512, 12288, 0, 3072, 2, 6, False, torch.bfloat16),
+    (130, 12224, 48, None, 2, 6, False, torch.bfloat16),
+    (2500, 1536, 32, 512, 1, 2, True, torch.bfloat16),    # several rounds
+    (2500, 3072, 32, None, 1, 2, True, torch.float16),
+    (2500, 3072, 0, 1024, 1, 6, True, torch.bfloat16),
+    (4608, 3072, 64, None, 1, 6, True, torch.bfloat16),
+    (4608, 3072, 32, 1536, 1, 6, True, torch.float16),
+    (1300, 3072, 48, 0, 1, 2, True, torch.float16),
+    (1300, 12288, 32, 0, 1, 8, True, torch.bfloat16),
+    (1001, 12224, 16, 4096, 1, 8, True, torch.float16),
+    (2500, 15360, 32, 3072, 1, 8, True, torch.bfloat16),
+    (1500, 15360, 64, 3072, 1, 8, True, torch.float16),
+    (65536, 192, 16, 64, 1, 2, True, torch.bfloat16),
+    (65535, 256, 0, None, 1, 2, True, torch.bfloat16),
 ]
 
 
@@ -174,16 +185,22 @@ def test_is_float64s(m, k, rank, unsigned_from, tiles, ctas, dtype, mode, monkey
     if ctas and ctas > 1 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters came with Hopper")
     poisoned(monkeypatch)
-    cut = dict(ring=False, tiles=tiles, ctas=ctas) if tiles else {}
+    cut = dict(registers=False, tiles=tiles, ctas=ctas) if tiles else {}
     check(*random_case(m, k, rank, dtype), k if unsigned_from is None else unsigned_from, MODES[mode], **cut)
 
 
-@pytest.mark.parametrize(("m", "k", "rank", "unsigned_from", "ctas", "dtype"), RING_CASES)
-def test_ring_is_float64s(m, k, rank, unsigned_from, ctas, dtype, monkeypatch):
+@pytest.mark.parametrize(("m", "k", "rank", "unsigned_from", "tiles", "ctas", "loop", "dtype"), REGISTERS_CASES)
+def test_registers_is_float64s(m, k, rank, unsigned_from, tiles, ctas, loop, dtype, monkeypatch):
+    """Twice, to the same bits: what a cluster's CTAs send each other may come in any order."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters came with Hopper")
     poisoned(monkeypatch)
-    check(*random_case(m, k, rank, dtype), k if unsigned_from is None else unsigned_from, INT8, ring=True, ctas=ctas)
+    x, smooth, down = random_case(m, k, rank, dtype)
+    split, cut = k if unsigned_from is None else unsigned_from, dict(registers=True, tiles=tiles, ctas=ctas, loop=loop)
+    first = check(x, smooth, down, split, INT8, **cut)
+    for _ in range(3):
+        for a, b in zip(first, quantize.quantize(x, smooth, down, split, INT8, **cut)):
+            assert a is None or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rank", [32, 128])
@@ -193,14 +210,22 @@ def test_little_shared_memory(rank, monkeypatch):
     monkeypatch.setitem(quantize.SHARED_PER_SM, arch, 72)
     quantize.launcher.cache_clear()
     poisoned(monkeypatch)
-    assert quantize.plan_for(40, 12288, rank, INT8, False, arch, 132, ring=False, tiles=2, ctas=1).kept == 1
-    check(*random_case(40, 12288, rank), 8192, INT8, tiles=2, ctas=1)
+    assert quantize.plan_for(40, 12288, rank, INT8, arch, 132, registers=False, tiles=2, ctas=1).kept == 1
+    check(*random_case(40, 12288, rank), 8192, INT8, registers=False, tiles=2, ctas=1)
     quantize.launcher.cache_clear()
 
 
-@pytest.mark.parametrize("mode", MODES)
+# How int8 may be cut: quantize.cu, and the forms of quantize_registers.cu.
+CUTS = [dict(registers=False), dict(registers=True, tiles=1, loop=False), dict(registers=True, tiles=2, loop=False),
+        dict(registers=True, loop=True)]
+MODES_CUTS = [(mode, {}) for mode in MODES if mode != "int8"] + [("int8", cut) for cut in CUTS]
+
+
+@pytest.mark.parametrize(("mode", "cut"), MODES_CUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_special_rows(mode, dtype, monkeypatch):
+def test_special_rows(mode, cut, dtype, monkeypatch):
+    if cut.get("registers") and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters came with Hopper")
     poisoned(monkeypatch)
     x, smooth, down = random_case(40, 512, 32, dtype)
     x[1] = 0
@@ -219,7 +244,7 @@ def test_special_rows(mode, dtype, monkeypatch):
     x[20, 400] = torch.nan
     smooth[:8] = 1
     for unsigned_from in (512, 256, 0):
-        result = check(x, smooth, down, unsigned_from, MODES[mode])
+        result = check(x, smooth, down, unsigned_from, MODES[mode], **cut)
         low = images.branch_rows(result.low, (40, 32))
         # 512 times fp16's largest number is beyond fp16, and low_scale brings it back.
         assert sorted(set((~low.isfinite()).nonzero()[:, 0].tolist())) == [5, 6, 8, 20]
@@ -235,7 +260,7 @@ def test_strided_rows(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("m", "k", "rank"), [(300, 3072, 32), (4096, 1536, 32), (64, 12288, 128)])
+@pytest.mark.parametrize(("m", "k", "rank"), [(300, 3072, 32), (4096, 1536, 32), (4608, 3072, 64), (64, 12288, 128)])
 def test_same_bits(m, k, rank, mode):
     """Twice the same, and a token's outputs don't depend on where in the batch it is."""
     x, smooth, down = random_case(m, k, rank)
@@ -260,7 +285,8 @@ def test_fp16_branch_beyond_fp16():
 
 # --- Timing ----------------------------------------------------------------------------------------------------------
 
-SHAPES = [(4096, 3072), (4608, 3072), (512, 3072), (4096, 12288), (512, 12288), (4608, 15360)]
+SHAPES = [(4096, 3072), (4608, 3072), (1024, 3072), (512, 3072), (256, 3072), (64, 3072), (4096, 12288), (512, 12288), (128, 12288),
+          (4608, 15360)]
 
 
 def microseconds(calls, rounds=7):
@@ -300,18 +326,23 @@ def timing(m, k, rank, codes, copy, **cut):
     return us, moved / us / copy
 
 
+def form(plan):
+    """A plan as text: quantize_registers.cu's loops, or is there once for each tile; or quantize.cu's number of slots."""
+    how = ("loop" if plan.loop else "once") if plan.warps else f"{plan.slots} slots"
+    return f"{how} T{plan.tiles} C{plan.ctas}"
+
+
 def test_timing():
     copy = copy_bandwidth()
     print(f"\n{torch.cuda.get_device_name()}: copies at {copy / 1e6:.2f} TB/s")
     sms, arch = torch.cuda.get_device_properties(0).multi_processor_count, compiler.arch_number(compiler.architecture(torch.device("cuda")))
-    for rank in (32, 128, 0):
+    for rank in (32, 64, 0):
         for m, k in SHAPES:
             cells = []
             for mode, codes in MODES.items():
-                plan = quantize.plan_for(m, k, rank, codes, False, arch, sms)
+                plan = quantize.plan_for(m, k, rank, codes, arch, sms)
                 us, share = timing(m, k, rank, codes, copy)
-                how = "ring" if plan.spans else f"T{plan.tiles}"
-                cells.append(f"{mode} {us:6.1f} us {share:4.0%} ({how} C{plan.ctas} {plan.slots} slots)")
+                cells.append(f"{mode} {us:6.1f} us {share:4.0%} ({form(plan)})")
             print(f"rank {rank:3d} ({m:4d}, {k:5d})  " + "   ".join(cells), flush=True)
 
 
@@ -320,6 +351,7 @@ def test_timing_of_other_cuts():
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("there is only one without clusters")
     copy = copy_bandwidth()
+    sms, arch = torch.cuda.get_device_properties(0).multi_processor_count, compiler.arch_number(compiler.architecture(torch.device("cuda")))
     print()
     for rank in (0, 32):
         for m, k in SHAPES:
@@ -327,11 +359,12 @@ def test_timing_of_other_cuts():
             xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(3, min(20, int(4e8 / (3 * m * k)) + 1)))]
             down = random_case(1, k, rank)[2]
             cells.append(f"x @ proj_down by cuBLAS {microseconds([lambda x=x, down=down: x @ down for x in xs]):6.1f}")
-            for tiles in (None, 1, 2):
-                for ctas in (1, 2, 4, 8):
+            for cut in CUTS:
+                for ctas in (1, 2, 3, 4, 6, 8):
                     try:
-                        us, share = timing(m, k, rank, INT8, copy, ring=not tiles, tiles=tiles, ctas=ctas)
+                        plan = quantize.plan_for(m, k, rank, INT8, arch, sms, ctas=ctas, **cut)
+                        us, share = timing(m, k, rank, INT8, copy, ctas=ctas, **cut)
                     except ValueError:  # no such plan
                         continue
-                    cells.append(f"{f'T{tiles}' if tiles else 'ring'} C{ctas} {us:6.1f} {share:3.0%}")
+                    cells.append(f"{form(plan)} {us:6.1f} {share:3.0%}")
             print(f"rank {rank:3d} ({m:4d}, {k:5d})  " + "   ".join(cells), flush=True)

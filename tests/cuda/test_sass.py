@@ -51,6 +51,10 @@ def gemm_wgmma_mma(defines, arch):
     return r"IGMMA\.64x\d+x32\.S8\.S8", 4
 
 
+def quantize_threads(defines, arch):
+    return 32 * (defines["WARPS"] + (defines["TILES"] == 1)) if "WARPS" in defines else 128 * defines["TILES"]
+
+
 def quantize_mma(defines, arch):
     return (r"HMMA\.", 1) if defines["RANKS"] else None
 
@@ -61,7 +65,7 @@ KERNELS = {
     "gemm_wgmma": Kernel(gemm_wgmma, lambda d, a: 2 * d["ROWS"] + 128, lambda d, a: 1, gemm_wgmma_mma),
     "gptq": Kernel(gptq, lambda d, a: 32 * gptq.WARPS, lambda d, a: 1, lambda d, a: None),
     "group_error": Kernel(group_error, lambda d, a: group_error.THREADS, lambda d, a: 4, lambda d, a: None),
-    "quantize": Kernel(quantize, lambda d, a: 512 if "WARP_SPANS" in d else 128 * d["TILES"], lambda d, a: 1, quantize_mma),
+    "quantize": Kernel(quantize, quantize_threads, lambda d, a: 2 if d.get("WARPS", 8) < 8 else 1, quantize_mma),
 }
 
 
@@ -99,7 +103,7 @@ def problems(kernel, defines, listing, arch):
         return
     opcode, number = expected
     loop = listing.main_loop()
-    if loop is None:
+    if loop is None and defines.get("LOOP") != 0:
         yield "no loop with tensor cores"
         return
     found, all_found = listing.count(opcode, loop), listing.count(sass.MMA, loop)

@@ -1,0 +1,401 @@
+// Kernel 1 of a linear for int8 codes where thread blocks form clusters: the same outputs as quantize.cu's, with x in registers. Device
+// memory is read once, and nothing of x passes through shared memory.
+//
+// A warp takes ROWS tokens and one block of 128 columns. Lane g * 4 + L has, of rows g, g + 8, .., the 16 bytes at columns 32 s + 8 L of
+// each span s: the MMA's fragments, and, once coded, two whole pieces of the image. A CTA is WARPS such warps and a messenger; a cluster
+// of CTAS of them shares the columns of the same tokens:
+//
+//              warp 0   warp 1   ..         CTA 1
+//            +--------+--------+--------+--------+--------+
+//     ROWS   | 128    | 128    |        |        |        |    row maxima go to all CTAs of the cluster, sums of x @ proj_down to
+//     tokens | columns|        |        |        |        |    the one that finishes the row; a barrier at the target counts them
+//            +--------+--------+--------+--------+--------+
+//
+// With few tokens there is a cluster for each ROWS of them. With many (LOOP) as many clusters as fit stay on the GPU, and each takes tokens
+// after tokens; its part of proj_down and of 1 / smooth stays in shared memory:
+//
+//     round t    load t + 1 | maxima and product of t | send them | codes of t        the messenger: scales and low of t
+//
+// What a round receives lies in two turns' places. A CTA sends a round's maxima only after its messenger has finished the round before, and
+// codes only with all CTAs' maxima: so when something comes for a turn's place, everybody has read what was there.
+//
+// -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32: the branch's rank, padded;  CTAS 2..8 in a cluster;  WARPS at least the CTA's blocks
+//     LOOP 1: clusters that stay;  TILES ROWS / 16: 1, without LOOP also 2
+#include "codes.cuh"
+#include "quantize.cuh"
+
+constexpr bool MESSENGER = TILES == 1;  // a warp of its own. Else the last of WARPS is it: 16 warps find 128 registers, 17 don't
+constexpr int ROWS = 16 * TILES, WORKERS = 32 * WARPS, THREADS = WORKERS + 32 * MESSENGER;
+constexpr int CTAS_PER_SM = WARPS < 8 ? 2 : 1;  // at least so many should find registers
+constexpr int TURNS = LOOP ? 2 : 1;
+constexpr int PARTS = CTAS <= 2 && WARPS >= 8 ? WARPS / 4 : 1;  // that a CTA's sums are sent in
+constexpr int SLAB_BYTES = 128 * RANKS * 2, SUM_BYTES = ROWS * RANKS * 4;
+constexpr int OWN_ROWS = (ROWS + CTAS - 1) / CTAS;
+constexpr int SOURCES = (WARPS + PARTS - 1) / PARTS;  // warps whose sums make a part
+constexpr int QUADS = RANKS / 4 + !RANKS;
+constexpr int MAX_BYTES = CTAS * 2 * ROWS * 4, ALL_SUMS = CTAS * PARTS * OWN_ROWS * RANKS * 4;  // a round's, received
+static_assert(!LOOP || TILES == 1, "x of two rounds has to fit the registers");
+
+// Shared memory. A round that is the only one needs proj_down no more when it has its sums: they take its place.
+constexpr int MAX_READY = 0, SUMS_READY = 16, LOCAL_READY = 32;     // mbarriers: [TURNS], [TURNS], all warps' maxima
+constexpr int ROW_MAX = 128;                                        // [TURNS][CTAS][2 parts][ROWS] float, received
+constexpr int WARP_MAX = ROW_MAX + TURNS * MAX_BYTES;               // [WARPS][2 parts][ROWS] float
+constexpr int SUMS = WARP_MAX + WARPS * 2 * ROWS * 4;               // [TURNS][CTAS][PARTS][OWN_ROWS][RANKS] float, received
+constexpr int SMOOTH = SUMS + TURNS * ALL_SUMS;                     // [WARPS][16 runs][4 even, 4 odd] float, 1 / smooth
+constexpr int SLABS = SMOOTH + WARPS * 512;                         // [WARPS][128 rows][4 pieces]
+constexpr int WARP_SUMS = LOOP ? SLABS + WARPS * SLAB_BYTES : SLABS;  // [WARPS][ROWS][RANKS] float
+constexpr int WARP_SUMS_PITCH = LOOP ? SUM_BYTES : SLAB_BYTES;
+static_assert(LOOP || SUM_BYTES <= SLAB_BYTES, "a warp's sums take its slab's place");
+
+// A slab: row k has its 4 pieces of 8 ranks at piece ^ (k / 8 % 4): ldmatrix takes k = 8 L + {0, 1}, L = 0..3.
+__device__ __forceinline__ u32 slab_offset(int row, int piece) { return (row * 4 + (piece ^ row >> 3 & 3)) << 4; }
+// A warp's sums: tile c of 8 ranks lies at c ^ (row & 3), so that a fragment's eight rows don't meet in one bank.
+__device__ __forceinline__ u32 sum_offset(int row, int tile) { return (row * RANKS + ((tile ^ row & 3) << 3)) << 2; }
+
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quantize_registers(
+    const u16* x,          // (M, K), rows `stride` apart, 16-byte aligned
+    const u16* smooth,     // (K)
+    const u16* proj_down,  // (K, R); RANKS 0: x @ proj_down, (M, R)
+    char* act,             // (K blocks, Mp, 128)
+    float* act_scale,      // (2 parts, Mp)
+    u16* low,              // (R blocks of 32, Mp, 32)
+    float* low_scale,      // (Mp)
+    int M, int K, int R, int stride,
+    int unsigned_from) {   // from this column on, x is shifted
+    extern __shared__ __align__(128) unsigned char memory[];
+    const u32 base = shared_address(memory);
+    let_next_grid_start();
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, L = lane % 4;
+    const int rank = blockIdx.x % CTAS, cluster = blockIdx.x / CTAS, clusters = gridDim.x / CTAS;
+    const int padded = (M + 15) & ~15, tiles = (M + ROWS - 1) / ROWS;
+    const int blocks = (K + 127) / 128, first = blocks * rank / CTAS, count = blocks * (rank + 1) / CTAS - first;
+    auto floats = [&](int place) { return (float*)(memory + place); };
+    const int own_rows = (ROWS - rank + CTAS - 1) / CTAS;  // whose low this CTA finishes: rank, rank + CTAS, ..
+    const u32 own_bytes = own_rows * RANKS * 4 * CTAS * PARTS;
+    if (thread == 0) {
+        for (int turn = 0; turn < TURNS; turn++) {
+            mbarrier_init(base + MAX_READY + 8 * turn, 1);
+            mbarrier_init(base + SUMS_READY + 8 * turn, 1);
+        }
+        mbarrier_init(base + LOCAL_READY, WARPS);
+        fence_mbarrier_init();
+        for (int turn = 0; turn < TURNS; turn++) {
+            mbarrier_arrive_expect(base + MAX_READY + 8 * turn, MAX_BYTES);
+            if (RANKS) mbarrier_arrive_expect(base + SUMS_READY + 8 * turn, own_bytes);
+        }
+    }
+    __syncthreads();
+    cluster_arrive_relaxed();  // what the others have to see are the barriers, which are fenced
+
+    // The messenger's work: of a warp of its own, or of the last.
+    auto send_maxima = [&](int tile, int turn) {
+        const int first_row = tile * ROWS, row_max = ROW_MAX + turn * MAX_BYTES;
+        mbarrier_wait(base + LOCAL_READY, turn);
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            const int place = i * 32 + lane;  // part * ROWS + row
+            float m = 0;
+#pragma unroll 8
+            for (int w = 0; w < WARPS; w++) m = max_abs(m, floats(WARP_MAX)[w * 2 * ROWS + place]);
+            if (first_row + place % ROWS >= M) m = 0;
+#pragma unroll
+            for (int cta = 0; cta < CTAS; cta++)
+                send_float(base + row_max + (rank * 2 * ROWS + place) * 4, m, base + MAX_READY + 8 * turn, cta);
+        }
+    };
+    auto finish = [&](int tile, int turn, int parity) {
+        const int first_row = tile * ROWS, row_max = ROW_MAX + turn * MAX_BYTES;
+        if (!RANKS && R > 0) image_of_low(proj_down, low, low_scale, M, padded, R, first_row + rank, CTAS, own_rows, lane, 32);
+        mbarrier_wait(base + MAX_READY + 8 * turn, parity);
+        if (LOOP && lane == 0) mbarrier_arrive_expect(base + MAX_READY + 8 * turn, MAX_BYTES);  // for the round after the next
+#pragma unroll 1
+        for (int row = lane; rank == 0 && row < ROWS; row += 32) {
+            float m[2] = {}, s[2];
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+#pragma unroll
+                for (int cta = 0; cta < CTAS; cta++) m[part] = max_abs(m[part], floats(row_max)[(cta * 2 + part) * ROWS + row]);
+                s[part] = part_scale(m[part]);
+            }
+            if (0 < unsigned_from && unsigned_from < K) tie_parts(s);
+            const bool whole = finite(max_abs(m[0], m[1]));
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                const bool used = part ? unsigned_from < K : unsigned_from > 0;
+                if (first_row + row < padded)
+                    act_scale[(size_t)part * padded + first_row + row] = used ? (whole ? s[part] : __int_as_float(0x7fffffff)) : 0;
+            }
+        }
+        if (RANKS) {
+            mbarrier_wait(base + SUMS_READY + 8 * turn, parity);
+            if (LOOP && lane == 0) mbarrier_arrive_expect(base + SUMS_READY + 8 * turn, own_bytes);
+            // Four lanes a row, each a piece of 8 ranks.
+#pragma unroll 1
+            for (int own = lane / 4; own < (OWN_ROWS + 7) / 8 * 8; own += 8) {
+                const int row = own * CTAS + rank, t = first_row + row;
+                float value[8] = {}, scale = 1, inverse = 1;
+                if (row < ROWS)
+#pragma unroll 4
+                    for (int source = 0; source < CTAS * PARTS; source++) {
+                        const int place = SUMS + turn * ALL_SUMS + ((source * OWN_ROWS + own) * RANKS + L * 8) * 4;
+                        const float4* from = (const float4*)floats(place);
+                        const float4 a = from[0], b = from[1];
+                        value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
+                        value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
+                    }
+#if HALF
+                float peak = 0;
+#pragma unroll
+                for (int i = 0; i < 8; i++) peak = max_abs(peak, value[i]);
+                peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
+                peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
+                if (peak >= 16384 && finite(peak)) {
+                    const int exponent = (__float_as_int(peak) >> 23) - 13;
+                    scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
+                }
+#endif
+                if (row < ROWS && t < padded) {
+                    u32 words[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) words[i] = from_float2(value[2 * i] * inverse, value[2 * i + 1] * inverse);
+                    *(uint4*)(low + (size_t)t * 32 + (L ^ t >> 1 & 3) * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+                    if (L == 0) low_scale[t] = t < M ? scale : 0;
+                }
+            }
+        }
+        __syncwarp();
+    };
+    if (MESSENGER && warp == WARPS) {
+        cluster_wait();
+#pragma unroll 1
+        for (int tile = cluster, round = 0; tile < tiles; tile = LOOP ? tile + clusters : tiles, round++) {
+            send_maxima(tile, round & 1);
+            finish(tile, round & 1, round >> 1 & 1);
+        }
+        return;
+    }
+
+    // --- Workers ---
+    const int columns = (first + warp) * 128;
+    const bool there = warp < count, both = there && columns + 64 < K;  // of a block's halves of 64 the first is there, or both
+    uint4 a[TILES][2][4], next[TILES][2][4];
+    auto load = [&](uint4 (&to)[TILES][2][4], int tile) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int row = tile * ROWS + t * 16 + h * 8 + g;
+                const u16* from = x + (size_t)row * stride + columns + L * 8;
+                const bool lower = there && row < M, upper = both && row < M;
+#pragma unroll
+                for (int span = 0; span < 4; span++) {
+                    to[t][h][span] = make_uint4(0, 0, 0, 0);
+                    if (span < 2 ? lower : upper) to[t][h][span] = load_once16(from + span * 32);
+                }
+            }
+    };
+    const u32 slab = base + SLABS + warp * SLAB_BYTES;
+    const int warp_sums = WARP_SUMS + warp * WARP_SUMS_PITCH;
+    uint2 s = make_uint2(0, 0);
+    if (there && columns + lane * 4 < K) s = *(const uint2*)(smooth + columns + lane * 4);
+    load(a, cluster);
+    if (RANKS) {
+        const int piece = lane % 4, k = lane / 4;
+        const bool lower = there && piece * 8 < R, upper = both && piece * 8 < R;
+        const char* from = (const char*)(proj_down + (lower ? (size_t)(columns + k) * R + piece * 8 : 0));
+        const u32 to = slab + k * 64;
+#pragma unroll
+        for (int i = 0; i < RANKS / 2; i++)
+            copy_async(to + i * 512 + ((piece ^ i & 3) << 4), from + ((i < 8 ? lower : upper) ? i * 16 * R : 0), i < 8 ? lower : upper);
+    }
+    copies_commit();
+    // 1 / smooth; 0 for a column beyond K.
+    const u32 inverse_smooth = base + SMOOTH + warp * 512;
+    {
+        const bool real = there && columns + lane * 4 < K;
+        const u32 place = inverse_smooth + lane / 2 * 32 + lane % 2 * 8;
+        const float r0 = real ? reciprocal(low_float(s.x)) : 0, r1 = real ? reciprocal(high_float(s.x)) : 0;
+        const float r2 = real ? reciprocal(low_float(s.y)) : 0, r3 = real ? reciprocal(high_float(s.y)) : 0;
+        store_float(place, r0), store_float(place + 4, r2), store_float(place + 16, r1), store_float(place + 20, r3);
+    }
+    __syncwarp();
+
+#pragma unroll 1
+    for (int tile = cluster, round = 0; tile < tiles; tile = LOOP ? tile + clusters : tiles, round++) {
+        const int first_row = tile * ROWS, turn = round & 1, parity = round >> 1 & 1;
+        const int row_max_place = ROW_MAX + turn * MAX_BYTES;
+        if (LOOP) load(next, tile + clusters);
+        // Maxima.
+        float row_max[TILES][2][2] = {};  // [tile][half][part]
+#pragma unroll
+        for (int span = 0; span < 4; span++) {
+            if (span == 2) __syncwarp();  // ptxas would load all of 1 / smooth at once, and spill
+            float even[4], odd[4];
+            load_floats(even, inverse_smooth + (4 * span + L) * 32), load_floats(odd, inverse_smooth + (4 * span + L) * 32 + 16);
+            const bool part = columns + span * 32 >= unsigned_from;
+            const float shift = part ? SHIFT : 0;
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const float m = max_of_run(a[t][h][span], even, odd, shift);
+                    row_max[t][h][0] = max_abs(row_max[t][h][0], part ? 0 : m);
+                    row_max[t][h][1] = max_abs(row_max[t][h][1], part ? m : 0);
+                }
+        }
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int part = 0; part < 2; part++) {
+                    float m = row_max[t][h][part];
+                    m = max_abs(m, __shfl_xor_sync(~0u, m, 1));
+                    m = max_abs(m, __shfl_xor_sync(~0u, m, 2));
+                    if (L == 0) floats(WARP_MAX)[(warp * 2 + part) * ROWS + t * 16 + h * 8 + g] = m;
+                }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(base + LOCAL_READY);
+        if (!MESSENGER) {
+            if (round == 0) cluster_wait();
+            if (warp == WARPS - 1) send_maxima(tile, turn);
+        }
+        // The product.
+        if (RANKS) {
+            float sums[TILES][RANKS / 8 + !RANKS][4] = {};
+            if (round == 0) {
+                copies_wait<0>();
+                __syncwarp();
+            }
+#pragma unroll
+            for (int span = 0; span < 4; span++)
+#pragma unroll
+                for (int step = 0; step < 2; step++) {
+                    const int k = 32 * span + 8 * (lane % 8 / 2) + 4 * step + 2 * (lane / 8 & 1) + lane % 2;
+#pragma unroll
+                    for (int n = 0; n < RANKS / 8; n += 2) {
+                        const uint4 p = load_transposed(slab + slab_offset(k, n + lane / 16));
+#pragma unroll
+                        for (int t = 0; t < TILES; t++) {
+                            const uint4 u = a[t][0][span], v = a[t][1][span];
+                            mma(sums[t][n], step ? u.z : u.x, step ? v.z : v.x, step ? u.w : u.y, step ? v.w : v.y, p.x, p.y);
+                            mma(sums[t][n + 1], step ? u.z : u.x, step ? v.z : v.x, step ? u.w : u.y, step ? v.w : v.y, p.z, p.w);
+                        }
+                    }
+                }
+            if (!LOOP) __syncwarp();  // all lanes have read the slab
+            else if (round > 0) asm volatile("bar.sync 2, %0;" ::"r"(WORKERS) : "memory");  // the sums of the round before have been read
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int n = 0; n < RANKS / 8; n++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++)
+                        *(float2*)(memory + warp_sums + sum_offset(t * 16 + h * 8 + g, n) + 8 * L) =
+                            make_float2(sums[t][n][2 * h], sums[t][n][2 * h + 1]);
+            asm volatile("bar.sync 1, %0;" ::"r"(WORKERS) : "memory");
+            if (MESSENGER && round == 0) cluster_wait();
+#pragma unroll 1
+            for (int i = thread; i < PARTS * ROWS * QUADS; i += WORKERS) {
+                const int quad = i % QUADS, row = i / QUADS % ROWS, part = i / QUADS / ROWS;
+                float4 sum = {};
+#pragma unroll
+                for (int j = 0; j < SOURCES; j++) {
+                    const int w = part * SOURCES + j;
+                    if (w < WARPS) {
+                        const int from = WARP_SUMS + w * WARP_SUMS_PITCH + sum_offset(row, quad / 2) + quad % 2 * 16;
+                        const float4 v = *(const float4*)floats(from);
+                        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+                    }
+                }
+                const int place = SUMS + turn * ALL_SUMS + (((rank * PARTS + part) * OWN_ROWS + row / CTAS) * RANKS + quad * 4) * 4;
+                send_floats(base + place, sum, base + SUMS_READY + 8 * turn, row % CTAS);
+            }
+        } else if (MESSENGER && round == 0) {
+            cluster_wait();
+        }
+
+        // Codes. Don't keep x as floats from above: it would take twice the registers.
+#pragma unroll
+        for (int i = 0; i < TILES * 8; i++) {
+            uint4& v = a[i / 8][i / 4 % 2][i % 4];
+            asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+        }
+        mbarrier_wait(base + MAX_READY + 8 * turn, parity);
+        const bool tied = 0 < unsigned_from && unsigned_from < K;
+        float inverse[TILES][2][2];
+        u32 keep[TILES][2];
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int row = t * 16 + h * 8 + g;
+                float m[2] = {}, scale[2];
+                if (unsigned_from > 0)
+#pragma unroll
+                    for (int cta = 0; cta < CTAS; cta++) m[0] = max_abs(m[0], floats(row_max_place)[(cta * 2 + 0) * ROWS + row]);
+                if (unsigned_from < K)
+#pragma unroll
+                    for (int cta = 0; cta < CTAS; cta++) m[1] = max_abs(m[1], floats(row_max_place)[(cta * 2 + 1) * ROWS + row]);
+                scale[0] = part_scale(m[0]), scale[1] = part_scale(m[1]);
+                if (tied) tie_parts(scale);
+                keep[t][h] = finite(max_abs(m[0], m[1])) && first_row + row < M ? ~0u : 0;
+                inverse[t][h][0] = inverse_of(scale[0]), inverse[t][h][1] = inverse_of(scale[1]);
+            }
+        {
+            u32 codes[TILES][2][2][4];  // [tile][half][even, odd][span]
+            int block = columns / 128;
+            asm volatile("" : "+r"(block));  // its place in the image is computed anew in each round: it would be a register too many
+#pragma unroll
+            for (int span = 0; span < 4; span++) {
+                float even[4], odd[4];
+                load_floats(even, inverse_smooth + (4 * span + L) * 32), load_floats(odd, inverse_smooth + (4 * span + L) * 32 + 16);
+                const bool part = columns + span * 32 >= unsigned_from;
+                const float shift = part ? SHIFT : 0;
+#pragma unroll
+                for (int t = 0; t < TILES; t++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const uint4 run = a[t][h][span];
+                        const u32 words[4] = {run.x, run.y, run.z, run.w};
+                        const float factor = part ? inverse[t][h][1] : inverse[t][h][0];
+                        float e[4], o[4];
+#pragma unroll
+                        for (int b = 0; b < 4; b++) {
+                            e[b] = fmaf((low_float(words[b]) + shift) * even[b], factor, MAGIC);
+                            o[b] = fmaf((high_float(words[b]) + shift) * odd[b], factor, MAGIC);
+                        }
+                        codes[t][h][0][span] = pack_bytes(e[0], e[1], e[2], e[3]) & keep[t][h];
+                        codes[t][h][1][span] = pack_bytes(o[0], o[1], o[2], o[3]) & keep[t][h];
+                    }
+            }
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const int token = first_row + t * 16 + h * 8 + g;
+                    u32(&c)[2][4] = codes[t][h];
+                    // A lane gives one of its pieces for one of the row beside: eight lanes then store a whole line.
+                    const bool odd_row = g & 1;
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const u32 other = __shfl_xor_sync(~0u, odd_row ? c[0][i] : c[1][i], 4);
+                        if (odd_row) c[0][i] = other;
+                        else c[1][i] = other;
+                    }
+                    const int piece = 2 * L + odd_row;
+                    if (there && token < padded)
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            const int to = (token & ~1) + i;
+                            const u32 place = (u32)(block * padded + to) * 8 + (piece ^ to & 7);
+                            ((uint4*)act)[place] = make_uint4(c[i][0], c[i][1], c[i][2], c[i][3]);
+                        }
+                }
+        }
+        if (!MESSENGER && warp == WARPS - 1) finish(tile, turn, parity);
+        if (LOOP)
+#pragma unroll
+            for (int i = 0; i < TILES * 8; i++) a[i / 8][i / 4 % 2][i % 4] = next[i / 8][i / 4 % 2][i % 4];
+    }
+}
