@@ -54,7 +54,7 @@ __device__ __forceinline__ u32 sum_offset(int row, int tile) { return (row * RAN
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quantize_registers(
     const u16* x,          // (M, K), rows `stride` apart, 16-byte aligned
-    const u16* smooth,     // (K)
+    const u16* smooth,     // (K), 8-byte aligned
     const u16* proj_down,  // (K, R); RANKS 0: x @ proj_down, (M, R)
     char* act,             // (K blocks, Mp, 128)
     float* act_scale,      // (2 parts, Mp)
