@@ -260,7 +260,7 @@ def test_strided_rows(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("m", "k", "rank"), [(300, 3072, 32), (4096, 1536, 32), (4608, 3072, 64), (64, 12288, 128)])
+@pytest.mark.parametrize(("m", "k", "rank"), [(300, 3072, 32), (4096, 1536, 32), (4608, 3072, 32), (64, 12288, 128)])
 def test_same_bits(m, k, rank, mode):
     """Twice the same, and a token's outputs don't depend on where in the batch it is."""
     x, smooth, down = random_case(m, k, rank)
