@@ -105,7 +105,7 @@ def measure(name, ranks):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[0, 32, 128])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[0, 32, 64, 128])
     parser.add_argument("--out", help="the result file; benchmarks/results/linears_<gpu>.json")
     args = parser.parse_args()
     load_pack()
