@@ -290,13 +290,13 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, with_gram=F
                   loaded=_as_it_is, quantized=None):
     """Yield (block name, {layer name: InputStats}) for each block in turn; the statistics are dropped before the next.
 
-    calls: from recorded_calls; memory: Memory; blocks: [(name, module)] in running order, at the end the model itself if layers outside
-    the others are to be seen too (those are passed over then); layers_of(name, block): {name: linear};
+    calls: from recorded_calls, which go to the device; memory: Memory; blocks: [(name, module)] in running order, at the end the model
+    itself if layers outside the others are to be seen too (those are passed over then); layers_of(name, block): {name: linear};
     loaded(name, block): a context in which the block can run; quantized(name, block): one in which it runs in 4 bits, entered after
     the yield, or None: the next block then sees what it gives, not what it gave in 16 bits. A call that does not run every block is
     left out from there on; ValueError where none is left.
     """
-    calls = to_device(calls, memory.states_on)  # a few MB each, wanted again for every block
+    calls[:] = to_device(calls, memory.states_on)  # a few MB each, wanted again for every block, and no more where they were
     memory.states[:] = [None] * len(calls)
     for index, (name, block) in enumerate(blocks):
         def run(layers, in_4_bits):

@@ -274,7 +274,7 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
         check_latent(patcher, latent)
     watched = (conditioning, latent["samples"], steps, seed) if calibrated else ()
     memory = calibration.Memory(patcher.load_device)
-    with _kept(patcher, folder, specs, weights, recipe.as_dict(), watched) as kept:
+    with _kept(patcher, folder, sum(spec.nbytes() for spec in specs.values()), weights, recipe.as_dict(), watched) as kept:
         calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept) if calibrated else []
         packed, records = _quantize_blocks(patcher, specs, recipe, calls, progress, memory, kept)
     watched = {"prompts": len(conditioning), "steps": steps, "seed": seed} if calibrated else {"prompts": 0}
@@ -285,13 +285,12 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
     return twin, records
 
 
-def _kept(patcher, folder, specs, *inputs):
+def _kept(patcher, folder, nbytes, *inputs):
     """The run's resume.Checkpoint; a context without one where there is no folder, or no telling this run from others."""
     if folder is None:
         return nullcontext()
     try:
-        described = {name: spec.conf() for name, spec in specs.items()}  # another version of this pack may give layers another rank
-        return resume.Checkpoint(folder, resume.run_digest(patcher, *inputs, described), sum(spec.nbytes() for spec in specs.values()))
+        return resume.Checkpoint(folder, resume.run_digest(patcher, *inputs), nbytes)
     except resume.Unknown as what:
         log.info("This quantization can't be resumed if it is interrupted: of a %s on the MODEL or the conditioning there is no telling "
                  "whether it is the same the next time.", what)

@@ -8,7 +8,6 @@ was watched, from which the sampling is played back without the model.
 import hashlib
 import json
 import logging
-import os
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..checkpoint.write import write
 from ..quantizer import LayerRecord
 
 SPARE_BYTES = 1 << 30  # that stay free on the disk
@@ -136,8 +135,8 @@ class Checkpoint:
         path = self.folder / f"{name}.safetensors"
         try:
             metadata = {"progress": json.dumps({"key": self.key, "crc32": _crc32(tensors), "told": told})}
-            save_file(tensors, path.with_suffix(".tmp"), metadata=metadata)
-            os.replace(path.with_suffix(".tmp"), path)
+            infos = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+            write(str(path), infos, tensors.items(), metadata, overwrite=True)
         except Exception as error:  # whatever it is: nobody waits for this thread's result, and the run goes on without
             self._stop(error)
 

@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import scales
 from comfyui_svdquant.quant import layout
-from comfyui_svdquant.quant.checkpoint import native, nunchaku_write
+from comfyui_svdquant.quant.checkpoint import int8_scales, native, nunchaku_write
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import build
 from safetensors.torch import load_file, save_file
@@ -156,7 +155,7 @@ def test_a_linear2_that_is_a_plain_signed_layer_and_blocks_that_are_not_packed(f
         del conf["act_unsigned_from"]
         tensors[f"{name}.comfy_quant"] = layout.encode_conf(conf | {"format": layout.SVDQUANT})
         # Such a layer's scales are not stored as integers.
-        tensors[f"{name}.weight_scale"] = scales.product(tensors[f"{name}.weight_scale"], tensors.pop(f"{name}.weight_scale_2"))
+        tensors[f"{name}.weight_scale"] = int8_scales.product(tensors[f"{name}.weight_scale"], tensors.pop(f"{name}.weight_scale_2"))
         for part in [part for part in tensors if part.startswith(f"{dense}.") and not part.endswith(".bias")]:
             del tensors[part]
         tensors[f"{dense}.weight"] = torch.randn(256, 256, dtype=torch.bfloat16) / 16
