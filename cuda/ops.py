@@ -34,7 +34,7 @@ _dynamo_traces, _dispatch_modes = torch.compiler.is_dynamo_compiling, torch._C._
 
 @functools.cache
 def best_act_bits(device):
-    """4 or 8: the activations' bits that `act_bits` 0 stands for on `device`. 4 on the CPU, SVDQuant as published."""
+    """4 or 8: the activations' bits that `act_bits` 0 stands for on `device`. 4 on the CPU, as SVDQuant is published."""
     if device.type != "cuda" or torch.version.hip:
         return 4
     return 8 if 10 * torch.cuda.get_device_capability(device)[0] in INT8_FASTER else 4

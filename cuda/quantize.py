@@ -217,7 +217,7 @@ def registers_bytes(tiles, ctas, warps, rank, loop):
 
 
 def tile_plan(m, k, ranks, codes, arch, sms, tiles, ctas):
-    """(time, Plan) without a ring, or None where there are no such clusters."""
+    """(time, Plan) of quantize.cu, or None where there are no such clusters."""
     blocks, cover = -(-k // images.BLOCK), -(-m // (16 * tiles))
     if ctas > 1 and (arch < 90 or ctas > blocks):
         return None
