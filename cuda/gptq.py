@@ -22,9 +22,9 @@ def round_block(weight, pending, steps, inverse, groups, lower, codes):
     """Round a block of columns from its last to its first. Each aims at weight + pending / its diagonal of `lower`, and what it
     loses is pending for those before it.
 
-    weight, pending: (N, B) float32, B at most 128 and a multiple of 64; steps: (N, G) float32; inverse: 1 / steps, 0 where the step is 0; groups: (B,)
-    int32, each column's group; lower: (B, B) float32, contiguous; codes: (N, B) int8, filled. weight, pending and codes are
-    columns of wider matrices whose rows begin at multiples of 16 bytes. Returns lost, (N, B) float32: weight less what the codes
+    weight, pending: (N, B) float32, B at most 128 and a multiple of 64; steps: (N, G) float32; inverse: 1 / steps, 0 where the step is
+    0; groups: (B,) int32, each column's group; lower: (B, B) float32, contiguous; codes: (N, B) int8, filled. weight, pending and codes
+    are columns of wider matrices whose rows begin at multiples of 16 bytes. Returns lost, (N, B) float32: weight less what the codes
     stand for; `pending` is left as it is.
     """
     n, b = weight.shape

@@ -100,7 +100,8 @@ class Repeated(NamedTuple):
 class SVDQuantLinear(BranchedLinear):
     """W4A4 with a low-rank branch: x (..., K) -> (..., N). One op, if no LoRA is loaded.
 
-    act_bits: 4, as SVDQuant is published (with one code more); 8, the same weights with int8 activations; 0, what the device is fastest with.
+    act_bits: 4, as SVDQuant is published, with one code more; 8, the same weights with int8 activations; 0, what the device is fastest
+    with.
     """
 
     act_bits = 0
