@@ -27,6 +27,15 @@ def integer_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat1
     return type(layer)(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in layer.args()))
 
 
+def in_threads(work, count):
+    """work(0), work(1), ... side by side, each in a thread of its own."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("m", "n", "k", "rank", "unsigned_from"), SHAPES)
@@ -110,11 +119,7 @@ def test_in_threads_with_streams_of_their_own(act_bits):
     expected = [[ops.svdquant_linear(x * 2**turn, *layer.args(), act_bits) for turn in range(20)] for x, layer in zip(inputs, layers)]
     torch.cuda.synchronize()
     results = [[] for _ in layers]
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     for i in range(4):
         assert len(results[i]) == 20 and all(map(torch.equal, results[i], expected[i])), f"thread {i}"
 
@@ -204,11 +209,7 @@ def test_one_layer_in_threads(act_bits):
     expected = [[by_the_op(module, pair[turn % 2] * 2 ** (turn % 5)) for turn in range(10)] for pair in inputs]
     torch.cuda.synchronize()
     results = [[] for _ in inputs]
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     for i in range(4):
         assert len(results[i]) == 100 and all(torch.equal(y, expected[i][turn % 10]) for turn, y in enumerate(results[i])), f"thread {i}"
 
