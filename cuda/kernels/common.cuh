@@ -93,18 +93,6 @@ DEVICE uint4 load_once16(const void* p) {
   return v;
 }
 
-DEVICE uint2 load_once8(const void* p) {
-  uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-  return v;
-}
-
-DEVICE u32 load_once4(const void* p) {
-  u32 v;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
-  return v;
-}
-
 // --- Shared memory ----------------------------------------------------------------------------------------------------
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -170,16 +158,6 @@ template <int pending> DEVICE void cp_async_wait() {
 // lane 4 r + c gets the c-th pair of each matrix's row r.
 DEVICE void ldmatrix4(u32 (&d)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
-}
-
-DEVICE void ldmatrix2(u32 (&d)[2], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "r"(address) : "memory");
-}
-
-// The same, each matrix transposed.
-DEVICE void ldmatrix4_transposed(u32 (&d)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
 }
 

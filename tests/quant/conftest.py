@@ -4,6 +4,23 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="module")
+def flux_file(tmp_path_factory):
+    """File of a random FLUX.1 in 16 bits."""
+    from .comfy_models import write_flux
+
+    return write_flux(tmp_path_factory.mktemp("models") / "flux.safetensors")
+
+
+@pytest.fixture(scope="module")
+def native_file(flux_file, tmp_path_factory):
+    """The same model quantized, in our layout."""
+    from .comfy_models import quantized, save
+
+    with torch.inference_mode():
+        return save(quantized(load(flux_file))[0], tmp_path_factory.mktemp("models") / "flux_4bit.safetensors")
+
+
 @pytest.fixture(scope="session")
 def pair_files(tmp_path_factory):
     """Files of a random FLUX.1 with a block of each kind: in 16 bits, and quantized."""

@@ -8,23 +8,12 @@ import torch
 from comfyui_svdquant.quant import flux, layout, linear, quantizer
 from comfyui_svdquant.quant.host import build, quantize
 
-from .comfy_models import HIDDEN, LATENT, Progress, prompts, quantized, sample, save, write_flux
+from .comfy_models import HIDDEN, LATENT, Progress, prompts, sample
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
 TAKEN = {"double_blocks.0.img_mlp.0": 0, "double_blocks.0.txt_mlp.0": 0, "single_blocks.0.linear1": 3 * HIDDEN,
          "single_blocks.1.linear1": 3 * HIDDEN}
-
-
-@pytest.fixture(scope="module")
-def flux_file(tmp_path_factory):
-    return write_flux(tmp_path_factory.mktemp("models") / "flux.safetensors")
-
-
-@pytest.fixture(scope="module")
-def native_file(flux_file, tmp_path_factory):
-    with torch.inference_mode():
-        return save(quantized(build.load_model(flux_file))[0], tmp_path_factory.mktemp("models") / "flux_4bit.safetensors")
 
 
 def taken(model):

@@ -17,17 +17,6 @@ from .random_flux import flux_tensors
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
-@pytest.fixture(scope="module")
-def flux_file(tmp_path_factory):
-    return write_flux(tmp_path_factory.mktemp("models") / "flux.safetensors")
-
-
-@pytest.fixture(scope="module")
-def native_file(flux_file, tmp_path_factory):
-    with torch.inference_mode():
-        return save(quantized(build.load_model(flux_file))[0], tmp_path_factory.mktemp("models") / "flux_4bit.safetensors")
-
-
 # --- loading and quantizing ----------------------------------------------------------------------------------------
 
 
