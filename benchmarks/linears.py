@@ -1,10 +1,12 @@
 """Time of one whole linear on FLUX.1's shapes, ours beside bf16 and fp8:  python benchmarks/linears.py
 
-A whole linear is what a model runs: quantize the activation, multiply, add the branch and the bias. Needs a CUDA GPU; prints a table
-and writes benchmarks/results/linears_<gpu>.json.
+A whole linear is what a model runs: quantize the activation, multiply, add the branch and the bias. Where comfy-kitchen with its CUDA
+backend is installed, its svdquant_w4a4 runs beside ours on the same tensors. Needs a CUDA GPU; prints a table and writes
+benchmarks/results/linears_<gpu>.json.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 
@@ -90,12 +92,33 @@ def fp8_rowwise(m, k, n, x):
     return graph_time(run)
 
 
+def comfy_kitchen(name, m, k, n, x, rank):
+    """comfy-kitchen's kernels, whose layouts are ours. They take columns signed or unsigned: linear2's are signed here, and what an MLP's
+    second layer gets is shifted before, as they ask for."""
+    import comfy_kitchen as kitchen
+    from comfyui_svdquant.cuda.int4 import GELU_SHIFT
+
+    layers = rotating(lambda: layer(n, k, rank), n * k // 2)
+    is_unsigned = unsigned_from(name, k, n) == 0
+
+    def run():
+        weight, scale, down, up, smooth, bias = layers()
+        source = x()
+        shifted = source + GELU_SHIFT if is_unsigned else source
+        codes, code_scale, low = kitchen.quantize_svdquant_w4a4(shifted, smooth, down, act_unsigned=is_unsigned, lora_x=source)
+        return kitchen.scaled_mm_svdquant_w4a4(codes, weight, code_scale, scale, low, up, bias, is_unsigned)[:m]
+
+    return graph_time(run)
+
+
 def measure(name, ranks):
     m, k, n = SHAPES[name]
     x = rotating(lambda: torch.randn(m, k, device="cuda").bfloat16(), 2 * m * k)
     found = {"m": m, "k": k, "n": n, "bf16": bf16(m, k, n, x)}
     if torch.cuda.get_device_capability() >= (8, 9):
         found["fp8 rowwise"] = fp8_rowwise(m, k, n, x)
+    if importlib.util.find_spec("comfy_kitchen"):
+        found["comfy-kitchen W4A4 rank 32"] = comfy_kitchen(name, m, k, n, x, 32)
     for rank in ranks:
         for act_bits in (8, 4) if rank == 32 else (8,):
             times = ours(name, m, k, n, x, rank, act_bits)

@@ -133,7 +133,8 @@ def context_exit(entered):
 
 
 class HostMemory:
-    """The largest resident set of this process by stage, looked at 20 times a second.
+    """The largest resident set of this process by stage, above what it was with the model and the conditioning there; looked at
+    20 times a second.
 
     peaks: {label: (bytes above those at the start, how many of them are mapped from files, such as libraries' code)}
     """
@@ -277,11 +278,11 @@ def measure(args):
           flush=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    latent = {"samples": torch.zeros(1, 16, args.size // 8, args.size // 8)}
+    prompts, recipe = conditioning(args.prompts, args.text_tokens), quantizer.recipe(args.preset, args.rank)
     stages = Stages()
     memory = HostMemory(stages)
     watch_stages(stages)
-    latent = {"samples": torch.zeros(1, 16, args.size // 8, args.size // 8)}
-    prompts, recipe = conditioning(args.prompts, args.text_tokens), quantizer.recipe(args.preset, args.rank)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         quantized, records = quantize.quantize(patcher, recipe, prompts, latent, args.steps, 0, Progress(),

@@ -189,31 +189,33 @@ def registers_plan(m, k, ranks, arch, sms, tiles, ctas, loop):
     messenger = int(tiles == 1)
     if not 1 < ctas <= blocks or tiles > 2 or warps + messenger > MOST_WARPS:
         return None
-    per_sm = _shared_per_sm(arch)
-    resident = 2 if warps < 8 else 1  # CTAs on a multiprocessor
-    fits = room(sms * resident, ctas) // ctas
-    loop = cover > fits if loop is None else loop
+    resident = min(4, max(1, MOST_WARPS // (warps + messenger)))  # CTAs on a multiprocessor: whose registers fit, and their shared memory
+    loop = cover > room(sms * resident, ctas) // ctas if loop is None else loop
     shared = registers_bytes(tiles, ctas, warps, images.padded(ranks, images.RANK_BLOCK), loop)
-    if loop and tiles > 1 or resident * (shared + 1024) > per_sm:
+    resident = min(resident, _shared_per_sm(arch) // (shared + 1024))
+    if tiles > 1 and (loop or arch >= 100) or not resident:  # ptxas spills for Blackwell
         return None
-    if arch >= 100 and ranks and (loop or tiles > 1):  # ptxas spills for Blackwell
-        return None
+    fits = room(sms * resident, ctas) // ctas
     # A round: from x to maxima, to the others, and back to codes; or the time that its bytes take, x's and the codes'. CTAs of less
-    # than four warps gain nothing.
-    share = max(warps, 4)
-    chain = (1.3 + 0.22 * share if ranks else 0.9 + 0.2 * share) * tiles * (0.9 + 0.1 * resident)
-    memory = min(fits, cover) * 16 * tiles * k * 3 / 2.9e6
-    time = 1.6 + 0.08 * share * (ranks > 0) + -(-cover // fits) * max(chain, memory)
+    # than four warps gain nothing. CTAs on one multiprocessor drift apart: one's loads fill another's waits, and the last round is
+    # less idle. Clusters that don't stay come in waves.
+    share, waves = max(warps, 4), -(-cover // fits)
+    chain = (1.2 + 0.2 * share if ranks else 0.5 + 0.17 * share) * tiles * (0.86 + 0.14 * min(resident, -(-cover * ctas // sms)))
+    memory = min(fits, cover) * 16 * tiles * k * 3 / (2.25e6 if resident == 1 else 2.6e6)
+    if loop:
+        rounds = max(1, cover / fits)
+        time = 2.6 + (rounds + (waves - rounds) / (1 + resident)) * max(chain, memory)
+    else:
+        time = 1.7 + 0.9 * tiles + waves * max(chain * (1 if waves == 1 else 1.5), memory)
     return time, Plan(ranks, tiles, ctas, 0, 0, shared, cover * ctas, 32 * (warps + messenger), warps, loop)
 
 
 def registers_bytes(tiles, ctas, warps, rank, loop):
     """Shared memory of a CTA, in quantize_registers.cu's order: barriers, maxima, sums, 1 / smooth, proj_down, the warps' sums."""
     rows, turns = 16 * tiles, 2 if loop else 1
-    parts = warps // 4 if ctas <= 2 and warps >= 8 else 1
     own_rows = -(-rows // ctas)
-    received = ctas * (2 * rows + parts * own_rows * rank) * 4
-    return 128 + turns * received + warps * (2 * rows * 4 + 512 + 256 * rank + (rows * rank * 4 if loop else 0))
+    received = ctas * (2 * rows + own_rows * rank) * 4
+    return 128 + turns * received + warps * (2 * rows * 4 + 512 + 256 * rank) + (-(-warps // 2) * rows * rank * 4 if loop else 0)
 
 
 def tile_plan(m, k, ranks, codes, arch, sms, tiles, ctas):

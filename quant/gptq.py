@@ -52,7 +52,7 @@ def damped_cholesky(gram, damp, smooth=None, noise=None):
     """
     smooth = torch.ones_like(gram[0]) if smooth is None else smooth
     diagonal = gram.diagonal() / smooth.square()
-    order = diagonal.argsort(stable=True)
+    order = diagonal.cpu().argsort(stable=True).to(gram.device)  # CUDA's sorting kernels take 35 MB of host memory
     mean = diagonal.mean().clamp_min(torch.finfo(gram.dtype).tiny)
     divisor = smooth[order]
     damped, info = torch.empty_like(gram), torch.empty((), dtype=torch.int32, device=gram.device)
@@ -79,7 +79,7 @@ def gptq_round(weight, scales, factor, check=lambda: None):
         return round_to_nearest(weight, scales)
     steps = scales.float().t().contiguous()  # (N, G)
     inverse = torch.where(steps == 0, torch.zeros_like(steps), 1 / steps)  # such a group's codes stand for nothing: all are 0
-    groups = (factor.order // GROUP_SIZE).int()
+    groups = (torch.arange(weight.shape[1]) // GROUP_SIZE).int().to(weight.device)[factor.order]
     weight = weight[:, factor.order]
     pending = torch.zeros_like(weight)  # for each column, the sum over the columns done of e_i C_ij
     codes = torch.empty_like(weight, dtype=torch.int8)

@@ -408,4 +408,5 @@ def scale_statistics(group_scales):
     """(smallest, median, largest magnitude, share of negative ones) of (G, N) scales, as floats."""
     magnitudes = group_scales.float().abs()
     negative = (group_scales < 0).float().mean()
-    return tuple(round(float(v), 8) for v in (magnitudes.min(), magnitudes.median(), magnitudes.max(), negative))
+    smallest, largest = magnitudes.aminmax()
+    return tuple(round(float(v), 8) for v in (smallest, magnitudes.median(), largest, negative))

@@ -180,7 +180,14 @@ DEVICE void mma_16816(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 #endif
 }
 
-// --- mbarrier and bulk copy, sm_90 and newer --------------------------------------------------------------------------
+// --- Barriers and bulk copy ------------------------------------------------------------------------------------------
+
+// A barrier of so many of the CTA's threads, whole warps; 0 is __syncthreads()'s.
+DEVICE void barrier_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// The same for warps that don't wait for the others.
+DEVICE void barrier_named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// mbarriers and bulk copies: sm_90 and newer.
 
 DEVICE void mbarrier_init(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");

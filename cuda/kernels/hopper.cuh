@@ -33,8 +33,6 @@ DEVICE void cluster_sync() {
 template <int registers> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
 template <int registers> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
 
-DEVICE void barrier_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 // The address in another CTA of the cluster that corresponds to this one's.
 DEVICE u32 address_at(u32 shared, u32 cta) {
     u32 remote;

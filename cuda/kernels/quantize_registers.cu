@@ -14,7 +14,10 @@
 // With few tokens there is a cluster for each ROWS of them. With many (LOOP) as many clusters as fit stay on the GPU, and each takes tokens
 // after tokens; its part of proj_down and of 1 / smooth stays in shared memory:
 //
-//     round t    load t + 1 | maxima and product of t | send them | codes of t        the messenger: scales and low of t
+//     workers      load t + 1 | maxima of t | product of t | codes of t
+//     messenger           send maxima of t | add and send the warps' sums of t | scales and low of t
+//
+// Two warps add up their sums in one place before, since shared memory is short: it is taken from the L1, where the loads of x arrive.
 //
 // What a round receives lies in two turns' places. A CTA sends a round's maxima only after its messenger has finished the round before, and
 // codes only with all CTAs' maxima: so when something comes for a turn's place, everybody has read what was there.
@@ -26,24 +29,25 @@
 
 constexpr bool MESSENGER = TILES == 1;  // a warp of its own. Else the last of WARPS is it: 16 warps find 128 registers, 17 don't
 constexpr int ROWS = 16 * TILES, WORKERS = 32 * WARPS, THREADS = WORKERS + 32 * MESSENGER;
-constexpr int CTAS_PER_SM = WARPS < 8 ? 2 : 1;  // at least so many should find registers
+constexpr int CTAS_PER_SM = THREADS > 256 ? 1 : THREADS > 160 ? 2 : THREADS > 128 ? 3 : 4;  // at least so many should find registers
 constexpr int TURNS = LOOP ? 2 : 1;
-constexpr int PARTS = CTAS <= 2 && WARPS >= 8 ? WARPS / 4 : 1;  // that a CTA's sums are sent in
 constexpr int SLAB_BYTES = 128 * RANKS * 2, SUM_BYTES = ROWS * RANKS * 4;
+constexpr bool PAIRS = LOOP;                                // two warps add up their sums in one place
+constexpr int PLACES = PAIRS ? (WARPS + 1) / 2 : WARPS;     // of warps' sums
 constexpr int OWN_ROWS = (ROWS + CTAS - 1) / CTAS;
-constexpr int SOURCES = (WARPS + PARTS - 1) / PARTS;  // warps whose sums make a part
 constexpr int QUADS = RANKS / 4 + !RANKS;
-constexpr int MAX_BYTES = CTAS * 2 * ROWS * 4, ALL_SUMS = CTAS * PARTS * OWN_ROWS * RANKS * 4;  // a round's, received
+constexpr int MAX_BYTES = CTAS * 2 * ROWS * 4, ALL_SUMS = CTAS * OWN_ROWS * RANKS * 4;  // a round's, received
 static_assert(!LOOP || TILES == 1, "x of two rounds has to fit the registers");
 
 // Shared memory. A round that is the only one needs proj_down no more when it has its sums: they take its place.
-constexpr int MAX_READY = 0, SUMS_READY = 16, LOCAL_READY = 32;     // mbarriers: [TURNS], [TURNS], all warps' maxima
+// mbarriers: [TURNS] what all CTAs send, [TURNS]; what this CTA's warps have for the messenger; the messenger has read their sums
+constexpr int MAX_READY = 0, SUMS_READY = 16, WARP_MAX_READY = 32, WARP_SUMS_READ = 40;
 constexpr int ROW_MAX = 128;                                        // [TURNS][CTAS][2 parts][ROWS] float, received
 constexpr int WARP_MAX = ROW_MAX + TURNS * MAX_BYTES;               // [WARPS][2 parts][ROWS] float
-constexpr int SUMS = WARP_MAX + WARPS * 2 * ROWS * 4;               // [TURNS][CTAS][PARTS][OWN_ROWS][RANKS] float, received
+constexpr int SUMS = WARP_MAX + WARPS * 2 * ROWS * 4;               // [TURNS][CTAS][OWN_ROWS][RANKS] float, received
 constexpr int SMOOTH = SUMS + TURNS * ALL_SUMS;                     // [WARPS][16 runs][4 even, 4 odd] float, 1 / smooth
 constexpr int SLABS = SMOOTH + WARPS * 512;                         // [WARPS][128 rows][4 pieces]
-constexpr int WARP_SUMS = LOOP ? SLABS + WARPS * SLAB_BYTES : SLABS;  // [WARPS][ROWS][RANKS] float
+constexpr int WARP_SUMS = LOOP ? SLABS + WARPS * SLAB_BYTES : SLABS;  // [PLACES][ROWS][RANKS] float
 constexpr int WARP_SUMS_PITCH = LOOP ? SUM_BYTES : SLAB_BYTES;
 static_assert(LOOP || SUM_BYTES <= SLAB_BYTES, "a warp's sums take its slab's place");
 
@@ -71,13 +75,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     const int blocks = (K + 127) / 128, first = blocks * rank / CTAS, count = blocks * (rank + 1) / CTAS - first;
     auto floats = [&](int place) { return (float*)(memory + place); };
     const int own_rows = (ROWS - rank + CTAS - 1) / CTAS;  // whose low this CTA finishes: rank, rank + CTAS, ..
-    const u32 own_bytes = own_rows * RANKS * 4 * CTAS * PARTS;
+    const u32 own_bytes = own_rows * RANKS * 4 * CTAS;
     if (thread == 0) {
         for (int turn = 0; turn < TURNS; turn++) {
             mbarrier_init(base + MAX_READY + 8 * turn, 1);
             mbarrier_init(base + SUMS_READY + 8 * turn, 1);
         }
-        mbarrier_init(base + LOCAL_READY, WARPS);
+        mbarrier_init(base + WARP_MAX_READY, WARPS);
+        mbarrier_init(base + WARP_SUMS_READ, 1);
         fence_mbarrier_init();
         for (int turn = 0; turn < TURNS; turn++) {
             mbarrier_arrive_expect(base + MAX_READY + 8 * turn, MAX_BYTES);
@@ -90,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     // The messenger's work: of a warp of its own, or of the last.
     auto send_maxima = [&](int tile, int turn) {
         const int first_row = tile * ROWS, row_max = ROW_MAX + turn * MAX_BYTES;
-        mbarrier_wait(base + LOCAL_READY, turn);
+        mbarrier_wait(base + WARP_MAX_READY, turn);
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             const int place = i * 32 + lane;  // part * ROWS + row
@@ -101,6 +106,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
 #pragma unroll
             for (int cta = 0; cta < CTAS; cta++)
                 send_float(base + row_max + (rank * 2 * ROWS + place) * 4, m, base + MAX_READY + 8 * turn, cta);
+        }
+    };
+    // Of all warps, by `threads` threads of which this is `index`.
+    auto send_sums = [&](int turn, int index, int threads) {
+#pragma unroll 1
+        for (int i = index; i < ROWS * QUADS; i += threads) {
+            const int quad = i % QUADS, row = i / QUADS;
+            float4 sum = {};
+#pragma unroll
+            for (int w = 0; w < PLACES; w++) {
+                const float4 v = *(const float4*)floats(WARP_SUMS + w * WARP_SUMS_PITCH + sum_offset(row, quad / 2) + quad % 2 * 16);
+                sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+            }
+            const int place = SUMS + turn * ALL_SUMS + ((rank * OWN_ROWS + row / CTAS) * RANKS + quad * 4) * 4;
+            send_floats(base + place, sum, base + SUMS_READY + 8 * turn, row % CTAS);
         }
     };
     auto finish = [&](int tile, int turn, int parity) {
@@ -136,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                 float value[8] = {}, scale = 1, inverse = 1;
                 if (row < ROWS)
 #pragma unroll 4
-                    for (int source = 0; source < CTAS * PARTS; source++) {
+                    for (int source = 0; source < CTAS; source++) {
                         const int place = SUMS + turn * ALL_SUMS + ((source * OWN_ROWS + own) * RANKS + L * 8) * 4;
                         const float4* from = (const float4*)floats(place);
                         const float4 a = from[0], b = from[1];
@@ -170,6 +190,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
 #pragma unroll 1
         for (int tile = cluster, round = 0; tile < tiles; tile = LOOP ? tile + clusters : tiles, round++) {
             send_maxima(tile, round & 1);
+            if (RANKS) {
+                barrier_named(1, THREADS);
+                send_sums(round & 1, lane, 32);
+                __syncwarp();
+                if (LOOP && lane == 0) mbarrier_arrive(base + WARP_SUMS_READ);
+            }
             finish(tile, round & 1, round >> 1 & 1);
         }
         return;
@@ -195,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             }
     };
     const u32 slab = base + SLABS + warp * SLAB_BYTES;
-    const int warp_sums = WARP_SUMS + warp * WARP_SUMS_PITCH;
+    const int warp_sums = WARP_SUMS + (PAIRS ? warp / 2 : warp) * WARP_SUMS_PITCH;
     uint2 s = make_uint2(0, 0);
     if (there && columns + lane * 4 < K) s = *(const uint2*)(smooth + columns + lane * 4);
     load(a, cluster);
@@ -255,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                     if (L == 0) floats(WARP_MAX)[(warp * 2 + part) * ROWS + t * 16 + h * 8 + g] = m;
                 }
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(base + LOCAL_READY);
+        if (lane == 0) mbarrier_arrive(base + WARP_MAX_READY);
         if (!MESSENGER) {
             if (round == 0) cluster_wait();
             if (warp == WARPS - 1) send_maxima(tile, turn);
@@ -267,14 +293,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                 copies_wait<0>();
                 __syncwarp();
             }
+            const u32 own = slab_offset(8 * (lane % 8 / 2) + 2 * (lane / 8 & 1) + lane % 2, lane / 16);
 #pragma unroll
             for (int span = 0; span < 4; span++)
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
-                    const int k = 32 * span + 8 * (lane % 8 / 2) + 4 * step + 2 * (lane / 8 & 1) + lane % 2;
 #pragma unroll
                     for (int n = 0; n < RANKS / 8; n += 2) {
-                        const uint4 p = load_transposed(slab + slab_offset(k, n + lane / 16));
+                        const uint4 p = load_transposed(slab + (own ^ n << 4) + slab_offset(32 * span + 4 * step, 0));
 #pragma unroll
                         for (int t = 0; t < TILES; t++) {
                             const uint4 u = a[t][0][span], v = a[t][1][span];
@@ -284,42 +310,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                     }
                 }
             if (!LOOP) __syncwarp();  // all lanes have read the slab
-            else if (round > 0) asm volatile("bar.sync 2, %0;" ::"r"(WORKERS) : "memory");  // the sums of the round before have been read
+            else if (round > 0) mbarrier_wait(base + WARP_SUMS_READ, turn ^ 1);
+            const bool adds = PAIRS && warp % 2;  // to what the warp before has left
+            int mine = sum_offset(g, 0) + 8 * L;  // anew in each round
+            asm volatile("" : "+r"(mine));
+            if (adds) barrier_named(2 + warp / 2, 64);
 #pragma unroll
             for (int t = 0; t < TILES; t++)
 #pragma unroll
                 for (int n = 0; n < RANKS / 8; n++)
 #pragma unroll
-                    for (int h = 0; h < 2; h++)
-                        *(float2*)(memory + warp_sums + sum_offset(t * 16 + h * 8 + g, n) + 8 * L) =
-                            make_float2(sums[t][n][2 * h], sums[t][n][2 * h + 1]);
-            asm volatile("bar.sync 1, %0;" ::"r"(WORKERS) : "memory");
-            if (MESSENGER && round == 0) cluster_wait();
-#pragma unroll 1
-            for (int i = thread; i < PARTS * ROWS * QUADS; i += WORKERS) {
-                const int quad = i % QUADS, row = i / QUADS % ROWS, part = i / QUADS / ROWS;
-                float4 sum = {};
-#pragma unroll
-                for (int j = 0; j < SOURCES; j++) {
-                    const int w = part * SOURCES + j;
-                    if (w < WARPS) {
-                        const int from = WARP_SUMS + w * WARP_SUMS_PITCH + sum_offset(row, quad / 2) + quad % 2 * 16;
-                        const float4 v = *(const float4*)floats(from);
-                        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+                    for (int h = 0; h < 2; h++) {
+                        float2& place = *(float2*)(memory + warp_sums + (mine ^ n << 5) + sum_offset(t * 16 + h * 8, 0));
+                        const float2 other = adds ? place : make_float2(0, 0);
+                        place = make_float2(sums[t][n][2 * h] + other.x, sums[t][n][2 * h + 1] + other.y);
                     }
-                }
-                const int place = SUMS + turn * ALL_SUMS + (((rank * PARTS + part) * OWN_ROWS + row / CTAS) * RANKS + quad * 4) * 4;
-                send_floats(base + place, sum, base + SUMS_READY + 8 * turn, row % CTAS);
+            if (PAIRS && !adds && warp + 1 < WARPS) barrier_named_arrive(2 + warp / 2, 64);
+            if (MESSENGER) {
+                barrier_named_arrive(1, THREADS);
+            } else {
+                __syncthreads();
+                send_sums(turn, thread, WORKERS);
             }
-        } else if (MESSENGER && round == 0) {
-            cluster_wait();
         }
+        if (MESSENGER && round == 0) cluster_wait();
 
-        // Codes. Don't keep x as floats from above: it would take twice the registers.
+        // Codes. x as floats would take twice the registers: ptxas keeps it from above, unless it is another x for all that it knows.
+        const u32 zero = __shfl_sync(~0u, tile, 0) ^ tile;
 #pragma unroll
         for (int i = 0; i < TILES * 8; i++) {
             uint4& v = a[i / 8][i / 4 % 2][i % 4];
-            asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+            v.x ^= zero, v.y ^= zero, v.z ^= zero, v.w ^= zero;
         }
         mbarrier_wait(base + MAX_READY + 8 * turn, parity);
         const bool tied = 0 < unsigned_from && unsigned_from < K;

@@ -34,15 +34,15 @@ from ..layout import GROUP_SIZE
 TILE = 128  # N and K are multiples of it
 RANK_TILE = 16  # the rank is a multiple of it
 BRANCH_TILE = 1024  # channels of a branch that are moved at a time, where they divide all
-CODES_GROUPS = 48  # groups of 64 columns of a tile whose codes are moved at a time: 192 KiB
+BLOCK = 3 << 18  # bytes of codes that are moved at a time: few enough for a core's caches, so many that Python costs little
 SCALES_BLOCK = 1 << 18  # bytes of NVFP4's scales that are moved at a time
 AWQ_ROWS = 4  # rows that lie side by side
 AWQ_GROUP_TILE = 16  # groups are padded to a multiple of it
-AWQ_BLOCK = 192  # rows that are worked on at a time: a multiple of AWQ_ROWS and of 6, few enough for a core's own cache
+AWQ_UNIT = 12  # rows of which a block has a multiple: AWQ_ROWS, and 3 or 6 chunks
+AWQ_PLANES = (0, 2, 1, 3)  # the plane of each byte of a word
 
 # Steps of _exchange: (index of the planes that it is between, bits to shift by, which bits of the one).
-AWQ_STEPS = ((1, 8, 0x00FF00FF00FF00FF), (0, 16, 0x0000FFFF0000FFFF), (0, 4, 0x0F0F0F0F0F0F0F0F))
-AWQ_WORDS = (0, 2, 1, 3)  # of the four words of 32 columns, the one that each plane holds then
+AWQ_STEPS = ((1, 4, 0x0F0F0F0F0F0F0F0F),)
 NVFP4_STEPS = ((0, 16, 0x0000FFFF0000FFFF), (1, 8, 0x00FF00FF00FF00FF))
 
 
@@ -80,6 +80,16 @@ def _reorder(source, axes, order, target):
     return target
 
 
+def _transpose(words, rows):
+    """(rows * columns) 32-bit words as (columns * rows), in memory of their own.
+
+    PyTorch has no copy that transposes by whole registers, but this: of one picture of one pixel it shuffles the channels.
+    """
+    count = words.numel()
+    pixel = words.view(torch.float32).as_strided((1, count, 1, 1), (count, 1, count, count))  # channels last
+    return torch.channel_shuffle(pixel, rows).view(-1).view(words.dtype)
+
+
 def _exchange(planes, steps):
     """planes: (2, 2, ...) int64, changed in place. A step exchanges, between the planes with index 0 and 1 on one axis, the bits
     `mask` of the second with those of the first that are `shift` above. The inverse: the steps in the reverse order."""
@@ -102,18 +112,17 @@ def _codes(codes):
 def unpack_codes(qweight, out=None):
     """(N, K/2) int8 in Nunchaku's order (or a StoredTensor) -> the same shape in ours (cuda/int4.py), in `out` if given."""
     out = empty(*qweight.shape) if out is None else out
-    counts, columns, start = _cut(qweight.shape[1] // 32, CODES_GROUPS), [], 0
-    spare = torch.empty(counts[0] * TILE * 8, dtype=torch.int32)
-    for count in counts:
-        moved = spare[: count * TILE * 8]
-        columns.append((slice(start, start + count * 8), _places((count, 8, 8, 4, 2, 2), (1, 4, 2, 0, 5, 3)), moved,
-                        moved.view(TILE, -1).numpy()))
-        start += count * 8
-    words = iter(_words(qweight, [count * TILE * 8 for count in counts] * (qweight.shape[0] // TILE)))
-    for rows in _codes(out).numpy():
-        for cut, places, moved, table in columns:
-            torch.index_select(next(words), 0, places, out=moved)
-            rows[:, cut] = table
+    (n, half), start = qweight.shape, 0
+    blocks = _cut(n // TILE, max(1, BLOCK // (TILE * half)))
+    for words, tiles in zip(_words(qweight, [tiles * TILE * half // 4 for tiles in blocks]), blocks):
+        # A plane for each a and b, whose runs of four j are moved in one.
+        runs = _transpose(words, words.numel() // 4).view(torch.complex128)
+        rows = out[start : start + tiles * TILE]
+        target = rows if rows.is_contiguous() else torch.empty(rows.shape, dtype=rows.dtype)
+        torch.index_select(runs, 0, _places((2, 2, tiles, half // 32, 8, 8), (2, 4, 0, 5, 3, 1)), out=target.view(-1).view(runs.dtype))
+        if target is not rows:
+            rows.numpy()[:] = target.numpy()
+        start += len(rows)
     return out
 
 
@@ -204,22 +213,18 @@ def pack_up(proj_up):
 
 
 @lru_cache(maxsize=8)
-def _awq_places(rows, columns, chunks, packing):
-    """_places of the 32-bit words of `rows` rows of a modulation layer: of the file's for planes, of planes for the file's.
-
-    A word of the file has the columns 8 c + 4 x + y of four c and of two y (32 columns are x[2] y[2] words). Planes are 2 x 2 for
-    x and the high bit of y, each in the layer's order; _exchange by AWQ_STEPS makes of them planes for the low and the high bit
-    of c, whose words are of eight columns: ours.
-    """
-    words = torch.arange(rows * columns // 8, dtype=torch.int32).view(-1, columns // 64, AWQ_ROWS, 2, 2, 2)
-    places = words.permute(4, 5, 0, 2, 1, 3).reshape(4, -1, chunks, columns // 32).transpose(1, 2).reshape(-1)
-    return places.argsort().int() if packing else places
+def _awq_places(rows, columns, chunks):
+    """Where in so many rows of a modulation layer's file the 64 columns of each of the layer's rows come from: (chunks, ...)."""
+    runs = np.arange(rows * columns // GROUP_SIZE).reshape(-1, columns // GROUP_SIZE, AWQ_ROWS).swapaxes(1, 2)
+    return runs.reshape(-1, chunks, columns // GROUP_SIZE).swapaxes(0, 1).reshape(chunks, -1)
 
 
-def _awq_blocks(weight, chunks, blocks):
-    """Views of so many rows of the file each of our codes (N, K/2), as NumPy words (chunks, rows / chunks, K / 32, 4)."""
-    words = weight.view(torch.int32).numpy().reshape(chunks, weight.shape[0] // chunks, -1, 4)
-    return np.split(words, np.cumsum(blocks[:-1]) // chunks, 1)
+def _awq_blocks(weight, chunks):
+    """Views of so many rows of each chunk of our codes (N, K/2) as are worked on at a time: (chunks, rows, K/16) int64."""
+    n, half = weight.shape
+    rows = max(1, BLOCK // (AWQ_UNIT * half)) * AWQ_UNIT // chunks
+    chunked = weight.view(torch.int64).numpy().reshape(chunks, n // chunks, -1)
+    return np.split(chunked, range(rows, n // chunks, rows), 1)
 
 
 def _interleave(rows, chunks):
@@ -249,20 +254,25 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     2^-9 in bf16 where it says less, as computing 1 + scale in that type does.
     """
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
-    weight, blocks = empty(n, k // 2), _cut(n, AWQ_BLOCK)
-    planes = torch.empty(blocks[0] * k // 8, dtype=torch.int32)
-    for words, ours in zip(_words(qweight, [rows * k // 8 for rows in blocks]), _awq_blocks(weight, chunks, blocks)):
-        block = planes[: words.numel()]
-        torch.index_select(words, 0, _awq_places(words.numel() * 8 // k, k, chunks, False), out=block)
-        _exchange(block.numpy().view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
-        for word, plane in zip(AWQ_WORDS, block.numpy().reshape(4, chunks, -1, k // 32)):
-            ours[..., word] = plane
+    weight = empty(n, k // 2)
+    blocks = _awq_blocks(weight, chunks)
+    spare = np.empty((2, blocks[0].size * 2), np.uint32)
+    for words, ours in zip(_words(qweight, [block.size * 2 for block in blocks]), blocks):
+        theirs, shifted, planes = words.numpy().view(np.uint32), spare[0, : ours.size * 2], spare[1, : ours.size * 2]
+        for byte, plane in enumerate(AWQ_PLANES):
+            np.copyto(planes.view(np.uint8).reshape(4, -1)[plane], shifted if byte else theirs, casting="unsafe")  # the low byte of each
+            np.right_shift(shifted if byte else theirs, 8, out=shifted)
+        _exchange(planes.view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
+        runs = _transpose(torch.from_numpy(planes.view(np.int32)), 4).numpy().view(np.int64).reshape(-1, 4)
+        for rows, places in zip(ours, _awq_places(len(ours) * ours.shape[1], k, chunks)):
+            np.take(runs, places, 0, out=rows.reshape(-1, 4), mode="clip")
     groups = k // GROUP_SIZE
     scales, zeros = torch.empty(groups, n, dtype=bias.dtype), torch.empty(groups, n, dtype=bias.dtype)
     for ours, theirs in ((scales, wscales), (zeros, wzeros)):
-        _reorder(theirs[:groups], (n // chunks, chunks), (1, 0), ours)
+        chunked = theirs[:groups].view(torch.int16).numpy().reshape(groups, -1, chunks)
+        ours.view(torch.int16).numpy().reshape(groups, chunks, -1)[:] = chunked.swapaxes(1, 2)
     for zero, scale in zip(zeros, scales):
-        zero.copy_(zero.float() + 8 * scale.float())
+        torch.add(zero, scale, alpha=8, out=zero)  # in float32, rounded once
     return {"weight": weight, "weight_scale": scales, "weight_zeros": zeros,
             "bias": _awq_bias(_deinterleave(bias, chunks), chunks, -1).to(bias.dtype)}
 
@@ -275,14 +285,13 @@ def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
     multiples of 2^-7 in bf16 (2^-10 in fp16), as computing 1 + scale in that type does.
     """
     (n, half), groups = weight.shape, weight_scale.shape[0]
-    qweight, blocks = empty(n, half).view(torch.int32), _cut(n, AWQ_BLOCK)
-    planes = torch.empty(blocks[0] * half // 4, dtype=torch.int32)
-    for words, ours in zip(qweight.view(-1).split([rows * half // 4 for rows in blocks]), _awq_blocks(weight, chunks, blocks)):
-        block = planes[: words.numel()]
-        for word, plane in zip(AWQ_WORDS, block.numpy().reshape(4, chunks, -1, half // 16)):
-            plane[...] = ours[..., word]
-        _exchange(block.numpy().view(np.int64).reshape(2, 2, -1), AWQ_STEPS[::-1])
-        torch.index_select(block, 0, _awq_places(words.numel() * 4 // half, half * 2, chunks, True), out=words)
+    qweight, blocks = empty(n, half).view(torch.int32), _awq_blocks(weight, chunks)
+    for words, ours in zip(qweight.view(-1).split([block.size * 2 for block in blocks]), blocks):
+        runs = np.empty((ours.size // 4, 4), np.int64)
+        runs[_awq_places(len(ours) * ours.shape[1], half * 2, chunks)] = ours.reshape(chunks, -1, 4)
+        planes = _transpose(torch.from_numpy(runs).view(-1).view(torch.int32), words.numel() // 4).numpy()
+        _exchange(planes.view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
+        words.view(torch.uint8).numpy().reshape(-1, 4)[...] = planes.view(np.uint8).reshape(4, -1)[[*AWQ_PLANES]].T
     zeros = (weight_zeros.float() - 8 * weight_scale.float()).to(weight_zeros.dtype)
     padding = (0, 0, 0, -groups % AWQ_GROUP_TILE)
     scales, zeros = (torch.nn.functional.pad(_interleave(t.t(), chunks).t(), padding).contiguous()
