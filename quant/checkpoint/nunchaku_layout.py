@@ -34,7 +34,7 @@ from ..layout import GROUP_SIZE
 TILE = 128  # N and K are multiples of it
 RANK_TILE = 16  # the rank is a multiple of it
 BRANCH_TILE = 1024  # channels of a branch that are moved at a time, where they divide all
-BLOCK = 3 << 18  # bytes of codes that are moved at a time: few enough for a core's caches, so many that Python costs little
+BLOCK = 9 << 17  # bytes of codes that are moved at a time: few enough for a cache, so many that calls from Python cost little
 SCALES_BLOCK = 1 << 18  # bytes of NVFP4's scales that are moved at a time
 AWQ_ROWS = 4  # rows that lie side by side
 AWQ_GROUP_TILE = 16  # groups are padded to a multiple of it
@@ -215,7 +215,7 @@ def pack_up(proj_up):
 @lru_cache(maxsize=8)
 def _awq_places(rows, columns, chunks):
     """Where in so many rows of a modulation layer's file the 64 columns of each of the layer's rows come from: (chunks, ...)."""
-    runs = np.arange(rows * columns // GROUP_SIZE).reshape(-1, columns // GROUP_SIZE, AWQ_ROWS).swapaxes(1, 2)
+    runs = np.arange(rows * columns // GROUP_SIZE, dtype=np.intp).reshape(-1, columns // GROUP_SIZE, AWQ_ROWS).swapaxes(1, 2)
     return runs.reshape(-1, chunks, columns // GROUP_SIZE).swapaxes(0, 1).reshape(chunks, -1)
 
 
@@ -258,10 +258,10 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     blocks = _awq_blocks(weight, chunks)
     spare = np.empty((2, blocks[0].size * 2), np.uint32)
     for words, ours in zip(_words(qweight, [block.size * 2 for block in blocks]), blocks):
-        theirs, shifted, planes = words.numpy().view(np.uint32), spare[0, : ours.size * 2], spare[1, : ours.size * 2]
-        for byte, plane in enumerate(AWQ_PLANES):
-            np.copyto(planes.view(np.uint8).reshape(4, -1)[plane], shifted if byte else theirs, casting="unsafe")  # the low byte of each
-            np.right_shift(shifted if byte else theirs, 8, out=shifted)
+        theirs, (shifted, planes) = words.numpy().view(np.uint32), spare[:, : words.numel()]
+        for byte, plane in zip((0, 8, 16, 24), AWQ_PLANES):
+            lowest = np.right_shift(theirs, byte, out=shifted) if byte else theirs
+            np.copyto(planes.view(np.uint8).reshape(4, -1)[plane], lowest, casting="unsafe")  # the lowest byte of each
         _exchange(planes.view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
         runs = _transpose(torch.from_numpy(planes.view(np.int32)), 4).numpy().view(np.int64).reshape(-1, 4)
         for rows, places in zip(ours, _awq_places(len(ours) * ours.shape[1], k, chunks)):
