@@ -81,13 +81,13 @@ def _reorder(source, axes, order, target):
 
 
 def _transpose(words, rows):
-    """(rows * columns) 32-bit words as (columns * rows), in memory of their own.
+    """(rows * columns) 32-bit words as (columns * rows), in memory of their own; nominally float32.
 
     PyTorch has no copy that transposes by whole registers, but this: of one picture of one pixel it shuffles the channels.
     """
     count = words.numel()
     pixel = words.view(torch.float32).as_strided((1, count, 1, 1), (count, 1, count, count))  # channels last
-    return torch.channel_shuffle(pixel, rows).view(-1).view(words.dtype)
+    return torch.channel_shuffle(pixel, rows).view(-1)
 
 
 def _exchange(planes, steps):
@@ -112,17 +112,18 @@ def _codes(codes):
 def unpack_codes(qweight, out=None):
     """(N, K/2) int8 in Nunchaku's order (or a StoredTensor) -> the same shape in ours (cuda/int4.py), in `out` if given."""
     out = empty(*qweight.shape) if out is None else out
-    (n, half), start = qweight.shape, 0
+    n, half = qweight.shape
     blocks = _cut(n // TILE, max(1, BLOCK // (TILE * half)))
-    for words, tiles in zip(_words(qweight, [tiles * TILE * half // 4 for tiles in blocks]), blocks):
+    spare = None if out.is_contiguous() else torch.empty(blocks[0] * TILE, half, dtype=out.dtype)
+    rows = out.split([tiles * TILE for tiles in blocks])
+    for words, tiles, target in zip(_words(qweight, [tiles * TILE * half // 4 for tiles in blocks]), blocks, rows):
+        moved = target if spare is None else spare[: len(target)]
         # A plane for each a and b, whose runs of four j are moved in one.
         runs = _transpose(words, words.numel() // 4).view(torch.complex128)
-        rows = out[start : start + tiles * TILE]
-        target = rows if rows.is_contiguous() else torch.empty(rows.shape, dtype=rows.dtype)
-        torch.index_select(runs, 0, _places((2, 2, tiles, half // 32, 8, 8), (2, 4, 0, 5, 3, 1)), out=target.view(-1).view(runs.dtype))
-        if target is not rows:
-            rows.numpy()[:] = target.numpy()
-        start += len(rows)
+        places = _places((2, 2, tiles, half // 32, 8, 8), (2, 4, 0, 5, 3, 1))
+        torch.index_select(runs, 0, places, out=moved.view(-1).view(torch.complex128))
+        if moved is not target:
+            target.numpy()[:] = moved.numpy()
     return out
 
 
@@ -256,14 +257,14 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
     weight = empty(n, k // 2)
     blocks = _awq_blocks(weight, chunks)
-    spare = np.empty((2, blocks[0].size * 2), np.uint32)
+    spare = np.empty((2, blocks[0].size * 2), np.int32)
     for words, ours in zip(_words(qweight, [block.size * 2 for block in blocks]), blocks):
-        theirs, (shifted, planes) = words.numpy().view(np.uint32), spare[:, : words.numel()]
+        theirs, (shifted, planes) = words.numpy(), spare[:, : words.numel()]
         for byte, plane in zip((0, 8, 16, 24), AWQ_PLANES):
             lowest = np.right_shift(theirs, byte, out=shifted) if byte else theirs
             np.copyto(planes.view(np.uint8).reshape(4, -1)[plane], lowest, casting="unsafe")  # the lowest byte of each
         _exchange(planes.view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
-        runs = _transpose(torch.from_numpy(planes.view(np.int32)), 4).numpy().view(np.int64).reshape(-1, 4)
+        runs = _transpose(torch.from_numpy(planes), 4).numpy().view(np.int64).reshape(-1, 4)
         for rows, places in zip(ours, _awq_places(len(ours) * ours.shape[1], k, chunks)):
             np.take(runs, places, 0, out=rows.reshape(-1, 4), mode="clip")
     groups = k // GROUP_SIZE
