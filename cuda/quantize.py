@@ -18,7 +18,7 @@ BYTES = 1    # 4-bit codes, a scale a token and group of 64, a byte each in GROU
 NIBBLES = 2  # the same codes, two a byte in NIBBLE order
 
 DEPTH = 4         # blocks of x under way, quantize.cu's
-MOST_WARPS = 16   # of a CTA, quantize_registers.cu's: so many find the 128 registers that they need
+MOST_RANKS = 64   # that quantize_registers.cu multiplies with
 SHARED_PER_SM = {75: 64, 80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228, 120: 100, 121: 100}  # KiB
 PEAK = 2.0**14    # an fp16 `low` is scaled down to stay below
 
@@ -145,7 +145,7 @@ def variants(arch):
 
 
 def most_ranks(arch):
-    """The largest rank that the kernels multiply with. Hopper's cuBLAS is faster with more; Turing has shared memory for 64."""
+    """The largest rank that quantize.cu multiplies with. Hopper's cuBLAS is faster with more; Turing has shared memory for 64."""
     return 32 if arch >= 90 else 128 if arch > 75 else 64
 
 
@@ -155,18 +155,20 @@ def plan_for(m, k, rank, codes, arch, sms, registers=None, tiles=None, ctas=None
     registers, tiles, ctas, loop: only plans of (not) quantize_registers.cu, that have as many tiles, clusters of as many CTAs, clusters
     that (don't) stay. Raises ValueError where there is none.
     """
-    ranks = rank if rank <= most_ranks(arch) else 0
     plans = []
     if not registers and loop is None:
+        ranks = rank if rank <= most_ranks(arch) else 0
         # Without clusters the tokens alone have to make enough CTAs, so tiles are small there, but for the ranks that need two.
         heights = (tiles,) if tiles else (1, 2) if arch >= 90 else (2,) if ranks > 64 else (1,)
         plans += [tile_plan(m, k, ranks, codes, arch, sms, height, size)
                   for height in heights for size in (1, 2, 4, 8) if ctas in (None, size)]
     if registers is not False and codes == INT8 and arch >= 90:
-        # Of the sizes of clusters that were measured, those that are the fastest for some shape.
-        plans += [registers_plan(m, k, ranks, arch, sms, height, size, loop)
-                  for height in ((tiles,) if tiles else (1, 2)) for size in ((ctas,) if ctas else (2, 6, 8))]
-    plans = [plan for plan in plans if plan]
+        # Of the sizes of clusters that were measured, those that are the fastest for some shape; more than 8 CTAs on Hopper only.
+        for ranks in {0, rank if rank <= MOST_RANKS else 0}:
+            sizes = (ctas,) if ctas else (2, 6, 8, 16) if arch == 90 and ranks > images.RANK_BLOCK else (2, 6, 8)
+            plans += [registers_plan(m, k, ranks, arch, sms, height, size, loop)
+                      for height in ((tiles,) if tiles else (1, 2)) for size in sizes]
+    plans = [(plan[0] + multiplied_time(m, k), plan[1]) if plan[1].ranks < rank else plan for plan in plans if plan]
     if not plans:
         raise ValueError(f"no plan for ({m}, {k}), rank {rank} on sm_{arch} with registers={registers}, tiles={tiles}, ctas={ctas}, "
                          f"loop={loop}")
@@ -182,26 +184,46 @@ def room(sms, ctas):
     return sms if ctas <= 2 else sms * 10 // 11 // ctas * ctas
 
 
+def multiplied_time(m, k):
+    """x @ proj_down by cuBLAS."""
+    return 5 + m * k * 2 / 2.7e6
+
+
+def most_warps(ranks):
+    """Of quantize_registers.cu's, how many find the registers that they need on a multiprocessor."""
+    return 16 if ranks <= images.RANK_BLOCK else 12
+
+
+def resident_ctas(warps, ranks):
+    """How many CTAs of so many warps quantize_registers.cu asks for on a multiprocessor."""
+    return min(4, max(1, most_warps(ranks) // warps))
+
+
 def registers_plan(m, k, ranks, arch, sms, tiles, ctas, loop):
     """(time, Plan) with x in registers, or None where it doesn't fit. loop: None for what the number of tokens asks for."""
     blocks, cover = -(-k // images.BLOCK), -(-m // (16 * tiles))
     warps = -(-blocks // ctas)
     messenger = int(tiles == 1)
-    if not 1 < ctas <= blocks or tiles > 2 or warps + messenger > MOST_WARPS:
+    if ranks > images.RANK_BLOCK and loop is None:
+        loop = True  # where proj_down stays: two products would not leave room for the sums
+    if not 1 < ctas <= blocks or tiles > 2 or warps + messenger > most_warps(ranks) or ranks > images.RANK_BLOCK and not loop:
         return None
-    resident = min(4, max(1, MOST_WARPS // (warps + messenger)))  # CTAs on a multiprocessor: whose registers fit, and their shared memory
+    resident = resident_ctas(warps + messenger, ranks)
     loop = cover > room(sms * resident, ctas) // ctas if loop is None else loop
     shared = registers_bytes(tiles, ctas, warps, images.padded(ranks, images.RANK_BLOCK), loop)
-    resident = min(resident, _shared_per_sm(arch) // (shared + 1024))
+    per_sm = _shared_per_sm(arch)
+    resident = min(resident, per_sm // (shared + 1024))  # CTAs on a multiprocessor
     if tiles > 1 and (loop or arch >= 100) or not resident:  # ptxas spills for Blackwell
         return None
     fits = room(sms * resident, ctas) // ctas
     # A round: from x to maxima, to the others, and back to codes; or the time that its bytes take, x's and the codes'. CTAs of less
     # than four warps gain nothing. CTAs on one multiprocessor drift apart: one's loads fill another's waits, and the last round is
-    # less idle. Clusters that don't stay come in waves.
+    # less idle. Clusters that don't stay come in waves. Loads arrive in the L1, of which shared memory leaves little at its largest.
     share, waves = max(warps, 4), -(-cover // fits)
-    chain = (1.2 + 0.2 * share if ranks else 0.5 + 0.17 * share) * tiles * (0.86 + 0.14 * min(resident, -(-cover * ctas // sms)))
+    chain = 0.5 + 0.17 * share if not ranks else 1.2 + 0.2 * share if ranks <= images.RANK_BLOCK else 2.1 + 0.15 * share
+    chain *= tiles * (0.86 + 0.14 * min(resident, -(-cover * ctas // sms)))
     memory = min(fits, cover) * 16 * tiles * k * 3 / (2.25e6 if resident == 1 else 2.6e6)
+    memory *= 1.5 if resident * (shared + 1024) > per_sm * 7 // 8 else 1
     if loop:
         rounds = max(1, cover / fits)
         time = 2.6 + (rounds + (waves - rounds) / (1 + resident)) * max(chain, memory)

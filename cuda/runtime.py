@@ -21,6 +21,7 @@ from .compiler import KernelsUnavailable
 
 log = logging.getLogger(__name__)
 
+PORTABLE_CLUSTER = 8  # CTAs; a kernel of larger clusters has to say that it wants them
 _CONFIG = "=7I4xqqI4x"  # CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, how many of them
 _STREAM = 32  # where in it the stream is
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # ten times as fast as torch.cuda.current_stream
@@ -227,7 +228,7 @@ def _build(source, entry, defines, index, shared):
             cupy, _ = load_cupy(), driver()
         cubin = compiler.compile_cubin(source, defines, compiler.device_target(index))
         with torch.cuda.device(index):
-            function = _function(cupy, cubin, entry, shared)
+            function = _function(cupy, cubin, entry, shared, dict(defines).get("CTAS", 1) > PORTABLE_CLUSTER)
             return Kernel(function.ptr, index, shared, _knows_dependent_launches(index), function)
     except KernelsUnavailable as error:
         return error
@@ -236,7 +237,7 @@ def _build(source, entry, defines, index, shared):
         return KernelsUnavailable(f"The CUDA driver did not load the kernel {entry} of {source}: {error}")
 
 
-def _function(cupy, cubin, entry, shared):
+def _function(cupy, cubin, entry, shared, large_clusters):
     from cupy_backends.cuda.api import driver
 
     module = cupy.cuda.function.Module()
@@ -244,6 +245,8 @@ def _function(cupy, cubin, entry, shared):
     function = module.get_function(entry)
     if shared > 48 << 10:
         driver.funcSetAttribute(function.ptr, 8, shared)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    if large_clusters:
+        driver.funcSetAttribute(function.ptr, 14, 1)  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
     return function
 
 

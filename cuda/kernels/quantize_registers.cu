@@ -22,20 +22,23 @@
 // What a round receives lies in two turns' places. A CTA sends a round's maxima only after its messenger has finished the round before, and
 // codes only with all CTAs' maxima: so when something comes for a turn's place, everybody has read what was there.
 //
-// -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32: the branch's rank, padded;  CTAS 2..8 in a cluster;  WARPS at least the CTA's blocks
+// -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32, 64: the branch's rank, padded;  CTAS 2..16 in a cluster;  WARPS at least the CTA's
+// blocks;
 //     LOOP 1: clusters that stay;  TILES ROWS / 16: 1, without LOOP also 2
 #include "codes.cuh"
 #include "quantize.cuh"
 
 constexpr bool MESSENGER = TILES == 1;  // a warp of its own. Else the last of WARPS is it: 16 warps find 128 registers, 17 don't
 constexpr int ROWS = 16 * TILES, WORKERS = 32 * WARPS, THREADS = WORKERS + 32 * MESSENGER;
-constexpr int CTAS_PER_SM = THREADS > 256 ? 1 : THREADS > 160 ? 2 : THREADS > 128 ? 3 : 4;  // at least so many should find registers
+constexpr int WARPS_PER_SM = RANKS > 32 ? 12 : 16;  // as registers go
+constexpr int CTAS_PER_SM = 32 * WARPS_PER_SM / THREADS > 4 ? 4 : THREADS > 32 * WARPS_PER_SM ? 1 : 32 * WARPS_PER_SM / THREADS;
 constexpr int TURNS = LOOP ? 2 : 1;
 constexpr int SLAB_BYTES = 128 * RANKS * 2, SUM_BYTES = ROWS * RANKS * 4;
 constexpr bool PAIRS = LOOP;                                // two warps add up their sums in one place
 constexpr int PLACES = PAIRS ? (WARPS + 1) / 2 : WARPS;     // of warps' sums
 constexpr int OWN_ROWS = (ROWS + CTAS - 1) / CTAS;
 constexpr int QUADS = RANKS / 4 + !RANKS;
+constexpr int PIECES = RANKS / 8 + !RANKS;  // of 8 ranks, in a row of proj_down
 constexpr int MAX_BYTES = CTAS * 2 * ROWS * 4, ALL_SUMS = CTAS * OWN_ROWS * RANKS * 4;  // a round's, received
 static_assert(!LOOP || TILES == 1, "x of two rounds has to fit the registers");
 
@@ -46,13 +49,16 @@ constexpr int ROW_MAX = 128;                                        // [TURNS][C
 constexpr int WARP_MAX = ROW_MAX + TURNS * MAX_BYTES;               // [WARPS][2 parts][ROWS] float
 constexpr int SUMS = WARP_MAX + WARPS * 2 * ROWS * 4;               // [TURNS][CTAS][OWN_ROWS][RANKS] float, received
 constexpr int SMOOTH = SUMS + TURNS * ALL_SUMS;                     // [WARPS][16 runs][4 even, 4 odd] float, 1 / smooth
-constexpr int SLABS = SMOOTH + WARPS * 512;                         // [WARPS][128 rows][4 pieces]
+constexpr int SLABS = SMOOTH + WARPS * 512;                         // [WARPS][128 rows][PIECES]
 constexpr int WARP_SUMS = LOOP ? SLABS + WARPS * SLAB_BYTES : SLABS;  // [PLACES][ROWS][RANKS] float
 constexpr int WARP_SUMS_PITCH = LOOP ? SUM_BYTES : SLAB_BYTES;
-static_assert(LOOP || SUM_BYTES <= SLAB_BYTES, "a warp's sums take its slab's place");
+static_assert(LOOP || SUM_BYTES <= SLAB_BYTES && RANKS <= 32, "a warp's sums take its slab's place, once it has read it");
+static_assert(!PAIRS || 2 + RANKS / 32 * PLACES <= 16, "a barrier for each pair of warps and each pass");
 
-// A slab: row k has its 4 pieces of 8 ranks at piece ^ (k / 8 % 4): ldmatrix takes k = 8 L + {0, 1}, L = 0..3.
-__device__ __forceinline__ u32 slab_offset(int row, int piece) { return (row * 4 + (piece ^ row >> 3 & 3)) << 4; }
+// A slab: row k has piece p at p ^ (its place among eight): ldmatrix takes k = 8 L + {0, 1}, L = 0..3, and two rows of 32 ranks share a line.
+__device__ __forceinline__ u32 slab_offset(int row, int piece) {
+    return (row * PIECES + (piece ^ (PIECES > 4 ? row >> 2 & 6 | row & 1 : row >> 3 & 3))) << 4;
+}
 // A warp's sums: tile c of 8 ranks lies at c ^ (row & 3), so that a fragment's eight rows don't meet in one bank.
 __device__ __forceinline__ u32 sum_offset(int row, int tile) { return (row * RANKS + ((tile ^ row & 3) << 3)) << 2; }
 
@@ -149,15 +155,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         if (RANKS) {
             mbarrier_wait(base + SUMS_READY + 8 * turn, parity);
             if (LOOP && lane == 0) mbarrier_arrive_expect(base + SUMS_READY + 8 * turn, own_bytes);
-            // Four lanes a row, each a piece of 8 ranks.
+            // PIECES lanes a row, each a piece of 8 ranks.
+            const int piece = lane % PIECES;
 #pragma unroll 1
-            for (int own = lane / 4; own < (OWN_ROWS + 7) / 8 * 8; own += 8) {
+            for (int own = lane / PIECES; own < (OWN_ROWS + 32 / PIECES - 1) / (32 / PIECES) * (32 / PIECES); own += 32 / PIECES) {
                 const int row = own * CTAS + rank, t = first_row + row;
                 float value[8] = {}, scale = 1, inverse = 1;
                 if (row < ROWS)
 #pragma unroll 4
                     for (int source = 0; source < CTAS; source++) {
-                        const int place = SUMS + turn * ALL_SUMS + ((source * OWN_ROWS + own) * RANKS + L * 8) * 4;
+                        const int place = SUMS + turn * ALL_SUMS + ((source * OWN_ROWS + own) * RANKS + piece * 8) * 4;
                         const float4* from = (const float4*)floats(place);
                         const float4 a = from[0], b = from[1];
                         value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
@@ -169,6 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                 for (int i = 0; i < 8; i++) peak = max_abs(peak, value[i]);
                 peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
                 peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
+                if (PIECES > 4) peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 4));
                 if (peak >= 16384 && finite(peak)) {
                     const int exponent = (__float_as_int(peak) >> 23) - 13;
                     scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
@@ -178,8 +186,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                     u32 words[4];
 #pragma unroll
                     for (int i = 0; i < 4; i++) words[i] = from_float2(value[2 * i] * inverse, value[2 * i + 1] * inverse);
-                    *(uint4*)(low + (size_t)t * 32 + (L ^ t >> 1 & 3) * 8) = make_uint4(words[0], words[1], words[2], words[3]);
-                    if (L == 0) low_scale[t] = t < M ? scale : 0;
+                    *(uint4*)(low + ((size_t)(piece >> 2) * padded + t) * 32 + (piece & 3 ^ t >> 1 & 3) * 8) =
+                        make_uint4(words[0], words[1], words[2], words[3]);
+                    if (piece == 0) low_scale[t] = t < M ? scale : 0;
                 }
             }
         }
@@ -226,13 +235,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     if (there && columns + lane * 4 < K) s = *(const uint2*)(smooth + columns + lane * 4);
     load(a, cluster);
     if (RANKS) {
-        const int piece = lane % 4, k = lane / 4;
+        const int piece = lane % PIECES, k = lane / PIECES;
         const bool lower = there && piece * 8 < R, upper = both && piece * 8 < R;
         const char* from = (const char*)(proj_down + (lower ? (size_t)(columns + k) * R + piece * 8 : 0));
-        const u32 to = slab + k * 64;
 #pragma unroll
-        for (int i = 0; i < RANKS / 2; i++)
-            copy_async(to + i * 512 + ((piece ^ i & 3) << 4), from + ((i < 8 ? lower : upper) ? i * 16 * R : 0), i < 8 ? lower : upper);
+        for (int i = 0; i < 4 * PIECES; i++) {
+            const int row = k + 32 / PIECES * i;
+            const bool real = i < 2 * PIECES ? lower : upper;
+            copy_async(slab + slab_offset(row, piece), from + (real ? i * (64 / PIECES) * R : 0), real);
+        }
     }
     copies_commit();
     // 1 / smooth; 0 for a column beyond K.
@@ -288,44 +299,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         }
         // The product.
         if (RANKS) {
-            float sums[TILES][RANKS / 8 + !RANKS][4] = {};
             if (round == 0) {
                 copies_wait<0>();
                 __syncwarp();
             }
             const u32 own = slab_offset(8 * (lane % 8 / 2) + 2 * (lane / 8 & 1) + lane % 2, lane / 16);
-#pragma unroll
-            for (int span = 0; span < 4; span++)
-#pragma unroll
-                for (int step = 0; step < 2; step++) {
-#pragma unroll
-                    for (int n = 0; n < RANKS / 8; n += 2) {
-                        const uint4 p = load_transposed(slab + (own ^ n << 4) + slab_offset(32 * span + 4 * step, 0));
-#pragma unroll
-                        for (int t = 0; t < TILES; t++) {
-                            const uint4 u = a[t][0][span], v = a[t][1][span];
-                            mma(sums[t][n], step ? u.z : u.x, step ? v.z : v.x, step ? u.w : u.y, step ? v.w : v.y, p.x, p.y);
-                            mma(sums[t][n + 1], step ? u.z : u.x, step ? v.z : v.x, step ? u.w : u.y, step ? v.w : v.y, p.z, p.w);
-                        }
-                    }
-                }
-            if (!LOOP) __syncwarp();  // all lanes have read the slab
-            else if (round > 0) mbarrier_wait(base + WARP_SUMS_READ, turn ^ 1);
             const bool adds = PAIRS && warp % 2;  // to what the warp before has left
-            int mine = sum_offset(g, 0) + 8 * L;  // anew in each round
-            asm volatile("" : "+r"(mine));
-            if (adds) barrier_named(2 + warp / 2, 64);
 #pragma unroll
-            for (int t = 0; t < TILES; t++)
+            for (int pass = 0; pass < RANKS / 32; pass++) {  // registers don't suffice for more ranks
+                float sums[TILES][4][4] = {};
 #pragma unroll
-                for (int n = 0; n < RANKS / 8; n++)
+                for (int span = 0; span < 4; span++)
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        float2& place = *(float2*)(memory + warp_sums + (mine ^ n << 5) + sum_offset(t * 16 + h * 8, 0));
-                        const float2 other = adds ? place : make_float2(0, 0);
-                        place = make_float2(sums[t][n][2 * h] + other.x, sums[t][n][2 * h + 1] + other.y);
-                    }
-            if (PAIRS && !adds && warp + 1 < WARPS) barrier_named_arrive(2 + warp / 2, 64);
+                    for (int step = 0; step < 2; step++)
+#pragma unroll
+                        for (int n = 0; n < 4; n += 2) {
+                            const uint4 p = load_transposed(slab + (own ^ (4 * pass + n) << 4) + slab_offset(32 * span + 4 * step, 0));
+#pragma unroll
+                            for (int t = 0; t < TILES; t++) {
+                                const uint4 u = a[t][0][span], v = a[t][1][span];
+                                mma(sums[t][n], step ? u.z : u.x, step ? v.z : v.x, step ? u.w : u.y, step ? v.w : v.y, p.x, p.y);
+                                mma(sums[t][n + 1], step ? u.z : u.x, step ? v.z : v.x, step ? u.w : u.y, step ? v.w : v.y, p.z, p.w);
+                            }
+                        }
+                if (!LOOP && pass == RANKS / 32 - 1) __syncwarp();  // all lanes have read the slab
+                if (LOOP && pass == 0 && round > 0) mbarrier_wait(base + WARP_SUMS_READ, turn ^ 1);
+                int mine = sum_offset(g, 4 * pass) + 8 * L;  // anew in each round
+                asm volatile("" : "+r"(mine));
+                const int pair = 2 + pass * PLACES + warp / 2;
+                if (adds) barrier_named(pair, 64);
+#pragma unroll
+                for (int t = 0; t < TILES; t++)
+#pragma unroll
+                    for (int n = 0; n < 4; n++)
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            float2& place = *(float2*)(memory + warp_sums + (mine ^ n << 5) + sum_offset(t * 16 + h * 8, 0));
+                            const float2 other = adds ? place : make_float2(0, 0);
+                            place = make_float2(sums[t][n][2 * h] + other.x, sums[t][n][2 * h + 1] + other.y);
+                        }
+                if (PAIRS && !adds && warp + 1 < WARPS) barrier_named_arrive(pair, 64);
+            }
             if (MESSENGER) {
                 barrier_named_arrive(1, THREADS);
             } else {

@@ -24,7 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SHAPES = [  # M, N, K, R, unsigned_from
-    (1, 16, 64, 0, 64), (37, 80, 192, 32, 192), (70, 208, 384, 128, 0), (33, 400, 640, 32, 128), (20, 48, 12288, 32, 0)]
+    (1, 16, 64, 0, 64), (37, 80, 192, 32, 192), (70, 208, 384, 128, 0), (33, 400, 640, 32, 128), (45, 96, 704, 64, 64),
+    (20, 48, 12288, 32, 0)]
 AWQ = [(1, 48, 320), (8, 64, 3072), (11, 80, 448)]  # M, N, K
 ERROR = 4e-3  # test_ops_gpu.py's, and some for fewer outputs
 

@@ -174,6 +174,11 @@ REGISTERS_CASES = [
     (1001, 12224, 16, 4096, 1, 8, True, torch.float16),
     (2500, 15360, 32, 3072, 1, 8, True, torch.bfloat16),
     (1500, 15360, 64, 3072, 1, 8, True, torch.float16),
+    (37, 704, 64, 64, 1, 2, True, torch.bfloat16),         # two products
+    (2500, 3072, 64, 1024, 1, 6, True, torch.float16),
+    (1300, 3072, 48, 0, 1, 8, True, torch.bfloat16),
+    (700, 12288, 64, 0, 1, 16, True, torch.float16),
+    (900, 15360, 48, 3072, 1, 16, True, torch.bfloat16),
     (65536, 192, 16, 64, 1, 2, True, torch.bfloat16),
     (65535, 256, 0, None, 1, 2, True, torch.bfloat16),
 ]

@@ -23,12 +23,18 @@ def test_every_shape_has_a_plan_that_fits(arch):
 
 
 @pytest.mark.parametrize(("m", "k", "rank", "loop", "tiles", "ctas"), [
-    (4096, 3072, 32, True, 1, 8), (4608, 3072, 32, True, 1, 8), (4608, 3072, 64, True, 1, 8), (4096, 12288, 32, True, 1, 8),
-    (4608, 15360, 64, True, 1, 8), (1024, 3072, 32, False, 1, 2), (512, 3072, 32, False, 1, 6), (512, 12288, 32, False, 2, 6),
+    (4096, 3072, 32, True, 1, 8), (4608, 3072, 32, True, 1, 8), (4608, 3072, 64, True, 1, 6), (4096, 12288, 32, True, 1, 8),
+    (4608, 15360, 64, True, 1, 16), (1024, 3072, 32, False, 1, 2), (512, 3072, 32, False, 1, 6), (512, 12288, 32, False, 2, 6),
     (256, 3072, 32, False, 1, 6), (128, 12288, 32, False, 1, 8), (64, 3072, 0, False, 1, 6)])
 def test_the_fastest_on_hopper(m, k, rank, loop, tiles, ctas):
     plan = quantize.plan_for(m, k, rank, INT8, 90, 132)
-    assert plan.warps and (plan.loop, plan.tiles, plan.ctas) == (loop, tiles, ctas)
+    assert plan.warps and plan.ranks == rank and (plan.loop, plan.tiles, plan.ctas) == (loop, tiles, ctas)
+
+
+def test_what_cublas_multiplies():
+    """More than 64 ranks; more than 32 in 4 bits, or where shared memory has no room for proj_down."""
+    for m, k, rank, codes, arch in ((4096, 3072, 128, INT8, 90), (4096, 3072, 64, BYTES, 90), (4096, 15360, 64, INT8, 120)):
+        assert quantize.plan_for(m, k, rank, codes, arch, SMS[arch]).ranks == 0
 
 
 def test_what_stays_with_quantize_cu():

@@ -55,6 +55,10 @@ def quantize_threads(defines, arch):
     return 32 * (defines["WARPS"] + (defines["TILES"] == 1)) if "WARPS" in defines else 128 * defines["TILES"]
 
 
+def quantize_ctas(defines, arch):
+    return quantize.resident_ctas(quantize_threads(defines, arch) // 32, defines["RANKS"]) if "WARPS" in defines else 1
+
+
 def quantize_mma(defines, arch):
     return (r"HMMA\.", 1) if defines["RANKS"] else None
 
@@ -65,7 +69,7 @@ KERNELS = {
     "gemm_wgmma": Kernel(gemm_wgmma, lambda d, a: 2 * d["ROWS"] + 128, lambda d, a: 1, gemm_wgmma_mma),
     "gptq": Kernel(gptq, lambda d, a: 32 * gptq.WARPS, lambda d, a: 1, lambda d, a: None),
     "group_error": Kernel(group_error, lambda d, a: group_error.THREADS, lambda d, a: 4, lambda d, a: None),
-    "quantize": Kernel(quantize, quantize_threads, lambda d, a: 2 if d.get("WARPS", 8) < 8 else 1, quantize_mma),
+    "quantize": Kernel(quantize, quantize_threads, quantize_ctas, quantize_mma),
 }
 
 
