@@ -75,20 +75,23 @@ class Header:
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
     def read_into(self, name, parts):
-        """Fill NumPy arrays with what follows each other in a tensor. Yields each when it is filled."""
-        with open(self.path, "rb") as file:
+        """Fill NumPy arrays of one dimension with what follows each other in a tensor. Yields each when it is filled."""
+        with open(self.path, "rb", buffering=0) as file:
             file.seek(self.tensors[name].start)
             for part in parts:
-                if file.readinto(part) != part.nbytes:
+                missing = part.view(np.uint8)
+                while missing.size and (count := file.readinto(missing)):
+                    missing = missing[count:]
+                if missing.size:
                     raise CheckpointError(f"{self.file} was cut off while it was read; download it again.")
                 yield part
 
-    def announce(self, name):
-        """Have the system begin to read a tensor, where it can be told to."""
+    def announce(self, names):
+        """Have the system begin to read tensors, where it can be told to."""
         if hasattr(os, "posix_fadvise"):  # not on Windows
-            info = self.tensors[name]
-            with open(self.path, "rb") as file, suppress(OSError):
-                os.posix_fadvise(file.fileno(), info.start, info.stop - info.start, os.POSIX_FADV_WILLNEED)
+            with open(self.path, "rb", buffering=0) as file, suppress(OSError):
+                for info in (self.tensors[name] for name in names):
+                    os.posix_fadvise(file.fileno(), info.start, info.stop - info.start, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,9 @@ class StoredTensor:
         return self.header.tensors[self.name].shape
 
     def words(self, counts):
-        """Yield it in blocks of so many 32-bit words, all of them in the same memory."""
+        """Yield it in blocks of so many 32-bit words, NumPy arrays in the same memory."""
         memory = np.empty(max(counts), np.int32)
-        yield from map(torch.from_numpy, self.header.read_into(self.name, (memory[:count] for count in counts)))
+        yield from self.header.read_into(self.name, (memory[:count] for count in counts))
 
 
 def read_header(path):

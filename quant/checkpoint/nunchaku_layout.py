@@ -16,7 +16,8 @@ The eight codes of a word have the same places in both, so codes move as whole w
 
 The large arrays of a file (codes, NVFP4's scales) may be tensors or header.StoredTensor, which is read block by block: what is
 read goes to its place while it lies in a core's own cache, and no memory is touched but the result's. What is here runs in
-several threads at once, so it does without PyTorch's own (copies and arithmetic of many numbers), which would wait for each other.
+several threads at once, so it does without PyTorch's own (copies and arithmetic of many numbers), which would wait for each other,
+and loops over blocks in NumPy: each of PyTorch's calls, be it a view, hands the interpreter over.
 
 Modulation layers (W4A16) have codes 0..15, four rows side by side, and in each run of 32 columns eight 16-bit words
 that hold the columns j, 8 + j, 16 + j, 24 + j. Their rows are interleaved: row j S + s of the file is row s d + j of
@@ -33,11 +34,11 @@ from ..layout import GROUP_SIZE
 
 TILE = 128  # N and K are multiples of it
 RANK_TILE = 16  # the rank is a multiple of it
-BRANCH_TILE = 1024  # channels of a branch that are moved at a time, where they divide all
-BLOCK = 9 << 17  # bytes of codes that are moved at a time: few enough for a cache, so many that calls from Python cost little
-SCALES_BLOCK = 1 << 18  # bytes of NVFP4's scales that are moved at a time
+BRANCH_TILE = 3072  # channels of a branch that are moved at a time, where they divide all
+BLOCK = 9 << 17  # bytes that are moved at a time: few enough for a cache, so many that calls from Python cost little
 AWQ_ROWS = 4  # rows that lie side by side
 AWQ_GROUP_TILE = 16  # groups are padded to a multiple of it
+ADDED = 1 << 15  # numbers that are added at a time; of more PyTorch makes threads of its own
 AWQ_UNIT = 12  # rows of which a block has a multiple: AWQ_ROWS, and 3 or 6 chunks
 AWQ_PLANES = (0, 2, 1, 3)  # the plane of each byte of a word
 
@@ -52,9 +53,10 @@ def empty(*shape):
 
 
 def _words(tensor, counts):
-    """Blocks of so many 32-bit words, one after the other, of a tensor or a StoredTensor; each lasts until the next is asked for."""
+    """Blocks of so many 32-bit words, one after the other, of a tensor or a StoredTensor, as NumPy arrays; each lasts until the next
+    is asked for."""
     if isinstance(tensor, torch.Tensor):
-        return tensor.contiguous().flatten().view(torch.int32).split(counts)
+        return np.split(tensor.contiguous().flatten().view(torch.int32).numpy(), np.cumsum(counts[:-1]))
     return tensor.words(counts)
 
 
@@ -81,13 +83,12 @@ def _reorder(source, axes, order, target):
 
 
 def _transpose(words, rows):
-    """(rows * columns) 32-bit words as (columns * rows), in memory of their own; nominally float32.
+    """(rows * columns) 32-bit words, a NumPy array, as (columns * rows), in memory of their own; nominally float32.
 
     PyTorch has no copy that transposes by whole registers, but this: of one picture of one pixel it shuffles the channels.
     """
-    count = words.numel()
-    pixel = words.view(torch.float32).as_strided((1, count, 1, 1), (count, 1, count, count))  # channels last
-    return torch.channel_shuffle(pixel, rows).view(-1)
+    pixel = words.view(np.float32).reshape(1, 1, 1, -1).transpose(0, 3, 1, 2)  # channels last
+    return torch.channel_shuffle(torch.from_numpy(pixel), rows).numpy().reshape(-1)
 
 
 def _exchange(planes, steps):
@@ -109,21 +110,26 @@ def _codes(codes):
     return codes.view(torch.int32).unflatten(0, (-1, TILE))
 
 
+@lru_cache(maxsize=8)
+def _code_places(tiles, groups):
+    """Where each run of four words of so many tiles of our codes comes from, in planes of the file's (a b T G p i)."""
+    places = np.arange(tiles * groups * TILE * 2, dtype=np.intp).reshape(2, 2, tiles, groups, 8, 8)
+    return places.transpose(2, 4, 0, 5, 3, 1).reshape(-1)
+
+
 def unpack_codes(qweight, out=None):
     """(N, K/2) int8 in Nunchaku's order (or a StoredTensor) -> the same shape in ours (cuda/int4.py), in `out` if given."""
     out = empty(*qweight.shape) if out is None else out
     n, half = qweight.shape
     blocks = _cut(n // TILE, max(1, BLOCK // (TILE * half)))
-    spare = None if out.is_contiguous() else torch.empty(blocks[0] * TILE, half, dtype=out.dtype)
-    rows = out.split([tiles * TILE for tiles in blocks])
+    moved = np.empty((blocks[0] * TILE, half), np.int8)
+    rows = np.split(out.numpy(), np.cumsum(blocks[:-1]) * TILE)
     for words, tiles, target in zip(_words(qweight, [tiles * TILE * half // 4 for tiles in blocks]), blocks, rows):
-        moved = target if spare is None else spare[: len(target)]
-        # A plane for each a and b, whose runs of four j are moved in one.
-        runs = _transpose(words, words.numel() // 4).view(torch.complex128)
-        places = _places((2, 2, tiles, half // 32, 8, 8), (2, 4, 0, 5, 3, 1))
-        torch.index_select(runs, 0, places, out=moved.view(-1).view(torch.complex128))
-        if moved is not target:
-            target.numpy()[:] = moved.numpy()
+        runs = _transpose(words, words.size // 4).view(np.complex128)  # a plane for each a and b: runs of four j
+        whole = target if target.flags.c_contiguous else moved[: len(target)]
+        np.take(runs, _code_places(tiles, half // 32), out=whole.reshape(-1).view(runs.dtype), mode="clip")
+        if whole is not target:
+            target[:] = whole
     return out
 
 
@@ -151,14 +157,14 @@ def unpack_nvfp4_scales(wscales):
     groups, n = wscales.shape
     out = empty(groups, n)
     target = out.view(torch.int32).numpy().reshape(groups // 4, 4, n // TILE, TILE // 4)
-    tiles, start = _cut(n // TILE, max(1, SCALES_BLOCK // (groups * TILE))), 0
-    planes = torch.empty(groups // 4 * tiles[0] * TILE, dtype=torch.int32)
+    tiles, start = _cut(n // TILE, max(1, BLOCK // (groups * TILE))), 0
+    planes = np.empty(groups // 4 * tiles[0] * TILE, np.int32)
     for words, count in zip(_words(wscales, [groups // 4 * count * TILE for count in tiles]), tiles):
         # The four g of a word, and four i in as many planes, change places.
-        block = planes[: words.numel()]
-        _reorder(words.unsqueeze(0), (count, groups // 4, 2, 2, 2, 4, 4), (3, 4, 1, 0, 6, 5, 2), block.unsqueeze(0))
-        _exchange(block.numpy().view(np.int64).reshape(2, 2, -1), NVFP4_STEPS)
-        target[:, :, start : start + count] = block.numpy().reshape(4, groups // 4, count, -1).swapaxes(0, 1)
+        block, places = planes[: words.size], _places((count, groups // 4, 2, 2, 2, 4, 4), (3, 4, 1, 0, 6, 5, 2))
+        torch.index_select(torch.from_numpy(words), 0, places, out=torch.from_numpy(block))
+        _exchange(block.view(np.int64).reshape(2, 2, -1), NVFP4_STEPS)
+        target[:, :, start : start + count] = block.reshape(4, groups // 4, count, -1).swapaxes(0, 1)
         start += count
     return out.view(torch.float8_e4m3fn)
 
@@ -259,12 +265,12 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     blocks = _awq_blocks(weight, chunks)
     spare = np.empty((2, blocks[0].size * 2), np.int32)
     for words, ours in zip(_words(qweight, [block.size * 2 for block in blocks]), blocks):
-        theirs, (shifted, planes) = words.numpy(), spare[:, : words.numel()]
+        shifted, planes = spare[:, : words.size]
         for byte, plane in zip((0, 8, 16, 24), AWQ_PLANES):
-            lowest = np.right_shift(theirs, byte, out=shifted) if byte else theirs
+            lowest = np.right_shift(words, byte, out=shifted) if byte else words
             np.copyto(planes.view(np.uint8).reshape(4, -1)[plane], lowest, casting="unsafe")  # the lowest byte of each
         _exchange(planes.view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
-        runs = _transpose(torch.from_numpy(planes), 4).numpy().view(np.int64).reshape(-1, 4)
+        runs = _transpose(planes, 4).view(np.int64).reshape(-1, 4)
         for rows, places in zip(ours, _awq_places(len(ours) * ours.shape[1], k, chunks)):
             np.take(runs, places, 0, out=rows.reshape(-1, 4), mode="clip")
     groups = k // GROUP_SIZE
@@ -272,7 +278,7 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     for ours, theirs in ((scales, wscales), (zeros, wzeros)):
         chunked = theirs[:groups].view(torch.int16).numpy().reshape(groups, -1, chunks)
         ours.view(torch.int16).numpy().reshape(groups, chunks, -1)[:] = chunked.swapaxes(1, 2)
-    for zero, scale in zip(zeros, scales):
+    for zero, scale in zip(*(t.view(-1).split(ADDED) for t in (zeros, scales))):
         torch.add(zero, scale, alpha=8, out=zero)  # in float32, rounded once
     return {"weight": weight, "weight_scale": scales, "weight_zeros": zeros,
             "bias": _awq_bias(_deinterleave(bias, chunks), chunks, -1).to(bias.dtype)}
@@ -287,12 +293,12 @@ def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
     """
     (n, half), groups = weight.shape, weight_scale.shape[0]
     qweight, blocks = empty(n, half).view(torch.int32), _awq_blocks(weight, chunks)
-    for words, ours in zip(qweight.view(-1).split([block.size * 2 for block in blocks]), blocks):
+    for words, ours in zip(_words(qweight, [block.size * 2 for block in blocks]), blocks):
         runs = np.empty((ours.size // 4, 4), np.int64)
         runs[_awq_places(len(ours) * ours.shape[1], half * 2, chunks)] = ours.reshape(chunks, -1, 4)
-        planes = _transpose(torch.from_numpy(runs).view(-1).view(torch.int32), words.numel() // 4).numpy()
+        planes = _transpose(runs.reshape(-1), words.size // 4)
         _exchange(planes.view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
-        words.view(torch.uint8).numpy().reshape(-1, 4)[...] = planes.view(np.uint8).reshape(4, -1)[[*AWQ_PLANES]].T
+        words.view(np.uint8).reshape(-1, 4)[:] = planes.view(np.uint8).reshape(4, -1)[[*AWQ_PLANES]].T
     zeros = (weight_zeros.float() - 8 * weight_scale.float()).to(weight_zeros.dtype)
     padding = (0, 0, 0, -groups % AWQ_GROUP_TILE)
     scales, zeros = (torch.nn.functional.pad(_interleave(t.t(), chunks).t(), padding).contiguous()

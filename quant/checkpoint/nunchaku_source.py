@@ -37,8 +37,9 @@ class Source:
 
     def announce(self, names):
         """Have the system begin to read these tensors; those that a very old file lacks are left out."""
-        for header, stored in (self.tensors[name] for name in names if name in self.tensors):
-            header.announce(stored)
+        found = [self.tensors[name] for name in names if name in self.tensors]
+        for header in {header.path: header for header, _ in found}.values():
+            header.announce([stored for owner, stored in found if owner is header])
 
     def read_bytes(self, name):
         header, stored = self.tensors[name]
