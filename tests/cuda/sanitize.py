@@ -4,7 +4,7 @@ Without --tools the cases run plainly, and are compared with the reference. With
 summary; compute-sanitizer (of the CUDA toolkit) has to be on the PATH. Tensors are made and compared on the CPU and allocated one by one,
 so that the tools watch our kernels only, and see the end of each tensor.
 
-initcheck doesn't see what cuBLAS stores: it reports the reads of x @ proj_down for ranks above 32. What racecheck says of shared memory
+initcheck doesn't see what cuBLAS stores: it reports the reads of x @ proj_down where it multiplies. What racecheck says of shared memory
 that bulk copies write (cp.async.bulk to an mbarrier, in gemm_wgmma.cu), another CTA of the cluster (quantize.cu, quantize_registers.cu) or
 another warp whose mbarrier is waited for (quantize_registers.cu) has to be judged by hand: it is made for barriers of threads.
 """
