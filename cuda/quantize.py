@@ -19,6 +19,7 @@ NIBBLES = 2  # the same codes, two a byte in NIBBLE order
 
 DEPTH = 4         # blocks of x under way, quantize.cu's
 MOST_RANKS = 64   # that quantize_registers.cu multiplies with
+BUSY = 0.75       # of a GPU's multiprocessors, that clusters that stay have to take at least: else another plan is the faster
 SHARED_PER_SM = {75: 64, 80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228, 120: 100, 121: 100}  # KiB
 PEAK = 2.0**14    # an fp16 `low` is scaled down to stay below
 
@@ -46,7 +47,7 @@ def storage(act_bits, arch):
 
 def quantize(x, smooth, proj_down, unsigned_from, codes, **cut):
     """x: (M, K) bf16 or fp16 on a GPU; smooth: (K,), proj_down: (K, R), contiguous, x's dtype; unsigned_from: as in
-    reference.py; codes: INT8, BYTES or NIBBLES. cut: of plan_for's arguments, instead of what it would choose. Returns Quantized.
+    reference.py; codes: INT8, BYTES or NIBBLES. cut: of plans_for's arguments, instead of what it would choose. Returns Quantized.
     """
     m, k = x.shape
     rank = proj_down.shape[1]
@@ -90,12 +91,20 @@ def launcher(m, k, rank, stride, unsigned_from, codes, dtype, device, **cut):
     low, low_scale); the plan). Where the plan has fewer ranks, x @ proj_down takes proj_down's place."""
     arch = compiler.architecture(device)
     half = dtype == torch.float16
-    plan = plan_for(m, k, rank, codes, compiler.arch_number(arch), compiler.multiprocessors(device), **cut)
-    source, entry, defines = variant(half, codes, plan)
-    kernel = runtime.kernel(source, entry, defines, device, plan.shared)
-    if plan.loop:  # how many clusters fit differs from one GPU to the next: not all have all of their multiprocessors
-        clusters = min(-(-m // (16 * plan.tiles)), kernel.active_clusters(plan.ctas, plan.threads))
-        plan = plan._replace(grid=plan.ctas * clusters)
+    sms = compiler.multiprocessors(device)
+    for plan in plans_for(m, k, rank, codes, compiler.arch_number(arch), sms, **cut):
+        kernel = runtime.kernel(*variant(half, codes, plan), device, plan.shared)
+        if plan.ctas == 1:
+            break
+        # How many clusters fit differs from one GPU to the next: not all have all of their multiprocessors, and some lend a few.
+        clusters = kernel.active_clusters(plan.ctas, plan.threads)
+        if plan.loop and clusters * plan.ctas >= sms * BUSY:
+            plan = plan._replace(grid=plan.ctas * min(clusters, plan.grid // plan.ctas))
+            break
+        if clusters and not plan.loop:
+            break
+    else:
+        raise ValueError(f"no cluster of a plan for ({m}, {k}), rank {rank} fits on this GPU")
     sizes = m, k, rank, stride, unsigned_from, *(() if plan.warps else (plan.slots, plan.kept))
     return kernel.launcher((plan.grid,), (plan.threads,), 7, sizes), plan
 
@@ -149,8 +158,13 @@ def most_ranks(arch):
     return 32 if arch >= 90 else 128 if arch > 75 else 64
 
 
-def plan_for(m, k, rank, codes, arch, sms, registers=None, tiles=None, ctas=None, loop=None):
-    """The fastest Plan for a GPU of compute capability `arch` (90, ...) with `sms` multiprocessors.
+def plan_for(m, k, rank, codes, arch, sms, **cut):
+    """The first of plans_for."""
+    return plans_for(m, k, rank, codes, arch, sms, **cut)[0]
+
+
+def plans_for(m, k, rank, codes, arch, sms, registers=None, tiles=None, ctas=None, loop=None):
+    """Plans for a GPU of compute capability `arch` (90, ...) with `sms` multiprocessors, the fastest first.
 
     registers, tiles, ctas, loop: only plans of (not) quantize_registers.cu, that have as many tiles, clusters of as many CTAs, clusters
     that (don't) stay. Raises ValueError where there is none.
@@ -172,7 +186,7 @@ def plan_for(m, k, rank, codes, arch, sms, registers=None, tiles=None, ctas=None
     if not plans:
         raise ValueError(f"no plan for ({m}, {k}), rank {rank} on sm_{arch} with registers={registers}, tiles={tiles}, ctas={ctas}, "
                          f"loop={loop}")
-    return min(plans)[1]
+    return [plan for _, plan in sorted(plans)]
 
 
 # Plans are compared by the microseconds that they would take on an H100, where the constants were measured. Clusters of more than two CTAs

@@ -1,6 +1,9 @@
 """How quantize.py cuts up x, without a GPU: every shape has a plan that fits, and FLUX's have those that were measured to be fast."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from comfyui_svdquant.cuda import images, quantize
 from comfyui_svdquant.cuda.quantize import BYTES, INT8, NIBBLES
 
@@ -48,3 +51,19 @@ def test_what_stays_with_quantize_cu():
         assert not plan.warps or plan.tiles == 1
     with pytest.raises(ValueError, match="no plan"):
         quantize.plan_for(16, 64, 0, INT8, 90, 132, registers=True)
+
+
+@pytest.mark.parametrize(("fit", "ctas", "grid"), [
+    ({16: 7, 8: 15, 6: 18, 2: 66}, 16, 112), ({16: 5, 8: 14, 6: 18, 2: 66}, 8, 112), ({}, 1, None)])
+def test_clusters_that_a_gpu_has_no_room_for(fit, ctas, grid, monkeypatch):
+    """As on a part of one, or one with smaller groups of multiprocessors: the next plan is taken."""
+    kernel = SimpleNamespace(active_clusters=lambda size, threads: fit.get(size, 0), launcher=lambda grid, *args: grid[0])
+    monkeypatch.setattr(quantize.runtime, "kernel", lambda *args: kernel)
+    monkeypatch.setattr(quantize.compiler, "architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(quantize.compiler, "multiprocessors", lambda device: 132)
+    find = quantize.launcher.__wrapped__  # without the cache
+    launched, plan = find(4608, 15360, 64, 15360, 15360, INT8, torch.bfloat16, "cuda:0")
+    assert (plan.ctas, plan.grid) == (ctas, launched) and grid in (None, launched)
+    if not fit:
+        with pytest.raises(ValueError, match="no cluster"):
+            find(4608, 15360, 64, 15360, 15360, INT8, torch.bfloat16, "cuda:0", registers=True)
