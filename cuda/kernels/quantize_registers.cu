@@ -22,9 +22,8 @@
 // What a round receives lies in two turns' places. A CTA sends a round's maxima only after its messenger has finished the round before, and
 // codes only with all CTAs' maxima: so when something comes for a turn's place, everybody has read what was there.
 //
-// -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32, 64: the branch's rank, padded;  CTAS 2..16 in a cluster;  WARPS at least the CTA's
-// blocks;
-//     LOOP 1: clusters that stay;  TILES ROWS / 16: 1, without LOOP also 2
+// -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32 or, with LOOP, 64: the branch's rank, padded;  CTAS 2..16 in a cluster
+//     WARPS at least the CTA's blocks;  LOOP 1: clusters that stay;  TILES ROWS / 16: 1, without LOOP also 2
 #include "codes.cuh"
 #include "quantize.cuh"
 
