@@ -105,9 +105,8 @@ class StoredTensor:
     def shape(self):
         return self.header.tensors[self.name].shape
 
-    def words(self, counts):
-        """Yield it in blocks of so many 32-bit words, NumPy arrays in the same memory."""
-        memory = np.empty(max(counts), np.int32)
+    def words(self, counts, memory):
+        """Yield it in blocks of so many 32-bit words, all of them in `memory`, a NumPy array of the most words of a block."""
         yield from self.header.read_into(self.name, (memory[:count] for count in counts))
 
 

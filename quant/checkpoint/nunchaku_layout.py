@@ -24,6 +24,7 @@ that hold the columns j, 8 + j, 16 + j, 24 + j. Their rows are interleaved: row 
 the layer, S = 6 or 3 chunks (shift, scale, gate once or twice) of d rows. The bias of the scale chunks has 1 added.
 """
 
+import threading
 from functools import lru_cache
 from math import gcd, prod
 
@@ -52,12 +53,23 @@ def empty(*shape):
     return torch.from_numpy(np.empty(shape, np.int8))
 
 
+_kept = threading.local()
+
+
+def _scratch(use, count):
+    """Memory for so many int32, kept for the thread's next block: what is freed between results leaves holes between them."""
+    memory = vars(_kept).get(use)
+    if memory is None or memory.size < count:
+        memory = vars(_kept)[use] = np.empty(count, np.int32)
+    return memory[:count]
+
+
 def _words(tensor, counts):
     """Blocks of so many 32-bit words, one after the other, of a tensor or a StoredTensor, as NumPy arrays; each lasts until the next
     is asked for."""
     if isinstance(tensor, torch.Tensor):
         return np.split(tensor.contiguous().flatten().view(torch.int32).numpy(), np.cumsum(counts[:-1]))
-    return tensor.words(counts)
+    return tensor.words(counts, _scratch("words", max(counts)))
 
 
 def _cut(total, most):
@@ -82,19 +94,26 @@ def _reorder(source, axes, order, target):
     return target
 
 
-def _transpose(words, rows):
-    """(rows * columns) 32-bit words, a NumPy array, as (columns * rows), in memory of their own; nominally float32.
+def _apart(words):
+    """32-bit words -> (4, words / 4): the first, the second, ... of every four. Lasts until the thread asks for the next."""
+    planes = _scratch("apart", words.size).reshape(4, -1)
+    for plane, own in zip(planes, words.reshape(-1, 4).T):
+        plane[:] = own  # one loop each, and a long one
+    return planes
 
-    PyTorch has no copy that transposes by whole registers, but this: of one picture of one pixel it shuffles the channels.
-    """
-    pixel = words.view(np.float32).reshape(1, 1, 1, -1).transpose(0, 3, 1, 2)  # channels last
-    return torch.channel_shuffle(torch.from_numpy(pixel), rows).numpy().reshape(-1)
+
+def _together(planes):
+    """The inverse of _apart."""
+    words = _scratch("together", planes.size).reshape(-1, 4)
+    for plane, own in zip(planes, words.T):
+        own[:] = plane
+    return words
 
 
 def _exchange(planes, steps):
     """planes: (2, 2, ...) int64, changed in place. A step exchanges, between the planes with index 0 and 1 on one axis, the bits
     `mask` of the second with those of the first that are `shift` above. The inverse: the steps in the reverse order."""
-    spare = np.empty_like(planes[0])
+    spare = _scratch("spare", planes[0].size * 2).view(np.int64).reshape(planes[0].shape)
     for axis, shift, mask in steps:
         first, second = planes.swapaxes(0, axis)
         np.right_shift(first, shift, out=spare)
@@ -122,10 +141,10 @@ def unpack_codes(qweight, out=None):
     out = empty(*qweight.shape) if out is None else out
     n, half = qweight.shape
     blocks = _cut(n // TILE, max(1, BLOCK // (TILE * half)))
-    moved = np.empty((blocks[0] * TILE, half), np.int8)
+    moved = _scratch("moved", blocks[0] * TILE * half // 4).view(np.int8).reshape(-1, half)
     rows = np.split(out.numpy(), np.cumsum(blocks[:-1]) * TILE)
     for words, tiles, target in zip(_words(qweight, [tiles * TILE * half // 4 for tiles in blocks]), blocks, rows):
-        runs = _transpose(words, words.size // 4).view(np.complex128)  # a plane for each a and b: runs of four j
+        runs = _apart(words).reshape(-1).view(np.complex128)  # a plane for each a and b: runs of four j
         whole = target if target.flags.c_contiguous else moved[: len(target)]
         np.take(runs, _code_places(tiles, half // 32), out=whole.reshape(-1).view(runs.dtype), mode="clip")
         if whole is not target:
@@ -158,7 +177,7 @@ def unpack_nvfp4_scales(wscales):
     out = empty(groups, n)
     target = out.view(torch.int32).numpy().reshape(groups // 4, 4, n // TILE, TILE // 4)
     tiles, start = _cut(n // TILE, max(1, BLOCK // (groups * TILE))), 0
-    planes = np.empty(groups // 4 * tiles[0] * TILE, np.int32)
+    planes = _scratch("planes", groups // 4 * tiles[0] * TILE)
     for words, count in zip(_words(wscales, [groups // 4 * count * TILE for count in tiles]), tiles):
         # The four g of a word, and four i in as many planes, change places.
         block, places = planes[: words.size], _places((count, groups // 4, 2, 2, 2, 4, 4), (3, 4, 1, 0, 6, 5, 2))
@@ -263,14 +282,13 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
     weight = empty(n, k // 2)
     blocks = _awq_blocks(weight, chunks)
-    spare = np.empty((2, blocks[0].size * 2), np.int32)
     for words, ours in zip(_words(qweight, [block.size * 2 for block in blocks]), blocks):
-        shifted, planes = spare[:, : words.size]
+        shifted, planes = (_scratch(use, words.size) for use in ("moved", "planes"))
         for byte, plane in zip((0, 8, 16, 24), AWQ_PLANES):
             lowest = np.right_shift(words, byte, out=shifted) if byte else words
             np.copyto(planes.view(np.uint8).reshape(4, -1)[plane], lowest, casting="unsafe")  # the lowest byte of each
         _exchange(planes.view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
-        runs = _transpose(planes, 4).view(np.int64).reshape(-1, 4)
+        runs = _together(planes.reshape(4, -1)).view(np.int64).reshape(-1, 4)
         for rows, places in zip(ours, _awq_places(len(ours) * ours.shape[1], k, chunks)):
             np.take(runs, places, 0, out=rows.reshape(-1, 4), mode="clip")
     groups = k // GROUP_SIZE
@@ -296,7 +314,7 @@ def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
     for words, ours in zip(_words(qweight, [block.size * 2 for block in blocks]), blocks):
         runs = np.empty((ours.size // 4, 4), np.int64)
         runs[_awq_places(len(ours) * ours.shape[1], half * 2, chunks)] = ours.reshape(chunks, -1, 4)
-        planes = _transpose(runs.reshape(-1), words.size // 4)
+        planes = _apart(runs.view(np.int32))
         _exchange(planes.view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
         words.view(np.uint8).reshape(-1, 4)[:] = planes.view(np.uint8).reshape(4, -1)[[*AWQ_PLANES]].T
     zeros = (weight_zeros.float() - 8 * weight_scale.float()).to(weight_zeros.dtype)
