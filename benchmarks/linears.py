@@ -119,7 +119,7 @@ def measure(name, ranks):
     runs = {("bf16",): lambda: (bf16(m, k, n, x),)}
     if torch.cuda.get_device_capability() >= (8, 9):
         runs["fp8 rowwise",] = lambda: (fp8_rowwise(m, k, n, x),)
-    if importlib.util.find_spec("comfy_kitchen"):
+    if importlib.util.find_spec("comfy_kitchen") and importlib.util.find_spec("comfy_kitchen.backends.cuda._C"):
         runs["comfy-kitchen W4A4 rank 32",] = lambda: (comfy_kitchen(name, m, k, n, x, 32),)
     for rank in ranks:
         for act_bits in (8, 4) if rank == 32 else (8,):

@@ -18,8 +18,8 @@ BYTES = 1    # 4-bit codes, a scale a token and group of 64, a byte each in GROU
 NIBBLES = 2  # the same codes, two a byte in NIBBLE order
 
 DEPTH = 4         # blocks of x under way, quantize.cu's
-MOST_RANKS = 64   # that quantize_registers.cu multiplies with
-BUSY = 0.75       # of a GPU's multiprocessors, that clusters that stay have to take at least: else another plan is the faster
+REGISTERS_RANKS = 64  # the most that quantize_registers.cu multiplies with
+FILLED = 0.75     # of the CTAs that a plan of clusters that stay counts with, so many have to fit: else another plan is the faster
 SHARED_PER_SM = {75: 64, 80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228, 120: 100, 121: 100}  # KiB
 PEAK = 2.0**14    # an fp16 `low` is scaled down to stay below
 
@@ -74,7 +74,7 @@ def outputs(m, k, ranks, codes, dtype):
 
 
 def multiplied(x, proj_down):
-    """x @ proj_down / low_scale (M, R) by cuBLAS, for ranks that the kernels don't take, and low_scale; None for the ones of
+    """x @ proj_down / low_scale (M, R) by cuBLAS, where the plan has no ranks, and low_scale; None for the ones of
     bf16, which the kernel writes."""
     if x.dtype == torch.bfloat16:
         return x @ proj_down, None
@@ -97,11 +97,10 @@ def launcher(m, k, rank, stride, unsigned_from, codes, dtype, device, **cut):
         if plan.ctas == 1:
             break
         # How many clusters fit differs from one GPU to the next: not all have all of their multiprocessors, and some lend a few.
-        clusters = kernel.active_clusters(plan.ctas, plan.threads)
-        if plan.loop and clusters * plan.ctas >= sms * BUSY:
-            plan = plan._replace(grid=plan.ctas * min(clusters, plan.grid // plan.ctas))
-            break
-        if clusters and not plan.loop:
+        fit = kernel.active_clusters(plan.ctas, plan.threads) * plan.ctas
+        if fit and (not plan.loop or fit >= min(plan.grid, FILLED * plan.fits)):
+            if plan.loop:
+                plan = plan._replace(grid=min(plan.grid, fit))
             break
     else:
         raise ValueError(f"no cluster of a plan for ({m}, {k}), rank {rank} fits on this GPU")
@@ -125,6 +124,7 @@ class Plan(NamedTuple):
     threads: int  # of a CTA
     warps: int    # quantize_registers.cu: of a CTA, that have x; 0: it is quantize.cu
     loop: bool    # quantize_registers.cu: clusters that stay, and take tokens after tokens
+    fits: int     # then: CTAs that should fit the GPU at once
 
 
 def variant(half, codes, plan):
@@ -153,7 +153,7 @@ def variants(arch):
     return list(dict.fromkeys(found))
 
 
-def most_ranks(arch):
+def tile_ranks(arch):
     """The largest rank that quantize.cu multiplies with. Hopper's cuBLAS is faster with more; Turing has shared memory for 64."""
     return 32 if arch >= 90 else 128 if arch > 75 else 64
 
@@ -171,14 +171,14 @@ def plans_for(m, k, rank, codes, arch, sms, registers=None, tiles=None, ctas=Non
     """
     plans = []
     if not registers and loop is None:
-        ranks = rank if rank <= most_ranks(arch) else 0
+        ranks = rank if rank <= tile_ranks(arch) else 0
         # Without clusters the tokens alone have to make enough CTAs, so tiles are small there, but for the ranks that need two.
         heights = (tiles,) if tiles else (1, 2) if arch >= 90 else (2,) if ranks > 64 else (1,)
         plans += [tile_plan(m, k, ranks, codes, arch, sms, height, size)
                   for height in heights for size in (1, 2, 4, 8) if ctas in (None, size)]
     if registers is not False and codes == INT8 and arch >= 90:
         # Of the sizes of clusters that were measured, those that are the fastest for some shape; more than 8 CTAs on Hopper only.
-        for ranks in {0, rank if rank <= MOST_RANKS else 0}:
+        for ranks in {0, rank if rank <= REGISTERS_RANKS else 0}:
             sizes = (ctas,) if ctas else (2, 6, 8, 16) if arch == 90 and ranks > images.RANK_BLOCK else (2, 6, 8)
             plans += [registers_plan(m, k, ranks, arch, sms, height, size, loop)
                       for height in ((tiles,) if tiles else (1, 2)) for size in sizes]
@@ -220,16 +220,18 @@ def registers_plan(m, k, ranks, arch, sms, tiles, ctas, loop):
     messenger = int(tiles == 1)
     if ranks > images.RANK_BLOCK and loop is None:
         loop = True  # where proj_down stays: two products would not leave room for the sums
-    if not 1 < ctas <= blocks or tiles > 2 or warps + messenger > most_warps(ranks) or ranks > images.RANK_BLOCK and not loop:
+    if ranks > images.RANK_BLOCK and not loop or tiles > 2 or not 1 < ctas <= blocks or warps + messenger > most_warps(ranks):
         return None
     resident = resident_ctas(warps + messenger, ranks)
     loop = cover > room(sms * resident, ctas) // ctas if loop is None else loop
+    if tiles > 1 and (loop or arch >= 100):  # a loop has x twice; for Blackwell ptxas spills
+        return None
     shared = registers_bytes(tiles, ctas, warps, images.padded(ranks, images.RANK_BLOCK), loop)
     per_sm = _shared_per_sm(arch)
     resident = min(resident, per_sm // (shared + 1024))  # CTAs on a multiprocessor
-    if tiles > 1 and (loop or arch >= 100) or not resident:  # ptxas spills for Blackwell
-        return None
     fits = room(sms * resident, ctas) // ctas
+    if not fits:
+        return None
     # A round: from x to maxima, to the others, and back to codes; or the time that its bytes take, x's and the codes'. CTAs of less
     # than four warps gain nothing. CTAs on one multiprocessor drift apart: one's loads fill another's waits, and the last round is
     # less idle. Clusters that don't stay come in waves. Loads arrive in the L1, of which shared memory leaves little at its largest.
@@ -243,7 +245,7 @@ def registers_plan(m, k, ranks, arch, sms, tiles, ctas, loop):
         time = 2.6 + (rounds + (waves - rounds) / (1 + resident)) * max(chain, memory)
     else:
         time = 1.7 + 0.9 * tiles + waves * max(chain * (1 if waves == 1 else 1.5), memory)
-    return time, Plan(ranks, tiles, ctas, 0, 0, shared, cover * ctas, 32 * (warps + messenger), warps, loop)
+    return time, Plan(ranks, tiles, ctas, 0, 0, shared, cover * ctas, 32 * (warps + messenger), warps, loop, fits * ctas)
 
 
 def registers_bytes(tiles, ctas, warps, rank, loop):
@@ -276,7 +278,7 @@ def tile_plan(m, k, ranks, codes, arch, sms, tiles, ctas):
     busy = min(resident, -(-ctas * cover // sms)) * tiles  # tiles of 16 rows that a multiprocessor works on
     again = 1.5 if codes == INT8 and slots < share else 1
     time = 4 + waves * (2.6 + share * again * (0.28 + 0.26 * busy))
-    return time, Plan(ranks, tiles, ctas, slots, kept, shared, cover * ctas, 128 * tiles, 0, False)
+    return time, Plan(ranks, tiles, ctas, slots, kept, shared, cover * ctas, 128 * tiles, 0, False, 0)
 
 
 def tile_bytes(tiles, rank, slots, kept):

@@ -21,6 +21,7 @@ from .compiler import KernelsUnavailable
 
 log = logging.getLogger(__name__)
 
+INVALID_CLUSTER = 912  # CUDA_ERROR_INVALID_CLUSTER_SIZE: larger than the device ever holds
 PORTABLE_CLUSTER = 8  # CTAs; a kernel of larger clusters has to say that it wants them
 _CONFIG = "=7I4xqqI4x"  # CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, how many of them
 _STREAM = 32  # where in it the stream is
@@ -173,7 +174,10 @@ class Kernel:
         count = ctypes.c_int()
         with torch.cuda.device(self.index):
             _ensure_context()  # a thread of warm_up's may have waited while another loaded the kernel
-            _check("cuOccupancyMaxActiveClusters", driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, config))
+            status = driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, config)
+        if status == INVALID_CLUSTER:
+            return 0
+        _check("cuOccupancyMaxActiveClusters", status)
         return count.value
 
     def launcher(self, grid, block, count, sizes=(), pdl=False):

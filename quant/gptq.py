@@ -79,6 +79,7 @@ def gptq_round(weight, scales, factor, check=lambda: None):
         return round_to_nearest(weight, scales)
     steps = scales.float().t().contiguous()  # (N, G)
     inverse = torch.where(steps == 0, torch.zeros_like(steps), 1 / steps)  # such a group's codes stand for nothing: all are 0
+    # Divided on the CPU, as `order` is sorted there.
     groups = (torch.arange(weight.shape[1]) // GROUP_SIZE).int().to(weight.device)[factor.order]
     weight = weight[:, factor.order]
     pending = torch.zeros_like(weight)  # for each column, the sum over the columns done of e_i C_ij

@@ -17,7 +17,7 @@
 //     workers      load t + 1 | maxima of t | product of t | codes of t
 //     messenger           send maxima of t | add and send the warps' sums of t | scales and low of t
 //
-// Two warps add up their sums in one place before, since shared memory is short: it is taken from the L1, where the loads of x arrive.
+// In a loop two warps add up their sums in one place before, since shared memory is short: it is taken from the L1, where x arrives.
 //
 // What a round receives lies in two turns' places. A CTA sends a round's maxima only after its messenger has finished the round before, and
 // codes only with all CTAs' maxima: so when something comes for a turn's place, everybody has read what was there.
@@ -33,8 +33,7 @@ constexpr int WARPS_PER_SM = RANKS > 32 ? 12 : 16;  // as registers go
 constexpr int CTAS_PER_SM = 32 * WARPS_PER_SM / THREADS > 4 ? 4 : THREADS > 32 * WARPS_PER_SM ? 1 : 32 * WARPS_PER_SM / THREADS;
 constexpr int TURNS = LOOP ? 2 : 1;
 constexpr int SLAB_BYTES = 128 * RANKS * 2, SUM_BYTES = ROWS * RANKS * 4;
-constexpr bool PAIRS = LOOP;                                // two warps add up their sums in one place
-constexpr int PLACES = PAIRS ? (WARPS + 1) / 2 : WARPS;     // of warps' sums
+constexpr int PLACES = LOOP ? (WARPS + 1) / 2 : WARPS;      // of warps' sums: in a loop a pair's
 constexpr int OWN_ROWS = (ROWS + CTAS - 1) / CTAS;
 constexpr int QUADS = RANKS / 4 + !RANKS;
 constexpr int PIECES = RANKS / 8 + !RANKS;  // of 8 ranks, in a row of proj_down
@@ -52,7 +51,7 @@ constexpr int SLABS = SMOOTH + WARPS * 512;                         // [WARPS][1
 constexpr int WARP_SUMS = LOOP ? SLABS + WARPS * SLAB_BYTES : SLABS;  // [PLACES][ROWS][RANKS] float
 constexpr int WARP_SUMS_PITCH = LOOP ? SUM_BYTES : SLAB_BYTES;
 static_assert(LOOP || SUM_BYTES <= SLAB_BYTES && RANKS <= 32, "a warp's sums take its slab's place, once it has read it");
-static_assert(!PAIRS || 2 + RANKS / 32 * PLACES <= 16, "a barrier for each pair of warps and each pass");
+static_assert(!LOOP || 2 + RANKS / 32 * PLACES <= 16, "a barrier for each pair of warps and each pass");
 
 // A slab: row k has piece p at p ^ (its place among eight): ldmatrix takes k = 8 L + {0, 1}, L = 0..3, and two rows of 32 ranks share a line.
 __device__ __forceinline__ u32 slab_offset(int row, int piece) {
@@ -229,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             }
     };
     const u32 slab = base + SLABS + warp * SLAB_BYTES;
-    const int warp_sums = WARP_SUMS + (PAIRS ? warp / 2 : warp) * WARP_SUMS_PITCH;
+    const int warp_sums = WARP_SUMS + (LOOP ? warp / 2 : warp) * WARP_SUMS_PITCH;
     uint2 s = make_uint2(0, 0);
     if (there && columns + lane * 4 < K) s = *(const uint2*)(smooth + columns + lane * 4);
     load(a, cluster);
@@ -303,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                 __syncwarp();
             }
             const u32 own = slab_offset(8 * (lane % 8 / 2) + 2 * (lane / 8 & 1) + lane % 2, lane / 16);
-            const bool adds = PAIRS && warp % 2;  // to what the warp before has left
+            const bool adds = LOOP && warp % 2;  // to what the warp before has left
 #pragma unroll
             for (int pass = 0; pass < RANKS / 32; pass++) {  // registers don't suffice for more ranks
                 float sums[TILES][4][4] = {};
@@ -337,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                             const float2 other = adds ? place : make_float2(0, 0);
                             place = make_float2(sums[t][n][2 * h] + other.x, sums[t][n][2 * h + 1] + other.y);
                         }
-                if (PAIRS && !adds && warp + 1 < WARPS) barrier_named_arrive(pair, 64);
+                if (LOOP && !adds && warp + 1 < WARPS) barrier_named_arrive(pair, 64);
             }
             if (MESSENGER) {
                 barrier_named_arrive(1, THREADS);

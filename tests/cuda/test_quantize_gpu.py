@@ -340,12 +340,11 @@ def form(plan):
 def test_timing():
     copy = copy_bandwidth()
     print(f"\n{torch.cuda.get_device_name()}: copies at {copy / 1e6:.2f} TB/s")
-    sms, arch = torch.cuda.get_device_properties(0).multi_processor_count, compiler.arch_number(compiler.architecture(torch.device("cuda")))
     for rank in (32, 64, 0):
         for m, k in SHAPES:
             cells = []
             for mode, codes in MODES.items():
-                plan = quantize.plan_for(m, k, rank, codes, arch, sms)
+                _, plan = quantize.launcher(m, k, rank, k, k, codes, torch.bfloat16, torch.device("cuda", 0))
                 us, share = timing(m, k, rank, codes, copy)
                 cells.append(f"{mode} {us:6.1f} us {share:4.0%} ({form(plan)})")
             print(f"rank {rank:3d} ({m:4d}, {k:5d})  " + "   ".join(cells), flush=True)
@@ -358,14 +357,14 @@ def test_timing_of_other_cuts():
     copy = copy_bandwidth()
     sms, arch = torch.cuda.get_device_properties(0).multi_processor_count, compiler.arch_number(compiler.architecture(torch.device("cuda")))
     print()
-    for rank in (0, 32):
+    for rank in (0, 32, 64):
         for m, k in SHAPES:
             cells = []
             xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(3, min(20, int(4e8 / (3 * m * k)) + 1)))]
             down = random_case(1, k, rank)[2]
             cells.append(f"x @ proj_down by cuBLAS {microseconds([lambda x=x, down=down: x @ down for x in xs]):6.1f}")
             for cut in CUTS:
-                for ctas in (1, 2, 3, 4, 6, 8):
+                for ctas in (1, 2, 3, 4, 6, 8, 16):
                     try:
                         plan = quantize.plan_for(m, k, rank, INT8, arch, sms, ctas=ctas, **cut)
                         us, share = timing(m, k, rank, INT8, copy, ctas=ctas, **cut)
