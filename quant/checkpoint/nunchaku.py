@@ -202,12 +202,13 @@ def _by_rows(name):
 
 
 def _modulation(source, part, chunks):
-    shape = source.info(f"{part}.qweight").shape
-    n, k = (shape[0] * order.AWQ_ROWS, shape[1] * 2) if len(shape) == 2 else (0, 0)
-    if not n or not k or n % chunks or k % layout.GROUP_SIZE:
-        raise CheckpointError(f"{source.header.file}: tensor {part}.qweight has shape {list(shape)} where (N/4, K/2) with N a "
-                              f"multiple of {chunks} and K of {layout.GROUP_SIZE} is due; the file is damaged, download it again.")
+    shape, width = source.info(f"{part}.qweight").shape, (*source.info("x_embedder.weight").shape, 0)[0]
     source.check(f"{part}.qweight", shape, (torch.int32,))
+    n, k = (shape[0] * order.AWQ_ROWS, shape[1] * 2) if len(shape) == 2 else (0, 0)
+    # Scales are padded, so that they would not tell of a K that isn't the model's.
+    if not n or not k or n % chunks or k != width or k % layout.GROUP_SIZE:
+        raise CheckpointError(f"{source.header.file}: tensor {part}.qweight has shape {list(shape)} where (N/4, K/2) with N a "
+                              f"multiple of {chunks} and K {width} is due; the file is damaged, download it again.")
     groups = k // layout.GROUP_SIZE
     groups += -groups % order.AWQ_GROUP_TILE
     dtype = source.check(f"{part}.wscales", (groups, n), HALF_TYPES)
