@@ -132,11 +132,37 @@ def measure(name, ranks):
     return {"m": m, "k": k, "n": n} | found
 
 
+def table(shapes):
+    """A result's shapes as Markdown, and what the ranks cost. Single blocks have twice the rank of the others."""
+    head = ("layer (M, K, N)", "rank", "bf16", "fp8", "**W4A8**", "to bf16", "to fp8", "its GEMM alone", "its quantize pass", "at rank 128",
+            "W4A4", "comfy-kitchen")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, times in shapes.items():
+        flop = 2e-6 * times["m"] * times["k"] * times["n"]
+        speed = {what: f"{flop / time:.0f}" for what, time in times.items()}
+        for rank in (64, 32) if name.startswith("single") else (32,):
+            ours = f"W4A8 rank {rank}"
+            ratios = (f"{times[what] / times[ours]:.2f}x" if what in times else "" for what in ("bf16", "fp8 rowwise"))
+            cells = [f"{name} ({times['m']}, {times['k']}, {times['n']})", str(rank), speed["bf16"], speed.get("fp8 rowwise", ""),
+                     f"**{speed[ours]}**", *ratios, speed[f"{ours}, GEMM"], f"{times[f'{ours}, quantize']:.0f} us", speed["W4A8 rank 128"],
+                     *(speed.get(what, "") if rank == 32 else "" for what in ("W4A4 rank 32", "comfy-kitchen W4A4 rank 32"))]
+            lines.append("| " + " | ".join(cells) + " |")
+    for rank in (32, 64, 128):
+        costs = [times[f"W4A8 rank {rank}"] / times["W4A8 rank 0"] - 1 for times in shapes.values()]
+        lines.append(f"rank {rank} costs {min(costs):.0%} to {max(costs):.0%}")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[0, 32, 64, 128])
+    parser.add_argument("--table", help="a result file: print its table, and measure nothing")
     parser.add_argument("--out", help="the result file; benchmarks/results/linears_<gpu>.json")
     args = parser.parse_args()
+    if args.table:
+        with open(args.table, encoding="utf-8") as file:
+            print(table(json.load(file)["shapes"]))
+        return
     load_pack()
     result = description() | {"unit": "microseconds", "shapes": {}}
     with torch.inference_mode():

@@ -218,10 +218,12 @@ def registers_plan(m, k, ranks, arch, sms, tiles, ctas, loop):
     blocks, cover = -(-k // images.BLOCK), -(-m // (16 * tiles))
     warps = -(-blocks // ctas)
     messenger = int(tiles == 1)
-    if ranks > images.RANK_BLOCK and loop is None:
-        loop = True  # where proj_down stays: two products would not leave room for the sums
-    if ranks > images.RANK_BLOCK and not loop or tiles > 2 or not 1 < ctas <= blocks or warps + messenger > most_warps(ranks):
+    if tiles > 2 or not 1 < ctas <= blocks or warps + messenger > most_warps(ranks):
         return None
+    if ranks > images.RANK_BLOCK:  # the sums of a first product can't take the place of proj_down, which a second one needs
+        if loop is False:
+            return None
+        loop = True
     resident = resident_ctas(warps + messenger, ranks)
     loop = cover > room(sms * resident, ctas) // ctas if loop is None else loop
     if tiles > 1 and (loop or arch >= 100):  # a loop has x twice; for Blackwell ptxas spills

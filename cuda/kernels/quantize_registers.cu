@@ -30,13 +30,14 @@
 constexpr bool MESSENGER = TILES == 1;  // a warp of its own. Else the last of WARPS is it: 16 warps find 128 registers, 17 don't
 constexpr int ROWS = 16 * TILES, WORKERS = 32 * WARPS, THREADS = WORKERS + 32 * MESSENGER;
 constexpr int WARPS_PER_SM = RANKS > 32 ? 12 : 16;  // as registers go
-constexpr int CTAS_PER_SM = 32 * WARPS_PER_SM / THREADS > 4 ? 4 : THREADS > 32 * WARPS_PER_SM ? 1 : 32 * WARPS_PER_SM / THREADS;
+constexpr int FITTING = 32 * WARPS_PER_SM / THREADS, CTAS_PER_SM = FITTING > 4 ? 4 : FITTING < 1 ? 1 : FITTING;
 constexpr int TURNS = LOOP ? 2 : 1;
 constexpr int SLAB_BYTES = 128 * RANKS * 2, SUM_BYTES = ROWS * RANKS * 4;
 constexpr int PLACES = LOOP ? (WARPS + 1) / 2 : WARPS;      // of warps' sums: in a loop a pair's
 constexpr int OWN_ROWS = (ROWS + CTAS - 1) / CTAS;
 constexpr int QUADS = RANKS / 4 + !RANKS;
 constexpr int PIECES = RANKS / 8 + !RANKS;  // of 8 ranks, in a row of proj_down
+constexpr int LANES_ROWS = 32 / PIECES;     // that a warp takes at a time, a lane for each piece
 constexpr int MAX_BYTES = CTAS * 2 * ROWS * 4, ALL_SUMS = CTAS * OWN_ROWS * RANKS * 4;  // a round's, received
 static_assert(!LOOP || TILES == 1, "x of two rounds has to fit the registers");
 
@@ -156,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             // PIECES lanes a row, each a piece of 8 ranks.
             const int piece = lane % PIECES;
 #pragma unroll 1
-            for (int own = lane / PIECES; own < (OWN_ROWS + 32 / PIECES - 1) / (32 / PIECES) * (32 / PIECES); own += 32 / PIECES) {
+            for (int own = lane / PIECES; own < (OWN_ROWS + LANES_ROWS - 1) / LANES_ROWS * LANES_ROWS; own += LANES_ROWS) {
                 const int row = own * CTAS + rank, t = first_row + row;
                 float value[8] = {}, scale = 1, inverse = 1;
                 if (row < ROWS)
@@ -238,9 +239,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         const char* from = (const char*)(proj_down + (lower ? (size_t)(columns + k) * R + piece * 8 : 0));
 #pragma unroll
         for (int i = 0; i < 4 * PIECES; i++) {
-            const int row = k + 32 / PIECES * i;
+            const int row = k + LANES_ROWS * i;
             const bool real = i < 2 * PIECES ? lower : upper;
-            copy_async(slab + slab_offset(row, piece), from + (real ? i * (64 / PIECES) * R : 0), real);
+            copy_async(slab + slab_offset(row, piece), from + (real ? i * LANES_ROWS * 2 * R : 0), real);
         }
     }
     copies_commit();
