@@ -52,8 +52,12 @@ class Tile:
         """Turing prefetches through registers into the other of two stages; elsewhere as many as fit, 3 at most."""
         return 2 if number == 75 else min(3, (shared_limit(number) - self.shared_bytes(mode, 0)) // self.stage_bytes(mode))
 
-    def shared_bytes(self, mode, stages):
-        return stages * self.stage_bytes(mode) + 3 * self.tokens * 4 + 16 + (self.rows * 4 if mode == INTEGER else 0)
+    def shared_bytes(self, mode, stages, next_ranks=None):
+        """next_ranks: as in defines_of; then, after the ring and in its place, the tile's outputs and proj_down's rows."""
+        rows = stages * self.stage_bytes(mode)
+        if next_ranks is not None:
+            rows = max(rows, (self.tokens + next_ranks) * self.rows * 2)
+        return rows + 3 * self.tokens * 4 + 16 + (self.rows * 4 if mode == INTEGER else 0)
 
 
 LARGE = Tile(2, 4, 8, 1.0)   # 128 rows x 256 tokens
@@ -72,19 +76,24 @@ def tiles_of(mode, number):
 
 
 @functools.cache
-def choose_tile(mode, number, sms, m, n):
-    """The tile with the least time: waves of one CTA an SM x what its elements cost. Small CTAs share an SM, four at a time."""
+def choose_tile(mode, number, sms, m, n, tiles=None):
+    """Of tiles, or tiles_of(mode, number), that with the least time: waves of one CTA an SM x what its elements cost. Small CTAs share
+    an SM, four at a time."""
     def time(tile):
         at_once = sms * (4 if tile == SMALL else 1)
         waves = -(-(-(-m // tile.tokens) * -(-n // tile.rows)) // at_once)
         return waves * (at_once // sms) * tile.rows * tile.tokens * tile.cost
-    return min(tiles_of(mode, number), key=time)
+    return min(tiles or tiles_of(mode, number), key=time)
 
 
-def defines_of(mode, tile, number, half, turing=None, gelu=False):
+def defines_of(mode, tile, number, half, turing=None, gelu=False, next_ranks=None):
+    """next_ranks: the kernel ends with the next layer's codes (mlp.py); that layer's rank, padded to 32."""
     stages = 2 if turing else tile.stages(mode, number)
+    shared = tile.shared_bytes(mode, stages, next_ranks)
     defines = (("MODE", mode), ("HALF", int(half)), ("ROW_WARPS", tile.row_warps), ("TOKEN_WARPS", tile.token_warps),
-               ("TILES", tile.tiles), ("STAGES", stages), ("SHARED_BYTES", tile.shared_bytes(mode, stages)), ("GELU", int(gelu)))
+               ("TILES", tile.tiles), ("STAGES", stages), ("SHARED_BYTES", shared), ("GELU", int(gelu)))
+    if next_ranks is not None:
+        defines = *defines, ("NEXT", next_ranks)
     return defines if turing is None else (*defines, ("TURING", int(turing)))
 
 

@@ -1,12 +1,9 @@
 // From x to codes: what the kernels that quantize an activation share. CODES says how codes are stored (cuda/images.py):
 // 0 int8, a scale a token and part, INTEGER order; 1 4-bit codes as bytes, GROUP order; 2 4-bit codes, NIBBLE order.
 #pragma once
-#include "quantize.cuh"
+#include "group.cuh"
 
 enum { INTEGER, GROUP, NIBBLE };
-constexpr float SHIFT = 0.171875f;            // int4.GELU_SHIFT
-constexpr float TINY = 7.888609e-31f;         // 2^-100: maxima below count as 0, since their scale would have no reciprocal
-constexpr float MAGIC = 12582912.f;           // 1.5 * 2^23: adding it leaves round(v) in a float's low bits, two's complement
 
 // max over 8 columns of |(x + shift) / smooth|
 __device__ __forceinline__ float max_of_run(uint4 x, const float (&even)[4], const float (&odd)[4], float shift) {
@@ -23,13 +20,6 @@ __device__ __forceinline__ float max_of_run(uint4 x, const float (&even)[4], con
 __device__ __forceinline__ void load_floats(float (&f)[4], u32 address) {
     const uint4 v = load_shared(address);
     f[0] = __uint_as_float(v.x), f[1] = __uint_as_float(v.y), f[2] = __uint_as_float(v.z), f[3] = __uint_as_float(v.w);
-}
-
-// Four codes, in the low bytes of v + MAGIC, as one word.
-__device__ __forceinline__ u32 pack_bytes(float a, float b, float c, float d) {
-    const u32 ab = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
-    const u32 cd = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
-    return __byte_perm(ab, cd, 0x5410);
 }
 
 // The place of run i (8 columns, as a piece of a block) of those whose codes make up piece `lane` of a row of the image.
@@ -67,7 +57,7 @@ __device__ __forceinline__ void code_row(const uint4 (&x)[RUNS], u32 smooth, int
             for (int b = 0; b < 4; b++) v[4 * i + b] = (either_float(words[b], half) + shift[i]) * even[b];
         }
     }
-    float local = 0, floor = 0, ceiling = 0;
+    Group group = {};
     if (CODES != INTEGER) {
         float m = 0, high = 0;
 #pragma unroll
@@ -77,28 +67,16 @@ __device__ __forceinline__ void code_row(const uint4 (&x)[RUNS], u32 smooth, int
             m = max_abs(m, __shfl_xor_sync(~0u, m, lanes));
             high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
         }
-        if (!real || m < TINY) m = 0;
-        // Without a sign the largest is 15. With one, whichever sign it has, it is -8: a positive one makes the scale negative.
-        const float unit = is_unsigned ? 1 / 15.f : m > 0 && high == m ? -1 / 8.f : 1 / 8.f;
-        const float s = finite(m) ? m * unit : __int_as_float(0x7fffffff);
-        local = s != 0 ? reciprocal(s) : 0;
-        keep = real && finite(m) ? ~0u : 0;
-        floor = is_unsigned ? MAGIC : 0, ceiling = is_unsigned ? MAGIC + 15 : MAGIC + 7;
-        if (scale) *scale = s;
+        group = group_of(m, high, real, is_unsigned);
+        keep = group.keep;
+        if (scale) *scale = group.scale;
     }
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        v[i] = fmaf(v[i], CODES == INTEGER ? inverse[i / 4 % RUNS] : local, MAGIC);
-        if (CODES != INTEGER) v[i] = fminf(fmaxf(v[i], floor), ceiling);
-    }
+    for (int i = 0; i < 16; i++) v[i] = CODES == INTEGER ? fmaf(v[i], inverse[i / 4 % RUNS], MAGIC) : group.code(v[i]);
     if (CODES == NIBBLE) {
         u32 words[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const u32 even = pack_bytes(v[8 * i], v[8 * i + 2], v[8 * i + 4], v[8 * i + 6]);
-            const u32 odd = pack_bytes(v[8 * i + 1], v[8 * i + 3], v[8 * i + 5], v[8 * i + 7]);
-            words[i] = (even & 0x0f0f0f0f | odd << 4 & 0xf0f0f0f0) & keep;
-        }
+        for (int i = 0; i < 2; i++) words[i] = pack_nibbles(v + 8 * i) & keep;
         if (image) *(uint2*)(image + ((lane >> 1 ^ row >> 1 & 3) << 4) + 8 * half) = make_uint2(words[0], words[1]);
     } else {
         u32 words[4];

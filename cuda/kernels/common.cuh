@@ -18,6 +18,8 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+constexpr float MAGIC = 12582912.f;  // 1.5 x 2^23: adding it leaves round(v) in a float's low bits, two's complement
+
 constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // --- 16-bit floats ----------------------------------------------------------------------------------------------------

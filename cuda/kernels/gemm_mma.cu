@@ -27,6 +27,9 @@
 // its integer result v is, read as a float, MAGIC + v. Then fma(MAGIC + v, s, -MAGIC s) = v s, and no rounding happens: MAGIC s needs 2
 // bits more than the 16-bit scale s, v s needs 13 + 11. A second FFMA multiplies by the token's scale and accumulates: 8 FFMAs for the
 // 4 sums of an MMA, and one rounding a group.
+//
+// NEXT, defined for the modes with a scale a group: GELU(y) is the next layer's input, and the tile ends as next.cuh has it. It is that
+// layer's rank, padded to 32.
 
 #include "common.cuh"
 #include "gelu.cuh"
@@ -42,17 +45,25 @@ constexpr int THREADS = 32 * ROW_WARPS * TOKEN_WARPS;
 constexpr int X_ROW = MODE == NIBBLES ? 64 : 128;
 constexpr int X = 0, W = X + TOKENS * X_ROW, WS = W + ROWS * 64, XS = WS + 2 * ROWS * 2;
 constexpr int STAGE = XS + (MODE == INTEGER ? 0 : 2 * TOKENS * 4);
-constexpr int TABLES = STAGES * STAGE;          // three floats a token, for the end
+#ifdef NEXT
+constexpr int NEXT_SHARED = (TOKENS + NEXT) * ROWS * 2;
+#else
+constexpr int NEXT_SHARED = 0;
+#endif
+constexpr int TABLES = STAGES * STAGE > NEXT_SHARED ? STAGES * STAGE : NEXT_SHARED;  // three floats a token, for the end
 constexpr int CONSTANTS = TABLES + 3 * TOKENS * 4;
 constexpr int INVERSES = CONSTANTS + 16;        // INTEGER: 1 / row_scale
 constexpr int SHARED = INVERSES + (MODE == INTEGER ? ROWS * 4 : 0);
 constexpr int X_PIECES = TOKENS * X_ROW / 16 / THREADS, W_PIECES = ROWS * 64 / 16 / THREADS;
 constexpr int BAND = 16;                        // token tiles that are worked on side by side
-constexpr float MAGIC = 12582912.f;             // 1.5 x 2^23
 constexpr int MAGIC_BITS = 0x4B400000;
 constexpr u32 ALL_8 = 0x08080808, ALL_128 = 0x80808080;
 static_assert(SHARED == SHARED_BYTES, "the host reserves what the kernel uses");
 static_assert(TILES % 2 == 0 && X_PIECES > 0 && W_PIECES > 0, "every thread copies the same number of pieces");
+
+#ifdef NEXT
+#include "next.cuh"
+#endif
 
 DEVICE int swizzle(int piece) { return (piece & 1) << 2 | (piece & 2); }
 
@@ -216,7 +227,7 @@ DEVICE void multiply_branch(float (&acc)[4][TILES][4], u32 up, u32 low, int lane
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-gemm(u16* __restrict__ y,                   // (m, n)
+gemm(u16* __restrict__ y,                   // (m, n); with NEXT nothing
      const u8* __restrict__ act,            // (blocks, padded m, X_ROW) image
      const float* __restrict__ act_scale,   // INTEGER: (2, padded m), otherwise (k / 64, padded m)
      const u8* __restrict__ low,            // (rank blocks, padded m, 64) image of 16-bit numbers
@@ -226,10 +237,16 @@ gemm(u16* __restrict__ y,                   // (m, n)
      const float* __restrict__ row_scale,   // INTEGER: (n)
      const u8* __restrict__ proj_up,        // (n, rank) of 16-bit numbers
      const u16* __restrict__ bias,          // (n) or null
+#ifdef NEXT
+     u8* next_act, float* next_scale, float* next_shares, const u16* next_smooth, const u8* next_proj_down,  // of a struct Next
+#endif
      int m, int n, int k, int rank,
      int unsigned_from                      // the second part of the columns, unsigned codes in int4; k where there is none
 #if GELU
      , int gelu_from                        // y's column, a multiple of 64, from which on it is gelu(y)
+#endif
+#ifdef NEXT
+     , int next_rank, int next_unsigned_from
 #endif
     ) {
   extern __shared__ __align__(1024) u8 memory[];
@@ -462,6 +479,10 @@ gemm(u16* __restrict__ y,                   // (m, n)
       offset[2 * i] = two.x, offset[2 * i + 1] = two.y;
     }
   }
+#ifdef NEXT
+  finish_for_next(acc, offset, tables + TOKENS, shared, m0, n0, m,
+                  {next_act, next_scale, next_shares, next_smooth, next_proj_down, next_rank, next_unsigned_from});
+#else
 #pragma unroll
   for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -481,4 +502,5 @@ gemm(u16* __restrict__ y,                   // (m, n)
       for (int i = 0; i < 4; i++) word[i] = from_float2(out[2 * i], out[2 * i + 1]);
       if (m0 + token < m) *(uint4*)(y + (size_t)(m0 + token) * n + lane_row) = make_uint4(word[0], word[1], word[2], word[3]);
     }
+#endif
 }

@@ -1,4 +1,4 @@
-// What quantize.cu and quantize_registers.cu are made of: PTX by name, 16-bit numbers, and the branch's image.
+// What the kernels that quantize are made of: PTX by name, 16-bit numbers, and the branch's image.
 // HALF=1: x is fp16, else bf16.
 #pragma once
 #include "common.cuh"
@@ -98,6 +98,34 @@ __device__ __forceinline__ void let_next_grid_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
+}
+
+// A row's sums of the branch into its image: `piece` of PIECES neighbouring lanes, which have 8 ranks each. fp16's are scaled down to
+// stay below 2^14, bf16 has float's range.
+template <int PIECES>
+__device__ __forceinline__ void store_low(const float (&value)[8], int piece, int row, bool there, int M, int padded, u16* image,
+                                          float* low_scale) {
+    float scale = 1, inverse = 1;
+#if HALF
+    float peak = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) peak = max_abs(peak, value[i]);
+    peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
+    peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
+    if (PIECES > 4) peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 4));
+    if (peak >= 16384 && finite(peak)) {
+        const int exponent = (__float_as_int(peak) >> 23) - 13;
+        scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
+    }
+#endif
+    if (there) {
+        u32 words[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) words[i] = from_float2(value[2 * i] * inverse, value[2 * i + 1] * inverse);
+        *(uint4*)(image + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+        if (piece == 0) low_scale[row] = row < M ? scale : 0;
+    }
 }
 
 // A branch that was multiplied elsewhere: rows first, first + step, .. of the (M, R) matrix into its image. Of bf16, whose range is float's,

@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
 #pragma unroll 1
             for (int own = lane / PIECES; own < (OWN_ROWS + LANES_ROWS - 1) / LANES_ROWS * LANES_ROWS; own += LANES_ROWS) {
                 const int row = own * CTAS + rank, t = first_row + row;
-                float value[8] = {}, scale = 1, inverse = 1;
+                float value[8] = {};
                 if (row < ROWS)
 #pragma unroll 4
                     for (int source = 0; source < CTAS; source++) {
@@ -169,26 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                         value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
                         value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
                     }
-#if HALF
-                float peak = 0;
-#pragma unroll
-                for (int i = 0; i < 8; i++) peak = max_abs(peak, value[i]);
-                peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
-                peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
-                if (PIECES > 4) peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 4));
-                if (peak >= 16384 && finite(peak)) {
-                    const int exponent = (__float_as_int(peak) >> 23) - 13;
-                    scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
-                }
-#endif
-                if (row < ROWS && t < padded) {
-                    u32 words[4];
-#pragma unroll
-                    for (int i = 0; i < 4; i++) words[i] = from_float2(value[2 * i] * inverse, value[2 * i + 1] * inverse);
-                    *(uint4*)(low + ((size_t)(piece >> 2) * padded + t) * 32 + (piece & 3 ^ t >> 1 & 3) * 8) =
-                        make_uint4(words[0], words[1], words[2], words[3]);
-                    if (piece == 0) low_scale[t] = t < M ? scale : 0;
-                }
+                store_low<PIECES>(value, piece, t, row < ROWS && t < padded, M, padded, low, low_scale);
             }
         }
         __syncwarp();

@@ -1,0 +1,168 @@
+"""Two linears with a GELU between them, in 4-bit activations: the first one's GEMM ends with the second one's codes (kernels/next.cuh),
+so that what is between is never in memory.
+
+    x -> quantize.cu -> gemm_mma.cu: GELU, codes and scales; of the branch, a share for each tile's columns
+                        shares.cu: the shares added up
+                        gemm_mma.cu -> y
+
+In 8 bits that does not pay: a token's scale is known after the last of the first layer's columns (benchmarks/NOTES.md).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import compiler, gemm_mma, ops, quantize, runtime
+from .gemm_mma import BYTES, NIBBLES, Tile
+from .images import RANK_BLOCK, padded
+
+# Tall tiles leave few shares: with 256 rows, FLUX's 12288 columns are 48 of them.
+WIDE = Tile(4, 2, 8, 1.0)    # 256 rows x 128 tokens
+NARROW = Tile(4, 2, 4, 1.2)  # 256 x 64
+MAX_RANK = 64  # of the second layer; proj_down's rows of a tile have to find room beside its outputs
+SHARES, SHARES_ENTRY, SHARES_THREADS = "shares.cu", "add_shares", 128
+
+LAYER = ("weight", "weight_scale", "proj_down", "proj_up", "smooth", "bias")
+QUANTIZED = quantize.Quantized._fields
+WORK = (*(name + "1" for name in QUANTIZED), *(name + "2" for name in QUANTIZED), "shares")
+VALUES = ("x", "y", *WORK, *(name + "1" for name in LAYER), *(name + "2" for name in LAYER), "nothing")
+
+
+def tiles_of(kind):
+    """The tiles to choose from, the largest first. BYTES has not the registers for the wide one."""
+    return (WIDE, NARROW, gemm_mma.SMALL) if kind == NIBBLES else (NARROW, gemm_mma.SMALL)
+
+
+def places(*names):
+    """Where the values of these names are, as runtime.chain wants it."""
+    return tuple(map(VALUES.index, names))
+
+
+QUANTIZE = places("x", "smooth1", "proj_down1", "act1", "act_scale1", "low1", "low_scale1")
+FIRST = places("nothing", "act1", "act_scale1", "low1", "low_scale1", "weight1", "weight_scale1", "nothing", "proj_up1", "bias1",
+               "act2", "act_scale2", "shares", "smooth2", "proj_down2")
+ADD = places("shares", "low2", "low_scale2")
+SECOND = places("y", "act2", "act_scale2", "low2", "low_scale2", "weight2", "weight_scale2", "nothing", "proj_up2", "bias2")
+
+
+def svdquant_mlp(x, first, second, first_unsigned_from, second_unsigned_from):
+    """second(GELU(first(x))) with 4-bit activations: (..., K) -> (..., N) in x.dtype.
+
+    first, second: each layer's (weight, weight_scale, proj_down, proj_up, smooth, bias or None) and its unsigned_from, as in
+    reference.svdquant_linear; GELU is tanh's. The codes between the layers are those of ops.svdquant_linear twice, to the bit, as is
+    everything where there are no such kernels.
+    """
+    args = x, first, second, first_unsigned_from, second_unsigned_from
+    return (_mlp if ops.plain(x) else _mlp_op)(*args)
+
+
+# The schema is written out, since PyTorch 2.5 doesn't find lists of Optionals in collections.abc's annotations.
+@torch.library.custom_op("svdquant::mlp", mutates_args=(), schema=(
+    "(Tensor x, Tensor?[] first, Tensor?[] second, SymInt first_unsigned_from, SymInt second_unsigned_from) -> Tensor"))
+def _mlp_op(x, first, second, first_unsigned_from, second_unsigned_from):
+    return _mlp(x, first, second, first_unsigned_from, second_unsigned_from)
+
+
+@_mlp_op.register_fake
+def _(x, first, second, first_unsigned_from, second_unsigned_from):
+    return x.new_empty(*x.shape[:-1], second[0].shape[0])
+
+
+def _mlp(x, first, second, first_unsigned_from, second_unsigned_from):
+    if ops.kernels_run(x, first[0]) and ops.kernels_run(x, second[0]):
+        y = fused(x, first, second, first_unsigned_from, second_unsigned_from)
+        if y is not None:
+            return y
+    hidden = ops.svdquant_linear(x, *first, first_unsigned_from, 4, gelu_from=0)
+    return ops.svdquant_linear(hidden, *second, second_unsigned_from, 4)
+
+
+def fused(x, first, second, first_unsigned_from, second_unsigned_from, codes=None, tile=None):
+    """As svdquant_mlp on a GPU, or None where this kernel isn't for it. codes, tile: the tests' choice of a path."""
+    k, dtype = x.shape[-1], x.dtype
+    (hidden, first_rank), (n, second_rank) = first[3].shape, second[3].shape
+    if not dtype == first[1].dtype == second[1].dtype or not x.is_contiguous() or x.data_ptr() % 16:
+        return None
+    try:
+        plan = _plan(x.numel() // k, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, x.device,
+                     codes, tile)
+    except compiler.KernelsUnavailable:  # the layers say so
+        return None
+    if plan is None:
+        return None
+    y = x.new_empty(*x.shape[:-1], n)
+    launch(plan, x, y, x.new_empty(plan.elements), first, second)
+    return y
+
+
+def launch(plan, x, y, work, first, second):
+    """The launches of a _Plan; work: its elements."""
+    at = [0 if place is None else work.data_ptr() + place for place in plan.parts]
+    down = first[2]
+    if plan.multiply:
+        down, scale = quantize.multiplied(x.view(-1, x.shape[-1]), down)
+        if scale is not None:
+            at[WORK.index("low_scale1")] = scale.data_ptr()
+    plan.run(*map(runtime.address, (x, y)), *at, *map(runtime.address, (*first[:2], down, *first[3:], *second)))
+
+
+class _Plan(NamedTuple):
+    """The launches, and the one allocation for what they leave to each other."""
+
+    run: Callable    # of VALUES' addresses, without "nothing"
+    elements: int    # of 2 bytes
+    parts: tuple     # where in them WORK is, in bytes; None: not there
+    multiply: bool   # x @ proj_down of the first layer by cuBLAS
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, device, codes, tile):
+    """The _Plan, or None where the kernels don't take the layers."""
+    arch = compiler.architecture(device)
+    number = compiler.arch_number(arch)
+    codes = quantize.storage(4, arch) if codes is None else codes
+    if (number < 80 or dtype not in (torch.bfloat16, torch.float16) or first_rank % ops.RANKS or second_rank % ops.RANKS
+            or hidden % WIDE.rows or not 0 < second_rank <= MAX_RANK or max(k, n) * hidden >= 1 << 33):
+        return None
+    kind = NIBBLES if codes == quantize.NIBBLES else BYTES
+    tile = tile or gemm_mma.choose_tile(kind, number, compiler.multiprocessors(device), m, hidden, tiles_of(kind))
+    half, ranks, tiles = dtype == torch.float16, padded(second_rank, RANK_BLOCK), hidden // tile.rows
+    sizes = [(math.prod(output[0]) * output[1].itemsize if output else 0)
+             for outputs in (quantize.outputs(m, k, first_rank, codes, dtype), quantize.outputs(m, hidden, second_rank, codes, dtype))
+             for output in outputs]
+    sizes.append(tiles * padded(m, 16) * ranks * 4)
+    parts, end = [], 0
+    for size in sizes:
+        parts.append(end if size else None)
+        end += padded(size, ops.ALIGNMENT)
+
+    quantized, cut = quantize.launcher(m, k, first_rank, k, first_unsigned_from, codes, dtype, device)
+    defines = gemm_mma.defines_of(kind, tile, number, half, next_ranks=ranks)
+    first = runtime.kernel(gemm_mma.SOURCE, gemm_mma.ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
+    first = first.launcher((-(-m // tile.tokens) * tiles,), (tile.threads,), len(FIRST),
+                           (m, hidden, k, first_rank, first_unsigned_from, second_rank, second_unsigned_from))
+    add = runtime.kernel(SHARES, SHARES_ENTRY, shares_defines(half, ranks), device)
+    add = add.launcher((-(-padded(m, 16) * ranks // 8 // SHARES_THREADS),), (SHARES_THREADS,), len(ADD), (m, tiles))
+    second = gemm_mma.launcher(kind, m, n, hidden, second_rank, second_unsigned_from, dtype, device)
+    run = runtime.chain(len(VALUES) - 1, (quantized, QUANTIZE), (first, FIRST), (add, ADD), (second, SECOND), constants=(0,))
+    return _Plan(run, end // 2, tuple(parts), cut.ranks < first_rank)
+
+
+def shares_defines(half, ranks):
+    return ("HALF", int(half)), ("RANKS", ranks)
+
+
+def variants(arch):
+    """Variants that stand for all that `arch`, such as "sm_89", compiles for this: the largest tile, which has the fewest registers to
+    spare, with the most ranks."""
+    number = compiler.arch_number(arch)
+    if number < 80:
+        return []
+    kind, found = NIBBLES if quantize.storage(4, arch) == quantize.NIBBLES else BYTES, []
+    for half in (False, True):
+        defines = gemm_mma.defines_of(kind, tiles_of(kind)[0], number, half, next_ranks=MAX_RANK)
+        found += [(gemm_mma.SOURCE, gemm_mma.ENTRY, defines), (SHARES, SHARES_ENTRY, shares_defines(half, MAX_RANK))]
+    return found

@@ -1,0 +1,231 @@
+"""An MLP's two layers in one pass: the codes between them are those of the layers one after the other, to the bit.
+
+Hopper has no 4-bit MMA; its compiler emulates one, so that the paths of sm_80 .. sm_89 run here as well.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import compiler, gemm_mma, images, mlp, ops, quantize, reference
+from comfyui_svdquant.cuda.gemm_mma import SMALL
+from comfyui_svdquant.cuda.mlp import NARROW, WIDE
+from comfyui_svdquant.cuda.quantize import BYTES, NIBBLES
+
+from .layers import random_input, random_layer, relative_error
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda", 0)
+BF16 = 3e-3  # test_ops_gpu.py's
+
+
+@dataclass(frozen=True)
+class Path:
+    codes: int
+    tile: gemm_mma.Tile
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self):
+        name = {BYTES: "bytes", NIBBLES: "nibbles"}[self.codes] + "-" + {WIDE: "wide", NARROW: "narrow", SMALL: "small"}[self.tile]
+        return name + ("-fp16" if self.dtype == torch.float16 else "")
+
+
+PATHS = [Path(NIBBLES, WIDE), Path(NIBBLES, NARROW), Path(NIBBLES, SMALL), Path(NIBBLES, WIDE, torch.float16),
+         Path(BYTES, NARROW), Path(BYTES, SMALL), Path(BYTES, NARROW, torch.float16)]
+SHAPES = [  # M, K, hidden, N, ranks, the second layer's unsigned_from
+    (1, 64, 256, 16, 0, 16, 0), (17, 192, 256, 208, 32, 32, 0), (77, 320, 768, 96, 16, 64, 256), (129, 128, 512, 272, 128, 48, 512),
+    (512, 448, 256, 64, 32, 32, 0), (1000, 256, 1280, 128, 64, 64, 0)]
+
+
+@dataclass
+class Case:
+    """x (M, K), both layers' six tensors and unsigned_from, on the GPU."""
+
+    x: torch.Tensor
+    first: tuple
+    second: tuple
+    unsigned_from: tuple
+
+    def args(self):
+        return self.x, self.first, self.second, *self.unsigned_from
+
+
+def random_case(m, k, hidden, n, first_rank, second_rank, unsigned_from, dtype=torch.bfloat16):
+    """The hidden states have a few loud columns, and are some units large. Without a bias where N is 96."""
+    first = random_layer(hidden, k, first_rank, bias=n != 96, dtype=dtype, seed=m)
+    second = random_layer(n, hidden, second_rank, unsigned_from, n != 96, dtype, seed=m + 1)
+    first.weight_scale[:, ::50] *= 8
+    layers = [tuple(None if t is None else t.cuda() for t in layer.args()[:-1]) for layer in (first, second)]
+    return Case(random_input(m, k, dtype, seed=n).cuda() / 4, *layers, (k, unsigned_from))
+
+
+def run(path, case):
+    """(y, the second layer's Quantized), out of poisoned memory whose margins have to stay as they are."""
+    x, first, second, first_unsigned_from, second_unsigned_from = case.args()
+    (m, k), (hidden, rank), (n, second_rank), dtype, margin = x.shape, first[3].shape, second[3].shape, x.dtype, 4096
+    plan = mlp._plan(m, k, hidden, n, rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, x.device, path.codes, path.tile)
+    buffers = [torch.full((size + 2 * margin,), torch.nan, dtype=dtype, device=DEVICE) for size in (m * n, plan.elements)]
+    y, work = (buffer[margin:-margin] for buffer in buffers)
+    mlp.launch(plan, x, y, work, first, second)
+    torch.cuda.synchronize()
+    assert all(b[:margin].isnan().all() and b[-margin:].isnan().all() for b in buffers), "written outside"
+    quantized = []
+    for name, (shape, kind) in zip(quantize.Quantized._fields, quantize.outputs(m, hidden, second_rank, path.codes, dtype), strict=True):
+        part = work.view(torch.uint8)[plan.parts[mlp.WORK.index(name + "2")]:]
+        quantized.append(part[:torch.Size(shape).numel() * kind.itemsize].view(kind).view(shape))
+    return y.view(m, n), quantize.Quantized(*quantized)
+
+
+def layer_by_layer(path, case):
+    """(hidden states (M, hidden), what the second layer's quantize kernel makes of them), by the kernels of two layers."""
+    x, first, second, first_unsigned_from, second_unsigned_from = case.args()
+    m = x.shape[0]
+    q = quantize.quantize(x, first[4], first[2], first_unsigned_from, path.codes)
+    hidden = gemm_mma.gemm("int4", *q, *first[:2], None, first[3], first[5], first_unsigned_from, m, gelu_from=0)
+    return hidden, quantize.quantize(hidden, second[4], second[2], second_unsigned_from, path.codes)
+
+
+def bits(tensor):
+    return tensor.view(torch.uint8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """All kernels at once, on as many cores as there are."""
+    arch = compiler.architecture(DEVICE)
+    number = compiler.arch_number(arch)
+    wanted = [(mlp.SHARES, mlp.shares_defines(half, ranks)) for half in (False, True) for ranks in (32, 64)]
+    for path in PATHS:
+        kind, half = gemm_mma.NIBBLES if path.codes == NIBBLES else gemm_mma.BYTES, path.dtype == torch.float16
+        wanted += [(gemm_mma.SOURCE, gemm_mma.defines_of(kind, path.tile, number, half, next_ranks=ranks)) for ranks in (32, 64)]
+        wanted += [(gemm_mma.SOURCE, gemm_mma.defines_of(kind, tile, number, half, gelu=gelu))
+                   for tile in gemm_mma.tiles_of(kind, number) for gelu in (False, True)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda w: compiler.compile_cubin(*w, arch), dict.fromkeys(wanted)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_is_the_two_layers(path, shape):
+    case = random_case(*shape, path.dtype)
+    y, q = run(path, case)
+    hidden, expected = layer_by_layer(path, case)
+    assert torch.equal(bits(q.act), bits(expected.act)), f"{int((bits(q.act) != bits(expected.act)).sum())} bytes of codes are others"
+    assert torch.equal(bits(q.act_scale), bits(expected.act_scale))
+
+    # The branch: sums in another order than quantize.cu's, within that test's bound of float64.
+    m, down = hidden.shape[0], case.second[2]
+    rows = images.branch_rows(q.low, (q.low.shape[1], 32 * q.low.shape[0]))
+    assert (rows[m:] == 0).all() and (rows[:, down.shape[1]:] == 0).all() and (q.low_scale[m:] == 0).all()
+    scale, exact = q.low_scale[:m].double()[:, None], hidden.double() @ down.double()
+    assert (torch.frexp(scale)[0] == 0.5).all() and (path.dtype == torch.float16 or (scale == 1).all())
+    got, size = rows[:m, :down.shape[1]].double() * scale, hidden.double().abs() @ down.double().abs()
+    bound = exact.abs() * (2.0**-8 if path.dtype == torch.bfloat16 else 2.0**-11) + size * 2.0**-18 + scale * 2.0**-25
+    worst = ((got - exact).abs() / bound).max()
+    assert worst <= 1, f"x @ proj_down is off by {worst:.3g} times its bound"
+
+    second = case.second
+    behind = gemm_mma.gemm("int4", *q, *second[:2], None, second[3], second[5], case.unsigned_from[1], m)
+    assert torch.equal(bits(y), bits(behind))
+    error = relative_error(y, reference.svdquant_linear(hidden.double(), *second, case.unsigned_from[1], 4, torch.float64))
+    assert error < BF16, f"relative error {error:.2e}"
+    again = run(path, case)
+    assert torch.equal(bits(y), bits(again[0])) and all(torch.equal(bits(a), bits(b)) for a, b in zip(q, again[1])), "two runs differ"
+
+
+def test_fp16s_branch_is_scaled_down():
+    """Where x @ proj_down is beyond fp16."""
+    path = Path(NIBBLES, WIDE, torch.float16)
+    case = random_case(77, 128, 512, 64, 16, 32, 0, torch.float16)
+    down = case.second[2]
+    down.abs_().mul_(2000)
+    _, q = run(path, case)
+    hidden, expected = layer_by_layer(path, case)
+    assert q.low_scale[:77].max() > 1 and torch.equal(q.low_scale, expected.low_scale)
+    exact = hidden.double() @ down.double()
+    got = images.branch_rows(q.low, (77, 32)).double() * q.low_scale[:77].double()[:, None]
+    assert ((got - exact).abs() <= 2.0**-10 * exact.abs().amax(dim=1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_nan_stays_in_its_row(path):
+    case = random_case(130, 128, 512, 64, 16, 32, 256, path.dtype)
+    clean, _ = run(path, case)
+    case.x[77, 5], case.x[129, 0] = torch.nan, torch.inf
+    y, q = run(path, case)
+    _, expected = layer_by_layer(path, case)
+    assert torch.equal(bits(q.act), bits(expected.act)) and torch.equal(bits(q.act_scale), bits(expected.act_scale))
+    others = torch.ones(130, dtype=torch.bool, device=DEVICE)
+    others[[77, 129]] = False
+    assert y[~others].isnan().all() and torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_zeros(path):
+    """Hidden states of zeros: signed groups have neither codes nor scales, shifted ones have both."""
+    case = random_case(33, 128, 512, 64, 16, 32, 256, path.dtype)
+    case.x.zero_()
+    case.first[5].zero_()
+    _, q = run(path, case)
+    _, expected = layer_by_layer(path, case)
+    assert torch.equal(bits(q.act), bits(expected.act)) and torch.equal(bits(q.act_scale), bits(expected.act_scale))
+    assert (q.act_scale[:4] == 0).all() and (q.act_scale[4:, :33] > 0).all() and (q.low == 0).all() and (q.low_scale[:33] == 1).all()
+
+
+def test_a_token_does_not_see_its_neighbours():
+    for path in PATHS:
+        case = random_case(150, 128, 256, 64, 16, 32, 0, path.dtype)
+        whole, x = run(path, case)[0], case.x
+        for rows in (slice(0, 1), slice(3, 100), slice(149, 150)):
+            case.x = x[rows].contiguous()
+            assert torch.equal(run(path, case)[0], whole[rows]), path
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_op(dtype):
+    """As the device has it, with what was chosen here: against two layers, of which only the branch's rounding is another."""
+    case = random_case(300, 1024, 3072, 768, 32, 32, 0, dtype)
+    x, first, second, *unsigned = case.args()
+    assert mlp.fused(*case.args()) is not None
+    y = mlp.svdquant_mlp(x.view(3, 100, 1024), first, second, *unsigned)
+    hidden = ops.svdquant_linear(x, *first, unsigned[0], 4, gelu_from=0)
+    two = ops.svdquant_linear(hidden, *second, unsigned[1], 4)
+    exact = reference.svdquant_linear(hidden.double(), *second, unsigned[1], 4, torch.float64)
+    assert y.shape == (3, 100, 768) and y.dtype == dtype
+    assert relative_error(y.view(300, 768), two) < BF16 and relative_error(y.view(300, 768), exact) < BF16
+
+
+def test_what_falls_back_is_the_two_layers():
+    for shape in ((70, 128, 320, 64, 16, 32, 0), (70, 128, 256, 64, 16, 128, 0), (70, 128, 256, 64, 16, 0, 0)):
+        x, first, second, *unsigned = random_case(*shape).args()
+        assert mlp.fused(x, first, second, *unsigned) is None
+        hidden = ops.svdquant_linear(x, *first, unsigned[0], 4, gelu_from=0)
+        assert torch.equal(mlp.svdquant_mlp(x, first, second, *unsigned), ops.svdquant_linear(hidden, *second, unsigned[1], 4))
+
+
+def test_in_one_graph_in_a_cuda_graph_and_on_a_stream():
+    args = random_case(70, 256, 512, 256, 32, 32, 0).args()
+    x, rest = args[0], args[1:]
+
+    def model(x):
+        return mlp.svdquant_mlp(x, *rest) * 2
+
+    expected = model(x)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.library.opcheck(torch.ops.svdquant.mlp.default, args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+    y.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(y, expected)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000)  # what reads too early reads zeros
+        late = torch.zeros_like(x)
+        late.copy_(x)
+        y = model(late)
+    stream.synchronize()
+    assert torch.equal(y, expected)
