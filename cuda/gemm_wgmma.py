@@ -11,8 +11,8 @@ SOURCE, ENTRY = "gemm_wgmma.cu", "gemm"
 PAIR = 2  # CTAs of a cluster: they share their tokens, or a tile's K
 MAX_RANK = 128  # the branch's blocks lie in the ring all at once
 # (weight rows, tokens, CTAs that share K) of a tile -> stages of its ring, as many as fit in shared memory.
-STAGES = {(192, 192, 1): 5, (192, 128, 1): 6, (192, 64, 1): 9, (128, 256, 1): 5, (128, 192, 1): 6, (128, 128, 1): 8, (128, 64, 1): 12,
-          (192, 128, 2): 5, (192, 64, 2): 8, (128, 128, 2): 7, (128, 64, 2): 10}
+STAGES = {(192, 192, 1): 4, (192, 128, 1): 6, (192, 64, 1): 8, (128, 256, 1): 4, (128, 192, 1): 5, (128, 128, 1): 7, (128, 64, 1): 11,
+          (192, 128, 2): 4, (192, 64, 2): 8, (128, 128, 2): 6, (128, 64, 2): 11}
 
 
 def _defines(tile, dtype, gelu):
@@ -29,14 +29,20 @@ def variants(arch):
             for tile in STAGES for dtype in (torch.bfloat16, torch.float16) for gelu in (False, True)]
 
 
+def slice_of(tile):
+    """The tokens that a warpgroup stores at a time."""
+    return min(64, tile[1] // tile[2])
+
+
 def shared_bytes(tile):
     """Shared memory of a CTA: the ring, the turned outputs, the other CTA's sums, the tokens' and rows' factors, the barriers (see the
     kernel)."""
     rows, tokens, split = tile
     warpgroups, out = rows // 64, tokens // split
+    slices = 2 * slice_of(tile) * 128
     ring = STAGES[tile] * (tokens * 128 + rows * 64 + 2 * rows * 2)
     sums = warpgroups * out * 64 * 4 if split > 1 else 0
-    return ring + warpgroups * 2 * 32 * 128 + sums + 2 * (3 * out * 4 + rows * 6) + 16 * STAGES[tile] + 16 + 16 * warpgroups
+    return ring + warpgroups * slices + sums + 2 * (3 * out * 4 + rows * 6) + 16 * STAGES[tile] + 16 + 16 * warpgroups
 
 
 def count_tiles(tile, m, n):
@@ -78,7 +84,8 @@ def launcher(m, n, k, rank, unsigned_from, dtype, device, tile=None, pdl=False, 
     kernel = runtime.kernel(SOURCE, ENTRY, _defines(tile, dtype, gelu), device, shared_bytes(tile))
     clusters = min(sms // PAIR, count_tiles(tile, m, n))
     sizes = m, images.padded(m, images.ROWS), n, k, rank, border, int(unsigned_from < k), *((gelu_from,) if gelu else ())
-    return kernel.launcher((PAIR * clusters,), (2 * tile[0] + 128,), 10, sizes, pdl)
+    boxes = runtime.Boxes(m, n, slice_of(tile), 64)
+    return kernel.launcher((PAIR * clusters,), (2 * tile[0] + 128,), 10, sizes, pdl, boxes)
 
 
 def takes(k, unsigned_from):

@@ -28,8 +28,8 @@ class Quantized(NamedTuple):
     """What the GEMM needs of x. Mp is M padded to 16, G = K / 64; rows from M on hold zeros.
 
     act: an image of codes. act_scale: float32, INT8 (2, Mp), one for the columns before and one from `unsigned_from`;
-    else (G, Mp). low: the image of (x @ proj_down) / low_scale, low_scale: (Mp,) float32, powers of two. Both None
-    without ranks.
+    else (G, Mp). low: the image of (x @ proj_down) / low_scale, low_scale: (Mp,) float32, powers of two, in bf16
+    ones. Both None without ranks.
     """
 
     act: torch.Tensor

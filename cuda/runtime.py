@@ -13,6 +13,7 @@ import struct
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -39,7 +40,7 @@ def driver():
         library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError as error:
         raise KernelsUnavailable(f"The CUDA kernels need NVIDIA's driver ({error}).") from error
-    if not hasattr(library, "cuLaunchKernelEx"):  # it came with 11.8
+    if not hasattr(library, "cuTensorMapEncodeTiled"):  # it came with 12.0
         raise KernelsUnavailable("The CUDA kernels need an NVIDIA driver for CUDA 12 or newer. Update the driver.")
     return library
 
@@ -68,30 +69,68 @@ def _ensure_context():
         _check("cuCtxSetCurrent", driver().cuCtxSetCurrent(context))
 
 
+class Boxes(NamedTuple):
+    """A matrix of 2-byte elements in the GPU's memory, (rows, columns) and contiguous, that a kernel's copy engine moves by boxes of so
+    many rows and columns, swizzled by 128 bytes in shared memory. The columns are a multiple of 8, a box's at most 64."""
+
+    rows: int
+    columns: int
+    box_rows: int
+    box_columns: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _tensor_map(boxes):
+    """A CUtensorMap of Boxes at address 0.
+
+    The driver says nothing of its 128 bytes. That the first eight are the address is Hopper's format, and looked at here.
+    """
+    sizes, strides = (ctypes.c_uint64 * 2)(boxes.columns, boxes.rows), (ctypes.c_uint64 * 1)(2 * boxes.columns)
+    box, steps = (ctypes.c_uint32 * 2)(boxes.box_columns, boxes.box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    memory = ctypes.create_string_buffer(128 + 64)
+    begin = -ctypes.addressof(memory) % 64  # where the driver may write it
+
+    def encode(address):
+        status = driver().cuTensorMapEncodeTiled(  # 1: 16-bit unsigned, in 2 dimensions; 0: no interleaving; 3: 128 bytes' swizzle
+            ctypes.byref(memory, begin), 1, 2, ctypes.c_void_p(address), sizes, strides, box, steps, 0, 3, 0, 0)
+        _check("cuTensorMapEncodeTiled", status)
+        return memory[begin:begin + 128]
+
+    one, other = (encode(address) for address in (1 << 20, 3 << 40))
+    if one[8:] != other[8:] or struct.unpack("=QQ", one[:8] + other[:8]) != (1 << 20, 3 << 40):
+        raise RuntimeError("The driver's CUtensorMap does not begin with the tensor's address; this pack does not know its format.")
+    return bytes(8) + one[8:]
+
+
 class _Memory:
-    """A thread's memory for the launches of a chain: their CUlaunchConfigs, then the kernels' parameters, 8 bytes each.
+    """A thread's memory for the launches of a chain: their CUlaunchConfigs, the kernels' parameters of 8 bytes each, their tensor maps.
 
     Of an int's 8 bytes the driver takes as many as the parameter has: all of a pointer, or the low 4.
     """
 
-    __slots__ = ("bytes", "values", "stream", "calls")
+    __slots__ = ("bytes", "values", "maps", "stream", "calls")
 
     def __init__(self, count, steps, constants):
+        _ensure_context()
         first = count + len(constants)
         constants = [*constants, *(size for launcher, _ in steps for size in launcher.sizes)]
+        maps = [_tensor_map(launcher.boxes) for launcher, _ in steps if launcher.boxes]
         self.values = struct.calcsize(_CONFIG) * len(steps)  # where the chain's ints begin, and after them the constants
-        self.bytes = ctypes.create_string_buffer(self.values + 8 * (count + len(constants)))
-        struct.pack_into(f"={len(constants)}q", self.bytes, self.values + 8 * count, *constants)
-        begin, calls = ctypes.addressof(self.bytes), []
+        values = struct.pack(f"={count + len(constants)}q", *[0] * count, *constants)
+        self.bytes = ctypes.create_string_buffer(bytes(self.values) + values + b"".join(maps))
+        begin, mapped, self.maps, calls = ctypes.addressof(self.bytes), self.values + len(values), [], []
         for turn, (launcher, places) in enumerate(steps):
             places = *places, *range(first, first + len(launcher.sizes))
             first += len(launcher.sizes)
             config = turn * struct.calcsize(_CONFIG)
             struct.pack_into(_CONFIG, self.bytes, config, *launcher.head, 0, *launcher.attributes)
-            parameters = (ctypes.c_void_p * len(places))(*(begin + self.values + 8 * place for place in places))
-            calls.append((ctypes.c_void_p(begin + config), launcher.kernel.function, parameters, None))
+            pointers = [begin + self.values + 8 * place for place in places]
+            if launcher.boxes:
+                self.maps.append((mapped, places[0]))
+                pointers[0] = begin + mapped
+                mapped += 128
+            calls.append((ctypes.c_void_p(begin + config), launcher.kernel.function, (ctypes.c_void_p * len(places))(*pointers), None))
         self.stream, self.calls = 0, tuple(calls)
-        _ensure_context()
 
     def turn_to(self, stream):
         """Most of the time it is the same one."""
@@ -107,7 +146,7 @@ def chain(count, *steps, constants=()):
     All that doesn't change from call to call is written once a thread.
     """
     index, launch, threads = steps[0][0].kernel.index, driver().cuLaunchKernelEx, threading.local()
-    pack = struct.Struct(f"={count}q").pack_into
+    pack, pack_address = struct.Struct(f"={count}q").pack_into, struct.Struct("=q").pack_into
 
     def run(*values):
         if _current_device() != index:
@@ -120,6 +159,8 @@ def chain(count, *steps, constants=()):
         if (stream := _raw_stream(index)) != memory.stream:
             memory.turn_to(stream)
         pack(memory.bytes, memory.values, *values)
+        for where, place in memory.maps:
+            pack_address(memory.bytes, where, values[place])
         for call in memory.calls:
             if status := launch(*call):
                 _check("cuLaunchKernelEx", status)
@@ -130,10 +171,10 @@ def chain(count, *steps, constants=()):
 class Launcher:
     """A kernel with its grid, block and last arguments. `launcher(*ints)`, its first ones, launches it."""
 
-    __slots__ = ("kernel", "head", "attributes", "sizes", "run")
+    __slots__ = ("kernel", "head", "attributes", "sizes", "boxes", "run")
 
-    def __init__(self, kernel, grid, block, count, sizes, pdl):
-        self.kernel, self.sizes = kernel, sizes
+    def __init__(self, kernel, grid, block, count, sizes, pdl, boxes):
+        self.kernel, self.sizes, self.boxes = kernel, sizes, boxes
         self.head = (*grid, 1, 1)[:3] + (*block, 1, 1)[:3] + (kernel.shared,)
         self.attributes = (ctypes.addressof(_PDL), 1) if pdl and kernel.dependent else (0, 0)
         self.run = chain(count, (self, range(count)))
@@ -180,13 +221,14 @@ class Kernel:
         _check("cuOccupancyMaxActiveClusters", status)
         return count.value
 
-    def launcher(self, grid, block, count, sizes=(), pdl=False):
+    def launcher(self, grid, block, count, sizes=(), pdl=False, boxes=None):
         """A Launcher: a function of the kernel's first `count` arguments, ints, for one shape many times.
 
         sizes: the arguments that follow, ints.
         pdl: let it start while the kernel before it ends. The kernel must then wait_for_previous_grid() (common.cuh).
+        boxes: the Boxes whose address the first int is. The kernel's first argument is then a TensorMap (hopper.cuh).
         """
-        return Launcher(self, grid, block, count, sizes, pdl)
+        return Launcher(self, grid, block, count, sizes, pdl, boxes)
 
 
 # --- From the source -------------------------------------------------------------------------------------------------

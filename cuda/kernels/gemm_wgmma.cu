@@ -34,24 +34,25 @@ constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int S_BYTES = 2 * ROWS * 2;           // kept apart, so that X stays on 1024 bytes
 constexpr int RING = STAGES * STAGE_BYTES;
 constexpr int OUT = TOKENS / SPLIT;             // tokens whose outputs a CTA finishes
-constexpr int SLICE = 32;                       // tokens that a warpgroup turns and stores at a time
+constexpr int SLICE = OUT < 64 ? OUT : 64;      // tokens that a warpgroup turns and stores at a time
 constexpr int SLICES = OUT / SLICE;
-constexpr int PRODUCTS = TOKENS == 192 && ROWS == 192 ? 1 : 2;  // slices of the branch's product that fit beside the accumulators
+constexpr int AHEAD = TOKENS == 192 && ROWS == 192 ? 0 : 1;  // slices whose registers fit beside the accumulators, but one
 constexpr int SLICE_BYTES = SLICE * 128;
-constexpr int STORE_BYTES = 2 * SLICE_BYTES;    // two slices, so that one barrier each is enough
+constexpr int STORE_BYTES = 2 * SLICE_BYTES;    // two slices: one is written while the copy engine reads the other
 constexpr int SUM_BYTES = SPLIT == 1 ? 0 : OUT * 64 * 4;  // of a warpgroup, from the CTA that has the rest of K
 // Factors of a tile, as offsets: OUT each of the last part's scale, the first's, low_scale; ROWS each of row_scale and bias.
 constexpr int LAST = 0, FIRST = OUT * 4, LOW = 2 * OUT * 4, ROW_SCALE = 3 * OUT * 4, BIAS = ROW_SCALE + ROWS * 4;
 constexpr int FACTOR_BYTES = BIAS + ROWS * 2;
-constexpr int STORES = RING + STAGES * S_BYTES;
-constexpr int SUMS = STORES + CONSUMERS * STORE_BYTES;
+constexpr int STORES = RING;                    // on 1024 bytes too: the copy engine swizzles by the address
+constexpr int SCALES = STORES + CONSUMERS * STORE_BYTES;
+constexpr int SUMS = SCALES + STAGES * S_BYTES;
 constexpr int FACTORS = SUMS + CONSUMERS * SUM_BYTES;
 constexpr int BARRIERS = FACTORS + 2 * FACTOR_BYTES;
 // A lane's registers at the launch are 128 (four warpgroups) or 168 (three); what the producers give is what the consumers may take.
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS == (CONSUMERS == 3 ? 4 * 128 : 3 * 168), "the CTA's registers");
 static_assert(BARRIERS + 16 * STAGES + 16 + 16 * CONSUMERS <= 232448, "more shared memory than an SM has");
-static_assert(STAGES >= 5, "the last block and a branch of 128 ranks lie in the ring at once");
+static_assert(STAGES >= 4, "a branch of 128 ranks lies in the ring at once");
 static_assert(CLUSTER == 1 || TOKENS % 16 == 0, "each CTA of a cluster fetches whole atoms of 8 tokens");
 
 // A place in the ring: the stage, and the parity of the barrier's phase.
@@ -65,14 +66,29 @@ struct Place {
 
 struct Problem {
     int begin, end;  // the CTA's blocks of K
-    int rank_blocks, token_tiles, tiles;
+    int rank_blocks, token_tiles, row_tiles;
 };
 
-// Tiles go down the tokens first: the CTAs at work share few weight rows, and the activation stays in L2.
-DEVICE void tile_origin(const Problem& p, int tile, u32 cta, int& m0, int& n0) {
-    m0 = tile % p.token_tiles * TOKENS;
-    n0 = (tile / p.token_tiles * CLUSTER + (int)cta) * ROWS;
-}
+// A tile of a cluster's. They go down the tokens first: the CTAs at work share few weight rows, and the activation stays in L2.
+struct Tile {
+    int token, row, token_step, row_step;
+
+    __device__ __forceinline__ Tile(const Problem& p) {
+        const int first = blockIdx.x / (CLUSTER * SPLIT), step = gridDim.x / (CLUSTER * SPLIT);
+        token = first % p.token_tiles, row = first / p.token_tiles;
+        token_step = step % p.token_tiles, row_step = step / p.token_tiles;
+    }
+
+    __device__ __forceinline__ bool there(const Problem& p) const { return row < p.row_tiles; }
+
+    __device__ __forceinline__ void next(const Problem& p) {
+        token += token_step, row += row_step;
+        if (token >= p.token_tiles) token -= p.token_tiles, row++;
+    }
+
+    __device__ __forceinline__ int m0() const { return token * TOKENS; }
+    __device__ __forceinline__ int n0(u32 cta) const { return (row * CLUSTER + (int)(cta % CLUSTER)) * ROWS; }
+};
 
 // A producer thread's share of W's blocks: 16 bytes of every 32nd row, from the same column of each block.
 struct Rows {
@@ -121,7 +137,7 @@ DEVICE void fetch_factors(u32 target, const float* act_scale, int last, bool two
         const bool valid = token < padded_m;
         cp_async16(target + LAST + thread * 16, act_scale + last + token, valid);
         if (two) cp_async16(target + FIRST + thread * 16, act_scale + token, valid);
-        cp_async16(target + LOW + thread * 16, low_scale + token, valid && low_scale);
+        if (HALF) cp_async16(target + LOW + thread * 16, low_scale + token, valid && low_scale);
     }
     if (thread < ROWS / 4) cp_async16(target + ROW_SCALE + thread * 16, row_scale + n0 + thread * 4, n0 + thread * 4 < n);
     if (thread < ROWS / 8) cp_async16(target + BIAS + thread * 16, bias + n0 + thread * 8, bias && n0 + thread * 8 < n);
@@ -154,6 +170,17 @@ DEVICE float2 load_pair(u32 address) {
     const uint2 pair = load_shared8(address);
     return make_float2(__uint_as_float(pair.x), __uint_as_float(pair.y));
 }
+
+#if HALF
+// Two tokens' low_scale; 1 where there are no ranks.
+DEVICE float2 load_low_scales(u32 address) {
+    const float2 pair = load_pair(address);
+    return make_float2(pair.x != 0.f ? pair.x : 1.f, pair.y != 0.f ? pair.y : 1.f);
+}
+
+// The inverse of a power of two, exactly.
+DEVICE float power_inverse(float power) { return __uint_as_float(0x7f000000u - __float_as_uint(power)); }
+#endif
 
 // 1 / x, and 0 of 0.
 DEVICE float inverse_of(float x) { return x != 0.f ? reciprocal(x) : 0.f; }
@@ -204,17 +231,15 @@ DEVICE void multiply(int (&d)[TOKENS / 2], u32 a, u32 b, const Weights& w, u64 t
     wgmma_commit();
 }
 
-// low_rank (64 rows x SLICE tokens) = up low^T over all the branch's blocks, left running.
-DEVICE void multiply_branch(float (&low_rank)[SLICE / 2], u32 shared, int warpgroup, int slice, Place place, int blocks) {
-#pragma unroll
-    for (int i = 0; i < SLICE / 2; i++) low_rank[i] = 0.f;
+// y (64 rows x SLICE tokens) += up low^T over all the branch's blocks, left running.
+DEVICE void multiply_branch(float (&y)[SLICE / 2], u32 shared, int warpgroup, int slice, Place place, int blocks) {
+    wgmma_fence();
 #pragma unroll 1
     for (int block = 0; block < blocks; block++, place.next()) {
-        wgmma_fence();
         const u32 x = shared + place.stage * STAGE_BYTES;
         const u64 up = wgmma_descriptor<64>(x + X_BYTES + warpgroup * 4096), low = wgmma_descriptor<64>(x + slice * (SLICE * 64));
-        wgmma_half(low_rank, up, low);
-        wgmma_half(low_rank, up + 2, low + 2);
+        wgmma_half(y, up, low);
+        wgmma_half(y, up + 2, low + 2);
     }
     wgmma_commit();
 }
@@ -223,11 +248,11 @@ extern "C" __global__ void __launch_bounds__(ROWS * 2 + 128, 1)
 #if CLUSTER * SPLIT > 1
 __cluster_dims__(CLUSTER * SPLIT, 1, 1)
 #endif
-gemm(u16* __restrict__ y,                       // (m, n)
+gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
      const char* __restrict__ act,              // (blocks, padded_m, 128) int8 image
      const float* __restrict__ act_scale,       // (2, padded_m)
      const char* __restrict__ low,              // (rank_blocks, padded_m, 32) 16-bit image
-     const float* __restrict__ low_scale,       // (padded_m) or null
+     const float* __restrict__ low_scale,       // (padded_m), powers of two, or null; not looked at in bf16, whose are ones
      const char* __restrict__ weight,           // (n, k / 2)
      const u16* __restrict__ weight_scale,      // (k / 64, n)
      const float* __restrict__ row_scale,       // (n)
@@ -246,8 +271,7 @@ gemm(u16* __restrict__ y,                       // (m, n)
     const u32 summed = used + 16, sendable = summed + 8 * CONSUMERS;
     const u32 cta = CLUSTER * SPLIT == 1 ? 0 : cluster_rank(), half = cta / CLUSTER;
     const int row_tiles = (n + ROWS * CLUSTER - 1) / (ROWS * CLUSTER), token_tiles = (m + TOKENS - 1) / TOKENS, blocks = (k + 127) / 128;
-    const Problem p{blocks * (int)half / SPLIT, blocks * ((int)half + 1) / SPLIT, (rank + 31) / 32, token_tiles, row_tiles * token_tiles};
-    const int first_tile = blockIdx.x / (CLUSTER * SPLIT), tile_step = gridDim.x / (CLUSTER * SPLIT);
+    const Problem p{blocks * (int)half / SPLIT, blocks * ((int)half + 1) / SPLIT, (rank + 31) / 32, token_tiles, row_tiles};
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbarrier_init(full + 8 * s, 128 + 1);  // the producers' copies, and the one that announces the bulk copy
@@ -269,22 +293,20 @@ gemm(u16* __restrict__ y,                       // (m, n)
         // Weights don't wait for the kernel before, which makes the tokens.
         int early = 0;
         {
-            int m0, n0;
-            tile_origin(p, first_tile, cta % CLUSTER, m0, n0);
+            const int n0 = Tile(p).n0(cta);
             Rows rows(weight, k / 2, n0, n, false);
             rows.skip(p.begin);
 #pragma unroll 1
             for (; early < min(STAGES, p.end - p.begin); early++) {
                 rows.fetch(shared + early * STAGE_BYTES + X_BYTES);
-                fetch_scales(shared + RING + early * S_BYTES, weight_scale, p.begin + early, n0, n, k / 64);
+                fetch_scales(shared + SCALES + early * S_BYTES, weight_scale, p.begin + early, n0, n, k / 64);
             }
         }
         wait_for_previous_grid();
         int buffer = 0;
         u32 buffer_parity = 1;
-        for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
-            int m0, n0;
-            tile_origin(p, tile, cta % CLUSTER, m0, n0);
+        for (Tile tile(p); tile.there(p); tile.next(p)) {
+            const int m0 = tile.m0(), n0 = tile.n0(cta);
             const int out_m0 = m0 + half * OUT;
             mbarrier_wait(used + 8 * buffer, buffer_parity);
             fetch_factors(shared + FACTORS + buffer * FACTOR_BYTES, act_scale, part * padded_m, border != 0, low_scale, row_scale, bias,
@@ -303,7 +325,7 @@ gemm(u16* __restrict__ y,                       // (m, n)
                     early--;
                 } else {
                     rows.fetch(x + X_BYTES);
-                    fetch_scales(shared + RING + place.stage * S_BYTES, weight_scale, block, n0, n, k / 64);
+                    fetch_scales(shared + SCALES + place.stage * S_BYTES, weight_scale, block, n0, n, k / 64);
                 }
                 mbarrier_arrive_after_copies(ready);
             }
@@ -323,16 +345,14 @@ gemm(u16* __restrict__ y,                       // (m, n)
         const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
         const int row = warpgroup * 64 + warp * 16 + g;       // of the tile; the lane's other row is 8 below
         const u32 store = shared + STORES + warpgroup * STORE_BYTES;
-        const u32 w = shared + X_BYTES + row * 64 + q * 16, s = shared + RING + (q >> 1) * (ROWS * 2) + row * 2;
+        const u32 w = shared + X_BYTES + row * 64 + q * 16, s = shared + SCALES + (q >> 1) * (ROWS * 2) + row * 2;
         // 1 / row_scale, as registers are short: where nobody but this warp writes its first two tokens' outputs, at the end of the tile.
         const u32 inverse = store + warp * 32 + g * 4;
         u32 factors = shared + FACTORS;
 #if SPLIT > 1
         u32 sums_parity = 0;
 #endif
-        for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
-            int m0, n0;
-            tile_origin(p, tile, cta % CLUSTER, m0, n0);
+        for (Tile tile(p); tile.there(p); tile.next(p)) {
             mbarrier_wait(full + 8 * place.stage, place.parity);
             store_shared4(inverse, __float_as_uint(inverse_of(load_shared_float(factors + ROW_SCALE + row * 4))));
             store_shared4(inverse + 128, __float_as_uint(inverse_of(load_shared_float(factors + ROW_SCALE + row * 4 + 32))));
@@ -365,15 +385,14 @@ gemm(u16* __restrict__ y,                       // (m, n)
                 // The parts' scales are within a factor of 16 (codes.cuh), so the sums stay within 32 bits; their rounding is half a
                 // unit of the product's last place.
 #pragma unroll
-                for (int t = 0; t < TOKENS / 8; t++) {
-                    const float2 last = load_pair(factors + LAST + 32 * t + 8 * q), first = load_pair(factors + FIRST + 32 * t + 8 * q);
-                    const float2 ratio = make_float2(last.x != 0.f ? first.x * reciprocal(last.x) : 0.f,
-                                                     last.y != 0.f ? first.y * reciprocal(last.y) : 0.f);
-                    d[4 * t] = __float2int_rn(d[4 * t] * ratio.x);
-                    d[4 * t + 1] = __float2int_rn(d[4 * t + 1] * ratio.y);
-                    d[4 * t + 2] = __float2int_rn(d[4 * t + 2] * ratio.x);
-                    d[4 * t + 3] = __float2int_rn(d[4 * t + 3] * ratio.y);
-                }
+                for (int t = 0; t < TOKENS / 8; t++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const u32 token = factors + 32 * t + 8 * q + 4 * e;
+                        const float ratio = load_shared_float(token + FIRST) * inverse_of(load_shared_float(token + LAST));
+                        d[4 * t + e] = __float2int_rn(d[4 * t + e] * ratio);
+                        d[4 * t + 2 + e] = __float2int_rn(d[4 * t + 2 + e] * ratio);
+                    }
             }
 
 #if SPLIT > 1
@@ -404,67 +423,88 @@ gemm(u16* __restrict__ y,                       // (m, n)
             }
 #endif
 
-            // The branch's blocks are all in the ring. While a slice's outputs are computed, the next one's product runs.
+            // While the copy engine stores a slice of 32 tokens, the next one's outputs are put together, and the branch's product of the
+            // one after it runs: it is added to what the codes gave.
+            const int m0 = tile.m0(), n0 = tile.n0(cta);
             u32 rows = factors;
             asm volatile("" : "+r"(rows));  // the address anew: kept from the tile's beginning, it would be a register too many
             rows += ROW_SCALE + row * 4;
             const float scale_a = load_shared_float(rows), scale_b = load_shared_float(rows + 32);
             const float bias_a = to_float(load_shared2(factors + BIAS + row * 2)), bias_b = to_float(load_shared2(factors + BIAS + row * 2 + 16));
-            const Place branch = place;
-            for (int block = 0; block < p.rank_blocks; block++, place.next()) mbarrier_wait(full + 8 * place.stage, place.parity);
-            fence_proxy_async();  // `up` was copied by threads, and wgmma reads it
-            float low_rank[PRODUCTS][SLICE / 2];
+            float out[AHEAD + 1][SLICE / 2];
 #if GELU
             const bool activated = n0 + warpgroup * 64 >= gelu_from;  // all of the warpgroup's rows, or none
 #endif
-            if (PRODUCTS == 2) multiply_branch(low_rank[0], shared, warpgroup, 0, branch, p.rank_blocks);
 #pragma unroll
-            for (int slice = 0; slice < SLICES; slice++) {
+            for (int turn = 0; turn < SLICES + AHEAD; turn++) {
+                if (turn < SLICES) {
+                    float (&begun)[SLICE / 2] = out[turn % (AHEAD + 1)];
+#pragma unroll
+                    for (int t = 0; t < SLICE / 8; t++) {
+                        const int v = turn * (SLICE / 2) + 4 * t;
+                        const u32 token = factors + (turn * SLICE + 8 * t + 2 * q) * 4;
+                        float2 scale = load_pair(token + LAST);
+#if HALF
+                        const float2 around = load_low_scales(token + LOW);
+                        scale.x *= power_inverse(around.x), scale.y *= power_inverse(around.y);
+                        const float offset_a = 0.f, offset_b = 0.f;
+#else
+                        const float offset_a = bias_a, offset_b = bias_b;
+#endif
+                        begun[4 * t] = fmaf(d[v], scale.x * scale_a, offset_a), begun[4 * t + 1] = fmaf(d[v + 1], scale.y * scale_a, offset_a);
+                        begun[4 * t + 2] = fmaf(d[v + 2], scale.x * scale_b, offset_b), begun[4 * t + 3] = fmaf(d[v + 3], scale.y * scale_b, offset_b);
+                    }
+                    if (turn == 0) {
+                        Place branch = place;
+                        for (int block = 0; block < p.rank_blocks; block++, branch.next()) mbarrier_wait(full + 8 * branch.stage, branch.parity);
+                        fence_proxy_async();  // `up` was copied by threads, and wgmma reads it
+                    }
+                    multiply_branch(begun, shared, warpgroup, turn, place, p.rank_blocks);
+                    if (!AHEAD || !turn) wgmma_wait<0>();
+                }
+                if (turn < AHEAD) continue;
+                const int slice = turn - AHEAD;
+                float (&ended)[SLICE / 2] = out[slice % (AHEAD + 1)];
                 const u32 target = store + (slice & 1) * SLICE_BYTES;
-                const u32 scales = factors + LAST + slice * (SLICE * 4) + 8 * q;
-                float (&more)[SLICE / 2] = low_rank[slice % PRODUCTS];
-                if (PRODUCTS == 1) multiply_branch(more, shared, warpgroup, slice, branch, p.rank_blocks);
-                wgmma_wait<0>();
-                if (PRODUCTS == 2 && slice + 1 < SLICES)
-                    multiply_branch(low_rank[(slice + 1) % PRODUCTS], shared, warpgroup, slice + 1, branch, p.rank_blocks);
 #pragma unroll
                 for (int pair = 0; pair < SLICE / 16; pair++) {
                     u32 packed[4];
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        const int t = 2 * pair + i, v = slice * (SLICE / 2) + 4 * t;
-                        const float2 scale = load_pair(scales + 32 * t), factor = load_pair(scales + LOW - LAST + 32 * t);
-                        float y0 = fmaf(d[v], scale.x * scale_a, bias_a), y1 = fmaf(d[v + 1], scale.y * scale_a, bias_a);
-                        float y2 = fmaf(d[v + 2], scale.x * scale_b, bias_b), y3 = fmaf(d[v + 3], scale.y * scale_b, bias_b);
-                        y0 = fmaf(more[4 * t], factor.x, y0), y1 = fmaf(more[4 * t + 1], factor.y, y1);
-                        y2 = fmaf(more[4 * t + 2], factor.x, y2), y3 = fmaf(more[4 * t + 3], factor.y, y3);
+                        const int t = 2 * pair + i;
+                        float y0 = ended[4 * t], y1 = ended[4 * t + 1], y2 = ended[4 * t + 2], y3 = ended[4 * t + 3];
+#if HALF
+                        const float2 around = load_low_scales(factors + LOW + (slice * SLICE + 8 * t + 2 * q) * 4);
+                        y0 = fmaf(y0, around.x, bias_a), y1 = fmaf(y1, around.y, bias_a);
+                        y2 = fmaf(y2, around.x, bias_b), y3 = fmaf(y3, around.y, bias_b);
+#endif
 #if GELU
                         if (activated) y0 = gelu(y0), y1 = gelu(y1), y2 = gelu(y2), y3 = gelu(y3);
 #endif
                         packed[2 * i] = from_float2(y0, y1);
                         packed[2 * i + 1] = from_float2(y2, y3);
                     }
-                    // Row = token, 128 bytes of 64 outputs, its 16-byte pieces swizzled against bank conflicts.
+                    // Row = token, 128 bytes of 64 outputs, its 16-byte pieces swizzled as the copy engine has it.
                     const int token = pair * 16 + (lane >> 4) * 8 + (lane & 7), piece = warp * 2 + ((lane >> 3) & 1);
                     stmatrix4_transposed(target + token * 128 + ((piece ^ (token & 7)) << 4), packed);
                 }
                 if (slice == SLICES - 1) {
                     if (lane == 0) mbarrier_arrive(factors == shared + FACTORS ? used : used + 8);
-                    Place done = branch;
-                    for (int block = 0; block < p.rank_blocks; block++, done.next()) release(empty + 8 * done.stage, cta);
+                    for (int block = 0; block < p.rank_blocks; block++, place.next()) release(empty + 8 * place.stage, cta);
                 }
+                fence_proxy_async();
+                if (thread == 0) bulk_stores_wait_read();  // the slice before, whose memory the next one takes
                 barrier_named(1 + warpgroup, 128);
-#pragma unroll
-                for (int i = 0; i < SLICE / 16; i++) {
-                    const int token = i * 16 + (thread >> 3), piece = thread & 7;
-                    const int to_m = m0 + half * OUT + slice * SLICE + token, to_n = n0 + warpgroup * 64 + piece * 8;
-                    const uint4 outputs = load_shared16(target + token * 128 + ((piece ^ (token & 7)) << 4));
-                    if (to_m < m && to_n < n) *(uint4*)(y + (size_t)to_m * n + to_n) = outputs;
-                }
+                if (thread == 0) bulk_store_box(&y, n0 + warpgroup * 64, m0 + half * OUT + slice * SLICE, target);
+                if (AHEAD && turn < SLICES) wgmma_wait<0>();
             }
-            if (SLICES % 2) barrier_named(1 + warpgroup, 128);  // the next tile begins with the same half of the buffer
+            if (SLICES % 2) {  // the next tile begins with the same half of the memory
+                if (thread == 0) bulk_stores_wait_read();
+                barrier_named(1 + warpgroup, 128);
+            }
             factors = factors == shared + FACTORS ? factors + FACTOR_BYTES : shared + FACTORS;
         }
     }
+    if (warpgroup < CONSUMERS && threadIdx.x % 128 == 0) bulk_stores_wait_read();  // the last stores still read shared memory
     if (CLUSTER * SPLIT > 1) cluster_sync();  // nobody leaves while another may still arrive at its barriers
 }

@@ -19,6 +19,18 @@ DEVICE void bulk_copy_multicast(u32 shared, const void* global, u32 bytes, u32 b
                  ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"(ctas) : "memory");
 }
 
+// The driver's description of a tensor in memory, for the copy engine.
+struct __align__(64) TensorMap { u64 words[16]; };
+
+// A box of the map's tensor from shared memory, its first corner at (column, row); what lies outside the tensor is left out.
+DEVICE void bulk_store_box(const TensorMap* map, int column, int row, u32 shared) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;"
+                 ::"l"(map), "r"(column), "r"(row), "r"(shared) : "memory");
+}
+
+// Waits until this thread's bulk stores have read their shared memory.
+DEVICE void bulk_stores_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 DEVICE u32 cluster_rank() {
     u32 rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

@@ -72,10 +72,16 @@ DEVICE void wgmma_s8(int (&d)[TOKENS / 2], const u32 (&a)[4], u64 b) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// D (64 x 32) += A (64 x 16) B (16 x 32), 16 bit, both in shared memory.
+// D (64 x 32, or 64 x 64) += A (64 x 16) B (16 x 32), 16 bit, both in shared memory.
 DEVICE void wgmma_half(float (&d)[16], u64 a, u64 b) {
     asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n32k16.f32." HALF_TYPE "." HALF_TYPE " {" WGMMA_D_16 "}, %16, %17, p, 1, 1, 0, 0;\n}"
                  : WGMMA_R16(WGMMA_FLOAT, d, 0)
+                 : "l"(a), "l"(b));
+}
+DEVICE void wgmma_half(float (&d)[32], u64 a, u64 b) {
+    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." HALF_TYPE "." HALF_TYPE " {" WGMMA_D0 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+                 : WGMMA_R32(WGMMA_FLOAT, d, 0)
                  : "l"(a), "l"(b));
 }

@@ -64,8 +64,8 @@ def int8_case(m, n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16
     row_scale = torch.randint(8, 16, (n,), generator=g, device=device).float() * torch.exp2((uniform(n) * 4).floor() - 14)
     act_scale = scale * torch.exp2(uniform(2, rows) * 2 - 6)
     act_scale[:, m:] = 0
-    low = torch.randn(m, rank, generator=g, device=device).to(dtype)
-    low_scale = scale * torch.exp2((uniform(rows) * 5).floor() - 2)
+    low = (scale * torch.randn(m, rank, generator=g, device=device)).to(dtype)
+    low_scale = torch.exp2((uniform(rows) * 5).floor() - 2) if dtype == torch.float16 else torch.ones(rows, device=device)
     up = torch.randn(n, rank, generator=g, device=device).to(dtype)
     bias = torch.randn(n, generator=g, device=device).to(dtype) if bias else None
 

@@ -196,6 +196,58 @@ def test_a_chain(launches, monkeypatch):
         driver.calls.clear()
 
 
+class FakeMaps:
+    """cuTensorMapEncodeTiled: what a map says goes into its 128 bytes as it does on Hopper, the address first, or elsewhere."""
+
+    def __init__(self, place=0):
+        self.place, self.calls = place, []
+
+    def __call__(self, memory, kind, dimensions, address, sizes, strides, box, steps, *modes):
+        begin = ctypes.cast(memory, ctypes.c_void_p).value
+        assert begin % 64 == 0 and dimensions == 2 and modes == (0, 3, 0, 0), "128 bytes' swizzle, no interleaving"
+        self.calls.append((kind, *sizes, *strides, *box, *steps))
+        ctypes.memset(begin, 0xAB, 128)
+        ctypes.c_uint64.from_address(begin + self.place).value = address.value
+        return 0
+
+
+@pytest.fixture
+def maps(launches):
+    runtime._tensor_map.cache_clear()
+    launches[1].cuTensorMapEncodeTiled = FakeMaps()
+    yield launches[1].cuTensorMapEncodeTiled
+    runtime._tensor_map.cache_clear()
+
+
+def test_a_tensor_map(launches, maps):
+    """In place of an address the kernel gets a map of the matrix that begins there; the other kernel of the chain, the address."""
+    kernel, driver = launches
+    boxes = runtime.Boxes(rows=7, columns=48, box_rows=32, box_columns=64)
+    mapped, plain = kernel.launcher((1,), (32,), 2, (5,), boxes=boxes), kernel.launcher((1,), (32,), 2, (6,))
+    run = runtime.chain(3, (mapped, (1, 0)), (plain, (1, 2)))
+
+    class Map(ctypes.c_char * 128):
+        pass
+
+    Map.value = property(lambda self: bytes(self.raw))
+    for address in (0x7F0000001000, 0x7F0000002000):
+        driver.calls.clear()
+        for driver.parameters in ([Map, ctypes.c_int, ctypes.c_int], [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]):
+            run(11, address, 13)
+        assert driver.calls[0][4] == [struct.pack("=Q", address) + b"\xab" * 120, 11, 5]
+        assert driver.calls[3][4] == [address, 13, 6]
+    assert maps.calls == [(1, 48, 7, 96, 64, 32, 1, 1)] * 2, "encoded for two addresses, once for all launches"
+
+
+def test_another_format_of_tensor_maps(launches, maps):
+    """The address is written over the map's first bytes: where the driver had it elsewhere, nothing may be launched."""
+    kernel, driver = launches
+    maps.place = 8
+    with pytest.raises(RuntimeError, match="does not begin with the tensor's address"):
+        kernel.launcher((1,), (32,), 1, boxes=runtime.Boxes(1, 64, 32, 64))(0x1000)
+    assert not driver.calls
+
+
 def test_on_another_device(launches, monkeypatch):
     """PyTorch's current device is the kernel's while it is launched, and its stream that device's."""
     kernel, driver = launches
@@ -256,7 +308,8 @@ def test_no_driver_or_an_old_one(monkeypatch):
         raise OSError(f"{name}: no such file")
 
     for library, message in ((missing, "need NVIDIA's driver .*: no such file"),
-                             (lambda name: types.SimpleNamespace(), "need an NVIDIA driver for CUDA 12 or newer. Update the driver")):
+                             (lambda name: types.SimpleNamespace(cuLaunchKernelEx=None),
+                              "need an NVIDIA driver for CUDA 12 or newer. Update the driver")):
         monkeypatch.setattr(runtime.ctypes, "CDLL", library)
         with pytest.raises(compiler.KernelsUnavailable, match=message):
             runtime.driver.__wrapped__()
