@@ -95,10 +95,23 @@ def awq_cases():
         yield f"W4A16 M={m} N={n} K={k}", awq.linear(x.cuda(), *on_gpu(layer)), reference.awq_linear(x.double(), *layer)
 
 
+def mlp_cases():
+    """Both layers of an MLP in one pass, in every tile; expected is what they give one after the other."""
+    from comfyui_svdquant.cuda import gemm_mma, mlp, ops, quantize
+    from layers import random_input, random_layer
+
+    x = random_input(70, 128, torch.bfloat16).cuda()
+    first, second = (on_gpu(layer.args()) for layer in (random_layer(512, 128, 16), random_layer(48, 512, 48, 0, seed=1)))
+    expected = ops.svdquant_linear(ops.svdquant_linear(x, *first, 4, gelu_from=0), *second, 4).cpu().double()
+    for codes, kind in ((quantize.BYTES, gemm_mma.BYTES), (quantize.NIBBLES, gemm_mma.NIBBLES)):
+        for tile in mlp.tiles_of(kind):
+            yield f"MLP, codes {codes}, {tile}", mlp.fused(x, first[:-1], second[:-1], first[-1], second[-1], codes, tile), expected
+
+
 def run_cases():
     """Number of wrong cases."""
     wrong = 0
-    for cases in (awq_cases(), svdquant_cases()):
+    for cases in (awq_cases(), svdquant_cases(), mlp_cases()):
         for name, y, expected in cases:
             error = float((y.cpu().double() - expected).norm() / expected.norm())
             wrong += not error < ERROR
