@@ -139,7 +139,7 @@ def _plan(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_
         parts.append(end if size else None)
         end += padded(size, ops.ALIGNMENT)
 
-    quantized, cut = quantize.launcher(m, k, first_rank, k, first_unsigned_from, codes, dtype, device)
+    quantized, cut = quantize.launcher(m, k, first_rank, k, first_unsigned_from, codes, dtype, device, pdl=True)
     defines = gemm_mma.defines_of(kind, tile, number, half, next_ranks=ranks)
     first = runtime.kernel(gemm_mma.SOURCE, gemm_mma.ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
     first = first.launcher((-(-m // tile.tokens) * tiles,), (tile.threads,), len(FIRST),

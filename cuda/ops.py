@@ -128,7 +128,7 @@ def _plan(m, n, k, rank, stride, unsigned_from, act_bits, gelu_from, dtype, devi
     if wgmma and rank > gemm_wgmma.MAX_RANK or gelu_from is not None and gelu_from % GELU_COLUMNS:
         return None
     codes = quantize.storage(act_bits, arch)
-    first, cut = quantize.launcher(m, k, rank, stride, unsigned_from, codes, dtype, device)
+    first, cut = quantize.launcher(m, k, rank, stride, unsigned_from, codes, dtype, device, pdl=True)
     places, size = [], 0
     for output in quantize.outputs(m, k, rank, codes, dtype):
         places.append(size if output else 0)

@@ -86,7 +86,7 @@ def multiplied(x, proj_down):
 
 
 @functools.lru_cache(maxsize=1024)
-def launcher(m, k, rank, stride, unsigned_from, codes, dtype, device, **cut):
+def launcher(m, k, rank, stride, unsigned_from, codes, dtype, device, pdl=False, **cut):
     """For inputs of this shape, with rows `stride` elements apart: (a function of the addresses of (x, smooth, proj_down, act, act_scale,
     low, low_scale); the plan). Where the plan has fewer ranks, x @ proj_down takes proj_down's place."""
     arch = compiler.architecture(device)
@@ -105,7 +105,7 @@ def launcher(m, k, rank, stride, unsigned_from, codes, dtype, device, **cut):
     else:
         raise ValueError(f"no cluster of a plan for ({m}, {k}), rank {rank} fits on this GPU")
     sizes = m, k, rank, stride, unsigned_from, *(() if plan.warps else (plan.slots, plan.kept))
-    return kernel.launcher((plan.grid,), (plan.threads,), 7, sizes), plan
+    return kernel.launcher((plan.grid,), (plan.threads,), 7, sizes, pdl), plan
 
 
 # --- How x is cut up -------------------------------------------------------------------------------------------------

@@ -492,10 +492,12 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                     if (lane == 0) mbarrier_arrive(factors == shared + FACTORS ? used : used + 8);
                     for (int block = 0; block < p.rank_blocks; block++, place.next()) release(empty + 8 * place.stage, cta);
                 }
-                fence_proxy_async();
                 if (thread == 0) bulk_stores_wait_read();  // the slice before, whose memory the next one takes
                 barrier_named(1 + warpgroup, 128);
-                if (thread == 0) bulk_store_box(&y, n0 + warpgroup * 64, m0 + half * OUT + slice * SLICE, target);
+                if (thread == 0) {
+                    fence_proxy_async();
+                    bulk_store_box(&y, n0 + warpgroup * 64, m0 + half * OUT + slice * SLICE, target);
+                }
                 if (AHEAD && turn < SLICES) wgmma_wait<0>();
             }
             if (SLICES % 2) {  // the next tile begins with the same half of the memory

@@ -94,6 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     int kept) {            // blocks of 1 / smooth that fit: all that a CTA has, or 1
     extern __shared__ __align__(128) unsigned char memory[];
     const Places at(shared_address(memory), slots, kept);
+    wait_for_previous_grid();
     let_next_grid_start();
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int rank = blockIdx.x % CTAS, first_row = blockIdx.x / CTAS * ROWS;

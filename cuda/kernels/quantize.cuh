@@ -93,7 +93,8 @@ __device__ __forceinline__ void store_shared(u32 address, uint4 v) {
 
 __device__ __forceinline__ void store_float(u32 address, float f) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(f) : "memory"); }
 
-// The next kernel may begin to start, if it was launched so; it still waits for this one's end before it reads what this one writes.
+// The next kernel may begin to start, if it was launched so; it still waits for this one's end before it reads what this one writes. Its
+// weights it may read at once: that the kernels before this one have ended, this one has waited for.
 __device__ __forceinline__ void let_next_grid_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

@@ -73,7 +73,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     int unsigned_from) {   // from this column on, x is shifted
     extern __shared__ __align__(128) unsigned char memory[];
     const u32 base = shared_address(memory);
-    let_next_grid_start();
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, L = lane % 4;
     const int rank = blockIdx.x % CTAS, cluster = blockIdx.x / CTAS, clusters = gridDim.x / CTAS;
     const int padded = (M + 15) & ~15, tiles = (M + ROWS - 1) / ROWS;
@@ -96,6 +95,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     }
     __syncthreads();
     cluster_arrive_relaxed();  // what the others have to see are the barriers, which are fenced
+    wait_for_previous_grid();
+    let_next_grid_start();
 
     // The messenger's work: of a warp of its own, or of the last.
     auto send_maxima = [&](int tile, int turn) {
