@@ -86,6 +86,12 @@ struct Tile {
         if (token >= p.token_tiles) token -= p.token_tiles, row++;
     }
 
+    __device__ __forceinline__ bool last(const Problem& p) const {
+        Tile following = *this;
+        following.next(p);
+        return !following.there(p);
+    }
+
     __device__ __forceinline__ int m0() const { return token * TOKENS; }
     __device__ __forceinline__ int n0(u32 cta) const { return (row * CLUSTER + (int)(cta % CLUSTER)) * ROWS; }
 };
@@ -284,7 +290,8 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
         }
         fence_mbarrier_init();
     }
-    if (CLUSTER * SPLIT == 1) __syncthreads(); else cluster_sync();
+    __syncthreads();
+    if (CLUSTER * SPLIT > 1) cluster_arrive_relaxed();
 
     const int warpgroup = threadIdx.x / 128;
     Place place;
@@ -302,6 +309,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                 fetch_scales(shared + SCALES + early * S_BYTES, weight_scale, p.begin + early, n0, n, k / 64);
             }
         }
+        if (CLUSTER * SPLIT > 1) cluster_wait();
         wait_for_previous_grid();
         int buffer = 0;
         u32 buffer_parity = 1;
@@ -340,8 +348,10 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                 mbarrier_arrive_after_copies(ready);
             }
         }
+        if (CLUSTER * SPLIT > 1) cluster_arrive();
     } else {
         take_registers<CONSUMER_REGISTERS>();
+        if (CLUSTER * SPLIT > 1) cluster_wait();
         const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
         const int row = warpgroup * 64 + warp * 16 + g;       // of the tile; the lane's other row is 8 below
         const u32 store = shared + STORES + warpgroup * STORE_BYTES;
@@ -491,6 +501,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                 if (slice == SLICES - 1) {
                     if (lane == 0) mbarrier_arrive(factors == shared + FACTORS ? used : used + 8);
                     for (int block = 0; block < p.rank_blocks; block++, place.next()) release(empty + 8 * place.stage, cta);
+                    if (CLUSTER * SPLIT > 1 && tile.last(p)) cluster_arrive();
                 }
                 if (thread == 0) bulk_stores_wait_read();  // the slice before, whose memory the next one takes
                 barrier_named(1 + warpgroup, 128);
@@ -508,5 +519,5 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
         }
     }
     if (warpgroup < CONSUMERS && threadIdx.x % 128 == 0) bulk_stores_wait_read();  // the last stores still read shared memory
-    if (CLUSTER * SPLIT > 1) cluster_sync();  // nobody leaves while another may still arrive at its barriers
+    if (CLUSTER * SPLIT > 1) cluster_wait();  // nobody leaves while another may still arrive at its barriers
 }

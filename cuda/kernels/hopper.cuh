@@ -37,9 +37,12 @@ DEVICE u32 cluster_rank() {
     return rank;
 }
 
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// The barrier of all the cluster's threads in two halves. What the first one needs of memory are fresh mbarriers, which are fenced: an
+// arrival that releases would wait for everything else too.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
 // A warpgroup's share of the SM's registers, a thread. `inc` waits until another has given enough.
 template <int registers> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
