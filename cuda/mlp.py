@@ -109,6 +109,13 @@ def launch(plan, x, y, work, first, second):
     plan.run(*map(runtime.address, (x, y)), *at, *map(runtime.address, (*first[:2], down, *first[3:], *second)))
 
 
+def prepare(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, device):
+    """Compile and load the kernels that svdquant_mlp of such layers will ask for, with a contiguous x (m, k)."""
+    if _plan(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, device, None, None) is None:
+        ops._plan(m, hidden, k, first_rank, k, first_unsigned_from, 4, 0, dtype, device)
+        ops._plan(m, n, hidden, second_rank, hidden, second_unsigned_from, 4, None, dtype, device)
+
+
 class _Plan(NamedTuple):
     """The launches, and the one allocation for what they leave to each other."""
 

@@ -142,27 +142,31 @@ def _plan(m, n, k, rank, stride, unsigned_from, act_bits, gelu_from, dtype, devi
     return _Plan(first, second, run, size // 2, *places[1:], cut.ranks < rank)
 
 
-def warm_up(layers, device):
+def warm_up(layers, device, others=()):
     """Compile and load in threads, beside what the caller does next, the kernels that these layers will ask for: all but those of a
     layer that doesn't want them, or of a machine that can't have them, which its first call says.
 
     layers: [(M, N, K, rank, unsigned_from, act_bits, dtype, gelu_from or nothing)] as svdquant_linear gets them, contiguous; act_bits
     None: awq_linear.
-    device: a CUDA device with its index. Returns the threads' futures.
+    device: a CUDA device with its index; others: functions that do the same for more than a layer, and take longest.
+    Returns the threads' futures.
     """
     def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None):
+        if act_bits is None:
+            awq.launcher(m, n, dtype, device)
+        else:
+            _plan(m, n, k, rank, k, unsigned_from, act_bits, gelu_from, dtype, device)
+
+    def attempt(job):
         if not threading.main_thread().is_alive():  # the program ends: don't let it wait
             return
         try:
-            if act_bits is None:
-                awq.launcher(m, n, dtype, device)
-            else:
-                _plan(m, n, k, rank, k, unsigned_from, act_bits, gelu_from, dtype, device)
+            job()
         except Exception:  # whoever needs the kernel meets it again, and says so
-            log.debug("warm-up of %s", (m, n, k, rank, unsigned_from, act_bits, dtype), exc_info=True)
+            log.debug("warm-up of %s", job, exc_info=True)
 
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="svdquant-compiler")
-    futures = [pool.submit(prepare, *layer) for layer in dict.fromkeys(layers)]
+    futures = [pool.submit(attempt, job) for job in (*others, *(functools.partial(prepare, *layer) for layer in dict.fromkeys(layers)))]
     pool.shutdown(wait=False)
     return futures
 

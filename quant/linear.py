@@ -1,12 +1,14 @@
 """The packed linear layers. Parameters as layout.py lists them; forward is one op, and what LoRAs add to it."""
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules import module as module_hooks
 
-from ..cuda import nvfp4, nvfp4_ops, ops, reference, scales
+from ..cuda import mlp, nvfp4, nvfp4_ops, ops, reference, scales
 from ..cuda.int4 import GELU_SHIFT
 
 SHAPES = 8  # of inputs whose way to the kernels a layer remembers
@@ -134,11 +136,14 @@ class SVDQuantLinear(BranchedLinear):
             proj_down.data_ptr(), p["weight"].data_ptr(), weight_scale.data_ptr(), p["weight_smooth_factor"].data_ptr(),
             0 if c is None else c.address, p["weight_proj_up"].data_ptr(), 0 if bias is None else bias.data_ptr()))
 
+    def bits(self, device):
+        """4 or 8: act_bits, or what they stand for on `device`."""
+        return self.act_bits or ops.best_act_bits(device)
+
     def product(self, x, p, bias, gelu_from=None):
-        act_bits = self.act_bits or ops.best_act_bits(x.device)
+        act_bits = self.bits(x.device)
         row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 and x.is_cuda else None
-        args = (x, p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], bias,
-                self.spec.unsigned_from, act_bits, row_scale, gelu_from)
+        args = x, *operands(p, bias), self.spec.unsigned_from, act_bits, row_scale, gelu_from
         if ops.plain(x) and bias is p["bias"] and all(tensor is self._parameters[name] for name, tensor in p.items()):
             again, known = ops.repeated(*args), self._row_scale
             if again and (row_scale is None or known.value is row_scale):
@@ -165,6 +170,41 @@ class SVDQuantLinear(BranchedLinear):
         """(N, K) float32: the packed codes' share of the weight."""
         weight = reference.dequantize_weight(self.weight.to(device), self.weight_scale.to(device))
         return weight / self.weight_smooth_factor.to(device, torch.float32)
+
+
+def operands(p, bias):
+    """What the op takes of an SVDQuantLinear's parameters `p`, in its order."""
+    return p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], bias
+
+
+class PackedMLP(torch.nn.Sequential):
+    """In the place of a Sequential of fc1, which applies the GELU, nothing in the GELU's place, and fc2. While both layers are W4A4 and
+    nothing else is to be done on the way, it is one op; otherwise they run one after the other."""
+
+    def forward(self, x):
+        return self.fused(x) if self.fuses(x.device) else super().forward(x)
+
+    def fuses(self, device):
+        """Whether the layers, as they are now, are one op on `device`."""
+        if len(self._modules) != 3:
+            return False
+        first, between, second = self._modules.values()
+        return (isinstance(first, SVDQuantLinear) and isinstance(second, SVDQuantLinear) and isinstance(between, torch.nn.Identity)
+                and first.act_bits == second.act_bits and first.bits(device) == 4
+                and first.gelu_from == 0 and second.gelu_from is None
+                and untouched(first) and untouched(between) and untouched(second)
+                and not module_hooks._global_forward_hooks and not module_hooks._global_forward_pre_hooks)
+
+    def fused(self, x):
+        first, _, second = self._modules.values()
+        p, q = first.at(x), second.at(x)
+        return mlp.svdquant_mlp(x, operands(p, p["bias"]), operands(q, q["bias"]), first.spec.unsigned_from, second.spec.unsigned_from)
+
+
+def untouched(module):
+    """Whether a call of the module is its class's forward without a side branch, and nothing before or after it."""
+    own = module.__dict__
+    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own or own["_modules"].get("side") is not None)
 
 
 class NVFP4Linear(BranchedLinear):
@@ -205,15 +245,19 @@ def warm_up(model, device, tokens=TOKENS):
         return []
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    layers = []
+    layers, mlps, together = [], [], set()
     for module in model.modules():
-        if isinstance(module, SVDQuantLinear):
-            act_bits = module.act_bits or ops.best_act_bits(device)
-            layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, act_bits,
+        if isinstance(module, PackedMLP) and module.fuses(device):
+            first, _, second = module
+            together |= {first, second}
+            mlps += [(m, first.in_features, first.out_features, second.out_features, first.spec.rank, second.spec.rank,
+                      first.spec.unsigned_from, second.spec.unsigned_from, first.spec.dtype) for m in tokens]
+        elif isinstance(module, SVDQuantLinear) and module not in together:
+            layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
                         module.spec.dtype, module.gelu_from) for m in tokens]
         elif isinstance(module, AWQLinear):
             layers.append((1, module.out_features, module.in_features, 0, module.in_features, None, module.spec.dtype))
-    return ops.warm_up(dict.fromkeys(layers), device)
+    return ops.warm_up(dict.fromkeys(layers), device, [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)])
 
 
 def set_act_bits(model, act_bits):

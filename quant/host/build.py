@@ -220,13 +220,14 @@ class TakenOver(torch.nn.Identity):
 
 
 def take_over_activations(diffusion_model):
-    """Let the W4A4 layers of FLUX.1's blocks apply the GELU that alone reads them. Blocks and activations of other kinds, as newer models
-    have them, stay as they are."""
+    """Let the W4A4 layers of FLUX.1's blocks apply the GELU that alone reads them, and an MLP's layers run as one op. Blocks and
+    activations of other kinds, as newer models have them, stay as they are."""
     for _, block in flux.blocks(diffusion_model):
         if type(block) is comfy.ldm.flux.layers.DoubleStreamBlock:
-            for mlp in (block.img_mlp, block.txt_mlp):
-                if type(mlp) is torch.nn.Sequential and len(mlp) == 3:
-                    _take_over(mlp[0], 0, mlp, "1")
+            for name in ("img_mlp", "txt_mlp"):
+                mlp = getattr(block, name)
+                if type(mlp) is torch.nn.Sequential and len(mlp) == 3 and _take_over(mlp[0], 0, mlp, "1"):
+                    setattr(block, name, Operations.PackedMLP(*mlp))
         elif type(block) is comfy.ldm.flux.layers.SingleStreamBlock:
             qkv = 3 * block.hidden_size
             if block.linear1.out_features == qkv + block.mlp_hidden_dim:  # [q k v ; MLP], and no gate beside it
@@ -234,10 +235,13 @@ def take_over_activations(diffusion_model):
 
 
 def _take_over(layer, gelu_from, parent, child):
+    """Have the layer apply the activation `child` of `parent`, if it can; returns whether it does."""
     activation = getattr(parent, child)
-    if isinstance(layer, SVDQuantLinear) and type(activation) is torch.nn.GELU and activation.approximate == "tanh":
+    takes = isinstance(layer, SVDQuantLinear) and type(activation) is torch.nn.GELU and activation.approximate == "tanh"
+    if takes:
         layer.gelu_from = gelu_from
         setattr(parent, child, TakenOver())
+    return takes
 
 
 def _check_complete(header, model, shapes, exact):

@@ -4,7 +4,7 @@ import comfy.ops
 import torch
 
 from .. import layout
-from ..linear import AWQLinear, NVFP4Linear, SVDQuantLinear
+from ..linear import AWQLinear, NVFP4Linear, PackedMLP, SVDQuantLinear
 
 
 class Operations(comfy.ops.manual_cast):
@@ -36,6 +36,11 @@ class Operations(comfy.ops.manual_cast):
 
     class AWQLinear(Packed, AWQLinear):
         pass
+
+    class PackedMLP(PackedMLP):
+        def fused(self, x):
+            comfy.ops.run_every_op()
+            return super().fused(x)
 
     @classmethod
     def packed(cls, spec):

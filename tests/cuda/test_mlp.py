@@ -104,6 +104,21 @@ def test_what_the_kernels_do_not_take(launched, monkeypatch, arch, options):
     assert calls == [(4, {"gelu_from": 0}), (4, {})] and not launched
 
 
+@pytest.mark.parametrize("options", [{}, {"second_rank": 80}])
+def test_prepared_kernels_are_all_that_is_asked_for(launched, monkeypatch, options):
+    """Of an MLP that the kernels take, and of one whose layers run one after the other."""
+    asked, kernel = [], runtime.kernel
+    monkeypatch.setattr(runtime, "kernel", lambda *args: asked.append(args[:3]) or kernel(*args))
+    first, second, *unsigned = layers(**options)
+    x = aligned(random_input(37, K, torch.bfloat16))
+    mlp.prepare(37, K, HIDDEN, N, first[3].shape[1], second[3].shape[1], *unsigned, x.dtype, x.device)
+    fused = ["NEXT" in dict(defines) for _, _, defines in asked]
+    assert any(fused) is (not options)
+    del asked[:]
+    mlp.svdquant_mlp(x, first, second, *unsigned)
+    assert not asked and len(launched) == (not options)
+
+
 def test_inputs_that_the_kernels_do_not_take(launched, monkeypatch):
     calls = []
     monkeypatch.setattr(ops, "svdquant_linear", lambda x, *args, **named: calls.append(x) or x)

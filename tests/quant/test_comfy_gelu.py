@@ -26,8 +26,10 @@ def gelus(model):
 
 
 def handed_back(patcher):
-    """The patcher, its GELUs where ComfyUI has them."""
+    """The patcher, its GELUs and MLPs as ComfyUI has them."""
     model = patcher.model.diffusion_model
+    for block in model.double_blocks:
+        block.img_mlp, block.txt_mlp = (torch.nn.Sequential(*mlp) for mlp in (block.img_mlp, block.txt_mlp))
     for name in taken(model):
         model.get_submodule(name).gelu_from = None
     for name in [name for name, module in model.named_modules() if isinstance(module, build.TakenOver)]:

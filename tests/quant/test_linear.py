@@ -42,7 +42,7 @@ def test_parameters_that_are_there_are_not_touched():
 
 def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device: asked.append((list(layers), device)) or [])
+    monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.append((list(layers), device, others)) or [])
     wide, split = (layout.svdquant_spec(k, 64, 16, 128, True, torch.bfloat16) for k in (128, 256))
     awq = layout.LayerSpec(layout.AWQ, 128, 192)
     model = torch.nn.Sequential(*map(linear.SVDQuantLinear, (wide, wide, split)), linear.AWQLinear(awq), torch.nn.Linear(8, 8))
@@ -50,8 +50,8 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch):
     model[2].gelu_from = 64
     assert linear.warm_up(model, torch.device("cpu")) == [] and asked == []
     linear.warm_up(model, torch.device("cuda", 1), tokens=(70, 5))
-    (layers, device), = asked
-    assert device == torch.device("cuda", 1)
+    (layers, device, others), = asked
+    assert device == torch.device("cuda", 1) and others == []
     assert layers == [(70, 64, 128, 16, 128, 8, torch.bfloat16, None), (5, 64, 128, 16, 128, 8, torch.bfloat16, None),
                       (70, 64, 256, 16, 128, 8, torch.bfloat16, 64), (5, 64, 256, 16, 128, 8, torch.bfloat16, 64),
                       (1, 192, 128, 0, 128, None, torch.bfloat16)]
