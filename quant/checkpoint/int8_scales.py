@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...cuda.scales import HIGHEST, LOWEST
+from . import memory
 
 PIECE = 1 << 15  # numbers that PyTorch leaves to one thread
 
@@ -65,7 +66,7 @@ def integers(weight_scale, row_scale):
 
 def product(integers, row_scale):
     """weight_scale (G, N) of integers (G, N) int8 and row_scale (N,) 16 bit, on the CPU."""
-    found = torch.empty(integers.shape, dtype=row_scale.dtype)
+    found = memory.empty(integers.shape, row_scale.dtype)
     for group, i in zip(found, integers):
         torch.mul(i, row_scale, out=group)
     return found
