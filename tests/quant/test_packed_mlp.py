@@ -102,6 +102,13 @@ def switched(*places):
     return change
 
 
+def gelu(place, now):
+    def change(mlp):
+        before, mlp[place].gelu_from = mlp[place].gelu_from, now
+        return lambda: setattr(mlp[place], "gelu_from", before)
+    return change
+
+
 def exchanged(place, make):
     def change(mlp):
         old, mlp[place] = mlp[place], make()
@@ -139,6 +146,7 @@ CHANGES = {
     "bypass LoRA": wrapped, "8 bits": switched(0, 2), "fc1 in 8 bits": switched(0), "fc2 in 8 bits": switched(2),
     "fc2 W4A16": exchanged(2, awq), "fc2 in 16 bits": exchanged(2, in_16_bits(HIDDEN, N)),
     "fc1 in 16 bits": exchanged(0, in_16_bits(K, HIDDEN)), "another activation": exchanged(1, torch.nn.SiLU),
+    "no GELU": gelu(0, None), "half a GELU": gelu(0, HIDDEN // 2), "a GELU after fc2": gelu(2, 0),
     "the GELU's own module": handed_back, "one more module": longer,
 }
 
