@@ -109,6 +109,13 @@ def launch(plan, x, y, work, first, second):
     plan.run(*map(runtime.address, (x, y)), *at, *map(runtime.address, (*first[:2], down, *first[3:], *second)))
 
 
+@functools.cache
+def pays(device):
+    """Whether a model's two layers should be one on `device`. On the CPU it is the same, and on GPUs without int4 tensor cores the slower: an
+    H100 takes 1893 us for 1601 (benchmarks/NOTES.md)."""
+    return device.type != "cuda" or 80 <= compiler.arch_number(compiler.architecture(device)) < 90
+
+
 def prepare(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, device):
     """Compile and load the kernels that svdquant_mlp of such layers will ask for, with a contiguous x (m, k)."""
     if _plan(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, device, None, None) is None:

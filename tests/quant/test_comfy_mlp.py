@@ -88,8 +88,10 @@ def test_cancel(twin, fused):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(pair_files, fused):
-    """The kernels, with the present tensors of the layers; the two runs of each are equal to the bit."""
+def test_on_a_gpu(pair_files, fused, monkeypatch):
+    """The kernels, also on a GPU whose model would not use them, with the present tensors of the layers; the two runs of each are equal to
+    the bit."""
+    monkeypatch.setattr(linear.mlp, "pays", lambda device: True)
     twin = loaded(build.load_model(pair_files[1], act_bits=4))
     for mlp in mlps(twin):
         x = random(1, 77, HIDDEN).to(twin.load_device, torch.bfloat16)

@@ -49,6 +49,12 @@ def one_by_one(mlp, x):
     return torch.nn.Sequential(*mlp)(x)
 
 
+@pytest.mark.parametrize("arch, expected", [("sm_75", False), ("sm_80", True), ("sm_89", True), ("sm_90a", False), ("sm_120", False)])
+def test_which_gpus_run_it(monkeypatch, arch, expected):
+    monkeypatch.setattr(linear.mlp.compiler, "architecture", lambda device: arch)
+    assert linear.mlp.pays.__wrapped__(torch.device("cuda", 0)) is expected and linear.mlp.pays(torch.device("cpu"))
+
+
 def test_one_op_with_the_layers_own_tensors(mlp, fused, x):
     y = mlp(x)
     ((source, first, second, *unsigned_from),) = fused
@@ -202,6 +208,7 @@ def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, t
     asked, prepared = [], []
     monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.extend(layers) or [job() for job in others])
     monkeypatch.setattr(linear.mlp, "prepare", lambda *args: prepared.append(args))
+    monkeypatch.setattr(linear.mlp, "pays", lambda device: True)
     model, device = torch.nn.Sequential(mlp, copy.deepcopy(mlp), packed(K, HIDDEN, K, 0)), torch.device("cuda", 1)
     linear.set_act_bits(model, act_bits)
     linear.warm_up(model, device, tokens=(70, 5))
