@@ -111,8 +111,8 @@ def launch(plan, x, y, work, first, second):
 
 @functools.cache
 def pays(device):
-    """Whether a model's two layers should be one on `device`. On the CPU it is the same, and on GPUs without int4 tensor cores the slower: an
-    H100 takes 1893 us for 1601 (benchmarks/NOTES.md)."""
+    """Whether a model's two layers should be one on `device`. On the CPU it is the same, and on GPUs without int4 tensor cores the slower:
+    an H100 takes 1893 us for 1601 (benchmarks/NOTES.md)."""
     return device.type != "cuda" or 80 <= compiler.arch_number(compiler.architecture(device)) < 90
 
 
