@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from . import memory
-
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -68,13 +66,13 @@ class Header:
             file.seek(info.start)
             return file.read(info.stop - info.start)
 
-    def read_tensor(self, name, swapped=False):
-        """One tensor, read into memory of its own: nothing of the file stays mapped. swapped: with its second half first."""
+    def read_tensor(self, name):
+        """One tensor, read into memory of its own: nothing of the file stays mapped."""
         info = self.tensors[name]
-        tensor = memory.empty(info.shape, info.dtype)
-        for _ in self.read_into(name, np.split(tensor.view(-1).view(torch.uint8).numpy(), 2 if swapped else 1)[::-1]):
+        data = np.empty(info.stop - info.start, np.uint8)
+        for _ in self.read_into(name, [data]):
             pass
-        return tensor
+        return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
     def read_into(self, name, parts):
         """Fill NumPy arrays of one dimension with what follows each other in a tensor. Yields each when it is filled."""

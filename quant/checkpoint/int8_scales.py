@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from ...cuda.scales import HIGHEST, LOWEST
-from . import memory
 
 PIECE = 1 << 15  # numbers that PyTorch leaves to one thread
 
@@ -66,7 +65,7 @@ def integers(weight_scale, row_scale):
 
 def product(integers, row_scale):
     """weight_scale (G, N) of integers (G, N) int8 and row_scale (N,) 16 bit, on the CPU."""
-    found = memory.empty(integers.shape, row_scale.dtype)
+    found = torch.empty(integers.shape, dtype=row_scale.dtype)
     for group, i in zip(found, integers):
         torch.mul(i, row_scale, out=group)
     return found

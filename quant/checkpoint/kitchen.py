@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass, field, replace
 
 from .. import layout
-from . import memory, native
+from . import native
 from .header import CheckpointError, Header
 
 PREFIXES = ("model.diffusion_model.", "")
@@ -131,24 +131,17 @@ def untile_codes(tiled):
     """(N/128, K/64, 32, 128) int8 -> (N, K/2)."""
     tiles, groups = tiled.shape[:2]
     rows = tiled.view(tiles, groups, TILE_LINES, TILE_ROWS // TILE_LINES, TILE_COLUMNS // 2)
-    return _in_order(rows.permute(0, 2, 3, 1, 4), (tiles * TILE_ROWS, groups * TILE_COLUMNS // 2))
+    return rows.permute(0, 2, 3, 1, 4).reshape(tiles * TILE_ROWS, -1)
 
 
 def untile_scales(tiled):
     """(N/128, G, 128) -> (G, N)."""
-    return _in_order(tiled.permute(1, 0, 2), (tiled.shape[1], tiled.shape[0] * TILE_ROWS))
+    return tiled.permute(1, 0, 2).reshape(tiled.shape[1], -1)
 
 
 def untile_up(tiled):
     """(N/128, R, 128) -> (N, R)."""
-    return _in_order(tiled.permute(0, 2, 1), (tiled.shape[0] * TILE_ROWS, tiled.shape[1]))
-
-
-def _in_order(permuted, shape):
-    """A permuted view's elements one after the other, as a tensor of that shape."""
-    tensor = memory.empty(shape, permuted.dtype)
-    tensor.view(permuted.shape).copy_(permuted)
-    return tensor
+    return tiled.permute(0, 2, 1).reshape(-1, tiled.shape[1])
 
 
 UNTILE = {"weight": untile_codes, "weight_scale": untile_scales, "weight_proj_up": untile_up}

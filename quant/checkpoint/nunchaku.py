@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from .. import flux, layout
-from . import memory
 from . import nunchaku_halves as halves
 from . import nunchaku_layout as order
 from . import nunchaku_names as names
@@ -256,10 +255,10 @@ def _tensors(source, layers, plain):
 
     def read(name):
         if name in plain:
-            return {name: source.read(plain[name], name.startswith(names.SWAPPED))}
+            tensor = source.read(plain[name])
+            return {name: torch.cat(tensor.chunk(2)[::-1]) if name.startswith(names.SWAPPED) else tensor}
         tensors = (_read_modulation if layers[name].chunks else _read_linear)(source, name, layers[name])
-        weight = {"weight": tensors.pop("weight")}
-        return {f"{name}.{part}": tensor for part, tensor in (weight | memory.together(tensors)).items()}
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
 
     in_order = sorted((*layers, *plain), key=lambda name: source.info(stored(name)[0]).start)
     for tensors in _ahead(read, in_order, lambda name: source.announce(stored(name))):
@@ -318,7 +317,7 @@ def _read_second_scales(source, part, n):
 
 def _read_linear(source, name, layer):
     spec, rows = layer.spec, _by_rows(name)
-    weight = memory.empty((spec.out_features, spec.in_features // 2), torch.int8)
+    weight = order.empty(spec.out_features, spec.in_features // 2)
     shapes = [source.info(f"{part}.qweight").shape for part in layer.parts]
     for part, own in zip(layer.parts, weight.split([shape[0] if rows else shape[1] for shape in shapes], 0 if rows else 1)):
         order.unpack_codes(source.stored(f"{part}.qweight"), own)

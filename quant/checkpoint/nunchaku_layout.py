@@ -32,7 +32,6 @@ import numpy as np
 import torch
 
 from ..layout import GROUP_SIZE
-from . import memory
 
 TILE = 128  # N and K are multiples of it
 RANK_TILE = 16  # the rank is a multiple of it
@@ -49,15 +48,20 @@ AWQ_STEPS = ((1, 4, 0x0F0F0F0F0F0F0F0F),)
 NVFP4_STEPS = ((0, 16, 0x0000FFFF0000FFFF), (1, 8, 0x00FF00FF00FF00FF))
 
 
+def empty(*shape):
+    """Memory for (...) int8. NumPy asks for large pages, which are had several times as fast as the ones that PyTorch gets."""
+    return torch.from_numpy(np.empty(shape, np.int8))
+
+
 _kept = threading.local()
 
 
 def _scratch(use, count):
     """Memory for so many int32, kept for the thread's next block: what is freed between results leaves holes between them."""
-    kept = vars(_kept).get(use)
-    if kept is None or kept.size < count:
-        kept = vars(_kept)[use] = np.empty(count, np.int32)
-    return kept[:count]
+    memory = vars(_kept).get(use)
+    if memory is None or memory.size < count:
+        memory = vars(_kept)[use] = np.empty(count, np.int32)
+    return memory[:count]
 
 
 def _words(tensor, counts):
@@ -134,7 +138,7 @@ def _code_places(tiles, groups):
 
 def unpack_codes(qweight, out=None):
     """(N, K/2) int8 in Nunchaku's order (or a StoredTensor) -> the same shape in ours (cuda/int4.py), in `out` if given."""
-    out = memory.empty(qweight.shape, torch.int8) if out is None else out
+    out = empty(*qweight.shape) if out is None else out
     n, half = qweight.shape
     blocks = _cut(n // TILE, max(1, BLOCK // (TILE * half)))
     moved = _scratch("moved", blocks[0] * TILE * half // 4).view(np.int8).reshape(-1, half)
@@ -150,7 +154,7 @@ def unpack_codes(qweight, out=None):
 
 def pack_codes(weight):
     """(N, K/2) int8 in our order -> (N, K/2) int8 in Nunchaku's."""
-    out = memory.empty(weight.shape, torch.int8)
+    out = empty(*weight.shape)
     _reorder(_codes(weight), (8, 2, 8, weight.shape[1] // 32, 2, 4), (3, 0, 2, 5, 1, 4), _codes(out))
     return out
 
@@ -170,7 +174,7 @@ def pack_scales(scales):
 def unpack_nvfp4_scales(wscales):
     """(K/16, N) e4m3 in Nunchaku's order, nominally (or a StoredTensor) -> (K/16, N) in ours."""
     groups, n = wscales.shape
-    out = memory.empty((groups, n), torch.int8)
+    out = empty(groups, n)
     target = out.view(torch.int32).numpy().reshape(groups // 4, 4, n // TILE, TILE // 4)
     tiles, start = _cut(n // TILE, max(1, BLOCK // (groups * TILE))), 0
     planes = _scratch("planes", groups // 4 * tiles[0] * TILE)
@@ -276,7 +280,7 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
     2^-9 in bf16 where it says less, as computing 1 + scale in that type does.
     """
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
-    weight = memory.empty((n, k // 2), torch.int8)
+    weight = empty(n, k // 2)
     blocks = _awq_blocks(weight, chunks)
     for words, ours in zip(_words(qweight, [block.size * 2 for block in blocks]), blocks):
         shifted, planes = (_scratch(use, words.size) for use in ("moved", "planes"))
@@ -306,7 +310,7 @@ def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
     multiples of 2^-7 in bf16 (2^-10 in fp16), as computing 1 + scale in that type does.
     """
     (n, half), groups = weight.shape, weight_scale.shape[0]
-    qweight, blocks = memory.empty((n, half), torch.int8).view(torch.int32), _awq_blocks(weight, chunks)
+    qweight, blocks = empty(n, half).view(torch.int32), _awq_blocks(weight, chunks)
     for words, ours in zip(_words(qweight, [block.size * 2 for block in blocks]), blocks):
         runs = np.empty((ours.size // 4, 4), np.int64)
         runs[_awq_places(len(ours) * ours.shape[1], half * 2, chunks)] = ours.reshape(chunks, -1, 4)

@@ -27,9 +27,9 @@ class Source:
         header, stored = self.tensors[name]
         return header.tensors[stored]
 
-    def read(self, name, swapped=False):
+    def read(self, name):
         header, stored = self.tensors[name]
-        return header.read_tensor(stored, swapped)
+        return header.read_tensor(stored)
 
     def stored(self, name):
         """StoredTensor: a large one, to be read while it is worked on."""
