@@ -8,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from .. import flux
+from .. import flux, heap
 from ..checkpoint import foreign, kitchen, native, nunchaku, nunchaku_names
 from ..checkpoint.header import CheckpointError, read_header
 from ..linear import SVDQuantLinear, set_act_bits, warm_up
@@ -55,6 +55,7 @@ def _load_packed(packed, compute_dtype, act_bits):
     set_act_bits(model, act_bits)
     if compute_dtype is None:
         warm_up(model, comfy.model_management.get_torch_device())  # compiles while the file is read
+    heap.give_back()  # what the model before left
     if packed.prefix is None:
         fill(model, packed.tensors())
     else:
