@@ -1,16 +1,17 @@
 """How long a full-size file takes to load and to convert, against reading it:  python benchmarks/files.py --comfyui ~/ComfyUI
 
-Writes a random FLUX.1-dev in 4 bits (our layout; Nunchaku's INT4 and NVFP4), each measurement in a process of its own. `cold`
-is with the file dropped from the system's cache before, `warm` with all of it there, the median of three. "read in blocks" takes
-the file through one buffer of 1 MiB; "read by tensor" reads each tensor into memory of its own and keeps it, the least that a
-loader has to do. A virtual machine may have given idle memory back to its host, and the first touch of such costs several times
-as much; so before each of the times the process touches and frees as much memory as the file is large. Memory is what the process
-has for itself above what it had before, at its highest and in the end. Linux only; needs four times the file's size on the disk,
-and twice in memory. Prints the tables, writes benchmarks/results/files_<processor>.json, and removes its files.
+Writes a random FLUX.1-dev in 4 bits (our layout; Nunchaku's INT4 and NVFP4), and takes each time in a process of its own, which has
+no memory of an earlier one to use again. `cold` is with the file dropped from the system's cache before, `warm` with all of it
+there, the median of three. "read in blocks" takes the file through one buffer of 1 MiB; "safetensors" reads it one tensor at a time
+by safetensors' get_tensor, into memory of its own; "by tensor" does so by our reader, the least that a loader here has to do. A
+virtual machine may have given idle memory back to its host, and the first touch of such costs several times as much; so before
+each of the times the process touches and frees as much memory as the file is large. Memory is what the process has for itself
+above what it had before, at its highest and in the end. Linux only; needs four times the file's size on the disk, and twice in
+memory. Prints the tables, writes benchmarks/results/files_<processor>.json, and removes its files.
 """
 
 import argparse
-import gc
+import functools
 import json
 import multiprocessing
 import os
@@ -20,9 +21,11 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import torch
 from machine import ROOT, description, load_pack
 
@@ -169,26 +172,36 @@ def have_at_hand(count):
 
 def timed(run, path):
     """{"cold_s", "warm_s", "peak_gb", "end_gb"} of run(), whose result is memory that it needs."""
-    size = os.path.getsize(path)
-    have_at_hand(size)
-    drop(path)
+    cold, *warm = (in_a_copy(once, run, path, cold) for cold in (True, *[False] * WARM_TIMES))
+    return {"cold_s": cold["s"], "warm_s": statistics.median(row["s"] for row in warm)} | {key: cold[key] for key in ("peak_gb", "end_gb")}
+
+
+def once(run, path, cold):
+    have_at_hand(os.path.getsize(path))
+    if cold:
+        drop(path)
+    else:
+        read_in_blocks(path)  # now all of it is in the cache, where the memory suffices
     with Peak() as peak:
         start = time.perf_counter()
         result = run()
-        found = {"cold_s": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
         end = own_memory() - peak.before
     del result
-    gc.collect()
-    read_in_blocks(path)  # now all of it is in the cache, where the memory suffices
-    warm = []
-    for _ in range(WARM_TIMES):
-        have_at_hand(size)
-        start = time.perf_counter()
-        result = run()
-        warm.append(time.perf_counter() - start)
-        del result
-        gc.collect()
-    return found | {"warm_s": statistics.median(warm), "peak_gb": peak.gb, "end_gb": end / 1e9}
+    return {"s": seconds, "peak_gb": peak.gb, "end_gb": end / 1e9}
+
+
+def in_a_copy(function, *args):
+    """function(*args) in a copy of this process as it is now, which has imported what it needs."""
+    context = multiprocessing.get_context("fork")
+    there, here = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: here.send(function(*args)))
+    process.start()
+    here.close()
+    try:
+        return there.recv()
+    finally:
+        process.join()
 
 
 def read_in_blocks(path):
@@ -205,12 +218,20 @@ def read_by_tensor(path):
     return [header.read_tensor(name) for name in header.tensors]
 
 
+def read_by_safetensors(path):
+    with safetensors.safe_open(path, "pt") as file:
+        return [file.get_tensor(name).clone() for name in file.keys()]  # get_tensor gives a view of the mapped file
+
+
+READING = {"read in blocks": read_in_blocks, "safetensors": read_by_safetensors, "by tensor": read_by_tensor}
+
+
 def reading(path):
     load_pack()
-    return {"read in blocks": timed(lambda: read_in_blocks(path), path), "read by tensor": timed(lambda: read_by_tensor(path), path)}
+    return {how: timed(functools.partial(read, path), path) for how, read in READING.items()}
 
 
-def loading(path, comfyui, readers):
+def loading(path, comfyui):
     """Load Model's work, and then every weight read once, which is where a mapped file is read."""
     sys.path[:0] = [comfyui, str(ROOT / "demo")]
     from host import launch
@@ -221,10 +242,7 @@ def loading(path, comfyui, readers):
 
     args.cpu = True  # the weights' way to a GPU is left out
     load_pack()
-    from comfyui_svdquant.quant.checkpoint import nunchaku
     from comfyui_svdquant.quant.host import build
-
-    nunchaku.READERS = readers or nunchaku.READERS
 
     def load():
         with torch.inference_mode():
@@ -248,8 +266,8 @@ def converting(source, target, to):
 
 def apart(function, *args):
     """function(*args) in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def measure(folder, gb, rank, comfyui):
@@ -264,26 +282,26 @@ def measure(folder, gb, rank, comfyui):
     os.remove(back)
     write_nvfp4(nvfp4, int4)
     read, loads = {}, {}
-    for name, path, readers in (("ours", native, None), ("Nunchaku INT4", int4, None), ("Nunchaku INT4, one reader", int4, 1),
-                                ("Nunchaku NVFP4", nvfp4, None)):
-        read |= {} if readers else {name: apart(reading, path)}
-        loads[name] = apart(loading, path, comfyui, readers)
-        print(f"{name}: {read.get(name, '')} {loads[name]}", flush=True)
-    files = {name: os.path.getsize(path) / 1e9 for name, path in (("ours", native), ("Nunchaku INT4", int4), ("Nunchaku NVFP4", nvfp4))}
+    paths = {"ours": native, "Nunchaku INT4": int4, "Nunchaku NVFP4": nvfp4}
+    for name, path in paths.items():
+        read[name], loads[name] = apart(reading, path), apart(loading, path, comfyui)
+        print(f"{name}: {read[name]} {loads[name]}", flush=True)
+    files = {name: os.path.getsize(path) / 1e9 for name, path in paths.items()}
     return {"files": files, "reading": read, "loading": loads, "converting": conversions}
 
 
 def tables(found):
     """The result as Markdown."""
-    lines = ["| load | file | read in blocks, warm / cold | read by tensor, warm / cold | **load, warm / cold** | to read by tensor | "
-             "memory: peak, in the end |", "|" + "---|" * 7]
+    head = ("load", "file", *READING, "**load**", "to safetensors", "to by tensor", "memory: peak, in the end")
+    lines = ["warm / cold:", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, load in found["loading"].items():
-        file = name.partition(",")[0]
-        blocks, tensors = (found["reading"][file][how] for how in ("read in blocks", "read by tensor"))
-        pairs = [f"{times['warm_s']:.1f} / {times['cold_s']:.1f} s" for times in (blocks, tensors, load)]
-        ratios = " / ".join(f"{load[key] / tensors[key]:.2f}x" for key in ("warm_s", "cold_s"))
-        lines.append(f"| {name} | {found['files'][file]:.2f} GB | {pairs[0]} | {pairs[1]} | **{pairs[2]}** | {ratios} | "
-                     f"{load['peak_gb']:.2f}, {load['end_gb']:.2f} GB |")
+        reading = found["reading"][name]
+        pairs = [f"{times['warm_s']:.1f} / {times['cold_s']:.1f} s" for times in (*reading.values(), load)]
+        ratios = [" / ".join(f"{load[key] / reading[how][key]:.2f}x" for key in ("warm_s", "cold_s"))
+                  for how in ("safetensors", "by tensor")]
+        cells = (name, f"{found['files'][name]:.2f} GB", *pairs[:-1], f"**{pairs[-1]}**", *ratios,
+                 f"{load['peak_gb']:.2f}, {load['end_gb']:.2f} GB")
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| convert | time | memory |", "|---|---|---|"]
     lines += [f"| {name} | {row['s']:.1f} s | {row['peak_gb']:.2f} GB |" for name, row in found["converting"].items()]
     return "\n".join(lines)
