@@ -10,7 +10,7 @@ ARCHITECTURES = ("sm_90a",)
 SOURCE, ENTRY = "gemm_wgmma.cu", "gemm"
 PAIR = 2  # CTAs of a cluster: they share their tokens, or a tile's K
 MAX_RANK = 128  # the branch's blocks lie in the ring all at once
-# (weight rows, tokens, CTAs that share K) of a tile -> stages of its ring, as many as fit in shared memory.
+# (weight rows, tokens, CTAs that share K) of a tile -> stages of its ring, as many as fit beside two slices of outputs a warpgroup.
 STAGES = {(192, 192, 1): 4, (192, 128, 1): 6, (192, 64, 1): 8, (128, 256, 1): 4, (128, 192, 1): 5, (128, 128, 1): 7, (128, 64, 1): 11,
           (192, 128, 2): 4, (192, 64, 2): 8, (128, 128, 2): 6, (128, 64, 2): 11}
 

@@ -109,11 +109,16 @@ def launch(plan, x, y, work, first, second):
     plan.run(*map(runtime.address, (x, y)), *at, *map(runtime.address, (*first[:2], down, *first[3:], *second)))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def pays(device):
-    """Whether a model's two layers should be one on `device`. On the CPU it is the same, and on GPUs without int4 tensor cores the slower:
-    an H100 takes 1893 us for 1601 (benchmarks/NOTES.md)."""
-    return device.type != "cuda" or 80 <= compiler.arch_number(compiler.architecture(device)) < 90
+    """Whether a model's two layers should be one on `device`: on the CPU, where it is the same, and on GPUs with int4 tensor cores and room
+    for it (RTX 30 and 40, A100; not measured there). An H100, whose 4-bit codes are bytes, takes 1893 us for 1601 (benchmarks/NOTES.md)."""
+    if device.type != "cuda":
+        return True
+    try:
+        return 80 <= compiler.arch_number(compiler.architecture(device)) < 90
+    except compiler.KernelsUnavailable:  # a GPU that is too old; the layers say so
+        return False
 
 
 def prepare(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, device):

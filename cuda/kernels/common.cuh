@@ -75,10 +75,14 @@ DEVICE float divide(float a, float b) {
   return ratio;
 }
 
+// The inverse of a power of two, exactly.
+DEVICE float power_inverse(float power) { return __uint_as_float(0x7f000000u - __float_as_uint(power)); }
+
 // --- Programmatic dependent launch, sm_90 and newer -------------------------------------------------------------------
 
 // A kernel launched with pdl=True may start while the one before it ends. Before this it must touch no memory of others: not even its
-// weights, which the kernel before may have written; after it everything is as in an ordinary launch, whose wait returns at once.
+// weights, which the kernel before may have written; after it everything is as in an ordinary launch, whose wait returns at once. (A layer's
+// second kernel does read its weights: the first one has waited before it let the second start, and writes none.)
 DEVICE void wait_for_previous_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -110,6 +114,11 @@ DEVICE uint2 load_shared8(u32 address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
   return v;
+}
+
+DEVICE float2 load_pair(u32 address) {
+  const uint2 v = load_shared8(address);
+  return make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
 }
 
 DEVICE u32 load_shared4(u32 address) {

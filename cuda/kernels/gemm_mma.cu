@@ -67,14 +67,6 @@ static_assert(TILES % 2 == 0 && X_PIECES > 0 && W_PIECES > 0, "every thread copi
 
 DEVICE int swizzle(int piece) { return (piece & 1) << 2 | (piece & 2); }
 
-// The inverse of a power of two, exactly.
-DEVICE float power_inverse(float power) { return __uint_as_float(0x7f000000u - __float_as_uint(power)); }
-
-DEVICE float2 load_pair(u32 address) {
-  uint2 v = load_shared8(address);
-  return make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
-}
-
 DEVICE void load_scales(float (&scale)[8], u32 address) {
   uint4 v = load_shared16(address);
   u32 word[4] = {v.x, v.y, v.z, v.w};

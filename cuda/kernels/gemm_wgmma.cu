@@ -53,6 +53,7 @@ constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS 
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS == (CONSUMERS == 3 ? 4 * 128 : 3 * 168), "the CTA's registers");
 static_assert(BARRIERS + 16 * STAGES + 16 + 16 * CONSUMERS <= 232448, "more shared memory than an SM has");
 static_assert(STAGES >= 4, "a branch of 128 ranks lies in the ring at once");
+static_assert(CLUSTER * SPLIT == 2, "two CTAs share their tokens or their K");
 static_assert(CLUSTER == 1 || TOKENS % 16 == 0, "each CTA of a cluster fetches whole atoms of 8 tokens");
 
 // A place in the ring: the stage, and the parity of the barrier's phase.
@@ -172,20 +173,12 @@ DEVICE void release(u32 barrier, u32 cta) {
 
 DEVICE float load_shared_float(u32 address) { return __uint_as_float(load_shared4(address)); }
 
-DEVICE float2 load_pair(u32 address) {
-    const uint2 pair = load_shared8(address);
-    return make_float2(__uint_as_float(pair.x), __uint_as_float(pair.y));
-}
-
 #if HALF
 // Two tokens' low_scale; 1 where there are no ranks.
 DEVICE float2 load_low_scales(u32 address) {
     const float2 pair = load_pair(address);
     return make_float2(pair.x != 0.f ? pair.x : 1.f, pair.y != 0.f ? pair.y : 1.f);
 }
-
-// The inverse of a power of two, exactly.
-DEVICE float power_inverse(float power) { return __uint_as_float(0x7f000000u - __float_as_uint(power)); }
 #endif
 
 // 1 / x, and 0 of 0.
@@ -251,9 +244,7 @@ DEVICE void multiply_branch(float (&y)[SLICE / 2], u32 shared, int warpgroup, in
 }
 
 extern "C" __global__ void __launch_bounds__(ROWS * 2 + 128, 1)
-#if CLUSTER * SPLIT > 1
 __cluster_dims__(CLUSTER * SPLIT, 1, 1)
-#endif
 gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
      const char* __restrict__ act,              // (blocks, padded_m, 128) int8 image
      const float* __restrict__ act_scale,       // (2, padded_m)
@@ -275,7 +266,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
     // Barriers: the ring's, the factors' buffers read; for each warpgroup the other CTA's sums here, and its buffer read.
     const u32 shared = shared_address(memory), full = shared + BARRIERS, empty = full + 8 * STAGES, used = empty + 8 * STAGES;
     const u32 summed = used + 16, sendable = summed + 8 * CONSUMERS;
-    const u32 cta = CLUSTER * SPLIT == 1 ? 0 : cluster_rank(), half = cta / CLUSTER;
+    const u32 cta = cluster_rank(), half = cta / CLUSTER;
     const int row_tiles = (n + ROWS * CLUSTER - 1) / (ROWS * CLUSTER), token_tiles = (m + TOKENS - 1) / TOKENS, blocks = (k + 127) / 128;
     const Problem p{blocks * (int)half / SPLIT, blocks * ((int)half + 1) / SPLIT, (rank + 31) / 32, token_tiles, row_tiles};
     if (threadIdx.x == 0) {
@@ -291,7 +282,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
         fence_mbarrier_init();
     }
     __syncthreads();
-    if (CLUSTER * SPLIT > 1) cluster_arrive_relaxed();
+    cluster_arrive_relaxed();
 
     const int warpgroup = threadIdx.x / 128;
     Place place;
@@ -309,7 +300,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                 fetch_scales(shared + SCALES + early * S_BYTES, weight_scale, p.begin + early, n0, n, k / 64);
             }
         }
-        if (CLUSTER * SPLIT > 1) cluster_wait();
+        cluster_wait();
         wait_for_previous_grid();
         int buffer = 0;
         u32 buffer_parity = 1;
@@ -348,10 +339,10 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                 mbarrier_arrive_after_copies(ready);
             }
         }
-        if (CLUSTER * SPLIT > 1) cluster_arrive();
+        cluster_arrive();
     } else {
         take_registers<CONSUMER_REGISTERS>();
-        if (CLUSTER * SPLIT > 1) cluster_wait();
+        cluster_wait();
         const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
         const int row = warpgroup * 64 + warp * 16 + g;       // of the tile; the lane's other row is 8 below
         const u32 store = shared + STORES + warpgroup * STORE_BYTES;
@@ -433,8 +424,8 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
             }
 #endif
 
-            // While the copy engine stores a slice of 32 tokens, the next one's outputs are put together, and the branch's product of the
-            // one after it runs: it is added to what the codes gave.
+            // A slice of the tokens at a time: its sums become floats, the branch's product is added to them, and the copy engine stores them.
+            // Where registers suffice (AHEAD), the product runs while the slice before is packed.
             const int m0 = tile.m0(), n0 = tile.n0(cta);
             u32 rows = factors;
             asm volatile("" : "+r"(rows));  // the address anew: kept from the tile's beginning, it would be a register too many
@@ -501,7 +492,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                 if (slice == SLICES - 1) {
                     if (lane == 0) mbarrier_arrive(factors == shared + FACTORS ? used : used + 8);
                     for (int block = 0; block < p.rank_blocks; block++, place.next()) release(empty + 8 * place.stage, cta);
-                    if (CLUSTER * SPLIT > 1 && tile.last(p)) cluster_arrive();
+                    if (tile.last(p)) cluster_arrive();  // no CTA is without a tile
                 }
                 if (thread == 0) bulk_stores_wait_read();  // the slice before, whose memory the next one takes
                 barrier_named(1 + warpgroup, 128);
@@ -519,5 +510,5 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
         }
     }
     if (warpgroup < CONSUMERS && threadIdx.x % 128 == 0) bulk_stores_wait_read();  // the last stores still read shared memory
-    if (CLUSTER * SPLIT > 1) cluster_wait();  // nobody leaves while another may still arrive at its barriers
+    cluster_wait();  // nobody leaves while another may still arrive at its barriers
 }

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() 
 SHAPES = [  # M, N, K, R, unsigned_from
     (1, 16, 64, 0, None), (192, 192, 128, 32, None), (37, 80, 192, 16, None), (200, 400, 320, 48, 0), (513, 1040, 1024, 128, None),
     (130, 384, 640, 32, 128), (300, 208, 1536, 32, 1024), (1000, 3072, 3072, 32, None), (257, 768, 192, 112, None), (7, 576, 4096, 64, 0),
-    (70, 416, 320, 48, None)]
+    (70, 416, 320, 48, None), (3000, 6144, 256, 48, 128)]  # of the last, a CTA has several tiles of any size
 
 
 def check(case, y):
@@ -29,7 +29,7 @@ def check(case, y):
 @pytest.mark.parametrize("tile", gemm_wgmma.STAGES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k", "rank", "unsigned_from"), SHAPES)
 def test_is_float64s_product(m, n, k, rank, unsigned_from, tile):
-    case = int8_case(m, n, k, rank, unsigned_from, bias=n != 80, dtype=torch.float16 if n == 400 else torch.bfloat16, seed=m)
+    case = int8_case(m, n, k, rank, unsigned_from, bias=n != 80, dtype=torch.float16 if n in (400, 6144) else torch.bfloat16, seed=m)
     y = torch.full((m, n), torch.nan, dtype=case.weight_scale.dtype, device="cuda")
     check(case, gemm_wgmma.gemm(*case.args(), out=y, tile=tile))
     again = torch.full_like(y, torch.nan)
@@ -39,7 +39,7 @@ def test_is_float64s_product(m, n, k, rank, unsigned_from, tile):
 @pytest.mark.parametrize("tile", gemm_wgmma.STAGES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k", "rank", "unsigned_from", "gelu_from"), [
     (1, 64, 64, 0, None, 0), (37, 80, 192, 16, None, 64), (200, 400, 320, 48, 0, 0), (513, 1040, 1024, 128, None, 320),
-    (300, 208, 1536, 32, 1024, 192), (130, 384, 640, 32, 128, 384)])
+    (300, 208, 1536, 32, 1024, 192), (130, 384, 640, 32, 128, 384), (3000, 6144, 256, 48, None, 3072)])
 def test_gelu_from_a_column_on(m, n, k, rank, unsigned_from, gelu_from, tile):
     case = int8_case(m, n, k, rank, unsigned_from, bias=n != 80, dtype=torch.float16 if n == 400 else torch.bfloat16, seed=m, scale=0.25)
     plain = gemm_wgmma.gemm(*case.args(), tile=tile)

@@ -57,11 +57,18 @@ def launched(monkeypatch):
         return run
 
     mlp._plan.cache_clear()
-    with recorded(monkeypatch):
-        monkeypatch.setattr(runtime, "chain", chain)
-        monkeypatch.setattr(compiler, "architecture", lambda device: "sm_89")
+    with recorded(monkeypatch), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "chain", chain)
+        patch.setattr(compiler, "architecture", lambda device: "sm_89")
         yield calls
     mlp._plan.cache_clear()
+
+
+@pytest.fixture
+def patch(launched):
+    """As monkeypatch, and undone before `launched` is."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 @pytest.mark.parametrize(("m", "first_rank", "second_rank"), [(37, 16, 32), (1000, 0, 64), (5, 160, 16)])
@@ -94,21 +101,21 @@ def test_what_the_kernels_get(launched, m, first_rank, second_rank):
 @pytest.mark.parametrize(("arch", "options"), [
     ("sm_75", {}), ("sm_89", {"second_rank": 80}), ("sm_89", {"second_rank": 0}), ("sm_89", {"second_rank": 24}),
     ("sm_89", {"first_rank": 24}), ("sm_89", {"hidden": 320})])
-def test_what_the_kernels_do_not_take(launched, monkeypatch, arch, options):
+def test_what_the_kernels_do_not_take(launched, patch, arch, options):
     """Then it is two layers one after the other; here they are written down."""
     calls = []
-    monkeypatch.setattr(compiler, "architecture", lambda device: arch)
-    monkeypatch.setattr(ops, "svdquant_linear", lambda x, *args, **named: calls.append((args[7], named)) or x)
+    patch.setattr(compiler, "architecture", lambda device: arch)
+    patch.setattr(ops, "svdquant_linear", lambda x, *args, **named: calls.append((args[7], named)) or x)
     dtype = torch.float16 if arch == "sm_75" else torch.bfloat16
     mlp.svdquant_mlp(aligned(random_input(5, K, dtype)), *layers(**options, dtype=dtype))
     assert calls == [(4, {"gelu_from": 0}), (4, {})] and not launched
 
 
 @pytest.mark.parametrize("options", [{}, {"second_rank": 80}])
-def test_prepared_kernels_are_all_that_is_asked_for(launched, monkeypatch, options):
+def test_prepared_kernels_are_all_that_is_asked_for(launched, patch, options):
     """Of an MLP that the kernels take, and of one whose layers run one after the other."""
     asked, kernel = [], runtime.kernel
-    monkeypatch.setattr(runtime, "kernel", lambda *args: asked.append(args[:3]) or kernel(*args))
+    patch.setattr(runtime, "kernel", lambda *args: asked.append(args[:3]) or kernel(*args))
     first, second, *unsigned = layers(**options)
     x = aligned(random_input(37, K, torch.bfloat16))
     mlp.prepare(37, K, HIDDEN, N, first[3].shape[1], second[3].shape[1], *unsigned, x.dtype, x.device)
@@ -119,9 +126,9 @@ def test_prepared_kernels_are_all_that_is_asked_for(launched, monkeypatch, optio
     assert not asked and len(launched) == (not options)
 
 
-def test_inputs_that_the_kernels_do_not_take(launched, monkeypatch):
+def test_inputs_that_the_kernels_do_not_take(launched, patch):
     calls = []
-    monkeypatch.setattr(ops, "svdquant_linear", lambda x, *args, **named: calls.append(x) or x)
+    patch.setattr(ops, "svdquant_linear", lambda x, *args, **named: calls.append(x) or x)
     x = aligned(random_input(5, K, torch.bfloat16))
     for other in (x.half(), x.float(), x.t().contiguous().t(), aligned(torch.cat((x, x)).flatten())[1:5 * K + 1].view(5, K)):
         mlp.svdquant_mlp(other, *layers())
@@ -130,11 +137,11 @@ def test_inputs_that_the_kernels_do_not_take(launched, monkeypatch):
     assert len(calls) == 8 and len(launched) == 1
 
 
-def test_without_kernels_it_is_two_layers(launched, monkeypatch):
+def test_without_kernels_it_is_two_layers(launched, patch):
     def refuse(*args):
         raise compiler.KernelsUnavailable("none")
 
-    monkeypatch.setattr(runtime, "kernel", refuse)
+    patch.setattr(runtime, "kernel", refuse)
     ops.warn_once.cache_clear()
     quantize.launcher.cache_clear()
     args, x = layers(), aligned(random_input(5, K, torch.bfloat16))

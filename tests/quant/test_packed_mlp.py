@@ -52,7 +52,16 @@ def one_by_one(mlp, x):
 @pytest.mark.parametrize("arch, expected", [("sm_75", False), ("sm_80", True), ("sm_89", True), ("sm_90a", False), ("sm_120", False)])
 def test_which_gpus_run_it(monkeypatch, arch, expected):
     monkeypatch.setattr(linear.mlp.compiler, "architecture", lambda device: arch)
-    assert linear.mlp.pays.__wrapped__(torch.device("cuda", 0)) is expected and linear.mlp.pays(torch.device("cpu"))
+    assert linear.mlp.pays(torch.device("cuda", 0)) is expected and linear.mlp.pays(torch.device("cpu"))
+
+
+def test_a_gpu_that_is_too_old(mlp, monkeypatch):
+    """It runs by PyTorch, layer by layer, and a warm-up has nothing to do."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (6, 1))
+    device = torch.device("cuda", 7)
+    assert not linear.mlp.pays(device) and not mlp.fuses(device)
+    for future in linear.warm_up(mlp, device, tokens=(5,)):
+        assert future.result() is None
 
 
 def test_one_op_with_the_layers_own_tensors(mlp, fused, x):
