@@ -54,10 +54,10 @@ class Tile:
 
     def shared_bytes(self, mode, stages, next_ranks=None):
         """next_ranks: as in defines_of; then, after the ring and in its place, the tile's outputs and proj_down's rows."""
-        rows = stages * self.stage_bytes(mode)
+        ring = stages * self.stage_bytes(mode)
         if next_ranks is not None:
-            rows = max(rows, (self.tokens + next_ranks) * self.rows * 2)
-        return rows + 3 * self.tokens * 4 + 16 + (self.rows * 4 if mode == INTEGER else 0)
+            ring = max(ring, (self.tokens + next_ranks) * self.rows * 2)
+        return ring + 3 * self.tokens * 4 + 16 + (self.rows * 4 if mode == INTEGER else 0)
 
 
 LARGE = Tile(2, 4, 8, 1.0)   # 128 rows x 256 tokens

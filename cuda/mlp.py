@@ -9,7 +9,6 @@ In 8 bits that does not pay: a token's scale is known after the last of the firs
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -124,8 +123,8 @@ def pays(device):
 def prepare(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, device):
     """Compile and load the kernels that svdquant_mlp of such layers will ask for, with a contiguous x (m, k)."""
     if _plan(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, device, None, None) is None:
-        ops._plan(m, hidden, k, first_rank, k, first_unsigned_from, 4, 0, dtype, device)
-        ops._plan(m, n, hidden, second_rank, hidden, second_unsigned_from, 4, None, dtype, device)
+        ops.prepare(m, hidden, k, first_rank, first_unsigned_from, 4, dtype, 0, device=device)
+        ops.prepare(m, n, hidden, second_rank, second_unsigned_from, 4, dtype, device=device)
 
 
 class _Plan(NamedTuple):
@@ -149,14 +148,8 @@ def _plan(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_
     kind = NIBBLES if codes == quantize.NIBBLES else BYTES
     tile = tile or gemm_mma.choose_tile(kind, number, compiler.multiprocessors(device), m, hidden, tiles_of(kind))
     half, ranks, tiles = dtype == torch.float16, padded(second_rank, RANK_BLOCK), hidden // tile.rows
-    sizes = [(math.prod(output[0]) * output[1].itemsize if output else 0)
-             for outputs in (quantize.outputs(m, k, first_rank, codes, dtype), quantize.outputs(m, hidden, second_rank, codes, dtype))
-             for output in outputs]
-    sizes.append(tiles * padded(m, 16) * ranks * 4)
-    parts, end = [], 0
-    for size in sizes:
-        parts.append(end if size else None)
-        end += padded(size, ops.ALIGNMENT)
+    parts, end = ops.laid_out((*quantize.output_bytes(m, k, first_rank, codes, dtype),
+                               *quantize.output_bytes(m, hidden, second_rank, codes, dtype), tiles * padded(m, 16) * ranks * 4))
 
     quantized, cut = quantize.launcher(m, k, first_rank, k, first_unsigned_from, codes, dtype, device, pdl=True)
     defines = gemm_mma.defines_of(kind, tile, number, half, next_ranks=ranks)

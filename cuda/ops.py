@@ -6,7 +6,6 @@ one warning, where the kernels can't be had.
 
 import functools
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -106,8 +105,8 @@ class _Plan(NamedTuple):
     run: Callable               # both, of VARYING's addresses and those of CONSTANT
     elements: int               # of 2 bytes; where in them, in bytes:
     act_scale: int
-    low: int                    # 0: not there
-    low_scale: int
+    low: int | None             # None: not there
+    low_scale: int | None
     multiply: bool              # x @ proj_down by cuBLAS first, whose product takes proj_down's place
 
 
@@ -129,10 +128,7 @@ def _plan(m, n, k, rank, stride, unsigned_from, act_bits, gelu_from, dtype, devi
         return None
     codes = quantize.storage(act_bits, arch)
     first, cut = quantize.launcher(m, k, rank, stride, unsigned_from, codes, dtype, device, pdl=True)
-    places, size = [], 0
-    for output in quantize.outputs(m, k, rank, codes, dtype):
-        places.append(size if output else 0)
-        size += padded(math.prod(output[0]) * output[1].itemsize, ALIGNMENT) if output else 0
+    places, size = laid_out(quantize.output_bytes(m, k, rank, codes, dtype))
     if wgmma:
         second = gemm_wgmma.launcher(m, n, k, rank, unsigned_from, dtype, device, pdl=True, gelu_from=gelu_from)
     else:
@@ -140,6 +136,23 @@ def _plan(m, n, k, rank, stride, unsigned_from, act_bits, gelu_from, dtype, devi
         second = gemm_mma.launcher(kind, m, n, k, rank, unsigned_from, dtype, device, gelu_from=gelu_from)
     run = runtime.chain(len(VARYING + CONSTANT), (first, QUANTIZE), (second, GEMM))
     return _Plan(first, second, run, size // 2, *places[1:], cut.ranks < rank)
+
+
+def laid_out(sizes):
+    """Where parts of so many bytes begin in one allocation, None for those without any; and its bytes."""
+    places, end = [], 0
+    for size in sizes:
+        places.append(end if size else None)
+        end += padded(size, ALIGNMENT)
+    return places, end
+
+
+def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, *, device):
+    """Compile and load the kernels of a layer, as warm_up has it."""
+    if act_bits is None:
+        awq.launcher(m, n, dtype, device)
+    else:
+        _plan(m, n, k, rank, k, unsigned_from, act_bits, gelu_from, dtype, device)
 
 
 def warm_up(layers, device, others=()):
@@ -151,12 +164,6 @@ def warm_up(layers, device, others=()):
     device: a CUDA device with its index; others: functions that do the same for more than a layer, and take longest.
     Returns the threads' futures.
     """
-    def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None):
-        if act_bits is None:
-            awq.launcher(m, n, dtype, device)
-        else:
-            _plan(m, n, k, rank, k, unsigned_from, act_bits, gelu_from, dtype, device)
-
     def attempt(job):
         if not threading.main_thread().is_alive():  # the program ends: don't let it wait
             return
@@ -166,7 +173,8 @@ def warm_up(layers, device, others=()):
             log.debug("warm-up of %s", job, exc_info=True)
 
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="svdquant-compiler")
-    futures = [pool.submit(attempt, job) for job in (*others, *(functools.partial(prepare, *layer) for layer in dict.fromkeys(layers)))]
+    single = (functools.partial(prepare, *layer, device=device) for layer in dict.fromkeys(layers))
+    futures = [pool.submit(attempt, job) for job in (*others, *single)]
     pool.shutdown(wait=False)
     return futures
 

@@ -5,6 +5,7 @@ for everything else. Here are the shapes of what they write, and how x is cut up
 """
 
 import functools
+import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -71,6 +72,11 @@ def outputs(m, k, ranks, codes, dtype):
     if not ranks:
         return act, act_scale, None, None
     return act, act_scale, ((-(-ranks // images.RANK_BLOCK), rows, images.RANK_BLOCK), dtype), ((rows,), torch.float32)
+
+
+def output_bytes(m, k, ranks, codes, dtype):
+    """The bytes of each of outputs(); 0 where there is none."""
+    return [math.prod(output[0]) * output[1].itemsize if output else 0 for output in outputs(m, k, ranks, codes, dtype)]
 
 
 def multiplied(x, proj_down):

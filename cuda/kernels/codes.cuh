@@ -59,15 +59,7 @@ __device__ __forceinline__ void code_row(const uint4 (&x)[RUNS], u32 smooth, int
     }
     Group group = {};
     if (CODES != INTEGER) {
-        float m = 0, high = 0;
-#pragma unroll
-        for (int i = 0; i < 16; i++) m = max_abs(m, v[i]), high = fmaxf(high, v[i]);
-#pragma unroll
-        for (int lanes = 1; lanes < 4; lanes *= 2) {
-            m = max_abs(m, __shfl_xor_sync(~0u, m, lanes));
-            high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
-        }
-        group = group_of(m, high, real, is_unsigned);
+        group = group_of<1, 2>(v, real, is_unsigned);
         keep = group.keep;
         if (scale) *scale = group.scale;
     }

@@ -14,9 +14,19 @@ struct Group {
     __device__ __forceinline__ float code(float v) const { return fminf(fmaxf(fmaf(v, inverse, MAGIC), floor), ceiling); }
 };
 
-// From the largest magnitude and the largest number (0 if all are negative) of what is coded; real: whether there is such a token.
-__device__ __forceinline__ Group group_of(float m, float high, bool real, bool is_unsigned) {
+// From all its numbers: this lane has COUNT of them, the others the lanes that differ in bits FIRST .. LAST of their number.
+// real: whether there is such a token.
+template <int FIRST, int LAST, int COUNT>
+__device__ __forceinline__ Group group_of(const float (&v)[COUNT], bool real, bool is_unsigned) {
     Group group;
+    float m = 0, high = 0;  // the largest magnitude; the largest number, 0 if all are negative
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) m = max_abs(m, v[i]), high = fmaxf(high, v[i]);
+#pragma unroll
+    for (int lanes = FIRST; lanes <= LAST; lanes *= 2) {
+        m = max_abs(m, __shfl_xor_sync(~0u, m, lanes));
+        high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
+    }
     if (!real || m < TINY) m = 0;
     // Without a sign the largest is 15. With one, whichever sign it has, it is -8: a positive one makes the scale negative.
     const float unit = is_unsigned ? 1 / 15.f : m > 0 && high == m ? -1 / 8.f : 1 / 8.f;

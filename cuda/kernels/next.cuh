@@ -39,20 +39,13 @@ DEVICE void fetch_proj_down(u32 shared, const Next& next, int n0) {
 DEVICE void store_codes(const u32 (&x)[4], const float (&inverse)[8], bool is_unsigned, int g, int token, int group, int m, int padded_m,
                         const Next& next) {
   const float shift = is_unsigned ? SHIFT : 0;
-  float v[8], largest = 0, high = 0;
+  float v[8];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const float2 two = to_float2(x[i]);
     v[2 * i] = (two.x + shift) * inverse[2 * i], v[2 * i + 1] = (two.y + shift) * inverse[2 * i + 1];
   }
-#pragma unroll
-  for (int i = 0; i < 8; i++) largest = max_abs(largest, v[i]), high = fmaxf(high, v[i]);
-#pragma unroll
-  for (int lanes = 4; lanes < 32; lanes *= 2) {
-    largest = max_abs(largest, __shfl_xor_sync(~0u, largest, lanes));
-    high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
-  }
-  const Group codes = group_of(largest, high, token < m, is_unsigned);
+  const Group codes = group_of<4, 16>(v, token < m, is_unsigned);
 #pragma unroll
   for (int i = 0; i < 8; i++) v[i] = codes.code(v[i]);
   if (token >= padded_m) return;

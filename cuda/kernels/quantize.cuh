@@ -101,6 +101,13 @@ __device__ __forceinline__ void let_next_grid_start() {
 #endif
 }
 
+// value += eight floats that begin at a multiple of 16 bytes.
+__device__ __forceinline__ void add_eight(float (&value)[8], const float* from) {
+    const float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
+    value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
+    value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
+}
+
 // A row's sums of the branch into its image: `piece` of PIECES neighbouring lanes, which have 8 ranks each. fp16's are scaled down to
 // stay below 2^14, bf16 has float's range.
 template <int PIECES>

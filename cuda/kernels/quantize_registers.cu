@@ -165,10 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
 #pragma unroll 4
                     for (int source = 0; source < CTAS; source++) {
                         const int place = SUMS + turn * ALL_SUMS + ((source * OWN_ROWS + own) * RANKS + piece * 8) * 4;
-                        const float4* from = (const float4*)floats(place);
-                        const float4 a = from[0], b = from[1];
-                        value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
-                        value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
+                        add_eight(value, floats(place));
                     }
                 store_low<PIECES>(value, piece, t, row < ROWS && t < padded, M, padded, low, low_scale);
             }

@@ -15,13 +15,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_shares(
     const int padded = (M + 15) & ~15, row = (blockIdx.x * THREADS + threadIdx.x) / PIECES, piece = threadIdx.x % PIECES;
     float value[8] = {};
     if (row < M) {
-        const float4* from = (const float4*)(shares + (size_t)row * RANKS + piece * 8);
+        const float* from = shares + (size_t)row * RANKS + piece * 8;
 #pragma unroll 8
-        for (int tile = 0; tile < tiles; tile++, from += padded * RANKS / 4) {
-            const float4 a = from[0], b = from[1];
-            value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
-            value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
-        }
+        for (int tile = 0; tile < tiles; tile++, from += padded * RANKS) add_eight(value, from);
     }
     store_low<PIECES>(value, piece, row, row < padded, M, padded, low, low_scale);
 }

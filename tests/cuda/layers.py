@@ -51,5 +51,18 @@ def decided(x, layer, act_bits):
     return ((exact - exact.floor() - 0.5).abs() > 1e-4).flatten(1).all(dim=1)
 
 
+def check_in_graphs(model, x):
+    """model(x) as one graph of torch.compile and in a CUDA graph: the same bits, which it returns."""
+    expected = model(x)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+    y.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(y, expected)
+    return expected
+
+
 def relative_error(estimate, exact):
     return float((estimate.double() - exact.double()).norm() / exact.double().norm())
