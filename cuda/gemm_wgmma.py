@@ -10,9 +10,9 @@ ARCHITECTURES = ("sm_90a",)
 SOURCE, ENTRY = "gemm_wgmma.cu", "gemm"
 PAIR = 2  # CTAs of a cluster: they share their tokens, or a tile's K
 MAX_RANK = 128  # the branch's blocks lie in the ring all at once
-# (weight rows, tokens, CTAs that share K) of a tile -> stages of its ring, as many as fit beside two slices of outputs a warpgroup.
-STAGES = {(192, 192, 1): 4, (192, 128, 1): 6, (192, 64, 1): 8, (128, 256, 1): 4, (128, 192, 1): 5, (128, 128, 1): 7, (128, 64, 1): 11,
-          (192, 128, 2): 4, (192, 64, 2): 8, (128, 128, 2): 6, (128, 64, 2): 11}
+# (weight rows, tokens, CTAs that share K) of a tile -> stages of its ring, as many as fit.
+STAGES = {(192, 192, 1): 4, (192, 128, 1): 6, (192, 64, 1): 9, (128, 256, 1): 4, (128, 192, 1): 5, (128, 128, 1): 7, (128, 64, 1): 12,
+          (192, 128, 2): 5, (192, 64, 2): 9, (128, 128, 2): 7, (128, 64, 2): 12}
 
 # Clocks that a block's MMAs wait in a tile of so many tokens, by clock64: short ones don't cover their weights' way through the registers.
 WAITS = {64: 410, 128: 205, 192: 70, 256: 40}
@@ -42,7 +42,7 @@ def shared_bytes(tile):
     kernel)."""
     rows, tokens, split = tile
     warpgroups, out = rows // 64, tokens // split
-    slices = 2 * slice_of(tile) * 128
+    slices = min(2 * slice_of(tile), out) * 128
     ring = STAGES[tile] * (tokens * 128 + rows * 64 + 2 * rows * 2)
     sums = warpgroups * out * 64 * 4 if split > 1 else 0
     return ring + warpgroups * slices + sums + 2 * (3 * out * 4 + rows * 6) + 16 * STAGES[tile] + 16 + 16 * warpgroups

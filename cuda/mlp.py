@@ -25,26 +25,25 @@ MAX_RANK = 64  # of the second layer; proj_down's rows of a tile have to find ro
 SHARES, SHARES_ENTRY, SHARES_THREADS = "shares.cu", "add_shares", 128
 
 LAYER = ("weight", "weight_scale", "proj_down", "proj_up", "smooth", "bias")
-QUANTIZED = quantize.Quantized._fields
-WORK = (*(name + "1" for name in QUANTIZED), *(name + "2" for name in QUANTIZED), "shares")
-VALUES = ("x", "y", *WORK, *(name + "1" for name in LAYER), *(name + "2" for name in LAYER), "nothing")
+
+
+def numbered(names, number):
+    return tuple(name + number for name in names)
+
+
+TENSORS = ("x", "y", *numbered(LAYER, "1"), *numbered(LAYER, "2"))
+CONSTANTS = {"nothing": 0}
+# Each kernel's arguments, by the names of TENSORS, of CONSTANTS and of what the kernels leave to each other.
+QUANTIZE = ("x", "smooth1", "proj_down1", "act1", "act_scale1", "low1", "low_scale1")
+FIRST = ("nothing", "act1", "act_scale1", "low1", "low_scale1", "weight1", "weight_scale1", "nothing", "proj_up1", "bias1",
+         "act2", "act_scale2", "shares", "smooth2", "proj_down2")
+ADD = ("shares", "low2", "low_scale2")
+SECOND = ("y", "act2", "act_scale2", "low2", "low_scale2", "weight2", "weight_scale2", "nothing", "proj_up2", "bias2")
 
 
 def tiles_of(kind):
     """The tiles to choose from, the largest first. BYTES has not the registers for the wide one."""
     return (WIDE, NARROW, gemm_mma.SMALL) if kind == NIBBLES else (NARROW, gemm_mma.SMALL)
-
-
-def places(*names):
-    """Where the values of these names are, as runtime.chain wants it."""
-    return tuple(map(VALUES.index, names))
-
-
-QUANTIZE = places("x", "smooth1", "proj_down1", "act1", "act_scale1", "low1", "low_scale1")
-FIRST = places("nothing", "act1", "act_scale1", "low1", "low_scale1", "weight1", "weight_scale1", "nothing", "proj_up1", "bias1",
-               "act2", "act_scale2", "shares", "smooth2", "proj_down2")
-ADD = places("shares", "low2", "low_scale2")
-SECOND = places("y", "act2", "act_scale2", "low2", "low_scale2", "weight2", "weight_scale2", "nothing", "proj_up2", "bias2")
 
 
 def svdquant_mlp(x, first, second, first_unsigned_from, second_unsigned_from):
@@ -93,19 +92,14 @@ def fused(x, first, second, first_unsigned_from, second_unsigned_from, codes=Non
     if plan is None:
         return None
     y = x.new_empty(*x.shape[:-1], n)
-    launch(plan, x, y, x.new_empty(plan.elements), first, second)
+    launch(plan, x, y, first, second)
     return y
 
 
-def launch(plan, x, y, work, first, second):
-    """The launches of a _Plan; work: its elements."""
-    at = [0 if place is None else work.data_ptr() + place for place in plan.parts]
-    down = first[2]
-    if plan.multiply:
-        down, scale = quantize.multiplied(x.view(-1, x.shape[-1]), down)
-        if scale is not None:
-            at[WORK.index("low_scale1")] = scale.data_ptr()
-    plan.run(*map(runtime.address, (x, y)), *at, *map(runtime.address, (*first[:2], down, *first[3:], *second)))
+def launch(plan, x, y, first, second):
+    """The launches of a _Plan."""
+    product = quantize.multiplied(x.view(-1, x.shape[-1]), first[2]) if plan.multiply else ()
+    plan.run(*map(runtime.address, (*product, x, y, *first, *second)))
 
 
 @torch.compiler.assume_constant_result
@@ -128,12 +122,11 @@ def prepare(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, secon
 
 
 class _Plan(NamedTuple):
-    """The launches, and the one allocation for what they leave to each other."""
+    """The launches of two layers."""
 
-    run: Callable    # of VALUES' addresses, without "nothing"
-    elements: int    # of 2 bytes
-    parts: tuple     # where in them WORK is, in bytes; None: not there
-    multiply: bool   # x @ proj_down of the first layer by cuBLAS
+    run: Callable    # of the addresses of multiplied()'s product and of TENSORS
+    work: dict       # {name: bytes} of what the kernels leave to each other
+    multiply: bool   # x @ proj_down of the first layer by cuBLAS; otherwise there is no product
 
 
 @functools.lru_cache(maxsize=1024)
@@ -148,8 +141,9 @@ def _plan(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_
     kind = NIBBLES if codes == quantize.NIBBLES else BYTES
     tile = tile or gemm_mma.choose_tile(kind, number, compiler.multiprocessors(device), m, hidden, tiles_of(kind))
     half, ranks, tiles = dtype == torch.float16, padded(second_rank, RANK_BLOCK), hidden // tile.rows
-    parts, end = ops.laid_out((*quantize.output_bytes(m, k, first_rank, codes, dtype),
-                               *quantize.output_bytes(m, hidden, second_rank, codes, dtype), tiles * padded(m, 16) * ranks * 4))
+    work = {"shares": tiles * padded(m, 16) * ranks * 4}
+    for number, columns, rank in (("1", k, first_rank), ("2", hidden, second_rank)):
+        work |= zip(numbered(quantize.Quantized._fields, number), quantize.output_bytes(m, columns, rank, codes, dtype))
 
     quantized, cut = quantize.launcher(m, k, first_rank, k, first_unsigned_from, codes, dtype, device, pdl=True)
     defines = gemm_mma.defines_of(kind, tile, number, half, next_ranks=ranks)
@@ -159,8 +153,10 @@ def _plan(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_
     add = runtime.kernel(SHARES, SHARES_ENTRY, shares_defines(half, ranks), device)
     add = add.launcher((-(-padded(m, 16) * ranks // 8 // SHARES_THREADS),), (SHARES_THREADS,), len(ADD), (m, tiles))
     second = gemm_mma.launcher(kind, m, n, hidden, second_rank, second_unsigned_from, dtype, device)
-    run = runtime.chain(len(VALUES) - 1, (quantized, QUANTIZE), (first, FIRST), (add, ADD), (second, SECOND), constants=(0,))
-    return _Plan(run, end // 2, tuple(parts), cut.ranks < first_rank)
+    multiply = cut.ranks < first_rank
+    names = (*(numbered(quantize.PRODUCT[dtype], "1") if multiply else ()), *TENSORS)
+    run = runtime.chain(names, (quantized, QUANTIZE), (first, FIRST), (add, ADD), (second, SECOND), work=work, constants=CONSTANTS)
+    return _Plan(run, work, multiply)
 
 
 def shares_defines(half, ranks):

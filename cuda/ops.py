@@ -17,26 +17,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import awq, compiler, gemm_mma, gemm_wgmma, quantize, reference, runtime, scales
-from .images import padded
 from .int4 import GROUP_SIZE
 
 log = logging.getLogger(__name__)
 
-# Compute capabilities on which int8 activations are the fast ones: their 4-bit tensor cores are missing, or starved by the scales.
-INT8_FASTER = (80, 90, 100, 103, 110, 120, 121)
+# Compute capabilities with fast 4-bit tensor cores, RTX 20 to 40. The others' are missing, or starved by the scales (A100).
+INT4_FASTER = ((7, 5), (8, 6), (8, 9))
 RANKS = 16  # the kernels' branches have a multiple of this
 GELU_COLUMNS = 64  # are activated together: a warp's rows of the weight in gemm_mma.cu, a warpgroup's in gemm_wgmma.cu
-ALIGNMENT = 256  # bytes, of each part of a layer's workspace
 PLAIN = Tensor, torch.nn.Parameter
 _dynamo_traces, _dispatch_modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack
 
 
-@functools.cache
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
+@torch.compiler.assume_constant_result
 def best_act_bits(device):
     """4 or 8: the activations' bits that `act_bits` 0 stands for on `device`. 4 on the CPU, as SVDQuant is published."""
-    if device.type != "cuda" or torch.version.hip:
-        return 4
-    return 8 if 10 * torch.cuda.get_device_capability(device)[0] in INT8_FASTER else 4
+    return 4 if device.type != "cuda" or torch.version.hip or _capability(device) in INT4_FASTER else 8
 
 
 def svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale=None, gelu_from=None):
@@ -98,23 +97,19 @@ def compute_dtype(dtype, layers, device):
 
 
 class _Plan(NamedTuple):
-    """The two launches of a layer, and the one allocation for what the first leaves to the second."""
+    """The two launches of a layer."""
 
     quantize: runtime.Launcher  # quantize.launcher's
     gemm: runtime.Launcher      # gemm_wgmma.launcher's or gemm_mma.launcher's
-    run: Callable               # both, of VARYING's addresses and those of CONSTANT
-    elements: int               # of 2 bytes; where in them, in bytes:
-    act_scale: int
-    low: int | None             # None: not there
-    low_scale: int | None
-    multiply: bool              # x @ proj_down by cuBLAS first, whose product takes proj_down's place
+    varying: tuple              # of the kernels' arguments, those that change from call to call
+    work: dict                  # {name: bytes} of what the first leaves to the second
+    run: Callable               # both, of the addresses of the varying and of CONSTANT
+    multiply: bool              # x @ proj_down by cuBLAS first, which takes the place of proj_down
 
 
-VARYING = ("x", "y", "act", "act_scale", "low", "low_scale")  # from call to call of a layer
 CONSTANT = ("proj_down", "weight", "weight_scale", "smooth", "row_scale", "proj_up", "bias")
-QUANTIZE, GEMM = (tuple(map((VARYING + CONSTANT).index, names)) for names in (
-    ("x", "smooth", "proj_down", "act", "act_scale", "low", "low_scale"),
-    ("y", "act", "act_scale", "low", "low_scale", "weight", "weight_scale", "row_scale", "proj_up", "bias")))
+QUANTIZE = ("x", "smooth", "proj_down", "act", "act_scale", "low", "low_scale")
+GEMM = ("y", "act", "act_scale", "low", "low_scale", "weight", "weight_scale", "row_scale", "proj_up", "bias")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -128,23 +123,19 @@ def _plan(m, n, k, rank, stride, unsigned_from, act_bits, gelu_from, dtype, devi
         return None
     codes = quantize.storage(act_bits, arch)
     first, cut = quantize.launcher(m, k, rank, stride, unsigned_from, codes, dtype, device, pdl=True)
-    places, size = laid_out(quantize.output_bytes(m, k, rank, codes, dtype))
     if wgmma:
         second = gemm_wgmma.launcher(m, n, k, rank, unsigned_from, dtype, device, pdl=True, gelu_from=gelu_from)
     else:
         kind = gemm_mma.INTEGER if act_bits == 8 else gemm_mma.NIBBLES if codes == quantize.NIBBLES else gemm_mma.BYTES
         second = gemm_mma.launcher(kind, m, n, k, rank, unsigned_from, dtype, device, gelu_from=gelu_from)
-    run = runtime.chain(len(VARYING + CONSTANT), (first, QUANTIZE), (second, GEMM))
-    return _Plan(first, second, run, size // 2, *places[1:], cut.ranks < rank)
+    multiply = cut.ranks < rank
+    varying = "x", "y", *(quantize.PRODUCT[dtype] if multiply else ())
+    work = dict(zip(quantize.Quantized._fields, quantize.output_bytes(m, k, rank, codes, dtype)))
+    return _Plan(first, second, varying, work, _both(first, second, work, (*varying, *CONSTANT)), multiply)
 
 
-def laid_out(sizes):
-    """Where parts of so many bytes begin in one allocation, None for those without any; and its bytes."""
-    places, end = [], 0
-    for size in sizes:
-        places.append(end if size else None)
-        end += padded(size, ALIGNMENT)
-    return places, end
+def _both(first, second, work, names, constants=()):
+    return runtime.chain(names, (first, QUANTIZE), (second, GEMM), work=work, constants=constants)
 
 
 def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, *, device):
@@ -197,13 +188,9 @@ def _svdquant_kernels(x, weight, weight_scale, proj_down, proj_up, smooth, bias,
     plan = _plan(m, n, k, rank, stride, unsigned_from, act_bits, gelu_from, dtype, x.device) if readable else None
     if plan is None:
         return _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from)
-    y, work = x.new_empty(*leading, n), x.new_empty(plan.elements)  # a size in a tuple takes PyTorch half as long again
-    act = work.data_ptr()
-    low, low_scale = (act + plan.low, act + plan.low_scale) if plan.low else (0, 0)
-    if plan.multiply:
-        proj_down, scale = quantize.multiplied(x.reshape(m, k), proj_down)
-        low_scale = low_scale if scale is None else scale.data_ptr()
-    plan.run(source, y.data_ptr(), act, act + plan.act_scale, low, low_scale,
+    y = x.new_empty(*leading, n)  # a size in a tuple takes PyTorch half as long again
+    product = quantize.multiplied(x.reshape(m, k), proj_down) if plan.multiply else ()
+    plan.run(source, y.data_ptr(), *map(runtime.address, product),
              *map(runtime.address, (proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias)))
     return y
 
@@ -216,35 +203,31 @@ def repeated(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned
     are the same, so is the tensors' device: host and devices share one space of addresses. It returns y, or None where anything isn't as
     it was.
     """
-    dtype, device, (*leading, k), (n, rank) = x.dtype, x.get_device(), x.shape, proj_up.shape
+    dtype, index, (*leading, k), (n, rank) = x.dtype, x.get_device(), x.shape, proj_up.shape
     if not kernels_run(x, weight) or weight_scale.dtype != dtype or not x.is_contiguous() or x.data_ptr() % 16:
         return None
-    m, size = x.numel() // k, (*leading, n)
+    m = x.numel() // k
     try:
         plan = _plan(m, n, k, rank, k, unsigned_from, act_bits, gelu_from, dtype, x.device)
     except compiler.KernelsUnavailable:  # svdquant_linear says so
         return None
     if plan is None:
         return None
-    elements, act_scale, low, low_scale, multiply = plan[3:]
     there = tuple(map(runtime.address, (proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias)))
-    run = runtime.chain(len(VARYING) + multiply, (plan.quantize, QUANTIZE), (plan.gemm, GEMM), constants=there[multiply:])
+    run = _both(plan.quantize, plan.gemm, plan.work, plan.varying, zip(CONSTANT, there))
+    multiply, allocated = plan.multiply, runtime.allocator((*leading, n), dtype, x.device)
 
     def again(x, weight_scale, proj_down, addresses):
         source = x.data_ptr()
-        if (addresses != there or x.dtype is not dtype or weight_scale.dtype is not dtype or x.get_device() != device or source % 16
+        if (addresses != there or x.dtype is not dtype or weight_scale.dtype is not dtype or x.get_device() != index or source % 16
                 or not x.is_contiguous()):
             return None
-        y, work = x.new_empty(*size), x.new_empty(elements)
-        act = work.data_ptr()
+        y = allocated()
         if multiply:
-            product, scale = quantize.multiplied(x.view(m, k), proj_down)
-            run(source, y.data_ptr(), act, act + act_scale, act + low, act + low_scale if scale is None else scale.data_ptr(),
-                product.data_ptr())
-        elif low:
-            run(source, y.data_ptr(), act, act + act_scale, act + low, act + low_scale)
+            product = quantize.multiplied(x.view(m, k), proj_down)
+            run(source, y.data_ptr(), *map(runtime.address, product))
         else:
-            run(source, y.data_ptr(), act, act + act_scale, 0, 0)
+            run(source, y.data_ptr())
         return y
 
     return again

@@ -58,8 +58,8 @@ def quantize(x, smooth, proj_down, unsigned_from, codes, **cut):
     q = [None if o is None else torch.empty(o[0], dtype=o[1], device=x.device) for o in outputs(m, k, rank, codes, x.dtype)]
     branch = proj_down
     if rank > plan.ranks:
-        branch, scale = multiplied(x, proj_down)
-        q[3] = q[3] if scale is None else scale
+        branch, *scale = multiplied(x, proj_down)
+        q[3:] = scale or q[3:]
     launch(*map(runtime.address, (x, smooth, branch, *q)))
     return Quantized(*q)
 
@@ -79,11 +79,14 @@ def output_bytes(m, k, ranks, codes, dtype):
     return [math.prod(output[0]) * output[1].itemsize if output else 0 for output in outputs(m, k, ranks, codes, dtype)]
 
 
+# Where the plan has no ranks, of which of the kernel's arguments multiplied() takes the place.
+PRODUCT = {torch.bfloat16: ("proj_down",), torch.float16: ("proj_down", "low_scale")}
+
+
 def multiplied(x, proj_down):
-    """x @ proj_down / low_scale (M, R) by cuBLAS, where the plan has no ranks, and low_scale; None for the ones of
-    bf16, which the kernel writes."""
+    """x @ proj_down / low_scale (M, R) by cuBLAS, and low_scale (Mp,) but for the ones of bf16, which the kernel writes."""
     if x.dtype == torch.bfloat16:
-        return x @ proj_down, None
+        return x @ proj_down,
     low = x.float() @ proj_down.float()  # fp16 has 11 significant bits, as has tf32: nothing is lost to it
     peak = low.abs().amax(dim=-1)
     scale = torch.exp2(torch.ceil(torch.log2(peak / PEAK))).clamp(min=1)

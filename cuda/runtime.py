@@ -19,6 +19,7 @@ import torch
 
 from . import compiler
 from .compiler import KernelsUnavailable
+from .images import padded
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,14 @@ INVALID_CLUSTER = 912  # CUDA_ERROR_INVALID_CLUSTER_SIZE: larger than the device
 PORTABLE_CLUSTER = 8  # CTAs; a kernel of larger clusters has to say that it wants them
 _CONFIG = "=7I4xqqI4x"  # CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, how many of them
 _STREAM = 32  # where in it the stream is
+ALIGNMENT = 256  # bytes, of each part of a chain's work memory
+
+# PyTorch's own short cuts, none of which a PyTorch without CUDA has.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # ten times as fast as torch.cuda.current_stream
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # torch.cuda.current_device, without the check that CUDA is initialized
+_take = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", None)  # both together half of what a tensor takes
+_give = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_delete", None)
+_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # torch.empty_strided for Inductor's code, in half the time
 
 # {CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, padding, 1 in a union of 64 bytes}
 _PDL = ctypes.create_string_buffer(struct.pack("=I4xI60x", 6, 1))
@@ -42,6 +49,7 @@ def driver():
         raise KernelsUnavailable(f"The CUDA kernels need NVIDIA's driver ({error}).") from error
     if not hasattr(library, "cuTensorMapEncodeTiled"):  # it came with 12.0
         raise KernelsUnavailable("The CUDA kernels need an NVIDIA driver for CUDA 12 or newer. Update the driver.")
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4  # so that it takes ints
     return library
 
 
@@ -83,7 +91,8 @@ class Boxes(NamedTuple):
 def _tensor_map(boxes):
     """A CUtensorMap of Boxes at address 0.
 
-    The driver says nothing of its 128 bytes. That the first eight are the address is Hopper's format, and looked at here.
+    The driver says nothing of its 128 bytes. That the first eight are the address is Hopper's format, and looked at here: raises
+    KernelsUnavailable where it is another.
     """
     sizes, strides = (ctypes.c_uint64 * 2)(boxes.columns, boxes.rows), (ctypes.c_uint64 * 1)(2 * boxes.columns)
     box, steps = (ctypes.c_uint32 * 2)(boxes.box_columns, boxes.box_rows), (ctypes.c_uint32 * 2)(1, 1)
@@ -98,39 +107,46 @@ def _tensor_map(boxes):
 
     one, other = (encode(address) for address in (1 << 20, 3 << 40))
     if one[8:] != other[8:] or struct.unpack("=QQ", one[:8] + other[:8]) != (1 << 20, 3 << 40):
-        raise RuntimeError("The driver's CUtensorMap does not begin with the tensor's address; this pack does not know its format.")
+        raise KernelsUnavailable("The CUDA kernels don't know this driver's format of tensor maps: the tensor's address is not where it "
+                                 "was. Update this node pack.")
     return bytes(8) + one[8:]
 
 
 class _Memory:
-    """A thread's memory for the launches of a chain: their CUlaunchConfigs, the kernels' parameters of 8 bytes each, their tensor maps.
+    """A thread's memory for the launches of a chain, in this order: their CUlaunchConfigs, the ints, 8 bytes each, their tensor maps, and
+    for each kernel where its parameters are.
 
     Of an int's 8 bytes the driver takes as many as the parameter has: all of a pointer, or the low 4.
     """
 
-    __slots__ = ("bytes", "values", "maps", "stream", "calls")
+    __slots__ = ("bytes", "values", "maps", "stream", "work", "parts", "calls")
 
-    def __init__(self, count, steps, constants):
+    def __init__(self, names, steps, parts, constants):
         _ensure_context()
-        first = count + len(constants)
-        constants = [*constants, *(size for launcher, _ in steps for size in launcher.sizes)]
+        order = (*names, *parts, *constants)
+        values = [0] * (len(names) + len(parts)) + [*constants.values()] + [size for launcher, _ in steps for size in launcher.sizes]
         maps = [_tensor_map(launcher.boxes) for launcher, _ in steps if launcher.boxes]
-        self.values = struct.calcsize(_CONFIG) * len(steps)  # where the chain's ints begin, and after them the constants
-        values = struct.pack(f"={count + len(constants)}q", *[0] * count, *constants)
-        self.bytes = ctypes.create_string_buffer(bytes(self.values) + values + b"".join(maps))
-        begin, mapped, self.maps, calls = ctypes.addressof(self.bytes), self.values + len(values), [], []
-        for turn, (launcher, places) in enumerate(steps):
-            places = *places, *range(first, first + len(launcher.sizes))
-            first += len(launcher.sizes)
-            config = turn * struct.calcsize(_CONFIG)
-            struct.pack_into(_CONFIG, self.bytes, config, *launcher.head, 0, *launcher.attributes)
-            pointers = [begin + self.values + 8 * place for place in places]
+        self.values = struct.calcsize(_CONFIG) * len(steps)
+        written = bytes(self.values) + struct.pack(f"={len(values)}q", *values) + b"".join(maps)
+        mapped, pointed, own = self.values + 8 * len(values), len(written), len(order)
+        parameters = sum(len(arguments) + len(launcher.sizes) for launcher, arguments in steps)
+        self.bytes = ctypes.create_string_buffer(written, pointed + 8 * parameters)
+        begin, self.maps, calls = ctypes.addressof(self.bytes), [], []
+        for turn, (launcher, arguments) in enumerate(steps):
+            places = [*map(order.index, arguments), *range(own, own + len(launcher.sizes))]
+            own += len(launcher.sizes)
+            parameters = [begin + self.values + 8 * place for place in places]
             if launcher.boxes:
                 self.maps.append((mapped, places[0]))
-                pointers[0] = begin + mapped
+                parameters[0] = begin + mapped
                 mapped += 128
-            calls.append((ctypes.c_void_p(begin + config), launcher.kernel.function, (ctypes.c_void_p * len(places))(*pointers), None))
-        self.stream, self.calls = 0, tuple(calls)
+            config = turn * struct.calcsize(_CONFIG)
+            struct.pack_into(_CONFIG, self.bytes, config, *launcher.head, 0, *launcher.attributes)
+            struct.pack_into(f"={len(places)}q", self.bytes, pointed, *parameters)
+            calls.append((begin + config, launcher.kernel.function, begin + pointed, None))
+            pointed += 8 * len(places)
+        self.parts, self.calls = (self.values + 8 * len(names), tuple(parts.values())), tuple(calls)
+        self.stream = self.work = 0
 
     def turn_to(self, stream):
         """Most of the time it is the same one."""
@@ -138,15 +154,25 @@ class _Memory:
             struct.pack_into("=q", self.bytes, turn * struct.calcsize(_CONFIG) + _STREAM, stream)
         self.stream = stream
 
+    def work_at(self, begin):
+        """Most of the time the allocator gives what it was given before."""
+        where, places = self.parts
+        struct.pack_into(f"={len(places)}q", self.bytes, where, *(0 if place is None else begin + place for place in places))
+        self.work = begin
 
-def chain(count, *steps, constants=()):
-    """A function of `count` ints that launches kernels of one device one after the other, on PyTorch's current stream of that device.
 
-    constants: ints that follow those in every call. steps: (Launcher, which of the ints are its kernel's first arguments).
+def chain(names, *steps, work=(), constants=()):
+    """A function of ints, the `names`, that launches kernels of one device one after the other on PyTorch's current stream of that device.
+
+    work: {name: bytes} of memory that is the chain's own while the kernels run; what has no bytes is at 0.
+    constants: {name: int}, the same in every call. steps: (Launcher, the names of its kernel's first arguments); a name that stands
+    twice is the first of names, work and constants.
     All that doesn't change from call to call is written once a thread.
     """
     index, launch, threads = steps[0][0].kernel.index, driver().cuLaunchKernelEx, threading.local()
-    pack, pack_address = struct.Struct(f"={count}q").pack_into, struct.Struct("=q").pack_into
+    pack, pack_address = struct.Struct(f"={len(names)}q").pack_into, struct.Struct("=q").pack_into
+    parts, size = laid_out(dict(work))
+    constants = dict(constants)
 
     def run(*values):
         if _current_device() != index:
@@ -155,17 +181,46 @@ def chain(count, *steps, constants=()):
         try:
             memory = threads.memory
         except AttributeError:
-            memory = threads.memory = _Memory(count, steps, constants)
+            memory = threads.memory = _Memory(names, steps, parts, constants)
         if (stream := _raw_stream(index)) != memory.stream:
             memory.turn_to(stream)
-        pack(memory.bytes, memory.values, *values)
-        for where, place in memory.maps:
-            pack_address(memory.bytes, where, values[place])
-        for call in memory.calls:
-            if status := launch(*call):
-                _check("cuLaunchKernelEx", status)
+        begin = _take(size, stream) if size else 0
+        try:
+            if begin != memory.work:
+                memory.work_at(begin)
+            pack(memory.bytes, memory.values, *values)
+            for where, place in memory.maps:
+                pack_address(memory.bytes, where, values[place])
+            for call in memory.calls:
+                if status := launch(*call):
+                    _check("cuLaunchKernelEx", status)
+        finally:
+            if begin:
+                _give(begin)  # to be used again after the kernels, by what the stream does then
 
     return run
+
+
+def laid_out(work):
+    """Where the parts of {name: bytes} begin in one allocation, None where there are no bytes; and the bytes of it all."""
+    places, end = {}, 0
+    for name, size in work.items():
+        places[name] = end if size else None
+        end += padded(size, ALIGNMENT)
+    return places, end
+
+
+def allocator(shape, dtype, device):
+    """A function of nothing: a new contiguous tensor on the device, with its index."""
+    fresh, short = functools.partial(torch.empty, shape, dtype=dtype, device=device), _empty
+    if device.type != "cuda" or short is None:
+        return fresh
+    index, strides = device.index, torch.empty(shape, device="meta").stride()
+
+    def allocate():
+        return short(shape, strides, dtype) if _current_device() == index else fresh()
+
+    return allocate
 
 
 class Launcher:
@@ -177,7 +232,9 @@ class Launcher:
         self.kernel, self.sizes, self.boxes = kernel, sizes, boxes
         self.head = (*grid, 1, 1)[:3] + (*block, 1, 1)[:3] + (kernel.shared,)
         self.attributes = (ctypes.addressof(_PDL), 1) if pdl and kernel.dependent else (0, 0)
-        self.run = chain(count, (self, range(count)))
+        if boxes:
+            _tensor_map(boxes)
+        self.run = chain(range(count), (self, range(count)))
 
     def __call__(self, *values):
         self.run(*values)
@@ -198,7 +255,7 @@ class Kernel:
     __slots__ = ("function", "index", "shared", "dependent", "owner")
 
     def __init__(self, function, index, shared, dependent=False, owner=None):
-        self.function = ctypes.c_void_p(function)
+        self.function = function
         self.index = index
         self.shared = shared        # bytes of dynamic shared memory of a block
         self.dependent = dependent  # whether the device knows programmatic dependent launch
@@ -215,7 +272,7 @@ class Kernel:
         count = ctypes.c_int()
         with torch.cuda.device(self.index):
             _ensure_context()  # a thread of warm_up's may have waited while another loaded the kernel
-            status = driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, config)
+            status = driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), ctypes.c_void_p(self.function), config)
         if status == INVALID_CLUSTER:
             return 0
         _check("cuOccupancyMaxActiveClusters", status)

@@ -38,7 +38,7 @@ constexpr int SLICE = OUT < 64 ? OUT : 64;      // tokens that a warpgroup turns
 constexpr int SLICES = OUT / SLICE;
 constexpr int AHEAD = TOKENS == 192 && ROWS == 192 ? 0 : 1;  // slices whose registers fit beside the accumulators, but one
 constexpr int SLICE_BYTES = SLICE * 128;
-constexpr int STORE_BYTES = 2 * SLICE_BYTES;    // two slices: one is written while the copy engine reads the other
+constexpr int STORE_BYTES = (SLICES == 1 ? 1 : 2) * SLICE_BYTES;  // two: one is written while the copy engine reads the other
 constexpr int SUM_BYTES = SPLIT == 1 ? 0 : OUT * 64 * 4;  // of a warpgroup, from the CTA that has the rest of K
 // Factors of a tile, as offsets: OUT each of the last part's scale, the first's, low_scale; ROWS each of row_scale and bias.
 constexpr int LAST = 0, FIRST = OUT * 4, LOW = 2 * OUT * 4, ROW_SCALE = 3 * OUT * 4, BIAS = ROW_SCALE + ROWS * 4;
@@ -289,9 +289,10 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
     if (warpgroup == CONSUMERS) {
         give_registers<PRODUCER_REGISTERS>();
         // Weights don't wait for the kernel before, which makes the tokens.
+        Tile tile(p);
         int early = 0;
         {
-            const int n0 = Tile(p).n0(cta);
+            const int n0 = tile.n0(cta);
             Rows rows(weight, k / 2, n0, n, false);
             rows.skip(p.begin);
 #pragma unroll 1
@@ -304,7 +305,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
         wait_for_previous_grid();
         int buffer = 0;
         u32 buffer_parity = 1;
-        for (Tile tile(p); tile.there(p); tile.next(p)) {
+        for (; tile.there(p); tile.next(p)) {
             const int m0 = tile.m0(), n0 = tile.n0(cta);
             const int out_m0 = m0 + half * OUT;
             mbarrier_wait(used + 8 * buffer, buffer_parity);

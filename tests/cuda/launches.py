@@ -5,24 +5,33 @@ import contextlib
 import torch
 from comfyui_svdquant.cuda import compiler, gemm_mma, gemm_wgmma, ops, quantize, runtime
 
+WORK = 1 << 40  # where the chains' own memory is
+
+
+def recorder(note, length):
+    """In place of runtime.chain: note({name: address} with all names, the steps) for each call of a chain of so many kernels."""
+    def chain(names, *steps, work=(), constants=()):
+        places, _ = runtime.laid_out(dict(work))
+        at = dict(constants) | {name: 0 if place is None else WORK + place for name, place in places.items()}
+
+        def run(*values):
+            if len(steps) == length:
+                note(at | dict(reversed([*zip(names, values, strict=True)])), steps)  # of a name that stands twice, the first
+        return run
+
+    return chain
+
 
 @contextlib.contextmanager
 def recorded(monkeypatch):
-    """Yields a list of {name in ops.VARYING or ops.CONSTANT: address} that grows by one with each call of a layer."""
-    calls, names = [], ops.VARYING + ops.CONSTANT
-
-    def chain(count, *steps, constants=()):
-        def run(*values):
-            assert len(values) == count
-            if len(steps) == 2:  # not a kernel by itself
-                calls.append(dict(zip(names, values + tuple(constants), strict=True)))
-        return run
-
+    """Yields a list of {name: address} that grows by one with each call of a layer."""
+    calls = []
     caches = ops._plan, quantize.launcher, gemm_mma.launcher, gemm_wgmma.launcher
     for cache in caches:
         cache.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "chain", chain)
+        patch.setattr(runtime, "chain", recorder(lambda at, steps: calls.append(at), 2))
+        patch.setattr(runtime, "_tensor_map", lambda boxes: None)
         patch.setattr(runtime, "kernel", lambda source, entry, defines, device, shared=0: runtime.Kernel(0x77, -1, shared))
         patch.setattr(runtime.Kernel, "active_clusters", lambda kernel, ctas, threads: 16)
         patch.setattr(compiler, "architecture", lambda device: "sm_90a")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import compiler, gemm_mma, mlp, ops, quantize, reference, runtime
 
-from .launches import addresses, aligned, recorded
+from .launches import addresses, aligned, recorded, recorder
 from .layers import random_input, random_layer
 
 K, HIDDEN, N = 128, 256, 96
@@ -46,19 +46,11 @@ def test_one_graph_under_torch_compile():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Two GPU's functions on the CPU: {name in mlp.VALUES: address} of each call, and the steps of its chain."""
+    """Two GPU's functions on the CPU: ({name: address}, the steps of its chain) of each call."""
     calls = []
-
-    def chain(count, *steps, constants=()):
-        def run(*values):
-            assert len(values) == count
-            if len(steps) == 4:
-                calls.append((dict(zip(mlp.VALUES, values + constants, strict=True)), steps))
-        return run
-
     mlp._plan.cache_clear()
     with recorded(monkeypatch), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "chain", chain)
+        patch.setattr(runtime, "chain", recorder(lambda *call: calls.append(call), 4))
         patch.setattr(compiler, "architecture", lambda device: "sm_89")
         yield calls
     mlp._plan.cache_clear()

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import compiler, gemm_mma, images, mlp, ops, quantize, reference
+from comfyui_svdquant.cuda import compiler, gemm_mma, images, mlp, ops, quantize, reference, runtime
 from comfyui_svdquant.cuda.gemm_mma import SMALL
 from comfyui_svdquant.cuda.mlp import NARROW, WIDE
 from comfyui_svdquant.cuda.quantize import BYTES, NIBBLES
+from comfyui_svdquant.quant import layout, linear
 
 from .layers import check_in_graphs, random_input, random_layer, relative_error
 
 pytestmark = pytest.mark.gpu
+PARAMETERS = ("weight", "weight_scale", "weight_proj_down", "weight_proj_up", "weight_smooth_factor", "bias")  # in mlp.LAYER's order
 DEVICE = torch.device("cuda", 0)
 BF16 = 3e-3  # test_ops_gpu.py's
 
@@ -65,14 +67,18 @@ def run(path, case):
     x, first, second, first_unsigned_from, second_unsigned_from = case.args()
     (m, k), (hidden, rank), (n, second_rank), dtype, margin = x.shape, first[3].shape, second[3].shape, x.dtype, 4096
     plan = mlp._plan(m, k, hidden, n, rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, x.device, path.codes, path.tile)
-    buffers = [torch.full((size + 2 * margin,), torch.nan, dtype=dtype, device=DEVICE) for size in (m * n, plan.elements)]
+    places, size = runtime.laid_out(plan.work)
+    buffers = [torch.full((size + 2 * margin,), torch.nan, dtype=dtype, device=DEVICE) for size in (m * n, size // 2)]
     y, work = (buffer[margin:-margin] for buffer in buffers)
-    mlp.launch(plan, x, y, work, first, second)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "_take", lambda asked, stream: work.data_ptr() if asked == size else 0)
+        patch.setattr(runtime, "_give", lambda begin: None)
+        mlp.launch(plan, x, y, first, second)
     torch.cuda.synchronize()
     assert all(b[:margin].isnan().all() and b[-margin:].isnan().all() for b in buffers), "written outside"
     quantized = []
     for name, (shape, kind) in zip(quantize.Quantized._fields, quantize.outputs(m, hidden, second_rank, path.codes, dtype), strict=True):
-        part = work.view(torch.uint8)[plan.parts[mlp.WORK.index(name + "2")]:]
+        part = work.view(torch.uint8)[places[name + "2"]:]
         quantized.append(part[:torch.Size(shape).numel() * kind.itemsize].view(kind).view(shape))
     return y.view(m, n), quantize.Quantized(*quantized)
 
@@ -222,3 +228,22 @@ def test_in_one_graph_in_a_cuda_graph_and_on_a_stream():
         y = model(late)
     stream.synchronize()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("pays", [None, True])
+@pytest.mark.parametrize("act_bits", [0, 4])
+def test_a_models_mlp_in_one_graph(act_bits, pays, monkeypatch):
+    """With what the device chooses, and with the choice of others'."""
+    if pays:
+        monkeypatch.setattr(mlp, "pays", lambda device: pays)
+    k, hidden, n = 256, 512, 128
+    case = random_case(1, k, hidden, n, 32, 32, 0)
+    layers = []
+    for size, tensors, split, gelu_from in (((k, hidden), case.first, k, 0), ((hidden, n), case.second, 0, None)):
+        layers.append(layer := linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, *size, 32, split), "cuda"))
+        for name, tensor in zip(PARAMETERS, tensors, strict=True):
+            getattr(layer, name).data.copy_(tensor)
+        layer.act_bits, layer.gelu_from = act_bits, gelu_from
+    model = linear.PackedMLP(layers[0], torch.nn.Identity(), layers[1])
+    with torch.inference_mode():
+        check_in_graphs(model, random_input(70, k, torch.bfloat16).cuda())

@@ -63,6 +63,15 @@ def test_nobody_is_passed_by():
     assert "svdquant.linear.default" in seen
 
 
+@pytest.mark.parametrize(("capability", "bits"), [
+    ((7, 5), 4), ((8, 0), 8), ((8, 6), 4), ((8, 9), 4), ((9, 0), 8), ((10, 0), 8), ((10, 3), 8), ((12, 0), 8), ((12, 1), 8)])
+def test_the_devices_choice_of_bits(monkeypatch, capability, bits):
+    """RTX 20 to 40 have fast 4-bit tensor cores; A100, Hopper and Blackwell are faster with 8."""
+    monkeypatch.setattr(ops, "_capability", lambda device: capability)
+    assert ops.best_act_bits(torch.device("cuda", 0)) == bits
+    assert ops.best_act_bits(torch.device("cpu")) == 4
+
+
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("rank", [0, 32, 128])
 def test_what_the_kernels_get(monkeypatch, rank, act_bits):

@@ -236,6 +236,57 @@ def test_a_layer_in_cuda_graphs_and_compiled(act_bits, rank):
         assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
 
 
+@pytest.mark.parametrize("rank", [0, 32, 128])
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_what_lay_in_work_memory_is_not_seen(act_bits, rank, monkeypatch):
+    """Nor is anything written beside it; the layer's first call, one that repeats it, and the op's."""
+    module, x, margin, taken = module_of(192, 256, rank, act_bits), random_input(70, 256, torch.bfloat16).cuda(), 4096, []
+
+    def take(size, stream):
+        taken.append(torch.full((size + 2 * margin,), 0xFF, dtype=torch.uint8, device="cuda"))
+        return taken[-1].data_ptr() + margin
+
+    expected = module_of(192, 256, rank, act_bits)(x)
+    monkeypatch.setattr(runtime, "_take", take)
+    monkeypatch.setattr(runtime, "_give", lambda begin: None)
+    for y in (module(x), module(x), by_the_op(module, x)):
+        assert torch.equal(y, expected)
+    assert len(taken) == 3 and all((t[:margin] == 0xFF).all() and (t[-margin:] == 0xFF).all() for t in taken)
+    assert all((t[margin:-margin] != 0xFF).any() for t in taken)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_layers_output_is_all_that_stays(inference):
+    """Of a first call and of one that repeats it; a tensor like any other of PyTorch's."""
+    module, x = module_of(192, 256, 32, 8), random_input(70, 256, torch.bfloat16).cuda().view(2, 35, 256)
+    module(x)
+    with torch.inference_mode(inference):
+        before, ys = torch.cuda.memory_allocated(), []
+        for _ in range(3):
+            ys.append(module(x))
+            assert torch.cuda.memory_allocated() - before == len(ys) * -(-70 * 192 * 2 // 512) * 512
+    for y in ys:
+        assert y.is_inference() is inference and not y.requires_grad and y.is_contiguous() and y.shape == (2, 35, 192)
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_behind_a_copy_in_a_cuda_graph(act_bits):
+    """A copy is no kernel, and the layer's first one, which may start early, has to wait for it all the same."""
+    module, x = module_of(192, 256, 32, act_bits), random_input(1 << 16, 256, torch.bfloat16).cuda()
+    source, copied = x.clone(), torch.zeros_like(x)
+    with torch.inference_mode():
+        expected = module(x)
+        module(copied)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            copied.copy_(source)
+            y = module(copied)
+        for factor in (1, 2, -1):
+            source.copy_(x * factor)
+            graph.replay()
+            assert torch.equal(y, expected if factor == 1 else module(x * factor))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_layer_on_another_device_than_the_current():
     module, x = module_of(192, 256, 32, 8), random_input(70, 256, torch.bfloat16).cuda()

@@ -121,10 +121,10 @@ class FakeDriver:
         self.calls, self.parameters, self.status = [], parameters, status
 
     def cuLaunchKernelEx(self, config, function, parameters, extra):
-        *numbers, stream, attributes, count = struct.unpack("=7I4xQQI4x", ctypes.string_at(config.value, 56))
+        *numbers, stream, attributes, count = struct.unpack("=7I4xQQI4x", ctypes.string_at(config, 56))
         pointers = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))
         values = [kind.from_address(pointers[i]).value for i, kind in enumerate(self.parameters)]
-        self.calls.append((numbers, stream, ctypes.string_at(attributes, 72 * count) if count else b"", function.value, values))
+        self.calls.append((numbers, stream, ctypes.string_at(attributes, 72 * count) if count else b"", function, values))
         assert extra is None
         return self.status
 
@@ -183,7 +183,7 @@ def test_a_chain(launches, monkeypatch):
     kernel, driver = launches
     other = runtime.Kernel(0x88, 0, 0, dependent=True)
     first, second = kernel.launcher((2, 3), (64,), 3, (-7, 8)), other.launcher((9,), (32,), 4, (6,), pdl=True)
-    run = runtime.chain(4, (first, (0, 2, 3)), (second, (3, 1, 2, 0)))
+    run = runtime.chain("abcd", (first, "acd"), (second, "dbca"))
     driver.parameters = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     for stream, ints in ((0x1234, (10, 11, 12, 13)), (0x5678, (1 << 50, 21, 22, 23)), (0x5678, (30, 31, 32, 33))):
         monkeypatch.setattr(runtime, "_raw_stream", lambda index: stream)
@@ -194,6 +194,64 @@ def test_a_chain(launches, monkeypatch):
             ([9, 1, 1, 32, 1, 1, 0], stream, 0x88, [d, b, c, a & 0x7FFFFFFF, 6])]
         assert [len(call[2]) for call in driver.calls] == [0, 72]
         driver.calls.clear()
+
+
+class FakeAllocator:
+    """Gives what it is told to; writes down what was taken, and given back after how many launches."""
+
+    def __init__(self, driver, monkeypatch):
+        self.driver, self.next, self.log = driver, 0, []
+        monkeypatch.setattr(runtime, "_take", self.take)
+        monkeypatch.setattr(runtime, "_give", lambda begin: self.log.append(("given", begin, len(driver.calls))))
+
+    def take(self, size, stream):
+        self.log.append(("taken", size, stream))
+        return self.next
+
+
+def test_work_memory(launches, monkeypatch):
+    """A chain's own memory is taken on the launches' stream and given back behind the last one, or the one that failed."""
+    kernel, driver = launches
+    allocator = FakeAllocator(driver, monkeypatch)
+    one = kernel.launcher((1,), (32,), 4, (5,))
+    run = runtime.chain(("x", "low"), (one, ("x", "codes", "low", "scale")), (one, ("none", "scale", "weight", "x")),
+                        work={"codes": 300, "none": 0, "low": 1000, "scale": 7}, constants={"weight": 77})
+    driver.parameters = [ctypes.c_void_p] * 4 + [ctypes.c_int]
+    for allocator.next, stream, x in ((1 << 20, 0x1234, 11), (1 << 20, 0x1234, 12), (1 << 40, 0x5678, 13)):
+        monkeypatch.setattr(runtime, "_raw_stream", lambda index: stream)
+        run(x, 99)
+        codes, scale = allocator.next, allocator.next + 512 + 1024
+        assert [call[4] for call in driver.calls] == [[x, codes, 99, scale, 5], [None, scale, 77, x, 5]]
+        assert allocator.log == [("taken", 512 + 1024 + 256, stream), ("given", allocator.next, 2)]
+        driver.calls.clear()
+        allocator.log.clear()
+    driver.status = 1
+    with pytest.raises(RuntimeError, match="cuLaunchKernelEx failed"):
+        run(14, 99)
+    assert allocator.log[1:] == [("given", 1 << 40, 1)]
+
+
+def test_no_work_memory(launches, monkeypatch):
+    kernel, driver = launches
+    allocator = FakeAllocator(driver, monkeypatch)
+    kernel((1,), (32,), 1, 2, 3, 4, 5)
+    assert len(driver.calls) == 1 and not allocator.log
+
+
+def test_allocator(monkeypatch):
+    """On the current device by PyTorch's short cut, on another, or where that isn't there, in the common way."""
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, device, **named: made.append(device) or empty(*args, device="meta", **named))
+    monkeypatch.setattr(runtime, "_current_device", lambda: 1)
+    monkeypatch.setattr(runtime, "_empty", lambda *args: made.append(args))
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")]
+    allocate = [runtime.allocator((2, 3, 4), torch.float16, device) for device in devices]
+    monkeypatch.setattr(runtime, "_empty", None)
+    allocate.append(runtime.allocator((2, 3, 4), torch.float16, devices[1]))
+    del made[:]
+    for one in allocate:
+        one()
+    assert made == [devices[0], ((2, 3, 4), (12, 4, 1), torch.float16), devices[2], devices[1]]
 
 
 class FakeMaps:
@@ -224,7 +282,7 @@ def test_a_tensor_map(launches, maps):
     kernel, driver = launches
     boxes = runtime.Boxes(rows=7, columns=48, box_rows=32, box_columns=64)
     mapped, plain = kernel.launcher((1,), (32,), 2, (5,), boxes=boxes), kernel.launcher((1,), (32,), 2, (6,))
-    run = runtime.chain(3, (mapped, (1, 0)), (plain, (1, 2)))
+    run = runtime.chain("abc", (mapped, "ba"), (plain, "bc"))
 
     class Map(ctypes.c_char * 128):
         pass
@@ -240,12 +298,11 @@ def test_a_tensor_map(launches, maps):
 
 
 def test_another_format_of_tensor_maps(launches, maps):
-    """The address is written over the map's first bytes: where the driver had it elsewhere, nothing may be launched."""
-    kernel, driver = launches
+    """The address is written over the map's first bytes: where the driver has it elsewhere, there are no kernels."""
+    kernel, _ = launches
     maps.place = 8
-    with pytest.raises(RuntimeError, match="does not begin with the tensor's address"):
-        kernel.launcher((1,), (32,), 1, boxes=runtime.Boxes(1, 64, 32, 64))(0x1000)
-    assert not driver.calls
+    with pytest.raises(compiler.KernelsUnavailable, match="format of tensor maps: the tensor's address is not where it was. Update"):
+        kernel.launcher((1,), (32,), 1, boxes=runtime.Boxes(1, 64, 32, 64))
 
 
 def test_on_another_device(launches, monkeypatch):
