@@ -102,7 +102,7 @@ def cuda_major():
 
 
 def nvrtc_package():
-    return "nvidia-cuda-nvrtc" if cuda_major() >= 13 else f"nvidia-cuda-nvrtc-cu{cuda_major()}"
+    return "nvidia-cuda-nvrtc" if cuda_major() >= 13 else "nvidia-cuda-nvrtc-cu12"  # a PyTorch for CUDA 11 takes that too
 
 
 def nvrtc_candidates():

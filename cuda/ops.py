@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 INT4_FASTER = ((7, 5), (8, 6), (8, 9))
 RANKS = 16  # the kernels' branches have a multiple of this
 GELU_COLUMNS = 64  # are activated together: a warp's rows of the weight in gemm_mma.cu, a warpgroup's in gemm_wgmma.cu
+LARGEST = torch.finfo(torch.float16).max
 PLAIN = Tensor, torch.nn.Parameter
 _dynamo_traces, _dispatch_modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack
 
@@ -75,9 +76,7 @@ def _awq_linear(x, weight, weight_scale, weight_zeros, bias):
     if kernels_run(x, weight):
         try:
             dtype = compute_dtype(x.dtype, weight_scale.dtype, x.device)
-            if x.dtype == dtype:
-                return awq.linear(x, weight, weight_scale, weight_zeros, bias)
-            return awq.linear(x.to(dtype), weight, weight_scale, weight_zeros, bias).to(x.dtype)
+            return computed_in(dtype, x, lambda x: awq.linear(x, weight, weight_scale, weight_zeros, bias))
         except compiler.KernelsUnavailable as error:
             warn_once(str(error))
     return reference.awq_linear(x, weight, weight_scale, weight_zeros, bias)
@@ -94,6 +93,20 @@ def compute_dtype(dtype, layers, device):
     if compiler.architecture(device) == "sm_75":
         return torch.float16
     return dtype if dtype in (torch.bfloat16, torch.float16) else layers
+
+
+def computed_in(dtype, x, run):
+    """run(x), of x in `dtype`, in x.dtype.
+
+    Where fp16 stands for a wider type, as it does on Turing, numbers beyond its range become its largest, as they do in ComfyUI's own
+    fp16 models, and a token with NaN or Inf is NaN.
+    """
+    if x.dtype == dtype:
+        return run(x)
+    if dtype != torch.float16:
+        return run(x.to(dtype)).to(x.dtype)
+    broken = ~x.isfinite().all(dim=-1, keepdim=True)
+    return run(x.clamp(-LARGEST, LARGEST).to(dtype)).to(x.dtype).clamp_(-LARGEST, LARGEST).masked_fill_(broken, torch.nan)
 
 
 class _Plan(NamedTuple):
@@ -140,6 +153,7 @@ def _both(first, second, work, names, constants=()):
 
 def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, *, device):
     """Compile and load the kernels of a layer, as warm_up has it."""
+    dtype = compute_dtype(dtype, dtype, device)
     if act_bits is None:
         awq.launcher(m, n, dtype, device)
     else:
@@ -235,11 +249,16 @@ def repeated(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned
 
 def _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from):
     """The same in every case: other dtypes, ranks that one GEMM doesn't take, an x that the kernels can't read."""
-    dtype, arch = compute_dtype(x.dtype, weight_scale.dtype, x.device), compiler.architecture(x.device)
-    tokens = x.reshape(-1, x.shape[-1])
-    if not dtype == x.dtype == weight_scale.dtype:
-        tokens, weight_scale, proj_down, proj_up, smooth, bias = (
-            None if t is None else t.to(dtype) for t in (tokens, weight_scale, proj_down, proj_up, smooth, bias))
+    dtype = compute_dtype(x.dtype, weight_scale.dtype, x.device)
+    if weight_scale.dtype != dtype:
+        weight_scale, proj_down, proj_up, smooth, bias = (
+            None if t is None else t.to(dtype) for t in (weight_scale, proj_down, proj_up, smooth, bias))
+    return computed_in(dtype, x, lambda x: _steps_in_one_dtype(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from,
+                                                               act_bits, row_scale, gelu_from))
+
+
+def _steps_in_one_dtype(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from):
+    tokens, arch = x.reshape(-1, x.shape[-1]), compiler.architecture(x.device)
     if proj_up.shape[1] % RANKS:
         proj_down, proj_up = (pad(t, (0, -t.shape[1] % RANKS)) for t in (proj_down, proj_up))
     wgmma = _wgmma(arch, act_bits, x.shape[-1], unsigned_from)
@@ -256,7 +275,7 @@ def _svdquant_steps(x, weight, weight_scale, proj_down, proj_up, smooth, bias, u
         y.addmm_(tokens @ proj_down, proj_up.t())
     if fused is None:
         reference.activated(y, gelu_from)
-    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 @functools.cache

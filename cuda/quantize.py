@@ -270,7 +270,7 @@ def registers_bytes(tiles, ctas, warps, rank, loop):
 def tile_plan(m, k, ranks, codes, arch, sms, tiles, ctas):
     """(time, Plan) of quantize.cu, or None where there are no such clusters."""
     blocks, cover = -(-k // images.BLOCK), -(-m // (16 * tiles))
-    if ctas > 1 and (arch < 90 or ctas > blocks):
+    if ctas > 1 and (arch < 90 or ctas > blocks or not room(sms, ctas)):
         return None
     share = -(-blocks // ctas)
     per_sm = _shared_per_sm(arch)

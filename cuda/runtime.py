@@ -23,7 +23,7 @@ from .images import padded
 
 log = logging.getLogger(__name__)
 
-INVALID_CLUSTER = 912  # CUDA_ERROR_INVALID_CLUSTER_SIZE: larger than the device ever holds
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 PORTABLE_CLUSTER = 8  # CTAs; a kernel of larger clusters has to say that it wants them
 _CONFIG = "=7I4xqqI4x"  # CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, how many of them
 _STREAM = 32  # where in it the stream is
@@ -265,7 +265,7 @@ class Kernel:
         self.launcher(grid, block, len(args), pdl=pdl)(*(arg if type(arg) is int else address(arg) for arg in args))
 
     def active_clusters(self, ctas, threads):
-        """How many clusters of `ctas` CTAs with `threads` threads the device holds at once."""
+        """How many clusters of `ctas` CTAs with `threads` threads the device holds at once; 0 also where the driver doesn't say."""
         cluster = ctypes.create_string_buffer(struct.pack("=I4x3I52x", 4, ctas, 1, 1))  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         config = ctypes.create_string_buffer(
             struct.pack(_CONFIG, ctas, 1, 1, threads, 1, 1, self.shared, 0, ctypes.addressof(cluster), 1))
@@ -273,10 +273,9 @@ class Kernel:
         with torch.cuda.device(self.index):
             _ensure_context()  # a thread of warm_up's may have waited while another loaded the kernel
             status = driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), ctypes.c_void_p(self.function), config)
-        if status == INVALID_CLUSTER:
-            return 0
-        _check("cuOccupancyMaxActiveClusters", status)
-        return count.value
+        if status:
+            log.debug("cuOccupancyMaxActiveClusters failed with %s for clusters of %s CTAs", status, ctas)
+        return 0 if status else count.value
 
     def launcher(self, grid, block, count, sizes=(), pdl=False, boxes=None):
         """A Launcher: a function of the kernel's first `count` arguments, ints, for one shape many times.
@@ -299,7 +298,7 @@ def kernel(source, entry, defines, device, shared=0):
     """The kernel `entry` of kernels/`source`, compiled with `defines` for `device` and loaded there.
 
     defines: ((name, int or str), ...); shared: bytes of dynamic shared memory.
-    Raises KernelsUnavailable, the second time at once.
+    Raises KernelsUnavailable, the second time at once, or PyTorch's OutOfMemoryError.
     """
     index = device.index
     key = source, entry, defines, torch.cuda.current_device() if index is None else index, shared
@@ -315,14 +314,20 @@ def kernel(source, entry, defines, device, shared=0):
 
 
 def has_kernel(source, entry, device, shared=0):
-    """Whether kernel() gives this one without defines; False on the CPU."""
+    """Whether kernel() gives this one without defines; False on the CPU. Where it might be expected to, says once why not."""
     if device.type != "cuda" or torch.version.hip:
         return False
     try:
         kernel(source, entry, (), device, shared)
-    except KernelsUnavailable:
+    except KernelsUnavailable as error:
+        _warn_once(str(error))
         return False
     return True
+
+
+@functools.cache
+def _warn_once(message):
+    log.warning("%s Until then models are quantized by PyTorch alone, which is slower.", message)
 
 
 def _build(source, entry, defines, index, shared):
@@ -335,6 +340,8 @@ def _build(source, entry, defines, index, shared):
             return Kernel(function.ptr, index, shared, _knows_dependent_launches(index), function)
     except KernelsUnavailable as error:
         return error
+    except torch.OutOfMemoryError:  # another time there may be room
+        raise
     except Exception as error:  # the driver's errors have no common class in all versions of CuPy
         log.debug("%s", source, exc_info=True)
         return KernelsUnavailable(f"The CUDA driver did not load the kernel {entry} of {source}: {error}")
@@ -344,13 +351,25 @@ def _function(cupy, cubin, entry, shared, large_clusters):
     from cupy_backends.cuda.api import driver
 
     module = cupy.cuda.function.Module()
-    module.load(cubin)
+    _load(module, cubin)
     function = module.get_function(entry)
     if shared > 48 << 10:
         driver.funcSetAttribute(function.ptr, 8, shared)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     if large_clusters:
         driver.funcSetAttribute(function.ptr, 14, 1)  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
     return function
+
+
+def _load(module, cubin):
+    for held in (True, False):
+        try:
+            return module.load(cubin)
+        except Exception as error:
+            if getattr(error, "status", None) != OUT_OF_MEMORY:
+                raise
+            if not held:
+                raise torch.OutOfMemoryError(f"CUDA out of memory: a kernel could not be loaded ({error}).") from error
+            torch.cuda.empty_cache()  # which PyTorch holds, and doesn't use
 
 
 # --- CuPy ------------------------------------------------------------------------------------------------------------

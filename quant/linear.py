@@ -236,27 +236,31 @@ class AWQLinear(PackedLinear):
         return torch.zeros(self.out_features, device=device)
 
 
-def warm_up(model, device, tokens=TOKENS):
+def warm_up(model, device, dtype, tokens=TOKENS):
     """Have the kernels that the model's packed layers will ask for on `device` compiled in threads, beside what the caller does next.
 
-    tokens: the numbers of them to compile for; others may want a kernel more. Returns the threads' futures; none off CUDA.
+    dtype: the model's, of the layers' inputs; tokens: the numbers of them to compile for; others may want a kernel more. Returns the
+    threads' futures; none off CUDA.
     """
     if device.type != "cuda" or torch.version.hip:
         return []
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    def computed(spec):
+        return dtype if dtype in (torch.bfloat16, torch.float16) else spec.dtype
+
     layers, mlps, together = [], [], set()
     for module in model.modules():
-        if isinstance(module, PackedMLP) and module.fuses(device):
+        if isinstance(module, PackedMLP) and module.fuses(device) and module[0].spec.dtype == dtype:
             first, _, second = module
             together |= {first, second}
             mlps += [(m, first.in_features, first.out_features, second.out_features, first.spec.rank, second.spec.rank,
                       first.spec.unsigned_from, second.spec.unsigned_from, first.spec.dtype) for m in tokens]
         elif isinstance(module, SVDQuantLinear) and module not in together:
             layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
-                        module.spec.dtype, module.gelu_from) for m in tokens]
+                        computed(module.spec), module.gelu_from) for m in tokens]
         elif isinstance(module, AWQLinear):
-            layers.append((1, module.out_features, module.in_features, 0, module.in_features, None, module.spec.dtype))
+            layers.append((1, module.out_features, module.in_features, 0, module.in_features, None, computed(module.spec)))
     return ops.warm_up(dict.fromkeys(layers), device, [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)])
 
 

@@ -53,8 +53,7 @@ def _load_packed(packed, compute_dtype, act_bits):
                               "again.") from error
     _check_complete(header, model, packed.shapes, exact=True)
     set_act_bits(model, act_bits)
-    if compute_dtype is None:
-        warm_up(model, comfy.model_management.get_torch_device())  # compiles while the file is read
+    warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype())  # compiles while the file is read
     heap.give_back()  # what the model before left
     if packed.prefix is None:
         fill(model, packed.tensors())

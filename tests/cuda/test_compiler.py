@@ -168,6 +168,7 @@ def test_too_old_an_nvrtc(sources, fake):
 
 @pytest.mark.parametrize("cuda, nvrtc, cupy", [("12.8", "nvidia-cuda-nvrtc-cu12", "cupy-cuda12x"),
                                                ("13.0", "nvidia-cuda-nvrtc", "cupy-cuda13x"),
+                                               ("11.8", "nvidia-cuda-nvrtc-cu12", "cupy-cuda11x"),
                                                (None, "nvidia-cuda-nvrtc", "cupy-cuda13x")])
 def test_packages_fit_this_torch(monkeypatch, cuda, nvrtc, cupy):
     monkeypatch.setattr(torch.version, "cuda", cuda)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import int4, ops, reference
+from comfyui_svdquant.cuda import compiler, int4, ops, reference
 
 from .launches import addresses, aligned, recorded
 from .layers import random_input, random_layer
@@ -75,6 +75,31 @@ def test_the_devices_choice_of_bits(monkeypatch, capability, bits):
     monkeypatch.setattr(ops, "_capability", lambda device: capability)
     assert ops.best_act_bits(torch.device("cuda", 0)) == bits
     assert ops.best_act_bits(torch.device("cpu")) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp16_in_place_of_a_wider_type(dtype):
+    """Numbers beyond its range become its largest; NaN and Inf are seen, in their own rows."""
+    x = torch.tensor([[1, 2], [-3e4, 7e4], [torch.nan, 1], [1, -torch.inf], [1e30, -1e30]], dtype=dtype)
+    y = ops.computed_in(torch.float16, x, lambda x: 2 * x)
+    largest = torch.finfo(torch.float16).max
+    assert y.dtype == dtype and y[[2, 3]].isnan().all()
+    assert torch.equal(y[[0, 1, 4]], torch.tensor([[2, 4], [-6e4, largest], [largest, -largest]]).to(dtype).clamp(-largest, largest))
+    assert ops.computed_in(torch.float16, x.half(), lambda x: 2 * x)[1, 1].isinf(), "a model in fp16 has guards of its own"
+    assert torch.equal(ops.computed_in(torch.bfloat16, x, lambda x: x)[4], x[4].bfloat16().to(dtype)), "as wide a type"
+
+
+@pytest.mark.parametrize(("arch", "computed"), [("sm_75", torch.float16), ("sm_89", torch.bfloat16)])
+def test_kernels_are_prepared_in_the_type_that_they_compute_in(monkeypatch, arch, computed):
+    asked = []
+    monkeypatch.setattr(compiler, "architecture", lambda device: arch)
+    monkeypatch.setattr(ops, "_plan", lambda *args: asked.append(args[-2]))
+    monkeypatch.setattr(ops.awq, "launcher", lambda *args: asked.append(args[-2]))
+    ops.compute_dtype.cache_clear()
+    for act_bits in (4, None):
+        ops.prepare(70, 192, 256, 32, 256, act_bits, torch.bfloat16, device=torch.device("cuda", 5))
+    ops.compute_dtype.cache_clear()
+    assert asked == [computed, computed]
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])

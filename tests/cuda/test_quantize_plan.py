@@ -11,7 +11,7 @@ SMS = {75: 68, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 MOST_SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of a CTA
 
 
-@pytest.mark.parametrize(("arch", "sms"), [*SMS.items(), (90, 16)])  # the last: a slice of one
+@pytest.mark.parametrize(("arch", "sms"), [*SMS.items(), (90, 16), (90, 6), (120, 8)])  # the last: slices of one
 def test_every_shape_has_a_plan_that_fits(arch, sms):
     for m in (1, 16, 77, 512, 4096, 4608, 65536):
         for k in (64, 128, 192, 1088, 3072, 12224, 12288, 15360, 15424, 30720):

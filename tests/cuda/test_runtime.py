@@ -90,6 +90,63 @@ def test_failure_is_remembered(monkeypatch):
     assert not any(x() is not None for x in left), "what is remembered holds no caller's tensors"
 
 
+class LoadError(RuntimeError):
+    """As CuPy raises the driver's."""
+
+    def __init__(self, status):
+        self.status = status
+
+
+@pytest.mark.parametrize(("failures", "error", "emptied"), [
+    ([], None, 0), ([2], None, 1), ([2, 2], torch.OutOfMemoryError, 1), ([209], LoadError, 0), ([2, 209], LoadError, 1)])
+def test_a_gpu_whose_memory_is_full(monkeypatch, failures, error, emptied):
+    """PyTorch gives back what it holds and doesn't use; then there is room, or it is PyTorch's own error."""
+    calls = []
+
+    class Module:
+        def load(self, cubin):
+            calls.append("load")
+            if failures:
+                raise LoadError(failures.pop(0))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        runtime._load(Module(), b"")
+    assert calls.count("emptied") == emptied and not failures
+
+
+def test_full_memory_is_not_remembered(monkeypatch):
+    """The next call may find room; what can't be loaded at all is remembered (above)."""
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runtime, "_kernels", {})
+    for name, function in (("load_cupy", lambda: None), ("driver", lambda: None), ("_knows_dependent_launches", lambda index: True)):
+        monkeypatch.setattr(runtime, name, function)
+    monkeypatch.setattr(compiler, "device_target", lambda index: "sm_89")
+    monkeypatch.setattr(compiler, "compile_cubin", lambda *args: b"")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(runtime, "_function", full)
+    wanted = "awq.cu", "awq", (), torch.device("cuda", 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        runtime.kernel(*wanted)
+    monkeypatch.setattr(runtime, "_function", lambda *args: types.SimpleNamespace(ptr=0x77))
+    assert runtime.kernel(*wanted).function == 0x77
+
+
+def test_quantizing_without_kernels_says_why_once(monkeypatch, caplog):
+    def missing(*args):
+        return compiler.KernelsUnavailable("The CUDA kernels need CuPy. Install it.")
+
+    monkeypatch.setattr(runtime, "_build", missing)
+    monkeypatch.setattr(runtime, "_kernels", {})
+    runtime._warn_once.cache_clear()
+    assert not any(runtime.has_kernel(source, "entry", torch.device("cuda", 0)) for source in ("gptq.cu", "group_error.cu"))
+    assert not runtime.has_kernel("gptq.cu", "entry", torch.device("cpu"))
+    assert [record.message for record in caplog.records] == [
+        "The CUDA kernels need CuPy. Install it. Until then models are quantized by PyTorch alone, which is slower."]
+
+
 @pytest.fixture
 def cupy():
     if not any(name.startswith("cupy-cuda") for distribution in importlib.metadata.distributions()
@@ -358,6 +415,15 @@ def test_a_thread_without_a_context(launches, monkeypatch):
     driver.cuOccupancyMaxActiveClusters = lambda count, function, config: clusters.append(len(made)) or 0
     kernel.active_clusters(8, 512)
     assert clusters == [4], "asked once there is a context"
+
+
+@pytest.mark.parametrize("status", [801, 912])
+def test_a_driver_that_knows_no_clusters(launches, monkeypatch, status):
+    """There is a plan without them."""
+    kernel, driver = launches
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    driver.cuOccupancyMaxActiveClusters = lambda count, function, config: status
+    assert kernel.active_clusters(8, 512) == 0
 
 
 def test_no_driver_or_an_old_one(monkeypatch):

@@ -40,7 +40,10 @@ def test_parameters_that_are_there_are_not_touched():
     assert {p.device.type for p in module.at(torch.zeros(1, 128, device="meta")).values()} == {"meta"}
 
 
-def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch):
+@pytest.mark.parametrize(("dtype", "computed"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+                                                 (torch.float32, torch.bfloat16)])
+def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed):
+    """In the model's 16-bit dtype, or else in the layers'."""
     asked = []
     monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.append((list(layers), device, others)) or [])
     wide, split = (layout.svdquant_spec(k, 64, 16, 128, True, torch.bfloat16) for k in (128, 256))
@@ -48,13 +51,13 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch):
     model = torch.nn.Sequential(*map(linear.SVDQuantLinear, (wide, wide, split)), linear.AWQLinear(awq), torch.nn.Linear(8, 8))
     linear.set_act_bits(model, 8)
     model[2].gelu_from = 64
-    assert linear.warm_up(model, torch.device("cpu")) == [] and asked == []
-    linear.warm_up(model, torch.device("cuda", 1), tokens=(70, 5))
+    assert linear.warm_up(model, torch.device("cpu"), torch.bfloat16) == [] and asked == []
+    linear.warm_up(model, torch.device("cuda", 1), dtype, tokens=(70, 5))
     (layers, device, others), = asked
     assert device == torch.device("cuda", 1) and others == []
-    assert layers == [(70, 64, 128, 16, 128, 8, torch.bfloat16, None), (5, 64, 128, 16, 128, 8, torch.bfloat16, None),
-                      (70, 64, 256, 16, 128, 8, torch.bfloat16, 64), (5, 64, 256, 16, 128, 8, torch.bfloat16, 64),
-                      (1, 192, 128, 0, 128, None, torch.bfloat16)]
+    assert layers == [(70, 64, 128, 16, 128, 8, computed, None), (5, 64, 128, 16, 128, 8, computed, None),
+                      (70, 64, 256, 16, 128, 8, computed, 64), (5, 64, 256, 16, 128, 8, computed, 64),
+                      (1, 192, 128, 0, 128, None, computed)]
 
 
 def present(module):

@@ -60,7 +60,7 @@ def test_a_gpu_that_is_too_old(mlp, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (6, 1))
     device = torch.device("cuda", 7)
     assert not linear.mlp.pays(device) and not mlp.fuses(device)
-    for future in linear.warm_up(mlp, device, tokens=(5,)):
+    for future in linear.warm_up(mlp, device, torch.bfloat16, tokens=(5,)):
         assert future.result() is None
 
 
@@ -212,16 +212,18 @@ def test_one_op_under_torch_compile(mlp, x):
         assert torch.equal(compiled(x), expected)
 
 
-@pytest.mark.parametrize(("act_bits", "together"), [(4, True), (8, False)])
-def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, together):
+@pytest.mark.parametrize(("act_bits", "dtype", "together"), [
+    (4, torch.bfloat16, True), (8, torch.bfloat16, False), (4, torch.float16, False)])
+def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, dtype, together):
+    """The op is for layers of the model's own dtype."""
     asked, prepared = [], []
     monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.extend(layers) or [job() for job in others])
     monkeypatch.setattr(linear.mlp, "prepare", lambda *args: prepared.append(args))
     monkeypatch.setattr(linear.mlp, "pays", lambda device: True)
     model, device = torch.nn.Sequential(mlp, copy.deepcopy(mlp), packed(K, HIDDEN, K, 0)), torch.device("cuda", 1)
     linear.set_act_bits(model, act_bits)
-    linear.warm_up(model, device, tokens=(70, 5))
-    fc1, fc2 = ([(m, n, k, 16, unsigned_from, act_bits, torch.bfloat16, gelu_from) for m in (70, 5)]
+    linear.warm_up(model, device, dtype, tokens=(70, 5))
+    fc1, fc2 = ([(m, n, k, 16, unsigned_from, act_bits, dtype, gelu_from) for m in (70, 5)]
                 for n, k, unsigned_from, gelu_from in ((HIDDEN, K, K, 0), (N, HIDDEN, 0, None)))
     assert asked == (fc1 if together else [*fc1, *fc2])
     assert prepared == ([(m, K, HIDDEN, N, 16, 16, K, 0, torch.bfloat16, device) for m in (70, 5)] if together else [])
