@@ -10,11 +10,16 @@ from .model_folder import target_path
 
 
 def unpatched_tensors(model):
-    """{name in the file: tensor} of a quantized model. Another clone of it may be loaded with its LoRAs at this moment; what
-    ComfyUI has put aside for them is the model's own."""
+    """{name in the file: tensor} of a quantized model, in the types that its layers were stored in. Another clone of it may be loaded
+    with its LoRAs at this moment; what ComfyUI has put aside for them is the model's own."""
     tensors = model.model.diffusion_model.state_dict()
     for key, put_aside in model.backup.items():
         tensors[key.removeprefix(PREFIX)] = put_aside.weight
+    for layer, module in model.packed_layers().items():
+        for part, (_, dtype) in module.spec.tensors().items():
+            tensor = tensors[name := f"{layer}.{part}"]
+            if tensor.dtype != dtype:  # linear.compute_in's
+                tensors[name] = tensor.to("cpu", dtype)
     return {build.stored_name(name): tensor for name, tensor in tensors.items()}
 
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch.nn.modules import module as module_hooks
 
-from ..cuda import mlp, nvfp4, nvfp4_ops, ops, reference, scales
+from ..cuda import compiler, mlp, nvfp4, nvfp4_ops, ops, reference, scales
 from ..cuda.int4 import GELU_SHIFT
 
+HALVES = torch.bfloat16, torch.float16
 SHAPES = 8  # of inputs whose way to the kernels a layer remembers
 TOKENS = (4096, 512, 4608)  # of a picture of 1024 x 1024, of FLUX's text, of both
 
@@ -236,6 +237,23 @@ class AWQLinear(PackedLinear):
         return torch.zeros(self.out_features, device=device)
 
 
+def compute_in(model, dtype, device):
+    """Have the layers' 16-bit tensors in the type that the kernels on `device` compute in while the model is in `dtype`, so that no call
+    has to convert them. The specs go on to say how they were stored; the way back from fp16 is exact but for what is below 2^-17, to
+    within 2^-25. Elsewhere than on CUDA they stay as they are."""
+    if device.type != "cuda" or torch.version.hip:
+        return
+    for module in model.modules():
+        if isinstance(module, (SVDQuantLinear, AWQLinear)):
+            try:
+                wanted = ops.compute_dtype(dtype, module.spec.dtype, device)
+            except compiler.KernelsUnavailable:  # a GPU that is too old
+                return
+            for p in module.parameters():
+                if p.dtype in HALVES and p.dtype != wanted:
+                    p.data = p.data.to(wanted)
+
+
 def warm_up(model, device, dtype, tokens=TOKENS):
     """Have the kernels that the model's packed layers will ask for on `device` compiled in threads, beside what the caller does next.
 
@@ -247,15 +265,15 @@ def warm_up(model, device, dtype, tokens=TOKENS):
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     def computed(spec):
-        return dtype if dtype in (torch.bfloat16, torch.float16) else spec.dtype
+        return dtype if dtype in HALVES else spec.dtype
 
     layers, mlps, together = [], [], set()
     for module in model.modules():
-        if isinstance(module, PackedMLP) and module.fuses(device) and module[0].spec.dtype == dtype:
+        if isinstance(module, PackedMLP) and module.fuses(device) and dtype in HALVES:
             first, _, second = module
             together |= {first, second}
             mlps += [(m, first.in_features, first.out_features, second.out_features, first.spec.rank, second.spec.rank,
-                      first.spec.unsigned_from, second.spec.unsigned_from, first.spec.dtype) for m in tokens]
+                      first.spec.unsigned_from, second.spec.unsigned_from, dtype) for m in tokens]
         elif isinstance(module, SVDQuantLinear) and module not in together:
             layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
                         computed(module.spec), module.gelu_from) for m in tokens]

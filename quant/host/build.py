@@ -11,7 +11,7 @@ import torch
 from .. import flux, heap
 from ..checkpoint import foreign, kitchen, native, nunchaku, nunchaku_names
 from ..checkpoint.header import CheckpointError, read_header
-from ..linear import SVDQuantLinear, set_act_bits, warm_up
+from ..linear import SVDQuantLinear, compute_in, set_act_bits, warm_up
 from .ops import Operations
 from .patcher import SVDQuantModelPatcher
 
@@ -271,10 +271,11 @@ def fill(model, tensors):
 
 def make_patcher(model, patcher_class):
     """A patcher for a filled model, on the devices that ComfyUI uses for diffusion models."""
-    offload_device = comfy.model_management.unet_offload_device()
+    device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    compute_in(model, model.get_dtype(), device)
     model.device = offload_device
     model.to(offload_device)
-    return patcher_class(model, comfy.model_management.get_torch_device(), offload_device)
+    return patcher_class(model, device, offload_device)
 
 
 def empty_like(model, specs, compute_dtype):

@@ -186,6 +186,26 @@ def test_saving_beside_a_clone_that_is_loaded_with_a_lora(tmp_path):
         SVDQuantSaveModel.execute(patched, "patched", True)
 
 
+@pytest.mark.parametrize("layout", ["native", "nunchaku"])
+def test_saving_a_model_that_computes_in_another_type(layout):
+    """Its file is the one of the model as it was quantized."""
+    twin, *_ = quantize()
+    files = []
+    for name in ("stored", "held"):
+        name = SVDQuantSaveModel.execute(twin, f"{layout}_{name}", True, layout).result[0]
+        files.append(load_file(folder_paths.get_full_path_or_raise("diffusion_models", name)))
+        for layer in twin.packed_layers().values():
+            for p in layer.parameters():
+                p.data = p.data.half() if p.dtype == torch.bfloat16 else p.data
+    assert twin.model.diffusion_model.single_blocks[0].linear1.weight_scale.dtype == torch.float16
+    stored, held = files
+    assert stored.keys() == held.keys()
+    for name, tensor in stored.items():
+        assert tensor.dtype == held[name].dtype
+        assert torch.allclose(tensor.float(), held[name].float(), rtol=0, atol=2**-25), "fp16 holds what is below 2^-17 to so much"
+        assert "scale" not in name or torch.equal(tensor, held[name])
+
+
 def test_saving_in_nunchakus_layout_and_back():
     """Codes, scales and branches survive the way there and back; modulation layers are rounded once."""
     twin, *_ = quantize(exceptions="*.linear? = 16")  # one rank for all layers, as Nunchaku has it

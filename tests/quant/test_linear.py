@@ -60,6 +60,34 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed)
                       (1, 192, 128, 0, 128, None, computed)]
 
 
+@pytest.mark.parametrize(("arch", "dtype", "held"), [
+    ("sm_89", torch.float16, torch.float16), ("sm_89", torch.bfloat16, torch.bfloat16), ("sm_89", torch.float32, torch.bfloat16),
+    ("sm_75", torch.bfloat16, torch.float16), ("sm_75", torch.float32, torch.float16), (None, torch.float16, torch.bfloat16)])
+def test_layers_in_the_models_type(module, monkeypatch, arch, dtype, held):
+    """Codes stay codes, and nothing is lost on the way back; not for a GPU without kernels, and not on the CPU."""
+    def architecture(device):
+        if arch is None:
+            raise linear.compiler.KernelsUnavailable("too old")
+        return arch
+
+    monkeypatch.setattr(linear.compiler, "architecture", architecture)
+    awq = linear.AWQLinear(layout.LayerSpec(layout.AWQ, 128, 192), "cpu")
+    for p in awq.parameters():
+        p.data.copy_(torch.ones(p.shape))
+    model = torch.nn.Sequential(module, awq, torch.nn.Linear(8, 8, dtype=torch.bfloat16))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    linear.ops.compute_dtype.cache_clear()
+    linear.compute_in(model, dtype, torch.device("cpu"))
+    assert all(p.dtype == before[name].dtype for name, p in model.named_parameters())
+    linear.compute_in(model, dtype, torch.device("cuda", 7))
+    for name, p in model.named_parameters():
+        own = before[name]
+        assert p.dtype == (own.dtype if own.dtype == torch.int8 or name.startswith("2.") else held)
+        assert torch.equal(p.to(own.dtype), own)
+    assert module.spec.dtype == awq.spec.dtype == torch.bfloat16
+    linear.ops.compute_dtype.cache_clear()
+
+
 def present(module):
     return addresses(**{NAMES[name]: p for name, p in module._parameters.items()})
 

@@ -213,9 +213,9 @@ def test_one_op_under_torch_compile(mlp, x):
 
 
 @pytest.mark.parametrize(("act_bits", "dtype", "together"), [
-    (4, torch.bfloat16, True), (8, torch.bfloat16, False), (4, torch.float16, False)])
+    (4, torch.bfloat16, True), (8, torch.bfloat16, False), (4, torch.float16, True), (4, torch.float32, False)])
 def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, dtype, together):
-    """The op is for layers of the model's own dtype."""
+    """The op is for models in 16 bits, with layers that compute_in has taken there."""
     asked, prepared = [], []
     monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.extend(layers) or [job() for job in others])
     monkeypatch.setattr(linear.mlp, "prepare", lambda *args: prepared.append(args))
@@ -223,7 +223,8 @@ def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, d
     model, device = torch.nn.Sequential(mlp, copy.deepcopy(mlp), packed(K, HIDDEN, K, 0)), torch.device("cuda", 1)
     linear.set_act_bits(model, act_bits)
     linear.warm_up(model, device, dtype, tokens=(70, 5))
-    fc1, fc2 = ([(m, n, k, 16, unsigned_from, act_bits, dtype, gelu_from) for m in (70, 5)]
+    computed = torch.bfloat16 if dtype == torch.float32 else dtype
+    fc1, fc2 = ([(m, n, k, 16, unsigned_from, act_bits, computed, gelu_from) for m in (70, 5)]
                 for n, k, unsigned_from, gelu_from in ((HIDDEN, K, K, 0), (N, HIDDEN, 0, None)))
     assert asked == (fc1 if together else [*fc1, *fc2])
-    assert prepared == ([(m, K, HIDDEN, N, 16, 16, K, 0, torch.bfloat16, device) for m in (70, 5)] if together else [])
+    assert prepared == ([(m, K, HIDDEN, N, 16, 16, K, 0, dtype, device) for m in (70, 5)] if together else [])
