@@ -255,6 +255,19 @@ def test_what_lay_in_work_memory_is_not_seen(act_bits, rank, monkeypatch):
     assert all((t[margin:-margin] != 0xFF).any() for t in taken)
 
 
+@pytest.mark.parametrize("rank", [32, 128])
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_a_layer_of_a_model_in_fp16(act_bits, rank):
+    """Stored in bf16, held in fp16: what a call that converts everything gives, and nothing to look up for the next one."""
+    module, x = module_of(192, 256, rank, act_bits), random_input(70, 256, torch.float16).cuda()
+    expected = by_the_op(module, x)
+    linear.compute_in(module, torch.float16, x.device)
+    assert module.weight_scale.dtype == torch.float16 and module.weight.dtype == torch.int8
+    for _ in range(3):
+        assert torch.equal(module(x), expected)
+    assert len(module._repeated) == 1
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_layers_output_is_all_that_stays(inference):
     """Of a first call and of one that repeats it; a tensor like any other of PyTorch's."""
