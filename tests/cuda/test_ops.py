@@ -1,5 +1,7 @@
 """The custom ops: registered rightly, opaque to torch.compile, and the reference underneath."""
 
+import itertools
+
 import pytest
 import torch
 from comfyui_svdquant.cuda import compiler, int4, ops, reference
@@ -75,6 +77,27 @@ def test_the_devices_choice_of_bits(monkeypatch, capability, bits):
     monkeypatch.setattr(ops, "_capability", lambda device: capability)
     assert ops.best_act_bits(torch.device("cuda", 0)) == bits
     assert ops.best_act_bits(torch.device("cpu")) == 4
+
+
+FLUX = [  # N, K, unsigned_from, gelu_from of FLUX.1's linears
+    (9216, 3072, 3072, None), (3072, 3072, 3072, None), (12288, 3072, 3072, 0), (3072, 12288, 0, None), (21504, 3072, 3072, 9216),
+    (3072, 15360, 3072, None)]
+
+
+@pytest.mark.parametrize(("arch", "sms", "most_shared"), [
+    ("sm_75", 30, 64), ("sm_80", 108, 163), ("sm_86", 16, 99), ("sm_86", 82, 99), ("sm_89", 24, 99), ("sm_89", 128, 99),
+    ("sm_90a", 132, 227), ("sm_100", 148, 227), ("sm_120", 36, 99), ("sm_120", 170, 99)])
+def test_every_gpu_runs_fluxs_layers_by_two_launches(monkeypatch, arch, sms, most_shared):
+    """From laptops on, in both types, with 4 and 8 bits: a plan, and shared memory that the GPU has."""
+    dtypes = (torch.float16,) if arch == "sm_75" else (torch.bfloat16, torch.float16)
+    with recorded(monkeypatch), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "architecture", lambda device: arch)
+        patch.setattr(compiler, "multiprocessors", lambda device: sms)
+        for m, rank, act_bits, dtype in itertools.product((1, 512, 4608), (0, 32, 64, 128), (4, 8), dtypes):
+            for n, k, unsigned_from, gelu_from in FLUX:
+                plan = ops._plan(m, n, k, rank, k, unsigned_from, act_bits, gelu_from, dtype, torch.device("cuda", 0))
+                assert max(plan.quantize.kernel.shared, plan.gemm.kernel.shared) <= most_shared << 10
+                assert min(plan.quantize.head[:3] + plan.gemm.head[:3]) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
