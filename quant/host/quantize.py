@@ -106,11 +106,12 @@ def storage_dtype(patcher):
 def effective_weight(patcher, name, device):
     """A parameter of the diffusion model as the MODEL uses it, LoRAs and merges baked in.
 
-    Returns it in its own dtype where nothing is applied to it, else in float32; on `device`.
+    Returns it in its own dtype where nothing is applied to it, else in float32; on `device`. It may share the MODEL's memory, and
+    is never its nn.Parameter, which what comes after would learn from or have for its own.
     """
     key = PREFIX + name
     (stored, convert), *patches = patcher.get_key_patches(key)[key]
-    weight = convert(stored.to(device), inplace=False)
+    weight = convert(stored.detach().to(device), inplace=False)
     if patches:
         weight = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
     return weight

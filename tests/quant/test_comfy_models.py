@@ -1,17 +1,18 @@
 """Models in a real ComfyUI, in this process: build, quantize, save, load, sample."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_svdquant.quant import layout, quantizer
+from comfyui_svdquant.quant import layout, quantizer, smoothing
 from comfyui_svdquant.quant.checkpoint import native, write
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import build, quantize
 from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
 from safetensors.torch import load_file, save_file
 
-from .comfy_models import HIDDEN, Progress, prompts, quantized, sample, save, write_flux
+from .comfy_models import HIDDEN, LATENT, Progress, prompts, quantized, sample, save, write_flux
 from .random_flux import flux_tensors
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -64,6 +65,23 @@ def test_quantizing_leaves_the_model_alone_and_stays_close(flux_file):
     assert type(twin.model) is type(patcher.model) and type(twin.model.diffusion_model) is type(patcher.model.diffusion_model)
     error = float((sample(twin) - before).norm() / before.norm())
     assert 0.001 < error < 0.3, f"relative error of the latent {error:.3f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_models_own_parameters_are_neither_learned_from_nor_shared(tmp_path, monkeypatch, dtype):
+    """In float32 nothing on the way to the quantizer copies the weights, in bf16 nothing on the way into the twin."""
+    monkeypatch.setattr(smoothing, "EXPONENTS", (0.5,))
+    patcher = build.load_model(write_flux(tmp_path / "flux.safetensors", dtype=dtype, depth_single=1), dtype)
+    parameters = dict(patcher.model.diffusion_model.named_parameters())
+    assert {p.dtype for p in parameters.values()} == {dtype} and any(p.requires_grad for p in parameters.values())
+    before = {name: (p.requires_grad, p.detach().clone()) for name, p in parameters.items()}
+    recipe = replace(quantizer.recipe("slow", 16), keep=("double_blocks.*", "*modulation.lin", "*_in.*"))
+    twin, records = quantize.quantize(patcher, recipe, prompts(), LATENT, 2, 0, Progress())
+    assert any(record.rank for record in records), "layers whose factors are learned"
+    now = dict(patcher.model.diffusion_model.named_parameters())
+    for name, p in parameters.items():
+        assert now[name] is p and p.grad is None and p.requires_grad == before[name][0] and torch.equal(p, before[name][1]), name
+    assert not set(map(id, parameters.values())) & set(map(id, twin.model.diffusion_model.parameters()))
 
 
 def test_naive_rounding_is_worse(flux_file):

@@ -73,6 +73,13 @@ def test_learning_is_deterministic_and_runs_in_inference_mode():
         assert not second.factor.requires_grad
 
 
+def test_a_models_own_parameter_gets_no_gradient():
+    w, x = layer()
+    weight = torch.nn.Parameter(w)
+    found = learned(weight, x, torch.ones(256))
+    assert weight.grad is None and torch.equal(found.factor, learned(w, x, torch.ones(256)).factor)
+
+
 def test_learning_can_be_cancelled_at_every_step():
     calls = []
 
