@@ -22,7 +22,9 @@ COLOURS = ((0.0, (28, 44, 84)), (0.05, (38, 140, 140)), (0.10, (240, 214, 90)), 
 
 
 def summary(records):
-    """One line: how much smaller the packed layers became."""
+    """One line: how much smaller the packed layers became, if there are any."""
+    if all(record.format == KEPT for record in records):
+        return "no layer came out in 4 bits, and the model is as large as before"
     before, after = (sum(getattr(record, field) for record in records) for field in ("bytes_before", "bytes_after"))
     return f"{len(records)} layers, {before / 1e6:.2f} MB in 16 bits -> {after / 1e6:.2f} MB ({before / after:.2f}x smaller)"
 
@@ -63,8 +65,6 @@ def table(rows):
 
 def text(records, recipe, notes=()):
     """records: [LayerRecord] in model order; recipe: Recipe; notes: sentences of the whole run. Returns the report, a line a layer."""
-    if not records:
-        return "Every layer was kept in 16 bits; nothing was quantized."
     lines = [f"SVDQuant, preset {recipe.preset}, rank {recipe.rank}: {summary(records)}"]
     packed = [record for record in records if record.format not in FORMATS]
     if packed:
@@ -103,7 +103,7 @@ def picture(records):
 
 
 def _draw_panel(draw, font, records, kinds, blocks, top, field, title):
-    mean = sum(getattr(r, field) for r in records) / len(records)
+    mean = sum(getattr(r, field) for r in records) / max(len(records), 1)
     draw.text((GAP, top), f"{title}: mean relative error {mean:.1%}", fill=(20, 20, 20), font=font)
     for y, name in enumerate(kinds):
         draw.text((GAP, top + HEADER + y * CELL + 3), name, fill=(70, 70, 70), font=font)

@@ -241,16 +241,20 @@ def working_memory(blocks, with_gram):
 
 
 def layer_specs(diffusion_model, recipe, dtype):
-    """{layer name: LayerSpec} of everything that will be packed. Raises ValueError where a layer does not fit, or where an
-    exception of the recipe meets no layer."""
+    """{layer name: LayerSpec} of everything that will be packed. Raises ValueError where a layer does not fit, where an exception
+    of the recipe meets no layer, or where its exceptions keep them all."""
     linears = {name: layer for block_name, block in flux.blocks(diffusion_model)
                for name, layer in flux.block_layers(block_name, block).items()} | flux.outer_layers(diffusion_model)
     for pattern in (*recipe.keep, *(pattern for pattern, _ in recipe.ranks)):
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise ValueError(f"No layer is called {pattern!r}; layers are called like {next(iter(linears))}, and * stands "
                              "for any text.")
+    quantized = {name: layer for name, layer in linears.items() if not recipe.keeps(name)}
+    if not quantized:
+        raise ValueError(f"These exceptions leave no layer to quantize: they keep all {len(linears)} in 16 bits; take a pattern out, "
+                         "or use the MODEL as it is.")
     return {name: flux.layer_spec(name, layer.weight.shape, recipe.rank_of(name), layer.bias is not None, dtype)
-            for name, layer in linears.items() if not recipe.keeps(name)}
+            for name, layer in quantized.items()}
 
 
 def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folder=None):

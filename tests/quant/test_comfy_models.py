@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_svdquant.quant import layout, quantizer, smoothing
+from comfyui_svdquant.quant import layout, quantizer, report, smoothing
 from comfyui_svdquant.quant.checkpoint import native, write
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import build, quantize
@@ -82,6 +82,21 @@ def test_the_models_own_parameters_are_neither_learned_from_nor_shared(tmp_path,
     for name, p in parameters.items():
         assert now[name] is p and p.grad is None and p.requires_grad == before[name][0] and torch.equal(p, before[name][1]), name
     assert not set(map(id, parameters.values())) & set(map(id, twin.model.diffusion_model.parameters()))
+
+
+@pytest.mark.parametrize("exceptions", ["*", "*_blocks.*, *_in.*layer\n*.adaLN_modulation.1\n* = 32"])
+def test_exceptions_that_leave_nothing_are_refused_before_the_run(flux_file, exceptions):
+    progress = Progress()
+    with pytest.raises(ValueError, match="^These exceptions leave no layer to quantize: they keep all 20 in 16 bits; [^.]+\\.$"):
+        quantize.quantize(build.load_model(flux_file), quantizer.recipe("fast", 16, exceptions), prompts(), LATENT, 2, 0, progress)
+    assert not progress.texts
+
+
+def test_a_run_after_which_nothing_is_in_4_bits_has_a_report(flux_file):
+    recipe = replace(quantizer.recipe("naive", 16), largest_error=0.0)
+    twin, records = quantize.quantize(build.load_model(flux_file), recipe, None, None, 2, 0, Progress())
+    assert not twin.packed_layers() and len(records) == 20
+    assert report.text(records, recipe).startswith("SVDQuant, preset naive, rank 0: no layer came out in 4 bits")
 
 
 def test_naive_rounding_is_worse(flux_file):

@@ -36,7 +36,15 @@ def test_a_modulation_layer_stands_out_where_its_error_is_no_small_one_and_gets_
 
 def test_the_summary_adds_up():
     assert report.summary(RECORDS) == "10 layers, 0.04 MB in 16 bits -> 0.01 MB (4.00x smaller)"
-    assert report.text([], quantizer.recipe("best", 32)).startswith("Every layer was kept")
+
+
+def test_a_run_that_leaves_every_layer_in_16_bits_is_told_as_one():
+    kept = [dataclasses.replace(r, format=quantizer.KEPT, rank=0, error=0.0, bytes_after=r.bytes_before) for r in RECORDS]
+    for records in (kept, []):
+        assert report.summary(records) == "no layer came out in 4 bits, and the model is as large as before"
+        assert report.summary(records) in report.text(records, quantizer.recipe("best", 32)).splitlines()[0]
+        assert report.picture(records).ndim == 4
+    assert "10 layers" in report.summary([*kept[1:], RECORDS[0]])
 
 
 def test_the_picture_shows_where_the_error_is():
