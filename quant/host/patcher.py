@@ -13,6 +13,12 @@ PREFIX = "diffusion_model."
 CACHED_SVDS = 4  # a packed layer: two LoRAs beside each other, and the two before them
 
 
+def refuse_to_save(*args, **kwargs):
+    """Stands in for the state_dict_for_saving of a quantized model, which every ComfyUI's nodes end at, each with arguments of its own."""
+    raise ValueError("ComfyUI's own nodes can't save a MODEL in 4 bits, as their file would not say how its layers are packed; save it "
+                     "with SVDQuant Save Model.")
+
+
 class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     """ComfyUI's classic patcher: it moves and offloads whole layers, all tensors of a packed one together.
 
@@ -27,6 +33,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.model.state_dict_for_saving = refuse_to_save
         # As hook_backup is, these two are shared by the clones of one model.
         self.decomposed = {}  # SVDs of what the loaded patches add: lora.build's cache
         self.unhooked = {}  # {key: the side branch that a hook has replaced, or None}
