@@ -14,17 +14,23 @@ import threading
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from urllib.parse import unquote
 
-from .checkpoint.header import CheckpointError, read_header
+from .checkpoint.header import EXTENSIONS, CheckpointError, read_header
+from .checkpoint.write import disk_trouble, size_text
 
-EXTENSIONS = (".safetensors", ".sft")
 POLL_SECONDS = 0.2  # how soon a cancelled download stops
 SPARE_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 24  # read at once while a file is hashed
+# A page of the Hub: of a repository, or of a file of it at a revision.
+PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)"
+                  r"(?:/(?:tree/([^/?#]+)[^?#]*|(?:blob|resolve|raw)/([^/?#]+)/([^?#]+)))?/?(?:[?#].*)?")
 
 
 class HubError(ValueError):
     """A file that can't be had. The message is one sentence: what, why, remedy."""
+
+    __module__ = "builtins"  # as CheckpointError's
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,31 @@ class RemoteFile:
     url: str
 
 
+def names(repository, file, revision):
+    """(repository, file, revision) from what a user gives for them, where the address of a page of the Hub may stand for the first
+    two, and tell more. Raises HubError where something is missing, or they contradict each other; see check_names."""
+    repository, file, revision = repository.strip(), file.strip(), revision.strip()
+    told = (_address(repository) or (repository, "", ""), _address(file) or ("", "", file), ("", revision, ""))
+    repositories, revisions, files = (sorted(set(values) - {""}) for values in zip(*told))
+    revisions = [value for value in revisions if value != "main"] or ["main"]  # which the input and most addresses say
+    for what, values in (("repositories", repositories), ("files", files), ("revisions", revisions)):
+        if len(values) > 1:
+            raise HubError(f"There are two {what}, {values[0]!r} and {values[1]!r}; an address tells them already, so leave the other "
+                           "inputs as they were.")
+    if not repositories or not files:
+        raise HubError("A download of your own choice needs both a repository, as owner/name, and a file in it; fill in both, or paste "
+                       "the address of the file's page on the Hub.")
+    return repositories[0], files[0], revisions[0]
+
+
+def _address(text):
+    """(repository, revision, file) of a page of the Hub, "" for what it does not tell; None where `text` is no such address."""
+    if not (page := PAGE.fullmatch(text)):
+        return None
+    repository, tree, blob, file = (unquote(part or "") for part in page.groups())
+    return repository, tree or blob, file
+
+
 def check_names(repository, file, revision):
     """Raise HubError unless they name a safetensors file of a repository and can do no harm in an address."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository, re.ASCII) or ".." in repository:
@@ -47,7 +78,7 @@ def check_names(repository, file, revision):
     parts = file.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\\" in file or not file.isprintable():
         raise HubError(f"{file!r} is not the path of a file within a repository; write it as the repository's page shows it.")
-    if not file.endswith(EXTENSIONS):
+    if not file.lower().endswith(EXTENSIONS):
         raise HubError(f"{file} is not a .safetensors or .sft file, and other kinds are not downloaded: they can hold code; "
                        "choose the safetensors version of the model.")
     if not re.fullmatch(r"[\w./-]+", revision, re.ASCII) or any(part in ("", ".", "..") for part in revision.split("/")):
@@ -78,6 +109,15 @@ def download(remote, path, watch):
     .say(text) and .at(done, total, text) tell. Raises HubError, or CheckpointError where it is no safetensors file.
     """
     name = os.path.basename(path)
+    try:
+        _download(remote, path, name, watch)
+    except OSError as error:  # of the disk: what the connection raises has become a HubError
+        raise HubError(f"Downloading {name} failed: {disk_trouble(error)}.") from error
+
+
+def _download(remote, path, name, watch):
+    if os.path.isdir(path):
+        raise HubError(f"{name} is a folder; choose another filename.")
     if os.path.exists(path):
         if os.path.getsize(path) == remote.size and _sha256(path, name, watch) == remote.sha256:
             watch.say(f"{name} was here already: {size_text(remote.size)}, SHA-256 as on the Hub")
@@ -98,10 +138,6 @@ def download(remote, path, watch):
         os.remove(path)
         raise
     watch.say(f"{name} is here: {size_text(remote.size)}, SHA-256 as on the Hub")
-
-
-def size_text(count):
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 # --- fetching ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,11 @@
 """Which model a file holds in 16 bits, told by the names of its tensors: a FLUX.1, or what else."""
 
+from .. import layout
+from .header import CheckpointError
+from .kitchen import METADATA
+
 PREFIXES = ("", "model.diffusion_model.")  # a whole checkpoint has text encoders and a VAE beside the second
+PACKED = ".weight_smooth_factor"  # that only a layer in 4 bits has
 FLUX_KEYS = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight")
 
 # A part of a name that gives a model away, and what to call it; first those that look like a FLUX.1 otherwise.
@@ -31,11 +36,21 @@ def _first(header, kinds):
 
 
 def flux_prefix(header):
-    """The prefix of a FLUX.1's tensors in ComfyUI's naming; None where the file is none."""
+    """The prefix of a FLUX.1's tensors in ComfyUI's naming; None where the file is none. Raises CheckpointError where they are in
+    4 bits and nothing says how."""
     for prefix in () if _first(header, COUSINS) else PREFIXES:
         if f"{prefix}img_in.weight" in header.tensors and any(prefix + key in header.tensors for key in FLUX_KEYS):
+            _check_described(header)
             return prefix
     return None
+
+
+def _check_described(header):
+    """Raise CheckpointError where there are layers in 4 bits, and nothing says what they are."""
+    layers = [name.removesuffix(PACKED) for name in header.tensors if name.endswith(PACKED)]
+    if layers and METADATA not in header.metadata and not any(f"{layer}.{layout.QUANT_KEY}" in header.tensors for layer in layers):
+        raise CheckpointError(f"{header.file} has layers in 4 bits ({layers[0]}) and no word of how, as another node than SVDQuant Save "
+                              "Model leaves them; save the quantized model with SVDQuant Save Model.")
 
 
 def is_diffusers_flux(header):

@@ -12,17 +12,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+EXTENSIONS = (".safetensors", ".sft")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGE, WEB_PAGE_BYTES = (b"<!doctype html", b"<html"), 512  # how it may begin, and how much of it is looked at
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class CheckpointError(ValueError):
     """A file that can't be used. The message is one sentence: file, tensor, remedy."""
+
+    # ComfyUI's pop-up shows "module.Class: message" in three lines, and the module's name begins with this pack's whole path.
+    __module__ = "builtins"
 
     def __init__(self, message):
         # A tensor's name may hold anything, line breaks too.
@@ -72,6 +78,8 @@ class Header:
         data = np.empty(info.stop - info.start, np.uint8)
         for _ in self.read_into(name, [data]):
             pass
+        if not data.size:  # of such an array, PyTorch makes no view in another type
+            return torch.empty(info.shape, dtype=info.dtype)
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
     def read_into(self, name, parts):
@@ -121,7 +129,7 @@ def read_header(path):
                                   "safetensors, or download the safetensors version of the model.")
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
-            raise CheckpointError(f"{name} is not a safetensors file; choose a .safetensors FLUX model.")
+            raise CheckpointError(f"{name} is {_what_else(name, prefix + file.read(WEB_PAGE_BYTES))}.")
         if 8 + length > size:
             raise CheckpointError(f"{name} is cut off: its header needs {8 + length} bytes and the file has {size}; "
                                   "download it again.")
@@ -138,6 +146,22 @@ def read_header(path):
     tensors = {key: _tensor_info(name, key, entry, 8 + length, size) for key, entry in entries.items()}
     _check_layout(name, tensors, 8 + length, size)
     return Header(path, tensors, metadata)
+
+
+def _what_else(name, start):
+    """What a file is that is not safetensors, and what to do about it. start: its first bytes."""
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not start:
+        return "empty, so its download went wrong; download it again"
+    if text.startswith(LFS_POINTER):
+        return ("a Git LFS pointer, a few lines that stand for the model, so its download went wrong; run `git lfs pull` where it was "
+                "cloned, or download the file itself")
+    if text.startswith(WEB_PAGE):
+        return ("a web page, so its download went wrong; download the file itself again, logged in if its page asks for a login or "
+                "for a licence to be accepted")
+    if name.lower().endswith(EXTENSIONS):
+        return "not a safetensors file, whatever its name says; download it again, or choose another model"
+    return "not a safetensors file; choose a .safetensors FLUX model"
 
 
 def _without_duplicates(pairs):

@@ -55,8 +55,7 @@ def _layers(depths):
 def _check_layer(name, spec):
     """Raise CheckpointError where a layer can't be written as Nunchaku reads it."""
     if spec is not None and spec.format == layout.NVFP4:
-        raise CheckpointError(f"Layer {name} is NVFP4, and Nunchaku's layout is written of INT4 models only; save the model in "
-                              "ComfyUI's names instead.")
+        raise CheckpointError(f"Layer {name} is NVFP4, and Nunchaku's layout is written of INT4 models only; choose layout native.")
     why = None
     if spec is None:
         why = "is not in 4 bits"
@@ -69,8 +68,7 @@ def _check_layer(name, spec):
     elif spec.format != layout.AWQ and spec.unsigned_from != flux.unsigned_from(name, spec.in_features, spec.out_features):
         why = "codes the sign of its input otherwise"
     if why:
-        raise CheckpointError(f"Layer {name} {why}, which Nunchaku's layout has no place for; save the model in ComfyUI's "
-                              "names instead.")
+        raise CheckpointError(f"Layer {name} {why}, which Nunchaku's layout has no place for; choose layout native.")
 
 
 def _with_16_bits_outside(tensors, specs):
@@ -89,8 +87,7 @@ def _plain(tensors, depths):
             plain |= {f"{name}.{leaf}": f"{stored}.{leaf}" for leaf in ("weight", "bias")}
     for name in plain:
         if name not in tensors or tensors[name].dtype not in FLOAT_TYPES:
-            raise CheckpointError(f"The model has no 16-bit tensor {name}, which Nunchaku's layout needs; save the model in "
-                                  "ComfyUI's names instead.")
+            raise CheckpointError(f"The model has no 16-bit tensor {name}, which Nunchaku's layout needs; choose layout native.")
     return plain
 
 

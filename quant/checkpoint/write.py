@@ -1,5 +1,6 @@
 """A safetensors file written one tensor at a time, whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,12 +11,33 @@ from .header import DTYPES, CheckpointError
 
 SPARE_BYTES = 1 << 20  # header and file system overhead, when asking whether the disk has room
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TROUBLES = {  # {errno: what is wrong with the disk, and the remedy}
+    errno.ENAMETOOLONG: "the name is too long for the disk; choose a shorter filename",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "what its path has for a folder is a file; choose another filename"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full; free some space or save to another disk"),
+    # Windows says so, too, of a file whose tensors a loaded model still maps.
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM),
+                    "its folder can't be written; check the permissions, and that no loaded model still uses the file"),
+}
 
 
 def check_target(path, overwrite):
-    """Raise CheckpointError where a file is in the way."""
+    """Raise CheckpointError where a file or a folder is in the way."""
+    if os.path.isdir(path):
+        raise CheckpointError(f"{os.path.basename(path)} is a folder; choose another filename.")
     if os.path.exists(path) and not overwrite:
         raise CheckpointError(f"{os.path.basename(path)} exists already; choose another filename, or switch overwrite on.")
+
+
+def size_text(count):
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def disk_trouble(error):
+    """What an OSError of writing a file means to the user, and the remedy, as the second half of a sentence. No path is in it: that
+    would be the temporary file's."""
+    reason = error.strerror or type(error).__name__
+    return TROUBLES.get(error.errno, f"{reason}; check the disk, and that no loaded model still uses the file")
 
 
 def write(path, layout, tensors, metadata, overwrite=False):
@@ -34,8 +56,8 @@ def write(path, layout, tensors, metadata, overwrite=False):
         os.makedirs(folder, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if size + SPARE_BYTES > free:
-            raise CheckpointError(f"There is no room to save {name}: it needs {size / 1e9:.2f} GB and the disk has "
-                                  f"{free / 1e9:.2f} GB free; free some space or save to another disk.")
+            raise CheckpointError(f"There is no room to save {name}: it needs {size_text(size)} and the disk has "
+                                  f"{size_text(free)} free; free some space or save to another disk.")
         with open(temporary, "wb") as file:
             file.write(head)
             for key, tensor in tensors:
@@ -48,8 +70,7 @@ def write(path, layout, tensors, metadata, overwrite=False):
             raise ValueError(f"tensor {next(iter(starts))} was planned and did not come")
         os.replace(temporary, path)
     except OSError as error:
-        raise CheckpointError(f"Saving {name} failed ({error}); free some space on the disk, or check that its folder "
-                              "can be written and that no loaded model still uses the file.") from error
+        raise CheckpointError(f"Saving {name} failed: {disk_trouble(error)}.") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

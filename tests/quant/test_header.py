@@ -5,10 +5,10 @@ import struct
 
 import pytest
 import torch
-from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from comfyui_svdquant.quant.checkpoint.header import DTYPES, CheckpointError, read_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -53,6 +53,32 @@ def test_a_pickle_is_named_as_one(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"a": torch.zeros(2)}, path)
     assert "pickle" in refusal(path)
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (b"", "is empty, so its download went wrong"), (b"\0\0", "is not a safetensors file, whatever its name says"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1234\n", "is a Git LFS pointer, a few lines that stand for"),
+    (b"<!DOCTYPE html>\n<html lang=en>", "is a web page"), (b"\xef\xbb\xbf \n<html>\n<body>", "is a web page"),
+    (b"GGUF\x03\0\0\0\xff\xff", "is not a safetensors file, whatever its name says"),
+])
+def test_a_download_that_went_wrong_is_told(tmp_path, content, says):
+    path = tmp_path / "flux.safetensors"
+    path.write_bytes(content)
+    assert says in refusal(path) and "download" in refusal(path) and "choose a .safetensors" not in refusal(path)
+
+
+def test_a_file_of_another_kind_is_not_told_to_be_damaged(tmp_path):
+    (tmp_path / "flux.gguf").write_bytes(b"GGUF\x03\0\0\0\xff\xff")
+    assert refusal(tmp_path / "flux.gguf") == "flux.gguf is not a safetensors file; choose a .safetensors FLUX model."
+
+
+def test_a_tensor_of_no_elements_is_read(tmp_path):
+    tensors = {f"{dtype}".rpartition(".")[2]: torch.zeros(0, 3, dtype=dtype) for dtype in DTYPES.values()}
+    save_file(tensors | {"columns": torch.zeros(3, 0), "one": torch.tensor(2.5)}, tmp_path / "x.safetensors")
+    header = read_header(str(tmp_path / "x.safetensors"))
+    for name, tensor in load_file(tmp_path / "x.safetensors").items():
+        found = header.read_tensor(name)
+        assert found.shape == tensor.shape and found.dtype == tensor.dtype and torch.equal(found, tensor)
 
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

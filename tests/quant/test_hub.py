@@ -201,6 +201,43 @@ def test_a_repository_has_an_owner_and_a_name(server, tmp_path, repository):
     assert server.asked == []
 
 
+PAGE = f"https://huggingface.co/{REPOSITORY}"
+
+
+@pytest.mark.parametrize(("given", "found"), [
+    ((f" {REPOSITORY} ", FILE, "v2"), (REPOSITORY, FILE, "v2")), ((REPOSITORY, FILE, ""), (REPOSITORY, FILE, "main")),
+    *(((page, FILE, "main"), (REPOSITORY, FILE, "main")) for page in (PAGE, f"{PAGE}/", PAGE[8:], f"{PAGE}/tree/main", f"{PAGE}?x=y#z")),
+    ((f"{PAGE}/tree/v2/sub", FILE, "main"), (REPOSITORY, FILE, "v2")), ((f"{PAGE}/tree/main", FILE, "v2"), (REPOSITORY, FILE, "v2")),
+    *(((f"{PAGE}/{kind}/main/{FILE}", "", "main"), (REPOSITORY, FILE, "main")) for kind in ("blob", "resolve", "raw")),
+    (("", f"{PAGE}/resolve/refs%2Fpr%2F1/a%20b.sft?download=true", "main"), (REPOSITORY, "a b.sft", "refs/pr/1")),
+    ((REPOSITORY, f"{PAGE}/blob/main/{FILE}", "main"), (REPOSITORY, FILE, "main")),
+    ((f"http://hf.co/{REPOSITORY}/blob/main/{FILE}", FILE, "main"), (REPOSITORY, FILE, "main")),
+])
+def test_the_address_of_a_page_tells_names(given, found):
+    assert hub.names(*given) == found
+    hub.check_names(*found)
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    (("", FILE, "main"), "needs both"), ((REPOSITORY, " ", "main"), "needs both"), ((PAGE, "", "main"), "needs both"),
+    ((PAGE, f"https://huggingface.co/owner/other/blob/main/{FILE}", "main"), "two repositories, 'owner/flux' and 'owner/other'"),
+    ((f"{PAGE}/blob/main/a.sft", "b.sft", "main"), "two files"), ((f"{PAGE}/blob/v1/a.sft", "", "v2"), "two revisions"),
+])
+def test_names_that_are_missing_or_contradict_each_other(given, says):
+    with pytest.raises(HubError, match=says):
+        hub.names(*given)
+
+
+@pytest.mark.parametrize("page", ["https://example.org/owner/flux", "https://huggingface.co/datasets/owner/flux",
+                                  f"{PAGE}/blob/main/../../x.sft", f"{PAGE}/resolve/main/%2e%2e/%2e%2e/x.sft", f"{PAGE}/discussions/1", "https://huggingface.co.evil/a/b",
+                                  "https://huggingface.co/../b/blob/main/x.sft", f"{PAGE}/blob/..%2F..%2Fapi/x.sft"])
+def test_other_addresses_are_not_asked_for(page):
+    with pytest.raises(HubError):
+        hub.check_names(*hub.names("", page, "main"))
+    with pytest.raises(HubError):
+        hub.check_names(*hub.names(page, "" if page.endswith(".sft") else FILE, "main"))
+
+
 @pytest.mark.parametrize("revision", ["", "..", "a/../b", "x y", "main?", "/main"])
 def test_a_revision_is_a_branch_a_tag_or_a_commit(server, tmp_path, revision):
     assert "is not a revision" in refusal(tmp_path, revision=revision)
@@ -241,6 +278,21 @@ def test_no_room_is_told_before_anything_is_fetched(server, tmp_path):
     server.size = 10**17
     assert "it needs 100000000.00 GB and the disk has" in refusal(tmp_path)
     assert os.listdir(tmp_path) == [] and server.gets == []
+
+
+def test_trouble_of_the_disk_is_one_sentence(server, tmp_path, monkeypatch):
+    (tmp_path / "flux.safetensors").mkdir()
+    assert refusal(tmp_path) == "flux.safetensors is a folder; choose another filename."
+    (tmp_path / "flux.safetensors").rmdir()
+    (tmp_path / "taken").write_bytes(b"mine")
+    assert "what its path has for a folder is a file" in refusal(tmp_path / "taken") and server.gets == []
+
+    def replace(source, target):
+        raise PermissionError(13, "Permission denied", source, None, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    message = refusal(tmp_path)
+    assert message.startswith("Downloading flux.safetensors failed: its folder can't be written") and ".part" not in message
 
 
 def test_more_than_was_stated_is_not_written(server, tmp_path):

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_svdquant.cuda import reference
-from comfyui_svdquant.quant.checkpoint import nunchaku, nunchaku_names, nunchaku_write
+from comfyui_svdquant.quant import convert
+from comfyui_svdquant.quant.checkpoint import native, nunchaku, nunchaku_names, nunchaku_write
 from comfyui_svdquant.quant.checkpoint import nunchaku_layout as order
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from hypothesis import HealthCheck, example, given, settings
@@ -346,7 +347,8 @@ def test_what_has_no_place_in_nunchakus_layout_is_told(model, tmp_path):
         return str(caught.value)
 
     name, narrow = "single_blocks.0.linear2", "double_blocks.0.img_mlp.0"
-    assert f"Layer {name} is not in 4 bits" in refusal({key: spec for key, spec in specs.items() if key != name})
+    missing = refusal({key: spec for key, spec in specs.items() if key != name})
+    assert f"Layer {name} is not in 4 bits" in missing and missing.endswith("; choose layout native.")
     signed = replace(specs[name], format="svdquant_w4a4", unsigned_from=specs[name].in_features)
     assert f"Layer {name} codes the sign" in refusal(specs | {name: signed})
     assert "not multiples of 128" in refusal(specs | {narrow: replace(specs[narrow], out_features=64)})
@@ -354,6 +356,22 @@ def test_what_has_no_place_in_nunchakus_layout_is_told(model, tmp_path):
     (tmp_path / "taken.safetensors").write_bytes(b"mine")
     with pytest.raises(CheckpointError, match="exists already"):
         nunchaku_write.save(str(tmp_path / "taken.safetensors"), tensors, specs, config, RECIPE, "flux", False)
+
+
+def test_a_model_without_branches(model, tmp_path):
+    """Of the preset naive; Nunchaku's layers have a branch each, of zeros."""
+    tensors, specs, config = model
+    bare = {name: replace(spec, rank=0) for name, spec in specs.items()}
+    tensors = {name: tensor[:, :0].contiguous() if name.endswith(("proj_down", "proj_up")) else tensor for name, tensor in tensors.items()}
+    native.save(str(tmp_path / "native.safetensors"), tensors, bare, config, RECIPE, "flux")
+    nunchaku_write.save(str(tmp_path / "expected.safetensors"), tensors, bare, config, RECIPE, "flux")
+    convert.convert(str(tmp_path / "native.safetensors"), str(tmp_path / "found.safetensors"), "nunchaku")
+    expected, found = (load_file(tmp_path / f"{name}.safetensors") for name in ("expected", "found"))
+    assert expected.keys() == found.keys() and all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    convert.convert(str(tmp_path / "found.safetensors"), str(tmp_path / "back.safetensors"), "native")
+    back = dict(native.open_file(read_header(str(tmp_path / "back.safetensors"))).tensors())
+    assert all(torch.equal(back[f"{name}.weight"], tensors[f"{name}.weight"]) for name in specs)
+    assert not any(tensor.any() for name, tensor in back.items() if name.endswith("proj_up"))
 
 
 # --- mutated headers -----------------------------------------------------------------------------------------------
