@@ -56,7 +56,7 @@ class SVDQuantDownloadModel(io.ComfyNode):
     def execute(cls, model, repository, file, revision, filename):
         if model in PRESETS:
             repository, file = PRESETS[model]
-        repository, file, revision = repository.strip(), file.strip(), revision.strip()
+        repository, file, revision = hub.names(repository, file, revision)
         hub.check_names(repository, file, revision)
         path, name = target_path(filename if filename.strip() else file.rsplit("/", 1)[-1])
         progress = NodeProgress(cls.hidden.unique_id if cls.hidden else None)

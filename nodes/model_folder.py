@@ -1,22 +1,57 @@
 """Where the nodes that write models put them: models/diffusion_models."""
 
 import os
+import re
+import unicodedata
 
 import folder_paths
 
-EXTENSIONS = (".safetensors", ".sft")
+from ..quant.checkpoint.header import EXTENSIONS
+
+FORBIDDEN = '<>:"|?*'  # by Windows, whose users shall be able to take a model over
+UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, lone surrogates and line breaks
+DEVICE = re.compile(r"(CON|PRN|AUX|NUL|(COM|LPT)[1-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE)
+MAX_BYTES = 255  # of a part of a path, on the usual file systems
+TEMPORARY_BYTES = 22  # ".0123456789abcdef.part", which a file that is not whole yet has after its name
+SHOWN = 60  # characters of a name in a message
 
 
 def target_path(filename):
-    """(absolute path, name within the folder) for a filename given by the user. Raises ValueError outside the folder."""
+    """(absolute path, name within the folder) for a filename given by the user. Raises ValueError, one sentence, where it leads out of
+    the folder or is none that every system takes."""
     folders = folder_paths.get_folder_paths("diffusion_models")
     # ComfyUI lists models/unet, the old name of the same kind, first.
     folder = next((path for path in folders if os.path.basename(path) == "diffusion_models"), folders[0])
     name = filename.strip().replace("\\", "/")
-    name = name if name.endswith(EXTENSIONS) else name + EXTENSIONS[0]
-    path = os.path.abspath(os.path.join(folder, name))
-    inside = path.startswith(os.path.join(os.path.abspath(folder), ""))
-    if not inside or os.path.basename(name) in EXTENSIONS:
-        raise ValueError(f"The filename {filename!r} does not name a file within models/diffusion_models; write a plain "
-                         "name such as my_model, or folder/my_model.")
+    whole = name if name.lower().endswith(EXTENSIONS) else name + EXTENSIONS[0]
+    if trouble := _trouble(name, whole):
+        shown = filename if len(filename) <= SHOWN else filename[:SHOWN] + "..."
+        raise ValueError(f"The filename {shown!r} {trouble}, so it does not name a file within models/diffusion_models; write "
+                         "a plain name such as my_model, or folder/my_model.")
+    path = os.path.abspath(os.path.join(folder, whole))
     return path, os.path.relpath(path, folder)
+
+
+def _trouble(name, whole):
+    """What is wrong with a name, as the user gave it and with its extension; None where nothing is."""
+    if not name:
+        return "is empty"
+    if unseen := next((c for c in name if unicodedata.category(c) in UNSEEN), None):
+        return f"has the unprintable character U+{ord(unseen):04X}"
+    if forbidden := next((c for c in name if c in FORBIDDEN), None):
+        return f"has a {forbidden} in it"
+    for part in name.split("/"):
+        if not part:
+            return "begins or ends with a slash, or has two in a row"
+        if not part.strip("."):
+            return f"has {part} for a folder or a name"
+        if part.startswith("."):
+            return "begins with a dot, or has a folder that does"
+        if part.endswith((".", " ")):
+            return "ends in a dot or a space, or has a folder that does"
+        if device := DEVICE.fullmatch(part):
+            return f"has {device[1]} in it, which is a device on Windows"
+    *folders, file = whole.split("/")
+    if max(len(part.encode()) for part in (*folders, file + TEMPORARY_BYTES * "_")) > MAX_BYTES:
+        return "is too long, or has a folder that is"
+    return None

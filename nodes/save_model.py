@@ -1,8 +1,13 @@
 """SVDQuant Save Model: a quantized MODEL into a file that anybody can load."""
 
+import os
+
 from comfy_api.latest import io
 
 from ..quant.checkpoint import native, nunchaku_write
+from ..quant.checkpoint.header import CheckpointError, read_header
+from ..quant.checkpoint.write import check_target
+from ..quant.convert import READERS
 from ..quant.host import build
 from ..quant.host.patcher import PREFIX, SVDQuantModelPatcher
 from ..quant.host.quantize import CARD
@@ -21,6 +26,23 @@ def unpatched_tensors(model):
             if tensor.dtype != dtype:  # linear.compute_in's
                 tensors[name] = tensor.to("cpu", dtype)
     return {build.stored_name(name): tensor for name, tensor in tensors.items()}
+
+
+def check_overwritten(path):
+    """Raise CheckpointError where there is a file and it is not a quantized FLUX.1: it may be what the model was made from. Only its
+    header is read."""
+    if not os.path.exists(path):
+        return
+    try:
+        header = read_header(path)
+        for reader in READERS.values():
+            if reader.matches(header):
+                reader.open_file(header)
+                return
+    except (CheckpointError, OSError):
+        pass
+    raise CheckpointError(f"{os.path.basename(path)} exists already and is not a quantized FLUX.1, and overwrite replaces nothing else; "
+                          "choose another filename, or move that file away.")
 
 
 class SVDQuantSaveModel(io.ComfyNode):
@@ -58,6 +80,8 @@ class SVDQuantSaveModel(io.ComfyNode):
             raise ValueError("There are LoRAs or other weight patches on this 4-bit MODEL, which its file can't hold; save it "
                              "without them, or put them before SVDQuant Quantize Model, which bakes them in.")
         path, name = target_path(filename)
+        check_target(path, overwrite)
+        check_overwritten(path)
         tensors = unpatched_tensors(model)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
         writer = {"native": native, "nunchaku": nunchaku_write}[layout]

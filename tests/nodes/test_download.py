@@ -41,6 +41,16 @@ def test_under_another_name(server):
     assert (FOLDER / "mine" / "flux.safetensors").read_bytes() == DATA
 
 
+@pytest.mark.parametrize("inputs", [
+    {"repository": "https://huggingface.co/owner/flux"},
+    {"repository": "https://huggingface.co/owner/flux/blob/main/deep/model.sft", "file": ""},
+    {"repository": "", "file": "https://huggingface.co/owner/flux/resolve/main/deep/model.sft?download=true"},
+])
+def test_the_address_of_a_page(server, inputs):
+    assert download(**inputs) == "model.sft"
+    assert (FOLDER / "model.sft").read_bytes() == DATA
+
+
 def test_a_preset_needs_no_other_input(server):
     preset, (_, file) = next(iter(PRESETS.items()))
     assert download(preset, "", "", "main") == file
@@ -54,9 +64,10 @@ def test_every_preset_names_a_file_that_can_be_asked_for():
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"file": "../../deep/model.sft"}, "is not the path of a file"), ({"file": ""}, "is not the path of a file"),
+    ({"file": "../../deep/model.sft"}, "is not the path of a file"), ({"file": ""}, "needs both a repository, .* and a file"),
     ({"filename": "../escape"}, "within models/diffusion_models"), ({"file": "deep/model.bin"}, "can hold code"),
-    ({"repository": ""}, "owner/name"),
+    ({"repository": ""}, "needs both a repository, .* and a file"), ({"repository": "flux"}, "as owner/name"),
+    ({"repository": "https://huggingface.co/owner/other/blob/main/x.sft"}, "two files"),
 ])
 def test_what_leads_out_of_its_folder_is_not_asked_for(server, change, says):
     with pytest.raises(ValueError, match=says):

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import comfy.model_management
+import comfy.sd
+import execution
 import folder_paths
 import pytest
 import torch
@@ -18,8 +20,9 @@ from comfyui_svdquant.nodes.model_folder import target_path
 from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
 from comfyui_svdquant.quant import quantizer
-from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header, read_header
 from comfyui_svdquant.quant.host.build import load_model
+from comfyui_svdquant.quant.hub import HubError
 from safetensors.torch import load_file, save_file
 
 from host.server import ROOT, TINY
@@ -129,25 +132,37 @@ def test_a_changed_file_changes_the_fingerprint():
     assert SVDQuantLoadModel.fingerprint_inputs("absent.safetensors", "auto") is None
 
 
-@pytest.mark.parametrize(
-    "filename", ["../escape", "a/../../escape", "/etc/escape", "C:/../../escape", "..\\..\\escape", "", " ", "a/", "/"]
-)
-def test_a_filename_outside_the_folder_is_refused(filename):
-    try:
-        path, name = target_path(filename)
-    except ValueError as error:
-        assert "within models/diffusion_models" in str(error)
-    else:
-        assert Path(path).resolve().is_relative_to(target_folder()) and ".." not in Path(name).parts
+@pytest.mark.parametrize(("filename", "says"), [
+    *((name, "has .. for a folder") for name in ("../escape", "a/../../escape", "..\\..\\escape", "..")), (".", "has . for a folder"),
+    ("a/.../b", "has ... for a folder"), ("", "is empty"), (" ", "is empty"),
+    *((name, "a slash") for name in ("/etc/x", "a/", "/", "a//b")),
+    *((name, f"has a {name[1]} in it") for name in ("a:b", "a?b", "a*b", "a<b>", 'a"b', "a|b", "C:\\x", "C:/../../escape", "a>.sft")),
+    ("a\nb", "U+000A"), ("a\tb", "U+0009"), ("a\u202eb", "U+202E"), ("nul\0x", "U+0000"), ("a\u2028b", "U+2028"), ("a\ud800", "U+D800"),
+    *((name, "a device on Windows") for name in ("con", "NUL", "Aux.safetensors", "com1", "a/LPT9.x/b", "nul.tar.sft", "COM\u00b9")),
+    *((name, "begins with a dot") for name in (".hidden", ".safetensors", ".git/x")),
+    *((name, "ends in a dot or a space") for name in ("dir./x", "dir /x", "x.")),
+    *((name, "is too long") for name in (222 * "x", 256 * "x" + "/a", 111 * "\u00fc", 75 * "\u4e2d", 10_000 * "x")),
+])
+def test_a_filename_that_no_system_or_not_every_one_takes_is_refused(filename, says):
+    with pytest.raises(ValueError) as caught:
+        target_path(filename)
+    message = str(caught.value)
+    assert says in message and message.startswith("The filename ") and "not name a file within models/diffusion_models; " in message
+    assert message.isprintable() and len(message) < 250
 
 
-def target_folder():
-    return Path(target_path("x")[0]).resolve().parent
+@pytest.mark.parametrize("name", ["flux 4bit", "fl\u00fcx", "\u6a21\u578b/\u56fe\u50cf", "flux [int4] (r32)", "mine/old/flux",
+                                  "flux.v1.2", "a..b", "contra", "com10", "my.con", "-x", "~x", "\U0001f600", 221 * "x", 255 * "x" + "/a",
+                                  73 * "\u4e2d"])
+def test_the_usual_filenames(name):
+    path, within = target_path(name)
+    assert within == os.path.join(*f"{name}.safetensors".split("/")) and path == str(FOLDER / within)
 
 
-def test_the_usual_filenames():
+def test_the_extension_is_added_where_there_is_none():
     assert target_path("flux")[1] == "flux.safetensors" == target_path(" flux.safetensors ")[1]
     assert target_path("mine\\flux")[1] == os.path.join("mine", "flux.safetensors")
+    assert [target_path(name)[1] for name in ("X.SAFETENSORS", "x.Sft", "x.bin")] == ["X.SAFETENSORS", "x.Sft", "x.bin.safetensors"]
 
 
 def test_an_ordinary_model_is_not_saved():
@@ -285,3 +300,42 @@ def test_inspecting_reads_no_weight(monkeypatch):
     (FOLDER / "text.safetensors").write_text("no model")
     with pytest.raises(CheckpointError, match="text.safetensors is not a safetensors file"):
         SVDQuantInspect.execute("text.safetensors")
+
+
+@pytest.mark.parametrize("error", [CheckpointError("x"), HubError("x")])
+def test_comfyui_shows_an_error_under_a_short_name(error):
+    """Its pop-up has three lines for the name and the sentence."""
+    assert execution.full_type_name(type(error)) == type(error).__name__
+
+
+def test_overwrite_replaces_quantized_models_alone():
+    """The 16-bit model that another one was made from is not lost, and neither is any other file."""
+    twin, *_ = quantize()
+    save_file({"a": torch.zeros(1)}, FOLDER / "other.safetensors")
+    save_file({"a.qweight": torch.zeros(1)}, FOLDER / "awq.safetensors")
+    (FOLDER / "notes.safetensors").write_text("no model")
+    for name in ("tiny_flux", "other", "awq", "notes"):
+        file = FOLDER / f"{name}.safetensors"
+        before = file.read_bytes()
+        with pytest.raises(CheckpointError, match=f"{name}.safetensors exists already and is not a quantized FLUX.1"):
+            SVDQuantSaveModel.execute(twin, name, True)
+        assert file.read_bytes() == before
+    (FOLDER / "folder.safetensors").mkdir()
+    for overwrite in (True, False):
+        with pytest.raises(CheckpointError, match="folder.safetensors is a folder; choose another filename"):
+            SVDQuantSaveModel.execute(twin, "folder", overwrite)
+    (FOLDER / "folder.safetensors").rmdir()
+    for layout in ("native", "nunchaku", "native"):
+        SVDQuantSaveModel.execute(twin, "replaced", True, layout)
+    path = FOLDER / "replaced.safetensors"
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in load_file(path).items()}, path)  # as comfy-kitchen has it
+    SVDQuantSaveModel.execute(twin, "replaced", True)
+    assert "svdquant.version" in read_header(str(path)).metadata
+
+
+def test_a_quantized_model_that_comfyuis_own_node_saved_is_told():
+    twin, *_ = quantize()
+    comfy.sd.save_checkpoint(str(FOLDER / "lost.safetensors"), twin, metadata={})
+    for read in (lambda: SVDQuantLoadModel.execute("lost.safetensors", "auto"), lambda: SVDQuantInspect.execute("lost.safetensors")):
+        with pytest.raises(CheckpointError, match="lost.safetensors has layers in 4 bits .* save the quantized model with SVDQuant Save"):
+            read()
