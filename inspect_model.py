@@ -1,18 +1,15 @@
 """Tell what a FLUX.1 file is, without loading it: python inspect_model.py FILE [--json]."""
 
 import argparse
-import importlib
 import json
 import sys
 from pathlib import Path
 
-from convert import PACK, load_pack
+from convert import modules, unreadable
 
 
 def main():
-    load_pack()
-    inspection = importlib.import_module(f"{PACK}.quant.inspection")
-    header = importlib.import_module(f"{PACK}.quant.checkpoint.header")
+    inspection, header = modules("inspect", "quant.inspection", "quant.checkpoint.header")
     parser = argparse.ArgumentParser(description="Format, sizes, ranks, recipe and errors of a FLUX.1 file; no weight is read.")
     parser.add_argument("file", metavar="FILE", help="a .safetensors file: ours, Nunchaku's, comfy-kitchen's names, or not quantized")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
@@ -20,7 +17,7 @@ def main():
     try:
         told = inspection.inspect(str(Path(args.file).resolve()))
     except (header.CheckpointError, OSError) as error:
-        sys.exit(f"inspect: {error}")
+        sys.exit(f"inspect: {unreadable(args.file, error)}")
     print(json.dumps(told, indent=1) if args.json else inspection.text(told))
 
 

@@ -51,10 +51,10 @@ def test_there_and_back_gives_the_same_file(files, tmp_path):
 def test_files_without_metadata(files, tmp_path):
     for layout, to in (("native", "nunchaku"), ("nunchaku", "native")):
         save_file(load_file(files[layout]), tmp_path / "bare.safetensors")
-        convert.convert(str(tmp_path / "bare.safetensors"), str(tmp_path / to), to)
-    file = nunchaku.open_file(read_header(str(tmp_path / "nunchaku")))
+        convert.convert(str(tmp_path / "bare.safetensors"), str(tmp_path / f"{to}.safetensors"), to)
+    file = nunchaku.open_file(read_header(str(tmp_path / "nunchaku.safetensors")))
     assert file.config["depth"] == 1 and file.config["axes_dim"] == [16, 56, 56]
-    assert native.config(read_header(str(tmp_path / "native"))) == flux.config(file.shapes)
+    assert native.config(read_header(str(tmp_path / "native.safetensors"))) == flux.config(file.shapes)
 
 
 def test_refusals_leave_nothing_behind(files, tmp_path):
@@ -69,9 +69,58 @@ def test_refusals_leave_nothing_behind(files, tmp_path):
         convert.convert(str(files["nunchaku"]), str(tmp_path / "plain.safetensors"), "native")
 
 
+def test_a_name_that_no_list_of_models_shows_is_refused(files, tmp_path):
+    for name in ("out", "out.st", "out.safetensors.bak", "out.safetensors.d/"):
+        with pytest.raises(CheckpointError, match="does not end in .safetensors, and no list of models would show it; name the file"):
+            convert.convert(str(files["native"]), str(tmp_path / name), "nunchaku")
+    assert not os.listdir(tmp_path)
+    convert.convert(str(files["native"]), str(tmp_path / "OUT.SafeTensors"), "nunchaku")
+
+
+# --- the commands --------------------------------------------------------------------------------------------------
+
+
+def command(program, *arguments, options=(), **streams):
+    """(exit status, what it wrote to stderr)."""
+    done = subprocess.run([sys.executable, *options, str(ROOT / program), *map(str, arguments)], text=True,
+                          **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | streams)
+    return done.returncode, done.stderr
+
+
 def test_the_command(files, tmp_path):
-    command = [sys.executable, str(ROOT / "convert.py"), str(files["native"]), str(tmp_path / "out.safetensors"), "--to", "nunchaku"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr.count("100 %") == 1, done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert again.returncode == 1 and again.stderr.startswith("convert: out.safetensors exists already")
+    arguments = files["native"], tmp_path / "out.safetensors", "--to", "nunchaku"
+    assert command("convert.py", *arguments) == (0, ""), "no progress where nobody watches"
+    status, told = command("convert.py", *arguments)
+    assert status == 1 and told.startswith("convert: out.safetensors exists already")
+
+
+def test_a_terminal_shows_progress(files, tmp_path):
+    pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals that Python opens")
+    ours, theirs = pty.openpty()
+    try:
+        assert command("convert.py", files["native"], tmp_path / "out.safetensors", "--to", "nunchaku", stderr=theirs) == (0, None)
+        told = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert told.count("100 %") == 1 and told.endswith("100 %\r\n"), told
+
+
+@pytest.mark.parametrize(("program", "rest"), [("convert.py", ("out.safetensors", "--to", "native")), ("inspect_model.py", ())])
+def test_what_is_no_file_gets_a_sentence(tmp_path, program, rest):
+    called = program.split("_")[0].removesuffix(".py")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "none.safetensors", tmp_path / "file" / "in.safetensors"):
+        assert command(program, path, *rest) == (1, f"{called}: There is no file {path}; check its name and its folder.\n")
+    assert command(program, tmp_path, *rest) == (1, f"{called}: {tmp_path} is a folder; name a .safetensors file.\n")
+    if os.name != "nt":  # where such a file is just not there
+        too_long = f"{'n' * 300}.safetensors"
+        status, told = command(program, too_long, *rest)
+        assert status == 1 and told.startswith(f"{called}: {too_long} can't be read: ") and "Errno" not in told
+
+
+@pytest.mark.parametrize("program", ["convert.py", "inspect_model.py"])
+def test_a_python_without_pytorch_is_told_which_one_to_take(program):
+    status, told = command(program, "in.safetensors", options=["-E", "-S"])
+    assert status == 1 and told.count("\n") == 1
+    assert "this Python has no " in told and "run it with ComfyUI's Python" in told
