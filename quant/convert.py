@@ -6,10 +6,9 @@ from pathlib import Path
 
 from . import flux
 from .checkpoint import card, kitchen, native, nunchaku, nunchaku_write
-from .checkpoint.header import CheckpointError, read_header
+from .checkpoint.header import EXTENSIONS, CheckpointError, read_header
 
 LAYOUTS = ("native", "nunchaku")
-EXTENSION = ".safetensors"
 READERS = {"native": native, "nunchaku": nunchaku, "kitchen": kitchen}
 
 
@@ -36,12 +35,13 @@ def convert(source, target, to, overwrite=False, progress=lambda done, total: No
     """Write the quantized FLUX.1 of file `source` into file `target`, in layout `to`, one of LAYOUTS.
 
     progress: called with the count of tensors written, and of all. Raises CheckpointError, before
-    anything is written, on a file that is not a whole quantized FLUX.1 or is in that layout already, and on a target of another name
-    than *.safetensors.
+    anything is written, on a file that is not a whole quantized FLUX.1 or is in that layout already, and where no list of models
+    would show the target.
     """
     name = Path(target).name
-    if not name.lower().endswith(EXTENSION):
-        raise CheckpointError(f"{name} does not end in {EXTENSION}, and no list of models would show it; name the file {name}{EXTENSION}.")
+    if not name.lower().endswith(EXTENSIONS):
+        raise CheckpointError(f"{name} does not end in {EXTENSIONS[0]}, and no list of models would show it; name the file "
+                              f"{name}{EXTENSIONS[0]}.")
     header = read_header(source)
     found = next((name for name, reader in READERS.items() if reader.matches(header)), None)
     if found is None or found == to:

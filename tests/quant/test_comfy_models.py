@@ -217,6 +217,10 @@ def test_comfyuis_own_node_refuses_a_quantized_model(native_file, flux_file, tmp
     save(twin, tmp_path / "twin.safetensors")
     node.save(build.load_model(flux_file), "plain")
     assert len(list(tmp_path.glob("plain*.safetensors"))) == 1
+    del twin.model.state_dict_for_saving  # which earlier versions of this pack did not have
+    node.save(twin, "bare")
+    (bare,) = tmp_path.glob("bare*.safetensors")
+    assert "has layers in 4 bits" in refusal(bare)
 
 
 def test_too_little_room_is_told_before_writing(native_file, tmp_path, monkeypatch):

@@ -74,7 +74,8 @@ def test_a_name_that_no_list_of_models_shows_is_refused(files, tmp_path):
         with pytest.raises(CheckpointError, match="does not end in .safetensors, and no list of models would show it; name the file"):
             convert.convert(str(files["native"]), str(tmp_path / name), "nunchaku")
     assert not os.listdir(tmp_path)
-    convert.convert(str(files["native"]), str(tmp_path / "OUT.SafeTensors"), "nunchaku")
+    for name in ("OUT.SafeTensors", "out.sft"):
+        convert.convert(str(files["native"]), str(tmp_path / name), "nunchaku")
 
 
 # --- the commands --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_svdquant.quant import convert, inspection
+from comfyui_svdquant.quant import convert, inspection, layout
 from comfyui_svdquant.quant.checkpoint import card, native, nunchaku_write
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header, read_header
 from safetensors.torch import load_file, save_file
@@ -96,6 +96,15 @@ def test_other_kinds_of_files(files, tmp_path, no_weights):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="other.safetensors is no FLUX.1"):
         inspection.inspect(str(tmp_path / "other.safetensors"))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_quantized_model_that_another_node_saved_is_no_16_bit_one(model, tmp_path, no_weights, prefix):
+    """ComfyUI's ModelSave writes the tensors alone; what says how layers are packed is in no tensor of the MODEL."""
+    assert not any(name.endswith(layout.QUANT_KEY) for name in model[0])
+    save_file({prefix + name: tensor for name, tensor in model[0].items()}, tmp_path / "bare.safetensors")
+    with pytest.raises(CheckpointError, match=r"^bare.safetensors has layers in 4 bits .* SVDQuant Save Model\.$"):
+        inspection.inspect(str(tmp_path / "bare.safetensors"))
 
 
 def test_the_two_files_of_an_older_nunchaku_model_are_told_as_one(files, tmp_path):
