@@ -29,9 +29,9 @@ def unpatched_tensors(model):
 
 
 def check_overwritten(path):
-    """Raise CheckpointError where there is a file and it is not a quantized FLUX.1: it may be what the model was made from. Only its
-    header is read."""
-    if not os.path.exists(path):
+    """Raise CheckpointError where there is a file and it is no quantized FLUX.1, whatever `overwrite` says: it may be what the model
+    was made from. Only its header is read."""
+    if not os.path.isfile(path):
         return
     try:
         header = read_header(path)
@@ -41,8 +41,8 @@ def check_overwritten(path):
                 return
     except (CheckpointError, OSError):
         pass
-    raise CheckpointError(f"{os.path.basename(path)} exists already and is not a quantized FLUX.1, and overwrite replaces nothing else; "
-                          "choose another filename, or move that file away.")
+    raise CheckpointError(f"{os.path.basename(path)} exists already and is no quantized FLUX.1 that this pack reads, and overwrite "
+                          "replaces nothing else; choose another filename, or move that file away.")
 
 
 class SVDQuantSaveModel(io.ComfyNode):
@@ -80,8 +80,8 @@ class SVDQuantSaveModel(io.ComfyNode):
             raise ValueError("There are LoRAs or other weight patches on this 4-bit MODEL, which its file can't hold; save it "
                              "without them, or put them before SVDQuant Quantize Model, which bakes them in.")
         path, name = target_path(filename)
-        check_target(path, overwrite)
         check_overwritten(path)
+        check_target(path, overwrite)
         tensors = unpatched_tensors(model)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
         writer = {"native": native, "nunchaku": nunchaku_write}[layout]

@@ -316,8 +316,9 @@ def test_overwrite_replaces_quantized_models_alone():
     for name in ("tiny_flux", "other", "awq", "notes"):
         file = FOLDER / f"{name}.safetensors"
         before = file.read_bytes()
-        with pytest.raises(CheckpointError, match=f"{name}.safetensors exists already and is not a quantized FLUX.1"):
-            SVDQuantSaveModel.execute(twin, name, True)
+        for overwrite in (True, False):
+            with pytest.raises(CheckpointError, match=f"{name}.safetensors exists already and is no quantized FLUX.1 .* choose another"):
+                SVDQuantSaveModel.execute(twin, name, overwrite)
         assert file.read_bytes() == before
     (FOLDER / "folder.safetensors").mkdir()
     for overwrite in (True, False):
