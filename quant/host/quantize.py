@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import comfy.ldm.flux.model
 import comfy.lora
 import comfy.model_management
+import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.sample
 import torch
@@ -110,10 +111,17 @@ def effective_weight(patcher, name, device):
     is never its nn.Parameter, which what comes after would learn from or have for its own.
     """
     key = PREFIX + name
-    (stored, convert), *patches = patcher.get_key_patches(key)[key]
-    weight = convert(stored.detach().to(device), inplace=False)
-    if patches:
-        weight = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
+    # The patcher's own get_key_patches stumbles over the scale that a weight in scaled fp8 has in the state dict, and nowhere else.
+    stored, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if key in patcher.backup:
+        stored = patcher.backup[key].weight
+    if key in patcher.hook_backup:
+        stored = patcher.hook_backup[key][0]
+    weight = stored.detach().to(device)
+    if convert:
+        weight = convert(weight, inplace=False)
+    if key in patcher.patches:
+        weight = comfy.lora.calculate_weight(patcher.patches[key], weight.to(torch.float32, copy=True), key)
     return weight
 
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 
+import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelSave
@@ -127,6 +128,19 @@ def test_calibration_sees_the_lora_that_is_on_the_model(flux_file):
     error = float((sample(quantized(patched)[0]) - exact).norm() / exact.norm())
     without = float((sample(quantized(patcher)[0]) - exact).norm() / exact.norm())
     assert error < 0.3 < without, f"with the LoRA baked in {error:.3f}, without {without:.3f}"
+
+
+def test_a_weight_is_taken_as_it_is_stored_while_comfyui_has_patches_in_it(flux_file):
+    """A LoRA counts once, and what a hook has put in for a part of the steps does not."""
+    patcher, name = build.load_model(flux_file).clone(), "single_blocks.0.linear1.weight"
+    key = f"diffusion_model.{name}"
+    assert patcher.add_patches({key: ("diff", (torch.full((7 * HIDDEN, HIDDEN), 0.01),))}, 1.0) == [key]
+    before = quantize.effective_weight(patcher, name, "cpu").clone()
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    assert key in patcher.backup and torch.equal(quantize.effective_weight(patcher, name, "cpu"), before)
+    patcher.hook_backup[key] = (patcher.backup[key].weight + 1, torch.device("cpu"))
+    assert torch.allclose(quantize.effective_weight(patcher, name, "cpu"), before + 1, atol=0.02)
+    patcher.hook_backup.clear()
 
 
 def test_other_nodes_settings_come_along(flux_file):
@@ -283,19 +297,21 @@ def test_a_whole_checkpoint_with_text_encoders_loads(tmp_path):
     assert torch.isfinite(sample(build.load_model(str(path)))).all()
 
 
-def test_scaled_fp8_of_an_unusual_width_is_never_read_without_its_scales(tmp_path):
+def test_scaled_fp8_of_an_unusual_width_is_never_read_or_quantized_without_its_scales(tmp_path):
     path = tmp_path / "scaled.safetensors"
     tensors = flux_tensors()
     name = "single_blocks.0.linear1"
     tensors[f"{name}.weight"] = (tensors[f"{name}.weight"].float() * 100).to(torch.float8_e4m3fn)
     save_file(tensors | {f"{name}.scale_weight": torch.tensor(0.01), "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, path)
     try:
-        loaded = sample(build.load_model(str(path)))
+        patcher = build.load_model(str(path))
     except CheckpointError as error:
         assert "scaled weights" in str(error)
-    else:  # newer ComfyUI knows every width, and reads the scales
-        exact = sample(build.load_model(write_flux(tmp_path / "flux.safetensors")))
-        assert float((loaded - exact).norm() / exact.norm()) < 0.3
+        return
+    # Newer ComfyUI knows every width, and reads the scales.
+    exact = sample(build.load_model(write_flux(tmp_path / "flux.safetensors")))
+    for loaded in (patcher, quantized(patcher)[0]):
+        assert float((sample(loaded) - exact).norm() / exact.norm()) < 0.3
 
 
 @pytest.mark.parametrize("quantize_first", [False, True])
