@@ -17,7 +17,15 @@ FOLDER = ROOT / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 GRAPHS = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES}
 CAPTIONS = "small red circle left of large blue star on white\nlarge yellow moon above small green square on navy"
+DEMO = json.loads((ROOT / "demo" / "custom_node" / "workflows" / "SVDQuant_demo.json").read_text(encoding="utf-8"))
 TITLE = 30  # pixels above a node's position
+# Pixels that the newer of the page's two ways to draw nodes ("Nodes 2.0") takes for each part; the older one takes less.
+MARGINS, SLOT, WIDGET, MULTILINE = 24, 24, 32, 68
+PACK_NAME = 24  # the line that names a node's pack, if that is not ComfyUI
+MISSING_FILE = 28  # the line under a loader whose file is not there yet
+# Text that comes while a node runs is no widget of its schema; PreviewAny's has a switch beside it.
+SHOWN_TEXT = {"SVDQuantDownloadModel": 64, "SVDQuantInspect": 64, "SVDQuantLoadModel": 64, "SVDQuantQuantizeModel": 64,
+              "PreviewAny": 104}
 SIDE = 64  # of the pictures that the tests draw
 
 pytestmark = pytest.mark.server
@@ -86,20 +94,59 @@ def test_model_links_name_a_chosen_file_and_a_known_folder(graph, server):
             assert model["url"].endswith("/" + model["name"])
 
 
-def box(node: dict) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of a node with its title."""
+def least_height(node: dict, info: dict) -> int:
+    """Pixels that all of a node's slots, widgets and shown text take, below its title."""
+    slots, widgets = 0, 0
+    for kind, options in workflow.specs(info).values():
+        if kind not in workflow.WIDGETS or options.get("forceInput"):
+            slots += 1
+        else:
+            widgets += MULTILINE if options.get("multiline") else WIDGET
+    height = MARGINS + SLOT * max(slots, len(info["output"])) + widgets + SHOWN_TEXT.get(node["type"], 0)
+    return height + PACK_NAME * node["type"].startswith("SVDQuant") + MISSING_FILE * ("models" in node["properties"])
+
+
+def box(node: dict, object_info: dict) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of a node with its title. The page draws a node that is stored too low as high as it has to be."""
     (x, y), (width, height) = node["pos"], node["size"]
+    if node["type"] not in workflow.NOTES:
+        height = max(height, least_height(node, object_info[node["type"]]))
     return x, y - TITLE, x + width, y + height
 
 
-def test_nothing_overlaps_and_every_step_is_in_its_group(graph):
-    boxes = [box(node) for node in graph["nodes"]]
-    assert [(a, b) for a, b in combinations(boxes, 2) if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]] == []
-    for node, (left, top, right, bottom) in zip(graph["nodes"], boxes):
-        homes = [group["title"] for group in graph["groups"]
-                 if group["bounding"][0] < left and right < group["bounding"][0] + group["bounding"][2]
-                 and group["bounding"][1] < top and bottom < group["bounding"][1] + group["bounding"][3]]
+def overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def corners(group: dict) -> tuple[float, float, float, float]:
+    left, top, width, height = group["bounding"]
+    return left, top, left + width, top + height
+
+
+@pytest.mark.parametrize("drawn", [*GRAPHS.values(), DEMO], ids=[*NAMES, "SVDQuant_demo"])
+def test_nothing_overlaps_and_no_node_sticks_out_of_a_group(drawn, object_info):
+    boxes = [(node.get("title", node["type"]), box(node, object_info)) for node in drawn["nodes"]]
+    assert [(a, b) for (a, one), (b, other) in combinations(boxes, 2) if overlap(one, other)] == []
+    groups = [(group["title"], corners(group)) for group in drawn["groups"]]
+    assert [(a, b) for (a, one), (b, other) in combinations(groups, 2) if overlap(one, other)] == []
+    for name, (left, top, right, bottom) in boxes:
+        for title, group in groups:
+            within = group[0] < left and right < group[2] and group[1] < top and bottom < group[3]
+            assert within or not overlap((left, top, right, bottom), group), f"{name} sticks out of {title}"
+
+
+def test_every_step_is_in_a_group(graph, object_info):
+    for node in graph["nodes"]:
+        homes = [group["title"] for group in graph["groups"] if overlap(box(node, object_info), corners(group))]
         assert len(homes) == (node["type"] not in workflow.NOTES), node.get("title", node["type"])
+
+
+@pytest.mark.parametrize("drawn", [*GRAPHS.values(), DEMO], ids=[*NAMES, "SVDQuant_demo"])
+def test_a_node_that_shows_text_is_stored_with_room_for_it(drawn, object_info):
+    for node in drawn["nodes"]:
+        if node["type"] in SHOWN_TEXT:
+            least = least_height({**node, "properties": {}}, object_info[node["type"]])
+            assert node["size"][1] >= least, node.get("title", node["type"])
 
 
 def shrunk(graph: dict, object_info: dict) -> dict:
