@@ -1,7 +1,7 @@
 """SVDQuant Inspect: what a model file is, without loading it."""
 
 import json
-import os
+import time
 
 import folder_paths
 from comfy_api.latest import io, ui
@@ -32,12 +32,13 @@ class SVDQuantInspect(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name):
-        path = folder_paths.get_full_path("diffusion_models", model_name) if model_name else None
-        return (os.stat(path).st_mtime_ns, os.stat(path).st_size) if path else None
+        return time.perf_counter_ns()  # always new: the text on the node comes by running, and is lost with the page
 
     @classmethod
     def execute(cls, model_name):
+        shown = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
+        shown.say(model_name)  # else the text of the file before stays on the node when this one is refused
         told = inspection.inspect(folder_paths.get_full_path_or_raise("diffusion_models", model_name))
         report = inspection.text(told)
-        NodeProgress(cls.hidden.unique_id if cls.hidden else None).say(report)
+        shown.say(report)
         return io.NodeOutput(report, json.dumps(told, indent=1), ui=ui.PreviewText(report))

@@ -16,6 +16,7 @@ from comfyui_svdquant.nodes.download_model import SVDQuantDownloadModel
 from comfyui_svdquant.nodes.inspect_model import SVDQuantInspect
 from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
 from comfyui_svdquant.nodes.model_folder import target_path
+from comfyui_svdquant.nodes.progress import NodeProgress
 from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
 from comfyui_svdquant.quant import quantizer
@@ -340,3 +341,15 @@ def test_a_quantized_model_that_comfyuis_own_node_saved_is_told():
     for read in (lambda: SVDQuantLoadModel.execute("lost.safetensors", "auto"), lambda: SVDQuantInspect.execute("lost.safetensors")):
         with pytest.raises(CheckpointError, match="lost.safetensors has layers in 4 bits .* save the quantized model with SVDQuant Save"):
             read()
+
+
+def test_inspect_shows_no_text_of_the_file_before(monkeypatch):
+    said = []
+    monkeypatch.setattr(NodeProgress, "say", lambda self, text: said.append(text))
+    report = SVDQuantInspect.execute("tiny_flux.safetensors").result[0]
+    (FOLDER / "empty.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        SVDQuantInspect.execute("empty.safetensors")
+    assert said == ["tiny_flux.safetensors", report, "empty.safetensors"]
+    first, second = (SVDQuantInspect.fingerprint_inputs("tiny_flux.safetensors") for _ in range(2))
+    assert first != second, "ComfyUI would take the report from its cache and leave the other file's text on the node"
