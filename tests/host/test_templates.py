@@ -24,8 +24,7 @@ MARGINS, SLOT, WIDGET, MULTILINE = 24, 24, 32, 68
 PACK_NAME = 24  # the line that names a node's pack, if that is not ComfyUI
 MISSING_FILE = 28  # the line under a loader whose file is not there yet
 # Text that comes while a node runs is no widget of its schema; PreviewAny's has a switch beside it.
-SHOWN_TEXT = {"SVDQuantDownloadModel": 64, "SVDQuantInspect": 64, "SVDQuantLoadModel": 64, "SVDQuantQuantizeModel": 64,
-              "PreviewAny": 104}
+SHOWN_TEXT = {"SVDQuantLoadModel": 64, "SVDQuantQuantizeModel": 64, "PreviewAny": 104}
 SIDE = 64  # of the pictures that the tests draw
 
 pytestmark = pytest.mark.server
@@ -39,6 +38,11 @@ def object_info(server: Server) -> dict:
 @pytest.fixture(params=NAMES)
 def graph(request: pytest.FixtureRequest) -> dict:
     return GRAPHS[request.param]
+
+
+@pytest.fixture(params=[*GRAPHS.values(), DEMO], ids=[*NAMES, "SVDQuant_demo"])
+def layout(request: pytest.FixtureRequest) -> dict:
+    return request.param
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,11 +127,10 @@ def corners(group: dict) -> tuple[float, float, float, float]:
     return left, top, left + width, top + height
 
 
-@pytest.mark.parametrize("drawn", [*GRAPHS.values(), DEMO], ids=[*NAMES, "SVDQuant_demo"])
-def test_nothing_overlaps_and_no_node_sticks_out_of_a_group(drawn, object_info):
-    boxes = [(node.get("title", node["type"]), box(node, object_info)) for node in drawn["nodes"]]
+def test_nothing_overlaps_and_no_node_sticks_out_of_a_group(layout, object_info):
+    boxes = [(node.get("title", node["type"]), box(node, object_info)) for node in layout["nodes"]]
     assert [(a, b) for (a, one), (b, other) in combinations(boxes, 2) if overlap(one, other)] == []
-    groups = [(group["title"], corners(group)) for group in drawn["groups"]]
+    groups = [(group["title"], corners(group)) for group in layout["groups"]]
     assert [(a, b) for (a, one), (b, other) in combinations(groups, 2) if overlap(one, other)] == []
     for name, (left, top, right, bottom) in boxes:
         for title, group in groups:
@@ -141,11 +144,10 @@ def test_every_step_is_in_a_group(graph, object_info):
         assert len(homes) == (node["type"] not in workflow.NOTES), node.get("title", node["type"])
 
 
-@pytest.mark.parametrize("drawn", [*GRAPHS.values(), DEMO], ids=[*NAMES, "SVDQuant_demo"])
-def test_a_node_that_shows_text_is_stored_with_room_for_it(drawn, object_info):
-    for node in drawn["nodes"]:
+def test_a_node_that_shows_text_is_stored_with_room_for_it(layout, object_info):
+    for node in layout["nodes"]:
         if node["type"] in SHOWN_TEXT:
-            least = least_height({**node, "properties": {}}, object_info[node["type"]])
+            least = least_height({**node, "properties": {}}, object_info[node["type"]])  # as when no file is missing
             assert node["size"][1] >= least, node.get("title", node["type"])
 
 
