@@ -238,20 +238,21 @@ class AWQLinear(PackedLinear):
 
 
 def compute_in(model, dtype, device):
-    """Have the layers' 16-bit tensors in the type that the kernels on `device` compute in while the model is in `dtype`, so that no call
-    has to convert them. The specs go on to say how they were stored; the way back from fp16 is exact but for what is below 2^-17, to
-    within 2^-25. Elsewhere than on CUDA they stay as they are."""
+    """Have the layers' bf16 tensors in fp16, where the kernels on `device` compute in that while the model is in `dtype`, so that no call
+    has to convert them. The specs go on to say how they were stored; the way back is exact but for what is below 2^-17, to within 2^-25.
+    Tensors in fp16 stay so in a bf16 model, where their last bits would be lost."""
     if device.type != "cuda" or torch.version.hip:
         return
     for module in model.modules():
         if isinstance(module, (SVDQuantLinear, AWQLinear)):
             try:
-                wanted = ops.compute_dtype(dtype, module.spec.dtype, device)
+                if ops.compute_dtype(dtype, module.spec.dtype, device) != torch.float16:
+                    continue
             except compiler.KernelsUnavailable:  # a GPU that is too old
                 return
             for p in module.parameters():
-                if p.dtype in HALVES and p.dtype != wanted:
-                    p.data = p.data.to(wanted)
+                if p.dtype == torch.bfloat16:
+                    p.data = p.data.half()
 
 
 def warm_up(model, device, dtype, tokens=TOKENS):
@@ -269,7 +270,7 @@ def warm_up(model, device, dtype, tokens=TOKENS):
 
     layers, mlps, together = [], [], set()
     for module in model.modules():
-        if isinstance(module, PackedMLP) and module.fuses(device) and dtype in HALVES:
+        if isinstance(module, PackedMLP) and module.fuses(device) and dtype in (torch.float16, module[0].spec.dtype):
             first, _, second = module
             together |= {first, second}
             mlps += [(m, first.in_features, first.out_features, second.out_features, first.spec.rank, second.spec.rank,

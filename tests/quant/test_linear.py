@@ -85,6 +85,9 @@ def test_layers_in_the_models_type(module, monkeypatch, arch, dtype, held):
         assert p.dtype == (own.dtype if own.dtype == torch.int8 or name.startswith("2.") else held)
         assert torch.equal(p.to(own.dtype), own)
     assert module.spec.dtype == awq.spec.dtype == torch.bfloat16
+    stored = linear.AWQLinear(layout.LayerSpec(layout.AWQ, 128, 192, dtype=torch.float16), "cpu")
+    linear.compute_in(stored, dtype, torch.device("cuda", 7))
+    assert stored.weight_scale.dtype == torch.float16, "bf16 has less bits"
     linear.ops.compute_dtype.cache_clear()
 
 
