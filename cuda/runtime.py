@@ -129,8 +129,8 @@ class _Memory:
         self.values = struct.calcsize(_CONFIG) * len(steps)
         written = bytes(self.values) + struct.pack(f"={len(values)}q", *values) + b"".join(maps)
         mapped, pointed, own = self.values + 8 * len(values), len(written), len(order)
-        parameters = sum(len(arguments) + len(launcher.sizes) for launcher, arguments in steps)
-        self.bytes = ctypes.create_string_buffer(written, pointed + 8 * parameters)
+        count = sum(len(arguments) + len(launcher.sizes) for launcher, arguments in steps)
+        self.bytes = ctypes.create_string_buffer(written, pointed + 8 * count)
         begin, self.maps, calls = ctypes.addressof(self.bytes), [], []
         for turn, (launcher, arguments) in enumerate(steps):
             places = [*map(order.index, arguments), *range(own, own + len(launcher.sizes))]

@@ -17,7 +17,7 @@ from functools import partial
 from urllib.parse import unquote
 
 from .checkpoint.header import EXTENSIONS, CheckpointError, read_header
-from .checkpoint.write import disk_trouble, size_text
+from .checkpoint.write import check_target, disk_trouble, size_text
 
 POLL_SECONDS = 0.2  # how soon a cancelled download stops
 SPARE_BYTES = 1 << 20
@@ -106,7 +106,8 @@ def download(remote, path, watch):
     """Have `remote` at `path`, whole and checked; a file that is there already is used if it is the same.
 
     What has arrived of an interrupted download stays beside it and is gone on with. watch: .check() raises to cancel,
-    .say(text) and .at(done, total, text) tell. Raises HubError, or CheckpointError where it is no safetensors file.
+    .say(text) and .at(done, total, text) tell. Raises HubError, or CheckpointError where it is no safetensors file or a
+    folder is in the way.
     """
     name = os.path.basename(path)
     try:
@@ -116,8 +117,7 @@ def download(remote, path, watch):
 
 
 def _download(remote, path, name, watch):
-    if os.path.isdir(path):
-        raise HubError(f"{name} is a folder; choose another filename.")
+    check_target(path, overwrite=True)  # a file of that name is looked at below
     if os.path.exists(path):
         if os.path.getsize(path) == remote.size and _sha256(path, name, watch) == remote.sha256:
             watch.say(f"{name} was here already: {size_text(remote.size)}, SHA-256 as on the Hub")

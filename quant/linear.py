@@ -265,6 +265,7 @@ def warm_up(model, device, dtype, tokens=TOKENS):
         return []
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+
     def computed(spec):
         return dtype if dtype in HALVES else spec.dtype
 
