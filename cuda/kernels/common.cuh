@@ -200,6 +200,14 @@ DEVICE void barrier_named_arrive(int id, int threads) { asm volatile("bar.arrive
 
 // mbarriers and bulk copies: sm_90 and newer.
 
+// How many of a warp's lanes report at an mbarrier what the warp has done. racecheck, one of compute-sanitizer's tools, takes an arrival
+// for that of its own lane only, and so wants all of them.
+#ifdef ALL_LANES_ARRIVE
+constexpr int ARRIVALS = 32;
+#else
+constexpr int ARRIVALS = 1;
+#endif
+
 DEVICE void mbarrier_init(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }

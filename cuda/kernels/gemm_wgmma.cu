@@ -165,9 +165,11 @@ DEVICE void fetch_tokens(u32 target, const char* image, size_t row_bytes, int ro
 DEVICE void release(u32 barrier, u32 cta) {
     int lane = threadIdx.x & 31;
 #if CLUSTER == 1
-    if (lane == 0) mbarrier_arrive(barrier);
+    if (lane < ARRIVALS) mbarrier_arrive(barrier);
 #else
-    if (lane < CLUSTER) mbarrier_arrive_at(barrier, cta / CLUSTER * CLUSTER + lane);
+    const u32 first = cta / CLUSTER * CLUSTER;
+    if (ARRIVALS == 1 && lane < CLUSTER) mbarrier_arrive_at(barrier, first + lane);
+    for (u32 i = 0; ARRIVALS > 1 && i < CLUSTER; i++) mbarrier_arrive_at(barrier, first + i);
 #endif
 }
 
@@ -272,12 +274,12 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbarrier_init(full + 8 * s, 128 + 1);  // the producers' copies, and the one that announces the bulk copy
-            mbarrier_init(empty + 8 * s, CONSUMERS * 4 * CLUSTER);
+            mbarrier_init(empty + 8 * s, CONSUMERS * 4 * CLUSTER * ARRIVALS);
         }
-        for (int i = 0; i < 2; i++) mbarrier_init(used + 8 * i, CONSUMERS * 4);
+        for (int i = 0; i < 2; i++) mbarrier_init(used + 8 * i, CONSUMERS * 4 * ARRIVALS);
         for (int i = 0; i < CONSUMERS; i++) {
             mbarrier_init(summed + 8 * i, 1);
-            mbarrier_init(sendable + 8 * i, 4);
+            mbarrier_init(sendable + 8 * i, 4 * ARRIVALS);
         }
         fence_mbarrier_init();
     }
@@ -421,7 +423,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                     d[i] += more.x, d[i + 1] += more.y, d[i + 2] += more.z, d[i + 3] += more.w;
                 }
                 __syncwarp();
-                if (lane == 0) mbarrier_arrive_at(sendable + 8 * warpgroup, other);
+                if (lane < ARRIVALS) mbarrier_arrive_at(sendable + 8 * warpgroup, other);
             }
 #endif
 
@@ -491,7 +493,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                     stmatrix4_transposed(target + token * 128 + ((piece ^ (token & 7)) << 4), packed);
                 }
                 if (slice == SLICES - 1) {
-                    if (lane == 0) mbarrier_arrive(factors == shared + FACTORS ? used : used + 8);
+                    if (lane < ARRIVALS) mbarrier_arrive(factors == shared + FACTORS ? used : used + 8);
                     for (int block = 0; block < p.rank_blocks; block++, place.next()) release(empty + 8 * place.stage, cta);
                     if (tile.last(p)) cluster_arrive();  // no CTA is without a tile
                 }

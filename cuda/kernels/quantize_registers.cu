@@ -43,7 +43,7 @@ static_assert(!LOOP || TILES == 1, "x of two rounds has to fit the registers");
 
 // Shared memory. A round that is the only one needs proj_down no more when it has its sums: they take its place.
 // mbarriers: [TURNS] what all CTAs send, [TURNS]; what this CTA's warps have for the messenger; the messenger has read their sums
-constexpr int MAX_READY = 0, SUMS_READY = 16, WARP_MAX_READY = 32, WARP_SUMS_READ = 40;
+constexpr int MAX_READY = 0, SUMS_READY = 16, WARP_MAX_READY = 32, WARP_SUMS_READY = 40, WARP_SUMS_READ = 48;
 constexpr int ROW_MAX = 128;                                        // [TURNS][CTAS][2 parts][ROWS] float, received
 constexpr int WARP_MAX = ROW_MAX + TURNS * MAX_BYTES;               // [WARPS][2 parts][ROWS] float
 constexpr int SUMS = WARP_MAX + WARPS * 2 * ROWS * 4;               // [TURNS][CTAS][OWN_ROWS][RANKS] float, received
@@ -52,7 +52,7 @@ constexpr int SLABS = SMOOTH + WARPS * 512;                         // [WARPS][1
 constexpr int WARP_SUMS = LOOP ? SLABS + WARPS * SLAB_BYTES : SLABS;  // [PLACES][ROWS][RANKS] float
 constexpr int WARP_SUMS_PITCH = LOOP ? SUM_BYTES : SLAB_BYTES;
 static_assert(LOOP || SUM_BYTES <= SLAB_BYTES && RANKS <= 32, "a warp's sums take its slab's place, once it has read it");
-static_assert(!LOOP || 2 + RANKS / 32 * PLACES <= 16, "a barrier for each pair of warps and each pass");
+static_assert(!LOOP || 1 + RANKS / 32 * PLACES <= 16, "a barrier for each pair of warps and each pass");
 
 // A slab: row k has piece p at p ^ (its place among eight): ldmatrix takes k = 8 L + {0, 1}, L = 0..3, and two rows of 32 ranks share a line.
 __device__ __forceinline__ u32 slab_offset(int row, int piece) {
@@ -85,8 +85,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             mbarrier_init(base + MAX_READY + 8 * turn, 1);
             mbarrier_init(base + SUMS_READY + 8 * turn, 1);
         }
-        mbarrier_init(base + WARP_MAX_READY, WARPS);
-        mbarrier_init(base + WARP_SUMS_READ, 1);
+        mbarrier_init(base + WARP_MAX_READY, WARPS * ARRIVALS);
+        mbarrier_init(base + WARP_SUMS_READY, WARPS * ARRIVALS);
+        mbarrier_init(base + WARP_SUMS_READ, ARRIVALS);
         fence_mbarrier_init();
         for (int turn = 0; turn < TURNS; turn++) {
             mbarrier_arrive_expect(base + MAX_READY + 8 * turn, MAX_BYTES);
@@ -178,10 +179,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         for (int tile = cluster, round = 0; tile < tiles; tile = LOOP ? tile + clusters : tiles, round++) {
             send_maxima(tile, round & 1);
             if (RANKS) {
-                barrier_named(1, THREADS);
+                mbarrier_wait(base + WARP_SUMS_READY, round & 1);
                 send_sums(round & 1, lane, 32);
                 __syncwarp();
-                if (LOOP && lane == 0) mbarrier_arrive(base + WARP_SUMS_READ);
+                if (LOOP && lane < ARRIVALS) mbarrier_arrive(base + WARP_SUMS_READ);
             }
             finish(tile, round & 1, round >> 1 & 1);
         }
@@ -270,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                     if (L == 0) floats(WARP_MAX)[(warp * 2 + part) * ROWS + t * 16 + h * 8 + g] = m;
                 }
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(base + WARP_MAX_READY);
+        if (lane < ARRIVALS) mbarrier_arrive(base + WARP_MAX_READY);
         if (!MESSENGER) {
             if (round == 0) cluster_wait();
             if (warp == WARPS - 1) send_maxima(tile, turn);
@@ -304,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                 if (LOOP && pass == 0 && round > 0) mbarrier_wait(base + WARP_SUMS_READ, turn ^ 1);
                 int mine = sum_offset(g, 4 * pass) + 8 * L;  // anew in each round
                 asm volatile("" : "+r"(mine));
-                const int pair = 2 + pass * PLACES + warp / 2;
+                const int pair = 1 + pass * PLACES + warp / 2;
                 if (adds) barrier_named(pair, 64);
 #pragma unroll
                 for (int t = 0; t < TILES; t++)
@@ -319,7 +320,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                 if (LOOP && !adds && warp + 1 < WARPS) barrier_named_arrive(pair, 64);
             }
             if (MESSENGER) {
-                barrier_named_arrive(1, THREADS);
+                __syncwarp();
+                if (lane < ARRIVALS) mbarrier_arrive(base + WARP_SUMS_READY);
             } else {
                 __syncthreads();
                 send_sums(turn, thread, WORKERS);

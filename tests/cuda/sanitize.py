@@ -4,12 +4,13 @@ Without --tools the cases run plainly, and are compared with the reference. With
 summary; compute-sanitizer (of the CUDA toolkit) has to be on the PATH. Tensors are made and compared on the CPU and allocated one by one,
 so that the tools watch our kernels only, and see the end of each tensor.
 
-initcheck doesn't see what cuBLAS stores: it reports the reads of x @ proj_down where it multiplies. What racecheck says of shared memory
-that bulk copies write (cp.async.bulk to an mbarrier, in gemm_wgmma.cu), another CTA of the cluster (quantize.cu, quantize_registers.cu) or
-another warp whose mbarrier is waited for (quantize_registers.cu) has to be judged by hand: it is made for barriers of threads.
+What the tools don't know is not shown to them. initcheck doesn't see what the copy engine stores, nor cuBLAS with it: outputs are filled
+with NaN before, and x @ proj_down is multiplied on the CPU where cuBLAS would. racecheck takes an arrival at an mbarrier for that of one
+lane only: all lanes arrive (ALL_LANES_ARRIVE in common.cuh), in place of one for its warp.
 """
 
 import argparse
+import collections
 import importlib.util
 import os
 import re
@@ -37,11 +38,12 @@ def load_pack():
     spec.loader.exec_module(module)
 
 
-def alone():
-    """Have the chains' work memory allocated by itself too, which PyTorch's allocator doesn't do when it is asked for no tensor."""
-    from comfyui_svdquant.cuda import runtime
+def watched():
+    """Have memory allocated and written where the tools see it: the chains' work memory by itself, which PyTorch's allocator doesn't do
+    when it is asked for no tensor; an output's first values and x @ proj_down by what initcheck knows."""
+    from comfyui_svdquant.cuda import quantize, runtime
 
-    held = {}
+    held, new_empty, multiplied = {}, torch.Tensor.new_empty, quantize.multiplied
 
     def take(size, stream):
         tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -49,6 +51,8 @@ def alone():
         return tensor.data_ptr()
 
     runtime._take, runtime._give = take, held.pop
+    torch.Tensor.new_empty = lambda x, *size: new_empty(x, *size).fill_(torch.nan)  # y is made so
+    quantize.multiplied = lambda x, proj_down: on_gpu(multiplied(x.cpu(), proj_down.cpu()))
 
 
 def on_gpu(tensors):
@@ -95,7 +99,8 @@ def svdquant_cases():
                     yield f"{name}, codes {kind}, {cut}, by mma", y, expected
             if act_bits == 8 and arch in gemm_wgmma.ARCHITECTURES and gemm_wgmma.takes(k, split) and k == 192:
                 for tile in gemm_wgmma.STAGES:
-                    y = gemm_wgmma.gemm(*q, weight, weight_scale, scale, up, bias, split, m, tile=tile)
+                    out = torch.full((m, n), torch.nan, dtype=there.dtype, device="cuda")
+                    y = gemm_wgmma.gemm(*q, weight, weight_scale, scale, up, bias, split, m, tile=tile, out=out)
                     yield f"{name}, tile {tile}", y, expected
 
 
@@ -135,7 +140,8 @@ def run_cases():
 
 def run_tool(tool, seconds):
     """Whether the tool found nothing. Its report is printed where it did."""
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", sys.executable, __file__]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", "--print-limit", "1000", "--show-backtrace", "no",
+               sys.executable, __file__, "--lines", *(["--all-lanes"] if tool == "racecheck" else [])]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
         report, ended = done.stdout, done.returncode
@@ -144,7 +150,9 @@ def run_tool(tool, seconds):
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", report) or ["no summary"]
     print(f"{tool}: {len(re.findall('^ok ', report, re.M))} cases right, {summary[-1]}", flush=True)
     if ended:
-        print(f"{report[-6000:]}\n{tool} ended with {ended}", flush=True)
+        lines = collections.Counter(re.sub("0x[0-9a-f]+", "..", line) for line in re.findall("^=========(.*)", report, re.M))
+        print("\n".join(f"{count:6}{line}" for line, count in lines.most_common(40)) or report[-3000:])
+        print(f"{tool} ended with {ended}", flush=True)
     return ended == 0
 
 
@@ -152,11 +160,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="*", choices=TOOLS, help="run under these, one after the other")
     parser.add_argument("--seconds", type=int, default=120, help="for a tool")
+    parser.add_argument("--lines", action="store_true", help="compile the kernels with their lines' numbers")
+    parser.add_argument("--all-lanes", action="store_true", help="compile them so that all lanes arrive at mbarriers")
     args = parser.parse_args()
     if args.tools:
         raise SystemExit(not all([run_tool(tool, args.seconds) for tool in args.tools]))
     load_pack()
-    alone()
+    watched()
+    from comfyui_svdquant.cuda import compiler
+
+    compiler.OPTIONS += ("-lineinfo",) * args.lines + ("-DALL_LANES_ARRIVE",) * args.all_lanes
     torch.manual_seed(0)
     with torch.inference_mode():
         raise SystemExit(1 if run_cases() else 0)
