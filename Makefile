@@ -18,7 +18,7 @@ serve:
 	$(PYTHON) demo/run.py --serve
 
 test:
-	$(PYTHON) demo/host/setup.py -m pytest $(ARGS)
+	$(PYTHON) demo/host/setup.py -m pytest -n auto --dist loadfile $(ARGS)
 
 lint:
 	$(PYTHON) demo/host/setup.py -m ruff check

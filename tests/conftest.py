@@ -3,9 +3,13 @@
 ComfyUI is the one of COMFYUI_PATH or of .comfyui (`make test` puts it there). Its classes run in this process as its main.py
 would run them with --cpu (unless there is a CUDA device) and a base folder of our own. Where there is no ComfyUI, tests/nodes,
 tests/host and tests/quant/test_comfy*.py are left out and the rest runs.
+
+With `-n auto --dist loadfile` files run side by side, in up to four processes that share the cores; where there is a GPU in one, since
+its tests take times and memory.
 """
 
 import importlib.util
+import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +19,11 @@ from pathlib import Path
 import pytest
 
 from host import launch, setup
+
+CORES = os.cpu_count() or 1
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if WORKERS > 1:  # before anything imports torch. Servers that tests start take it over
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = setup.locate()
@@ -73,6 +82,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
         config.stash[DESELECTED] = len(needs_gpu)
+        if hasattr(config, "workeroutput"):
+            config.workeroutput["deselected"] = len(needs_gpu)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    import torch
+
+    return 1 if torch.cuda.is_available() else min(CORES, 4)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Each of the processes has deselected the same tests."""
+    node.config.stash[DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", 0)
 
 
 DESELECTED = pytest.StashKey[int]()
