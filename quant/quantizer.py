@@ -1,5 +1,6 @@
 """The pipeline: from a 16-bit linear and what it sees to a packed layer, and the record of what that cost."""
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -359,6 +360,13 @@ def check_finite(name, weight, bias, stats):
                          "settings, or load it with another compute dtype.")
 
 
+def too_large(name, weight, stats):
+    """ValueError of a layer whose numbers are finite, and what is computed of them is not."""
+    seen = "" if stats is None else f" and its inputs {float(stats.spans()['absmax'].max()):.0e}"
+    return ValueError(f"Layer {name} can't be quantized: its weights reach {float(weight.abs().max()):.0e}{seen}, out of which nothing "
+                      "finite can be computed; load a sound copy of the model, or keep the layer in 16 bits with the input exceptions.")
+
+
 def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
     """Quantize one linear.
 
@@ -373,17 +381,22 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
     bias = None if bias is None else bias.float()
     check_finite(name, weight, bias, stats)
     with threads_for(weight):
-        if spec.format == layout.AWQ:
-            tensors, label = pack_awq(weight, bias, spec, recipe, stats, check, notes), "-"
-        else:
-            factor, label = choose_smoothing(weight, stats, spec, recipe, check)
-            tensors = pack_svdquant(weight, bias, factor, spec, recipe, stats, check, notes)
+        try:
+            if spec.format == layout.AWQ:
+                tensors, label = pack_awq(weight, bias, spec, recipe, stats, check, notes), "-"
+            else:
+                factor, label = choose_smoothing(weight, stats, spec, recipe, check)
+                tensors = pack_svdquant(weight, bias, factor, spec, recipe, stats, check, notes)
+        except torch.linalg.LinAlgError:  # of matrices that are not finite
+            raise too_large(name, weight, stats) from None
         check()
         overflown = [part for part, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if overflown:
             raise ValueError(f"Layer {name} does not fit {spec.dtype}: its {overflown[0]} overflows; quantize a bf16 version of "
                              f"the model, or keep the layer in 16 bits with the input exceptions.")
         error, measured_on = layer_error(weight, bias, tensors, stats, spec)
+        if not math.isfinite(error):
+            raise too_large(name, weight, stats)
         naive = naive_error(weight, bias, stats, spec)
         spread = scale_statistics(tensors["weight_scale"])
     form, rank, bytes_after = spec.format, spec.rank, spec.nbytes()

@@ -493,3 +493,16 @@ def test_nan_in_a_layer_is_named(part, bad):
 def test_impossible_recipes_are_refused(preset, rank):
     with pytest.raises(ValueError, match="choose"):
         quantizer.recipe(preset, rank)
+
+
+@pytest.mark.parametrize(("dtype", "preset", "size"), [(torch.bfloat16, "best", 1e30), (torch.bfloat16, "naive", 1e30),
+                                                       (torch.float16, "fast", 1e12)])
+def test_finite_weights_out_of_which_nothing_finite_comes_are_told_with_their_size(dtype, preset, size):
+    """They passed for a layer of error NaN, or ended in LAPACK's own words."""
+    name, w, recipe = "double_blocks.0.img_attn.qkv", weight(128, 128), quantizer.recipe(preset, 16)
+    w[3, 5] = size
+    stats = InputStats(1, recipe.needs_gram())
+    stats.add(tokens(256, 128))
+    says = f"Layer {name} can't be quantized: its weights reach {size:.0e} and its inputs".replace("+", r"\+")
+    with pytest.raises(ValueError, match=says):
+        quantizer.quantize_layer(name, w, None, stats, layout.svdquant_spec(128, 128, recipe.rank, 128, False, dtype), recipe)
