@@ -11,6 +11,9 @@ comfy-kitchen's kernel, of 128 rows and 64 columns, each tensor of a layer by it
     X.weight          (N/128, K/64, 32, 128)  a tile's bytes of 4 rows beside each other, 32 of each
     X.weight_scale    (K/64, N) as (N/128, K/64, 128)
     X.weight_proj_up  (N, R) as (N/128, R, 128)
+
+Comfy-Org's comfy-quants has other names for some of the tensors (OTHER_NAMES), and may store proj_down for x / smooth where every
+kernel gives it x; the description's `lowrank_branch_input_basis` then says "post_smoothing".
 """
 
 import json
@@ -23,6 +26,9 @@ from .header import CheckpointError, Header
 PREFIXES = ("model.diffusion_model.", "")
 METADATA = "_quantization_metadata"
 TILE_ROWS, TILE_COLUMNS, TILE_LINES = 128, 64, 32
+OTHER_NAMES = {"smooth_factor": "weight_smooth_factor", "proj_down": "weight_proj_down", "proj_up": "weight_proj_up",
+               "weight_zero": "weight_zeros"}
+BASIS, RAW, SMOOTHED = "lowrank_branch_input_basis", "raw", "post_smoothing"
 
 
 def matches(header):
@@ -35,7 +41,7 @@ def open_file(header):
     prefix = prefix_of(header)
     own = _as_ours(header, prefix)
     packed = native.packed_file(own, "", {}, {"preset": "comfy-kitchen file"}, header.file)
-    return replace(packed, header=header, prefix=None if own.tiles else prefix)
+    return replace(packed, header=header, prefix=None if own.tiles or own.renamed or own.smoothed else prefix)
 
 
 def prefix_of(header):
@@ -79,17 +85,23 @@ def _listed(header):
 class _AsOurs(Header):
     """The file's diffusion model under our names and in our order.
 
-    described: {X.comfy_quant: its bytes} where the metadata had them; tiles: {name: TensorInfo as stored}.
+    described: {X.comfy_quant: its bytes} where the metadata had them; tiles: {name: TensorInfo as stored}; renamed: whether it
+    has names of OTHER_NAMES; smoothed: the proj_downs that are stored for x / smooth.
     """
 
     described: dict = field(default_factory=dict)
     tiles: dict = field(default_factory=dict)
+    renamed: bool = False
+    smoothed: frozenset = frozenset()
 
     def read_bytes(self, name):
         return self.described[name] if name in self.described else super().read_bytes(name)
 
     def read_tensor(self, name):
         tensor = super().read_tensor(name)
+        if name in self.smoothed:
+            smooth = super().read_tensor(name.replace("_proj_down", "_smooth_factor"))
+            return (tensor.float() / smooth.float().unsqueeze(-1)).to(tensor.dtype)
         if name not in self.tiles:
             return tensor
         return UNTILE[name.rpartition(".")[2]](tensor.view(self.tiles[name].shape))
@@ -108,13 +120,27 @@ def _as_ours(header, prefix):
         described[key] = json.dumps(conf).encode()
     tensors = inside.tensors | {key: None for key in described}
     layers = {key.removesuffix(suffix) for key in tensors if key.endswith(suffix)}
+    renamed = {f"{layer}.{theirs}": f"{layer}.{part}" for layer in layers for theirs, part in OTHER_NAMES.items()}
+    renamed = {name: ours for name, ours in renamed.items() if name in tensors and ours not in tensors}
+    tensors = {renamed.get(name, name): info for name, info in tensors.items()}
+    smoothed = frozenset(f"{layer}.weight_proj_down" for layer in layers if _is_smoothed(inside, layer, described))
     tiles = {}
     for name in (f"{layer}.{part}" for layer in layers for part in UNTILE):
         shape = _natural_shape(name.rpartition(".")[2], tensors[name].shape) if name in tensors else None
         if shape is not None:
             tiles[name] = tensors[name]
             tensors[name] = replace(tensors[name], shape=shape)
-    return _AsOurs(header.path, tensors, header.metadata, described, tiles)
+    return _AsOurs(header.path, tensors, header.metadata, described, tiles, bool(renamed), smoothed)
+
+
+def _is_smoothed(header, layer, described):
+    """Whether the layer's proj_down is stored for x / smooth."""
+    key = f"{layer}.{layout.QUANT_KEY}"
+    basis = (json.loads(described[key]) if key in described else native.decode(header, key)).get(BASIS, RAW)
+    if basis not in (RAW, SMOOTHED):
+        raise CheckpointError(f"{header.file}: layer {layer} has a branch whose input is {basis!r}, which this version can't run; update "
+                              "ComfyUI-SVDQuant.")
+    return basis == SMOOTHED
 
 
 def _natural_shape(part, shape):

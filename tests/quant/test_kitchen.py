@@ -161,3 +161,50 @@ def test_other_shapes_of_codes_are_refused(ours, tmp_path, shape, says):
     with pytest.raises(CheckpointError) as caught:
         opened(write(tmp_path / "bad.safetensors", tensors))
     assert says in str(caught.value) and "bad.safetensors" in str(caught.value) and LINEAR2 in str(caught.value)
+
+
+# --- comfy-quants' names -------------------------------------------------------------------------------------------
+
+
+def by_comfy_quants(model, tensors, layer, basis):
+    """A layer as comfy-quants' documentation of the format has it."""
+    conf = {"format": "svdquant_w4a4", "act_unsigned": model[1][layer].unsigned_from == 0, "layout": "kitchen_tile_packed_w4a4"}
+    tensors[f"{layer}.weight_scale"] = model[0][f"{layer}.weight_scale"]  # in place of ours as integers
+    tensors.pop(f"{layer}.weight_scale_2", None)
+    smooth, down = (tensors.pop(f"{layer}.weight_{part}") for part in ("smooth_factor", "proj_down"))
+    if basis != "raw":
+        down = (down.float() * smooth.float()[:, None]).to(down.dtype)
+    conf |= {"lowrank_branch_input_basis": basis, "proj_down_smooth_folded": basis == "raw"}
+    tile(tensors, layer)
+    tensors |= {f"{layer}.smooth_factor": smooth, f"{layer}.proj_down": down, f"{layer}.proj_up": tensors.pop(f"{layer}.weight_proj_up"),
+                f"{layer}.comfy_quant": layout.encode_conf(conf)}
+
+
+def test_comfy_quants_names(ours, model, tmp_path):
+    tensors = load_file(ours)
+    for layer in (QKV, "double_blocks.0.img_mlp.2"):
+        by_comfy_quants(model, tensors, layer, "raw")
+    modulation = "double_blocks.0.img_mod.lin"
+    tensors[f"{modulation}.weight_zero"] = tensors.pop(f"{modulation}.weight_zeros")
+    file = opened(write(tmp_path / "quants.safetensors", tensors))
+    same(file, model)
+    assert file.prefix is None
+
+
+def test_a_branch_that_reads_what_is_smoothed(ours, model, tmp_path):
+    """Taken for one that reads x, it would draw another picture in silence."""
+    tensors = load_file(ours)
+    by_comfy_quants(model, tensors, QKV, "post_smoothing")
+    read = dict(opened(write(tmp_path / "smoothed.safetensors", tensors)).tensors())
+    for name, tensor in model[0].items():
+        if name == f"{QKV}.weight_proj_down":
+            torch.testing.assert_close(read[name], tensor, rtol=2**-7, atol=0)  # rounded once more
+        else:
+            assert torch.equal(read[name], tensor), name
+
+
+def test_a_branch_with_another_input_is_refused(ours, model, tmp_path):
+    tensors = load_file(ours)
+    by_comfy_quants(model, tensors, QKV, "rotated")
+    with pytest.raises(CheckpointError, match=f"layer {QKV} has a branch whose input is 'rotated'"):
+        opened(write(tmp_path / "rotated.safetensors", tensors))
