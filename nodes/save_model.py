@@ -9,17 +9,14 @@ from ..quant.checkpoint.header import CheckpointError, read_header
 from ..quant.checkpoint.write import check_target
 from ..quant.convert import READERS
 from ..quant.host import build
-from ..quant.host.patcher import PREFIX, SVDQuantModelPatcher
+from ..quant.host.patcher import SVDQuantModelPatcher, unpatched
 from ..quant.host.quantize import CARD
 from .model_folder import target_path
 
 
-def unpatched_tensors(model):
-    """{name in the file: tensor} of a quantized model, in the types that its layers were stored in. Another clone of it may be loaded
-    with its LoRAs at this moment; what ComfyUI has put aside for them is the model's own."""
-    tensors = model.model.diffusion_model.state_dict()
-    for key, put_aside in model.backup.items():
-        tensors[key.removeprefix(PREFIX)] = put_aside.weight
+def stored_tensors(model):
+    """{name in the file: tensor} of a quantized model, in the types that its layers were stored in."""
+    tensors = unpatched(model.model, model.backup)
     for layer, module in model.packed_layers().items():
         for part, (_, dtype) in module.spec.tensors().items():
             tensor = tensors[name := f"{layer}.{part}"]
@@ -82,7 +79,7 @@ class SVDQuantSaveModel(io.ComfyNode):
         path, name = target_path(filename)
         check_overwritten(path)
         check_target(path, overwrite)
-        tensors = unpatched_tensors(model)
+        tensors = stored_tensors(model)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
         writer = {"native": native, "nunchaku": nunchaku_write}[layout]
         writer.save(path, tensors, specs, build.stored_config(model.model), model.recipe, model.source, overwrite,

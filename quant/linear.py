@@ -25,7 +25,7 @@ class PackedLinear(torch.nn.Module):
 
     side: side.SideBranch, what the loaded LoRAs add; None without any. The parameters know nothing of it.
     gelu_from: the first output that goes through a GELU, which the model then leaves to the layer; None: none does. It is set before the
-    first call.
+    first call. While something stands between the layer and its caller, the GELU is the model's again (activates_from).
     """
 
     gelu_from = None
@@ -50,10 +50,15 @@ class PackedLinear(torch.nn.Module):
                 return {name: None if p is None else p.to(device, non_blocking=True) for name, p in self._parameters.items()}
         return dict(self._parameters)
 
+    def activates_from(self):
+        """gelu_from, or None where a hook has the output first, or what stands in forward's place, as ComfyUI's bypass LoRA does: they
+        work on what a linear gives."""
+        return None if self.gelu_from is None or self._forward_hooks or replaced(self) else self.gelu_from
+
     def forward(self, x):
         p, side = self.at(x), self.side
         if side is None:
-            return self.product(x, p, p["bias"], self.gelu_from)
+            return self.product(x, p, p["bias"], self.activates_from())
         if side.gain is None:
             return self.added(self.product(x, p, p["bias"]), x)
         # Of the bias, the gain is for the part that corrects the GELU shift, and that only.
@@ -63,7 +68,7 @@ class PackedLinear(torch.nn.Module):
 
     def added(self, y, x):
         """y (..., N) plus what the LoRAs add, and then through the layer's GELU; in place."""
-        return reference.activated(self.side.add(y, x), self.gelu_from)
+        return reference.activated(self.side.add(y, x), self.activates_from())
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, {self.spec.format}, rank={self.spec.rank}"
@@ -121,7 +126,7 @@ class SVDQuantLinear(BranchedLinear):
         if ops.plain(x) and (known := self._repeated.get(x.shape)) is not None:
             side, y = self._modules.get("side"), None
             if not self.bias_function and (side is None or side.gain is None):
-                y = self._again(x, self.gelu_from if side is None else None, *known)
+                y = self._again(x, self.activates_from() if side is None else None, *known)
             if y is not None:
                 return y if side is None else self.added(y, x)
         return super().forward(x)
@@ -205,7 +210,14 @@ class PackedMLP(torch.nn.Sequential):
 def untouched(module):
     """Whether a call of the module is its class's forward without a side branch, and nothing before or after it."""
     own = module.__dict__
-    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own or own["_modules"].get("side") is not None)
+    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or replaced(module) or own["_modules"].get("side") is not None)
+
+
+def replaced(module):
+    """Whether something else is called in the place of the module's forward. ComfyUI's bypass LoRA leaves the forward of its class there
+    when it goes."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 class NVFP4Linear(BranchedLinear):

@@ -11,9 +11,9 @@ import torch
 from .. import flux, heap
 from ..checkpoint import foreign, kitchen, native, nunchaku, nunchaku_names
 from ..checkpoint.header import CheckpointError, read_header
-from ..linear import SVDQuantLinear, compute_in, set_act_bits, warm_up
+from ..linear import PackedLinear, SVDQuantLinear, compute_in, set_act_bits, warm_up
 from .ops import Operations
-from .patcher import SVDQuantModelPatcher
+from .patcher import SVDQuantModelPatcher, unpatched
 
 # What of a FLUX configuration is written to a file: what identifies the model, and what no tensor's shape tells.
 UNSEEN_KEYS = ("axes_dim", "theta", "mlp_ratio", "patch_size", "out_channels")
@@ -216,7 +216,18 @@ def swap(diffusion_model, name, spec):
 
 
 class TakenOver(torch.nn.Identity):
-    """Where a GELU was, which the packed layer before it now applies to its output (PackedLinear.gelu_from)."""
+    """Where a GELU was, which the packed layer `child` of `parent` applies to its output, unless it can't at the moment
+    (PackedLinear.activates_from)."""
+
+    def __init__(self, parent, child):
+        super().__init__()
+        self.layer = parent, child  # in a tuple the parent is no module of this one; a name, as swap may put another layer there
+
+    def forward(self, x):
+        parent, child = self.layer
+        layer = getattr(parent, child)
+        done = isinstance(layer, PackedLinear) and layer.activates_from() is not None
+        return x if done else torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def take_over_activations(diffusion_model):
@@ -226,21 +237,23 @@ def take_over_activations(diffusion_model):
         if type(block) is comfy.ldm.flux.layers.DoubleStreamBlock:
             for name in ("img_mlp", "txt_mlp"):
                 mlp = getattr(block, name)
-                if type(mlp) is torch.nn.Sequential and len(mlp) == 3 and _take_over(mlp[0], 0, mlp, "1"):
-                    setattr(block, name, Operations.PackedMLP(*mlp))
+                if type(mlp) is torch.nn.Sequential and len(mlp) == 3:
+                    packed = Operations.PackedMLP(*mlp)
+                    if _take_over(packed, "0", 0, "1"):
+                        setattr(block, name, packed)
         elif type(block) is comfy.ldm.flux.layers.SingleStreamBlock:
             qkv = 3 * block.hidden_size
             if block.linear1.out_features == qkv + block.mlp_hidden_dim:  # [q k v ; MLP], and no gate beside it
-                _take_over(block.linear1, qkv, block, "mlp_act")
+                _take_over(block, "linear1", qkv, "mlp_act")
 
 
-def _take_over(layer, gelu_from, parent, child):
-    """Have the layer apply the activation `child` of `parent`, if it can; returns whether it does."""
-    activation = getattr(parent, child)
+def _take_over(parent, child, gelu_from, activation_child):
+    """Have the layer `child` of `parent` apply the activation there, if it can; returns whether it does."""
+    layer, activation = getattr(parent, child), getattr(parent, activation_child)
     takes = isinstance(layer, SVDQuantLinear) and type(activation) is torch.nn.GELU and activation.approximate == "tanh"
     if takes:
         layer.gelu_from = gelu_from
-        setattr(parent, child, TakenOver())
+        setattr(parent, activation_child, TakenOver(parent, child))
     return takes
 
 
@@ -275,7 +288,24 @@ def make_patcher(model, patcher_class):
     compute_in(model, model.get_dtype(), device)
     model.device = offload_device
     model.to(offload_device)
-    return patcher_class(model, device, offload_device)
+    patcher = patcher_class(model, device, offload_device)
+    if patcher_class is SVDQuantModelPatcher:
+        # How newer ComfyUI makes the model anew, for another device. Not from the file, which may be another one by then, or not exist.
+        patcher.cached_patcher_init = copied, (model, patcher.backup)
+    return patcher
+
+
+def copied(model, backup, disable_dynamic=False):
+    """A patcher for a copy of a quantized model, without what patches have changed in it (patcher.unpatched). disable_dynamic: ComfyUI's,
+    and always so here."""
+    layers = {name: layer for name, layer in model.diffusion_model.named_modules() if isinstance(layer, PackedLinear)}
+    twin = empty_like(model, {name: layer.spec for name, layer in layers.items()}, model.get_dtype())
+    for name, layer in layers.items():
+        if isinstance(layer, SVDQuantLinear):
+            twin.diffusion_model.get_submodule(name).act_bits = layer.act_bits
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in unpatched(model, backup).items()}
+    twin.diffusion_model.load_state_dict(tensors, assign=True)
+    return make_patcher(twin, SVDQuantModelPatcher)
 
 
 def empty_like(model, specs, compute_dtype):

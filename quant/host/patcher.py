@@ -19,6 +19,15 @@ def refuse_to_save(*args, **kwargs):
                      "with SVDQuant Save Model.")
 
 
+def unpatched(model, backup):
+    """{name: tensor} of a BaseModel's diffusion model, without what patches have changed. backup: a patcher's; one of its clones may be
+    loaded with its LoRAs at this moment, and what ComfyUI has put aside for them is the model's own."""
+    tensors = model.diffusion_model.state_dict()
+    for key, put_aside in backup.items():
+        tensors[key.removeprefix(PREFIX)] = put_aside.weight
+    return tensors
+
+
 class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     """ComfyUI's classic patcher: it moves and offloads whole layers, all tensors of a packed one together.
 
@@ -34,9 +43,11 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model.state_dict_for_saving = refuse_to_save
-        # As hook_backup is, these two are shared by the clones of one model.
-        self.decomposed = {}  # SVDs of what the loaded patches add: lora.build's cache
-        self.unhooked = {}  # {key: the side branch that a hook has replaced, or None}
+        # These two are shared by the clones of one model. On the patcher they would be by those that ComfyUI's MultiGPU node has made for
+        # a model on another device, too.
+        if not hasattr(self.model, "svdquant_decomposed"):
+            self.model.svdquant_decomposed = {}  # SVDs of what the loaded patches add: lora.build's cache
+            self.model.svdquant_unhooked = {}  # {key: the side branch that a hook has replaced, or None}
         self.stays = False  # while a loaded model changes its patches
         self.told = set()  # lines in the log
         self.hook_notes = []  # what they will tell of the hooks that are being applied
@@ -45,8 +56,6 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         clone = super().clone(*args, **kwargs)
         clone.source, clone.recipe = self.source, self.recipe
         clone.size = self.size  # not model_size(), which ComfyUI has passed on and which counts the patches
-        if clone.model is self.model:
-            clone.decomposed, clone.unhooked = self.decomposed, self.unhooked
         return clone
 
     def packed_layers(self):
@@ -62,25 +71,36 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         layer = comfy.utils.get_attr(self.model, name)
         return layer if isinstance(layer, PackedLinear) else None
 
+    def _is_packed(self, key):
+        """Whether the parameter `key` is a packed layer's."""
+        return key.removeprefix(PREFIX).rpartition(".")[0] in self.packed_layers()
+
     def model_size(self):
         return super().model_size() + sum(lora.nbytes(self.patches[key]) for key in self.patches if self.packed_at(key))
 
     # --- taking patches --------------------------------------------------------------------------------------------
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        idle = []
+        if strength_patch == 0 and strength_model == 1:  # merging nodes give these for what is to stay model1's
+            idle = [key for key, value in patches.items() if isinstance(value, list) and self._is_packed(key)]
+            patches = {key: value for key, value in patches.items() if key not in idle}
         self._check(patches, strength_model)
         added = super().add_patches(patches, strength_patch, strength_model)
         for key in {target if isinstance(target, str) else target[0] for target in added}:
             self.patches[key] = lora.widest_last(self.patches[key])
-        return added
+        return added + idle
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         self._check(patches, strength_model)
         return super().add_hook_patches(hook, patches, strength_patch, strength_model)
 
     def add_weight_wrapper(self, name, function):
-        if self.packed_at(name):
-            raise lora.refusal(name, "a node wraps the weight in a function of its own, and there is no 16-bit weight")
+        # Of the bias too: a training node that has its LoRAs beside the weights, in bypass mode, wraps nothing else, and takes the size of
+        # the packed weight for the layer's.
+        if self._is_packed(name):
+            raise ValueError(f"A node, as those that train LoRAs do, puts a function of its own around {name}, and a MODEL in 4 bits has no "
+                             "16-bit weights for that; train on the 16-bit model, and use the LoRA on this one.")
         super().add_weight_wrapper(name, function)
 
     def _check(self, patches, strength_model):
@@ -90,6 +110,12 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
             if name in layers:
                 lora.check(name, layers[name], parameter, value, strength_model, offset)
+
+    def model_state_dict(self, filter_prefix=None):
+        if filter_prefix is not None:  # LoraSave, which would take the codes for weights; others only look for names
+            raise ValueError("The weights of this MODEL are packed in 4 bits, and a node reads them as LoraSave does; give it what "
+                             "ModelMergeSubtract makes of 16-bit models, or of a 16-bit model1 and this MODEL as model2.")
+        return super().model_state_dict()
 
     def get_key_patches(self, *args, **kwargs):
         """For merging this model into a 16-bit one: packed weights in dense form, biases without the GELU's shift."""
@@ -111,7 +137,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     # --- loading and unloading -------------------------------------------------------------------------------------
 
     def _side(self, key, layer, patches, notes):
-        side, more = lora.build(key, layer, patches, self.load_device, self.decomposed)
+        side, more = lora.build(key, layer, patches, self.load_device, self.model.svdquant_decomposed)
         notes.extend(more)
         return side
 
@@ -127,8 +153,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         for name, layer in layers.items():
             key = f"{PREFIX}{name}.weight"
             layer.side = self._side(key, layer, self.patches[key], notes) if key in self.patches else None
-        for what in list(self.decomposed)[:-CACHED_SVDS * len(layers)]:
-            del self.decomposed[what]
+        for what in list(self.model.svdquant_decomposed)[:-CACHED_SVDS * len(layers)]:
+            del self.model.svdquant_decomposed[what]
         self._tell(notes)
 
     def _load_list(self, *args, **kwargs):
@@ -178,8 +204,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     # --- hooks -----------------------------------------------------------------------------------------------------
 
     def _hook(self, key, layer, side):
-        if key not in self.unhooked:
-            self.unhooked[key] = layer.side
+        if key not in self.model.svdquant_unhooked:
+            self.model.svdquant_unhooked[key] = layer.side
         layer.side = side and side.to(layer.weight.device)
 
     def _fitting(self, key, combined_patches):
@@ -216,8 +242,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         return super().patch_cached_hook_weights(cached_weights, key, *args, **kwargs)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
-        for key in list(self.unhooked):
+        for key in list(self.model.svdquant_unhooked):
             if not whitelist_keys_set or key in whitelist_keys_set:
-                layer, side = self.packed_at(key), self.unhooked.pop(key)
+                layer, side = self.packed_at(key), self.model.svdquant_unhooked.pop(key)
                 layer.side = side and side.to(layer.weight.device)
         super().unpatch_hooks(whitelist_keys_set)

@@ -248,7 +248,7 @@ def test_refusals_say_why(plain, twin):
     refused("quantize the result", lambda: twin.clone().add_patches(plain.get_key_patches("diffusion_model."), 0.5, 0.5))
     refused("only be added to", lambda: load_lora(twin, {f"diffusion_model.{FC2}.bias.set_weight": random(HIDDEN)}))
     refused("weight_scale", lambda: twin.clone().add_patches({f"diffusion_model.{FC1}.weight_scale": ("diff", (random(4, 1024),))}))
-    refused("wraps the weight", lambda: twin.clone().add_weight_wrapper(f"diffusion_model.{FC1}.weight", lambda w: w))
+    refused("function of its own", lambda: twin.clone().add_weight_wrapper(f"diffusion_model.{FC1}.weight", lambda w: w))
     assert torch.isfinite(sample(twin)).all()
 
 
