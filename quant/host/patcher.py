@@ -99,8 +99,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         # Of the bias too: a training node that has its LoRAs beside the weights, in bypass mode, wraps nothing else, and takes the size of
         # the packed weight for the layer's.
         if self._is_packed(name):
-            raise ValueError(f"A node, as those that train LoRAs do, puts a function of its own around {name}, and a MODEL in 4 bits has no "
-                             "16-bit weights for that; train on the 16-bit model, and use the LoRA on this one.")
+            raise ValueError(f"A node, as those that train LoRAs do, puts a function of its own around {name}, and a MODEL in 4 bits has "
+                             "no 16-bit weights for that; train on the 16-bit model, and use the LoRA on this one.")
         super().add_weight_wrapper(name, function)
 
     def _check(self, patches, strength_model):

@@ -45,6 +45,9 @@ def check_extras(patcher):
     if "torch.compile" in wrappers or "torch_compile_kwargs" in patcher.model_options:
         raise ValueError("This MODEL goes through TorchCompileModel or a node like it, which would go on running the 16-bit model; "
                          "put that node behind SVDQuant Quantize Model.")
+    if patcher.additional_models.get("multigpu"):
+        raise ValueError("This MODEL goes through MultiGPU CFG Split, whose other devices would go on drawing with the 16-bit model; put "
+                         "that node behind SVDQuant Quantize Model.")
     inside = [key for key in patcher.object_patches if key.startswith("diffusion_model")]
     if inside or patcher.injections:
         what = f"replaces {inside[0]}" if inside else "hooks into its layers, as a bypass LoRA does"

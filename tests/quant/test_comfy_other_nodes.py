@@ -9,6 +9,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import PatcherInjection
+from comfyui_svdquant.quant.host import quantize
 from comfyui_svdquant.quant.host.build import TakenOver
 from comfyui_svdquant.quant.metrics import relative_error
 
@@ -209,14 +210,20 @@ def test_a_copy_for_another_device_is_whole_and_shares_nothing(twin):
         assert torch.equal(draw(twin), before) and not torch.equal(with_lora, before)
 
 
-@newer
-@pytest.mark.parametrize("hooked", [False, True])
-def test_two_devices_share_the_work(twin, monkeypatch, hooked):
-    """The CPU stands for both; the prompt that has a hook's LoRA draws with it on either."""
-    import comfy.hooks
-
+@pytest.fixture
+def two_devices(monkeypatch):
+    """The CPU stands for both."""
     devices = [torch.device("cpu"), torch.device("cpu", 0)]
     monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: devices)
+
+
+@newer
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.usefixtures("two_devices")
+def test_two_devices_share_the_work(twin, hooked):
+    """The prompt that has a hook's LoRA draws with it on either."""
+    import comfy.hooks
+
     tensors = generic((FC1, shapes(twin)[FC1]), ("img_in", (HIDDEN, 64)), size=1.0)
 
     def drawn(patcher):
@@ -229,3 +236,12 @@ def test_two_devices_share_the_work(twin, monkeypatch, hooked):
     shared = drawn(split)  # positive and negative apart, so that roundings, and with them some codes, come out otherwise
     assert relative_error(shared, alone) < 0.1 and (relative_error(alone, before) > 0.3) is hooked
     assert torch.equal(drawn(split), shared) and torch.equal(draw(twin), before)
+
+
+@newer
+@pytest.mark.usefixtures("two_devices")
+def test_a_model_on_two_devices_is_not_quantized(plain):
+    """The clone for the other device would stay in 16 bits, and nobody would watch it draw."""
+    with pytest.raises(ValueError, match="^This MODEL goes through MultiGPU CFG Split, [^\n]+ behind SVDQuant Quantize Model\\.$"):
+        quantize.check_extras(node("multigpu", "MultiGPUCFGSplitNode", model=plain))
+    quantize.check_extras(plain)
