@@ -60,7 +60,8 @@ def open_file(header):
         for name, parts in names.LINEARS[kind].items():
             layers[f"{ours}.{name}"] = _linear(source, f"{ours}.{name}", [f"{theirs}.{part}" for part in parts], nvfp4)
         for name, part in names.MODULATIONS[kind].items():
-            layers[f"{ours}.{name}"] = _modulation(source, f"{theirs}.{part}", names.CHUNKS[kind])
+            if not _is_dense(source, f"{theirs}.{part}"):
+                layers[f"{ours}.{name}"] = _modulation(source, f"{theirs}.{part}", names.CHUNKS[kind])
     plain = _plain(source, depths)
     _check_left_over(source, layers, plain, nvfp4)
     specs = {name: layer.spec for name, layer in layers.items()}
@@ -201,6 +202,11 @@ def _by_rows(name):
     return name.endswith(".linear1")
 
 
+def _is_dense(source, part):
+    """Whether a modulation layer is in 16 bits, as diffusers has it: nunchaku-lite leaves that to the file."""
+    return f"{part}.weight" in source.tensors
+
+
 def _modulation(source, part, chunks):
     shape, width = source.info(f"{part}.qweight").shape, (*source.info("x_embedder.weight").shape, 0)[0]
     source.check(f"{part}.qweight", shape, (torch.int32,))
@@ -221,7 +227,9 @@ def _plain(source, depths):
     """{our name: v1 name} of the tensors that are not packed."""
     plain = {f"{ours}.{name}": f"{theirs}.{stored}" for ours, theirs, kind in names.blocks(depths)
              for name, stored in names.NORMS[kind].items()}
-    for name, stored in names.OUTSIDE.items():
+    dense = {f"{ours}.{name}": f"{theirs}.{part}" for ours, theirs, kind in names.blocks(depths)
+             for name, part in names.MODULATIONS[kind].items() if _is_dense(source, f"{theirs}.{part}")}
+    for name, stored in (names.OUTSIDE | dense).items():
         if name not in names.OPTIONAL or any(f"{stored}.{leaf}" in source.tensors for leaf in ("weight", "bias")):
             plain |= {f"{name}.{leaf}": f"{stored}.{leaf}" for leaf in ("weight", "bias")}
     for name, stored in plain.items():

@@ -252,6 +252,26 @@ def test_very_old_files_without_a_branch(written, tmp_path):
     assert {name: tuple(tensor.shape) for name, tensor in read.items()} == file.shapes
 
 
+def test_modulation_layers_in_16_bits(written, model, tmp_path):
+    """nunchaku-lite reads files that leave them as they were: rows in diffusers' order, which is ours, and no 1 in the bias."""
+    ours, theirs = "double_blocks.0.txt_mod.lin", "transformer_blocks.0.norm1_context.linear"
+    dense = {"weight": torch.randn(6 * 128, 128).bfloat16(), "bias": torch.randn(6 * 128).bfloat16()}
+
+    def leave(tensors):
+        for leaf in ("qweight", "wscales", "wzeros", "bias"):
+            del tensors[f"{theirs}.{leaf}"]
+        tensors |= {f"{theirs}.{leaf}": tensor for leaf, tensor in dense.items()}
+
+    tensors, specs, config = model
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(ours)}
+    kept |= {f"{ours}.{leaf}": tensor for leaf, tensor in dense.items()}
+    specs = {name: spec for name, spec in specs.items() if name != ours}
+    path = rewritten(written, tmp_path / "lite.safetensors", leave)
+    same(opened(path), (kept, specs, config))
+    with pytest.raises(CheckpointError, match=f"lacks tensor {theirs}.bias"):
+        opened(rewritten(path, tmp_path / "less.safetensors", lambda tensors: tensors.pop(f"{theirs}.bias")))
+
+
 def test_what_nunchakus_loader_reads(written):
     header = read_header(str(written))
     assert header.metadata["model_class"] == "NunchakuFluxTransformer2dModel"
