@@ -73,7 +73,7 @@ class SVDQuantSaveModel(io.ComfyNode):
         if not isinstance(model, SVDQuantModelPatcher):
             raise ValueError("SVDQuant Save Model saves quantized models; put SVDQuant Quantize Model before it, or save "
                              "a 16-bit model with ComfyUI's own nodes.")
-        if model.patches:
+        if model.patches or model.injections:  # bypass LoRAs
             raise ValueError("There are LoRAs or other weight patches on this 4-bit MODEL, which its file can't hold; save it "
                              "without them, or put them before SVDQuant Quantize Model, which bakes them in.")
         path, name = target_path(filename)

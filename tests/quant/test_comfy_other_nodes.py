@@ -9,6 +9,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import PatcherInjection
+from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
 from comfyui_svdquant.quant.host import quantize
 from comfyui_svdquant.quant.host.build import TakenOver
 from comfyui_svdquant.quant.metrics import relative_error
@@ -124,6 +125,12 @@ def test_a_lora_beside_a_layer_comes_before_its_gelu(twin, bypass):
     for beside, expected, without in zip(bypassed, loaded, before):
         assert relative_error(beside, expected) < 0.02 < 0.1 < relative_error(expected, without)
     assert all(map(torch.equal, outputs(twin), before)) and mlp.fuses(x.device)
+
+
+def test_a_lora_beside_the_layers_is_not_lost_in_a_file(twin):
+    bypassed = by_hand(twin, generic((FC1, shapes(twin)[FC1])))
+    with pytest.raises(ValueError, match="LoRAs or other weight patches on this 4-bit MODEL, which its file can't hold"):
+        SVDQuantSaveModel.execute(bypassed, "bypassed", False)
 
 
 def test_what_hooks_a_layers_output_gets_the_linears(twin):
