@@ -53,7 +53,8 @@ class PackedLinear(torch.nn.Module):
     def activates_from(self):
         """gelu_from, or None where a hook has the output first, or what stands in forward's place, as ComfyUI's bypass LoRA does: they
         work on what a linear gives."""
-        return None if self.gelu_from is None or self._forward_hooks or replaced(self) else self.gelu_from
+        own = self.__dict__
+        return None if own["_forward_hooks"] or "forward" in own and replaced(self) else self.gelu_from
 
     def forward(self, x):
         p, side = self.at(x), self.side
