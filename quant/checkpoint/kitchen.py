@@ -46,14 +46,14 @@ def open_file(header):
 
 def prefix_of(header):
     """Where the packed layers are; None where there is none that we run."""
-    for name, conf in _descriptions(header).items():
+    for name, conf in descriptions(header).items():
         if conf.get("format") in native.MODULE_FORMATS:
             # In the metadata, names may also be relative to the diffusion model.
             return next(prefix for prefix in PREFIXES if name.startswith(prefix) or f"{prefix}{name}.weight" in header.tensors)
     return None
 
 
-def _descriptions(header):
+def descriptions(header):
     """{layer: dict} of what the file says of its layers; damaged entries are left to the reader."""
     found, suffix = {}, f".{layout.QUANT_KEY}"
     for key in header.tensors:

@@ -7,8 +7,9 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
+from comfy import quant_ops
 
-from .. import flux, heap
+from .. import flux, heap, layout
 from ..checkpoint import foreign, kitchen, native, nunchaku, nunchaku_names
 from ..checkpoint.header import CheckpointError, read_header
 from ..linear import PackedLinear, SVDQuantLinear, compute_in, set_act_bits, warm_up
@@ -70,13 +71,16 @@ def _load_plain(header, compute_dtype):
     if prefix is None and not foreign.is_diffusers_flux(header):
         what = foreign.kind(header) or "not a FLUX.1 model"
         raise CheckpointError(f"{header.file} is {what}; choose a FLUX.1 model in safetensors format.")
+    _check_formats(header, prefix or "")
     if prefix is None:
-        shapes = _from_diffusers(header)
+        names, shapes = {}, _from_diffusers(header)
     else:
-        shapes = {name.removeprefix(prefix): info.shape for name, info in header.tensors.items() if name.startswith(prefix)}
+        # Under the names that every ComfyUI knows; before 0.14 it did not know the norms' newer ones.
+        names = {stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
+        shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
     model = _empty_model(_detect(header, shapes, {}), {}, compute_dtype)
     _check_complete(header, model, shapes, exact=False)
-    if _core_knows(shapes):
+    if _core_knows({stored.removeprefix(prefix): header.tensors[stored].shape for stored in names.values()} or shapes):
         return _load_by_core(header, compute_dtype)
     # ComfyUI before 0.9 takes every FLUX for one of 24 heads; a FLUX of another width is loaded here.
     scaled = [name for name in header.tensors if name.endswith(SCALED)]
@@ -86,8 +90,20 @@ def _load_plain(header, compute_dtype):
     if prefix is None:
         fill(model, comfy.model_detection.convert_diffusers_mmdit(comfy.utils.load_torch_file(header.path, safe_load=True), ""))
     else:
-        _load_weights(model, header, {name: prefix + name for name in shapes})
+        _load_weights(model, header, names)
     return make_patcher(model, comfy.model_patcher.ModelPatcher)
+
+
+def _check_formats(header, prefix):
+    """Raise CheckpointError where a layer is in a format of ComfyUI's that this one does not read: it would be ignored in silence, or
+    end in a KeyError."""
+    inside = header.within(prefix)
+    described = any(name.endswith(f".{layout.QUANT_KEY}") for name in inside.tensors)
+    known = {} if described and not hasattr(comfy.utils, "convert_old_quants") else quant_ops.QUANT_ALGOS  # it came with those
+    for layer, conf in kitchen.descriptions(inside).items():
+        if f"{layer.removeprefix(prefix)}.weight" in inside.tensors and conf.get("format") not in known:
+            raise CheckpointError(f"{header.file} has layers in the format {conf.get('format')!r} ({layer}), which this ComfyUI does not "
+                                  "read; update ComfyUI, or choose a bf16, fp16 or fp8 version of the model.")
 
 
 def _from_diffusers(header):
@@ -136,7 +152,7 @@ def _shapes_as_tensors(shapes):
 def _core_knows(shapes):
     """Whether this ComfyUI's own detection gets the number of heads right."""
     config = comfy.model_detection.detect_unet_config(_shapes_as_tensors(shapes), "")
-    return config["num_heads"] * sum(config["axes_dim"]) == config["hidden_size"]
+    return config is not None and config["num_heads"] * sum(config["axes_dim"]) == config["hidden_size"]
 
 
 def _detect(header, shapes, stored):
@@ -146,7 +162,8 @@ def _detect(header, shapes, stored):
     """
     tensors = _shapes_as_tensors(shapes)
     for name in ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"):
-        if len(shapes.get(name, ())) != 2:
+        shape = shapes.get(name, ())
+        if len(shape) != 2 or 0 in shape:
             raise CheckpointError(f"{header.file} has no matrix {name}; the file is incomplete, download or save it "
                                   "again.")
     config = comfy.model_detection.detect_unet_config(tensors, "")

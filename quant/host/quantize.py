@@ -12,6 +12,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.sample
+import comfy.supported_models
 import torch
 
 from .. import calibration, flux, quantizer
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # Attachments of a MODEL that SVDQuant Load Model opened: its file's name, and what a quantized twin has of its card.
 SOURCE, CARD = "svdquant.source", "svdquant.card"
+# What of FLUX's parameters FLUX.1 has not, and whose it is.
+RELATIVES = {"global_modulation": "Flux2", "yak_mlp": "Ovis-Image"}
 MAX_CALLS = 32  # recorded calls of the model, spread over prompts and noise levels
 WEIGHT_COPIES, GRAM_COPIES = 8, 3  # at the peak of quantizer.pack_svdquant
 OUTSIDE = "outside"  # stands for a block's name where layers are in none: the block is then the whole model
@@ -32,9 +35,18 @@ NOTHING_ELSE = 2**62  # bytes that ComfyUI is asked to free where everything is 
 def check_model(patcher):
     """Raise ValueError unless the MODEL is a FLUX.1 in 16 or 8 bits."""
     model = getattr(patcher.model, "diffusion_model", None)
-    if not isinstance(model, comfy.ldm.flux.model.Flux) or getattr(model.params, "global_modulation", False):
-        raise ValueError(f"SVDQuant quantizes FLUX.1 models, and this MODEL is a {type(patcher.model).__name__}; "
-                         "connect a FLUX.1 model.")
+    config = getattr(patcher.model, "model_config", patcher.model)
+    name = type(config).__name__
+    if isinstance(model, comfy.ldm.flux.model.Flux):
+        name = next((relative for feature, relative in RELATIVES.items() if getattr(model.params, feature, False)), name)
+        is_flux = name not in RELATIVES.values() and getattr(model, "vector_in", None) is not None
+    else:
+        is_flux = False
+        if isinstance(config, comfy.supported_models.Flux):
+            raise ValueError(f"SVDQuant quantizes FLUX.1 models on ComfyUI's own FLUX, and this MODEL runs on another pack's "
+                             f"{type(model).__name__}; load the 16-bit model with Load Diffusion Model or SVDQuant Load Model.")
+    if not is_flux:
+        raise ValueError(f"SVDQuant quantizes FLUX.1 models, and this MODEL is {name}; connect a FLUX.1 model.")
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("This MODEL is quantized already; connect the 16-bit model that it was made from.")
 

@@ -2,6 +2,7 @@
 read from the file. What shares FLUX.1's blocks and is not one is refused by name."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import torch
 from comfy_extras.nodes_edit_model import ReferenceLatent
 from comfy_extras.nodes_flux import FluxGuidance
 from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
+from comfyui_svdquant.quant import layout
 from comfyui_svdquant.quant.checkpoint import native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import build, quantize
@@ -24,6 +26,7 @@ from nodes import InpaintModelConditioning, StyleModelApply
 from safetensors.torch import save_file
 
 from .comfy_models import CONTEXT, HIDDEN, prompts, quantized, sample, save, write_flux
+from .random_flux import flux_tensors
 
 VAE_FILE = Path(__file__).resolve().parents[2] / "demo" / "tiny_flux" / "tiny_vae.safetensors"
 
@@ -158,8 +161,59 @@ def test_chroma_is_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match="chroma.safetensors is a Chroma model; choose a FLUX.1 model"):
         build.load_model(str(path))
     patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-    with pytest.raises(ValueError, match="this MODEL is a Chroma"):
+    with pytest.raises(ValueError, match="this MODEL is Chroma"):
         quantize.check_model(patcher)
+
+
+def relative(kind, **changes):
+    """A MODEL of ComfyUI's class for a relative of FLUX.1 at reduced size; changes: of FLUX.1's own configuration."""
+    config = {"in_channels": 16, "out_channels": 16, "vec_in_dim": None, "context_in_dim": CONTEXT, "hidden_size": HIDDEN, "mlp_ratio": 4.0,
+              "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
+              "qkv_bias": True, "guidance_embed": False, "image_model": "flux", "txt_ids_dims": [1, 2]}
+    config = getattr(comfy.supported_models, kind)(config | changes)
+    config.set_inference_dtype(torch.float32, None)
+    return comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=None), torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.mark.skipif(not hasattr(comfy.supported_models, "LongCatImage"), reason="this ComfyUI has neither")
+def test_longcat_and_ovis_are_refused_by_name():
+    """They run on FLUX.1's own class. Ovis' linear2 reads no GELU, which its unsigned codes would clip, and neither loads when saved."""
+    for name, model in (("LongCatImage", relative("LongCatImage")), ("Ovis-Image", relative("FluxSchnell", yak_mlp=True, txt_norm=True))):
+        with pytest.raises(ValueError, match=f"this MODEL is {name}; connect a FLUX.1 model."):
+            quantize.check_model(model)
+
+
+def test_another_packs_transformer_is_no_flux_of_comfyuis(tmp_path):
+    patcher = build.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1))
+    patcher.model.diffusion_model = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="this MODEL runs on another pack's Linear; load the 16-bit model"):
+        quantize.check_model(patcher)
+
+
+def test_norms_under_newer_comfyuis_names(tmp_path):
+    plain = build.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1))
+    tensors = {name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in flux_tensors(depth_single=1).items()}
+    save_file(tensors, tmp_path / "newer.safetensors")
+    assert torch.equal(sample(build.load_model(str(tmp_path / "newer.safetensors"))), sample(plain))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_formats_that_this_comfyui_does_not_read(tmp_path, listed):
+    name, conf = "double_blocks.0.img_attn.qkv", {"format": "w3a5"}
+    tensors = flux_tensors(depth_single=1) | {f"{name}.weight_scale": torch.ones(())}
+    metadata = {"_quantization_metadata": json.dumps({"layers": {name: conf}})} if listed else None
+    if not listed:
+        tensors[f"{name}.comfy_quant"] = layout.encode_conf(conf)
+    save_file(tensors, tmp_path / "newer.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=rf"newer.safetensors has layers in the format 'w3a5' \({name}\)"):
+        build.load_model(str(tmp_path / "newer.safetensors"))
+
+
+def test_a_matrix_of_no_columns_is_no_model(tmp_path):
+    tensors = flux_tensors(depth_single=1) | {"txt_in.weight": torch.zeros(0, 0)}
+    save_file(tensors, tmp_path / "empty.safetensors")
+    with pytest.raises(CheckpointError, match="empty.safetensors has no matrix txt_in.weight"):
+        build.load_model(str(tmp_path / "empty.safetensors"))
 
 
 RELATIVES = {
