@@ -10,6 +10,7 @@ from ..linear import PackedLinear
 from . import lora
 
 PREFIX = "diffusion_model."
+COMPILED = "_orig_mod."  # what torch.compile, in a module's place, puts into the names of what is in it
 CACHED_SVDS = 4  # a packed layer: two LoRAs beside each other, and the two before them
 
 
@@ -48,6 +49,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         if not hasattr(self.model, "svdquant_decomposed"):
             self.model.svdquant_decomposed = {}  # SVDs of what the loaded patches add: lora.build's cache
             self.model.svdquant_unhooked = {}  # {key: the side branch that a hook has replaced, or None}
+            self.model.svdquant_attached = None  # the patches_uuid of what the side branches were made of
         self.stays = False  # while a loaded model changes its patches
         self.told = set()  # lines in the log
         self.hook_notes = []  # what they will tell of the hooks that are being applied
@@ -60,7 +62,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def packed_layers(self):
         """{name: packed layer}, names relative to the diffusion model."""
-        return {name: module for name, module in self.model.diffusion_model.named_modules()
+        return {name.replace(COMPILED, ""): module for name, module in self.model.diffusion_model.named_modules()
                 if isinstance(module, PackedLinear)}
 
     def packed_at(self, key):
@@ -148,13 +150,16 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
                 self.told.add(line)
 
     def _attach(self):
-        """Give every packed layer the side branch of this patcher's patches, beside the layer's own tensors."""
+        """Give every packed layer the side branch of this patcher's patches, beside the layer's own tensors, if it hasn't got it."""
+        if self.model.svdquant_attached == self.patches_uuid:
+            return
         notes, layers = [], self.packed_layers()
         for name, layer in layers.items():
             key = f"{PREFIX}{name}.weight"
             layer.side = self._side(key, layer, self.patches[key], notes) if key in self.patches else None
         for what in list(self.model.svdquant_decomposed)[:-CACHED_SVDS * len(layers)]:
             del self.model.svdquant_decomposed[what]
+        self.model.svdquant_attached = self.patches_uuid
         self._tell(notes)
 
     def _load_list(self, *args, **kwargs):
@@ -171,13 +176,13 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def patch_weight_to_device(self, key, *args, **kwargs):
         if layer := self.packed_at(key):
+            self._attach()  # where a node pack has put a loading of its own in the place of ComfyUI's
             return layer.weight
         return super().patch_weight_to_device(key, *args, **kwargs)
 
     def load(self, *args, **kwargs):
         self.unpatch_hooks()
-        if self.model.current_weight_patches_uuid != self.patches_uuid:
-            self._attach()
+        self._attach()
         super().load(*args, **kwargs)
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
@@ -185,6 +190,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             self.unpatch_hooks()
             for layer in self.packed_layers().values():
                 layer.side = None
+            self.model.svdquant_attached = None
         stays, self.stays = self.stays, False
         super().unpatch_model(None if stays else device_to, unpatch_weights)
 

@@ -3,12 +3,18 @@
 import copy
 
 import comfy.ldm.flux.layers
+import comfy.model_management
+import comfy.model_patcher
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
+from comfyui_svdquant.nodes.save_model import stored_tensors
+from comfyui_svdquant.quant.checkpoint import native
+from comfyui_svdquant.quant.host import build
 from comfyui_svdquant.quant.metrics import relative_error
 
 from .comfy_models import HIDDEN, sample
+from .conftest import load
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"
@@ -100,3 +106,74 @@ def test_a_deep_copy_keeps_its_lora(plain, twin):
     before, expected = sample(twin), sample(patched)
     assert torch.equal(sample(copy.deepcopy(patched)), expected)
     assert torch.equal(sample(twin), before)
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", ".single_blocks.0"])
+def test_a_lora_stays_where_a_module_is_compiled_in_its_place(twin, name):
+    """With torch.compile as an object patch the modules' names are longer; ComfyUI loses the LoRA of a 16-bit model there."""
+    patched = with_lora(twin)
+    target = f"diffusion_model{name}"
+    patched.add_object_patch(target, torch.compile(patched.get_model_object(target), backend="eager"))
+    comfy.model_management.load_models_gpu([patched])
+    single = layer(twin, LINEAR1)
+    assert single.side is not None
+    patched.detach()
+    assert single.side is None
+
+
+def own_partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+    """A loading that goes through the layers itself, as those that spread a model over devices do."""
+    self.unpatch_model(self.offload_device, unpatch_weights=True)
+    self.patch_model(load_weights=False)
+    for *_, name, module, _parameters in self._load_list():
+        module.to(device_to)
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in self.patches:
+                self.patch_weight_to_device(key, device_to=device_to)
+    self.model.current_weight_patches_uuid, self.model.device = self.patches_uuid, device_to
+    return 0
+
+
+def test_a_lora_stays_where_others_load_the_layers(twin, monkeypatch):
+    patched = with_lora(twin)
+    before, expected = sample(twin), sample(patched)
+    comfy.model_management.unload_all_models()
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "partially_load", own_partially_load)
+    assert torch.equal(sample(patched), expected)
+    assert torch.equal(sample(twin), before)
+    assert torch.equal(sample(patched), expected)
+
+
+# --- what is left in the model -------------------------------------------------------------------------------------
+
+
+def hung_into(patcher):
+    """Modules and a forward that a node sets on the diffusion model itself, and never takes away."""
+    model = patcher.model.diffusion_model
+    model.faces = torch.nn.ModuleList([torch.nn.Linear(HIDDEN, HIDDEN)])
+    model.double_blocks[0].processor = torch.nn.Linear(4, 4)
+
+
+def compiled_in_its_place(patcher):
+    patched = patcher.clone()
+    patched.add_object_patch("diffusion_model.single_blocks.0", torch.compile(layer(patcher, "single_blocks.0"), backend="eager"))
+    comfy.model_management.load_models_gpu([patched])
+
+
+@pytest.mark.parametrize("technique", [hung_into, compiled_in_its_place])
+def test_is_not_saved(twin, pair_files, tmp_path, technique):
+    expected = sample(load(pair_files[1]))
+    technique(twin)
+    tensors, path = stored_tensors(twin), str(tmp_path / "saved.safetensors")
+    native.save(path, tensors, {name: module.spec for name, module in twin.packed_layers().items()},
+                build.stored_config(twin.model), twin.recipe, twin.source)
+    assert torch.equal(sample(load(path)), expected)
+
+
+def test_a_model_that_lacks_something_is_not_saved(twin):
+    twin.model.diffusion_model.single_blocks[0] = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"has single_blocks\.0\..*; load the MODEL again"):
+        stored_tensors(twin)
