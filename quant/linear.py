@@ -127,7 +127,8 @@ class SVDQuantLinear(BranchedLinear):
         if ops.plain(x) and (known := self._repeated.get(x.shape)) is not None:
             side, y = self._modules.get("side"), None
             if not self.bias_function and (side is None or side.gain is None):
-                y = self._again(x, self.activates_from() if side is None else None, *known)
+                gelu_from = None if self.gelu_from is None or side is not None else self.activates_from()  # few layers have one
+                y = self._again(x, gelu_from, *known)
             if y is not None:
                 return y if side is None else self.added(y, x)
         return super().forward(x)
