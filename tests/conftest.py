@@ -25,6 +25,13 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if WORKERS > 1:  # before anything imports torch. Servers that tests start take it over
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))
 
+if importlib.util.find_spec("hypothesis"):  # only some of the tests need it
+    from hypothesis import settings
+
+    # The same cases in each run; `--hypothesis-profile=default` tries others.
+    settings.register_profile("fixed", derandomize=True)
+    settings.load_profile("fixed")
+
 ROOT = Path(__file__).resolve().parents[1]
 HOST = setup.locate()
 HAS_COMFY = (HOST.comfy / "main.py").is_file()

@@ -89,7 +89,9 @@ def agrees(state, entries, form):
     if form == "nunchaku":  # under other names and in another order; test_nunchaku.py compares the shapes
         needed = {name for name in entries if not name.endswith((".smooth_orig", ".lora_down", ".lora_up"))}
         return len(needed) == NEEDED
-    stored = {name.removeprefix(PREFIX): value for name, value in entries.items() if not name.endswith(DESCRIPTION)}
+    within = PREFIX if form == "kitchen" else ""  # what is beside that, as in a whole checkpoint, isn't the model's
+    stored = {name.removeprefix(within): value for name, value in entries.items()
+              if name.startswith(within) and not name.endswith(DESCRIPTION)}
     for name in [name for name, value in stored.items() if name.endswith(".weight_scale") and value[0] == "I8"]:
         stored[name] = [stored.pop(f"{name}_2")[0], *stored[name][1:]]
     return state.keys() == stored.keys() and all(
