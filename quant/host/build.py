@@ -233,18 +233,15 @@ def swap(diffusion_model, name, spec):
 
 
 class TakenOver(torch.nn.Identity):
-    """Where a GELU was, which the packed layer `child` of `parent` applies to its output, unless it can't at the moment
+    """Where a GELU was, which the packed layer before it applies to its output, unless it can't at the moment
     (PackedLinear.activates_from)."""
 
-    def __init__(self, parent, child):
+    def __init__(self, layer):
         super().__init__()
-        self.layer = parent, child  # in a tuple the parent is no module of this one; a name, as swap may put another layer there
+        self.layer = (layer,)  # in a tuple it is no module of this one. Not its parent: a model in a cycle would outlive its last user
 
     def forward(self, x):
-        parent, child = self.layer
-        layer = getattr(parent, child)
-        done = isinstance(layer, PackedLinear) and layer.activates_from() is not None
-        return x if done else torch.nn.functional.gelu(x, approximate="tanh")
+        return x if self.layer[0].activates_from() is not None else torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def take_over_activations(diffusion_model):
@@ -254,23 +251,21 @@ def take_over_activations(diffusion_model):
         if type(block) is comfy.ldm.flux.layers.DoubleStreamBlock:
             for name in ("img_mlp", "txt_mlp"):
                 mlp = getattr(block, name)
-                if type(mlp) is torch.nn.Sequential and len(mlp) == 3:
-                    packed = Operations.PackedMLP(*mlp)
-                    if _take_over(packed, "0", 0, "1"):
-                        setattr(block, name, packed)
+                if type(mlp) is torch.nn.Sequential and len(mlp) == 3 and _take_over(mlp[0], 0, mlp, "1"):
+                    setattr(block, name, Operations.PackedMLP(*mlp))
         elif type(block) is comfy.ldm.flux.layers.SingleStreamBlock:
             qkv = 3 * block.hidden_size
             if block.linear1.out_features == qkv + block.mlp_hidden_dim:  # [q k v ; MLP], and no gate beside it
-                _take_over(block, "linear1", qkv, "mlp_act")
+                _take_over(block.linear1, qkv, block, "mlp_act")
 
 
-def _take_over(parent, child, gelu_from, activation_child):
-    """Have the layer `child` of `parent` apply the activation there, if it can; returns whether it does."""
-    layer, activation = getattr(parent, child), getattr(parent, activation_child)
+def _take_over(layer, gelu_from, parent, child):
+    """Have the layer apply the activation `child` of `parent`, if it can; returns whether it does."""
+    activation = getattr(parent, child)
     takes = isinstance(layer, SVDQuantLinear) and type(activation) is torch.nn.GELU and activation.approximate == "tanh"
     if takes:
         layer.gelu_from = gelu_from
-        setattr(parent, activation_child, TakenOver(parent, child))
+        setattr(parent, child, TakenOver(layer))
     return takes
 
 

@@ -1,8 +1,11 @@
 """GELUs of a model in a real ComfyUI that its 4-bit layers take over, and those that they leave alone."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import comfy.ldm.flux.layers
+import comfy.model_management
 import pytest
 import torch
 from comfyui_svdquant.quant import flux, layout, linear, quantizer
@@ -66,6 +69,21 @@ def test_a_layer_in_another_ones_place(native_file, flux_file):
             spec = flux.layer_spec(name, (model.get_submodule(name).out_features, HIDDEN), 16, True, torch.bfloat16)
             build.swap(model, name, spec)
         assert taken(model) == expected and len(gelus(model)) == len(TAKEN) - len(expected)
+
+
+def test_a_dropped_model_is_gone_at_once(native_file):
+    """Its gigabytes would be in the next one's way, if they waited for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        patcher = build.load_model(native_file)
+        sample(patcher)
+        comfy.model_management.unload_all_models()
+        layers = [weakref.ref(patcher.model.diffusion_model.get_submodule(name)) for name in TAKEN]
+        del patcher
+        assert not any(layer() is not None for layer in layers)
+    finally:
+        gc.enable()
 
 
 def gated(block):

@@ -11,7 +11,6 @@ import torch
 from comfy.patcher_extension import PatcherInjection
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
 from comfyui_svdquant.quant.host import quantize
-from comfyui_svdquant.quant.host.build import TakenOver
 from comfyui_svdquant.quant.metrics import relative_error
 
 from .comfy_models import HIDDEN, prompts
@@ -134,7 +133,7 @@ def test_a_lora_beside_the_layers_is_not_lost_in_a_file(twin):
 
 
 def test_what_hooks_a_layers_output_gets_the_linears(twin):
-    """A GELU is then the model's again, where it was, also for a layer that something else has been put in the place of."""
+    """A GELU is then the model's again, where it was."""
     layer, between = layer_of(twin, FC1), twin.model.diffusion_model.double_blocks[0].img_mlp[1]
     x, seen = random(5, HIDDEN, seed=7), []
     activated = layer(x)
@@ -142,9 +141,6 @@ def test_what_hooks_a_layers_output_gets_the_linears(twin):
     y = between(layer(x))
     handle.remove()
     assert relative_error(y, activated) < 0.01 and float(seen[0].min()) < -1, "a GELU's least value is -0.17"
-    elsewhere = torch.nn.Sequential(torch.nn.Linear(HIDDEN, 64), torch.nn.Identity())
-    elsewhere[1] = TakenOver(elsewhere, "0")
-    assert torch.equal(elsewhere(x), torch.nn.functional.gelu(elsewhere[0](x), approximate="tanh"))
 
 
 # --- merging -------------------------------------------------------------------------------------------------------
