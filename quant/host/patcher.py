@@ -67,15 +67,17 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def packed_at(self, key):
         """The packed layer whose weight `key` is, else None."""
-        name, _, parameter = key.rpartition(".")
-        if not key.startswith(PREFIX) or parameter != "weight":
-            return None
-        layer = comfy.utils.get_attr(self.model, name)
-        return layer if isinstance(layer, PackedLinear) else None
+        return self._layer_of(key) if key.endswith(".weight") else None
 
-    def _is_packed(self, key):
-        """Whether the parameter `key` is a packed layer's."""
-        return key.removeprefix(PREFIX).rpartition(".")[0] in self.packed_layers()
+    def _layer_of(self, key):
+        """The packed layer that has the parameter `key`, else None."""
+        if not key.startswith(PREFIX):
+            return None
+        try:
+            layer = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
+        except AttributeError:  # another model's
+            return None
+        return layer if isinstance(layer, PackedLinear) else None
 
     def model_size(self):
         return super().model_size() + sum(lora.nbytes(self.patches[key]) for key in self.patches if self.packed_at(key))
@@ -85,7 +87,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         idle = []
         if strength_patch == 0 and strength_model == 1:  # merging nodes give these for what is to stay model1's
-            idle = [key for key, value in patches.items() if isinstance(value, list) and self._is_packed(key)]
+            idle = [key for key, value in patches.items() if isinstance(value, list) and self._layer_of(key)]
             patches = {key: value for key, value in patches.items() if key not in idle}
         self._check(patches, strength_model)
         added = super().add_patches(patches, strength_patch, strength_model)
@@ -100,7 +102,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def add_weight_wrapper(self, name, function):
         # Of the bias too: a training node that has its LoRAs beside the weights, in bypass mode, wraps nothing else, and takes the size of
         # the packed weight for the layer's.
-        if self._is_packed(name):
+        if self._layer_of(name):
             raise ValueError(f"A node, as those that train LoRAs do, puts a function of its own around {name}, and a MODEL in 4 bits has "
                              "no 16-bit weights for that; train on the 16-bit model, and use the LoRA on this one.")
         super().add_weight_wrapper(name, function)
