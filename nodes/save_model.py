@@ -9,7 +9,7 @@ from ..quant.checkpoint.header import CheckpointError, read_header
 from ..quant.checkpoint.write import check_target
 from ..quant.convert import READERS
 from ..quant.host import build
-from ..quant.host.patcher import COMPILED, SVDQuantModelPatcher, unpatched
+from ..quant.host.patcher import SVDQuantModelPatcher, unpatched
 from ..quant.host.quantize import CARD
 from .model_folder import target_path
 
@@ -19,7 +19,7 @@ def stored_tensors(model):
     model isn't part of it. Raises ValueError where they have taken something away."""
     specs = {layer: module.spec for layer, module in model.packed_layers().items()}
     own = build.empty_like(model.model, specs, model.model.get_dtype()).diffusion_model.state_dict()
-    found = {name.replace(COMPILED, ""): tensor for name, tensor in unpatched(model.model, model.backup).items()}
+    found = unpatched(model.model, model.backup)
     if missing := own.keys() - found.keys():
         raise ValueError(f"Another node has replaced the part of this MODEL that has {min(missing)}; load the MODEL again, and save it "
                          "before that node runs.")

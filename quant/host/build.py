@@ -12,9 +12,9 @@ from comfy import quant_ops
 from .. import flux, heap, layout
 from ..checkpoint import foreign, kitchen, native, nunchaku, nunchaku_names
 from ..checkpoint.header import CheckpointError, read_header
-from ..linear import PackedLinear, SVDQuantLinear, compute_in, set_act_bits, warm_up
+from ..linear import SVDQuantLinear, compute_in, set_act_bits, warm_up
 from .ops import Operations
-from .patcher import SVDQuantModelPatcher, unpatched
+from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
 
 # What of a FLUX configuration is written to a file: what identifies the model, and what no tensor's shape tells.
 UNSEEN_KEYS = ("axes_dim", "theta", "mlp_ratio", "patch_size", "out_channels")
@@ -310,7 +310,7 @@ def make_patcher(model, patcher_class):
 def copied(model, backup, disable_dynamic=False):
     """A patcher for a copy of a quantized model, without what patches have changed in it (patcher.unpatched). disable_dynamic: ComfyUI's,
     and always so here."""
-    layers = {name: layer for name, layer in model.diffusion_model.named_modules() if isinstance(layer, PackedLinear)}
+    layers = packed_layers(model.diffusion_model)
     twin = empty_like(model, {name: layer.spec for name, layer in layers.items()}, model.get_dtype())
     for name, layer in layers.items():
         if isinstance(layer, SVDQuantLinear):

@@ -20,12 +20,17 @@ def refuse_to_save(*args, **kwargs):
                      "with SVDQuant Save Model.")
 
 
+def packed_layers(diffusion_model):
+    """{name: packed layer}"""
+    return {name.replace(COMPILED, ""): module for name, module in diffusion_model.named_modules() if isinstance(module, PackedLinear)}
+
+
 def unpatched(model, backup):
     """{name: tensor} of a BaseModel's diffusion model, without what patches have changed. backup: a patcher's; one of its clones may be
     loaded with its LoRAs at this moment, and what ComfyUI has put aside for them is the model's own."""
-    tensors = model.diffusion_model.state_dict()
+    tensors = {name.replace(COMPILED, ""): tensor for name, tensor in model.diffusion_model.state_dict().items()}
     for key, put_aside in backup.items():
-        tensors[key.removeprefix(PREFIX)] = put_aside.weight
+        tensors[key.removeprefix(PREFIX).replace(COMPILED, "")] = put_aside.weight
     return tensors
 
 
@@ -62,8 +67,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def packed_layers(self):
         """{name: packed layer}, names relative to the diffusion model."""
-        return {name.replace(COMPILED, ""): module for name, module in self.model.diffusion_model.named_modules()
-                if isinstance(module, PackedLinear)}
+        return packed_layers(self.model.diffusion_model)
 
     def packed_at(self, key):
         """The packed layer whose weight `key` is, else None."""
