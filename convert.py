@@ -42,7 +42,7 @@ def unreadable(path, error):
 
 
 def main():
-    convert, header = modules("convert", "quant.convert", "quant.checkpoint.header")
+    convert, header = modules("convert", "quant.checkpoint.convert", "quant.checkpoint.header")
     parser = argparse.ArgumentParser(description="Convert a quantized FLUX.1 from one layout into another.")
     parser.add_argument("source", metavar="IN", help="a .safetensors file: Nunchaku's, ours or comfy-kitchen's names")
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")

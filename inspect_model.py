@@ -9,7 +9,7 @@ from convert import modules, unreadable
 
 
 def main():
-    inspection, header = modules("inspect", "quant.inspection", "quant.checkpoint.header")
+    inspection, header = modules("inspect", "quant.checkpoint.inspection", "quant.checkpoint.header")
     parser = argparse.ArgumentParser(description="Format, sizes, ranks, recipe and errors of a FLUX.1 file; no weight is read.")
     parser.add_argument("file", metavar="FILE", help="a .safetensors file: ours, Nunchaku's, comfy-kitchen's names, or not quantized")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")

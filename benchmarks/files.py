@@ -77,10 +77,11 @@ class Random:
 def write_native(path, gb, rank):
     """A random FLUX.1 in our layout, with scales as our quantizer's."""
     from comfyui_svdquant.cuda.scales import HIGHEST
-    from comfyui_svdquant.quant import flux, layout
     from comfyui_svdquant.quant.checkpoint import native
     from comfyui_svdquant.quant.checkpoint.int8_scales import product
-    from comfyui_svdquant.quant.scales import four_bits
+    from comfyui_svdquant.quant.families import flux1 as flux
+    from comfyui_svdquant.quant.layers import layout
+    from comfyui_svdquant.quant.quantizer.group_scales import four_bits
 
     hidden, depth = sizes(gb)
     shapes = linears(hidden, depth)
@@ -242,11 +243,11 @@ def loading(path, comfyui):
 
     args.cpu = True  # the weights' way to a GPU is left out
     load_pack()
-    from comfyui_svdquant.quant.host import build
+    from comfyui_svdquant.quant.host import loader
 
     def load():
         with torch.inference_mode():
-            patcher = build.load_model(path)
+            patcher = loader.load_model(path)
             for tensor in patcher.model.diffusion_model.state_dict().values():
                 tensor.view(-1).view(torch.uint8)[::4096].sum()  # a byte of every page
         return patcher
@@ -256,7 +257,7 @@ def loading(path, comfyui):
 
 def converting(source, target, to):
     load_pack()
-    from comfyui_svdquant.quant.convert import convert
+    from comfyui_svdquant.quant.checkpoint.convert import convert
 
     with Peak() as peak:
         start = time.perf_counter()

@@ -46,7 +46,7 @@ def plain_flux():
 
 
 def packed_flux(rank):
-    from comfyui_svdquant.quant import flux as inventory
+    from comfyui_svdquant.quant.families import flux1 as inventory
     from comfyui_svdquant.quant.host import build, ops
 
     flux = new_flux(ops.Operations, "meta")
@@ -89,7 +89,7 @@ def main():
     args = parser.parse_args()
     sys.path.insert(0, args.comfyui)
     load_pack()
-    from comfyui_svdquant.quant.linear import set_act_bits
+    from comfyui_svdquant.quant.layers.linear import set_act_bits
 
     def with_bits(act_bits):
         flux = packed_flux(args.rank)

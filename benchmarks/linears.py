@@ -96,7 +96,7 @@ def fp8_rowwise(m, k, n, x):
 def comfy_kitchen(name, m, k, n, x, rank):
     """comfy-kitchen's kernels, whose layouts are ours. They take columns signed or unsigned: linear2's are signed here, and what an MLP's
     second layer gets is shifted before, as they ask for."""
-    import comfy_kitchen as kitchen
+    import comfy_kitchen
     from comfyui_svdquant.cuda.int4 import GELU_SHIFT
 
     layers = rotating(lambda: layer(n, k, rank), n * k // 2)
@@ -106,8 +106,8 @@ def comfy_kitchen(name, m, k, n, x, rank):
         weight, scale, down, up, smooth, bias = layers()
         source = x()
         shifted = source + GELU_SHIFT if is_unsigned else source
-        codes, code_scale, low = kitchen.quantize_svdquant_w4a4(shifted, smooth, down, act_unsigned=is_unsigned, lora_x=source)
-        return kitchen.scaled_mm_svdquant_w4a4(codes, weight, code_scale, scale, low, up, bias, is_unsigned)[:m]
+        codes, code_scale, low = comfy_kitchen.quantize_svdquant_w4a4(shifted, smooth, down, act_unsigned=is_unsigned, lora_x=source)
+        return comfy_kitchen.scaled_mm_svdquant_w4a4(codes, weight, code_scale, scale, low, up, bias, is_unsigned)[:m]
 
     return graph_time(run)
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 import comfy.model_management
 import layers
 import torch
-from comfyui_svdquant.quant import calibration, flux, quantizer
+from comfyui_svdquant.quant.families import flux1 as flux
 from comfyui_svdquant.quant.host import build, quantize
-from comfyui_svdquant.quant.linear import SVDQuantLinear
+from comfyui_svdquant.quant.layers.linear import SVDQuantLinear
+from comfyui_svdquant.quant.quantizer import calibration, pipeline, presets
 
 
 class Silent:
@@ -77,7 +78,7 @@ def by_recipes(chosen, patcher, inputs, rank, around=("naive",), narrow=False):
     found.
     """
     preset, *watched = around
-    twins = [quantize.quantize(patcher, quantizer.recipe(preset, rank), *(watched or (None, None, 1)), 0, Silent())[0] for _ in chosen]
+    twins = [quantize.quantize(patcher, presets.make_recipe(preset, rank), *(watched or (None, None, 1)), 0, Silent())[0] for _ in chosen]
     seconds = [0.0] * len(chosen)
     layers_of_twin = twins[0].packed_layers()
     for name in [name for name, linear in layers_of_twin.items() if isinstance(linear, SVDQuantLinear)]:
@@ -88,7 +89,7 @@ def by_recipes(chosen, patcher, inputs, rank, around=("naive",), narrow=False):
         branch = rank // len(pieces) if narrow else 2 * rank if name.endswith(".linear1") else rank
         for part in pieces:
             for i, recipe in enumerate(chosen):
-                with quantizer.threads_for(weight):
+                with pipeline.threads_for(weight):
                     tensors, took = timed(recipe, part, branch)
                 made[i].append(tensors)
                 seconds[i] += took

@@ -25,8 +25,8 @@ SMALL = 16, 256, 256  # M, N, K
 
 
 def layer(spec):
-    from comfyui_svdquant.quant import layout
-    from comfyui_svdquant.quant.linear import AWQLinear, SVDQuantLinear
+    from comfyui_svdquant.quant.layers import layout
+    from comfyui_svdquant.quant.layers.linear import AWQLinear, SVDQuantLinear
 
     made = (AWQLinear if spec.format == layout.AWQ else SVDQuantLinear)(spec, "cuda")
     for p in made.parameters():
@@ -56,7 +56,7 @@ def overheads(rounds=8):
 def calls():
     """{what: a function of nothing that calls it}"""
     from comfyui_svdquant.cuda import group_error, ops, runtime
-    from comfyui_svdquant.quant import layout
+    from comfyui_svdquant.quant.layers import layout
 
     m, n, k = SMALL
     x, found = torch.randn(1, m, k, device="cuda").bfloat16(), {}

@@ -69,7 +69,7 @@ class Studio:
 
     def __init__(self, args):
         import comfy.model_management
-        from comfyui_svdquant.quant.host import build
+        from comfyui_svdquant.quant.host import loader
 
         from tiny_flux import train
 
@@ -79,7 +79,7 @@ class Studio:
         self.captions = captions(args.prompts, PICTURE_CAPTIONS, self.known)
         self.files = ROOT / "demo" / "tiny_flux"
         dtype = getattr(torch, args.compute) if args.compute else None
-        self.patcher = build.load_model(str(self.files / "tiny_flux.safetensors"), dtype)
+        self.patcher = loader.load_model(str(self.files / "tiny_flux.safetensors"), dtype)
         self.vae = train.load_vae(str(self.files / "tiny_vae.safetensors"), self.device)
         self.latents = self.draw(self.patcher)
         self.pictures = self.develop(self.latents)
@@ -114,7 +114,7 @@ class Studio:
 
     def judge(self, twin, by_kernels=False):
         """{"w4a4", "w4a8": compare(...)} of a 4-bit model."""
-        from comfyui_svdquant.quant.linear import set_act_bits
+        from comfyui_svdquant.quant.layers.linear import set_act_bits
 
         found = {}
         with nullcontext() if by_kernels else by_definition():
@@ -150,7 +150,7 @@ def by_definition():
 def noise_floor(studio, *names):
     """bf16 against bf16 that is computed otherwise: PyTorch's attention or plain products, smaller batches, another arithmetic."""
     from comfy.ldm.modules import attention
-    from comfyui_svdquant.quant.host import build, quantize
+    from comfyui_svdquant.quant.host import loader, quantize
 
     def other_attention(usual, *args, **kwargs):
         plain = usual is attention.attention_basic
@@ -160,7 +160,7 @@ def noise_floor(studio, *names):
     attending.model_options["transformer_options"]["optimized_attention_override"] = other_attention
     usual = quantize.compute_dtype(studio.patcher)
     dtype = torch.bfloat16 if usual == torch.float32 else torch.float32
-    other = build.load_model(str(studio.files / "tiny_flux.safetensors"), dtype)
+    other = loader.load_model(str(studio.files / "tiny_flux.safetensors"), dtype)
     drawn = [studio.draw(attending), studio.draw(studio.patcher, max(1, studio.args.batch // 8)), studio.draw(other)]
     return {name: {"arithmetic": [str(usual), str(dtype)], "w4a4": studio.compare(latents)} for name, latents in zip(names, drawn)}
 
@@ -192,11 +192,11 @@ def others(studio, *names, narrow=False, modulated=False):
 def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, exceptions="", **changes):
     """A row as the node makes it, or with `changes` to the recipe's fields; with CUDA, `OURS` through the kernels too."""
     import model_recipes
-    from comfyui_svdquant.quant import quantizer
     from comfyui_svdquant.quant.host import quantize
+    from comfyui_svdquant.quant.quantizer import presets
 
     args = studio.args
-    recipe = replace(quantizer.recipe(preset, rank or args.rank, exceptions), **changes)
+    recipe = replace(presets.make_recipe(preset, rank or args.rank, exceptions), **changes)
     entries, latent = studio.calibration(prompts or args.calibration_prompts)
     (twin, _), seconds = model_recipes.timed(quantize.quantize, studio.patcher, recipe, entries, latent,
                                              steps or args.calibration_steps, 0, model_recipes.Silent())
@@ -219,7 +219,7 @@ def recipe_jobs(args):
 
 def knob_jobs(args):
     """[(function, row names, settings)] of the knobs, one changed at a time; the row of the defaults belongs to all."""
-    from comfyui_svdquant.quant.calibration import TOKENS_PER_INPUT
+    from comfyui_svdquant.quant.quantizer.calibration import TOKENS_PER_INPUT
 
     usual = {"rank": args.rank, "prompts": args.calibration_prompts, "steps": args.calibration_steps, "tokens": TOKENS_PER_INPUT,
              "preset": "best", "propagate": "exact"}

@@ -85,19 +85,19 @@ class Stages:
 
 def watch_stages(stages):
     """Time the parts of the pipeline, and note the kind of the block that is worked on."""
-    from comfyui_svdquant.quant import calibration, gptq, lowrank, quantizer
     from comfyui_svdquant.quant.checkpoint import native
     from comfyui_svdquant.quant.host import quantize, resume
+    from comfyui_svdquant.quant.quantizer import calibration, gptq, lowrank, pipeline
 
     for owner, name, label in (
             (quantize, "check_weights", "checking the weights"), (quantize, "record_trajectory", "sampling"),
             (resume.Checkpoint, "save", "keeping the progress"),
             (quantize, "make_room", "unloading the model"), (calibration, "_replay", "replay"),
             (calibration.InputStats, "add", "statistics"), (quantize, "effective_weight", "a layer's weight to the device"),
-            (quantizer, "choose_smoothing", "smoothing"), (quantizer, "alternate", "branch and codes in turn"),
-            (quantizer, "find_scales", "scale search"), (gptq, "damped_cholesky", "Cholesky factor"), (gptq, "gptq_round", "GPTQ"),
-            (lowrank, "refit", "refit"), (quantizer, "pack_awq", "modulation layers"), (quantizer, "layer_error", "errors"),
-            (quantizer, "naive_error", "errors"), (quantize, "_twin", "the twin"), (native, "save", "saving")):
+            (pipeline, "choose_smoothing", "smoothing"), (pipeline, "alternate", "branch and codes in turn"),
+            (pipeline, "find_scales", "scale search"), (gptq, "damped_cholesky", "Cholesky factor"), (gptq, "gptq_round", "GPTQ"),
+            (lowrank, "refit", "refit"), (pipeline, "pack_awq", "modulation layers"), (pipeline, "layer_error", "errors"),
+            (pipeline, "naive_error", "errors"), (quantize, "_twin", "the twin"), (native, "save", "saving")):
         stages.time(owner, name, label)
     replay, layer, on_device = calibration._replay, quantize.quantize_layer, quantize.on_device
 
@@ -266,8 +266,8 @@ def errors(records):
 
 def measure(args):
     """The result file's content."""
-    from comfyui_svdquant.quant import quantizer
     from comfyui_svdquant.quant.host import quantize
+    from comfyui_svdquant.quant.quantizer import presets
 
     depths = dict(zip(BLOCKS, args.blocks))
     began = time.perf_counter()
@@ -279,7 +279,7 @@ def measure(args):
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     latent = {"samples": torch.zeros(1, 16, args.size // 8, args.size // 8)}
-    prompts, recipe = conditioning(args.prompts, args.text_tokens), quantizer.recipe(args.preset, args.rank)
+    prompts, recipe = conditioning(args.prompts, args.text_tokens), presets.make_recipe(args.preset, args.rank)
     stages = Stages()
     memory = HostMemory(stages)
     watch_stages(stages)

@@ -9,9 +9,10 @@ from unittest import mock
 
 import torch
 from comfyui_svdquant.cuda import int4, reference
-from comfyui_svdquant.quant import gptq, layout, lowrank, quantizer, rounding, smoothing
-from comfyui_svdquant.quant.calibration import InputStats
-from comfyui_svdquant.quant.metrics import relative_error
+from comfyui_svdquant.quant.layers import layout
+from comfyui_svdquant.quant.quantizer import gptq, lowrank, pipeline, presets, rounding, smoothing
+from comfyui_svdquant.quant.quantizer.calibration import InputStats
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 DTYPE = torch.bfloat16
 DEEPCOMPRESSOR_GRID = [(0.0, 0.0), *((i / 20, b) for i in range(1, 20) for b in (0.0, 1 - i / 20))]  # (alpha, beta), 39 pairs
@@ -54,7 +55,7 @@ def pack(spec, smooth, up, down, codes, scales):
     tensors = {"weight": int4.pack(codes), "weight_scale": scales, "weight_smooth_factor": smooth,
                "weight_proj_up": up.to(DTYPE), "weight_proj_down": (down / smooth.float().unsqueeze(-1)).to(DTYPE)}
     bias = torch.zeros(spec.out_features, device=codes.device)
-    return tensors | {"bias": quantizer.fold_shift(bias, tensors, spec)}
+    return tensors | {"bias": pipeline.fold_shift(bias, tensors, spec)}
 
 
 def one_shot(layer, spec, factor):
@@ -131,9 +132,9 @@ def ours(preset, **changes):
     def run(layer, rank):
         spec, stats = spec_of(layer, rank), InputStats(1, with_gram=True)
         stats.add(layer.calibration)
-        recipe = quantizer.Recipe(preset, rank, **(quantizer.PRESETS[preset] | changes))
+        recipe = presets.Recipe(preset, rank, **(presets.PRESETS[preset] | changes))
         bias = torch.zeros(spec.out_features, device=layer.weight.device)
-        return quantizer.quantize_layer(layer.kind, layer.weight, bias, stats, spec, recipe)[0]
+        return pipeline.quantize_layer(layer.kind, layer.weight, bias, stats, spec, recipe)[0]
 
     return run
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..quant import hub
+from ..quant.download import hub
 from .model_folder import target_path
 from .progress import NodeProgress
 

@@ -6,7 +6,7 @@ import time
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..quant import inspection
+from ..quant.checkpoint import inspection
 from .progress import NodeProgress
 
 

@@ -8,9 +8,9 @@ from comfy_api.latest import io
 
 from ..quant.checkpoint import card
 from ..quant.checkpoint.header import read_header
-from ..quant.host.build import load_model
+from ..quant.host.loader import load_model
 from ..quant.host.quantize import CARD, SOURCE
-from ..quant.linear import NVFP4Linear
+from ..quant.layers.linear import NVFP4Linear
 from .progress import NodeProgress
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..quant import quantizer, report
-from ..quant.calibration import TOKENS_PER_INPUT
 from ..quant.host.quantize import quantize
+from ..quant.quantizer import presets, report
+from ..quant.quantizer.calibration import TOKENS_PER_INPUT
 from .progress import PROGRESS_FOLDERS, NodeProgress
 
 
@@ -32,11 +32,11 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                              tooltip="Sampling steps for each prompt. They cover all noise levels, so 8 are enough."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                              tooltip="Noise of the pictures that are drawn while watching."),
-                io.Int.Input("rank", default=32, min=quantizer.MIN_RANK, max=quantizer.MAX_RANK,
-                             step=quantizer.RANK_STEP,
+                io.Int.Input("rank", default=32, min=presets.MIN_RANK, max=presets.MAX_RANK,
+                             step=presets.RANK_STEP,
                              tooltip="Width of the 16-bit branch; twice that in the single blocks, whose layers are two in one. "
                                      "32 suits most; more is closer to the original and makes the model larger."),
-                io.Combo.Input("preset", options=list(quantizer.PRESETS), default="best",
+                io.Combo.Input("preset", options=list(presets.PRESETS), default="best",
                                tooltip="best: calibrated on your prompts, with GPTQ. slow: errors of layers a little smaller, "
                                        "and longer. fast: without GPTQ. data-free: no calibration, weaker. naive: plain "
                                        "rounding without the method, only to compare with."),
@@ -65,7 +65,7 @@ class SVDQuantQuantizeModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, steps, seed, rank, preset, positive=None, latent=None, exceptions="", tokens=TOKENS_PER_INPUT,
                 progress="temp"):
-        recipe = replace(quantizer.recipe(preset, rank, exceptions), tokens=tokens)
+        recipe = replace(presets.make_recipe(preset, rank, exceptions), tokens=tokens)
         shown = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
         quantized, records = quantize(model, recipe, positive, latent, steps, seed, shown, PROGRESS_FOLDERS[progress]())
         shown.say(report.summary(records))

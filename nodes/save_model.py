@@ -4,10 +4,11 @@ import os
 
 from comfy_api.latest import io
 
-from ..quant.checkpoint import native, nunchaku_write
+from ..quant.checkpoint import native
+from ..quant.checkpoint.convert import READERS
 from ..quant.checkpoint.header import CheckpointError, read_header
+from ..quant.checkpoint.nunchaku import writer as nunchaku_writer
 from ..quant.checkpoint.write import check_target
-from ..quant.convert import READERS
 from ..quant.host import build
 from ..quant.host.patcher import SVDQuantModelPatcher, unpatched
 from ..quant.host.quantize import CARD
@@ -88,7 +89,7 @@ class SVDQuantSaveModel(io.ComfyNode):
         check_target(path, overwrite)
         tensors = stored_tensors(model)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
-        writer = {"native": native, "nunchaku": nunchaku_write}[layout]
+        writer = {"native": native, "nunchaku": nunchaku_writer}[layout]
         writer.save(path, tensors, specs, build.stored_config(model.model), model.recipe, model.source, overwrite,
                     model.get_attachment(CARD))
         return io.NodeOutput(name)

@@ -2,7 +2,7 @@
 
 ComfyUI is the one of COMFYUI_PATH or of .comfyui (`make test` puts it there). Its classes run in this process as its main.py
 would run them with --cpu (unless there is a CUDA device) and a base folder of our own. Where there is no ComfyUI, tests/nodes,
-tests/host and tests/quant/test_comfy*.py are left out and the rest runs.
+tests/host and tests/quant/host and tests/benchmarks are left out and the rest runs.
 
 With `-n auto --dist loadfile` files run side by side, in up to four processes that share the cores; where there is a GPU in one, since
 its tests take times and memory.
@@ -39,7 +39,7 @@ HAS_COMFY = (HOST.comfy / "main.py").is_file()
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 BASE = Path(tempfile.mkdtemp(prefix="svdquant-tests-"))
 
-collect_ignore_glob = [] if HAS_COMFY else ["nodes/*", "host/*", "quant/test_comfy*"]
+collect_ignore_glob = [] if HAS_COMFY else ["nodes/*", "host/*", "quant/host/*", "benchmarks/test_*"]
 
 
 def load_pack() -> None:

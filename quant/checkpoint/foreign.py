@@ -2,9 +2,9 @@
 
 import re
 
-from .. import layout
+from ..layers import layout
+from .comfy_kitchen import METADATA
 from .header import CheckpointError
-from .kitchen import METADATA
 
 # Those that ComfyUI reads too; a whole checkpoint has text encoders and a VAE beside the second.
 PREFIXES = ("", "model.diffusion_model.", "model.", "model.model.", "net.")

@@ -10,7 +10,7 @@ layout.py, and `X.comfy_quant` says what it is. The file's metadata:
     svdquant.source    name of the model that was quantized; source_title and source_hash_sha256 as its own card had them
     modelspec.*        title, author, licence, ...: card.py
 
-Files that others made under comfy-kitchen's names have none of these metadata; kitchen.py reads them through here.
+Files that others made under comfy-kitchen's names have none of these metadata; comfy_kitchen.py reads them through here.
 """
 
 import json
@@ -20,7 +20,8 @@ from itertools import chain
 import torch
 
 from ...cuda.scales import HIGHEST, LOWEST
-from .. import flux, layout
+from ..families import flux1 as flux
+from ..layers import layout
 from . import int8_scales
 from .card import modelspec
 from .header import CheckpointError

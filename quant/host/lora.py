@@ -21,8 +21,8 @@ import comfy.lora
 import torch
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 
-from ..lowrank import SEARCH_ITERATIONS, low_rank
-from ..side import Dense, Kronecker, LowRank, SideBranch, merged
+from ..layers.lora_branch import Dense, Kronecker, LowRank, SideBranch, merged
+from ..quantizer.lowrank import SEARCH_ITERATIONS, low_rank
 
 KEPT_ENERGY = 0.99
 SKETCH_RANKS = (64, 256)  # tried before a full decomposition, which takes far longer

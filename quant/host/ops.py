@@ -3,8 +3,8 @@
 import comfy.ops
 import torch
 
-from .. import layout
-from ..linear import AWQLinear, NVFP4Linear, PackedMLP, SVDQuantLinear
+from ..layers import layout
+from ..layers.linear import AWQLinear, NVFP4Linear, PackedMLP, SVDQuantLinear
 
 
 class Operations(comfy.ops.manual_cast):

@@ -6,7 +6,7 @@ import comfy.hooks
 import comfy.model_patcher
 import comfy.utils
 
-from ..linear import PackedLinear
+from ..layers.linear import PackedLinear
 from . import lora
 
 PREFIX = "diffusion_model."

@@ -15,8 +15,9 @@ import comfy.sample
 import comfy.supported_models
 import torch
 
-from .. import calibration, flux, quantizer
-from ..linear import PackedLinear
+from ..families import flux1 as flux
+from ..layers.linear import PackedLinear
+from ..quantizer import calibration, pipeline
 from . import build, resume
 from .patcher import PREFIX, SVDQuantModelPatcher
 
@@ -27,7 +28,7 @@ SOURCE, CARD = "svdquant.source", "svdquant.card"
 # What of FLUX's parameters FLUX.1 has not, and whose it is.
 RELATIVES = {"global_modulation": "Flux2", "yak_mlp": "Ovis-Image"}
 MAX_CALLS = 32  # recorded calls of the model, spread over prompts and noise levels
-WEIGHT_COPIES, GRAM_COPIES = 8, 3  # at the peak of quantizer.pack_svdquant
+WEIGHT_COPIES, GRAM_COPIES = 8, 3  # at the peak of pipeline.pack_svdquant
 OUTSIDE = "outside"  # stands for a block's name where layers are in none: the block is then the whole model
 NOTHING_ELSE = 2**62  # bytes that ComfyUI is asked to free where everything is to leave the device
 
@@ -283,7 +284,7 @@ def layer_specs(diffusion_model, recipe, dtype):
 def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folder=None):
     """A 4-bit twin of a FLUX MODEL; the MODEL itself is left as it was, also when this fails or is cancelled.
 
-    recipe: quantizer.Recipe; conditioning, latent: what the MODEL draws while it is watched, or None where the recipe
+    recipe: presets.Recipe; conditioning, latent: what the MODEL draws while it is watched, or None where the recipe
     needs no calibration; progress: .total(n), .step(text) and .check(), which raises to cancel; folder: where what is finished is
     kept until all is, so that a run of the same inputs goes on from there; None: nowhere.
     Returns (SVDQuantModelPatcher, [LayerRecord]); the patcher's recipe has "notes", sentences of what was unusual.
@@ -368,7 +369,7 @@ def quantize_layer(patcher, name, stats, spec, recipe, memory, check):
     def run(device):
         weight = effective_weight(patcher, f"{name}.weight", device)
         bias = effective_weight(patcher, f"{name}.bias", device) if spec.bias else None
-        return quantizer.quantize_layer(name, weight, bias, None if stats is None else stats.to(device), spec, recipe, check)
+        return pipeline.quantize_layer(name, weight, bias, None if stats is None else stats.to(device), spec, recipe, check)
 
     device = torch.device(patcher.load_device)
     for place in (device, torch.device("cpu")) if memory.level else (device, device, torch.device("cpu")):

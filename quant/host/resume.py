@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint.write import write
-from ..quantizer import LayerRecord
+from ..quantizer.pipeline import LayerRecord
 
 SPARE_BYTES = 1 << 30  # that stay free on the disk
 TRAJECTORY = "trajectory"

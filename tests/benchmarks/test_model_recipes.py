@@ -10,8 +10,10 @@ pytest.importorskip("comfy", reason="there is no ComfyUI")
 import model_recipes
 import pictures
 import recipes
-from comfyui_svdquant.quant import flux, layout, quantizer
+from comfyui_svdquant.quant.families import flux1 as flux
 from comfyui_svdquant.quant.host import quantize
+from comfyui_svdquant.quant.layers import layout
+from comfyui_svdquant.quant.quantizer import presets
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -45,7 +47,7 @@ def test_naive_rounding_is_our_preset_naive(studio):
     inputs = model_recipes.layer_inputs(studio.patcher, calls)
     assert {tuple(x.shape) for x in inputs.values()} == {(144, 256), (144, 1024), (16, 256), (16, 1024), (160, 256), (160, 1280)}
     (twin, _), = model_recipes.by_recipes([recipes.naive], studio.patcher, inputs, 16)
-    preset, _ = quantize.quantize(studio.patcher, quantizer.recipe("naive", 16), None, None, 1, 0, model_recipes.Silent())
+    preset, _ = quantize.quantize(studio.patcher, presets.make_recipe("naive", 16), None, None, 1, 0, model_recipes.Silent())
     ours, theirs = (model.model.diffusion_model.state_dict() for model in (preset, twin))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():

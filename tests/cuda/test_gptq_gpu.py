@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comfyui_svdquant.cuda import gptq as kernel
-from comfyui_svdquant.quant import gptq, rounding, scales
+from comfyui_svdquant.quant.quantizer import gptq, group_scales, rounding
 
 pytestmark = pytest.mark.gpu
 
@@ -13,7 +13,7 @@ def case(n, k, seed=0):
     mix = torch.randn(k, k, generator=g) * torch.linspace(1, 0.05, k)
     x = torch.randn(2 * k, k, generator=g) @ mix.t() / k**0.5
     weight = (torch.randn(n, k, generator=g) / k**0.5).cuda()
-    return weight, gptq.damped_cholesky((x.t() @ x / len(x)).cuda(), 0.1), scales.search(weight, None, torch.bfloat16)
+    return weight, gptq.damped_cholesky((x.t() @ x / len(x)).cuda(), 0.1), group_scales.search(weight, None, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 64), (17, 192), (300, 320), (5000, 256), (768, 3072)])

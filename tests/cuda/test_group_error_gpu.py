@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comfyui_svdquant.cuda import group_error as kernel
-from comfyui_svdquant.quant import scales
+from comfyui_svdquant.quant.quantizer import group_scales
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ def test_is_the_error_of_rounding(n, k):
 def test_the_search_finds_the_same_scales_with_it(integer, monkeypatch):
     weight = torch.randn(500, 640, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
     energy = torch.rand(640, device="cuda")
-    found = scales.search(weight, energy, torch.bfloat16, integer)
+    found = group_scales.search(weight, energy, torch.bfloat16, integer)
     monkeypatch.setattr(kernel, "available", lambda weight: False)
-    plain = scales.search(weight, energy, torch.bfloat16, integer)
+    plain = group_scales.search(weight, energy, torch.bfloat16, integer)
     assert float((found != plain).float().mean()) < 0.01, "two candidates that leave the same may change places, no more"

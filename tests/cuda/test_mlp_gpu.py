@@ -12,7 +12,7 @@ from comfyui_svdquant.cuda import compiler, gemm_mma, images, mlp, ops, quantize
 from comfyui_svdquant.cuda.gemm_mma import SMALL
 from comfyui_svdquant.cuda.mlp import NARROW, WIDE
 from comfyui_svdquant.cuda.quantize import BYTES, NIBBLES
-from comfyui_svdquant.quant import layout, linear
+from comfyui_svdquant.quant.layers import layout, linear
 
 from .layers import check_in_graphs, random_input, random_layer, relative_error
 

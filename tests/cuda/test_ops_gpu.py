@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 from comfyui_svdquant.cuda import int4, ops, reference, runtime, scales
-from comfyui_svdquant.quant import layout, linear
-from comfyui_svdquant.quant.side import LowRank, SideBranch
+from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.layers.lora_branch import LowRank, SideBranch
 
 from .layers import check_in_graphs, decided, random_input, random_layer, relative_error
 

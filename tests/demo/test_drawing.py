@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("comfy") is None, reaso
 def draw():
     """caption -> picture (192, 192, 3) in [0, 1], 6 steps, seed 42."""
     import comfy.sample
-    from comfyui_svdquant.quant.host import build
+    from comfyui_svdquant.quant.host import loader
 
-    model = build.load_model(str(FOLDER / "tiny_flux.safetensors"))
+    model = loader.load_model(str(FOLDER / "tiny_flux.safetensors"))
     vae = host.new_vae()
     vae.load_state_dict({name: tensor.float() for name, tensor in load_file(FOLDER / "tiny_vae.safetensors").items()})
 

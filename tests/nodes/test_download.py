@@ -7,7 +7,7 @@ import folder_paths
 import pytest
 from comfyui_svdquant.nodes import download_model
 from comfyui_svdquant.nodes.download_model import OWN_CHOICE, PRESETS, SVDQuantDownloadModel
-from comfyui_svdquant.quant import hub
+from comfyui_svdquant.quant.download import hub
 
 from ..quant.hub_server import FakeHub, safetensors, use_endpoint
 

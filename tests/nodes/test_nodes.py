@@ -19,10 +19,10 @@ from comfyui_svdquant.nodes.model_folder import target_path
 from comfyui_svdquant.nodes.progress import NodeProgress
 from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
-from comfyui_svdquant.quant import quantizer
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header, read_header
-from comfyui_svdquant.quant.host.build import load_model
-from comfyui_svdquant.quant.hub import HubError
+from comfyui_svdquant.quant.download.hub import HubError
+from comfyui_svdquant.quant.host.loader import load_model
+from comfyui_svdquant.quant.quantizer import pipeline
 from safetensors.torch import load_file, save_file
 
 from host.server import ROOT, TINY
@@ -110,13 +110,13 @@ def test_a_cancelled_run_leaves_its_progress_where_it_was_told_to(monkeypatch, p
             raise comfy.model_management.InterruptProcessingException()
         return quantize_layer(name, *args)
 
-    quantize_layer = quantizer.quantize_layer
+    quantize_layer = pipeline.quantize_layer
     with monkeypatch.context() as patch:
-        patch.setattr(quantizer, "quantize_layer", cancelled)
+        patch.setattr(pipeline, "quantize_layer", cancelled)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             quantize(progress=progress)
     assert [path.parent for path in kept if path.exists()] == ([Path(folder())] if folder else [])
-    monkeypatch.setattr(quantizer, "quantize_layer", lambda name, *args: done.append(name) or quantize_layer(name, *args))
+    monkeypatch.setattr(pipeline, "quantize_layer", lambda name, *args: done.append(name) or quantize_layer(name, *args))
     done.clear()
     quantize(progress=progress)
     assert any(name.startswith("double_blocks.0.") for name in done) == (folder is None)

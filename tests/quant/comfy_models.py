@@ -2,9 +2,9 @@
 
 import comfy.sample
 import torch
-from comfyui_svdquant.quant import quantizer
 from comfyui_svdquant.quant.checkpoint import native
 from comfyui_svdquant.quant.host import build, quantize
+from comfyui_svdquant.quant.quantizer import presets
 from safetensors.torch import save_file
 
 from .random_flux import flux_tensors
@@ -51,7 +51,7 @@ def sample(patcher, seed=5, steps=2, cond=None):
 
 
 def quantized(patcher, preset="fast", rank=16, progress=None, conditioning=None):
-    return quantize.quantize(patcher, quantizer.recipe(preset, rank), prompts() if conditioning is None else conditioning,
+    return quantize.quantize(patcher, presets.make_recipe(preset, rank), prompts() if conditioning is None else conditioning,
                              LATENT, 2, 0, progress or Progress())
 
 

@@ -24,22 +24,22 @@ def native_file(flux_file, tmp_path_factory):
 @pytest.fixture(scope="session")
 def pair_files(tmp_path_factory):
     """Files of a random FLUX.1 with a block of each kind: in 16 bits, and quantized."""
-    from comfyui_svdquant.quant import quantizer
-    from comfyui_svdquant.quant.host import build, quantize
+    from comfyui_svdquant.quant.host import loader, quantize
+    from comfyui_svdquant.quant.quantizer import presets
 
     from .comfy_models import Progress, save, write_flux
 
     folder = tmp_path_factory.mktemp("models")
     path = write_flux(folder / "flux.safetensors", depth_single=1)
     with torch.inference_mode():
-        twin, _ = quantize.quantize(build.load_model(path), quantizer.recipe("data-free", 16), None, None, 2, 0, Progress())
+        twin, _ = quantize.quantize(loader.load_model(path), presets.make_recipe("data-free", 16), None, None, 2, 0, Progress())
         return path, save(twin, folder / "flux_4bit.safetensors")
 
 
 def load(path):
-    from comfyui_svdquant.quant.host import build
+    from comfyui_svdquant.quant.host import loader
 
-    return build.load_model(path)
+    return loader.load_model(path)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def twin(pair_files):
 @pytest.fixture(scope="session")
 def drift(pair_files):
     """How far 4 bits are from 16 bits in a sampled latent."""
-    from comfyui_svdquant.quant.metrics import relative_error
+    from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
     from .comfy_models import sample
 

@@ -5,7 +5,7 @@ import copy
 import comfy.lora
 import comfy.sd
 import torch
-from comfyui_svdquant.quant.metrics import relative_error
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 RANK = 4
 LINEAR1, LINEAR2, QKV, FC1, FC2, MOD = ("single_blocks.0.linear1", "single_blocks.0.linear2", "double_blocks.0.img_attn.qkv",

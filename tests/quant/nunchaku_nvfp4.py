@@ -4,10 +4,10 @@ import json
 
 import torch
 from comfyui_svdquant.cuda import int4, nvfp4
-from comfyui_svdquant.quant.checkpoint import nunchaku_layout as order
-from comfyui_svdquant.quant.checkpoint import nunchaku_names as names
-from comfyui_svdquant.quant.checkpoint import nunchaku_write
 from comfyui_svdquant.quant.checkpoint.header import read_header
+from comfyui_svdquant.quant.checkpoint.nunchaku import layout as order
+from comfyui_svdquant.quant.checkpoint.nunchaku import names
+from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
 from safetensors.torch import load_file, save_file
 
 from .packed_flux import flux_tensors, packed_flux
@@ -60,7 +60,7 @@ def write_nvfp4(path, hidden=128, depth=1, depth_single=1, **changes):
     """Write the file; returns the 16-bit model that it was made of, {name: tensor}."""
     plain = flux_tensors(hidden=hidden, depth=depth, depth_single=depth_single, **changes)
     int4_model = packed_flux(hidden=hidden, depth=depth, depth_single=depth_single, rank=RANK, **changes)
-    nunchaku_write.save(str(path), *int4_model, {}, "flux", True)  # for its metadata and all that is not W4A4
+    nunchaku_writer.save(str(path), *int4_model, {}, "flux", True)  # for its metadata and all that is not W4A4
     tensors, metadata = load_file(path), read_header(str(path)).metadata
     for seed, (ours, theirs, kind) in enumerate(names.blocks({names.DOUBLE: depth, names.SINGLE: depth_single})):
         for i, (name, parts) in enumerate(names.LINEARS[kind].items()):

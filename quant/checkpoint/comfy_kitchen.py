@@ -1,0 +1,173 @@
+"""Quantized FLUX.1 files that others made under comfy-kitchen's names: `X.weight`, `X.weight_scale`, ..., `X.comfy_quant`.
+
+They are read as our own files are, less our metadata: what those say, the tensors' shapes have to tell. Not every
+layer need be packed, and linear2 may be one plain signed layer. comfy-kitchen has no layer in which the code of the
+input changes on the way, so none of theirs means something else here.
+
+Two other forms are read as if they were that one. The descriptions may lie in the file's metadata, as ComfyUI's
+`_quantization_metadata`, {"layers": {X: the JSON of X.comfy_quant}}. And tensors may be packed for the tiles of
+comfy-kitchen's kernel, of 128 rows and 64 columns, each tensor of a layer by itself:
+
+    X.weight          (N/128, K/64, 32, 128)  a tile's bytes of 4 rows beside each other, 32 of each
+    X.weight_scale    (K/64, N) as (N/128, K/64, 128)
+    X.weight_proj_up  (N, R) as (N/128, R, 128)
+
+Comfy-Org's comfy-quants has other names for some of the tensors (OTHER_NAMES), and may store proj_down for x / smooth where every
+kernel gives it x; the description's `lowrank_branch_input_basis` then says "post_smoothing".
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+
+from ..layers import layout
+from . import native
+from .header import CheckpointError, Header
+
+PREFIXES = ("model.diffusion_model.", "")
+METADATA = "_quantization_metadata"
+TILE_ROWS, TILE_COLUMNS, TILE_LINES = 128, 64, 32
+OTHER_NAMES = {"smooth_factor": "weight_smooth_factor", "proj_down": "weight_proj_down", "proj_up": "weight_proj_up",
+               "weight_zero": "weight_zeros"}
+BASIS, RAW, SMOOTHED = "lowrank_branch_input_basis", "raw", "post_smoothing"
+
+
+def matches(header):
+    """Whether the file has a layer in one of our formats. Raises CheckpointError where its metadata are damaged."""
+    return prefix_of(header) is not None
+
+
+def open_file(header):
+    """PackedFile; raises CheckpointError as native.open_file does."""
+    prefix = prefix_of(header)
+    own = _as_ours(header, prefix)
+    packed = native.packed_file(own, "", {}, {"preset": "comfy-kitchen file"}, header.file)
+    return replace(packed, header=header, prefix=None if own.tiles or own.renamed or own.smoothed else prefix)
+
+
+def prefix_of(header):
+    """Where the packed layers are; None where there is none that we run."""
+    for name, conf in descriptions(header).items():
+        if conf.get("format") in native.MODULE_FORMATS:
+            # In the metadata, names may also be relative to the diffusion model.
+            return next(prefix for prefix in PREFIXES if name.startswith(prefix) or f"{prefix}{name}.weight" in header.tensors)
+    return None
+
+
+def descriptions(header):
+    """{layer: dict} of what the file says of its layers; damaged entries are left to the reader."""
+    found, suffix = {}, f".{layout.QUANT_KEY}"
+    for key in header.tensors:
+        if key.endswith(suffix):
+            try:
+                found[key.removesuffix(suffix)] = native.decode(header, key)
+            except CheckpointError:
+                continue
+    return found | _listed(header)
+
+
+def _listed(header):
+    """{layer: dict} of the metadata's descriptions."""
+    if METADATA not in header.metadata:
+        return {}
+    try:
+        listed = json.loads(header.metadata[METADATA])["layers"]
+        if all(isinstance(conf, dict) for conf in listed.values()):
+            return listed
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        pass
+    raise CheckpointError(f"{header.file} has no valid {METADATA} in its metadata; download it again.")
+
+
+# --- as our own ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _AsOurs(Header):
+    """The file's diffusion model under our names and in our order.
+
+    described: {X.comfy_quant: its bytes} where the metadata had them; tiles: {name: TensorInfo as stored}; renamed: whether it
+    has names of OTHER_NAMES; smoothed: the proj_downs that are stored for x / smooth.
+    """
+
+    described: dict = field(default_factory=dict)
+    tiles: dict = field(default_factory=dict)
+    renamed: bool = False
+    smoothed: frozenset = frozenset()
+
+    def read_bytes(self, name):
+        return self.described[name] if name in self.described else super().read_bytes(name)
+
+    def read_tensor(self, name):
+        tensor = super().read_tensor(name)
+        if name in self.smoothed:
+            smooth = super().read_tensor(name.replace("_proj_down", "_smooth_factor"))
+            return (tensor.float() / smooth.float().unsqueeze(-1)).to(tensor.dtype)
+        if name not in self.tiles:
+            return tensor
+        return UNTILE[name.rpartition(".")[2]](tensor.view(self.tiles[name].shape))
+
+
+def _as_ours(header, prefix):
+    inside, suffix = header.within(prefix), f".{layout.QUANT_KEY}"
+    described = {}
+    for name, conf in _listed(header).items():
+        if not name.startswith(prefix) and f"{name}.weight" not in inside.tensors:
+            continue  # of a text encoder in the same file
+        key = name.removeprefix(prefix) + suffix
+        if key in inside.tensors and native.decode(inside, key) != conf:
+            raise CheckpointError(f"{header.file} describes layer {name} in two ways, in {METADATA} and in {key}; download it "
+                                  "again.")
+        described[key] = json.dumps(conf).encode()
+    tensors = inside.tensors | {key: None for key in described}
+    layers = {key.removesuffix(suffix) for key in tensors if key.endswith(suffix)}
+    renamed = {f"{layer}.{theirs}": f"{layer}.{part}" for layer in layers for theirs, part in OTHER_NAMES.items()}
+    renamed = {name: ours for name, ours in renamed.items() if name in tensors and ours not in tensors}
+    tensors = {renamed.get(name, name): info for name, info in tensors.items()}
+    smoothed = frozenset(f"{layer}.weight_proj_down" for layer in layers if _is_smoothed(inside, layer, described))
+    tiles = {}
+    for name in (f"{layer}.{part}" for layer in layers for part in UNTILE):
+        shape = _natural_shape(name.rpartition(".")[2], tensors[name].shape) if name in tensors else None
+        if shape is not None:
+            tiles[name] = tensors[name]
+            tensors[name] = replace(tensors[name], shape=shape)
+    return _AsOurs(header.path, tensors, header.metadata, described, tiles, bool(renamed), smoothed)
+
+
+def _is_smoothed(header, layer, described):
+    """Whether the layer's proj_down is stored for x / smooth."""
+    key = f"{layer}.{layout.QUANT_KEY}"
+    basis = (json.loads(described[key]) if key in described else native.decode(header, key)).get(BASIS, RAW)
+    if basis not in (RAW, SMOOTHED):
+        raise CheckpointError(f"{header.file}: layer {layer} has a branch whose input is {basis!r}, which this version can't run; update "
+                              "ComfyUI-SVDQuant.")
+    return basis == SMOOTHED
+
+
+def _natural_shape(part, shape):
+    """The shape that a tensor has when it is not packed in tiles; None where it is not."""
+    if part == "weight" and len(shape) == 4 and shape[2:] == (TILE_LINES, TILE_ROWS * TILE_COLUMNS // 2 // TILE_LINES):
+        return shape[0] * TILE_ROWS, shape[1] * TILE_COLUMNS // 2
+    if part != "weight" and len(shape) == 3 and shape[2] == TILE_ROWS:
+        rows = shape[0] * TILE_ROWS
+        return (shape[1], rows) if part == "weight_scale" else (rows, shape[1])
+    return None
+
+
+def untile_codes(tiled):
+    """(N/128, K/64, 32, 128) int8 -> (N, K/2)."""
+    tiles, groups = tiled.shape[:2]
+    rows = tiled.view(tiles, groups, TILE_LINES, TILE_ROWS // TILE_LINES, TILE_COLUMNS // 2)
+    return rows.permute(0, 2, 3, 1, 4).reshape(tiles * TILE_ROWS, -1)
+
+
+def untile_scales(tiled):
+    """(N/128, G, 128) -> (G, N)."""
+    return tiled.permute(1, 0, 2).reshape(tiled.shape[1], -1)
+
+
+def untile_up(tiled):
+    """(N/128, R, 128) -> (N, R)."""
+    return tiled.permute(0, 2, 1).reshape(-1, tiled.shape[1])
+
+
+UNTILE = {"weight": untile_codes, "weight_scale": untile_scales, "weight_proj_up": untile_up}

@@ -1,0 +1,179 @@
+"""What a model file is, told from its header: format, sizes by kind, ranks, dtypes, recipe and errors. No weight is read."""
+
+import json
+import os
+from collections import Counter
+from statistics import fmean, median
+
+from ..families import flux1 as flux
+from ..layers import layout
+from . import comfy_kitchen, foreign, native
+from .card import MAX_FIELD_BYTES, PREFIX, SOURCE_HASH, SOURCE_TITLE
+from .header import CheckpointError, read_header
+from .nunchaku import reader as nunchaku
+from .nunchaku import source as nunchaku_source
+
+FORMATS = {"SVDQuant": native, "Nunchaku": nunchaku, "comfy-kitchen": comfy_kitchen}
+REST = "everything else"
+# What the tensors of a packed layer are, by the last part of their names: ours and comfy-kitchen's, Nunchaku's.
+KINDS = {
+    "4-bit codes": ("weight", "qweight"),
+    "scales": ("weight_scale", "weight_scale_2", "weight_zeros", "wscales", "wzeros", "wtscale", "wcscales"),
+    "low-rank branches": ("weight_proj_down", "weight_proj_up", "lora_down", "lora_up", "proj_down", "proj_up"),
+    "smoothing factors": ("weight_smooth_factor", "smooth", "smooth_orig", "smooth_factor", "smooth_factor_orig"),
+    "biases": ("bias",),
+    "descriptions": (layout.QUANT_KEY,),
+}
+KIND_OF = {leaf: kind for kind, leaves in KINDS.items() for leaf in leaves}
+CARD = {f"{PREFIX}{field}": label for field, label in (
+    ("title", "title"), ("author", "author"), ("license", "licence"), ("architecture", "architecture"), ("date", "saved"),
+    ("hash_sha256", "tensor hash"))} | {SOURCE_TITLE: "source's title", SOURCE_HASH: "source's tensor hash"}
+CONFIG_NAMES = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.bias")
+WORST = 3  # layers named in the summary of errors
+
+
+def inspect(path):
+    """A JSON-able dict of what file `path` is. Raises CheckpointError, one sentence, where it is no whole FLUX.1."""
+    header = read_header(path)
+    name = next((name for name, reader in FORMATS.items() if reader.matches(header)), None)
+    told = _packed(header, name) if name else _plain(header)
+    return {"file": header.file, "bytes": os.path.getsize(path)} | told | {"card": _card(header)}
+
+
+def text(told):
+    """inspect's answer as text, a line a fact."""
+    lines = [f"{told['file']}: {_size(told['bytes'])}, {told['format']}", *_model_lines(told)]
+    lines += [f"{label}: {value}" for label, value in told["card"].items()]
+    if "layers" in told:
+        total = sum(told["bytes_by_kind"].values())
+        lines += ["sizes:", *(f"  {kind}: {_size(count)} ({count / total:.1%})" for kind, count in told["bytes_by_kind"].items())]
+    lines.append("stored as: " + ", ".join(f"{dtype} {_size(count)}" for dtype, count in told["bytes_by_dtype"].items()))
+    for kind, layers in told.get("layers", {}).items():
+        ranks = ", ".join(f"rank {rank}: {count}" for rank, count in layers["ranks"].items())
+        lines.append(f"{kind}: {layers['count']} layers" + (f" ({ranks})" if kind != layout.AWQ else ""))
+    if told.get("int8_scales"):
+        lines.append(f"scales: 8-bit integers times a number of their row, in {told['int8_scales']} layers")
+    # What a file says of itself may hold anything, a terminal's control codes too.
+    return "\n".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+                     for line in [*lines, *_recipe_lines(told)])
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def _packed(header, name):
+    packed = FORMATS[name].open_file(header)
+    own = nunchaku_source.gather(header) if name == "Nunchaku" else None
+    infos = {key: own.info(key) for key in own.tensors} if own else header.tensors
+    files = {part.path for part, _ in own.tensors.values()} if own else {header.path}  # Nunchaku's may be two
+    prefix = comfy_kitchen.prefix_of(header) if name == "comfy-kitchen" else ""
+    modules = {prefix + layer for layer in packed.specs} | {key.removesuffix(".qweight") for key in infos if key.endswith(".qweight")}
+    formats = {spec.format for spec in packed.specs.values()}
+    codes = "NVFP4" if layout.NVFP4 in formats else "INT4"
+    recipe = {key: value for key, value in packed.recipe.items() if key != "layers"}
+    return {"bytes": sum(map(os.path.getsize, files)), "format": f"{name} layout, {codes}",
+            "model": _model(packed.shapes, packed.config, header), "source": packed.source, "recipe": recipe,
+            "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs),
+            "int8_scales": len(packed.computed), **_sizes(infos, modules)}
+
+
+def _plain(header):
+    prefix = foreign.flux_prefix(header)
+    if prefix is not None:
+        shapes = {name: info.shape for name, info in header.within(prefix).tensors.items()}
+        return {"format": "a FLUX.1 that is not quantized", "model": _model(shapes, {}, header), **_sizes(header.tensors, ())}
+    what = foreign.kind(header) or "no FLUX.1 in ComfyUI's names and no quantized one"
+    raise CheckpointError(f"{header.file} is {what}; choose another file.")
+
+
+def _model(shapes, stored, header):
+    """The FLUX configuration, from the tensors' shapes; the file's own has what no shape tells."""
+    for name in CONFIG_NAMES:
+        if len(shapes.get(name, ())) != (1 if name.endswith("bias") else 2):
+            raise CheckpointError(f"{header.file} has no tensor {name} of the right shape; download it again.")
+    config = flux.config(shapes)
+    return config | {key: value for key, value in stored.items() if key in config}
+
+
+def _sizes(infos, modules):
+    """Bytes by kind and by dtype. infos: {name: TensorInfo}; modules: what lies before the last dot of packed tensors."""
+    kinds, dtypes = Counter(), Counter()
+    for name, info in infos.items():
+        module, _, leaf = name.rpartition(".")
+        count = info.stop - info.start
+        kinds[KIND_OF.get(leaf, REST) if module in modules else REST] += count
+        dtypes[str(info.dtype).removeprefix("torch.")] += count
+    return {"bytes_by_kind": {kind: kinds[kind] for kind in (*KINDS, REST) if kinds[kind]},
+            "bytes_by_dtype": dict(dtypes.most_common())}
+
+
+def _layers(specs):
+    """{format: {"count", "ranks": {rank: layers}}}."""
+    found = {}
+    for spec in specs.values():
+        entry = found.setdefault(spec.format, {"count": 0, "ranks": Counter()})
+        entry["count"] += 1
+        entry["ranks"][spec.rank] += 1
+    return {kind: {"count": entry["count"], "ranks": dict(sorted(entry["ranks"].items()))} for kind, entry in found.items()}
+
+
+def _errors(records):
+    """{format: mean, median and largest error of its layers, plain rounding's mean, the worst by name}; {} without records.
+
+    records: the recipe's "layers", which any program may have written.
+    """
+    found = {}
+    for record in records if isinstance(records, list) else ():
+        sound = isinstance(record, dict) and isinstance(record.get("name"), str) and record.get("format") in native.MODULE_FORMATS
+        if sound and all(_is_error(record.get(key)) for key in ("error", "error_naive")):
+            found.setdefault(record["format"], []).append(record)
+    return {kind: _summary(layers) for kind, layers in found.items()}
+
+
+def _is_error(value):
+    return isinstance(value, (int, float)) and 0 <= value < 1e6  # neither of which NaN is
+
+
+def _summary(records):
+    errors = [record["error"] for record in records]
+    worst = sorted(records, key=lambda record: -record["error"])[:WORST]
+    return {"layers": len(records), "mean": fmean(errors), "median": median(errors), "largest": max(errors),
+            "mean_of_plain_rounding": fmean(record["error_naive"] for record in records),
+            "worst": {record["name"]: record["error"] for record in worst}}
+
+
+def _card(header):
+    """{label: text} of what the metadata tell of the model itself."""
+    return {label: header.metadata[key] for key, label in CARD.items() if 0 < len(header.metadata.get(key, "")) <= MAX_FIELD_BYTES}
+
+
+# --- telling -------------------------------------------------------------------------------------------------------
+
+
+def _model_lines(told):
+    model = told["model"]
+    guidance = "with guidance" if model["guidance_embed"] else "without guidance"
+    lines = [f"FLUX.1: {model['depth']} double and {model['depth_single_blocks']} single blocks, hidden size {model['hidden_size']}, "
+             f"{model['in_channels']} channels in, {guidance}"]
+    return lines + ([f"made from: {told['source']}"] if told.get("source") not in (None, "", told["file"]) else [])
+
+
+def _recipe_lines(told):
+    lines, recipe = [], told.get("recipe", {})
+    calibration = recipe.get("calibration")
+    plain = {key: value for key, value in recipe.items() if key != "calibration" and value not in (None, [], "")}
+    if plain:
+        lines.append("recipe: " + ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}"
+                                            for key, value in plain.items()))
+    if isinstance(calibration, dict):
+        extra = ", ".join(f"{key} {json.dumps(value)}" for key, value in calibration.items() if key != "prompts")
+        lines.append(f"calibrated on: {calibration.get('prompts')} prompts" + (f" ({extra})" if extra else ""))
+    for kind, errors in told.get("errors", {}).items():
+        worst = ", ".join(f"{name} {error:.2%}" for name, error in errors["worst"].items())
+        lines.append(f"error of {kind}: mean {errors['mean']:.2%}, median {errors['median']:.2%} (plain rounding "
+                     f"{errors['mean_of_plain_rounding']:.2%}) of {errors['layers']} layers; largest: {worst}")
+    return lines
+
+
+def _size(count):
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

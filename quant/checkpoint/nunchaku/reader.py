@@ -1,0 +1,333 @@
+"""Nunchaku's INT4 and NVFP4 checkpoints of FLUX.1: read, without a second copy of the model in memory.
+
+A layer of theirs has the same parts as ours, in another byte order (nunchaku_layout.py) and under other names
+(nunchaku_names.py), in one file or two (nunchaku_source.py). What an INT4 file does not say: the second layer of an MLP
+codes its input unsigned, and its bias holds the shift. NVFP4 has neither; its modulation layers are INT4 all the same.
+
+linear1 and linear2 are two layers each there, with a branch each. The two branches of rank R become one of rank 2R
+that has zeros where they do not meet; where the files share what can be shared (as write does), it stays one of rank R.
+"""
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from ...families import flux1 as flux
+from ...layers import layout
+from ..header import CheckpointError
+from ..packed import PackedFile
+from . import halves, names
+from . import layout as order
+from .source import BLOCKS_FILE, REST_FILE, gather
+
+READERS = min(4, os.cpu_count() or 1)  # threads; more than there are cores only wait for each other
+AHEAD = 4  # layers that are read before they are asked for
+MODEL_CLASSES = ("NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2")
+HALF_TYPES = (torch.bfloat16, torch.float16)
+FLOAT_TYPES = (*HALF_TYPES, torch.float32)
+UNUSED = ("smooth_orig",)  # what the smoothing was before it was merged into another layer; nobody reads it
+LEAVES = ("qweight", "wscales", "wzeros", "wcscales", "wtscale", "smooth", "bias", "lora_down", "lora_up")  # what is read of a layer
+SECOND_SCALES = ("wtscale", "wcscales")  # NVFP4's
+# diffusers' configuration keys: ComfyUI's
+DIFFUSERS_CONFIG = {
+    "axes_dims_rope": "axes_dim", "num_layers": "depth", "num_single_layers": "depth_single_blocks",
+    "num_attention_heads": "num_heads", "joint_attention_dim": "context_in_dim",
+    "pooled_projection_dim": "vec_in_dim", "guidance_embeds": "guidance_embed",
+}
+
+
+def matches(header):
+    """Whether the file is a Nunchaku model, or the half of one that holds no packed layer."""
+    if any(name.endswith(".qweight") for name in header.tensors):
+        return True
+    return header.file == REST_FILE and os.path.isfile(os.path.join(os.path.dirname(header.path), BLOCKS_FILE))
+
+
+def open_file(header):
+    """PackedFile of a Nunchaku FLUX.1, of which `header` is the file or one of the two.
+
+    Raises CheckpointError, before any weight is read, unless every tensor is there with the right shape and type.
+    """
+    source = gather(header)
+    _check_supported(source)
+    nvfp4 = _is_nvfp4(source)
+    depths = {kind: names.depth(source.tensors, kind) for kind in (names.DOUBLE, names.SINGLE)}
+    layers = {}
+    for ours, theirs, kind in names.blocks(depths):
+        for name, parts in names.LINEARS[kind].items():
+            layers[f"{ours}.{name}"] = _linear(source, f"{ours}.{name}", [f"{theirs}.{part}" for part in parts], nvfp4)
+        for name, part in names.MODULATIONS[kind].items():
+            if not _is_dense(source, f"{theirs}.{part}"):
+                layers[f"{ours}.{name}"] = _modulation(source, f"{theirs}.{part}", names.CHUNKS[kind])
+    plain = _plain(source, depths)
+    _check_left_over(source, layers, plain, nvfp4)
+    specs = {name: layer.spec for name, layer in layers.items()}
+    shapes = {f"{name}.{part}": shape for name, spec in specs.items() for part, (shape, _) in spec.tensors().items()}
+    shapes |= {name: source.info(stored).shape for name, stored in plain.items()}
+    dtypes = {f"{name}.{part}": dtype for name, spec in specs.items() for part, (_, dtype) in spec.tensors().items()}
+    dtypes |= {name: source.info(stored).dtype for name, stored in plain.items()}
+    return PackedFile(header, specs, shapes, dtypes, _config(source), _recipe(source, specs, nvfp4),
+                      source.metadata.get("svdquant.source", header.file), lambda: _tensors(source, layers, plain))
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def _check_supported(source):
+    """Raise CheckpointError where it is a Nunchaku model of something else than FLUX.1."""
+    file, model_class = source.header.file, source.metadata.get("model_class", MODEL_CLASSES[0])
+    has_flux = all(f"{name}.weight" in source.tensors for name in ("x_embedder", "context_embedder"))
+    if model_class not in MODEL_CLASSES or not has_flux:
+        what = "is not a FLUX.1" if model_class in MODEL_CLASSES else f"is a {model_class}"
+        raise CheckpointError(f"{file} is a Nunchaku model that {what}; choose a Nunchaku FLUX.1 model.")
+
+
+def _is_nvfp4(source):
+    """What the metadata say; where they are silent, any float8 tensor tells."""
+    weight = source.json("quantization_config").get("weight")
+    stated = weight.get("dtype") if isinstance(weight, dict) else None
+    if isinstance(stated, str):
+        return stated.startswith("fp4")
+    return any(header.tensors[stored].dtype == torch.float8_e4m3fn for header, stored in source.tensors.values())
+
+
+def _config(source):
+    """The FLUX configuration in ComfyUI's terms, as far as the metadata has it."""
+    diffusers, comfy = source.json("config"), source.json("comfy_config").get("model_config", {})
+    if not isinstance(comfy, dict):
+        raise CheckpointError(f"{source.header.file} has no valid comfy_config in its metadata; download it again.")
+    config = {ours: diffusers[theirs] for theirs, ours in DIFFUSERS_CONFIG.items() if theirs in diffusers}
+    for key, value in config.items():
+        if comfy.get(key, value) != value:
+            raise CheckpointError(f"{source.header.file} says {key} = {value!r} in its config and {comfy[key]!r} in its "
+                                  "comfy_config; download it again.")
+    return config | comfy
+
+
+def _recipe(source, specs, nvfp4):
+    """What a file of ours that is written on says of its quantization."""
+    rank = max((spec.rank for name, spec in specs.items() if name.startswith("double_blocks")), default=0)
+    return source.json("svdquant.recipe") or {"preset": f"Nunchaku {_kind(nvfp4)}", "rank": rank}
+
+
+def _kind(nvfp4):
+    return "NVFP4" if nvfp4 else "INT4"
+
+
+# --- layers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One packed layer of ours. parts: v1 prefixes of theirs; joint: both parts share what one branch shares; chunks:
+    of a modulation layer, else 0."""
+
+    spec: layout.LayerSpec
+    parts: tuple
+    joint: bool = True
+    chunks: int = 0
+
+
+def _linear_spec(source, part, nvfp4):
+    """LayerSpec of one W4A4 layer of theirs, unsigned_from left out. Its tensors are checked."""
+    kind = layout.NVFP4 if nvfp4 else layout.SVDQUANT
+    shape, file = source.info(f"{part}.qweight").shape, source.header.file
+    if len(shape) != 2 or shape[0] % order.TILE or shape[1] * 2 % order.TILE or 0 in shape:
+        raise CheckpointError(f"{file}: tensor {part}.qweight has shape {list(shape)} where (N, K/2) with N and K multiples "
+                              f"of {order.TILE} is due; choose a Nunchaku FLUX.1 model.")
+    n, k = shape[0], shape[1] * 2
+    source.check(f"{part}.qweight", shape, (torch.int8,))
+    dtype = source.check(f"{part}.bias", (n,), HALF_TYPES)
+    source.check(f"{part}.wscales", (k // layout.GROUP_SIZES[kind], n), (torch.float8_e4m3fn,) if nvfp4 else (dtype,))
+    if nvfp4:
+        _check_second_scales(source, part, n)
+    rank = 0
+    if f"{part}.lora_down" in source.tensors or f"{part}.lora_up" in source.tensors:
+        rank = (*source.info(f"{part}.lora_down").shape, 0, 0)[1]
+        if rank % order.RANK_TILE:
+            raise CheckpointError(f"{file}: tensor {part}.lora_down has rank {rank}, which is not a multiple of "
+                                  f"{order.RANK_TILE}; the file is damaged, download it again.")
+        source.check(f"{part}.lora_down", (k, rank), (dtype,))
+        source.check(f"{part}.lora_up", (n, rank), (dtype,))
+    source.check(f"{part}.smooth", (k,), (dtype,))
+    return layout.LayerSpec(kind, k, n, rank, dtype=dtype)
+
+
+def _check_second_scales(source, part, n):
+    """A layer of one matrix has wtscale, one number; fused q k v have wcscales, one a row. Very old files have neither."""
+    if f"{part}.wtscale" in source.tensors:
+        shape = source.info(f"{part}.wtscale").shape
+        source.check(f"{part}.wtscale", shape if shape == () else (1,), FLOAT_TYPES)
+    if f"{part}.wcscales" in source.tensors:
+        source.check(f"{part}.wcscales", (n,), HALF_TYPES)
+
+
+def _linear(source, name, parts, nvfp4):
+    """_Layer of our linear `name`, which is one or two of theirs."""
+    specs = [_linear_spec(source, part, nvfp4) for part in parts]
+    n, k, rank = specs[0].out_features, specs[0].in_features, specs[0].rank
+    joint = True
+    if len(specs) == 2:
+        rows = _by_rows(name)
+        shared, ranks = ("in_features", "lora_down") if rows else ("out_features", "lora_up"), [s.rank for s in specs]
+        if getattr(specs[0], shared[0]) != getattr(specs[1], shared[0]) or specs[0].dtype != specs[1].dtype:
+            raise CheckpointError(f"{source.header.file}: layers {parts[0]} and {parts[1]} do not fit together; the file is "
+                                  "damaged, download it again.")
+        if rows and source.read_bytes(f"{parts[0]}.smooth") != source.read_bytes(f"{parts[1]}.smooth"):
+            raise CheckpointError(f"{source.header.file}: layers {parts[0]} and {parts[1]} read the same input with different "
+                                  "smoothing factors, which this version can't run; choose another version of the model.")
+        joint = ranks[0] == ranks[1] and (not rank or source.read_bytes(f"{parts[0]}.{shared[1]}")
+                                          == source.read_bytes(f"{parts[1]}.{shared[1]}"))
+        rank = rank if joint else sum(ranks)
+        n, k = (n + specs[1].out_features, k) if rows else (n, k + specs[1].in_features)
+    unsigned_from = flux.unsigned_from(name, k, n)
+    if len(specs) == 2 and not rows and unsigned_from != specs[0].in_features:
+        raise CheckpointError(f"{source.header.file}: layer {parts[0]} has {specs[0].in_features} input columns where "
+                              f"{unsigned_from} are due; the file is damaged, download it again.")
+    if nvfp4:
+        blocks = (1,) if len(specs) == 1 or rows else halves.scale_blocks(*(spec.in_features for spec in specs))
+        return _Layer(layout.LayerSpec(layout.NVFP4, k, n, rank, dtype=specs[0].dtype, scale_blocks=sum(blocks)), tuple(parts), joint)
+    try:
+        spec = layout.svdquant_spec(k, n, rank, unsigned_from, True, specs[0].dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{source.header.file}: layer {name} {error}; the file is damaged, download it again.") from None
+    return _Layer(spec, tuple(parts), joint)
+
+
+def _by_rows(name):
+    """Whether the two parts of our layer are its rows (linear1) and not its columns (linear2)."""
+    return name.endswith(".linear1")
+
+
+def _is_dense(source, part):
+    """Whether a modulation layer is in 16 bits, as diffusers has it: nunchaku-lite leaves that to the file."""
+    return f"{part}.weight" in source.tensors
+
+
+def _modulation(source, part, chunks):
+    shape, width = source.info(f"{part}.qweight").shape, (*source.info("x_embedder.weight").shape, 0)[0]
+    source.check(f"{part}.qweight", shape, (torch.int32,))
+    n, k = (shape[0] * order.AWQ_ROWS, shape[1] * 2) if len(shape) == 2 else (0, 0)
+    # Scales are padded, so that they would not tell of a K that isn't the model's.
+    if not n or not k or n % chunks or k != width or k % layout.GROUP_SIZE:
+        raise CheckpointError(f"{source.header.file}: tensor {part}.qweight has shape {list(shape)} where (N/4, K/2) with N a "
+                              f"multiple of {chunks} and K {width} is due; the file is damaged, download it again.")
+    groups = k // layout.GROUP_SIZE
+    groups += -groups % order.AWQ_GROUP_TILE
+    dtype = source.check(f"{part}.wscales", (groups, n), HALF_TYPES)
+    source.check(f"{part}.wzeros", (groups, n), (dtype,))
+    source.check(f"{part}.bias", (n,), (dtype,))
+    return _Layer(layout.LayerSpec(layout.AWQ, k, n, dtype=dtype), (part,), chunks=chunks)
+
+
+def _plain(source, depths):
+    """{our name: v1 name} of the tensors that are not packed."""
+    plain = {f"{ours}.{name}": f"{theirs}.{stored}" for ours, theirs, kind in names.blocks(depths)
+             for name, stored in names.NORMS[kind].items()}
+    dense = {f"{ours}.{name}": f"{theirs}.{part}" for ours, theirs, kind in names.blocks(depths)
+             for name, part in names.MODULATIONS[kind].items() if _is_dense(source, f"{theirs}.{part}")}
+    for name, stored in (names.OUTSIDE | dense).items():
+        if name not in names.OPTIONAL or any(f"{stored}.{leaf}" in source.tensors for leaf in ("weight", "bias")):
+            plain |= {f"{name}.{leaf}": f"{stored}.{leaf}" for leaf in ("weight", "bias")}
+    for name, stored in plain.items():
+        shape = source.info(stored).shape
+        source.check(stored, shape, FLOAT_TYPES)
+        if name.startswith(names.SWAPPED) and (not shape or shape[0] % 2):
+            raise CheckpointError(f"{source.header.file}: tensor {stored} has shape {list(shape)} where an even number of rows "
+                                  "is due; the file is damaged, download it again.")
+    return plain
+
+
+def _check_left_over(source, layers, plain, nvfp4):
+    """Raise CheckpointError where the file has a tensor that no layer uses."""
+    used, linear = set(plain.values()), ("smooth", "lora_down", "lora_up", *UNUSED, *(SECOND_SCALES if nvfp4 else ()))
+    for layer in layers.values():
+        leaves = ("qweight", "wscales", "bias", *(("wzeros",) if layer.chunks else linear))
+        used |= {f"{part}.{leaf}" for part in layer.parts for leaf in leaves}
+    for name in source.tensors:
+        if name not in used:
+            raise CheckpointError(f"{source.header.file} has tensor {name}, which a Nunchaku {_kind(nvfp4)} FLUX.1 model has no "
+                                  "place for; choose another version of the model.")
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def _tensors(source, layers, plain):
+    """Yield (our name, tensor) of the whole model, a layer at a time, in the order in which the file has them."""
+    def stored(name):
+        return [f"{part}.{leaf}" for part in layers[name].parts for leaf in LEAVES] if name in layers else [plain[name]]
+
+    def read(name):
+        if name in plain:
+            tensor = source.read(plain[name])
+            return {name: torch.cat(tensor.chunk(2)[::-1]) if name.startswith(names.SWAPPED) else tensor}
+        tensors = (_read_modulation if layers[name].chunks else _read_linear)(source, name, layers[name])
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+
+    in_order = sorted((*layers, *plain), key=lambda name: source.info(stored(name)[0]).start)
+    for tensors in _ahead(read, in_order, lambda name: source.announce(stored(name))):
+        yield from tensors.items()
+
+
+def _ahead(function, items, announce):
+    """map(function, items), in order, with a few calls running ahead: reading and unpacking both take their time. announce: called
+    with each item some time before function is."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting = deque()
+        try:
+            for item in items:
+                announce(item)
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _read_modulation(source, _name, layer):
+    part = layer.parts[0]
+    leaves = (source.read(f"{part}.{leaf}") for leaf in ("wscales", "wzeros", "bias"))
+    return order.unpack_awq(source.stored(f"{part}.qweight"), *leaves, layer.chunks)
+
+
+def _read_part(source, part, spec):
+    """{parameter name: tensor} of one W4A4 layer of theirs but for its codes, in our order. spec: of the layer of ours that it
+    belongs to."""
+    nvfp4, wscales = spec.format == layout.NVFP4, f"{part}.wscales"
+    tensors = {"weight_scale": order.unpack_nvfp4_scales(source.stored(wscales)) if nvfp4 else order.unpack_scales(source.read(wscales)),
+               "weight_smooth_factor": order.unpack_vector(source.read(f"{part}.smooth")),
+               "bias": order.unpack_vector(source.read(f"{part}.bias"))}
+    if nvfp4:
+        tensors["weight_scale_2"] = _read_second_scales(source, part, source.info(wscales).shape[1])
+    if spec.rank == 0 or f"{part}.lora_down" not in source.tensors:
+        features = {"weight_proj_down": tensors["weight_smooth_factor"], "weight_proj_up": tensors["bias"]}
+        return tensors | {name: torch.zeros(len(vector), 0, dtype=spec.dtype) for name, vector in features.items()}
+    return tensors | {"weight_proj_down": order.unpack_down(source.read(f"{part}.lora_down")),
+                      "weight_proj_up": order.unpack_up(source.read(f"{part}.lora_up"))}
+
+
+def _read_second_scales(source, part, n):
+    """(1, N) float32, in which the product of two numbers of 16 bits is exact."""
+    second = torch.ones(n)
+    if f"{part}.wtscale" in source.tensors:
+        second *= source.read(f"{part}.wtscale").float()
+    if f"{part}.wcscales" in source.tensors:
+        second *= order.unpack_vector(source.read(f"{part}.wcscales")).float()
+    return second.unsqueeze(0)
+
+
+def _read_linear(source, name, layer):
+    spec, rows = layer.spec, _by_rows(name)
+    weight = order.empty(spec.out_features, spec.in_features // 2)
+    shapes = [source.info(f"{part}.qweight").shape for part in layer.parts]
+    for part, own in zip(layer.parts, weight.split([shape[0] if rows else shape[1] for shape in shapes], 0 if rows else 1)):
+        order.unpack_codes(source.stored(f"{part}.qweight"), own)
+    parts = [_read_part(source, part, spec) for part in layer.parts]
+    return {"weight": weight} | (parts[0] if len(parts) == 1 else halves.join(parts, rows, layer.joint))

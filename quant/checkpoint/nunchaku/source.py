@@ -1,0 +1,98 @@
+"""Where the tensors of a Nunchaku model lie: in one file with metadata, or in a folder of two files and config.json."""
+
+import json
+import os
+from dataclasses import dataclass
+
+from ..header import CheckpointError, Header, StoredTensor, read_header
+from . import names
+
+BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
+CONFIG_FILES = {"config": "config.json", "comfy_config": "comfy_config.json"}
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """tensors: {v1 name: (Header, stored name)}."""
+
+    header: Header
+    tensors: dict
+    metadata: dict
+
+    def info(self, name):
+        """TensorInfo of a v1 name. Raises CheckpointError where the file lacks it."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.header.file} lacks tensor {name}; the file is incomplete, download it again.")
+        header, stored = self.tensors[name]
+        return header.tensors[stored]
+
+    def read(self, name):
+        header, stored = self.tensors[name]
+        return header.read_tensor(stored)
+
+    def stored(self, name):
+        """StoredTensor: a large one, to be read while it is worked on."""
+        return StoredTensor(*self.tensors[name])
+
+    def announce(self, names):
+        """Have the system begin to read these tensors; those that a very old file lacks are left out."""
+        found = [self.tensors[name] for name in names if name in self.tensors]
+        for header in {header.path: header for header, _ in found}.values():
+            header.announce([stored for owner, stored in found if owner is header])
+
+    def read_bytes(self, name):
+        header, stored = self.tensors[name]
+        return header.read_bytes(stored)
+
+    def json(self, key):
+        """A JSON object of the metadata, {} where it is absent."""
+        if key not in self.metadata:
+            return {}
+        try:
+            value = json.loads(self.metadata[key])
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.header.file} has no valid {key} in its metadata; download it again.")
+        return value
+
+    def check(self, name, shape, dtypes):
+        """Raise CheckpointError unless tensor `name` has this shape and one of these dtypes. Returns its dtype."""
+        info = self.info(name)
+        if info.shape != tuple(shape):
+            raise CheckpointError(f"{self.header.file}: tensor {name} has shape {list(info.shape)} where {list(shape)} is "
+                                  "due; the file is damaged, download it again.")
+        if info.dtype not in dtypes:
+            raise CheckpointError(f"{self.header.file}: tensor {name} is {info.dtype} where {dtypes[0]} is due; the file "
+                                  "is damaged, download it again.")
+        return info.dtype
+
+
+def gather(header):
+    """Source of a file, with its neighbour if it is one of two."""
+    headers, metadata, folder = [header], dict(header.metadata), os.path.dirname(header.path)
+    neighbour = {BLOCKS_FILE: REST_FILE, REST_FILE: BLOCKS_FILE}.get(header.file)
+    if neighbour is not None:
+        path = os.path.join(folder, neighbour)
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{header.file} is one of the two files of a Nunchaku model, and {neighbour} is not beside "
+                                  "it; put both into one folder.")
+        headers.append(read_header(path))
+        metadata |= {key: text for key, file in CONFIG_FILES.items() if (text := _small_text(os.path.join(folder, file)))}
+    tensors = {}
+    for part in headers:
+        for stored in part.tensors:
+            name = names.v1(stored)
+            if name in tensors:
+                raise CheckpointError(f"{part.file} has tensor {name} twice, as {stored} and {tensors[name][1]}; download "
+                                      "it again.")
+            tensors[name] = (part, stored)
+    return Source(header, tensors, metadata)
+
+
+def _small_text(path):
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(MAX_CONFIG_BYTES)

@@ -1,0 +1,1 @@
+"""What a quantized model runs: the layout of a packed layer, the packed modules, the LoRA branch."""

@@ -1,0 +1,305 @@
+"""The packed linear layers. Parameters as layout.py lists them; forward is one op, and what LoRAs add to it."""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.nn.modules import module as module_hooks
+
+from ...cuda import compiler, mlp, nvfp4, nvfp4_ops, ops, reference, scales
+from ...cuda.int4 import GELU_SHIFT
+
+HALVES = torch.bfloat16, torch.float16
+SHAPES = 8  # of inputs whose way to the kernels a layer remembers
+TOKENS = (4096, 512, 4608)  # of a picture of 1024 x 1024, of FLUX's text, of both
+
+
+class PackedLinear(torch.nn.Module):
+    """What all of them share: the parameters of a LayerSpec, under the names of the file.
+
+    The parameters are allocated on `device`; "meta" allocates nothing, until load_state_dict(assign=True) puts the
+    file's own tensors in. They may lie on another device than the input (ComfyUI's offloading): forward brings each
+    to the input.
+
+    side: side.SideBranch, what the loaded LoRAs add; None without any. The parameters know nothing of it.
+    gelu_from: the first output that goes through a GELU, which the model then leaves to the layer; None: none does. It is set before the
+    first call. While something stands between the layer and its caller, the GELU is the model's again (activates_from).
+    """
+
+    gelu_from = None
+    bias_function = ()  # what a host does to the bias in its own `at`
+
+    def __init__(self, spec, device="meta"):
+        super().__init__()
+        self.spec = spec
+        self.side = None
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        self.register_parameter("bias", None)
+        for name, (shape, dtype) in spec.tensors().items():
+            self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device),
+                                                             requires_grad=False))
+
+    def at(self, x):
+        """{name: the parameter on x's device}, the caller's to change."""
+        device = x.device
+        for p in self._parameters.values():  # most times they are there: to look is a tenth of what to() takes
+            if p is not None and p.device != device:
+                return {name: None if p is None else p.to(device, non_blocking=True) for name, p in self._parameters.items()}
+        return dict(self._parameters)
+
+    def activates_from(self):
+        """gelu_from, or None where a hook has the output first, or what stands in forward's place, as ComfyUI's bypass LoRA does: they
+        work on what a linear gives."""
+        own = self.__dict__
+        return None if own["_forward_hooks"] or "forward" in own and replaced(self) else self.gelu_from
+
+    def forward(self, x):
+        p, side = self.at(x), self.side
+        if side is None:
+            return self.product(x, p, p["bias"], self.activates_from())
+        if side.gain is None:
+            return self.added(self.product(x, p, p["bias"]), x)
+        # Of the bias, the gain is for the part that corrects the GELU shift, and that only.
+        fold = side.fold.to(x.device, self.spec.dtype)
+        y = self.product(x, p, fold) * side.gain.to(x) - fold.to(x)
+        return self.added(y if p["bias"] is None else y + p["bias"].to(x), x)
+
+    def added(self, y, x):
+        """y (..., N) plus what the LoRAs add, and then through the layer's GELU; in place."""
+        return reference.activated(self.side.add(y, x), self.activates_from())
+
+    def extra_repr(self):
+        return f"{self.in_features}, {self.out_features}, {self.spec.format}, rank={self.spec.rank}"
+
+
+class BranchedLinear(PackedLinear):
+    """Packed codes beside a low-rank branch."""
+
+    def dense(self, device):
+        """(N, K) float32: the weight that the layer stands for."""
+        up, down = (p.to(device, torch.float32) for p in (self.weight_proj_up, self.weight_proj_down))
+        return self.packed_part(device) + up @ down.t()
+
+    def fold(self, device):
+        """(N,) float32: what of the bias corrects the shift of the GELU's output, rather than being the layer's."""
+        return -GELU_SHIFT * self.packed_part(device)[:, self.spec.unsigned_from:].sum(dim=-1)
+
+
+class RowScale(NamedTuple):
+    """scales.row_scale of a layer, and of which contents of which parameter it is."""
+
+    value: torch.Tensor
+    address: int
+    parameter: weakref.ref
+    version: int | None  # None where PyTorch doesn't count the writes: of tensors made in inference mode
+
+
+class Repeated(NamedTuple):
+    """How a layer runs with inputs of one shape while nothing else changes."""
+
+    again: Callable        # ops.repeated's
+    gelu_from: int | None  # of the product; a side branch is added before the layer's GELU
+    act_bits: int          # as they were set
+    row_scale: RowScale | None
+
+
+class SVDQuantLinear(BranchedLinear):
+    """W4A4 with a low-rank branch: x (..., K) -> (..., N). One op, if no LoRA is loaded.
+
+    act_bits: 4, as SVDQuant is published, with one code more; 8, the same weights with int8 activations; 0, what the device is fastest
+    with.
+    """
+
+    act_bits = 0
+
+    def __init__(self, spec, device="meta"):
+        super().__init__(spec, device)
+        self._row_scale = None  # RowScale
+        self._repeated = {}  # {x's shape: Repeated}
+
+    def __getstate__(self):  # a copy looks things up for itself
+        return self.__dict__ | {"_row_scale": None, "_repeated": {}}
+
+    def forward(self, x):
+        if ops.plain(x) and (known := self._repeated.get(x.shape)) is not None:
+            side, y = self._modules.get("side"), None
+            if not self.bias_function and (side is None or side.gain is None):
+                gelu_from = None if self.gelu_from is None or side is not None else self.activates_from()  # few layers have one
+                y = self._again(x, gelu_from, *known)
+            if y is not None:
+                return y if side is None else self.added(y, x)
+        return super().forward(x)
+
+    def _again(self, x, gelu_from, again, activated_from, act_bits, c):
+        """The layer without its side branch, by a Repeated; None where anything has changed since."""
+        p = self._parameters
+        weight_scale, proj_down, bias = p["weight_scale"], p["weight_proj_down"], p["bias"]
+        if activated_from != gelu_from or act_bits != self.act_bits or c is not None and (
+                c.parameter() is not weight_scale or c.version is not None and c.version != weight_scale._version):
+            return None
+        return again(x, weight_scale, proj_down, (
+            proj_down.data_ptr(), p["weight"].data_ptr(), weight_scale.data_ptr(), p["weight_smooth_factor"].data_ptr(),
+            0 if c is None else c.address, p["weight_proj_up"].data_ptr(), 0 if bias is None else bias.data_ptr()))
+
+    def bits(self, device):
+        """4 or 8: act_bits, or what they stand for on `device`."""
+        return self.act_bits or ops.best_act_bits(device)
+
+    def product(self, x, p, bias, gelu_from=None):
+        act_bits = self.bits(x.device)
+        row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 and x.is_cuda else None
+        args = x, *operands(p, bias), self.spec.unsigned_from, act_bits, row_scale, gelu_from
+        if ops.plain(x) and bias is p["bias"] and all(tensor is self._parameters[name] for name, tensor in p.items()):
+            again, known = ops.repeated(*args), self._row_scale
+            if again and (row_scale is None or known.value is row_scale):
+                if len(self._repeated) >= SHAPES:
+                    self._repeated.clear()
+                self._repeated[x.shape] = Repeated(again, gelu_from, self.act_bits, None if row_scale is None else known)
+        return ops.svdquant_linear(*args)
+
+    def row_scale(self, weight_scale):
+        """scales.row_scale of the layer, found at its first use on a device. weight_scale: the parameter, on that device."""
+        known, parameter = self._row_scale, self._parameters["weight_scale"]
+        if torch.compiler.is_dynamo_compiling():
+            return scales.row_scale(weight_scale) if known is None else known.value
+        try:
+            version = parameter._version
+        except RuntimeError:
+            version = None
+        if known is None or known.parameter() is not parameter or known.version != version or known.value.device != weight_scale.device:
+            value = scales.row_scale(weight_scale)
+            known = self._row_scale = RowScale(value, value.data_ptr(), weakref.ref(parameter), version)
+        return known.value
+
+    def packed_part(self, device):
+        """(N, K) float32: the packed codes' share of the weight."""
+        weight = reference.dequantize_weight(self.weight.to(device), self.weight_scale.to(device))
+        return weight / self.weight_smooth_factor.to(device, torch.float32)
+
+
+def operands(p, bias):
+    """What the op takes of an SVDQuantLinear's parameters `p`, in its order."""
+    return p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], bias
+
+
+class PackedMLP(torch.nn.Sequential):
+    """In the place of a Sequential of fc1, which applies the GELU, nothing in the GELU's place, and fc2. While both layers are W4A4 and
+    nothing else is to be done on the way, it is one op; otherwise they run one after the other."""
+
+    def forward(self, x):
+        return self.fused(x) if self.fuses(x.device) else super().forward(x)
+
+    def fuses(self, device):
+        """Whether the layers, as they are now, are one op on `device`."""
+        if len(self._modules) != 3:
+            return False
+        first, between, second = self._modules.values()
+        return (isinstance(first, SVDQuantLinear) and isinstance(second, SVDQuantLinear) and isinstance(between, torch.nn.Identity)
+                and first.act_bits == second.act_bits and first.bits(device) == 4 and mlp.pays(device)
+                and first.gelu_from == 0 and second.gelu_from is None
+                and untouched(first) and untouched(between) and untouched(second)
+                and not module_hooks._global_forward_hooks and not module_hooks._global_forward_pre_hooks)
+
+    def fused(self, x):
+        first, _, second = self._modules.values()
+        p, q = first.at(x), second.at(x)
+        return mlp.svdquant_mlp(x, operands(p, p["bias"]), operands(q, q["bias"]), first.spec.unsigned_from, second.spec.unsigned_from)
+
+
+def untouched(module):
+    """Whether a call of the module is its class's forward without a side branch, and nothing before or after it."""
+    own = module.__dict__
+    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or replaced(module) or own["_modules"].get("side") is not None)
+
+
+def replaced(module):
+    """Whether something else is called in the place of the module's forward. ComfyUI's bypass LoRA leaves the forward of its class there
+    when it goes."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+class NVFP4Linear(BranchedLinear):
+    """W4A4 in NVFP4 with a low-rank branch: x (..., K) -> (..., N). Only read from others' files, never made here."""
+
+    def product(self, x, p, bias, gelu_from=None):
+        y = nvfp4_ops.nvfp4_linear(x, p["weight"], p["weight_scale"], p["weight_scale_2"], p["weight_proj_down"],
+                                   p["weight_proj_up"], p["weight_smooth_factor"], bias)
+        return reference.activated(y, gelu_from)
+
+    def packed_part(self, device):
+        """(N, K) float32: the packed codes' share of the weight."""
+        weight = nvfp4.dequantize_weight(*(p.to(device) for p in (self.weight, self.weight_scale, self.weight_scale_2)))
+        return weight / self.weight_smooth_factor.to(device, torch.float32)
+
+
+class AWQLinear(PackedLinear):
+    """W4A16, for the modulation layers, which see one row a picture: x (..., K) -> (..., N)."""
+
+    def product(self, x, p, bias, gelu_from=None):
+        return reference.activated(ops.awq_linear(x, p["weight"], p["weight_scale"], p["weight_zeros"], bias), gelu_from)
+
+    def dense(self, device):
+        """(N, K) float32: the weight that the layer stands for."""
+        return reference.dequantize_awq(*(p.to(device) for p in (self.weight, self.weight_scale, self.weight_zeros)))
+
+    def fold(self, device):
+        """(N,) float32: zeros, since nothing is folded into this layer's bias."""
+        return torch.zeros(self.out_features, device=device)
+
+
+def compute_in(model, dtype, device):
+    """Have the layers' bf16 tensors in fp16, where the kernels on `device` compute in that while the model is in `dtype`, so that no call
+    has to convert them. The specs go on to say how they were stored; the way back is exact but for what is below 2^-17, to within 2^-25.
+    Tensors in fp16 stay so in a bf16 model, where their last bits would be lost."""
+    if device.type != "cuda" or torch.version.hip:
+        return
+    for module in model.modules():
+        if isinstance(module, (SVDQuantLinear, AWQLinear)):
+            try:
+                if ops.compute_dtype(dtype, module.spec.dtype, device) != torch.float16:
+                    continue
+            except compiler.KernelsUnavailable:  # a GPU that is too old
+                return
+            for p in module.parameters():
+                if p.dtype == torch.bfloat16:
+                    p.data = p.data.half()
+
+
+def warm_up(model, device, dtype, tokens=TOKENS):
+    """Have the kernels that the model's packed layers will ask for on `device` compiled in threads, beside what the caller does next.
+
+    dtype: the model's, of the layers' inputs; tokens: the numbers of them to compile for; others may want a kernel more. Returns the
+    threads' futures; none off CUDA.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return []
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+
+    def computed(spec):
+        return dtype if dtype in HALVES else spec.dtype
+
+    layers, mlps, together = [], [], set()
+    for module in model.modules():
+        if isinstance(module, PackedMLP) and module.fuses(device) and dtype in (torch.float16, module[0].spec.dtype):
+            first, _, second = module
+            together |= {first, second}
+            mlps += [(m, first.in_features, first.out_features, second.out_features, first.spec.rank, second.spec.rank,
+                      first.spec.unsigned_from, second.spec.unsigned_from, dtype) for m in tokens]
+        elif isinstance(module, SVDQuantLinear) and module not in together:
+            layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
+                        computed(module.spec), module.gelu_from) for m in tokens]
+        elif isinstance(module, AWQLinear):
+            layers.append((1, module.out_features, module.in_features, 0, module.in_features, None, computed(module.spec)))
+    return ops.warm_up(dict.fromkeys(layers), device, [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)])
+
+
+def set_act_bits(model, act_bits):
+    """Have every W4A4 layer of the model quantize its input to act_bits (SVDQuantLinear says which there are)."""
+    for module in model.modules():
+        if isinstance(module, SVDQuantLinear):
+            module.act_bits = act_bits

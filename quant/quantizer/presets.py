@@ -1,0 +1,92 @@
+"""What a quantization run does: the presets, and the exceptions that a user writes."""
+
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+
+from ..families import flux1 as flux
+from .calibration import TOKENS_PER_INPUT
+
+MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a quantization run does.
+
+    rank: of the branch of every layer that SVDQuant publishes; a single block's linear1 and linear2 hold two each, and get twice the
+    rank in one; smooth: "search" (calibrated), "weights" (no calibration) or "none"; learned: whether what was found is learned further;
+    rounds: how often branch and codes are fitted to each other; scales: "integer" (c_n * i), "free" or "absmax"; gptq,
+    refit: the two stages after that; passes: how often those two run, each on the branch of the one before; quiet: whether the
+    codes allow for the activation's rounding.
+    """
+
+    preset: str
+    rank: int
+    smooth: str
+    learned: bool = False
+    rounds: int = 5
+    scales: str = "integer"
+    gptq: bool = False
+    refit: bool = False
+    passes: int = 1
+    quiet: bool = False
+    keep: tuple = ()  # patterns of layers that stay in 16 bits
+    ranks: tuple = ()  # (pattern, rank) of layers with a rank of their own; the last match counts
+    tokens: int = TOKENS_PER_INPUT  # for each input of a layer, that GPTQ and refit go by
+    largest_error: float = 0.5  # of a layer in 4 bits: one that comes out worse stays in 16 bits
+    propagate: str = "exact"  # what a block is watched on: what the blocks before it give in 16 bits, or "quantized"
+
+    def as_dict(self):
+        return asdict(self)
+
+    def keeps(self, name):
+        """Whether layer `name` stays in 16 bits."""
+        return any(fnmatchcase(name, pattern) for pattern in self.keep)
+
+    def rank_of(self, name):
+        """The rank of layer `name`."""
+        usual = flux.branches(name) * self.rank
+        return next((rank for pattern, rank in reversed(self.ranks) if fnmatchcase(name, pattern)), usual)
+
+    def needs_gram(self):
+        """Whether the stages need the inputs' Gram matrix."""
+        return self.gptq or self.refit
+
+
+PRESETS = {
+    "best": {"smooth": "search", "gptq": True, "refit": True},
+    "slow": {"smooth": "search", "learned": True, "gptq": True, "refit": True, "passes": 2, "quiet": True},
+    "fast": {"smooth": "search", "refit": True},  # round to nearest in place of GPTQ
+    "data-free": {"smooth": "weights"},  # nothing is calibrated
+    "naive": {"smooth": "none", "rounds": 1, "scales": "absmax"},  # plain rounding, no branch: the baseline to compare with
+}
+
+
+def make_recipe(preset, rank, exceptions=""):
+    """The Recipe of a preset.
+
+    exceptions: patterns of layer names, one a line or separated by commas: `pattern` keeps its layers in 16 bits,
+    `pattern = rank` gives them another rank; * stands for any text. Raises ValueError on an unknown preset, a rank outside
+    16..256 in steps of 16, or an exception that can't be read.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+    keep, ranks = [], []
+    for entry in filter(None, map(str.strip, exceptions.replace(",", "\n").splitlines())):
+        pattern, equals, value = map(str.strip, entry.partition("="))
+        if equals and not value.isdecimal():
+            raise ValueError(f"The exception {entry!r} can't be read; write a layer pattern, or pattern = rank.")
+        if equals:
+            ranks.append((pattern, _checked_rank(int(value))))
+        else:
+            keep.append(pattern)
+    chosen = Recipe(preset, _checked_rank(rank), **PRESETS[preset])
+    if preset == "naive":
+        return replace(chosen, rank=0, keep=tuple(keep))
+    return replace(chosen, keep=tuple(keep), ranks=tuple(ranks))
+
+
+def _checked_rank(rank):
+    if not MIN_RANK <= rank <= MAX_RANK or rank % RANK_STEP:
+        raise ValueError(f"Rank {rank} is not possible; choose {MIN_RANK} to {MAX_RANK} in steps of {RANK_STEP}.")
+    return rank

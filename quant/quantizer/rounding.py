@@ -1,0 +1,120 @@
+"""From numbers to 4-bit codes: the scale rules and round to nearest."""
+
+import torch
+
+from ...cuda.int4 import GROUP_SIZE, SIGNED_MAX, UNSIGNED_MAX
+from ...cuda.reference import scaled_codes
+
+CHUNK = 1 << 22  # elements of a weight that are worked on at a time
+AWQ_WIDTHS, AWQ_FITS = (1.0, 0.94, 0.88, 0.82), 3  # shares of a group's range, and how often scale and zero are fitted
+
+
+def absmax_scales(weight, dtype):
+    """One scale a row and group of 64, so that the largest magnitude takes code 7 or -7.
+
+    weight: (N, K) float32. Returns (G, N) in `dtype`, the type in which the scale is stored.
+    """
+    absmax = weight.unflatten(-1, (-1, GROUP_SIZE)).abs().amax(dim=-1)  # (N, G)
+    return (absmax / SIGNED_MAX).t().to(dtype).contiguous()
+
+
+def round_to_nearest(weight, scales):
+    """weight: (N, K) float32; scales: (G, N). Returns codes (N, K) int8, -8..7."""
+    steps = scales.float().t().unsqueeze(-1)  # (N, G, 1)
+    steps = torch.where(steps == 0, torch.ones_like(steps), steps)
+    codes = (weight.unflatten(-1, (-1, GROUP_SIZE)) / steps).round().clamp(-SIGNED_MAX - 1, SIGNED_MAX)
+    return codes.flatten(-2).to(torch.int8)
+
+
+def rounded(weight, scales):
+    """round_to_nearest as what its codes stand for, (N, K) float32."""
+    out = torch.empty_like(weight)
+    for rows in row_chunks(weight):
+        part = scales[:, rows]
+        out[rows] = scaled_codes(round_to_nearest(weight[rows], part).float(), part.float().t())
+    return out
+
+
+def row_chunks(matrix):
+    """Slices of the matrix's rows of at most CHUNK elements: what is computed of a chunk in several steps stays in a GPU's cache,
+    and the copies that it takes stay small."""
+    rows = max(1, CHUNK // matrix.shape[1])
+    return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)]
+
+
+def awq_round(weight, dtype, energy=None):
+    """Asymmetric codes 0..15 with W ~ (code - 8) * scale + zero, a scale and a zero per row and group of 64: of those that the search
+    tries, what leaves a group the least squared error. That the whole range has codes is tried first, so it is never worse.
+
+    weight: (N, K) float32; energy: (K,), the mean square of each input, which its errors count by, or None for equal ones.
+    Returns codes (N, K) int8, scales (G, N) and zeros (G, N) in `dtype`.
+    """
+    energy = torch.ones(weight.shape[1], device=weight.device) if energy is None else energy
+    shares = _shares(energy.view(-1, GROUP_SIZE))
+    return _awq_in_chunks(weight, lambda groups: _awq_search(groups, shares, dtype))
+
+
+def awq_plain(weight, dtype):
+    """awq_round without a search: codes 0 and 15 are a group's smallest and largest weight."""
+    equal = _shares(torch.ones(weight.shape[1] // GROUP_SIZE, GROUP_SIZE, device=weight.device))
+    return _awq_in_chunks(weight, lambda groups: _awq_codes(groups, equal, *_awq_range(groups, 1.0, dtype))[:-1])
+
+
+def _awq_in_chunks(weight, round_groups):
+    """(codes, scales, zeros) as awq_round has them, from round_groups' (codes (N, G, 64), scales and zeros (N, G)) of some rows."""
+    parts = [round_groups(weight[rows].unflatten(-1, (-1, GROUP_SIZE))) for rows in row_chunks(weight)]
+    codes = torch.cat([part[0].flatten(-2).to(torch.int8) for part in parts])
+    scales, zeros = (torch.cat([part[i] for part in parts]).t().contiguous() for i in (1, 2))
+    return codes, scales, zeros
+
+
+def _shares(energy):
+    """(G, 64): what part of its group's energy each input has; equal parts where the group has none."""
+    total = energy.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, energy / total, 1 / GROUP_SIZE)
+
+
+def _awq_range(groups, width, dtype):
+    """(scale, value of code 0), (N, G) each in `dtype`, of codes over the middle `width` of each group's range."""
+    low, high = groups.aminmax(dim=-1)
+    scales = (high - low) * width / UNSIGNED_MAX
+    return scales.to(dtype), ((low + high) / 2 - scales * (UNSIGNED_MAX / 2)).to(dtype)
+
+
+def _awq_search(groups, shares, dtype):
+    """groups: (N, G, 64). Returns codes (N, G, 64), scales and zeros (N, G): from ranges of several widths, each followed by fits of
+    scale and zero to the codes that came of them."""
+    best = None
+    for width in AWQ_WIDTHS:
+        scales, lowest = _awq_range(groups, width, torch.float32)
+        found = None
+        for _ in range(AWQ_FITS):
+            if found is not None:
+                scales, lowest = _awq_line(groups, shares, found[0], scales)
+            found = _awq_codes(groups, shares, scales.to(dtype), lowest.to(dtype))
+            best = found if best is None else tuple(
+                torch.where((found[-1] < best[-1]).view(*found[-1].shape, *[1] * (new.ndim - 2)), new, old)
+                for new, old in zip(found, best))
+    return best[:-1]
+
+
+def _awq_line(groups, shares, codes, scales):
+    """(scale, value of code 0), (N, G) each, of the line through each group's weights over its codes; the scale is the one given where
+    all codes are the same."""
+    mean = (codes * shares).sum(dim=-1, keepdim=True)
+    around = codes - mean
+    counted = around * shares
+    spread = (counted * around).sum(dim=-1)
+    scales = torch.where(spread > 0, (counted * groups).sum(dim=-1) / spread, scales)
+    return scales, (groups * shares).sum(dim=-1) - scales * mean.squeeze(-1)
+
+
+def _awq_codes(groups, shares, scales, lowest):
+    """(codes (N, G, 64), scales, zeros, squared error (N, G)) under given scales and values of code 0, which other formats store in
+    place of zeros: so both are what 16 bits can hold."""
+    zeros = (lowest.float() + 8 * scales.float()).to(scales.dtype)
+    steps = torch.where(scales == 0, torch.ones_like(scales), scales).float().unsqueeze(-1)
+    stood = zeros.float().unsqueeze(-1)
+    codes = (((groups - stood) / steps).round() + 8).clamp_(0, UNSIGNED_MAX)
+    error = ((codes - 8) * scales.float().unsqueeze(-1) + stood - groups).square_().mul_(shares).sum(dim=-1)
+    return codes, scales, zeros, error

@@ -1,0 +1,93 @@
+"""Files that ComfyUI would read wrongly without a word, and relatives that share FLUX.1's names: refused in one sentence that says what
+they are, before anything is loaded; and the names under which a FLUX.1 lies in files of others."""
+
+import pytest
+import torch
+from comfyui_svdquant.quant.checkpoint import foreign
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from safetensors.torch import save_file
+
+from ..random_flux import flux_tensors
+
+QKV = "double_blocks.0.img_attn.qkv"
+
+
+def header_of(path, tensors, metadata=None):
+    save_file(tensors, path, metadata=metadata)
+    return read_header(str(path))
+
+
+def without(*starts):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.startswith(starts)}
+
+
+def renamed(prefix):
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def with_(**parts):
+    """Other tensors in layer QKV."""
+    return lambda tensors: tensors | {f"{QKV}.{name}": tensor for name, tensor in parts.items()}
+
+
+def nf4(tensors):
+    state = {f"{QKV}.weight.{part}": torch.zeros(4) for part in ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")}
+    return tensors | state | {f"{QKV}.weight": torch.zeros(6144, 1, dtype=torch.uint8)}
+
+
+CODES = torch.zeros(192, 64, dtype=torch.int8)
+SCALED = torch.zeros(192, 64, dtype=torch.float8_e4m3fn)
+
+UNTOLD = "and no word of the format"
+
+# {what it is: (file's name, change of a FLUX.1 with 3 blocks of each kind, what the sentence says)}
+REFUSED = {
+    "a double block is missing": ("a.safetensors", without("double_blocks.1."), "has double_blocks.2 and no double_blocks.1;"),
+    "a single block is missing": ("a.safetensors", without("single_blocks.0."), "has single_blocks.2 and no single_blocks.0;"),
+    "another prefix": ("a.safetensors", renamed("transformer."), "under names that begin with 'transformer.'"),
+    "LongCat-Image": ("a.safetensors", without("vector_in.", "guidance_in."), "no vector_in, as LongCat-Image has"),
+    "NF4": ("a.safetensors", nf4, "is a FLUX.1 in bitsandbytes' 4 bits"),
+    "codes without a word": ("a.safetensors", with_(weight=CODES), f"has {QKV}.weight {UNTOLD}"),
+    "fp8 without a word": ("a.safetensors", with_(weight=SCALED, weight_scale=torch.ones(())), f"has {QKV}.weight_scale {UNTOLD}"),
+    "scaled fp8 without its mark": ("a.safetensors", with_(weight=SCALED, scale_weight=torch.ones(())), f"{QKV}.scale_weight {UNTOLD}"),
+    "the first shard": ("flux-00001-of-00003.safetensors", without("single_blocks.2."), "is a part of a model that lies in 3 files"),
+    "another shard": ("flux-00002-of-00003.safetensors", without("img_in", "double_blocks."), "is a part of a model that lies in 3 files"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_be_read_wrongly_is_refused(tmp_path, what):
+    name, change, says = REFUSED[what]
+    header = header_of(tmp_path / name, change(flux_tensors(hidden=64, depth=3, depth_single=3)))
+    with pytest.raises(CheckpointError) as caught:
+        foreign.flux_prefix(header)
+    message = str(caught.value)
+    assert message.startswith(f"{name} ") and says in message and message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model.", "model.model.", "net."])
+def test_where_a_flux_lies(tmp_path, prefix):
+    encoder = {"text_encoders.t5.q.weight": CODES, "text_encoders.t5.q.weight_scale": torch.ones(1)} if prefix else {}
+    header = header_of(tmp_path / "a.safetensors", renamed(prefix)(flux_tensors(hidden=64)) | encoder)
+    assert foreign.flux_prefix(header) == prefix
+
+
+@pytest.mark.parametrize(("change", "metadata"), [
+    (with_(weight=SCALED, scale_weight=torch.ones(()), scale_input=torch.ones(())), None),
+    (with_(weight=CODES, weight_scale=torch.ones(192, 1), comfy_quant=torch.zeros(8, dtype=torch.uint8)), None),
+    (with_(weight=SCALED, weight_scale=torch.ones(())), {"_quantization_metadata": '{"layers": {}}'}),
+])
+def test_described_weights_are_left_to_comfyui(tmp_path, change, metadata):
+    mark = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    assert foreign.flux_prefix(header_of(tmp_path / "a.safetensors", change(flux_tensors(hidden=64)) | mark, metadata)) == ""
+
+
+@pytest.mark.parametrize(("key", "what"), [
+    ("double_blocks.0.img_mlp.gate_proj.weight", "an Ovis-Image model"), ("context_embedder_norm.weight", "an Ovis-Image model"),
+    ("time_embed.timestep_embedder.linear_1.weight", "a LongCat-Image model"),
+])
+def test_relatives_are_told_by_their_names(tmp_path, key, what):
+    diffusers = {name: torch.ones(2, 2) for name in ("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight")}
+    for tensors in (flux_tensors(hidden=64), diffusers):
+        header = header_of(tmp_path / "a.safetensors", tensors | {key: torch.ones(2)})
+        assert foreign.flux_prefix(header) is None and not foreign.is_diffusers_flux(header) and foreign.kind(header) == what

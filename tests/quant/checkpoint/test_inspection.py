@@ -1,0 +1,183 @@
+"""What a file is told to be, from its header, and what a saved file tells of itself and of its source."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_svdquant.quant.checkpoint import card, convert, inspection, native
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header, read_header
+from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
+from comfyui_svdquant.quant.layers import layout
+from safetensors.torch import load_file, save_file
+
+from ..nunchaku_nvfp4 import write_nvfp4
+from ..packed_flux import packed_flux
+from ..random_flux import flux_tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+ERRORS = {"double_blocks.0.img_attn.qkv": 0.08, "double_blocks.0.img_mlp.2": 0.12, "single_blocks.0.linear1": 0.07}
+RECIPE = {
+    "preset": "best", "rank": 16, "keep": [], "calibration": {"prompts": 8, "steps": 4, "seed": 0},
+    "layers": [{"name": name, "format": "svdquant_w4a4", "error": error, "error_naive": 2 * error} for name, error in ERRORS.items()],
+}
+SOURCE = card.of_source({"modelspec.title": "My FLUX", "modelspec.author": "me", "modelspec.license": "CC0",
+                         "modelspec.hash_sha256": "0xabc", "modelspec.unknown": "x", "modelspec.date": "2020", "other": "y"})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return packed_flux(depth_single=2)
+
+
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspected")
+    native.save(str(folder / "native.safetensors"), *model, RECIPE, "flux1.safetensors", source_card=SOURCE)
+    nunchaku_writer.save(str(folder / "nunchaku.safetensors"), *model, RECIPE, "flux1.safetensors", source_card=SOURCE)
+    return folder
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    monkeypatch.setattr(Header, "read_tensor", lambda self, name: pytest.fail(f"{name} was read"))
+
+
+@pytest.mark.parametrize("name", ["native", "nunchaku"])
+def test_what_is_told_of_a_quantized_file(files, model, no_weights, name):
+    path = files / f"{name}.safetensors"
+    told = json.loads(json.dumps(inspection.inspect(str(path))))
+    assert (told["file"], told["bytes"]) == (path.name, path.stat().st_size)
+    assert told["format"] == ("SVDQuant layout, INT4" if name == "native" else "Nunchaku layout, INT4")
+    assert told["model"] == model[2] and told["source"] == "flux1.safetensors"
+    assert sum(told["bytes_by_kind"].values()) == sum(told["bytes_by_dtype"].values()) == data_bytes(path)
+    assert told["bytes_by_kind"]["4-bit codes"] == sum(
+        tensor.numel() for key, tensor in model[0].items() if key.endswith(".weight") and key.removesuffix(".weight") in model[1])
+    assert told["layers"]["awq_w4a16"]["count"] == 4 and told["layers"]["svdquant_w4a4_split"] == {"count": 2, "ranks": {"16": 2}}
+    assert told["recipe"]["calibration"]["prompts"] == 8 and "layers" not in told["recipe"]
+    errors = told["errors"]["svdquant_w4a4"]
+    assert errors["layers"] == 3 and errors["median"] == 0.08 and errors["largest"] == 0.12
+    assert math.isclose(errors["mean"], 0.09) and math.isclose(errors["mean_of_plain_rounding"], 0.18)
+    assert list(errors["worst"]) == ["double_blocks.0.img_mlp.2", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"]
+
+
+def data_bytes(path):
+    return sum(info.stop - info.start for info in read_header(str(path)).tensors.values())
+
+
+def test_the_text(files):
+    lines = inspection.text(inspection.inspect(str(files / "native.safetensors"))).splitlines()
+    assert lines[0] == f"native.safetensors: {(files / 'native.safetensors').stat().st_size / 1e6:.2f} MB, SVDQuant layout, INT4"
+    for line in ("FLUX.1: 1 double and 2 single blocks, hidden size 128, 16 channels in, with guidance", "made from: flux1.safetensors",
+                 "title: My FLUX (SVDQuant)", "author: me", "licence: CC0", "source's tensor hash: 0xabc",
+                 "svdquant_w4a4_split: 2 layers (rank 16: 2)", "recipe: preset best, rank 16",
+                 "calibrated on: 8 prompts (steps 4, seed 0)"):
+        assert line in lines
+    assert lines[-1].startswith("error of svdquant_w4a4: mean 9.00%, median 8.00% (plain rounding 18.00%) of 3 layers; "
+                                "largest: double_blocks.0.img_mlp.2 12.00%")
+
+
+def test_other_kinds_of_files(files, tmp_path, no_weights):
+    save_file(flux_tensors(), tmp_path / "plain.safetensors")
+    told = inspection.inspect(str(tmp_path / "plain.safetensors"))
+    assert told["format"] == "a FLUX.1 that is not quantized" and list(told["bytes_by_kind"]) == ["everything else"]
+    assert inspection.text(told).splitlines()[-1].startswith("stored as: bfloat16 ") and "sizes:" not in inspection.text(told)
+    path = tmp_path / "svdq-fp4.safetensors"
+    write_nvfp4(path)
+    told = inspection.inspect(str(path))
+    assert told["format"] == "Nunchaku layout, NVFP4" and sum(told["bytes_by_kind"].values()) == data_bytes(path)
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(files / "native.safetensors").items()}
+    save_file(tensors, tmp_path / "kitchen.safetensors")
+    told = inspection.inspect(str(tmp_path / "kitchen.safetensors"))
+    assert told["format"] == "comfy-kitchen layout, INT4" and told["errors"] == {} and told["card"] == {}
+    assert told["bytes_by_kind"] == inspection.inspect(str(files / "native.safetensors"))["bytes_by_kind"]
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="other.safetensors is no FLUX.1"):
+        inspection.inspect(str(tmp_path / "other.safetensors"))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_quantized_model_that_another_node_saved_is_no_16_bit_one(model, tmp_path, no_weights, prefix):
+    """ComfyUI's ModelSave writes the tensors alone; what says how layers are packed is in no tensor of the MODEL."""
+    assert not any(name.endswith(layout.QUANT_KEY) for name in model[0])
+    save_file({prefix + name: tensor for name, tensor in model[0].items()}, tmp_path / "bare.safetensors")
+    with pytest.raises(CheckpointError, match=r"^bare.safetensors has layers in 4 bits .* SVDQuant Save Model\.$"):
+        inspection.inspect(str(tmp_path / "bare.safetensors"))
+
+
+def test_the_two_files_of_an_older_nunchaku_model_are_told_as_one(files, tmp_path):
+    tensors = load_file(files / "nunchaku.safetensors")
+    blocks = {name: tensor for name, tensor in tensors.items() if "transformer_blocks." in name}
+    save_file(blocks, tmp_path / "transformer_blocks.safetensors")
+    save_file({name: t for name, t in tensors.items() if name not in blocks}, tmp_path / "unquantized_layers.safetensors")
+    told = inspection.inspect(str(tmp_path / "transformer_blocks.safetensors"))
+    assert told["bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert told["bytes_by_kind"] == inspection.inspect(str(files / "nunchaku.safetensors"))["bytes_by_kind"]
+
+
+@pytest.mark.parametrize("recipe", [
+    {"layers": 3}, {"layers": [3, {"name": 1}, {"name": "a", "format": "svdquant_w4a4", "error": float("nan"), "error_naive": 10**400}]},
+    {"layers": [{"name": "a", "format": [], "error": 0.1, "error_naive": 0.1}]}, {"calibration": {"prompts": []}, "preset": "\x1b[2J\n"},
+    {"calibration": 3, "": None},
+])
+def test_what_a_file_says_of_itself_may_be_anything(model, tmp_path, recipe):
+    path = tmp_path / "odd.safetensors"
+    native.save(str(path), *model, recipe, "flux\x1b[31m", source_card={"modelspec.author": "a\nb"})
+    told = inspection.inspect(str(path))
+    text = inspection.text(told)
+    assert told["errors"] == {} and "\x1b" not in text and "author: a\N{REPLACEMENT CHARACTER}b" in text
+
+
+# --- the card ------------------------------------------------------------------------------------------------------
+
+
+def test_a_card_is_copied_but_for_what_is_the_sources_own(files):
+    metadata = read_header(str(files / "native.safetensors")).metadata
+    assert {key: metadata[key] for key in ("modelspec.title", "modelspec.author", "modelspec.license", "modelspec.architecture")} == {
+        "modelspec.title": "My FLUX (SVDQuant)", "modelspec.author": "me", "modelspec.license": "CC0",
+        "modelspec.architecture": "flux-1"}
+    # The hash of the source's tensors is not this file's.
+    assert "modelspec.hash_sha256" not in metadata and metadata["svdquant.source_hash_sha256"] == "0xabc"
+    assert "modelspec.unknown" not in metadata and not metadata["modelspec.date"].startswith("2020")
+
+
+def test_a_card_outlives_saving_again(files):
+    again = card.of_source(read_header(str(files / "native.safetensors")).metadata)
+    assert card.modelspec("other.safetensors", again)["modelspec.title"] == "My FLUX (SVDQuant)"
+    assert again == SOURCE | {"modelspec.architecture": "flux-1"}
+
+
+def test_a_file_without_a_card_is_called_by_its_name(model, tmp_path):
+    native.save(str(tmp_path / "mine.safetensors"), *model, RECIPE, "flux")
+    metadata = read_header(str(tmp_path / "mine.safetensors")).metadata
+    assert metadata["modelspec.title"] == "mine (SVDQuant)" and "svdquant.source_title" not in metadata
+    assert card.modelspec("yours.safetensors", card.of_source(metadata))["modelspec.title"] == "yours (SVDQuant)"
+    assert card.of_source({"modelspec.thumbnail": "x" * (1 << 21)}) == {}
+
+
+@pytest.mark.parametrize(("of", "to"), [("native", "nunchaku"), ("nunchaku", "native")])
+def test_both_layouts_have_the_card_and_converting_keeps_it(files, tmp_path, of, to):
+    convert.convert(str(files / f"{of}.safetensors"), str(tmp_path / "converted.safetensors"), to)
+    carded = [read_header(str(path)).metadata for path in (files / f"{of}.safetensors", tmp_path / "converted.safetensors")]
+    first, second = ({key: value for key, value in metadata.items() if key.startswith(("modelspec.", "svdquant.source"))
+                      and key != "modelspec.date"} for metadata in carded)
+    assert first == second and len(first) == 8
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command(files, tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, str(ROOT / "inspect_model.py"), *map(str, arguments)], capture_output=True, text=True,
+                              cwd=tmp_path)
+
+    path = files / "native.safetensors"
+    assert run(path).stdout.rstrip("\n") == inspection.text(inspection.inspect(str(path)))
+    assert json.loads(run(path, "--json").stdout) == json.loads(json.dumps(inspection.inspect(str(path))))
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:1000])
+    refused = run(tmp_path / "cut.safetensors")
+    assert refused.returncode == 1 and refused.stderr.startswith("inspect: cut.safetensors is cut off")

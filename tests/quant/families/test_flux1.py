@@ -1,0 +1,34 @@
+"""FLUX.1's inventory."""
+
+import pytest
+import torch
+from comfyui_svdquant.quant.families import flux1 as flux
+from comfyui_svdquant.quant.layers import layout
+
+
+@pytest.mark.parametrize(("name", "form"), [
+    ("double_blocks.0.img_attn.qkv", layout.SVDQUANT), ("double_blocks.18.txt_attn.proj", layout.SVDQUANT),
+    ("double_blocks.3.txt_mlp.0", layout.SVDQUANT), ("double_blocks.3.img_mlp.2", layout.SVDQUANT),
+    ("single_blocks.37.linear1", layout.SVDQUANT), ("single_blocks.0.linear2", layout.SVDQUANT),
+    ("double_blocks.0.img_mod.lin", layout.AWQ), ("double_blocks.0.txt_mod.lin", layout.AWQ),
+    ("single_blocks.5.modulation.lin", layout.AWQ), ("final_layer.adaLN_modulation.1", layout.AWQ), ("time_in.out_layer", layout.AWQ),
+    ("img_in", None), ("final_layer.linear", None), ("txt_in", None), ("time_in.in_layer", None),
+    ("double_blocks.0.img_attn.norm.query_norm", None), ("double_blocks.0.img_mlp.1", None),
+])
+def test_which_layers_are_packed(name, form):
+    assert flux.layer_format(name) == form
+
+
+def test_where_the_gelu_columns_begin():
+    def first(name, shape):
+        return flux.layer_spec(name, shape, 16, True, torch.bfloat16).unsigned_from
+
+    assert first("double_blocks.0.img_mlp.2", (3072, 12288)) == 0
+    assert first("single_blocks.0.linear2", (3072, 15360)) == 3072
+    assert first("single_blocks.0.linear1", (21504, 3072)) == 3072
+    assert first("double_blocks.0.img_attn.qkv", (9216, 3072)) == 3072
+
+
+def test_k_that_no_group_divides_names_the_layer():
+    with pytest.raises(ValueError, match=r"double_blocks.0.img_attn.qkv has 100 input columns"):
+        flux.layer_spec("double_blocks.0.img_attn.qkv", (300, 100), 16, True, torch.bfloat16)

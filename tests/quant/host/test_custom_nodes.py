@@ -1,0 +1,179 @@
+"""What custom nodes do to a FLUX MODEL, in our words, on a MODEL in 4 bits: named by the technique."""
+
+import copy
+
+import comfy.ldm.flux.layers
+import comfy.model_management
+import comfy.model_patcher
+import pytest
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from comfyui_svdquant.nodes.save_model import stored_tensors
+from comfyui_svdquant.quant.checkpoint import native
+from comfyui_svdquant.quant.host import build
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
+
+from ..comfy_models import HIDDEN, sample
+from ..conftest import load
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"
+
+
+def with_lora(patcher):
+    g = torch.Generator().manual_seed(3)
+    patched, patches = patcher.clone(), {}
+    for name, rows in ((QKV, 3), (LINEAR1, 7)):
+        up, down = torch.randn(rows * HIDDEN, 4, generator=g) / 4, torch.randn(4, HIDDEN, generator=g) / 4
+        patches[f"diffusion_model.{name}.weight"] = LoRAAdapter(set(), (up, down, None, None, None, None))
+    assert len(patched.add_patches(patches)) == 2
+    return patched
+
+
+def layer(patcher, name):
+    return patcher.model.diffusion_model.get_submodule(name)
+
+
+# --- blocks of their own -------------------------------------------------------------------------------------------
+
+
+class DoubledSingle(torch.nn.Module):
+    """A block made of another's parts, with something added to the attention, as IP-Adapters have it."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block_size, self.heads = block.hidden_size, block.num_heads
+        self.linear1, self.linear2, self.norm = block.linear1, block.linear2, block.norm
+        self.pre_norm, self.modulation, self.mlp_act, self.mlp_width = block.pre_norm, block.modulation, block.mlp_act, block.mlp_hidden_dim
+
+    def forward(self, x, vec, pe, **_):
+        mod, _ = self.modulation(vec)
+        qkv, mlp = self.linear1((1 + mod.scale) * self.pre_norm(x) + mod.shift).split([3 * self.block_size, self.mlp_width], dim=-1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attention = comfy.ldm.flux.layers.attention(*self.norm(q, k, v), v, pe=pe)
+        return x + mod.gate * self.linear2(torch.cat((1.5 * attention, self.mlp_act(mlp)), 2))
+
+
+def blocks_of_its_own(patcher):
+    patched = patcher.clone()
+    patched.add_object_patch("diffusion_model.single_blocks.0", DoubledSingle(layer(patcher, "single_blocks.0")))
+    return patched
+
+
+class Damped(comfy.ldm.flux.layers.SingleStreamBlock):
+    def forward(self, x, *args, **kwargs):
+        return x + 0.5 * (super().forward(x.clone(), *args, **kwargs) - x)
+
+
+def another_class(patcher):
+    patched = patcher.clone()
+    patched.add_object_patch("diffusion_model.single_blocks.0.__class__", Damped)
+    return patched
+
+
+def forward_of_its_own(patcher):
+    """As step caches have it: the blocks' part of an earlier call is used again."""
+    patched = patcher.clone()
+    model, residuals = patcher.model.diffusion_model, []
+    forward = model.forward_orig
+
+    def cached(img, *args, **kwargs):
+        if not residuals:
+            residuals.append(forward(img, *args, **kwargs))
+        return residuals[0]
+
+    patched.add_object_patch("diffusion_model.forward_orig", cached)
+    return patched
+
+
+@pytest.mark.parametrize("technique", [blocks_of_its_own, another_class, forward_of_its_own])
+@pytest.mark.parametrize("lora", [False, True])
+def test_does_what_it_does_to_the_16_bit_model(plain, twin, drift, technique, lora):
+    before = sample(twin)
+    exact, quantized = (sample(technique(with_lora(patcher) if lora else patcher)) for patcher in (plain, twin))
+    effect = relative_error(exact, sample(with_lora(plain) if lora else plain))
+    error = relative_error(quantized, exact)
+    assert error < 2 * drift and effect > 0.02, (error, drift, effect)
+    assert torch.equal(sample(twin), before)
+
+
+def test_a_deep_copy_keeps_its_lora(plain, twin):
+    try:
+        copy.deepcopy(plain)
+    except TypeError:
+        pytest.skip("this ComfyUI can't copy a MODEL of any kind")
+    patched = with_lora(twin)
+    before, expected = sample(twin), sample(patched)
+    assert torch.equal(sample(copy.deepcopy(patched)), expected)
+    assert torch.equal(sample(twin), before)
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", ".single_blocks.0"])
+def test_a_lora_stays_where_a_module_is_compiled_in_its_place(twin, name):
+    """With torch.compile as an object patch the modules' names are longer; ComfyUI loses the LoRA of a 16-bit model there."""
+    patched = with_lora(twin)
+    target = f"diffusion_model{name}"
+    patched.add_object_patch(target, torch.compile(patched.get_model_object(target), backend="eager"))
+    comfy.model_management.load_models_gpu([patched])
+    single = layer(twin, LINEAR1)
+    assert single.side is not None
+    patched.detach()
+    assert single.side is None
+
+
+def own_partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+    """A loading that goes through the layers itself, as those that spread a model over devices do."""
+    self.unpatch_model(self.offload_device, unpatch_weights=True)
+    self.patch_model(load_weights=False)
+    for *_, name, module, _parameters in self._load_list():
+        module.to(device_to)
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in self.patches:
+                self.patch_weight_to_device(key, device_to=device_to)
+    self.model.current_weight_patches_uuid, self.model.device = self.patches_uuid, device_to
+    return 0
+
+
+def test_a_lora_stays_where_others_load_the_layers(twin, monkeypatch):
+    patched = with_lora(twin)
+    before, expected = sample(twin), sample(patched)
+    comfy.model_management.unload_all_models()
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "partially_load", own_partially_load)
+    assert torch.equal(sample(patched), expected)
+    assert torch.equal(sample(twin), before)
+    assert torch.equal(sample(patched), expected)
+
+
+# --- what is left in the model -------------------------------------------------------------------------------------
+
+
+def hung_into(patcher):
+    """Modules and a forward that a node sets on the diffusion model itself, and never takes away."""
+    model = patcher.model.diffusion_model
+    model.faces = torch.nn.ModuleList([torch.nn.Linear(HIDDEN, HIDDEN)])
+    model.double_blocks[0].processor = torch.nn.Linear(4, 4)
+
+
+def compiled_in_its_place(patcher):
+    patched = patcher.clone()
+    patched.add_object_patch("diffusion_model.single_blocks.0", torch.compile(layer(patcher, "single_blocks.0"), backend="eager"))
+    comfy.model_management.load_models_gpu([patched])
+
+
+@pytest.mark.parametrize("technique", [hung_into, compiled_in_its_place])
+def test_is_not_saved(twin, pair_files, tmp_path, technique):
+    expected = sample(load(pair_files[1]))
+    technique(twin)
+    tensors, path = stored_tensors(twin), str(tmp_path / "saved.safetensors")
+    native.save(path, tensors, {name: module.spec for name, module in twin.packed_layers().items()},
+                build.stored_config(twin.model), twin.recipe, twin.source)
+    assert torch.equal(sample(load(path)), expected)
+
+
+def test_a_model_that_lacks_something_is_not_saved(twin):
+    twin.model.diffusion_model.single_blocks[0] = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"has single_blocks\.0\..*; load the MODEL again"):
+        stored_tensors(twin)

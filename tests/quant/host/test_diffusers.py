@@ -1,0 +1,73 @@
+"""A FLUX.1 in 16 bits in diffusers' naming, where q, k and v lie apart: the model that it is in ComfyUI's, or one sentence."""
+
+import comfy.utils
+import pytest
+import torch
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError
+from comfyui_svdquant.quant.host import loader
+from safetensors.torch import save_file
+
+from ..comfy_models import sample, write_flux
+from ..random_flux import flux_tensors
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
+HIDDEN = 256
+
+
+def diffusers_tensors(**changes):
+    """flux_tensors under diffusers' names, by ComfyUI's own map of them."""
+    plain = flux_tensors(hidden=HIDDEN, **changes)
+    names = comfy.utils.flux_to_diffusers({"depth": 1, "depth_single_blocks": 2, "hidden_size": HIDDEN})
+    found = {}
+    for stored, target in names.items():
+        name, offset, *function = (target, None) if isinstance(target, str) else target
+        name = name.replace("_norm.weight", "_norm.scale")
+        if name in plain and "linear_" not in stored.replace("embedder.linear_", ""):  # newer ComfyUIs know LyCORIS' names too
+            tensor = plain[name] if offset is None else plain[name].narrow(*offset)
+            for swap in function:  # shift and scale, which is its own inverse
+                tensor = swap(tensor)
+            found[stored] = tensor.contiguous().clone()
+    return found
+
+
+def refusal(path, tensors):
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError) as caught:
+        loader.load_model(str(path))
+    assert path.name in str(caught.value) and "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance": False}])
+def test_it_is_the_model_that_it_is_in_comfyuis_naming(tmp_path, changes):
+    save_file(diffusers_tensors(**changes), tmp_path / "diffusers.safetensors")
+    path = write_flux(tmp_path / "comfyui.safetensors", hidden=HIDDEN, **changes)
+    theirs, ours = (loader.load_model(str(file)) for file in (tmp_path / "diffusers.safetensors", path))
+    assert torch.equal(sample(theirs), sample(ours))
+
+
+@pytest.mark.parametrize(("missing", "named"), [
+    ("transformer_blocks.0.attn.to_k.weight", None), ("single_transformer_blocks.1.attn.to_v.bias", None),
+    ("single_transformer_blocks.0.proj_mlp.weight", None), ("x_embedder.bias", None),
+    ("norm_out.linear.weight", "final_layer.adaLN_modulation.1.weight"),
+    ("transformer_blocks.0.ff.net.2.bias", "double_blocks.0.img_mlp.2.bias"),
+])
+def test_a_missing_tensor_is_named(tmp_path, missing, named):
+    """ComfyUI would load what is left, with whatever lies in memory in the place of the rest."""
+    tensors = diffusers_tensors()
+    del tensors[missing]
+    assert f"lacks tensor {named or missing}" in refusal(tmp_path / "model.safetensors", tensors)
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("transformer_blocks.0.attn.to_k.weight", (HIDDEN, 64)), ("transformer_blocks.0.attn.to_out.0.weight", (2 * HIDDEN, HIDDEN)),
+    ("norm_out.linear.bias", ()), ("single_transformer_blocks.0.attn.to_q.weight", (HIDDEN,)), ("x_embedder.weight", ()),
+])
+def test_a_wrong_shape_is_refused(tmp_path, name, shape):
+    refusal(tmp_path / "model.safetensors", diffusers_tensors() | {name: torch.zeros(shape, dtype=torch.bfloat16)})
+
+
+def test_a_missing_block_is_refused(tmp_path):
+    tensors = {name: t for name, t in diffusers_tensors().items() if not name.startswith("single_transformer_blocks.0.")}
+    assert "single_transformer_blocks.0." in refusal(tmp_path / "model.safetensors", tensors)

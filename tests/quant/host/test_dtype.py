@@ -1,0 +1,23 @@
+"""The type in which a model computes, and its packed layers' tensors."""
+
+import pytest
+import torch
+from comfyui_svdquant.quant.host import build, loader
+
+from ..comfy_models import quantized
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_layers_are_taken_to_the_models_type(flux_file, native_file, monkeypatch, dtype):
+    """Of a file and of a fresh quantization, for the device that it will run on; their warm-up expects the same."""
+    taken, warmed = [], []
+    monkeypatch.setattr(build, "compute_in", lambda model, *rest: taken.append((len(model.diffusion_model.state_dict()), *rest)))
+    monkeypatch.setattr(loader, "warm_up", lambda model, *rest: warmed.append(rest))
+    device = build.comfy.model_management.get_torch_device()
+    loaded = loader.load_model(native_file, dtype)
+    entries = len(loaded.model.diffusion_model.state_dict())
+    assert taken == [(entries, dtype, device)] and warmed == [(device, dtype)]
+    quantized(loader.load_model(flux_file, dtype), "data-free")
+    assert taken[-1] == (entries, dtype, device)

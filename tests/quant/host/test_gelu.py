@@ -1,0 +1,129 @@
+"""GELUs of a model in a real ComfyUI that its 4-bit layers take over, and those that they leave alone."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import comfy.ldm.flux.layers
+import comfy.model_management
+import pytest
+import torch
+from comfyui_svdquant.quant.families import flux1 as flux
+from comfyui_svdquant.quant.host import build, loader, quantize
+from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.quantizer import presets
+
+from ..comfy_models import HIDDEN, LATENT, Progress, prompts, sample
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
+TAKEN = {"double_blocks.0.img_mlp.0": 0, "double_blocks.0.txt_mlp.0": 0, "single_blocks.0.linear1": 3 * HIDDEN,
+         "single_blocks.1.linear1": 3 * HIDDEN}
+
+
+def taken(model):
+    return {name: module.gelu_from for name, module in model.named_modules()
+            if isinstance(module, linear.PackedLinear) and module.gelu_from is not None}
+
+
+def gelus(model):
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.GELU)]
+
+
+def handed_back(patcher):
+    """The patcher, its GELUs and MLPs as ComfyUI has them."""
+    model = patcher.model.diffusion_model
+    for block in model.double_blocks:
+        block.img_mlp, block.txt_mlp = (torch.nn.Sequential(*mlp) for mlp in (block.img_mlp, block.txt_mlp))
+    for name in taken(model):
+        model.get_submodule(name).gelu_from = None
+    for name in [name for name, module in model.named_modules() if isinstance(module, build.TakenOver)]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, torch.nn.GELU(approximate="tanh"))
+    return patcher
+
+
+def test_the_layers_apply_what_only_they_feed(native_file):
+    twin = loader.load_model(native_file)
+    model = twin.model.diffusion_model
+    assert taken(model) == TAKEN and not gelus(model)
+    y, apart = sample(twin), handed_back(twin)
+    assert len(gelus(model)) == len(TAKEN)
+    error = float((y - sample(apart)).norm() / y.norm())
+    assert error < (0.05 if torch.cuda.is_available() else 1e-3), f"relative error of the latent {error:.2e}"
+
+
+def test_quantizing_takes_nothing_from_the_16_bit_model(flux_file):
+    """Not even where its blocks run with their finished layers in 4 bits meanwhile."""
+    patcher = loader.load_model(flux_file)
+    before, recipe = sample(patcher), replace(presets.make_recipe("fast", 16), propagate="quantized")
+    twin, _ = quantize.quantize(patcher, recipe, prompts(), LATENT, 2, 0, Progress())
+    assert taken(twin.model.diffusion_model) == TAKEN and not gelus(twin.model.diffusion_model)
+    assert not taken(patcher.model.diffusion_model) and len(gelus(patcher.model.diffusion_model)) == len(TAKEN)
+    assert torch.equal(sample(patcher), before)
+
+
+def test_a_layer_in_another_ones_place(native_file, flux_file):
+    """A packed layer goes on with the GELU of the packed one before it; in a 16-bit model nothing is taken over."""
+    for path, expected in ((native_file, TAKEN), (flux_file, {})):
+        model = loader.load_model(path).model.diffusion_model
+        for name in TAKEN:
+            spec = flux.layer_spec(name, (model.get_submodule(name).out_features, HIDDEN), 16, True, torch.bfloat16)
+            build.swap(model, name, spec)
+        assert taken(model) == expected and len(gelus(model)) == len(TAKEN) - len(expected)
+
+
+def test_a_dropped_model_is_gone_at_once(native_file):
+    """Its gigabytes would be in the next one's way, if they waited for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        patcher = loader.load_model(native_file)
+        sample(patcher)
+        comfy.model_management.unload_all_models()
+        layers = [weakref.ref(patcher.model.diffusion_model.get_submodule(name)) for name in TAKEN]
+        del patcher
+        assert not any(layer() is not None for layer in layers)
+    finally:
+        gc.enable()
+
+
+def gated(block):
+    """As blocks of newer models are: one more part beside the MLP's."""
+    block.linear1.out_features += block.mlp_hidden_dim
+
+
+def otherwise(block):
+    block.mlp_act = torch.nn.GELU()
+
+
+def another_format(block):
+    block.linear1 = build.Operations.packed(layout.LayerSpec(layout.AWQ, HIDDEN, 7 * HIDDEN))
+
+
+def in_16_bits(block):
+    block.linear1 = torch.nn.Linear(HIDDEN, 7 * HIDDEN)
+
+
+def another_class(block):
+    block.__class__ = type("Block", (comfy.ldm.flux.layers.SingleStreamBlock,), {})
+
+
+@pytest.mark.parametrize("change", [gated, otherwise, another_format, in_16_bits, another_class])
+def test_what_is_not_flux1s_stays(native_file, change):
+    model = handed_back(loader.load_model(native_file)).model.diffusion_model
+    block = model.single_blocks[1]
+    change(block)
+    activation = block.mlp_act
+    build.take_over_activations(model)
+    assert block.mlp_act is activation
+    assert taken(model) == {name: start for name, start in TAKEN.items() if name != "single_blocks.1.linear1"}
+
+
+def test_other_activations_of_a_double_block_stay(native_file):
+    model = handed_back(loader.load_model(native_file)).model.diffusion_model
+    block = model.double_blocks[0]
+    block.img_mlp[1], block.txt_mlp[0] = torch.nn.SiLU(), torch.nn.Linear(HIDDEN, 4 * HIDDEN)
+    build.take_over_activations(model)
+    assert type(block.img_mlp[1]) is torch.nn.SiLU and type(block.txt_mlp[1]) is torch.nn.GELU
+    assert taken(model).keys() == {"single_blocks.0.linear1", "single_blocks.1.linear1"}

@@ -1,0 +1,56 @@
+"""Files with int8 scales in ComfyUI: the same model, of which the scales are computed and all else stays mapped."""
+
+import os
+import sys
+
+import pytest
+import torch
+from comfyui_svdquant.quant.checkpoint import native
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from comfyui_svdquant.quant.host import loader
+from safetensors.torch import load_file, save_file
+
+from ..comfy_models import sample, save
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
+
+def mappings(path):
+    """[(first address, end)] of what this process has mapped of a file."""
+    with open("/proc/self/maps") as lines:
+        ranges = [line.split(maxsplit=5)[0].split("-") for line in lines if line.rstrip("\n").endswith(str(path))]
+    return [(int(first, 16), int(end, 16)) for first, end in ranges]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's list of mapped files")
+def test_only_the_scales_are_in_memory_of_their_own(pair_files):
+    twin = loader.load_model(pair_files[1])
+    packed = native.open_file(read_header(pair_files[1]))
+    assert packed.computed == {f"{name}.weight_scale" for name, layer in twin.packed_layers().items() if layer.spec.rank}
+    state, ranges = twin.model.diffusion_model.state_dict(), mappings(pair_files[1])
+    own = {name for name, tensor in state.items() if not any(first <= tensor.data_ptr() < end for first, end in ranges)}
+    assert own == packed.computed
+    assert all(state[name].untyped_storage().nbytes() == state[name].nbytes for name in own)
+
+
+def test_a_loaded_model_draws_and_saves_the_same(pair_files, tmp_path):
+    twin = loader.load_model(pair_files[1])
+    again = save(twin, tmp_path / "again.safetensors")
+    first, second = load_file(pair_files[1]), load_file(again)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    packed = native.open_file(read_header(again))
+    infos = {name: (shape, packed.dtypes[name]) for name, shape in packed.shapes.items()}
+    native.save_stream(str(tmp_path / "before.safetensors"), infos, packed.tensors(), packed.specs, packed.config, packed.recipe,
+                       packed.source)
+    before = loader.load_model(str(tmp_path / "before.safetensors"))
+    assert read_header(str(tmp_path / "before.safetensors")).metadata["svdquant.version"] == "1"
+    assert torch.equal(sample(before), sample(twin))
+
+
+def test_values_that_are_no_scales_end_a_load_in_a_sentence(pair_files, tmp_path):
+    tensors = load_file(pair_files[1])
+    tensors["single_blocks.0.linear2.weight_scale"][0, 0] = -16
+    save_file(tensors, tmp_path / "bad.safetensors", metadata=read_header(pair_files[1]).metadata)
+    with pytest.raises(CheckpointError, match=r"^bad.safetensors: tensor single_blocks.0.linear2.weight_scale has values outside"):
+        loader.load_model(str(tmp_path / "bad.safetensors"))
+    assert os.listdir(tmp_path) == ["bad.safetensors"]

@@ -1,0 +1,128 @@
+"""LoRAs on a quantized FLUX under ComfyUI's model management: clones, offloading, torch.compile, hooks and schedules."""
+
+import comfy.hooks
+import pytest
+import torch
+from comfyui_svdquant.quant.host import loader, lora
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
+
+from ..comfy_models import HIDDEN, prompts, sample
+from ..lora_tensors import FC1, LINEAR1, MARGIN, QKV, RANK, generic, layer_of, load_lora, loaded, random, shapes
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
+
+def test_clones_share_one_model(twin, pair_files):
+    first, second = (generic(*shapes(twin).items(), **options) for options in ({}, {"rank": 2, "size": 0.3}))
+    patchers = [twin, load_lora(twin, first), load_lora(twin, second), load_lora(load_lora(twin, first), second, -1.0)]
+    alone = []
+    for loras in ((), ((first, 1.0),), ((second, 1.0),), ((first, 1.0), (second, -1.0))):
+        patcher = loader.load_model(pair_files[1])
+        for tensors, strength in loras:
+            patcher = load_lora(patcher, tensors, strength)
+        alone.append(sample(patcher))
+    for i in (1, 0, 2, 3, 1, 1, 0, 3, 2):
+        assert torch.equal(sample(patchers[i]), alone[i]), i
+
+
+def test_a_lora_survives_offloading(twin):
+    tensors = generic(*shapes(twin).items())
+    patched = load_lora(twin, tensors | {f"diffusion_model.{FC1}.diff_b": random(4 * HIDDEN)})
+    whole = sample(patched)
+    patched.unpatch_model(patched.offload_device)
+    patched.patch_model(patched.load_device, lowvram_model_memory=patched.model_size() // 2)
+    assert patched.model.model_lowvram and torch.equal(sample(patched), whole)
+    patched.partially_load(patched.load_device, patched.model_size())
+    assert torch.equal(sample(patched), whole)
+    assert patched.partially_unload(patched.offload_device, patched.model_size() // 2) > 0
+    assert torch.equal(sample(patched), whole)
+    patched.detach()
+    assert not any(layer.side for layer in patched.packed_layers().values())
+    assert torch.equal(sample(patched), whole)
+
+
+def test_side_branches_are_counted_as_memory(twin):
+    size = twin.model_size()
+    patched = load_lora(twin, generic(*shapes(twin).items()))
+    added = sum(2 * RANK * (n + k) for n, k in shapes(twin).values())
+    assert patched.model_size() == patched.clone().model_size() == patched.clone().clone().model_size() == size + added
+    loaded(patched)
+    assert sum(layer.side.nbytes() for layer in patched.packed_layers().values()) == added
+    assert patched.loaded_size() == size + added
+    assert twin.model_size() == size
+    # Nothing is set aside for patching packed weights in 32 bits.
+    offload, = (entry[0] for entry in patched._load_list() if entry[2] == f"diffusion_model.{LINEAR1}")
+    twin_offload, = (entry[0] for entry in twin.clone()._load_list() if entry[2] == f"diffusion_model.{LINEAR1}")
+    assert offload == twin_offload
+
+
+def test_a_failing_load_leaves_no_side_branch(twin, monkeypatch):
+    before = sample(twin)
+    patched = load_lora(twin, generic(*shapes(twin).items()))
+    layers = iter(range(5))
+    build_side = lora.build
+
+    def fail(*args):
+        if next(layers, None) is None:
+            raise MemoryError
+        return build_side(*args)
+
+    monkeypatch.setattr(lora, "build", fail)
+    with pytest.raises(MemoryError):
+        sample(patched)
+    monkeypatch.undo()
+    assert torch.equal(sample(twin), before)
+
+
+def test_the_side_branch_is_traced_into_one_graph(twin):
+    patched = loaded(load_lora(twin, generic((LINEAR1, shapes(twin)[LINEAR1]), (FC1, shapes(twin)[FC1]))))
+    for name in (LINEAR1, FC1, QKV):
+        layer = layer_of(patched, name)
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        x = random(3, layer.in_features)
+        assert torch.equal(compiled(x), layer(x))
+
+
+# --- hooks ---------------------------------------------------------------------------------------------------------
+
+
+def hooked(tensors, strength=1.0, keyframes=()):
+    """prompts(1) with what Create Hook LoRA and Create Hook Keyframe make."""
+    hooks = comfy.hooks.create_hook_lora(tensors, strength, 0)
+    if keyframes:
+        group = comfy.hooks.HookKeyframeGroup()
+        for factor, start in keyframes:
+            group.add(comfy.hooks.HookKeyframe(factor, start_percent=start))
+        hooks.set_keyframes_on_hooks(group)
+    return comfy.hooks.set_hooks_for_conditioning(prompts(1), hooks)
+
+
+def test_a_hook_lora_does_what_the_lora_does(twin):
+    tensors = generic(*shapes(twin).items()) | {f"diffusion_model.{FC1}.diff_b": random(4 * HIDDEN)}
+    before, expected = sample(twin), sample(load_lora(twin, tensors, 0.6))
+    assert torch.equal(sample(twin, cond=hooked(tensors, 0.6)), expected)
+    assert torch.equal(sample(twin), before)
+    # On top of a LoRA on the MODEL.
+    other = generic((LINEAR1, shapes(twin)[LINEAR1]))
+    both = sample(load_lora(load_lora(twin, other), tensors, 0.6))
+    assert torch.equal(sample(load_lora(twin, other), cond=hooked(tensors, 0.6)), both)
+    assert torch.equal(sample(twin), before)
+
+
+def test_hook_schedules(plain, twin):
+    tensors = generic(*shapes(twin).items())
+    schedule = [(1.0, 0.0), (0.2, 0.5)]
+    before, y = sample(twin, steps=4), sample(twin, steps=4, cond=hooked(tensors, 1.0, schedule))
+    exact = sample(plain, steps=4, cond=hooked(tensors, 1.0, schedule))
+    assert relative_error(y, exact) < MARGIN * relative_error(before, sample(plain, steps=4))
+    assert relative_error(y, sample(load_lora(twin, tensors), steps=4)) > 0.01
+    assert torch.equal(sample(twin, steps=4), before)
+
+
+def test_two_prompts_with_hooks_of_their_own(plain, twin, drift):
+    """One side branch after the other within a step, kept for the next step."""
+    first, second = generic(*shapes(twin).items()), generic(*shapes(twin).items(), rank=2)
+    before = sample(twin)
+    y, exact = (sample(p, cond=hooked(first) + hooked(second, -0.5) + prompts(1)) for p in (twin, plain))
+    assert relative_error(y, exact) < MARGIN * drift
+    assert torch.equal(sample(twin), before) and not twin.model.svdquant_unhooked

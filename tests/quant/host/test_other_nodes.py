@@ -1,0 +1,250 @@
+"""ComfyUI's own model nodes on a MODEL in 4 bits, beside the same model in 16 bits: they work, or say why they can't."""
+
+import importlib
+
+import comfy.model_management
+import comfy.sample
+import comfy.sd
+import folder_paths
+import pytest
+import torch
+from comfy.patcher_extension import PatcherInjection
+from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
+from comfyui_svdquant.quant.host import quantize
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
+
+from ..comfy_models import HIDDEN, prompts
+from ..conftest import load
+from ..lora_tensors import FC1, FC2, LINEAR1, QKV, generic, layer_of, load_lora, random, shapes
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+newer = pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="of newer ComfyUI")
+
+
+def node(module, name, **inputs):
+    """The first output of a node, if it has one; inputs that have a default may be left out."""
+    cls = getattr(importlib.import_module(f"comfy_extras.nodes_{module}"), name)
+    asked = cls.INPUT_TYPES()
+    inputs = {key: entry[1]["default"] for part in ("required", "optional") for key, entry in asked.get(part, {}).items()
+              if len(entry) > 1 and "default" in entry[1]} | inputs
+    if getattr(cls, "INPUT_IS_LIST", False):
+        inputs = {key: [value] for key, value in inputs.items()}
+    output = (cls.execute if hasattr(cls, "execute") else getattr(cls(), cls.FUNCTION))(**inputs)
+    outputs = output if isinstance(output, tuple) else output.args
+    return outputs[0] if outputs else None
+
+
+def draw(patcher, cfg=3.0, steps=3, size=8, mask=None, hooks=None):
+    positive, negative = ([cond] for cond in prompts(2))
+    if hooks is not None:
+        positive = [[positive[0][0], positive[0][1] | {"hooks": hooks}]]
+    latent = torch.zeros(1, 16, size, 8)
+    return comfy.sample.sample(patcher, comfy.sample.prepare_noise(latent, 5), steps, cfg, "euler", "simple", positive, negative, latent,
+                               noise_mask=mask, disable_pbar=True, seed=5)
+
+
+# --- nodes that leave weights alone --------------------------------------------------------------------------------
+
+
+def of(module, name, sampling=None, **options):
+    return pytest.param(lambda patcher: node(module, name, model=patcher, **options), sampling or {}, id=name)
+
+
+@pytest.mark.parametrize(("apply", "sampling"), [
+    of("slg", "SkipLayerGuidanceDiT", double_layers="0", single_layers="0", start_percent=0.0, end_percent=1.0),
+    of("fresca", "FreSca", scale_low=0.5, freq_cutoff=2),
+    of("easycache", "EasyCacheNode", {"steps": 6}, reuse_threshold=0.9),
+    of("easycache", "LazyCacheNode", {"steps": 6}, reuse_threshold=0.9),
+    of("context_windows", "ContextWindowsManualNode", {"size": 12}, dim=2, context_length=4, context_overlap=2,
+       context_schedule="standard_static"),
+    of("differential_diffusion", "DifferentialDiffusion", {"mask": torch.linspace(0, 1, 64).reshape(1, 1, 8, 8)}),
+    of("rope", "ScaleROPE", scale_x=1.5, shift_y=2.0),
+    of("model_advanced", "ModelSamplingFlux", max_shift=2.0),
+    of("model_advanced", "ModelComputeDtype", dtype="bf16"),
+    of("model_advanced", "RescaleCFG"),
+    of("perpneg", "PerpNeg", empty_conditioning=prompts(3)[2:]),
+    pytest.param(lambda patcher: node("nag", "NAGuidance", model=patcher), {"cfg": 1.0}, id="NAGuidance", marks=newer),
+])
+def test_a_node_has_the_effect_that_it_has_in_16_bits(plain, twin, apply, sampling):
+    before, exact_before = draw(twin, **sampling), draw(plain, **sampling)
+    after, exact = draw(apply(twin), **sampling), draw(apply(plain), **sampling)
+    moved = relative_error(exact, exact_before)
+    assert moved > 0.03 and abs(relative_error(after, before) - moved) < 0.1, "how far the node moves the picture"
+    assert relative_error(after, exact) < 2 * relative_error(before, exact_before) + 0.02
+    assert torch.equal(draw(twin, **sampling), before), "nothing is left on the model that the node was given"
+
+
+# --- LoRAs beside the layers ---------------------------------------------------------------------------------------
+
+
+def by_hand(patcher, tensors):
+    """As ComfyUI's bypass LoRA does it, which older versions don't have: in the place of a layer's forward, and when it goes it leaves
+    there the one of the layer's class."""
+    names = {key.removeprefix("diffusion_model.").rpartition(".lora_")[0] for key in tensors}
+    own = {}
+
+    def inject(target):
+        for name in names:
+            layer = target.model.diffusion_model.get_submodule(name)
+            own[name] = layer.forward
+            up, down = (tensors[f"diffusion_model.{name}.lora_{part}.weight"] for part in ("up", "down"))
+            layer.forward = lambda x, f=layer.forward, up=up, down=down: f(x) + (x.float() @ down.t() @ up.t()).to(x.dtype)
+
+    def eject(target):
+        for name in names:
+            target.model.diffusion_model.get_submodule(name).forward = own[name]
+
+    bypassed = patcher.clone()
+    bypassed.set_injections("bypass_lora", [PatcherInjection(inject, eject)])
+    return bypassed
+
+
+def by_comfyui(patcher, tensors):
+    return comfy.sd.load_bypass_lora_for_models(patcher, None, dict(tensors), 1.0, 0)[0]
+
+
+@pytest.mark.parametrize("bypass", [by_hand, pytest.param(by_comfyui, marks=newer)])
+def test_a_lora_beside_a_layer_comes_before_its_gelu(twin, bypass):
+    """And when it is gone the layer, and the op that an MLP is, are as they were."""
+    model, sizes = twin.model.diffusion_model, shapes(twin)
+    tensors = generic(*((name, sizes[name]) for name in (FC1, FC2, LINEAR1, QKV)))
+    mlp, block, x = model.double_blocks[0].img_mlp, model.single_blocks[0], random(5, HIDDEN, seed=7)
+
+    def outputs(patcher):
+        patcher.patch_model(patcher.load_device)
+        patcher.inject_model()
+        hidden = block.linear1(x)[..., 3 * HIDDEN:]
+        found = [mlp(x), block.mlp_act(hidden)]
+        patcher.eject_model()
+        patcher.unpatch_model(patcher.offload_device)
+        return found
+
+    before = outputs(twin)
+    bypassed, loaded = outputs(bypass(twin, tensors)), outputs(load_lora(twin, tensors))
+    for beside, expected, without in zip(bypassed, loaded, before):
+        assert relative_error(beside, expected) < 0.02 < 0.1 < relative_error(expected, without)
+    assert all(map(torch.equal, outputs(twin), before)) and mlp.fuses(x.device)
+
+
+def test_a_lora_beside_the_layers_is_not_lost_in_a_file(twin):
+    bypassed = by_hand(twin, generic((FC1, shapes(twin)[FC1])))
+    with pytest.raises(ValueError, match="LoRAs or other weight patches on this 4-bit MODEL, which its file can't hold"):
+        SVDQuantSaveModel.execute(bypassed, "bypassed", False)
+
+
+def test_what_hooks_a_layers_output_gets_the_linears(twin):
+    """A GELU is then the model's again, where it was."""
+    layer, between = layer_of(twin, FC1), twin.model.diffusion_model.double_blocks[0].img_mlp[1]
+    x, seen = random(5, HIDDEN, seed=7), []
+    activated = layer(x)
+    handle = layer.register_forward_hook(lambda _module, _inputs, y: seen.append(y.clone()))
+    y = between(layer(x))
+    handle.remove()
+    assert relative_error(y, activated) < 0.01 and float(seen[0].min()) < -1, "a GELU's least value is -0.17"
+
+
+# --- merging -------------------------------------------------------------------------------------------------------
+
+
+MERGES = {"ModelMergeSimple": {"ratio": 0.5}, "ModelSubtract": {}, "ModelAdd": {}, "ModelMergeBlocks": {"input": 0.5}}
+
+
+def other(path):
+    """The model of a file, its input layers twice as large."""
+    patcher = load(path)
+    for name in ("img_in", "txt_in"):
+        getattr(patcher.model.diffusion_model, name).weight.data.mul_(2)
+    return patcher
+
+
+@pytest.mark.parametrize("second", [0, 1], ids=["16 bits", "4 bits"])
+def test_layers_in_16_bits_can_be_merged(pair_files, plain, twin, second):
+    """ModelMergeFlux1's way: the ratio of what is to stay is 1, and packed layers have no other."""
+    ratios = {"": 1.0, "img_in.": 0.3, "txt_in.": 0.4}
+    merged, exact = (node("model_merging", "ModelMergeBlocks", model1=model, model2=other(path), **ratios)
+                     for model, path in ((twin, pair_files[second]), (plain, pair_files[0])))
+    before, moved = draw(twin), relative_error(draw(exact), draw(plain))
+    assert moved > 0.1 and abs(relative_error(draw(merged), before) - moved) < 0.1
+    assert not any(merged.packed_at(key) for key in merged.patches) and torch.equal(draw(twin), before)
+
+
+@pytest.mark.parametrize("name", MERGES)
+@pytest.mark.parametrize("second", [0, 1], ids=["16 bits", "4 bits"])
+def test_merging_into_packed_layers_is_refused(pair_files, twin, name, second):
+    before = draw(twin)
+    with pytest.raises(ValueError, match="^[^.\n]+[^\n]+ merge the 16-bit models, then quantize the result\\.$"):
+        node("model_merging", name, model1=twin, model2=load(pair_files[second]), **MERGES[name])
+    assert torch.equal(draw(twin), before)
+
+
+# --- reading and training weights ----------------------------------------------------------------------------------
+
+
+def test_a_lora_is_extracted_from_differences_only(pair_files, plain, twin, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match="^The weights of this MODEL are packed in 4 bits, [^\n]+ ModelMergeSubtract [^\n]+\\.$"):
+        node("lora_extract", "LoraSave", filename_prefix="x", rank=8, lora_type="standard", model_diff=twin)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    difference = node("model_merging", "ModelSubtract", model1=other(pair_files[0]), model2=twin, multiplier=1.0)
+    node("lora_extract", "LoraSave", filename_prefix="x", rank=8, lora_type="standard", model_diff=difference)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("bypass", [False, pytest.param(True, marks=newer)])
+def test_training_is_refused(twin, bypass):
+    before = draw(twin)
+    options = {"bypass_mode": True} if bypass else {}
+    with pytest.raises(ValueError, match="^A node, as those that train LoRAs do, [^\n]+; train on the 16-bit model, [^\n]+\\.$"):
+        node("train", "TrainLoraNode", model=twin, latents={"samples": torch.zeros(1, 16, 8, 8)}, positive=prompts(1), **options)
+    assert torch.equal(draw(twin), before)
+
+
+# --- a model of one's own for another device -----------------------------------------------------------------------
+
+
+@newer
+def test_a_copy_for_another_device_is_whole_and_shares_nothing(twin):
+    lora = load_lora(twin, generic((FC1, shapes(twin)[FC1]), ("img_in", (HIDDEN, 64))))
+    layer_of(twin, FC1).act_bits = 8
+    before, with_lora = draw(twin), draw(lora)
+    for copied in (lora.clone(force_deepcopy=True), lora.deepclone_multigpu(torch.device("cpu"))):
+        assert not {p.data_ptr() for p in copied.model.parameters()} & {p.data_ptr() for p in twin.model.parameters()}
+        assert torch.equal(draw(copied), with_lora) and layer_of(copied, FC1).act_bits == 8
+        assert torch.equal(draw(twin), before) and not torch.equal(with_lora, before)
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """The CPU stands for both."""
+    devices = [torch.device("cpu"), torch.device("cpu", 0)]
+    monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: devices)
+
+
+@newer
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.usefixtures("two_devices")
+def test_two_devices_share_the_work(twin, hooked):
+    """The prompt that has a hook's LoRA draws with it on either."""
+    import comfy.hooks
+
+    tensors = generic((FC1, shapes(twin)[FC1]), ("img_in", (HIDDEN, 64)), size=1.0)
+
+    def drawn(patcher):
+        return draw(patcher, hooks=comfy.hooks.create_hook_lora(dict(tensors), 1.0, 0.0) if hooked else None)
+
+    before, alone = draw(twin), drawn(twin)
+    split = node("multigpu", "MultiGPUCFGSplitNode", model=twin)
+    (clone,) = split.get_additional_models_with_key("multigpu")
+    assert clone.model is not twin.model
+    shared = drawn(split)  # positive and negative apart, so that roundings, and with them some codes, come out otherwise
+    assert relative_error(shared, alone) < 0.1 and (relative_error(alone, before) > 0.3) is hooked
+    assert torch.equal(drawn(split), shared) and torch.equal(draw(twin), before)
+
+
+@newer
+@pytest.mark.usefixtures("two_devices")
+def test_a_model_on_two_devices_is_not_quantized(plain):
+    """The clone for the other device would stay in 16 bits, and nobody would watch it draw."""
+    with pytest.raises(ValueError, match="^This MODEL goes through MultiGPU CFG Split, [^\n]+ behind SVDQuant Quantize Model\\.$"):
+        quantize.check_extras(node("multigpu", "MultiGPUCFGSplitNode", model=plain))
+    quantize.check_extras(plain)

@@ -1,0 +1,235 @@
+"""Every FLUX.1 at reduced size, through ComfyUI's own nodes: loaded, quantized, saved, loaded and sampled, and the configuration
+read from the file. What shares FLUX.1's blocks and is not one is refused by name."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.ldm.chroma.model
+import comfy.ldm.flux.redux
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import pytest
+import torch
+from comfy_extras.nodes_edit_model import ReferenceLatent
+from comfy_extras.nodes_flux import FluxGuidance
+from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
+from comfyui_svdquant.quant.checkpoint import native
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from comfyui_svdquant.quant.host import loader, quantize
+from comfyui_svdquant.quant.layers import layout
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
+from nodes import InpaintModelConditioning, StyleModelApply
+from safetensors.torch import save_file
+
+from ..comfy_models import CONTEXT, HIDDEN, prompts, quantized, sample, save, write_flux
+from ..random_flux import flux_tensors
+
+VAE_FILE = Path(__file__).resolve().parents[2] / "demo" / "tiny_flux" / "tiny_vae.safetensors"
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
+
+def vae():
+    """A real VAE of FLUX.1's shape: 16 channels, an eighth of the size."""
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(VAE_FILE)))
+
+
+def pixels():
+    return torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(4))
+
+
+def plain_prompts(count):
+    return prompts(count)
+
+
+def krea(count):
+    return FluxGuidance.execute(prompts(count), 4.5)[0]
+
+
+def kontext(count):
+    return ReferenceLatent.execute(prompts(count), {"samples": vae().encode(pixels())})[0]
+
+
+def fill(count):
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 16:48, 8:40] = 1
+    return InpaintModelConditioning().encode(prompts(count), prompts(count), pixels(), vae(), mask)[0]
+
+
+def canny_or_depth(count):
+    return InstructPixToPixConditioning.execute(positive=prompts(count), negative=prompts(count), vae=vae(), pixels=pixels())[0]
+
+
+def redux(count, strength=2.0, strength_type="multiply"):
+    encoder = comfy.ldm.flux.redux.ReduxImageEncoder(redux_dim=32, txt_in_features=CONTEXT)
+    g = torch.Generator().manual_seed(6)
+    encoder.load_state_dict({name: torch.randn(t.shape, generator=g) / t.shape[-1]**0.5 for name, t in encoder.state_dict().items()})
+    # 64 patches that look alike: of unlike ones, random attention would leave only their mean.
+    seen = SimpleNamespace(last_hidden_state=torch.randn(1, 1, 32, generator=g).repeat(1, 64, 1))
+    return StyleModelApply().apply_stylemodel(prompts(count), comfy.sd.StyleModel(encoder), seen, strength, strength_type)[0]
+
+
+def redux_by_attention(count):
+    return redux(count, 20.0, "attn_bias")
+
+
+# {name: (shapes of the file, conditioning, ComfyUI's class, latent channels of img_in, whether it takes guidance)}
+VARIANTS = {
+    "dev": ({}, plain_prompts, "Flux", 16, True),
+    "schnell": ({"guidance": False}, plain_prompts, "Flux", 16, False),
+    "Krea": ({}, krea, "Flux", 16, True),
+    "Kontext": ({}, kontext, "Flux", 16, True),
+    "Fill": ({"in_channels": 96}, fill, "Flux", 96, True),
+    "Canny and Depth": ({"in_channels": 32}, canny_or_depth, "Flux", 32, True),
+    "Redux": ({}, redux, "Flux", 16, True),
+    "Redux by attention": ({}, redux_by_attention, "Flux", 16, True),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loaded_quantized_saved_loaded_and_sampled(tmp_path, variant):
+    changes, conditioning, kind, channels, guidance = VARIANTS[variant]
+    plain = loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1, **changes))
+    cond = conditioning(1)
+    exact = sample(plain, cond=cond)
+    twin, records = quantized(plain, conditioning=conditioning(2))
+    assert len(records) == 16 + guidance  # its embedder has a layer
+    y = sample(twin, cond=cond)
+    error = relative_error(y, exact)
+    assert 0.001 < error < 0.3, f"{variant}: relative error of the latent {error:.3f}"
+    path = save(twin, tmp_path / "flux_4bit.safetensors")
+    again = loader.load_model(path)
+    assert torch.equal(sample(again, cond=cond), y)
+    if conditioning is not plain_prompts:
+        # What the variant is about reaches the 4-bit model: its picture is the 16-bit model's with it, not the one without.
+        without = sample(plain)
+        assert error < 0.5 * relative_error(y, without) and relative_error(exact, without) > 0.1
+    for patcher in (plain, again):
+        params, model = patcher.model.diffusion_model.params, patcher.model
+        assert type(model).__name__ == kind and model.diffusion_model.img_in.weight.shape == (HIDDEN, channels * 4)
+        assert (params.guidance_embed, params.in_channels, params.out_channels) == (guidance, channels, 16)
+    config = native.config(read_header(path))
+    assert (config["in_channels"], config["guidance_embed"], config["depth_single_blocks"]) == (channels, guidance, 1)
+    # The noise schedule is the variant's own: schnell's is not dev's.
+    assert type(again.model.model_config) is type(plain.model.model_config)
+    assert again.model.model_type == plain.model.model_type
+    assert torch.equal(again.get_model_object("model_sampling").sigmas, plain.get_model_object("model_sampling").sigmas)
+
+
+def test_the_variants_are_told_apart(tmp_path):
+    kinds = {variant: type(loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1, **VARIANTS[variant][0]))
+                           .model.model_config).__name__ for variant in ("dev", "schnell", "Fill", "Canny and Depth")}
+    assert kinds == {"dev": "Flux", "schnell": "FluxSchnell", "Fill": "FluxInpaint", "Canny and Depth": "Flux"}
+
+
+def test_several_reference_latents_of_other_sizes(tmp_path):
+    """Kontext with two pictures, at sizes of their own, one after the other in a batch of prompts."""
+    plain = loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1))
+    cond = kontext(1)
+    for height, width in ((4, 12), (6, 2)):
+        cond = ReferenceLatent.execute(cond, {"samples": torch.randn(1, 16, height, width)})[0]
+    twin, records = quantized(plain, conditioning=cond + prompts(1))
+    tokens = {record.name: record.tokens for record in records}
+    assert tokens["double_blocks.0.img_attn.qkv"] == 2 * (16 + 16 + 12 + 3) + 2 * 16
+    assert relative_error(sample(twin, cond=cond), sample(plain, cond=cond)) < 0.3
+
+
+# --- relatives -----------------------------------------------------------------------------------------------------
+
+
+def chroma():
+    """A MODEL of Chroma at reduced size: FLUX's blocks, with the modulation computed outside of them."""
+    params = {
+        "in_channels": 16, "out_channels": 16, "patch_size": 2, "context_in_dim": CONTEXT, "hidden_size": HIDDEN,
+        "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000,
+        "qkv_bias": True, "in_dim": 64, "out_dim": HIDDEN, "hidden_dim": 128, "n_layers": 2, "txt_ids_dims": [],
+        "vec_in_dim": 64}
+    known = {field.name for field in dataclasses.fields(comfy.ldm.chroma.model.ChromaParams)}
+    config = comfy.supported_models.Chroma({"image_model": "chroma"} | {key: params[key] for key in params if key in known})
+    config.set_inference_dtype(torch.float32, None)
+    return config.get_model({}, "", device=None)
+
+
+def test_chroma_is_refused_by_name(tmp_path):
+    model = chroma()
+    path = tmp_path / "chroma.safetensors"
+    save_file({name: t.contiguous() for name, t in model.diffusion_model.state_dict().items()}, path)
+    with pytest.raises(CheckpointError, match="chroma.safetensors is a Chroma model; choose a FLUX.1 model"):
+        loader.load_model(str(path))
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    with pytest.raises(ValueError, match="this MODEL is Chroma"):
+        quantize.check_model(patcher)
+
+
+def relative(kind, **changes):
+    """A MODEL of ComfyUI's class for a relative of FLUX.1 at reduced size; changes: of FLUX.1's own configuration."""
+    config = {"in_channels": 16, "out_channels": 16, "vec_in_dim": None, "context_in_dim": CONTEXT, "hidden_size": HIDDEN, "mlp_ratio": 4.0,
+              "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
+              "qkv_bias": True, "guidance_embed": False, "image_model": "flux", "txt_ids_dims": [1, 2]}
+    config = getattr(comfy.supported_models, kind)(config | changes)
+    config.set_inference_dtype(torch.float32, None)
+    return comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=None), torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.mark.skipif(not hasattr(comfy.supported_models, "LongCatImage"), reason="this ComfyUI has neither")
+def test_longcat_and_ovis_are_refused_by_name():
+    """They run on FLUX.1's own class. Ovis' linear2 reads no GELU, which its unsigned codes would clip, and neither loads when saved."""
+    for name, model in (("LongCatImage", relative("LongCatImage")), ("Ovis-Image", relative("FluxSchnell", yak_mlp=True, txt_norm=True))):
+        with pytest.raises(ValueError, match=f"this MODEL is {name}; connect a FLUX.1 model."):
+            quantize.check_model(model)
+
+
+def test_another_packs_transformer_is_no_flux_of_comfyuis(tmp_path):
+    patcher = loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1))
+    patcher.model.diffusion_model = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="this MODEL runs on another pack's Linear; load the 16-bit model"):
+        quantize.check_model(patcher)
+
+
+def test_norms_under_newer_comfyuis_names(tmp_path):
+    plain = loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1))
+    tensors = {name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in flux_tensors(depth_single=1).items()}
+    save_file(tensors, tmp_path / "newer.safetensors")
+    assert torch.equal(sample(loader.load_model(str(tmp_path / "newer.safetensors"))), sample(plain))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_formats_that_this_comfyui_does_not_read(tmp_path, listed):
+    name, conf = "double_blocks.0.img_attn.qkv", {"format": "w3a5"}
+    tensors = flux_tensors(depth_single=1) | {f"{name}.weight_scale": torch.ones(())}
+    metadata = {"_quantization_metadata": json.dumps({"layers": {name: conf}})} if listed else None
+    if not listed:
+        tensors[f"{name}.comfy_quant"] = layout.encode_conf(conf)
+    save_file(tensors, tmp_path / "newer.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=rf"newer.safetensors has layers in the format 'w3a5' \({name}\)"):
+        loader.load_model(str(tmp_path / "newer.safetensors"))
+
+
+def test_a_matrix_of_no_columns_is_no_model(tmp_path):
+    tensors = flux_tensors(depth_single=1) | {"txt_in.weight": torch.zeros(0, 0)}
+    save_file(tensors, tmp_path / "empty.safetensors")
+    with pytest.raises(CheckpointError, match="empty.safetensors has no matrix txt_in.weight"):
+        loader.load_model(str(tmp_path / "empty.safetensors"))
+
+
+RELATIVES = {
+    "a Chroma model": ("nerf_image_embedder.embedder.0.weight", "distilled_guidance_layer.in_proj.weight"),
+    "a FLUX.2 model": ("double_stream_modulation_img.lin.weight",),
+    "a HunyuanVideo model": ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_attn.norm.key_norm.weight"),
+    "a HiDream model": ("caption_projection.0.linear.weight",),
+    "a Qwen-Image model": ("transformer_blocks.0.img_mlp.net.0.proj.weight", "txt_norm.weight"),
+    "a Lumina or Z-Image model": ("cap_embedder.1.weight",),
+}
+
+
+@pytest.mark.parametrize("what", RELATIVES)
+def test_relatives_are_refused_by_name(tmp_path, what):
+    path = tmp_path / "model.safetensors"
+    for prefix in ("", "model.diffusion_model."):
+        save_file({prefix + key: torch.zeros(4, 4) for key in (*RELATIVES[what], "final_layer.linear.weight")}, path)
+        with pytest.raises(CheckpointError, match=f"model.safetensors is {what}; choose a FLUX.1 model"):
+            loader.load_model(str(path))

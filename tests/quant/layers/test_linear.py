@@ -1,0 +1,242 @@
+"""The packed layers apart from any model: where their parameters are looked for, and what a warm-up asks for."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import ops, reference, scales
+from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.layers.lora_branch import LowRank, SideBranch
+
+from ...cuda.launches import addresses, aligned, recorded
+
+NAMES = {"weight": "weight", "weight_scale": "weight_scale", "weight_proj_down": "proj_down", "weight_proj_up": "proj_up",
+         "weight_smooth_factor": "smooth", "bias": "bias"}  # of the parameters, of the op's arguments
+
+
+def filled(module):
+    for p in module.parameters():
+        p.data.copy_(torch.randint(-8, 8, p.shape) if p.dtype == torch.int8 else torch.rand(p.shape) + 0.5)
+    return module
+
+
+@pytest.fixture
+def module():
+    made = filled(linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, 256, 208, 32, 256), "cpu"))
+    made.act_bits = 4
+    return made
+
+
+def test_parameters_that_are_there_are_not_touched():
+    module = linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, 128, 64, 16, 128), "cpu")
+    here = module.at(torch.zeros(1, 128))
+    assert all(here[name] is p for name, p in module._parameters.items()) and here.keys() == module._parameters.keys()
+    here["bias"] = None  # as ComfyUI's patches of an offloaded layer are put in
+    assert module.bias is not None
+    elsewhere = module.at(torch.zeros(1, 128, device="meta"))
+    assert {p.device.type for p in elsewhere.values()} == {"meta"} and list(elsewhere) == list(module._parameters)
+    module.weight_scale = torch.nn.Parameter(elsewhere["weight_scale"], requires_grad=False)  # one of them has moved
+    assert {p.device.type for p in module.at(torch.zeros(1, 128, device="meta")).values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+                                                 (torch.float32, torch.bfloat16)])
+def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed):
+    """In the model's 16-bit dtype, or else in the layers'."""
+    asked = []
+    monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.append((list(layers), device, others)) or [])
+    wide, split = (layout.svdquant_spec(k, 64, 16, 128, True, torch.bfloat16) for k in (128, 256))
+    awq = layout.LayerSpec(layout.AWQ, 128, 192)
+    model = torch.nn.Sequential(*map(linear.SVDQuantLinear, (wide, wide, split)), linear.AWQLinear(awq), torch.nn.Linear(8, 8))
+    linear.set_act_bits(model, 8)
+    model[2].gelu_from = 64
+    assert linear.warm_up(model, torch.device("cpu"), torch.bfloat16) == [] and asked == []
+    linear.warm_up(model, torch.device("cuda", 1), dtype, tokens=(70, 5))
+    (layers, device, others), = asked
+    assert device == torch.device("cuda", 1) and others == []
+    assert layers == [(70, 64, 128, 16, 128, 8, computed, None), (5, 64, 128, 16, 128, 8, computed, None),
+                      (70, 64, 256, 16, 128, 8, computed, 64), (5, 64, 256, 16, 128, 8, computed, 64),
+                      (1, 192, 128, 0, 128, None, computed)]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "held"), [
+    ("sm_89", torch.float16, torch.float16), ("sm_89", torch.bfloat16, torch.bfloat16), ("sm_89", torch.float32, torch.bfloat16),
+    ("sm_75", torch.bfloat16, torch.float16), ("sm_75", torch.float32, torch.float16), (None, torch.float16, torch.bfloat16)])
+def test_layers_in_the_models_type(module, monkeypatch, arch, dtype, held):
+    """Codes stay codes, and nothing is lost on the way back; not for a GPU without kernels, and not on the CPU."""
+    def architecture(device):
+        if arch is None:
+            raise linear.compiler.KernelsUnavailable("too old")
+        return arch
+
+    monkeypatch.setattr(linear.compiler, "architecture", architecture)
+    awq = linear.AWQLinear(layout.LayerSpec(layout.AWQ, 128, 192), "cpu")
+    for p in awq.parameters():
+        p.data.copy_(torch.ones(p.shape))
+    model = torch.nn.Sequential(module, awq, torch.nn.Linear(8, 8, dtype=torch.bfloat16))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    linear.ops.compute_dtype.cache_clear()
+    linear.compute_in(model, dtype, torch.device("cpu"))
+    assert all(p.dtype == before[name].dtype for name, p in model.named_parameters())
+    linear.compute_in(model, dtype, torch.device("cuda", 7))
+    for name, p in model.named_parameters():
+        own = before[name]
+        assert p.dtype == (own.dtype if own.dtype == torch.int8 or name.startswith("2.") else held)
+        assert torch.equal(p.to(own.dtype), own)
+    assert module.spec.dtype == awq.spec.dtype == torch.bfloat16
+    stored = linear.AWQLinear(layout.LayerSpec(layout.AWQ, 128, 192, dtype=torch.float16), "cpu")
+    linear.compute_in(stored, dtype, torch.device("cuda", 7))
+    assert stored.weight_scale.dtype == torch.float16, "bf16 has less bits"
+    linear.ops.compute_dtype.cache_clear()
+
+
+def present(module):
+    return addresses(**{NAMES[name]: p for name, p in module._parameters.items()})
+
+
+def replaced(module, name):
+    setattr(module, name, torch.nn.Parameter(getattr(module, name).clone(), requires_grad=False))
+
+
+def moved(module, name):
+    p = getattr(module, name)
+    p.data = p.data.clone()
+
+
+@pytest.mark.parametrize("change", [replaced, moved])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernels_get_the_present_parameters(module, monkeypatch, name, change):
+    x, old = aligned(torch.randn(5, 256).bfloat16()), []
+    with recorded(monkeypatch) as calls:
+        for turn in range(6):
+            if turn == 3:
+                old.append(getattr(module, name).data)  # so that its address is not used again
+                before = present(module)
+                change(module, name)
+                assert present(module) != before
+            y = module(x)
+            assert len(calls) == turn + 1 and calls[-1].items() >= present(module).items()
+            assert calls[-1]["y"] == y.data_ptr() and calls[-1]["x"] == x.data_ptr()
+
+
+def test_the_second_call_looks_nothing_up(module, monkeypatch):
+    """Neither for the same shape nor for those seen before; settings, side branches and patches of the bias are looked at."""
+    general, op = [], ops.svdquant_linear
+    monkeypatch.setattr(ops, "svdquant_linear", lambda *args: general.append(args) or op(*args))
+    one, two = (aligned(torch.randn(m, 256).bfloat16()) for m in (5, 6))
+
+    def generals(x):
+        before = len(general)
+        assert module(x).shape == (*x.shape[:-1], 208)
+        return len(general) - before
+
+    with recorded(monkeypatch) as calls:
+        assert [generals(x) for x in (one, two, one, two, one[None])] == [1, 1, 0, 0, 1]
+        module.act_bits = 8
+        assert [generals(one), generals(one)] == [1, 0]
+        module.act_bits = 4
+        assert [generals(one), generals(one)] == [1, 0]
+        module.side, added = torch.nn.Module(), []
+        module.side.gain, module.side.add = None, lambda y, x: added.append(y) or y
+        assert generals(one) == 0 and added.pop().shape == (5, 208)
+        module.side.gain, module.side.fold = torch.ones(208), torch.zeros(208)
+        assert [generals(one), generals(one)] == [1, 1] and len(added) == 2
+        module.side = None
+        assert generals(one) == 0 and len(added) == 2
+        module.bias_function = [torch.neg]
+        assert generals(one) == 1
+        module.bias_function = []
+        assert [generals(one), generals(one[:, :].float()), generals(one)] == [0, 1, 0]
+        for m in range(20, 20 + 2 * linear.SHAPES):
+            module(aligned(torch.randn(m, 256).bfloat16()))
+        assert len(module._repeated) <= linear.SHAPES
+        assert len(calls) == 17 - 1 + 2 * linear.SHAPES  # one was float32, for which they are launched one by one
+
+
+def side_branch(kind):
+    """Of 256 x 208: some terms, with a gain too, or none at all."""
+    terms = [LowRank((64, 192), (0, 256), torch.randn(128, 4), torch.randn(4, 256))]
+    return {"none": None, "terms": SideBranch(terms), "gain": SideBranch(terms, torch.rand(208) + 0.5, torch.randn(208))}[kind]
+
+
+@pytest.mark.parametrize("kind", ["none", "terms", "gain"])
+@pytest.mark.parametrize("form", [layout.SVDQUANT, layout.AWQ])
+def test_gelu_comes_after_everything_else(form, kind):
+    """As a GELU behind the layer, but for the rounding between the two."""
+    made = linear.SVDQuantLinear if form == layout.SVDQUANT else linear.AWQLinear
+    module = filled(made(layout.LayerSpec(form, 256, 208, 32 if form == layout.SVDQUANT else 0, 256), "cpu"))
+    module.weight_scale.data.mul_(2.0**-6)
+    module.side, x = side_branch(kind), torch.randn(5, 256)
+    expected = module(x)
+    expected[:, 80:] = torch.nn.functional.gelu(expected[:, 80:], approximate="tanh")
+    module.gelu_from = 80
+    assert torch.equal(module(x), expected)
+
+
+def test_gelu_is_the_kernels_unless_something_is_added(module, monkeypatch):
+    """Also when LoRAs come and go between calls that look nothing up."""
+    after, x, activated = [], aligned(torch.randn(5, 256).bfloat16()), reference.activated
+    monkeypatch.setattr(reference, "activated", lambda y, gelu_from: after.append(gelu_from) or activated(y, gelu_from))
+    module.gelu_from = 128
+    with recorded(monkeypatch):
+        for kind in ("none", "none", "terms", "terms", "none", "terms", "none"):
+            module.side = side_branch(kind)
+            module(x)
+            assert module._repeated[x.shape].gelu_from == (128 if kind == "none" else None)
+            assert after == ([] if kind == "none" else [128])
+            after.clear()
+
+
+def test_copies_are_layers_of_their_own(module, monkeypatch):
+    """Of a layer that has run: by copy, and in a file."""
+    x = aligned(torch.randn(5, 256).bfloat16())
+    with recorded(monkeypatch) as calls:
+        module(x)
+        module.row_scale(module.weight_scale)
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert other._row_scale is None and not other._repeated and module._repeated
+            for _ in range(2):
+                other(x)
+                assert calls[-1].items() >= present(other).items() and present(other) != present(module)
+
+
+def test_row_scale_is_that_of_the_present_scales(module, monkeypatch):
+    """Found once for a parameter, however it is moved; anew for another one and for other contents."""
+    found = []
+    monkeypatch.setattr(linear.scales, "row_scale", lambda s, real=scales.row_scale: found.append(s) or real(s))
+
+    def fresh():
+        before = len(found)
+        value = module.row_scale(module.weight_scale)
+        assert torch.equal(value, found[-1].float().abs().amax(dim=0) * 0 + value)
+        return len(found) - before, value
+
+    assert fresh()[0] == 1 and fresh()[0] == 0
+    moved(module, "weight_scale")
+    assert fresh()[0] == 0
+    module.load_state_dict({name: 2 * p if name == "weight_scale" else p for name, p in module.state_dict().items()})
+    assert fresh()[0] == 1
+    module.weight_scale = torch.nn.Parameter(4 * module.weight_scale.data, requires_grad=False)
+    assert fresh()[0] == 1 and fresh()[0] == 0
+    assert torch.equal(fresh()[1], scales.row_scale(module.weight_scale))
+
+
+def test_made_in_inference_mode():
+    """As ComfyUI loads models: PyTorch doesn't count the writes to such parameters."""
+    with torch.inference_mode():
+        module = filled(linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, 256, 208, 32, 256), "cpu"))
+        first = module.row_scale(module.weight_scale)
+        assert module.row_scale(module.weight_scale) is first
+        replaced(module, "weight_scale")
+        assert module.row_scale(module.weight_scale) is not first
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_one_graph_under_torch_compile(module, act_bits):
+    module.act_bits, x = act_bits, torch.randn(5, 256).bfloat16()
+    expected = module(x)
+    module.row_scale(module.weight_scale)
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
+    args = {argument: module._parameters[name] for name, argument in NAMES.items()}
+    assert torch.equal(expected, reference.svdquant_linear(x, unsigned_from=256, act_bits=act_bits, **args))

@@ -1,0 +1,230 @@
+"""An MLP's two packed layers as one op, and all that has them run one after the other; apart from any model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.layers.lora_branch import LowRank, SideBranch
+
+K, HIDDEN, N = 128, 256, 64
+SMALL = 2.0**-7  # of the scales, so that outputs are of order one
+
+
+def filled(module):
+    g = torch.Generator().manual_seed(0)
+    for name, p in module.named_parameters():
+        p.data.copy_(torch.randint(-8, 8, p.shape, generator=g) if p.dtype == torch.int8 else torch.rand(p.shape, generator=g) + 0.5)
+        if name.endswith("_scale"):
+            p.data.mul_(SMALL)
+    return module
+
+
+def packed(k, n, unsigned_from, gelu_from=None):
+    module = filled(linear.SVDQuantLinear(layout.svdquant_spec(k, n, 16, unsigned_from, True, torch.bfloat16), "cpu"))
+    module.act_bits, module.gelu_from = 4, gelu_from
+    return module
+
+
+@pytest.fixture
+def mlp():
+    return linear.PackedMLP(packed(K, HIDDEN, K, 0), torch.nn.Identity(), packed(HIDDEN, N, 0))
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The arguments of every call of the op."""
+    calls, op = [], linear.mlp.svdquant_mlp
+    monkeypatch.setattr(linear.mlp, "svdquant_mlp", lambda *args: calls.append(args) or op(*args))
+    return calls
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def one_by_one(mlp, x):
+    return torch.nn.Sequential(*mlp)(x)
+
+
+@pytest.mark.parametrize("arch, expected", [("sm_75", False), ("sm_80", True), ("sm_89", True), ("sm_90a", False), ("sm_120", False)])
+def test_which_gpus_run_it(monkeypatch, arch, expected):
+    monkeypatch.setattr(linear.mlp.compiler, "architecture", lambda device: arch)
+    assert linear.mlp.pays(torch.device("cuda", 0)) is expected and linear.mlp.pays(torch.device("cpu"))
+
+
+def test_a_gpu_that_is_too_old(mlp, monkeypatch):
+    """It runs by PyTorch, layer by layer, and a warm-up has nothing to do."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (6, 1))
+    device = torch.device("cuda", 7)
+    assert not linear.mlp.pays(device) and not mlp.fuses(device)
+    for future in linear.warm_up(mlp, device, torch.bfloat16, tokens=(5,)):
+        assert future.result() is None
+
+
+def test_one_op_with_the_layers_own_tensors(mlp, fused, x):
+    y = mlp(x)
+    ((source, first, second, *unsigned_from),) = fused
+    assert source is x and unsigned_from == [K, 0]
+    for layer, tensors in ((mlp[0], first), (mlp[2], second)):
+        expected = (layer.weight, layer.weight_scale, layer.weight_proj_down, layer.weight_proj_up, layer.weight_smooth_factor, layer.bias)
+        assert all(tensor is p for tensor, p in zip(tensors, expected, strict=True))
+    assert y.shape == (2, 3, N) and torch.equal(y, one_by_one(mlp, x)) and len(fused) == 1
+
+
+def test_layers_that_lie_elsewhere_are_brought_to_the_input(mlp, monkeypatch, x):
+    calls = []
+    monkeypatch.setattr(linear.mlp, "svdquant_mlp", lambda *args: calls.append(args))
+    mlp(x.to("meta"))
+    ((_, first, second, *_),) = calls
+    assert {tensor.device.type for tensor in (*first, *second)} == {"meta"} and mlp[0].weight.device.type == "cpu"
+
+
+# --- one after the other -------------------------------------------------------------------------------------------
+
+
+def added(place, gain=False):
+    def change(mlp):
+        n, k = mlp[place].out_features, mlp[place].in_features
+        terms = [LowRank((0, n), (0, k), torch.randn(n, 4), torch.randn(4, k))]
+        mlp[place].side = SideBranch(terms, torch.rand(n) + 0.5, torch.randn(n)) if gain else SideBranch(terms)
+        return lambda: setattr(mlp[place], "side", None)
+    return change
+
+
+def hooked(place, register):
+    return lambda mlp: getattr(mlp[place], register)(lambda *_: None).remove
+
+
+def hooked_everywhere(register):
+    return lambda mlp: getattr(torch.nn.modules.module, register)(lambda *_: None).remove
+
+
+def wrapped(mlp):
+    """As ComfyUI's bypass LoRA does it."""
+    forward = mlp[2].forward
+    mlp[2].forward = lambda x: 2 * forward(x)
+    return lambda: mlp[2].__dict__.pop("forward")
+
+
+def switched(*places):
+    def change(mlp):
+        for place in places:
+            mlp[place].act_bits = 8
+        return lambda: [setattr(mlp[place], "act_bits", 4) for place in places]
+    return change
+
+
+def gelu(place, now):
+    def change(mlp):
+        before, mlp[place].gelu_from = mlp[place].gelu_from, now
+        return lambda: setattr(mlp[place], "gelu_from", before)
+    return change
+
+
+def exchanged(place, make):
+    def change(mlp):
+        old, mlp[place] = mlp[place], make()
+        return lambda: mlp.__setitem__(place, old)
+    return change
+
+
+def awq():
+    return filled(linear.AWQLinear(layout.LayerSpec(layout.AWQ, HIDDEN, N), "cpu"))
+
+
+def in_16_bits(k, n):
+    return lambda: torch.nn.Linear(k, n, dtype=torch.bfloat16)
+
+
+def handed_back(mlp):
+    mlp[0].gelu_from, mlp[1] = None, torch.nn.GELU(approximate="tanh")
+
+    def undo():
+        mlp[0].gelu_from, mlp[1] = 0, torch.nn.Identity()
+    return undo
+
+
+def longer(mlp):
+    mlp.append(torch.nn.ReLU())
+    return lambda: mlp.__delitem__(3)
+
+
+CHANGES = {
+    "LoRA on fc1": added(0), "LoRA on fc2": added(2), "DoRA on fc1": added(0, gain=True), "DoRA on fc2": added(2, gain=True),
+    **{f"{register} of {place}": hooked(place, register) for place in range(3) for register in (
+        "register_forward_hook", "register_forward_pre_hook")},
+    "a hook of all": hooked_everywhere("register_module_forward_hook"),
+    "a hook before all": hooked_everywhere("register_module_forward_pre_hook"),
+    "bypass LoRA": wrapped, "8 bits": switched(0, 2), "fc1 in 8 bits": switched(0), "fc2 in 8 bits": switched(2),
+    "fc2 W4A16": exchanged(2, awq), "fc2 in 16 bits": exchanged(2, in_16_bits(HIDDEN, N)),
+    "fc1 in 16 bits": exchanged(0, in_16_bits(K, HIDDEN)), "another activation": exchanged(1, torch.nn.SiLU),
+    "no GELU": gelu(0, None), "half a GELU": gelu(0, HIDDEN // 2), "a GELU after fc2": gelu(2, 0),
+    "the GELU's own module": handed_back, "one more module": longer,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_in_the_way_and_goes_again(mlp, fused, x, change):
+    before = mlp(x)
+    undo = change(mlp)
+    with torch.no_grad():
+        assert torch.equal(mlp(x), one_by_one(mlp, x)) and len(fused) == 1
+    undo()
+    assert torch.equal(mlp(x), before) and len(fused) == 2
+
+
+def test_the_devices_choice_of_bits(mlp, fused, x, monkeypatch):
+    linear.set_act_bits(mlp, 0)
+    mlp(x)
+    assert len(fused) == 1
+    monkeypatch.setattr(linear.ops, "best_act_bits", lambda device: 8)
+    assert torch.equal(mlp(x), one_by_one(mlp, x)) and len(fused) == 1
+
+
+# --- around it -----------------------------------------------------------------------------------------------------
+
+
+def test_copies_and_parts(mlp, fused, x):
+    for other in (copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
+        fused.clear()
+        assert torch.equal(other(x), mlp(x)) and fused[0][1][0] is other[0].weight and fused[1][1][0] is mlp[0].weight
+    fused.clear()
+    assert torch.equal(mlp[:2](x), mlp[0](x)) and not fused
+
+
+def test_one_op_under_torch_compile(mlp, x):
+    """And two, once a LoRA is there."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if "svdquant" in str(node.target)])
+        return graph
+
+    with torch.inference_mode():
+        compiled, expected = torch.compile(mlp, fullgraph=True, backend=backend), mlp(x)
+        assert torch.equal(compiled(x), expected) and graphs == [["svdquant.mlp.default"]]
+        undo = CHANGES["LoRA on fc2"](mlp)
+        assert torch.equal(compiled(x), mlp(x)) and graphs[1:] == [["svdquant.linear.default"] * 2]
+        undo()
+        assert torch.equal(compiled(x), expected)
+
+
+@pytest.mark.parametrize(("act_bits", "dtype", "together"), [
+    (4, torch.bfloat16, True), (8, torch.bfloat16, False), (4, torch.float16, True), (4, torch.float32, False)])
+def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, dtype, together):
+    """The op is for models in 16 bits, with layers that compute_in has taken there."""
+    asked, prepared = [], []
+    monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.extend(layers) or [job() for job in others])
+    monkeypatch.setattr(linear.mlp, "prepare", lambda *args: prepared.append(args))
+    monkeypatch.setattr(linear.mlp, "pays", lambda device: True)
+    model, device = torch.nn.Sequential(mlp, copy.deepcopy(mlp), packed(K, HIDDEN, K, 0)), torch.device("cuda", 1)
+    linear.set_act_bits(model, act_bits)
+    linear.warm_up(model, device, dtype, tokens=(70, 5))
+    computed = torch.bfloat16 if dtype == torch.float32 else dtype
+    fc1, fc2 = ([(m, n, k, 16, unsigned_from, act_bits, computed, gelu_from) for m in (70, 5)]
+                for n, k, unsigned_from, gelu_from in ((HIDDEN, K, K, 0), (N, HIDDEN, 0, None)))
+    assert asked == (fc1 if together else [*fc1, *fc2])
+    assert prepared == ([(m, K, HIDDEN, N, 16, 16, K, 0, dtype, device) for m in (70, 5)] if together else [])

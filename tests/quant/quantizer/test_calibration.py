@@ -1,0 +1,162 @@
+"""Streaming a model's blocks: each sees what it sees in an ordinary forward, and the model is left as it was."""
+
+import pytest
+import torch
+from comfyui_svdquant.quant.quantizer import calibration
+
+
+class Double(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = torch.nn.Linear(8, 8)
+
+    def forward(self, img, txt, vec):
+        img += self.lin(img) * vec
+        txt += self.lin(txt)
+        return img, txt
+
+
+class Single(Double):
+    def forward(self, x, vec):
+        x += self.lin(x) * vec
+        return x
+
+
+class Model(torch.nn.Module):
+    """FLUX's skeleton: double blocks, a concatenation, single blocks; in-place residuals and a control added between."""
+
+    def __init__(self):
+        super().__init__()
+        self.double_blocks = torch.nn.ModuleList(Double() for _ in range(3))
+        self.single_blocks = torch.nn.ModuleList(Single() for _ in range(2))
+
+    def forward(self, img, txt, options=None):
+        for block in self.double_blocks:
+            img, txt = block(img=img.clone(), txt=txt.clone(), vec=options["scale"])
+            img[:, :2] += 0.5
+        x = torch.cat((txt, img), 1)
+        for block in self.single_blocks:
+            x = block(x, vec=options["scale"])
+        return x
+
+
+def named_blocks(model):
+    return [(f"{kind}.{i}", block) for kind in ("double_blocks", "single_blocks")
+            for i, block in enumerate(getattr(model, kind))]
+
+
+@torch.no_grad()
+def test_what_two_calls_have_in_common_is_kept_once():
+    """The prompt of all the steps that are recorded of it: megabytes each, in host memory beside the model."""
+    model, txt = Model(), torch.randn(1, 3, 8)
+    with calibration.recorded_calls(model, []) as calls:
+        for scale in (0.5, 0.5, 2.0):
+            model(torch.randn(1, 5, 8), txt.clone(), options={"scale": torch.tensor(scale)})
+        model(torch.randn(1, 5, 8), torch.randn(1, 4, 8), options={"scale": torch.tensor(2.0)})
+    (images, texts), scales = zip(*(args for args, _ in calls)), [kwargs["options"]["scale"] for _, kwargs in calls]
+    assert texts[0] is texts[1] is texts[2] and texts[3].shape == (1, 4, 8) and torch.equal(texts[0], txt)
+    assert len({id(image) for image in images}) == 4
+    assert [float(scale) for scale in scales] == [0.5, 0.5, 2.0, 2.0] and scales[2] is scales[3]
+
+
+@torch.no_grad()
+def test_every_block_is_seen_as_in_an_ordinary_forward():
+    torch.manual_seed(0)
+    model, blocks = Model(), None
+    blocks = named_blocks(model)
+    with calibration.recorded_calls(model, []) as calls:
+        outputs = [model(torch.randn(1, 5, 8), torch.randn(1, 3, 8), options={"scale": torch.tensor(s)}) for s in (0.5, 2.0)]
+    seen = {}
+    hooks = [block.lin.register_forward_pre_hook(lambda _m, a, name=name: seen.setdefault(name, []).append(a[0].clone()))
+             for name, block in blocks]
+    for args, kwargs in calls:
+        model(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    runs = dict.fromkeys(seen, 0)
+    counters = [block.lin.register_forward_hook(lambda *_, name=name: runs.__setitem__(name, runs[name] + 1)) for name, block in blocks]
+    streamed = list(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks,
+                                              lambda name, block: {f"{name}.lin": block.lin}))
+    for counter in counters:
+        counter.remove()
+    assert [name for name, _ in streamed] == list(seen)
+    for name, stats in streamed:
+        inputs = torch.cat([x.reshape(-1, 8) for x in seen[name]])
+        found = stats[f"{name}.lin"]
+        assert found.tokens == len(inputs)
+        assert torch.equal(found.spans()["absmax"], inputs.abs().amax(0))
+        assert torch.allclose(found.spans()["rms"], inputs.square().mean(0).sqrt(), rtol=1e-5)
+        assert torch.equal(found.sample().sort(0).values, inputs.sort(0).values)
+    calls_to_lin = {"double_blocks": 2, "single_blocks": 1}
+    assert all(runs[name] == 2 * calls_to_lin[name.split(".")[0]] for name in runs), "each block runs once a call, no more"
+    again = [model(*args, **kwargs) for args, kwargs in calls]
+    assert all(map(torch.equal, again, outputs)), "the model draws what it drew before"
+
+
+def test_the_model_is_restored_when_calibration_is_cancelled():
+    model = Model()
+    blocks = named_blocks(model)
+    calls = [((torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0}})]
+    stream = calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks, lambda name, block: {name: block.lin})
+    with torch.no_grad():
+        next(stream), next(stream)
+    stream.close()
+    for module in model.modules():
+        assert "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_an_error_inside_the_model_reaches_the_caller():
+    model = Model()
+    calls = [((torch.randn(1, 5, 9), torch.randn(1, 3, 9)), {"options": {"scale": 1.0}})]
+    with pytest.raises(RuntimeError, match="shapes"):
+        next(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), named_blocks(model), lambda name, block: {name: block.lin}))
+
+
+def test_the_sample_hears_every_call_and_stays_small():
+    stats = calibration.InputStats(expected_calls=16)
+    for i in range(16):
+        stats.add(torch.full((4096, 4), float(i)))
+    sample = stats.sample()
+    assert len(sample) <= calibration.SAMPLE_TOKENS and sample[:, 0].unique().tolist() == list(range(16))
+
+
+def test_only_every_nth_call_is_kept():
+    model = torch.nn.Identity()
+    with calibration.recorded_calls(model, [], every=3) as calls:
+        for i in range(8):
+            model(torch.tensor(i))
+    assert [int(args[0]) for args, _ in calls] == [0, 3, 6]
+
+
+def test_a_call_that_skips_a_block_is_left_out_from_there_on():
+    class Skipping(Model):
+        def forward(self, img, txt, options=None):
+            blocks = self.double_blocks[:1] if options.get("skip") else self.double_blocks
+            for block in blocks:
+                img, txt = block(img=img.clone(), txt=txt.clone(), vec=options["scale"])
+            return torch.cat((txt, img), 1)
+
+    model = Skipping()
+    blocks = named_blocks(model)[:3]
+
+    def call(skip):
+        return (torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0, "skip": skip}}
+
+    def layers(name, block):
+        return {name: block.lin}
+
+    with torch.no_grad():
+        streamed = calibration.stream_blocks(model, [call(False), call(True)], calibration.Memory("cpu"), blocks, layers)
+        assert [stats[name].tokens for name, stats in streamed] == [16, 8, 8]
+        with pytest.raises(ValueError, match="never ran its block double_blocks.1"):
+            list(calibration.stream_blocks(model, [call(True)], calibration.Memory("cpu"), blocks, layers))
+
+
+def test_a_forward_that_a_module_has_of_its_own_stays():
+    model = Model()
+    block = model.double_blocks[0]
+    own = block.forward = block.forward
+    calls = [((torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0}})]
+    with torch.no_grad():
+        list(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), named_blocks(model), lambda name, block: {name: block.lin}))
+    assert block.__dict__["forward"] is own
