@@ -79,14 +79,14 @@ def write_native(path, gb, rank):
     from comfyui_svdquant.cuda.scales import HIGHEST
     from comfyui_svdquant.quant.checkpoint import native
     from comfyui_svdquant.quant.checkpoint.int8_scales import product
-    from comfyui_svdquant.quant.families import flux1 as flux
+    from comfyui_svdquant.quant.families.flux1 import FAMILY
     from comfyui_svdquant.quant.layers import layout
     from comfyui_svdquant.quant.quantizer.group_scales import four_bits
 
     hidden, depth = sizes(gb)
     shapes = linears(hidden, depth)
-    specs = {name: flux.layer_spec(name, shapes[name], flux.branches(name) * rank, True, torch.bfloat16)
-             for name in shapes if flux.layer_format(name)}
+    specs = {name: layout.layer_spec(kind, name, shapes[name], kind.branches * rank, True, torch.bfloat16)
+             for name in shapes if (kind := FAMILY.layer(name))}
     infos = {f"{name}.{part}": info for name, spec in specs.items() for part, info in spec.tensors().items()}
     for name in shapes.keys() - specs.keys():
         infos |= {f"{name}.weight": (shapes[name], torch.bfloat16), f"{name}.bias": (shapes[name][:1], torch.bfloat16)}
@@ -103,7 +103,7 @@ def write_native(path, gb, rank):
             return product(random.tensor(shape, torch.int8) % HIGHEST + 1, row_scales[layer])
         return random.tensor(shape, dtype)
 
-    config = flux.config({name: shape for name, (shape, _) in infos.items()})
+    config = FAMILY.configuration.of({name: shape for name, (shape, _) in infos.items()})
     native.save_stream(path, infos, ((name, tensor(name, *info)) for name, info in infos.items()), specs, config, {}, "random",
                        row_scales=row_scales)
 

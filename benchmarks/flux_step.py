@@ -46,14 +46,16 @@ def plain_flux():
 
 
 def packed_flux(rank):
-    from comfyui_svdquant.quant.families import flux1 as inventory
+    from comfyui_svdquant.quant.families.flux1 import FAMILY
     from comfyui_svdquant.quant.host import build, ops
+    from comfyui_svdquant.quant.layers import layout
 
     flux = new_flux(ops.Operations, "meta")
     shapes = {name: parameter.shape for name, parameter in flux.named_parameters()}
-    for name in inventory.quantized_names(shapes):
-        build.swap(flux, name, inventory.layer_spec(name, shapes[f"{name}.weight"], inventory.branches(name) * rank, True, torch.bfloat16))
-    build.take_over_activations(flux)
+    for name in FAMILY.packed_names(shapes):
+        kind = FAMILY.layer(name)
+        build.swap(flux, name, layout.layer_spec(kind, name, shapes[f"{name}.weight"], kind.branches * rank, True, torch.bfloat16))
+    build.take_over_activations(FAMILY, flux)
     flux.to_empty(device="cuda")
     for name, parameter in flux.named_parameters():
         random_(parameter.data, name)

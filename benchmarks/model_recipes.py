@@ -11,8 +11,9 @@ from dataclasses import replace
 import comfy.model_management
 import layers
 import torch
-from comfyui_svdquant.quant.families import flux1 as flux
-from comfyui_svdquant.quant.host import build, quantize
+from comfyui_svdquant.quant.families.family import Packing
+from comfyui_svdquant.quant.families.flux1 import FAMILY
+from comfyui_svdquant.quant.host import build, quantize, weights
 from comfyui_svdquant.quant.layers.linear import SVDQuantLinear
 from comfyui_svdquant.quant.quantizer import calibration, pipeline, presets
 
@@ -35,7 +36,7 @@ def layer_inputs(patcher, calls):
     comfy.model_management.load_models_gpu([patcher])
     model, seen = patcher.model.diffusion_model, {}
     hooks = [module.register_forward_pre_hook(lambda _module, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2)))
-             for name, module in model.named_modules() if flux.W4A4.fullmatch(name)]
+             for name, module in model.named_modules() if (kind := FAMILY.layer(name)) and kind.packing is Packing.W4A4]
     try:
         for args, kwargs in calls:
             model(*calibration.to_device(args, patcher.load_device), **calibration.to_device(kwargs, patcher.load_device))
@@ -83,7 +84,7 @@ def by_recipes(chosen, patcher, inputs, rank, around=("naive",), narrow=False):
     layers_of_twin = twins[0].packed_layers()
     for name in [name for name, linear in layers_of_twin.items() if isinstance(linear, SVDQuantLinear)]:
         spec = layers_of_twin[name].spec
-        weight, bias = (quantize.effective_weight(patcher, f"{name}.{part}", patcher.load_device).float() for part in ("weight", "bias"))
+        weight, bias = (weights.effective_weight(patcher, f"{name}.{part}", patcher.load_device).float() for part in ("weight", "bias"))
         made = [[] for _ in chosen]
         pieces = parts(name, weight, inputs[name], spec.unsigned_from)
         branch = rank // len(pieces) if narrow else 2 * rank if name.endswith(".linear1") else rank

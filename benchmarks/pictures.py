@@ -150,7 +150,7 @@ def by_definition():
 def noise_floor(studio, *names):
     """bf16 against bf16 that is computed otherwise: PyTorch's attention or plain products, smaller batches, another arithmetic."""
     from comfy.ldm.modules import attention
-    from comfyui_svdquant.quant.host import loader, quantize
+    from comfyui_svdquant.quant.host import loader, weights
 
     def other_attention(usual, *args, **kwargs):
         plain = usual is attention.attention_basic
@@ -158,7 +158,7 @@ def noise_floor(studio, *names):
 
     attending = studio.patcher.clone()
     attending.model_options["transformer_options"]["optimized_attention_override"] = other_attention
-    usual = quantize.compute_dtype(studio.patcher)
+    usual = weights.compute_dtype(studio.patcher)
     dtype = torch.bfloat16 if usual == torch.float32 else torch.float32
     other = loader.load_model(str(studio.files / "tiny_flux.safetensors"), dtype)
     drawn = [studio.draw(attending), studio.draw(studio.patcher, max(1, studio.args.batch // 8)), studio.draw(other)]
@@ -170,11 +170,11 @@ def others(studio, *names, narrow=False, modulated=False):
     with W4A16 layers of our preset best, in place of plainly rounded ones."""
     import model_recipes
     import recipes
-    from comfyui_svdquant.quant.host import quantize
+    from comfyui_svdquant.quant.host import calibrate
 
     args, rows, plain = studio.args, {}, [name.removesuffix(NARROW).removesuffix(MODULATED) for name in names]
     entries, latent = studio.calibration(args.calibration_prompts)
-    inputs, seconds = model_recipes.timed(lambda: model_recipes.layer_inputs(studio.patcher, quantize.record_trajectory(
+    inputs, seconds = model_recipes.timed(lambda: model_recipes.layer_inputs(studio.patcher, calibrate.record_trajectory(
         studio.patcher, entries, latent, args.calibration_steps, 0, model_recipes.Silent())))
     chosen = [recipes.OTHERS[name] for name in plain]
     around = ("best", entries, latent, args.calibration_steps) if modulated else ("naive",)

@@ -86,24 +86,24 @@ class Stages:
 def watch_stages(stages):
     """Time the parts of the pipeline, and note the kind of the block that is worked on."""
     from comfyui_svdquant.quant.checkpoint import native
-    from comfyui_svdquant.quant.host import quantize, resume
+    from comfyui_svdquant.quant.host import calibrate, checks, quantize, resume
     from comfyui_svdquant.quant.quantizer import calibration, gptq, lowrank, pipeline
 
     for owner, name, label in (
-            (quantize, "check_weights", "checking the weights"), (quantize, "record_trajectory", "sampling"),
+            (checks, "check_weights", "checking the weights"), (quantize, "record_trajectory", "sampling"),
             (resume.Checkpoint, "save", "keeping the progress"),
-            (quantize, "make_room", "unloading the model"), (calibration, "_replay", "replay"),
+            (calibrate, "make_room", "unloading the model"), (calibration, "_replay", "replay"),
             (calibration.InputStats, "add", "statistics"), (quantize, "effective_weight", "a layer's weight to the device"),
             (pipeline, "choose_smoothing", "smoothing"), (pipeline, "alternate", "branch and codes in turn"),
             (pipeline, "find_scales", "scale search"), (gptq, "damped_cholesky", "Cholesky factor"), (gptq, "gptq_round", "GPTQ"),
             (lowrank, "refit", "refit"), (pipeline, "pack_awq", "modulation layers"), (pipeline, "layer_error", "errors"),
-            (pipeline, "naive_error", "errors"), (quantize, "_twin", "the twin"), (native, "save", "saving")):
+            (pipeline, "naive_error", "errors"), (quantize, "_quantized_model", "the quantized model"), (native, "save", "saving")):
         stages.time(owner, name, label)
-    replay, layer, on_device = calibration._replay, quantize.quantize_layer, quantize.on_device
+    replay, layer, on_device = calibration._replay, quantize.quantize_layer, calibrate.on_device
 
-    def replay_in(diffusion_model, call, memory, blocks, index, previous):
+    def replay_in(diffusion_model, call, memory, blocks, pass_through, index, previous):
         stages.set_kind(blocks[index][0])
-        return replay(diffusion_model, call, memory, blocks, index, previous)
+        return replay(diffusion_model, call, memory, blocks, pass_through, index, previous)
 
     def layer_in(patcher, name, *args):
         stages.set_kind(name)
@@ -117,7 +117,7 @@ def watch_stages(stages):
         with context_exit(context):
             yield
 
-    calibration._replay, quantize.quantize_layer, quantize.on_device = replay_in, layer_in, timed_on_device
+    calibration._replay, quantize.quantize_layer, calibrate.on_device = replay_in, layer_in, timed_on_device
 
 
 @contextmanager
@@ -248,7 +248,7 @@ def save(patcher, folder):
     from comfyui_svdquant.quant.host import build
 
     path = os.path.join(folder, "flux_svdquant.safetensors")
-    tensors = {build.stored_name(name): tensor for name, tensor in patcher.model.diffusion_model.state_dict().items()}
+    tensors = {build.stored_name(patcher.model, name): tensor for name, tensor in patcher.model.diffusion_model.state_dict().items()}
     specs = {name: layer.spec for name, layer in patcher.packed_layers().items()}
     native.save(path, tensors, specs, build.stored_config(patcher.model), patcher.recipe, patcher.source, False)
     return os.path.getsize(path)

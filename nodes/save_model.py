@@ -30,7 +30,7 @@ def stored_tensors(model):
             tensor = tensors[name := f"{layer}.{part}"]
             if tensor.dtype != dtype:  # linear.compute_in's
                 tensors[name] = tensor.to("cpu", dtype)
-    return {build.stored_name(name): tensor for name, tensor in tensors.items()}
+    return {build.stored_name(model.model, name): tensor for name, tensor in tensors.items()}
 
 
 def check_overwritten(path):

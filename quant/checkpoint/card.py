@@ -16,7 +16,7 @@ MAX_FIELD_BYTES = 1 << 20  # a thumbnail is the largest that is usual, at some 1
 
 
 def of_source(metadata):
-    """What a model's file hands on to its quantized twin, out of its metadata {str: str}. Of a quantized file, the same."""
+    """What a model's file hands on to the quantized model, out of its metadata {str: str}. Of a quantized file, the same."""
     found = {PREFIX + field: metadata[PREFIX + field] for field in COPIED if PREFIX + field in metadata}
     title = metadata.get(f"{PREFIX}title", "").removesuffix(SUFFIX)
     if "svdquant.version" in metadata or "svdquant.recipe" in metadata:
@@ -25,11 +25,11 @@ def of_source(metadata):
     return {key: value for key, value in found.items() if value and len(value) <= MAX_FIELD_BYTES}
 
 
-def modelspec(path, source=None):
-    """The card's metadata of a file to be written to `path`; source: of_source of what was quantized."""
+def modelspec(path, architecture, source=None):
+    """The card's metadata of a file to be written to `path`; architecture: a Family's; source: of_source of what was quantized."""
     source = source or {}
     title = source.get(SOURCE_TITLE) or os.path.splitext(os.path.basename(path))[0]
-    return {f"{PREFIX}architecture": "flux-1"} | source | {
+    return {f"{PREFIX}architecture": architecture} | source | {
         f"{PREFIX}sai_model_spec": "1.0.0", f"{PREFIX}title": title + SUFFIX,
         f"{PREFIX}date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

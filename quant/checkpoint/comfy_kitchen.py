@@ -1,8 +1,8 @@
-"""Quantized FLUX.1 files that others made under comfy-kitchen's names: `X.weight`, `X.weight_scale`, ..., `X.comfy_quant`.
+"""Quantized models that others saved under comfy-kitchen's names: `X.weight`, `X.weight_scale`, ..., `X.comfy_quant`.
 
-They are read as our own files are, less our metadata: what those say, the tensors' shapes have to tell. Not every
-layer need be packed, and linear2 may be one plain signed layer. comfy-kitchen has no layer in which the code of the
-input changes on the way, so none of theirs means something else here.
+They are read as our own files are, less our metadata: what those say, the tensors' shapes have to tell. Not every layer need be packed, and
+a layer whose input is partly unsigned in our files may be a plain signed one. comfy-kitchen has no layer in which the code of the input
+changes on the way, so none of theirs means something else here.
 
 Two other forms are read as if they were that one. The descriptions may lie in the file's metadata, as ComfyUI's
 `_quantization_metadata`, {"layers": {X: the JSON of X.comfy_quant}}. And tensors may be packed for the tiles of
@@ -19,6 +19,7 @@ kernel gives it x; the description's `lowrank_branch_input_basis` then says "pos
 import json
 from dataclasses import dataclass, field, replace
 
+from .. import families
 from ..layers import layout
 from . import native
 from .header import CheckpointError, Header
@@ -40,7 +41,11 @@ def open_file(header):
     """PackedFile; raises CheckpointError as native.open_file does."""
     prefix = prefix_of(header)
     own = _as_ours(header, prefix)
-    packed = native.packed_file(own, "", {}, {"preset": "comfy-kitchen file"}, header.file)
+    family = families.of_tensors(own.tensors.keys())
+    if family is None:
+        raise CheckpointError(f"{header.file} has 4-bit layers and is no whole {families.TITLES}; the file is incomplete, or of another "
+                              "model: download it again, or choose another file.")
+    packed = native.packed_file(own, family, "", {}, {"preset": "comfy-kitchen file"}, header.file)
     return replace(packed, header=header, prefix=None if own.tiles or own.renamed or own.smoothed else prefix)
 
 

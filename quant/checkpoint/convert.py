@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from ..families import flux1 as flux
 from . import card, comfy_kitchen, native
 from .header import EXTENSIONS, CheckpointError, read_header
 from .nunchaku import reader as nunchaku
@@ -34,10 +33,10 @@ class StoredTensors(Mapping):
 
 
 def convert(source, target, to, overwrite=False, progress=lambda done, total: None):
-    """Write the quantized FLUX.1 of file `source` into file `target`, in layout `to`, one of LAYOUTS.
+    """Write the quantized model of file `source` into file `target`, in layout `to`, one of LAYOUTS.
 
     progress: called with the count of tensors written, and of all. Raises CheckpointError, before
-    anything is written, on a file that is not a whole quantized FLUX.1 or is in that layout already, and where no list of models
+    anything is written, on a file that is not a whole quantized model or is in that layout already, and where no list of models
     would show the target.
     """
     name = Path(target).name
@@ -47,7 +46,7 @@ def convert(source, target, to, overwrite=False, progress=lambda done, total: No
     header = read_header(source)
     found = next((name for name, reader in READERS.items() if reader.matches(header)), None)
     if found is None or found == to:
-        why = "is no quantized FLUX.1 that this pack reads" if found is None else f"is in the {to} layout already"
+        why = "is no quantized model that this pack reads" if found is None else f"is in the {to} layout already"
         raise CheckpointError(f"{header.file} {why}; choose another file.")
     packed = READERS[found].open_file(header)
     config = _config(packed)
@@ -64,11 +63,10 @@ def convert(source, target, to, overwrite=False, progress=lambda done, total: No
 
 def _config(packed):
     """The configuration to write: the shapes', and from the file's own what no shape tells."""
-    for name in ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.bias"):
-        if len(packed.shapes.get(name, ())) != (1 if name.endswith("bias") else 2):
-            raise CheckpointError(f"{packed.header.file} has no tensor {name} of the right shape; download it again.")
-    config = flux.config(packed.shapes)
-    return config | {key: value for key, value in packed.config.items() if key in config}
+    try:
+        return packed.family.configuration.of(packed.shapes, packed.config)
+    except ValueError as error:
+        raise CheckpointError(f"{packed.header.file} {error}; save or download it again.") from None
 
 
 def _counted(tensors, total, progress):

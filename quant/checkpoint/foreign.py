@@ -1,7 +1,8 @@
-"""Which model a file holds in 16 bits, told by the names of its tensors: a FLUX.1, or what else."""
+"""Which model a file holds in 16 bits, by the names of its tensors: one of a known family, or another."""
 
 import re
 
+from ..families import FAMILIES
 from ..layers import layout
 from .comfy_kitchen import METADATA
 from .header import CheckpointError
@@ -10,20 +11,9 @@ from .header import CheckpointError
 PREFIXES = ("", "model.diffusion_model.", "model.", "model.model.", "net.")
 PACKED = ".weight_smooth_factor"  # that only a layer in 4 bits has
 NF4 = ".quant_state.bitsandbytes__"  # in the names of what bitsandbytes keeps of a 4-bit matrix
-FLUX_KEYS = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight")
-BLOCK = re.compile(r"(double_blocks|single_blocks)\.(\d+)\.")
 SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # in the name of a file that holds a part of a model
 
-# A part of a name that gives a model away, and what to call it; first those that look like a FLUX.1 otherwise.
-COUSINS = (
-    ("distilled_guidance_layer", "a Chroma model"),
-    ("double_stream_modulation_img.", "a FLUX.2 model"),
-    ("img_mlp.gate_proj.", "an Ovis-Image model"),
-    ("context_embedder_norm.", "an Ovis-Image model"),  # in diffusers' naming
-    ("time_embed.timestep_embedder.", "a LongCat-Image model"),  # likewise
-    ("controlnet_blocks.0.weight", "a ControlNet"),
-    ("controlnet_x_embedder.", "a ControlNet"),
-)
+# A part of a name that gives a model away, and what to call it.
 FOREIGN = (
     ("individual_token_refiner", "a HunyuanVideo model"),
     ("caption_projection.0.linear.weight", "a HiDream model"),
@@ -40,31 +30,33 @@ FOREIGN = (
 )
 
 
-def _first(header, kinds):
-    return next((what for key, what in kinds if any(key in name for name in header.tensors)), None)
+def find(header):
+    """(Family, prefix of its tensors) of a diffusion model in ComfyUI's naming; None where the file holds none that the pack knows.
 
-
-def flux_prefix(header):
-    """The prefix of a FLUX.1's tensors in ComfyUI's naming; None where the file is none. Raises CheckpointError where it is one that
-    would be read wrongly: in a format that nothing in it describes, with blocks missing, or only in part."""
+    Raises CheckpointError where it holds one that would be read wrongly: in a format that nothing in it describes, with blocks missing,
+    or only in part.
+    """
     _check_whole(header)
-    if _first(header, COUSINS):
-        return None
-    found = {name.removesuffix(key) for key in FLUX_KEYS for name in header.tensors if name.endswith(key)}
-    found = [prefix for prefix in (*PREFIXES, *sorted(found)) if prefix in found and f"{prefix}img_in.weight" in header.tensors]
-    if not found:
-        return None
-    prefix = found[0]
+    for family in FAMILIES:
+        found = family.signature.prefixes(header.tensors.keys())
+        prefix = next((prefix for prefix in (*PREFIXES, *found) if prefix in found), None)
+        if prefix is not None:
+            _check_model(header, family, prefix)
+            return family, prefix
+    return None
+
+
+def _check_model(header, family, prefix):
     if prefix not in PREFIXES:
-        raise CheckpointError(f"{header.file} has the tensors of a FLUX.1 under names that begin with {prefix!r}, which ComfyUI does "
-                              "not read; save the model again without that.")
+        raise CheckpointError(f"{header.file} has the tensors of a {family.title} under names that begin with {prefix!r}, which ComfyUI "
+                              "does not read; save the model again without that.")
     names = header.within(prefix).tensors
-    if not any(name.startswith("vector_in.") for name in names):
-        raise CheckpointError(f"{header.file} has FLUX.1's blocks and no vector_in, as LongCat-Image has, which is another model; "
-                              "choose a whole FLUX.1 model.")
-    _check_blocks(header, names)
-    _check_described(header, names, prefix)
-    return prefix
+    for beginning, relative in family.signature.parts:
+        if not any(name.startswith(beginning) for name in names):
+            raise CheckpointError(f"{header.file} has {family.title}'s blocks and no {beginning.rstrip('.')}, as {relative} has, which is "
+                                  f"another model; choose a whole {family.title} model.")
+    _check_blocks(header, family, names)
+    _check_described(header, family, names, prefix)
 
 
 def _check_whole(header):
@@ -75,11 +67,12 @@ def _check_whole(header):
                               "file, or join them first.")
 
 
-def _check_blocks(header, names):
+def _check_blocks(header, family, names):
     """Raise CheckpointError where blocks are left out: ComfyUI takes those before the first gap and ignores the rest."""
-    found = {"double_blocks": set(), "single_blocks": set()}
-    for match in filter(None, map(BLOCK.match, names)):
-        found[match[1]].add(int(match[2]))
+    found = {blocks.name: set() for blocks in family.blocks}
+    for block in filter(None, map(family.block_of, names)):
+        kind, _, index = block.rpartition(".")
+        found[kind].add(int(index))
     for kind, numbers in found.items():
         missing = min(set(range(len(numbers))) - numbers, default=None)
         if missing is not None:
@@ -87,7 +80,7 @@ def _check_blocks(header, names):
                                   "were taken out and the others not renumbered: download or save it again.")
 
 
-def _check_described(header, names, prefix):
+def _check_described(header, family, names, prefix):
     """Raise CheckpointError where there are weights in 4 or 8 bits, and nothing says what they are: ComfyUI would take them for
     what they are not. names: {name without prefix: TensorInfo}."""
     layers = [name.removesuffix(PACKED) for name in names if name.endswith(PACKED)]
@@ -95,7 +88,7 @@ def _check_described(header, names, prefix):
         raise CheckpointError(f"{header.file} has layers in 4 bits ({prefix}{layers[0]}) and no word of how, as another node than "
                               "SVDQuant Save Model leaves them; save the quantized model with SVDQuant Save Model.")
     if any(NF4 in name for name in names):
-        raise CheckpointError(f"{header.file} is a FLUX.1 in bitsandbytes' 4 bits (NF4 or FP4), which can't be read here; choose a "
+        raise CheckpointError(f"{header.file} is a {family.title} in bitsandbytes' 4 bits (NF4 or FP4), which can't be read here; choose a "
                               "bf16, fp16 or fp8 version of the model.")
     for name, info in names.items():
         layer, _, leaf = name.rpartition(".")
@@ -106,12 +99,15 @@ def _check_described(header, names, prefix):
                                   "or ordinary fp8 version of the model.")
 
 
-def is_diffusers_flux(header):
-    """Whether the file is a FLUX.1 in diffusers' naming."""
-    keys = ("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight")
-    return all(key in header.tensors for key in keys) and not _first(header, COUSINS)
+def find_diffusers(header):
+    """The Family of a model in diffusers' naming, or None."""
+    keys = header.tensors.keys()
+    return next((family for family in FAMILIES if family.diffusers and not family.signature.lookalike(keys)
+                 and all(key in keys for key in family.diffusers.keys)), None)
 
 
 def kind(header):
-    """What a file is that is no FLUX.1; None where nothing gives it away."""
-    return _first(header, COUSINS + FOREIGN)
+    """What a file is that holds no model of a family; None where nothing gives it away."""
+    keys = header.tensors.keys()
+    relatives = filter(None, (family.signature.lookalike(keys) for family in FAMILIES))
+    return next(relatives, None) or next((what for part, what in FOREIGN if any(part in key for key in keys)), None)

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from statistics import fmean, median
 
-from ..families import flux1 as flux
+from .. import families
 from ..layers import layout
 from . import comfy_kitchen, foreign, native
 from .card import MAX_FIELD_BYTES, PREFIX, SOURCE_HASH, SOURCE_TITLE
@@ -28,7 +28,6 @@ KIND_OF = {leaf: kind for kind, leaves in KINDS.items() for leaf in leaves}
 CARD = {f"{PREFIX}{field}": label for field, label in (
     ("title", "title"), ("author", "author"), ("license", "licence"), ("architecture", "architecture"), ("date", "saved"),
     ("hash_sha256", "tensor hash"))} | {SOURCE_TITLE: "source's title", SOURCE_HASH: "source's tensor hash"}
-CONFIG_NAMES = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.bias")
 WORST = 3  # layers named in the summary of errors
 
 
@@ -72,27 +71,29 @@ def _packed(header, name):
     codes = "NVFP4" if layout.NVFP4 in formats else "INT4"
     recipe = {key: value for key, value in packed.recipe.items() if key != "layers"}
     return {"bytes": sum(map(os.path.getsize, files)), "format": f"{name} layout, {codes}",
-            "model": _model(packed.shapes, packed.config, header), "source": packed.source, "recipe": recipe,
+            "family": packed.family.title, "model": _model(packed.family, packed.shapes, packed.config, header),
+            "source": packed.source, "recipe": recipe,
             "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs),
             "int8_scales": len(packed.computed), **_sizes(infos, modules)}
 
 
 def _plain(header):
-    prefix = foreign.flux_prefix(header)
-    if prefix is not None:
-        shapes = {name: info.shape for name, info in header.within(prefix).tensors.items()}
-        return {"format": "a FLUX.1 that is not quantized", "model": _model(shapes, {}, header), **_sizes(header.tensors, ())}
-    what = foreign.kind(header) or "no FLUX.1 in ComfyUI's names and no quantized one"
+    found = foreign.find(header)
+    if found is not None:
+        family, prefix = found
+        shapes = {family.stored_name(name): info.shape for name, info in header.within(prefix).tensors.items()}
+        return {"format": f"a {family.title} that is not quantized", "family": family.title, "model": _model(family, shapes, {}, header),
+                **_sizes(header.tensors, ())}
+    what = foreign.kind(header) or f"no {families.TITLES} in ComfyUI's names and no quantized one"
     raise CheckpointError(f"{header.file} is {what}; choose another file.")
 
 
-def _model(shapes, stored, header):
-    """The FLUX configuration, from the tensors' shapes; the file's own has what no shape tells."""
-    for name in CONFIG_NAMES:
-        if len(shapes.get(name, ())) != (1 if name.endswith("bias") else 2):
-            raise CheckpointError(f"{header.file} has no tensor {name} of the right shape; download it again.")
-    config = flux.config(shapes)
-    return config | {key: value for key, value in stored.items() if key in config}
+def _model(family, shapes, stored, header):
+    """The host's configuration, from the tensors' shapes; the file's own has what no shape tells."""
+    try:
+        return family.configuration.of(shapes, stored)
+    except ValueError as error:
+        raise CheckpointError(f"{header.file} {error}; save or download it again.") from None
 
 
 def _sizes(infos, modules):
@@ -152,9 +153,9 @@ def _card(header):
 
 def _model_lines(told):
     model = told["model"]
-    guidance = "with guidance" if model["guidance_embed"] else "without guidance"
-    lines = [f"FLUX.1: {model['depth']} double and {model['depth_single_blocks']} single blocks, hidden size {model['hidden_size']}, "
-             f"{model['in_channels']} channels in, {guidance}"]
+    guidance = {True: ", with guidance", False: ", without guidance"}.get(model.get("guidance_embed"), "")
+    lines = [f"{told['family']}: {model['depth']} double and {model['depth_single_blocks']} single blocks, "
+             f"hidden size {model['hidden_size']}, {model['in_channels']} channels in{guidance}"]
     return lines + ([f"made from: {told['source']}"] if told.get("source") not in (None, "", told["file"]) else [])
 
 

@@ -1,12 +1,12 @@
-"""Our own checkpoint: a quantized FLUX under ComfyUI's parameter names.
+"""Our own checkpoint: a quantized model under ComfyUI's parameter names.
 
-Every 16-bit tensor has the name it has in an ordinary FLUX file, without prefix; every packed layer has the tensors of
+Every 16-bit tensor has the name it has in an ordinary file of its family, without prefix; every packed layer has the tensors of
 layout.py, and `X.comfy_quant` says what it is. The file's metadata:
 
     svdquant.version   "1"; "2" where a layer has int8 scales; a reader refuses a higher number
-    svdquant.config    JSON: the FLUX configuration (hidden_size, num_heads, depth, ...)
+    svdquant.config    JSON: the host's configuration of the model (image_model, hidden_size, depth, ...)
     svdquant.recipe    JSON: how it was quantized; its "calibration" has the count of prompts, its "layers" the error,
-                       size and smoothing of each layer (quantizer.LayerRecord)
+                       size and smoothing of each layer (pipeline.LayerRecord)
     svdquant.source    name of the model that was quantized; source_title and source_hash_sha256 as its own card had them
     modelspec.*        title, author, licence, ...: card.py
 
@@ -20,7 +20,7 @@ from itertools import chain
 import torch
 
 from ...cuda.scales import HIGHEST, LOWEST
-from ..families import flux1 as flux
+from .. import families
 from ..layers import layout
 from . import int8_scales
 from .card import modelspec
@@ -43,17 +43,22 @@ def matches(header):
 def open_file(header):
     """PackedFile of a file of ours. Raises CheckpointError, before any weight is read, unless its packed layers are
     whole and its metadata is sound."""
-    packed = packed_file(header, "", config(header), recipe(header), header.metadata.get("svdquant.source", ""))
+    stored = config(header)
+    family = families.of_image_model(stored.get("image_model"))
+    if family is None:
+        raise CheckpointError(f"{header.file} holds a model of the kind {stored.get('image_model')!r}, which this version doesn't know; "
+                              "update ComfyUI-SVDQuant.")
+    packed = packed_file(header, family, "", stored, recipe(header), header.metadata.get("svdquant.source", ""))
     if packed.computed and _version(header) < 2:
         raise CheckpointError(f"{header.file} says that it has SVDQuant format version 1, and {min(packed.computed)} is of version 2; "
                               "download or save it again.")
     return packed
 
 
-def packed_file(header, prefix, config, recipe, source):
-    """PackedFile of a header that has our names under `prefix`."""
+def packed_file(header, family, prefix, config, recipe, source):
+    """PackedFile of a header that has a family's tensors in our names under `prefix`."""
     own = header.within(prefix)
-    specs, compact = layer_specs(own)
+    specs, compact = layer_specs(own, family)
     computed = frozenset(f"{layer}.weight_scale" for layer in compact)
     leave_out = {f"{layer}.weight_scale_2" for layer in compact}
     shapes = {name: info.shape for name, info in own.tensors.items()
@@ -62,7 +67,7 @@ def packed_file(header, prefix, config, recipe, source):
     dtypes |= {f"{layer}.weight_scale": specs[layer].dtype for layer in compact}
     _check_plain(header, specs, dtypes)
     read = partial(_read, own, computed)
-    return PackedFile(header, specs, shapes, dtypes, config, recipe, source,
+    return PackedFile(header, family, specs, shapes, dtypes, config, recipe, source,
                       lambda: ((name, read(name)) for name in shapes), prefix, read, computed)
 
 
@@ -107,7 +112,7 @@ def _version(header):
 
 
 def config(header):
-    """The FLUX configuration of the file, a dict. Raises CheckpointError on a newer version or a damaged entry."""
+    """The host's configuration of the file's model, a dict. Raises CheckpointError on a newer version or a damaged entry."""
     _version(header)
     return _json_metadata(header, "svdquant.config")
 
@@ -117,12 +122,12 @@ def recipe(header):
     return _json_metadata(header, "svdquant.recipe")
 
 
-def layer_specs(header):
-    """({layer name: LayerSpec} of the packed layers, the names of those with int8 scales). Raises CheckpointError where name,
-    description and tensors do not agree."""
+def layer_specs(header, family):
+    """({layer name: LayerSpec} of the packed layers of a family's model, the names of those with int8 scales). Raises CheckpointError
+    where name, description and tensors do not agree."""
     suffix = f".{layout.QUANT_KEY}"
     names = [key.removesuffix(suffix) for key in header.tensors if key.endswith(suffix)]
-    found = {name: _layer_spec(header, name) for name in names}
+    found = {name: _layer_spec(header, family, name) for name in names}
     return {name: spec for name, (spec, _) in found.items()}, [name for name, (_, int8_scale) in found.items() if int8_scale]
 
 
@@ -138,7 +143,7 @@ def decode(header, key):
         raise CheckpointError(f"{header.file}: {key} {error}; save or download the file again.") from None
 
 
-def _layer_spec(header, name):
+def _layer_spec(header, family, name):
     """(LayerSpec, whether its scales are int8)."""
     key = f"{name}.{layout.QUANT_KEY}"
     conf = decode(header, key)
@@ -148,9 +153,9 @@ def _layer_spec(header, name):
     if usual is None or group_size != usual:
         raise CheckpointError(f"{header.file}: layer {name} has format {kind!r} with group size "
                               f"{group_size!r}, which this version can't run; update ComfyUI-SVDQuant.")
-    if flux.layer_format(name) is None:
-        raise CheckpointError(f"{header.file}: layer {name} is packed, but FLUX.1 has no such layer to pack; choose a "
-                              "FLUX.1 model.")
+    layer = family.layer(name)
+    if layer is None:
+        raise CheckpointError(f"{header.file}: layer {name} is packed, but {family.title} has no such layer to pack; choose another file.")
     weight, scale = (_info(header, f"{name}.{part}") for part in ("weight", "weight_scale"))
     if len(weight.shape) != 2:
         # comfy-kitchen's tiles have become such a matrix by now.
@@ -176,9 +181,9 @@ def _layer_spec(header, name):
     if dtype not in (HALF_TYPES if int8_scale else SCALE_TYPES):
         raise CheckpointError(f"{header.file}: layer {name} has scales of type {dtype}; the file is damaged, download or save it again.")
     try:
-        # Every layer of FLUX.1 has a bias: one that lacks it here has lost it.
-        spec = (layout.svdquant_spec(k, n, rank, unsigned, True, dtype) if int8_scale
-                else layout.LayerSpec(kind, k, n, rank, unsigned, True, dtype, scale_blocks))
+        # A layer that lacks the bias of its kind has lost it.
+        spec = (layout.svdquant_spec(k, n, rank, unsigned, layer.bias, dtype) if int8_scale
+                else layout.LayerSpec(kind, k, n, rank, unsigned, layer.bias, dtype, scale_blocks))
     except ValueError as error:
         raise CheckpointError(f"{header.file}: layer {name} {error}; save or download the file again.") from None
     for part, (shape, dtype) in spec.stored(int8_scale).items():
@@ -235,9 +240,10 @@ def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=F
     # Beside each other in the file: all of them are read before anything else is.
     infos = stored | {key: info for key, info in infos.items() if key not in stored}
     infos |= {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
+    architecture = families.of_image_model(config["image_model"]).architecture
     metadata = {
         "svdquant.version": "2" if row_scales else "1", "svdquant.config": json.dumps(config),
-        "svdquant.recipe": json.dumps(recipe), "svdquant.source": source, **modelspec(path, source_card),
+        "svdquant.recipe": json.dumps(recipe), "svdquant.source": source, **modelspec(path, architecture, source_card),
     }
     write(path, infos, chain(_with_int8_scales(tensors, row_scales), described.items()), metadata, overwrite)
 

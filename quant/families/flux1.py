@@ -1,86 +1,172 @@
-"""FLUX.1's inventory: which linears are quantized and how, and the order of the blocks."""
+"""FLUX.1 by Black Forest Labs: dev, schnell, Fill, Kontext, Canny, Depth and their fine-tunes."""
 
-import re
+from types import MappingProxyType
 
-from ..layers import layout
+from .family import (
+    BlockList,
+    Configuration,
+    Diffusers,
+    Family,
+    Gelu,
+    Joined,
+    Layer,
+    Nunchaku,
+    Packing,
+    Signature,
+    all_unsigned,
+)
 
-# One pattern a kind of layer. Everything else stays in 16 bits: norms, and the layers through which all of the picture or the text
-# comes in and goes out.
-W4A4 = re.compile(r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]")
-SINGLE = re.compile(r"single_blocks\.\d+\.linear[12]")  # [q k v ; MLP up] and [attention out | MLP down]
-W4A16 = re.compile(r"double_blocks\.\d+\.(img|txt)_mod\.lin|single_blocks\.\d+\.modulation\.lin|"
-                   r"final_layer\.adaLN_modulation\.1|(time|vector|guidance)_in\.out_layer")
+HEAD = 128  # channels of an attention head
 
+NORMS = (r"_norm\.weight$", "_norm.scale")  # ComfyUI renamed the q and k norms' scale in 0.14
 
-def layer_format(name):
-    """layout.SVDQUANT, layout.AWQ, or None for a linear that stays in 16 bits.
-
-    name: relative to the diffusion model, e.g. "double_blocks.0.img_attn.qkv".
-    """
-    if W4A4.fullmatch(name):
-        return layout.SVDQUANT
-    return layout.AWQ if W4A16.fullmatch(name) else None
-
-
-def branches(name):
-    """How many of the layers that SVDQuant publishes, each with a branch of its own, the W4A4 layer `name` holds."""
-    return 2 if SINGLE.fullmatch(name) else 1
+MODULATION = Layer(Packing.W4A16)  # sees a token a picture
+LINEAR = Layer()
+MLP_DOWN = Layer(unsigned_from=all_unsigned)
 
 
-def unsigned_from(name, in_features, out_features):
-    """The first column of a W4A4 layer's input that comes out of a GELU; in_features if none does.
-
-    The MLP's second layer reads nothing else; a single block's linear2 reads [attention (hidden) ; GELU].
-    """
-    if name.endswith("_mlp.2"):
-        return 0
-    return out_features if name.endswith(".linear2") else in_features
+def mlp_up(mlp):
+    """The first layer of the MLP `mlp`, a Sequential of it, a GELU and the second one."""
+    return Layer(gelu=Gelu(f"{mlp}.1", lambda k, n: 0, f"{mlp}.2"))
 
 
-def layer_spec(name, weight_shape, rank, bias, dtype):
-    """LayerSpec of linear `name`, from its (N, K). Raises ValueError naming the layer where K does not fit."""
-    n, k = weight_shape
-    try:
-        if layer_format(name) == layout.AWQ:
-            return layout.LayerSpec(layout.AWQ, k, n, bias=bias, dtype=dtype)
-        return layout.svdquant_spec(k, n, rank, unsigned_from(name, k, n), bias, dtype)
-    except ValueError as error:
-        raise ValueError(f"Layer {name} {error}, so it can't be packed in 4 bits.") from None
+DOUBLE_LINEARS = {
+    name: layer for stream in ("img", "txt")
+    for name, layer in ((f"{stream}_attn.qkv", LINEAR), (f"{stream}_attn.proj", LINEAR),
+                        (f"{stream}_mlp.0", mlp_up(f"{stream}_mlp")), (f"{stream}_mlp.2", MLP_DOWN))}
+# linear1 = [q k v ; MLP up] reads one input; linear2 = [attention out | MLP down] reads [attention (hidden) ; GELU].
+SINGLE_LINEARS = {
+    "linear1": Layer(joined=Joined(rows=True, at=lambda k, n: 3 * k), gelu=Gelu("mlp_act", lambda k, n: 3 * k, "linear2")),
+    "linear2": Layer(joined=Joined(rows=False, at=lambda k, n: n), unsigned_from=lambda k, n: n),
+}
 
 
-def blocks(diffusion_model):
-    """[(name, module)] of the transformer blocks, in the order in which they run."""
-    return [(f"{kind}.{i}", block) for kind in ("double_blocks", "single_blocks")
-            for i, block in enumerate(getattr(diffusion_model, kind))]
+def double_blocks(layers):
+    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), "comfy.ldm.flux.layers.DoubleStreamBlock",
+                     ("img_mlp", "txt_mlp"))
 
 
-def block_layers(block_name, block):
-    """{full name: linear} of a block's layers that are to be quantized."""
-    named = ((f"{block_name}.{name}", module) for name, module in block.named_modules() if name)
-    return {name: module for name, module in named if layer_format(name)}
+def single_blocks(layers):
+    return BlockList("single_blocks", MappingProxyType(layers), ("x",), "comfy.ldm.flux.layers.SingleStreamBlock")
 
 
-def outer_layers(diffusion_model):
-    """{full name: linear} of the layers outside the blocks that are to be quantized. None of them sees more than a token a picture."""
-    return {name: module for name, module in diffusion_model.named_modules() if "_blocks." not in name and layer_format(name)}
+def depth_of(shapes, blocks):
+    """How many blocks of the list `blocks` tensors {name: shape} have, up to the first gap, as ComfyUI counts them."""
+    found = {name.split(".")[1] for name in shapes if name.startswith(f"{blocks}.")}
+    return next(count for count in range(len(found) + 1) if str(count) not in found)
 
 
-def quantized_names(keys):
-    """Names of the layers that `keys` (tensor names) hold and that a quantized FLUX packs, in order of appearance."""
-    names = (key.removesuffix(".weight") for key in keys if key.endswith(".weight"))
-    return [name for name in names if layer_format(name)]
-
-
-def config(shapes):
-    """The FLUX configuration that {tensor name: shape} tell, in ComfyUI's terms; FLUX.1's own where no shape does.
-
-    shapes: of a whole model; packed layers may stand in it for linears.
-    """
+def measure(shapes, usual):
     hidden, width = shapes["img_in.weight"]
-    depths = {key: 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(f"{kind}.")), default=-1)
-              for key, kind in (("depth", "double_blocks"), ("depth_single_blocks", "single_blocks"))}
-    return {"image_model": "flux", "in_channels": width // 4, "out_channels": shapes["final_layer.linear.bias"][0] // 4,
-            "patch_size": 2, "hidden_size": hidden, "num_heads": hidden // 128, **depths,
+    pixels = usual["patch_size"] ** 2
+    return {"in_channels": width // pixels, "out_channels": shapes["final_layer.linear.bias"][0] // pixels, "hidden_size": hidden,
+            "depth": depth_of(shapes, "double_blocks"), "depth_single_blocks": depth_of(shapes, "single_blocks"),
             "context_in_dim": shapes["txt_in.weight"][1], "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
-            "mlp_ratio": 4.0, "qkv_bias": True, "guidance_embed": "guidance_in.in_layer.weight" in shapes,
-            "axes_dim": [16, 56, 56], "theta": 10000}
+            "guidance_embed": "guidance_in.in_layer.weight" in shapes}
+
+
+def heads(config):
+    return {"num_heads": config["hidden_size"] // sum(config["axes_dim"])}
+
+
+def rope_trouble(config):
+    """RoPE turns pairs of channels, and each head has all the axes."""
+    axes, hidden = config["axes_dim"], config["hidden_size"]
+    if any(axis % 2 for axis in axes):
+        return f"says axes_dim = {axes} in its configuration, in which every number has to be even"
+    if hidden % sum(axes):
+        return f"says axes_dim = {axes} in its configuration, which does not divide its hidden_size {hidden}"
+    return None
+
+
+DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"  # diffusers' lists of blocks
+
+NUNCHAKU = Nunchaku(
+    model_classes=("NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2"),
+    diffusers_class="FluxTransformer2DModel",
+    comfy_class=lambda config: "Flux" if config["guidance_embed"] else "FluxSchnell",
+    config=MappingProxyType({
+        "axes_dims_rope": "axes_dim", "num_layers": "depth", "num_single_layers": "depth_single_blocks",
+        "num_attention_heads": "num_heads", "joint_attention_dim": "context_in_dim", "pooled_projection_dim": "vec_in_dim",
+        "guidance_embeds": "guidance_embed"}),
+    inputs=("x_embedder", "context_embedder"),
+    output="proj_out",
+    blocks=MappingProxyType({"double_blocks": DOUBLE, "single_blocks": SINGLE}),
+    linears=MappingProxyType({
+        DOUBLE: {
+            "img_attn.qkv": ("qkv_proj",), "img_attn.proj": ("out_proj",), "img_mlp.0": ("mlp_fc1",), "img_mlp.2": ("mlp_fc2",),
+            "txt_attn.qkv": ("qkv_proj_context",), "txt_attn.proj": ("out_proj_context",), "txt_mlp.0": ("mlp_context_fc1",),
+            "txt_mlp.2": ("mlp_context_fc2",)},
+        SINGLE: {"linear1": ("qkv_proj", "mlp_fc1"), "linear2": ("out_proj", "mlp_fc2")}}),
+    modulations=MappingProxyType({
+        DOUBLE: {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"}, SINGLE: {"modulation.lin": "norm.linear"}}),
+    chunks=MappingProxyType({DOUBLE: 6, SINGLE: 3}),  # shift, scale and gate, twice or once
+    norms=MappingProxyType({
+        DOUBLE: {
+            "img_attn.norm.query_norm.scale": "norm_q.weight", "img_attn.norm.key_norm.scale": "norm_k.weight",
+            "txt_attn.norm.query_norm.scale": "norm_added_q.weight", "txt_attn.norm.key_norm.scale": "norm_added_k.weight"},
+        SINGLE: {"norm.query_norm.scale": "norm_q.weight", "norm.key_norm.scale": "norm_k.weight"}}),
+    outside=MappingProxyType({
+        "img_in": "x_embedder", "txt_in": "context_embedder",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+        "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out"}),
+    optional=("guidance_in.in_layer", "guidance_in.out_layer"),  # schnell has no guidance
+    swapped="final_layer.adaLN_modulation.1",  # scale, shift in diffusers' files; shift, scale in ComfyUI's
+    modules_v2=MappingProxyType({
+        DOUBLE: {
+            "attn.to_qkv": "qkv_proj", "attn.add_qkv_proj": "qkv_proj_context", "attn.to_out.0": "out_proj",
+            "attn.to_add_out": "out_proj_context", "ff.net.0.proj": "mlp_fc1", "ff.net.2": "mlp_fc2",
+            "ff_context.net.0.proj": "mlp_context_fc1", "ff_context.net.2": "mlp_context_fc2", "attn.norm_q": "norm_q",
+            "attn.norm_k": "norm_k", "attn.norm_added_q": "norm_added_q", "attn.norm_added_k": "norm_added_k"},
+        SINGLE: {"attn.to_qkv": "qkv_proj", "attn.to_out": "out_proj", "attn.norm_q": "norm_q", "attn.norm_k": "norm_k"}}),
+    leaves_v2=MappingProxyType({
+        "proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth", "smooth_factor_orig": "smooth_orig"}),
+)
+
+FAMILY = Family(
+    title="FLUX.1",
+    architecture="flux-1",
+    model_class="comfy.ldm.flux.model.Flux",
+    lacks=MappingProxyType({"global_modulation": "Flux2", "yak_mlp": "Ovis-Image"}),
+    needs=("vector_in",),
+    blocks=(double_blocks({"img_mod.lin": MODULATION, "txt_mod.lin": MODULATION, **DOUBLE_LINEARS}),
+            single_blocks({"modulation.lin": MODULATION, **SINGLE_LINEARS})),
+    outer=MappingProxyType(dict.fromkeys(
+        ("final_layer.adaLN_modulation.1", "time_in.out_layer", "vector_in.out_layer", "guidance_in.out_layer"), MODULATION)),
+    signature=Signature(
+        anchors=("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.norm.key_norm.weight"),
+        names=("img_in.weight",),
+        parts=(("vector_in.", "LongCat-Image"),),
+        lookalikes=(
+            ("distilled_guidance_layer", "a Chroma model"),
+            ("double_stream_modulation_img.", "a FLUX.2 model"),
+            ("img_mlp.gate_proj.", "an Ovis-Image model"),
+            ("context_embedder_norm.", "an Ovis-Image model"),  # in diffusers' naming
+            ("time_embed.timestep_embedder.", "a LongCat-Image model"),  # likewise
+            ("controlnet_blocks.0.weight", "a ControlNet"),
+            ("controlnet_x_embedder.", "a ControlNet"))),
+    configuration=Configuration(
+        keys=("axes_dim", "theta", "mlp_ratio", "patch_size", "out_channels", "image_model", "in_channels", "hidden_size", "num_heads",
+              "depth", "depth_single_blocks", "context_in_dim", "vec_in_dim", "qkv_bias", "guidance_embed"),
+        fixed=MappingProxyType({"image_model": "flux", "qkv_bias": True}),
+        usual=MappingProxyType({"axes_dim": [16, 56, 56], "theta": 10000, "mlp_ratio": 4.0, "patch_size": 2}),
+        matrices=("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
+        vectors=("final_layer.linear.bias",),
+        measure=measure, derive=heads, trouble=rope_trouble),
+    text_width="context_in_dim",
+    pooled=True,
+    encoders="clip_l and t5xxl",
+    tokens=(4096, 512, 4608),  # of a picture of 1024 x 1024, of its text, of both
+    examples=("single_blocks.37.*", "*.linear2 = 128"),
+    renamed=(NORMS,),
+    diffusers=Diffusers(
+        keys=("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight"),
+        blocks=MappingProxyType({"depth": DOUBLE, "depth_single_blocks": SINGLE}),
+        width="x_embedder.weight", needed=("x_embedder.bias",), names="flux_to_diffusers"),
+    nunchaku=NUNCHAKU,
+)

@@ -1,22 +1,18 @@
 """Models on ComfyUI's own classes, built empty and then given their tensors."""
 
-import comfy.ldm.flux.layers
-import comfy.model_detection
 import comfy.model_management
-import comfy.model_patcher
-import comfy.sd
-import comfy.utils
 import torch
 
-from ..families import flux1 as flux
+from .. import families
 from ..layers.linear import SVDQuantLinear, compute_in
 from .ops import Operations
 from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
 
-# What of a FLUX configuration is written to a file: what identifies the model, and what no tensor's shape tells.
-UNSEEN_KEYS = ("axes_dim", "theta", "mlp_ratio", "patch_size", "out_channels")
-CONFIG_KEYS = UNSEEN_KEYS + ("image_model", "in_channels", "hidden_size", "num_heads", "depth", "depth_single_blocks",
-                             "context_in_dim", "vec_in_dim", "qkv_bias", "guidance_embed")
+
+def family_of(model):
+    """The Family of a BaseModel's diffusion model by its configuration, or None; whether its class is the host's own is not looked at."""
+    config = getattr(getattr(model, "model_config", None), "unet_config", None) or {}
+    return families.of_image_model(config.get("image_model"))
 
 
 def shapes_as_tensors(shapes):
@@ -25,7 +21,7 @@ def shapes_as_tensors(shapes):
 
 
 def empty_model(model_config, specs, compute_dtype):
-    """A BaseModel without memory: ComfyUI's FLUX on the meta device, its packed layers in place.
+    """A BaseModel without memory: ComfyUI's own on the meta device, its packed layers in place.
 
     compute_dtype: None for ComfyUI's choice.
     """
@@ -37,7 +33,7 @@ def empty_model(model_config, specs, compute_dtype):
     model = model_config.get_model({}, "", device=torch.device("meta"))
     for name, spec in specs.items():
         swap(model.diffusion_model, name, spec)
-    take_over_activations(model.diffusion_model)
+    take_over_activations(family_of(model), model.diffusion_model)
     return model
 
 
@@ -66,29 +62,36 @@ class TakenOver(torch.nn.Identity):
         return x if self.layer[0].activates_from() is not None else torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def take_over_activations(diffusion_model):
-    """Let the W4A4 layers of FLUX.1's blocks apply the GELU that alone reads them, and an MLP's layers run as one op. Blocks and
-    activations of other kinds, as newer models have them, stay as they are."""
-    for _, block in flux.blocks(diffusion_model):
-        if type(block) is comfy.ldm.flux.layers.DoubleStreamBlock:
-            for name in ("img_mlp", "txt_mlp"):
-                mlp = getattr(block, name)
-                if type(mlp) is torch.nn.Sequential and len(mlp) == 3 and _take_over(mlp[0], 0, mlp, "1"):
+def take_over_activations(family, diffusion_model):
+    """Let the W4A4 layers of a model's blocks apply the GELU that alone reads them, and an MLP's layers run as one op. Blocks and
+    activations of other classes than the family's stay as they are."""
+    for blocks in family.blocks:
+        for block in getattr(diffusion_model, blocks.name):
+            if f"{type(block).__module__}.{type(block).__qualname__}" != blocks.block_class:
+                continue
+            modules = dict(block.named_modules())
+            for name, layer in blocks.layers.items():
+                if layer.gelu and {name, layer.gelu.module, layer.gelu.reader} <= modules.keys():
+                    reader = blocks.layers[layer.gelu.reader]
+                    _take_over(block, modules[name], layer.gelu, modules[layer.gelu.reader], reader)
+            for name in blocks.mlps:
+                mlp = block.get_submodule(name)
+                if type(mlp) is torch.nn.Sequential and len(mlp) == 3 and isinstance(mlp[1], TakenOver):
                     setattr(block, name, Operations.PackedMLP(*mlp))
-        elif type(block) is comfy.ldm.flux.layers.SingleStreamBlock:
-            qkv = 3 * block.hidden_size
-            if block.linear1.out_features == qkv + block.mlp_hidden_dim:  # [q k v ; MLP], and no gate beside it
-                _take_over(block.linear1, qkv, block, "mlp_act")
 
 
-def _take_over(layer, gelu_from, parent, child):
-    """Have the layer apply the activation `child` of `parent`, if it can; returns whether it does."""
-    activation = getattr(parent, child)
-    takes = isinstance(layer, SVDQuantLinear) and type(activation) is torch.nn.GELU and activation.approximate == "tanh"
-    if takes:
-        layer.gelu_from = gelu_from
-        setattr(parent, child, TakenOver(layer))
-    return takes
+def _take_over(block, packed, gelu, following, reader):
+    """Have a packed layer apply its Gelu, if it can. following: the module that reads the GELU's output; reader: that one's Layer."""
+    n, k = packed.out_features, packed.in_features
+    first = gelu.columns_from(k, n)
+    read = following.in_features - reader.unsigned_from(following.in_features, following.out_features)
+    activation = block.get_submodule(gelu.module)
+    # Where the numbers differ, the outputs go through something else on the way, such as a gate.
+    if (isinstance(packed, SVDQuantLinear) and type(activation) is torch.nn.GELU and activation.approximate == "tanh"
+            and n - first == read):
+        packed.gelu_from = first
+        parent, _, child = gelu.module.rpartition(".")
+        setattr(block.get_submodule(parent), child, TakenOver(packed))
 
 
 def fill(model, tensors):
@@ -115,21 +118,22 @@ def copied(model, backup, disable_dynamic=False):
     """A patcher for a copy of a quantized model, without what patches have changed in it (patcher.unpatched). disable_dynamic: ComfyUI's,
     and always so here."""
     layers = packed_layers(model.diffusion_model)
-    twin = empty_like(model, {name: layer.spec for name, layer in layers.items()}, model.get_dtype())
+    copy = empty_like(model, {name: layer.spec for name, layer in layers.items()}, model.get_dtype())
     for name, layer in layers.items():
         if isinstance(layer, SVDQuantLinear):
-            twin.diffusion_model.get_submodule(name).act_bits = layer.act_bits
+            copy.diffusion_model.get_submodule(name).act_bits = layer.act_bits
     tensors = {name: tensor.to("cpu", copy=True) for name, tensor in unpatched(model, backup).items()}
-    twin.diffusion_model.load_state_dict(tensors, assign=True)
-    return make_patcher(twin, SVDQuantModelPatcher)
+    copy.diffusion_model.load_state_dict(tensors, assign=True)
+    return make_patcher(copy, SVDQuantModelPatcher)
 
 
-def empty_like(model, specs, compute_dtype):
-    """An empty model of another FLUX model's configuration, with packed layers {name: LayerSpec} in place."""
+def empty_like(model, specs, compute_dtype, config=None):
+    """An empty model of another model's configuration, with packed layers {name: LayerSpec} in place. config: {key: value} of the
+    configuration that differ."""
     # Neither copy.copy nor hasattr works on newer model configs: they answer None for every attribute that they lack.
     model_config = object.__new__(type(model.model_config))
     vars(model_config).update(vars(model.model_config))
-    model_config.unet_config = dict(model_config.unet_config)
+    model_config.unet_config = {**model_config.unet_config, **(config or {})}
     # The 16-bit model's ways of storing its weights (scaled fp8 and the like) end with its weights.
     for attribute in ("scaled_fp8", "layer_quant_config", "quant_config"):
         setattr(model_config, attribute, None)
@@ -137,13 +141,12 @@ def empty_like(model, specs, compute_dtype):
 
 
 def stored_config(model):
-    """The FLUX configuration to write into a file: JSON-able."""
+    """The host's configuration to write into a file: JSON-able."""
     config = model.model_config.unet_config
     return {key: list(value) if isinstance(value := config[key], (list, tuple)) else value
-            for key in CONFIG_KEYS if key in config}
+            for key in family_of(model).configuration.keys if key in config}
 
 
-def stored_name(name):
-    """A parameter's name in a file. ComfyUI renamed the q and k norms' scale in 0.14 and still reads the old name,
-    which is the only one that earlier versions know."""
-    return name.replace("_norm.weight", "_norm.scale")
+def stored_name(model, name):
+    """The name that a parameter of a BaseModel's diffusion model has in a file."""
+    return family_of(model).stored_name(name)

@@ -1,6 +1,5 @@
 """Models from files: a quantized one into packed layers, an ordinary one through ComfyUI's own loader."""
 
-import comfy.ldm.flux.layers
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -8,6 +7,7 @@ import comfy.sd
 import comfy.utils
 from comfy import quant_ops
 
+from .. import families
 from ..checkpoint import comfy_kitchen, foreign, native
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.nunchaku import names as nunchaku_names
@@ -23,12 +23,12 @@ PACKED_FORMATS = (native, nunchaku, comfy_kitchen)
 
 
 def load_model(path, compute_dtype=None, act_bits=0):
-    """A ModelPatcher from a file: a quantized FLUX (ours, Nunchaku's or under comfy-kitchen's names), or an ordinary one
+    """A ModelPatcher from a file: a quantized model (ours, Nunchaku's or under comfy-kitchen's names), or an ordinary one
     in bf16, fp16 or fp8.
 
     compute_dtype: torch.bfloat16, torch.float16, or None for what ComfyUI takes on this device; act_bits: of W4A4 layers' inputs
     (linear.SVDQuantLinear).
-    Raises CheckpointError, one sentence, on any file that is not a whole FLUX.1.
+    Raises CheckpointError, one sentence, on any file that is not a whole model of a known family.
     """
     header = read_header(path)
     reader = next((reader for reader in PACKED_FORMATS if reader.matches(header)), None)
@@ -42,13 +42,13 @@ def load_model(path, compute_dtype=None, act_bits=0):
 
 def _load_packed(packed, compute_dtype, act_bits):
     header = packed.header
-    model_config = _detect(header, packed.shapes, packed.config)
+    model_config = _detect(header, packed.family, packed.shapes, packed.config)
     try:
         model = build.empty_model(model_config, packed.specs, compute_dtype)
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
                               "again.") from error
-    _check_complete(header, model, packed.shapes, exact=True)
+    _check_complete(header, packed.family, model, packed.shapes, exact=True)
     set_act_bits(model, act_bits)
     warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype())  # compiles while the file is read
     heap.give_back()  # what the model before left
@@ -63,25 +63,26 @@ def _load_packed(packed, compute_dtype, act_bits):
 
 
 def _load_plain(header, compute_dtype):
-    prefix = foreign.flux_prefix(header)
-    if prefix is None and not foreign.is_diffusers_flux(header):
-        what = foreign.kind(header) or "not a FLUX.1 model"
-        raise CheckpointError(f"{header.file} is {what}; choose a FLUX.1 model in safetensors format.")
+    """A model in 16 or 8 bits: by ComfyUI's own loader, where its detection gets the model right, else by ours."""
+    found = foreign.find(header)
+    family, prefix = found or (foreign.find_diffusers(header), None)
+    if family is None:
+        what = foreign.kind(header) or f"not a {families.TITLES} model"
+        raise CheckpointError(f"{header.file} is {what}; choose a {families.TITLES} model in safetensors format.")
     _check_formats(header, prefix or "")
     if prefix is None:
-        names, shapes = {}, _from_diffusers(header)
+        names, shapes = {}, _from_diffusers(header, family)
     else:
-        # Under the names that every ComfyUI knows; before 0.14 it did not know the norms' newer ones.
-        names = {build.stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
+        # Under the names that every ComfyUI knows: older ones don't know those that newer ones gave some parameters.
+        names = {family.stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
         shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
-    model = build.empty_model(_detect(header, shapes, {}), {}, compute_dtype)
-    _check_complete(header, model, shapes, exact=False)
-    if _core_knows({stored.removeprefix(prefix): header.tensors[stored].shape for stored in names.values()} or shapes):
+    model = build.empty_model(_detect(header, family, shapes, {}), {}, compute_dtype)
+    _check_complete(header, family, model, shapes, exact=False)
+    if _core_agrees(family, {stored.removeprefix(prefix): header.tensors[stored].shape for stored in names.values()} or shapes):
         return _load_by_core(header, compute_dtype)
-    # ComfyUI before 0.9 takes every FLUX for one of 24 heads; a FLUX of another width is loaded here.
     scaled = [name for name in header.tensors if name.endswith(SCALED)]
     if scaled:
-        raise CheckpointError(f"{header.file} has scaled weights ({scaled[0]}), which this ComfyUI reads only for FLUX.1 of the "
+        raise CheckpointError(f"{header.file} has scaled weights ({scaled[0]}), which this ComfyUI reads only for a {family.title} of the "
                               "usual width; update ComfyUI, or take a bf16 version of the model.")
     if prefix is None:
         build.fill(model, comfy.model_detection.convert_diffusers_mmdit(comfy.utils.load_torch_file(header.path, safe_load=True), ""))
@@ -102,15 +103,15 @@ def _check_formats(header, prefix):
                                   "read; update ComfyUI, or choose a bf16, fp16 or fp8 version of the model.")
 
 
-def _from_diffusers(header):
-    """{ComfyUI's name: shape} of a FLUX.1 in diffusers' naming. Raises CheckpointError unless the parts of each tensor of
-    ComfyUI's are there and fit: what is, is joined without a word."""
-    depths = {key: nunchaku_names.depth(header.tensors, kind) for key, kind in (
-        ("depth", nunchaku_names.DOUBLE), ("depth_single_blocks", nunchaku_names.SINGLE))}
-    config = depths | {"hidden_size": (*header.tensors["x_embedder.weight"].shape, 0)[0]}
-    targets = comfy.utils.flux_to_diffusers(config)
+def _from_diffusers(header, family):
+    """{ComfyUI's name: shape} of a model in diffusers' naming. Raises CheckpointError unless the parts of each tensor of ComfyUI's are
+    there and fit: ComfyUI joins those that there are without a word."""
+    theirs = family.diffusers
+    config = {key: nunchaku_names.depth(header.tensors, blocks) for key, blocks in theirs.blocks.items()}
+    config["hidden_size"] = (*header.tensors[theirs.width].shape, 0)[0]
+    targets = getattr(comfy.utils, theirs.names)(config)
     parts = {stored: target for stored, target in targets.items() if not isinstance(target, str) and target[1]}
-    for name in ("x_embedder.bias", *parts):
+    for name in (*theirs.needed, *parts):
         if name not in header.tensors:
             raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it again.")
     tensors = build.shapes_as_tensors({name: info.shape for name, info in header.tensors.items()})
@@ -137,60 +138,35 @@ def _load_weights(model, header, names, computed=None):
     build.fill(model, {name: tensors[stored] for name, stored in names.items()} | (computed or {}))
 
 
-def _core_knows(shapes):
-    """Whether this ComfyUI's own detection gets the number of heads right."""
-    config = comfy.model_detection.detect_unet_config(build.shapes_as_tensors(shapes), "")
-    return config is not None and config["num_heads"] * sum(config["axes_dim"]) == config["hidden_size"]
+def _core_agrees(family, shapes):
+    """Whether this ComfyUI's own detection gets the model's configuration right: before 0.9 it takes every FLUX for one of 24 heads."""
+    detected = comfy.model_detection.detect_unet_config(build.shapes_as_tensors(shapes), "")
+    if detected is None:
+        return False
+    config = family.configuration.of({family.stored_name(name): shape for name, shape in shapes.items()})
+    return all(detected.get(key, value) == value for key, value in config.items())
 
 
-def _detect(header, shapes, stored):
-    """ComfyUI's model configuration for a FLUX with tensors {name: shape}; `stored` (from the file) has the last word.
+def _detect(header, family, shapes, stored):
+    """ComfyUI's model configuration for a family's model with tensors {name: shape}; stored: what its file says of the configuration.
 
-    Detection comes first because each ComfyUI version wants keys of its own in a configuration.
+    ComfyUI's detection comes first, because each version wants keys of its own in a configuration.
     """
+    try:
+        config = family.configuration.of(shapes, stored)
+    except ValueError as error:
+        raise CheckpointError(f"{header.file} {error}; the file is incomplete or damaged, download or save it again.") from None
     tensors = build.shapes_as_tensors(shapes)
-    for name in ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"):
-        shape = shapes.get(name, ())
-        if len(shape) != 2 or 0 in shape:
-            raise CheckpointError(f"{header.file} has no matrix {name}; the file is incomplete, download or save it "
-                                  "again.")
-    config = comfy.model_detection.detect_unet_config(tensors, "")
-    if config is None or config.get("image_model") != "flux":
-        raise CheckpointError(f"{header.file} is not a FLUX.1 model; choose a FLUX.1 model in safetensors format.")
-    _apply_stored(header, config, stored)
-    model_config = comfy.model_detection.model_config_from_unet_config(config, tensors)
+    detected = comfy.model_detection.detect_unet_config(tensors, "")
+    if detected is None or detected.get("image_model") != family.image_model:
+        raise CheckpointError(f"{header.file} is not a {family.title} model; choose a {families.TITLES} model in safetensors format.")
+    model_config = comfy.model_detection.model_config_from_unet_config(detected | config, tensors)
     if model_config is None:
-        raise CheckpointError(f"{header.file} has a FLUX configuration that this ComfyUI does not know; update ComfyUI.")
+        raise CheckpointError(f"{header.file} has a {family.title} configuration that this ComfyUI does not know; update ComfyUI.")
     return model_config
 
 
-def _apply_stored(header, config, stored):
-    """Take from a file's own configuration what no shape tells; where a shape tells, the two must agree."""
-    for key, value in stored.items():
-        if key in build.UNSEEN_KEYS:
-            if not _is_sound(value, config[key]):
-                raise CheckpointError(f"{header.file} says {key} = {value!r} in its configuration, which can't be; save or "
-                                      "download it again.")
-            config[key] = value
-    if config["hidden_size"] % sum(config["axes_dim"]):
-        raise CheckpointError(f"{header.file} says axes_dim = {config['axes_dim']} in its configuration, which does not "
-                              f"divide its hidden_size {config['hidden_size']}; save or download it again.")
-    config["num_heads"] = config["hidden_size"] // sum(config["axes_dim"])
-    for key, value in stored.items():
-        if key in build.CONFIG_KEYS and config.get(key) != value:
-            raise CheckpointError(f"{header.file} says {key} = {value!r} in its configuration and its tensors say "
-                                  f"{config.get(key)!r}; save or download it again.")
-
-
-def _is_sound(value, usual):
-    """Whether a stored number (or list of them) is of the kind that FLUX has there; `usual` is what FLUX.1 has."""
-    if isinstance(usual, (list, tuple)):
-        return isinstance(value, list) and len(value) == len(usual) and all(map(_is_sound, value, usual))
-    kinds = (int, float) if isinstance(usual, float) else int
-    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 1e6
-
-
-def _check_complete(header, model, shapes, exact):
+def _check_complete(header, family, model, shapes, exact):
     """Compare the file's tensors with the model's: none missing, every shape right and, if `exact`, none left over."""
     found = model.model_config.process_unet_state_dict(build.shapes_as_tensors(shapes))
     expected = model.diffusion_model.state_dict()
@@ -200,8 +176,8 @@ def _check_complete(header, model, shapes, exact):
                                   "again.")
         if found[name].shape != tensor.shape:
             raise CheckpointError(f"{header.file}: tensor {name} has shape {list(found[name].shape)} where "
-                                  f"{list(tensor.shape)} is due; the file does not fit a FLUX.1 of its size, download "
-                                  "or save it again.")
+                                  f"{list(tensor.shape)} is due; the file does not fit a {family.title} of its size, "
+                                  "download or save it again.")
     left_over = [name for name in found if name not in expected]
     if exact and left_over:
         raise CheckpointError(f"{header.file} has tensor {left_over[0]}, which its model has no place for; download or "

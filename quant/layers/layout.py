@@ -32,17 +32,17 @@ Layers that others quantized to NVFP4 stay in it (cuda/nvfp4.py has the arithmet
     and X.weight_proj_down, X.weight_proj_up, X.weight_smooth_factor, X.bias, X.comfy_quant as above
 
 Their inputs are signed e2m1 throughout, behind a GELU too, so nothing is shifted and no bias holds a correction. B is 1, but for
-linear2, whose two parts had scales of their own. The name is not comfy-kitchen's nvfp4, which has one second scale a matrix.
+layers that hold two published ones side by side, each with scales of its own. The name is not comfy-kitchen's nvfp4, which has one second
+scale a matrix.
 
-Two linears of FLUX's single blocks hold two layers each, and both stay one packed layer here:
+A linear of a model may hold two published layers (families.family.Joined), and stays one packed layer here:
 
-* linear1 = [q k v ; MLP up] shares one input, so it is one matrix with one `smooth`, one quantized input and one branch
-  fitted to all its rows, just as q, k and v share theirs. It is a plain svdquant_w4a4 layer to anybody's reader.
-* linear2 = [attention out | MLP down] reads two inputs side by side; the second comes out of a GELU and is coded
-  unsigned. Scales belong to groups of 64 columns, so the codes, the scales, `smooth` and the branch need no
-  boundary; only the activation's code does. It is recorded as `act_unsigned_from`, the first unsigned column.
-  No other reader knows that field, and one that ignored it would compute a wrong picture in silence; therefore such
-  a layer has a format name of its own, which makes other readers stop with a clear error.
+* Where both read one input, as q, k, v and the MLP's first layer do, it is one matrix with one `smooth`, one quantized input and one
+  branch fitted to all its rows. It is a plain svdquant_w4a4 layer to any reader.
+* Where they read two inputs side by side, the second one out of a GELU, that one is coded unsigned. Scales belong to groups of 64
+  columns, so the codes, the scales, `smooth` and the branch need no boundary; only the activation's code does. It is recorded as
+  `act_unsigned_from`, the first unsigned column. No other reader knows that field, and one that ignored it would compute a wrong
+  picture in silence; therefore such a layer has a format name of its own, which makes other readers stop with a clear error.
 """
 
 import json
@@ -52,9 +52,10 @@ import torch
 
 from ...cuda.int4 import GROUP_SIZE
 from ...cuda.nvfp4 import NVFP4_GROUP
+from ..families.family import Packing
 
 SVDQUANT = "svdquant_w4a4"
-SVDQUANT_SPLIT = "svdquant_w4a4_split"  # signed columns, then unsigned ones: only linear2
+SVDQUANT_SPLIT = "svdquant_w4a4_split"  # signed columns, then unsigned ones
 SVDQUANT_INT8_SCALE = "svdquant_w4a4_int8_scale"  # in files only: either of the two
 NVFP4 = "svdquant_nvfp4"
 AWQ = "awq_w4a16"
@@ -142,6 +143,18 @@ def svdquant_spec(in_features, out_features, rank, unsigned_from, bias, dtype):
     """The LayerSpec of a W4A4 layer; picks the format name that says what a reader must know."""
     split = 0 < unsigned_from < in_features
     return LayerSpec(SVDQUANT_SPLIT if split else SVDQUANT, in_features, out_features, rank, unsigned_from, bias, dtype)
+
+
+def layer_spec(layer, name, weight_shape, rank, bias, dtype):
+    """LayerSpec of linear `name` from its family's Layer and its weight's (N, K); rank: of its branch, if it has one; bias: whether it
+    has one. Raises ValueError naming the layer where K does not fit."""
+    n, k = weight_shape
+    try:
+        if layer.packing is Packing.W4A16:
+            return LayerSpec(AWQ, k, n, bias=bias, dtype=dtype)
+        return svdquant_spec(k, n, rank, layer.unsigned_from(k, n), bias, dtype)
+    except ValueError as error:
+        raise ValueError(f"Layer {name} {error}, so it can't be packed in 4 bits.") from None
 
 
 def encode_conf(conf):

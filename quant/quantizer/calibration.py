@@ -238,13 +238,6 @@ def _forward_replaced(modules_and_forwards):
                 module.forward = forward
 
 
-def _pass_through(block_name):
-    """A forward that hands the hidden states on: (img, txt) in a double block, one tensor in a single block."""
-    if block_name.startswith("double_blocks"):
-        return lambda img, txt, *args, **kwargs: (img, txt)
-    return lambda x, *args, **kwargs: x
-
-
 @contextmanager
 def _observed(layers, stats):
     """Within it, each layer's input goes into its InputStats. layers: {name: linear}."""
@@ -257,7 +250,7 @@ def _observed(layers, stats):
             hook.remove()
 
 
-def _replay(diffusion_model, call, memory, blocks, index, previous):
+def _replay(diffusion_model, call, memory, blocks, pass_through, index, previous):
     """Run one recorded call up to and with block `index`; `previous` is the output of the block before. Returns its output,
     None where the call does not run the block (some nodes skip blocks). The last block may be the model itself."""
     reached = {}
@@ -266,7 +259,7 @@ def _replay(diffusion_model, call, memory, blocks, index, previous):
         reached["output"] = to_device(output, memory.states_on)
         raise _Reached
 
-    replaced = [(block, _pass_through(name)) for name, block in blocks[:index]]
+    replaced = [(block, pass_through(name)) for name, block in blocks[:index]]
     if index:
         # A copy: the model may add to it in place, and it must serve again if this ends for lack of memory.
         replaced[-1] = (blocks[index - 1][1], lambda *args, **kwargs: to_device(previous, memory.device, copy=True))
@@ -286,15 +279,16 @@ def _as_it_is(name, block):
     return nullcontext()
 
 
-def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, with_gram=False, tokens_per_input=None,
+def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_through, with_gram=False, tokens_per_input=None,
                   loaded=_as_it_is, quantized=None):
     """Yield (block name, {layer name: InputStats}) for each block in turn; the statistics are dropped before the next.
 
     calls: from recorded_calls, which go to the device; memory: Memory; blocks: [(name, module)] in running order, at the end the model
     itself if layers outside the others are to be seen too (those are passed over then); layers_of(name, block): {name: linear};
-    loaded(name, block): a context in which the block can run; quantized(name, block): one in which it runs in 4 bits, entered after
-    the yield, or None: the next block then sees what it gives, not what it gave in 16 bits. A call that does not run every block is
-    left out from there on; ValueError where none is left.
+    pass_through(name): a forward that hands a block's states on as they came (families.Family); loaded(name, block): a context in which
+    the block can run; quantized(name, block): one in which it runs in 4 bits, entered after the yield, or None: the next block then sees
+    its output there, not the one in 16 bits. A call that does not run every block is left out from there on; ValueError where none is
+    left.
     """
     calls[:] = to_device(calls, memory.states_on)  # a few MB each, wanted again for every block, and no more where they were
     memory.states[:] = [None] * len(calls)
@@ -302,13 +296,13 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, with_gram=F
         def run(layers, in_4_bits):
             stats = {layer: InputStats(len(calls), with_gram, tokens_per_input, memory.statistics_on) for layer in layers}
             with loaded(name, block), in_4_bits(name, block), _observed(layers, stats):
-                return stats, [_replay(diffusion_model, call, memory, blocks, index, state)
+                return stats, [_replay(diffusion_model, call, memory, blocks, pass_through, index, state)
                                for call, state in zip(calls, memory.states)]
 
         stats, outputs = memory.attempt(name, functools.partial(run, layers_of(name, block), _as_it_is))
         whole = [(call, output) for call, output in zip(calls, outputs) if output is not None]
         if not whole:
-            raise ValueError(f"The model never ran its block {name} while it was watched; take nodes that skip blocks off the "
+            raise ValueError(f"The model never ran its block {name} during calibration; take nodes that skip blocks off the "
                              "MODEL, and put them behind SVDQuant Quantize Model.")
         if quantized is not None:
             yield name, stats

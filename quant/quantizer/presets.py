@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 
-from ..families import flux1 as flux
 from .calibration import TOKENS_PER_INPUT
 
 MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
@@ -13,9 +12,9 @@ MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
 class Recipe:
     """What a quantization run does.
 
-    rank: of the branch of every layer that SVDQuant publishes; a single block's linear1 and linear2 hold two each, and get twice the
-    rank in one; smooth: "search" (calibrated), "weights" (no calibration) or "none"; learned: whether what was found is learned further;
-    rounds: how often branch and codes are fitted to each other; scales: "integer" (c_n * i), "free" or "absmax"; gptq,
+    rank: of the branch of every layer that SVDQuant publishes; a linear that holds two of them gets twice the rank in one; smooth:
+    "search" (calibrated), "weights" (no calibration) or "none"; learned: whether the factor found is trained further; rounds:
+    how often branch and codes are fitted to each other; scales: "integer" (c_n * i), "free" or "absmax"; gptq,
     refit: the two stages after that; passes: how often those two run, each on the branch of the one before; quiet: whether the
     codes allow for the activation's rounding.
     """
@@ -43,10 +42,9 @@ class Recipe:
         """Whether layer `name` stays in 16 bits."""
         return any(fnmatchcase(name, pattern) for pattern in self.keep)
 
-    def rank_of(self, name):
-        """The rank of layer `name`."""
-        usual = flux.branches(name) * self.rank
-        return next((rank for pattern, rank in reversed(self.ranks) if fnmatchcase(name, pattern)), usual)
+    def rank_of(self, name, branches=1):
+        """The rank of layer `name`, which holds `branches` published layers."""
+        return next((rank for pattern, rank in reversed(self.ranks) if fnmatchcase(name, pattern)), branches * self.rank)
 
     def needs_gram(self):
         """Whether the stages need the inputs' Gram matrix."""

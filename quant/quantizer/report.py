@@ -2,6 +2,7 @@
 and as a picture of the errors before and after."""
 
 import json
+import re
 from dataclasses import asdict
 from statistics import median
 
@@ -14,6 +15,7 @@ from .pipeline import KEPT
 
 COLUMNS = ("layer", "format", "rank", "error", "plain rounding", "of", "tokens", "MB", "smoothing")
 FORMATS = {layout.AWQ: "W4A16", KEPT: "16 bit"}  # and W4A4
+BLOCK = re.compile(r".*?\.\d+\.")  # what the name of a layer in a block begins with
 STANDS_OUT = 2.0  # times the median error of the layers of its kind
 
 CELL, GAP, LABELS, HEADER, LEGEND = 22, 28, 190, 34, 46  # pixels of the picture's parts
@@ -30,8 +32,9 @@ def summary(records):
 
 
 def kind(record):
-    """A layer's place within its block: "img_attn.qkv" of "double_blocks.3.img_attn.qkv"; its name where it is in none."""
-    return record.name.split(".", 2)[2] if "_blocks." in record.name else record.name
+    """A layer's place within its block, "attn.qkv" of "blocks.3.attn.qkv"; its name where it is in none."""
+    block = BLOCK.match(record.name)
+    return record.name[block.end():] if block else record.name
 
 
 def warnings(records):

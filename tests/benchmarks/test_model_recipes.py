@@ -10,8 +10,9 @@ pytest.importorskip("comfy", reason="there is no ComfyUI")
 import model_recipes
 import pictures
 import recipes
-from comfyui_svdquant.quant.families import flux1 as flux
-from comfyui_svdquant.quant.host import quantize
+from comfyui_svdquant.quant.families.family import Packing
+from comfyui_svdquant.quant.families.flux1 import FAMILY
+from comfyui_svdquant.quant.host import calibrate, quantize
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer import presets
 
@@ -43,7 +44,7 @@ def test_a_layer_in_two_parts_is_the_sum_of_its_parts():
 
 def test_naive_rounding_is_our_preset_naive(studio):
     entries, latent = studio.calibration(1)
-    calls = quantize.record_trajectory(studio.patcher, entries, latent, 1, 0, model_recipes.Silent())
+    calls = calibrate.record_trajectory(studio.patcher, entries, latent, 1, 0, model_recipes.Silent())
     inputs = model_recipes.layer_inputs(studio.patcher, calls)
     assert {tuple(x.shape) for x in inputs.values()} == {(144, 256), (144, 1024), (16, 256), (16, 1024), (160, 256), (160, 1280)}
     (twin, _), = model_recipes.by_recipes([recipes.naive], studio.patcher, inputs, 16)
@@ -63,7 +64,8 @@ def test_recipes_run_one_after_the_other_on_the_same_part(studio):
         seen.append((layer, rank))
         return recipes.naive(layer, rank)
 
-    weights = {name: layer for name, layer in studio.patcher.model.diffusion_model.named_modules() if flux.W4A4.fullmatch(name)}
+    weights = {name: layer for name, layer in studio.patcher.model.diffusion_model.named_modules()
+               if (kind := FAMILY.layer(name)) and kind.packing is Packing.W4A4}
     inputs = {name: torch.ones(4, layer.weight.shape[1]) for name, layer in weights.items()}
     model_recipes.by_recipes([recipe, recipe], studio.patcher, inputs, 16)
     assert all(first[0] is second[0] for first, second in zip(seen[::2], seen[1::2]))

@@ -56,7 +56,7 @@ def quantized(patcher, preset="fast", rank=16, progress=None, conditioning=None)
 
 
 def save(patcher, path, overwrite=False):
-    tensors = {build.stored_name(name): tensor for name, tensor in patcher.model.diffusion_model.state_dict().items()}
+    tensors = {build.stored_name(patcher.model, name): tensor for name, tensor in patcher.model.diffusion_model.state_dict().items()}
     specs = {name: layer.spec for name, layer in patcher.packed_layers().items()}
     native.save(str(path), tensors, specs, build.stored_config(patcher.model), patcher.recipe, patcher.source, overwrite)
     return str(path)

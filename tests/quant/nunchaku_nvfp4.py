@@ -8,10 +8,12 @@ from comfyui_svdquant.quant.checkpoint.header import read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import layout as order
 from comfyui_svdquant.quant.checkpoint.nunchaku import names
 from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
+from comfyui_svdquant.quant.families.flux1 import DOUBLE, FAMILY, SINGLE
 from safetensors.torch import load_file, save_file
 
 from .packed_flux import flux_tensors, packed_flux
 
+TABLES = FAMILY.nunchaku
 RANK = 16
 QUANTIZATION = {"method": "svdquant", "rank": RANK,
                 "weight": {"dtype": "fp4_e2m1_all", "scale_dtype": [None, "fp8_e4m3_nan"], "group_size": 16},
@@ -62,8 +64,8 @@ def write_nvfp4(path, hidden=128, depth=1, depth_single=1, **changes):
     int4_model = packed_flux(hidden=hidden, depth=depth, depth_single=depth_single, rank=RANK, **changes)
     nunchaku_writer.save(str(path), *int4_model, {}, "flux", True)  # for its metadata and all that is not W4A4
     tensors, metadata = load_file(path), read_header(str(path)).metadata
-    for seed, (ours, theirs, kind) in enumerate(names.blocks({names.DOUBLE: depth, names.SINGLE: depth_single})):
-        for i, (name, parts) in enumerate(names.LINEARS[kind].items()):
+    for seed, (ours, theirs, kind) in enumerate(names.blocks(TABLES, {DOUBLE: depth, SINGLE: depth_single})):
+        for i, (name, parts) in enumerate(TABLES.linears[kind].items()):
             weight, bias = (plain[f"{ours}.{name}.{leaf}"] for leaf in ("weight", "bias"))
             smooth = torch.exp2(torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed)) * 2 - 1).bfloat16()
             for part, (w, b) in zip(parts, parts_of(name, weight, bias)):

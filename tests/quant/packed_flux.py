@@ -1,7 +1,8 @@
 """A small FLUX.1, quantized without a ComfyUI: tensors, specs and configuration as a checkpoint's writer takes them."""
 
 import torch
-from comfyui_svdquant.quant.families import flux1 as flux
+from comfyui_svdquant.quant.families.flux1 import FAMILY
+from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer import pipeline, presets
 
 from .random_flux import flux_tensors
@@ -14,9 +15,9 @@ def packed_flux(hidden=128, depth=1, depth_single=1, rank=16, guidance=True, in_
     plain = flux_tensors(hidden=hidden, depth=depth, depth_single=depth_single, guidance=guidance, in_channels=in_channels)
     recipe = presets.make_recipe("data-free", rank)
     tensors, specs = {}, {}
-    for name in (name for name in flux.quantized_names(plain) if "_blocks." in name):  # Nunchaku has the others in 16 bits
+    for name in (name for name in FAMILY.packed_names(plain) if FAMILY.block_of(name)):  # Nunchaku has the others in 16 bits
         weight, bias = plain.pop(f"{name}.weight"), plain.pop(f"{name}.bias")
-        specs[name] = flux.layer_spec(name, weight.shape, rank, True, torch.bfloat16)
+        specs[name] = layout.layer_spec(FAMILY.layer(name), name, weight.shape, rank, True, torch.bfloat16)
         packed, _ = pipeline.quantize_layer(name, weight, bias, None, specs[name], recipe)
         tensors |= {f"{name}.{part}": tensor for part, tensor in packed.items()}
     config = {"image_model": "flux", "in_channels": in_channels, "out_channels": 16, "patch_size": 2, "hidden_size": hidden,

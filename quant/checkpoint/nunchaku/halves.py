@@ -1,7 +1,7 @@
-"""Two of Nunchaku's layers as one of ours, and back: linear1 by rows, linear2 by columns.
+"""Two of Nunchaku's layers as one of ours, and back, as a family's Joined says.
 
-rows: the two read the same input (q k v; MLP up), else their outputs are added (attention out | MLP down). Parameters
-are in our order, as layout.py lists them.
+rows: the two read the same input (q k v; MLP up), so that one is above the other; else their outputs are added (attention out | MLP
+down), and they lie side by side. Parameters are in our order, as layers/layout.py lists them.
 """
 
 import math
@@ -66,7 +66,7 @@ def _bits(tensor):
 
 
 def scale_blocks(*columns):
-    """How many rows of NVFP4's second scales each part of linear2 takes, where a row is for as many columns in both."""
+    """How many rows of NVFP4's second scales each of two layers side by side takes, where a row is for as many columns in both."""
     return [part // math.gcd(*columns) for part in columns]
 
 

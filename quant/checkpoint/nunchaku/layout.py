@@ -35,7 +35,7 @@ from ...layers.layout import GROUP_SIZE
 
 TILE = 128  # N and K are multiples of it
 RANK_TILE = 16  # the rank is a multiple of it
-BRANCH_TILE = 3072  # channels of a branch that are moved at a time, where they divide all
+BRANCH_TILE = 24 * TILE  # channels of a branch that are moved at a time, where they divide all
 BLOCK = 9 << 17  # bytes that are moved at a time: few enough for a cache, so many that calls from Python cost little
 AWQ_ROWS = 4  # rows that lie side by side
 AWQ_GROUP_TILE = 16  # groups are padded to a multiple of it

@@ -1,11 +1,12 @@
-"""Nunchaku's INT4 and NVFP4 checkpoints of FLUX.1: read, without a second copy of the model in memory.
+"""Nunchaku's INT4 and NVFP4 checkpoints: read, without a second copy of the model in memory.
 
-A layer of theirs has the same parts as ours, in another byte order (nunchaku_layout.py) and under other names
-(nunchaku_names.py), in one file or two (nunchaku_source.py). What an INT4 file does not say: the second layer of an MLP
+A layer of theirs has the same parts as ours, in another byte order (layout.py) and under other names (names.py), in one file or two
+(source.py). What an INT4 file does not say: the second layer of an MLP
 codes its input unsigned, and its bias holds the shift. NVFP4 has neither; its modulation layers are INT4 all the same.
 
-linear1 and linear2 are two layers each there, with a branch each. The two branches of rank R become one of rank 2R
-that has zeros where they do not meet; where the files share what can be shared (as write does), it stays one of rank R.
+A linear of ours that holds two published layers (families.family.Joined) is two layers there, with a branch each. The two branches of
+rank R become one of rank 2R that has zeros where they do not meet; where the files share what can be shared (as writer.py does), it stays
+one of rank R.
 """
 
 import os
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ...families import flux1 as flux
 from ...layers import layout
 from ..header import CheckpointError
 from ..packed import PackedFile
@@ -25,19 +25,11 @@ from .source import BLOCKS_FILE, REST_FILE, gather
 
 READERS = min(4, os.cpu_count() or 1)  # threads; more than there are cores only wait for each other
 AHEAD = 4  # layers that are read before they are asked for
-MODEL_CLASSES = ("NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 FLOAT_TYPES = (*HALF_TYPES, torch.float32)
 UNUSED = ("smooth_orig",)  # what the smoothing was before it was merged into another layer; nobody reads it
 LEAVES = ("qweight", "wscales", "wzeros", "wcscales", "wtscale", "smooth", "bias", "lora_down", "lora_up")  # what is read of a layer
 SECOND_SCALES = ("wtscale", "wcscales")  # NVFP4's
-# diffusers' configuration keys: ComfyUI's
-DIFFUSERS_CONFIG = {
-    "axes_dims_rope": "axes_dim", "num_layers": "depth", "num_single_layers": "depth_single_blocks",
-    "num_attention_heads": "num_heads", "joint_attention_dim": "context_in_dim",
-    "pooled_projection_dim": "vec_in_dim", "guidance_embeds": "guidance_embed",
-}
-
 
 def matches(header):
     """Whether the file is a Nunchaku model, or the half of one that holds no packed layer."""
@@ -47,21 +39,21 @@ def matches(header):
 
 
 def open_file(header):
-    """PackedFile of a Nunchaku FLUX.1, of which `header` is the file or one of the two.
+    """PackedFile of a Nunchaku model, of which `header` is the file or one of the two.
 
     Raises CheckpointError, before any weight is read, unless every tensor is there with the right shape and type.
     """
     source = gather(header)
     _check_supported(source)
-    nvfp4 = _is_nvfp4(source)
-    depths = {kind: names.depth(source.tensors, kind) for kind in (names.DOUBLE, names.SINGLE)}
+    nvfp4, tables = _is_nvfp4(source), source.family.nunchaku
+    depths = {kind: names.depth(source.tensors, kind) for kind in tables.linears}
     layers = {}
-    for ours, theirs, kind in names.blocks(depths):
-        for name, parts in names.LINEARS[kind].items():
+    for ours, theirs, kind in names.blocks(tables, depths):
+        for name, parts in tables.linears[kind].items():
             layers[f"{ours}.{name}"] = _linear(source, f"{ours}.{name}", [f"{theirs}.{part}" for part in parts], nvfp4)
-        for name, part in names.MODULATIONS[kind].items():
+        for name, part in tables.modulations[kind].items():
             if not _is_dense(source, f"{theirs}.{part}"):
-                layers[f"{ours}.{name}"] = _modulation(source, f"{theirs}.{part}", names.CHUNKS[kind])
+                layers[f"{ours}.{name}"] = _modulation(source, f"{theirs}.{part}", tables.chunks[kind])
     plain = _plain(source, depths)
     _check_left_over(source, layers, plain, nvfp4)
     specs = {name: layer.spec for name, layer in layers.items()}
@@ -69,7 +61,7 @@ def open_file(header):
     shapes |= {name: source.info(stored).shape for name, stored in plain.items()}
     dtypes = {f"{name}.{part}": dtype for name, spec in specs.items() for part, (_, dtype) in spec.tensors().items()}
     dtypes |= {name: source.info(stored).dtype for name, stored in plain.items()}
-    return PackedFile(header, specs, shapes, dtypes, _config(source), _recipe(source, specs, nvfp4),
+    return PackedFile(header, source.family, specs, shapes, dtypes, _config(source), _recipe(source, specs, nvfp4),
                       source.metadata.get("svdquant.source", header.file), lambda: _tensors(source, layers, plain))
 
 
@@ -77,12 +69,10 @@ def open_file(header):
 
 
 def _check_supported(source):
-    """Raise CheckpointError where it is a Nunchaku model of something else than FLUX.1."""
-    file, model_class = source.header.file, source.metadata.get("model_class", MODEL_CLASSES[0])
-    has_flux = all(f"{name}.weight" in source.tensors for name in ("x_embedder", "context_embedder"))
-    if model_class not in MODEL_CLASSES or not has_flux:
-        what = "is not a FLUX.1" if model_class in MODEL_CLASSES else f"is a {model_class}"
-        raise CheckpointError(f"{file} is a Nunchaku model that {what}; choose a Nunchaku FLUX.1 model.")
+    """Raise CheckpointError where it is a Nunchaku model of something else than the family whose tensors it has."""
+    title, classes = source.family.title, source.family.nunchaku.model_classes
+    if (model_class := source.metadata.get("model_class", classes[0])) not in classes:
+        raise CheckpointError(f"{source.header.file} is a Nunchaku model that is a {model_class}; choose a Nunchaku {title} model.")
 
 
 def _is_nvfp4(source):
@@ -95,11 +85,11 @@ def _is_nvfp4(source):
 
 
 def _config(source):
-    """The FLUX configuration in ComfyUI's terms, as far as the metadata has it."""
+    """The host's configuration, as far as the metadata has it."""
     diffusers, comfy = source.json("config"), source.json("comfy_config").get("model_config", {})
     if not isinstance(comfy, dict):
         raise CheckpointError(f"{source.header.file} has no valid comfy_config in its metadata; download it again.")
-    config = {ours: diffusers[theirs] for theirs, ours in DIFFUSERS_CONFIG.items() if theirs in diffusers}
+    config = {ours: diffusers[theirs] for theirs, ours in source.family.nunchaku.config.items() if theirs in diffusers}
     for key, value in config.items():
         if comfy.get(key, value) != value:
             raise CheckpointError(f"{source.header.file} says {key} = {value!r} in its config and {comfy[key]!r} in its "
@@ -109,7 +99,7 @@ def _config(source):
 
 def _recipe(source, specs, nvfp4):
     """What a file of ours that is written on says of its quantization."""
-    rank = max((spec.rank for name, spec in specs.items() if name.startswith("double_blocks")), default=0)
+    rank = max((spec.rank for name, spec in specs.items() if not source.family.layer(name).joined), default=0)
     return source.json("svdquant.recipe") or {"preset": f"Nunchaku {_kind(nvfp4)}", "rank": rank}
 
 
@@ -137,7 +127,7 @@ def _linear_spec(source, part, nvfp4):
     shape, file = source.info(f"{part}.qweight").shape, source.header.file
     if len(shape) != 2 or shape[0] % order.TILE or shape[1] * 2 % order.TILE or 0 in shape:
         raise CheckpointError(f"{file}: tensor {part}.qweight has shape {list(shape)} where (N, K/2) with N and K multiples "
-                              f"of {order.TILE} is due; choose a Nunchaku FLUX.1 model.")
+                              f"of {order.TILE} is due; choose a Nunchaku {source.family.title} model.")
     n, k = shape[0], shape[1] * 2
     source.check(f"{part}.qweight", shape, (torch.int8,))
     dtype = source.check(f"{part}.bias", (n,), HALF_TYPES)
@@ -171,7 +161,7 @@ def _linear(source, name, parts, nvfp4):
     n, k, rank = specs[0].out_features, specs[0].in_features, specs[0].rank
     joint = True
     if len(specs) == 2:
-        rows = _by_rows(name)
+        rows = _by_rows(source, name)
         shared, ranks = ("in_features", "lora_down") if rows else ("out_features", "lora_up"), [s.rank for s in specs]
         if getattr(specs[0], shared[0]) != getattr(specs[1], shared[0]) or specs[0].dtype != specs[1].dtype:
             raise CheckpointError(f"{source.header.file}: layers {parts[0]} and {parts[1]} do not fit together; the file is "
@@ -183,7 +173,7 @@ def _linear(source, name, parts, nvfp4):
                                           == source.read_bytes(f"{parts[1]}.{shared[1]}"))
         rank = rank if joint else sum(ranks)
         n, k = (n + specs[1].out_features, k) if rows else (n, k + specs[1].in_features)
-    unsigned_from = flux.unsigned_from(name, k, n)
+    unsigned_from = source.family.layer(name).unsigned_from(k, n)
     if len(specs) == 2 and not rows and unsigned_from != specs[0].in_features:
         raise CheckpointError(f"{source.header.file}: layer {parts[0]} has {specs[0].in_features} input columns where "
                               f"{unsigned_from} are due; the file is damaged, download it again.")
@@ -197,9 +187,9 @@ def _linear(source, name, parts, nvfp4):
     return _Layer(spec, tuple(parts), joint)
 
 
-def _by_rows(name):
-    """Whether the two parts of our layer are its rows (linear1) and not its columns (linear2)."""
-    return name.endswith(".linear1")
+def _by_rows(source, name):
+    """Whether the two parts of our layer are its rows and not its columns."""
+    return source.family.layer(name).joined.rows
 
 
 def _is_dense(source, part):
@@ -208,7 +198,7 @@ def _is_dense(source, part):
 
 
 def _modulation(source, part, chunks):
-    shape, width = source.info(f"{part}.qweight").shape, (*source.info("x_embedder.weight").shape, 0)[0]
+    shape, width = source.info(f"{part}.qweight").shape, (*source.info(f"{source.family.nunchaku.inputs[0]}.weight").shape, 0)[0]
     source.check(f"{part}.qweight", shape, (torch.int32,))
     n, k = (shape[0] * order.AWQ_ROWS, shape[1] * 2) if len(shape) == 2 else (0, 0)
     # Scales are padded, so that they would not tell of a K that isn't the model's.
@@ -225,17 +215,18 @@ def _modulation(source, part, chunks):
 
 def _plain(source, depths):
     """{our name: v1 name} of the tensors that are not packed."""
-    plain = {f"{ours}.{name}": f"{theirs}.{stored}" for ours, theirs, kind in names.blocks(depths)
-             for name, stored in names.NORMS[kind].items()}
-    dense = {f"{ours}.{name}": f"{theirs}.{part}" for ours, theirs, kind in names.blocks(depths)
-             for name, part in names.MODULATIONS[kind].items() if _is_dense(source, f"{theirs}.{part}")}
-    for name, stored in (names.OUTSIDE | dense).items():
-        if name not in names.OPTIONAL or any(f"{stored}.{leaf}" in source.tensors for leaf in ("weight", "bias")):
+    tables = source.family.nunchaku
+    plain = {f"{ours}.{name}": f"{theirs}.{stored}" for ours, theirs, kind in names.blocks(tables, depths)
+             for name, stored in tables.norms[kind].items()}
+    dense = {f"{ours}.{name}": f"{theirs}.{part}" for ours, theirs, kind in names.blocks(tables, depths)
+             for name, part in tables.modulations[kind].items() if _is_dense(source, f"{theirs}.{part}")}
+    for name, stored in (tables.outside | dense).items():
+        if name not in tables.optional or any(f"{stored}.{leaf}" in source.tensors for leaf in ("weight", "bias")):
             plain |= {f"{name}.{leaf}": f"{stored}.{leaf}" for leaf in ("weight", "bias")}
     for name, stored in plain.items():
         shape = source.info(stored).shape
         source.check(stored, shape, FLOAT_TYPES)
-        if name.startswith(names.SWAPPED) and (not shape or shape[0] % 2):
+        if name.startswith(source.family.nunchaku.swapped) and (not shape or shape[0] % 2):
             raise CheckpointError(f"{source.header.file}: tensor {stored} has shape {list(shape)} where an even number of rows "
                                   "is due; the file is damaged, download it again.")
     return plain
@@ -249,8 +240,8 @@ def _check_left_over(source, layers, plain, nvfp4):
         used |= {f"{part}.{leaf}" for part in layer.parts for leaf in leaves}
     for name in source.tensors:
         if name not in used:
-            raise CheckpointError(f"{source.header.file} has tensor {name}, which a Nunchaku {_kind(nvfp4)} FLUX.1 model has no "
-                                  "place for; choose another version of the model.")
+            raise CheckpointError(f"{source.header.file} has tensor {name}, which a Nunchaku {_kind(nvfp4)} {source.family.title} model "
+                                  "has no place for; choose another version of the model.")
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -264,7 +255,7 @@ def _tensors(source, layers, plain):
     def read(name):
         if name in plain:
             tensor = source.read(plain[name])
-            return {name: torch.cat(tensor.chunk(2)[::-1]) if name.startswith(names.SWAPPED) else tensor}
+            return {name: torch.cat(tensor.chunk(2)[::-1]) if name.startswith(source.family.nunchaku.swapped) else tensor}
         tensors = (_read_modulation if layers[name].chunks else _read_linear)(source, name, layers[name])
         return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
 
@@ -324,7 +315,7 @@ def _read_second_scales(source, part, n):
 
 
 def _read_linear(source, name, layer):
-    spec, rows = layer.spec, _by_rows(name)
+    spec, rows = layer.spec, len(layer.parts) == 2 and _by_rows(source, name)
     weight = order.empty(spec.out_features, spec.in_features // 2)
     shapes = [source.info(f"{part}.qweight").shape for part in layer.parts]
     for part, own in zip(layer.parts, weight.split([shape[0] if rows else shape[1] for shape in shapes], 0 if rows else 1)):

@@ -4,19 +4,25 @@ import json
 import os
 from dataclasses import dataclass
 
+from ...families import FAMILIES
+from ...families.family import Family
 from ..header import CheckpointError, Header, StoredTensor, read_header
 from . import names
 
 BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
 CONFIG_FILES = {"config": "config.json", "comfy_config": "comfy_config.json"}
 MAX_CONFIG_BYTES = 1 << 20
+WITH_FILES = [family for family in FAMILIES if family.nunchaku]
+TITLES = " or ".join(family.title for family in WITH_FILES)
+KNOWN_CLASSES = {name for family in WITH_FILES for name in family.nunchaku.model_classes}
 
 
 @dataclass(frozen=True)
 class Source:
-    """tensors: {v1 name: (Header, stored name)}."""
+    """A Nunchaku model of a family. header: of the file that the user chose; tensors: {v1 name: (Header, stored name)}."""
 
     header: Header
+    family: Family
     tensors: dict
     metadata: dict
 
@@ -80,15 +86,20 @@ def gather(header):
                                   "it; put both into one folder.")
         headers.append(read_header(path))
         metadata |= {key: text for key, file in CONFIG_FILES.items() if (text := _small_text(os.path.join(folder, file)))}
+    family = names.family_of({name for part in headers for name in part.tensors})
+    if family is None:
+        title = metadata.get("model_class", "")
+        what = f"is a {title}" if title and title not in KNOWN_CLASSES else f"is not a {TITLES}"
+        raise CheckpointError(f"{header.file} is a Nunchaku model that {what}; choose a Nunchaku {TITLES} model.")
     tensors = {}
     for part in headers:
         for stored in part.tensors:
-            name = names.v1(stored)
+            name = names.v1(family.nunchaku, stored)
             if name in tensors:
                 raise CheckpointError(f"{part.file} has tensor {name} twice, as {stored} and {tensors[name][1]}; download "
                                       "it again.")
             tensors[name] = (part, stored)
-    return Source(header, tensors, metadata)
+    return Source(header, family, tensors, metadata)
 
 
 def _small_text(path):

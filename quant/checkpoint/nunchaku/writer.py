@@ -1,4 +1,4 @@
-"""A quantized FLUX.1 as a Nunchaku INT4 file: the inverse of nunchaku.py."""
+"""A quantized model as a Nunchaku INT4 file: the inverse of reader.py."""
 
 import json
 from collections import ChainMap
@@ -6,14 +6,15 @@ from collections import ChainMap
 import torch
 
 from ....cuda import reference
-from ...families import flux1 as flux
+from ... import families
+from ...families.family import Packing
 from ...layers import layout
 from ..card import modelspec
 from ..header import CheckpointError
 from ..write import check_target, write
 from . import halves, names
 from . import layout as order
-from .reader import FLOAT_TYPES, HALF_TYPES, MODEL_CLASSES
+from .reader import FLOAT_TYPES, HALF_TYPES
 
 
 def save(path, tensors, specs, config, recipe, source, overwrite=False, source_card=None, counted=lambda tensors, total: tensors):
@@ -26,64 +27,67 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     CheckpointError where a layer has no place in Nunchaku's layout, and as write.write does.
     """
     check_target(path, overwrite)
-    depths = {kind: config[key] for key, kind in (("depth", names.DOUBLE), ("depth_single_blocks", names.SINGLE))}
-    layers = _layers(depths)
+    family = families.of_image_model(config["image_model"])
+    if family.nunchaku is None:
+        raise CheckpointError(f"Nunchaku's layout has no place for {family.title} models; choose layout native.")
+    depths = {kind: config[key] for kind, key in names.depth_keys(family).items()}
+    layers = _layers(family.nunchaku, depths)
     for name in layers:
-        _check_layer(name, specs.get(name))
-    tensors = _with_16_bits_outside(tensors, specs)
-    plain = _plain(tensors, depths)
-    rank = _common_rank(tensors, specs, layers)
+        _check_layer(family.layer(name), name, specs.get(name))
+    tensors = _with_16_bits_outside(family.nunchaku, tensors, specs)
+    plain = _plain(family.nunchaku, tensors, depths)
+    rank = _common_rank(family, tensors, specs, layers)
     infos = {stored: (tensors[name].shape, tensors[name].dtype) for name, stored in plain.items()}
     for name, (parts, chunks) in layers.items():
-        infos |= _layout(name, specs[name], parts, chunks, rank)
-    metadata = _metadata(tensors, config, rank) | modelspec(path, source_card) | {
+        infos |= _layout(family.layer(name).joined, specs[name], parts, chunks, rank)
+    metadata = _metadata(family, tensors, config, rank) | modelspec(path, family.architecture, source_card) | {
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source}
-    write(path, infos, counted(_stream(tensors, specs, layers, plain, rank), len(infos)), metadata, overwrite)
+    write(path, infos, counted(_stream(family, tensors, specs, layers, plain, rank), len(infos)), metadata, overwrite)
 
 
-def _layers(depths):
+def _layers(tables, depths):
     """{our layer: (their prefixes, chunks of a modulation layer or 0)}."""
     layers = {}
-    for ours, theirs, kind in names.blocks(depths):
+    for ours, theirs, kind in names.blocks(tables, depths):
         layers |= {f"{ours}.{name}": (tuple(f"{theirs}.{part}" for part in parts), 0)
-                   for name, parts in names.LINEARS[kind].items()}
-        layers |= {f"{ours}.{name}": ((f"{theirs}.{part}",), names.CHUNKS[kind])
-                   for name, part in names.MODULATIONS[kind].items()}
+                   for name, parts in tables.linears[kind].items()}
+        layers |= {f"{ours}.{name}": ((f"{theirs}.{part}",), tables.chunks[kind])
+                   for name, part in tables.modulations[kind].items()}
     return layers
 
 
-def _check_layer(name, spec):
+def _check_layer(layer, name, spec):
     """Raise CheckpointError where a layer can't be written as Nunchaku reads it."""
     if spec is not None and spec.format == layout.NVFP4:
         raise CheckpointError(f"Layer {name} is NVFP4, and Nunchaku's layout is written of INT4 models only; choose layout native.")
     why = None
     if spec is None:
         why = "is not in 4 bits"
-    elif (spec.format == layout.AWQ) != (flux.layer_format(name) == layout.AWQ):
+    elif (spec.format == layout.AWQ) != (layer.packing is Packing.W4A16):
         why = f"has format {spec.format}"
     elif spec.dtype not in HALF_TYPES:
         why = f"has scales of type {spec.dtype}"
     elif spec.format != layout.AWQ and (spec.in_features % order.TILE or spec.out_features % order.TILE):
         why = f"is {spec.out_features} x {spec.in_features}, not multiples of {order.TILE}"
-    elif spec.format != layout.AWQ and spec.unsigned_from != flux.unsigned_from(name, spec.in_features, spec.out_features):
+    elif spec.format != layout.AWQ and spec.unsigned_from != layer.unsigned_from(spec.in_features, spec.out_features):
         why = "codes the sign of its input otherwise"
     if why:
         raise CheckpointError(f"Layer {name} {why}, which Nunchaku's layout has no place for; choose layout native.")
 
 
-def _with_16_bits_outside(tensors, specs):
+def _with_16_bits_outside(tables, tensors, specs):
     """The tensors with those layers outside the blocks unpacked that Nunchaku has in 16 bits."""
     dense = {f"{name}.weight": reference.dequantize_awq(*(tensors[f"{name}.{part}"] for part in ("weight", "weight_scale", "weight_zeros"))
-                                                        ).to(specs[name].dtype) for name in names.OUTSIDE if name in specs}
+                                                        ).to(specs[name].dtype) for name in tables.outside if name in specs}
     return ChainMap(dense, tensors)
 
 
-def _plain(tensors, depths):
+def _plain(tables, tensors, depths):
     """{our name: their name} of the tensors that are not packed."""
-    plain = {f"{ours}.{name}": f"{theirs}.{stored}" for ours, theirs, kind in names.blocks(depths)
-             for name, stored in names.NORMS[kind].items()}
-    for name, stored in names.OUTSIDE.items():
-        if name not in names.OPTIONAL or f"{name}.weight" in tensors:
+    plain = {f"{ours}.{name}": f"{theirs}.{stored}" for ours, theirs, kind in names.blocks(tables, depths)
+             for name, stored in tables.norms[kind].items()}
+    for name, stored in tables.outside.items():
+        if name not in tables.optional or f"{name}.weight" in tensors:
             plain |= {f"{name}.{leaf}": f"{stored}.{leaf}" for leaf in ("weight", "bias")}
     for name in plain:
         if name not in tensors or tensors[name].dtype not in FLOAT_TYPES:
@@ -91,23 +95,15 @@ def _plain(tensors, depths):
     return plain
 
 
-def _parts(tensors, name, spec, count):
-    """[{parameter name: tensor}] of the layers of theirs that a W4A4 layer of ours is."""
+def _parts(joined, tensors, name, spec):
+    """[{parameter name: tensor}] of the layers of theirs that a W4A4 layer of ours is. joined: its family's, or None."""
     own = {part: tensors[f"{name}.{part}"].detach().cpu() for part in spec.tensors()}
     if not spec.bias:
         own["bias"] = torch.zeros(spec.out_features, dtype=spec.dtype)
-    if count == 1:
-        return [own]
-    rows = name.endswith(".linear1")
-    return halves.split(own, _split_at(name, spec), rows)
+    return halves.split(own, joined.at(spec.in_features, spec.out_features), joined.rows) if joined else [own]
 
 
-def _split_at(name, spec):
-    """The row or column at which linear1 (q k v take 3 K of its rows) or linear2 falls in two."""
-    return 3 * spec.in_features if name.endswith(".linear1") else spec.unsigned_from
-
-
-def _common_rank(tensors, specs, layers):
+def _common_rank(family, tensors, specs, layers):
     """The rank of every layer in the file: Nunchaku's fused MLP wants fc1's and fc2's to be the same."""
     rank = order.RANK_TILE
     for name, (parts, chunks) in layers.items():
@@ -115,12 +111,13 @@ def _common_rank(tensors, specs, layers):
             rank = max(rank, specs[name].rank)
         elif specs[name].rank > rank:
             branch = {part: tensors[f"{name}.{part}"].detach().cpu() for part in ("weight_proj_down", "weight_proj_up")}
-            halved = halves.split(branch, _split_at(name, specs[name]), name.endswith(".linear1"))
+            joined, spec = family.layer(name).joined, specs[name]
+            halved = halves.split(branch, joined.at(spec.in_features, spec.out_features), joined.rows)
             rank = max(rank, *(half["weight_proj_up"].shape[1] for half in halved))
     return rank + -rank % order.RANK_TILE
 
 
-def _layout(name, spec, parts, chunks, rank):
+def _layout(joined, spec, parts, chunks, rank):
     """{their name: (shape, dtype)} of a layer of ours."""
     n, k, groups = spec.out_features, spec.in_features, spec.in_features // layout.GROUP_SIZE
     if chunks:
@@ -128,8 +125,10 @@ def _layout(name, spec, parts, chunks, rank):
         leaves = {"qweight": ((n // order.AWQ_ROWS, k // 2), torch.int32), "wscales": scales, "wzeros": scales,
                   "bias": ((n,), spec.dtype)}
         return {f"{parts[0]}.{leaf}": info for leaf, info in leaves.items()}
-    at, infos = _split_at(name, spec), {}
-    sizes = [(n, k)] if len(parts) == 1 else [(at, k), (n - at, k)] if name.endswith(".linear1") else [(n, at), (n, k - at)]
+    sizes, infos = [(n, k)], {}
+    if joined:
+        at = joined.at(k, n)
+        sizes = [(at, k), (n - at, k)] if joined.rows else [(n, at), (n, k - at)]
     for part, (rows, columns) in zip(parts, sizes):
         leaves = {"qweight": ((rows, columns // 2), torch.int8), "wscales": ((columns // layout.GROUP_SIZE, rows), spec.dtype)}
         leaves |= {leaf: (shape, spec.dtype) for leaf, shape in (
@@ -139,7 +138,7 @@ def _layout(name, spec, parts, chunks, rank):
     return infos
 
 
-def _stream(tensors, specs, layers, plain, rank):
+def _stream(family, tensors, specs, layers, plain, rank):
     """Yield (their name, tensor) of the whole file."""
     for name, (parts, chunks) in layers.items():
         if chunks:
@@ -149,11 +148,11 @@ def _stream(tensors, specs, layers, plain, rank):
             packed = order.pack_awq(*own, bias, chunks)
             yield from ((f"{parts[0]}.{leaf}", tensor) for leaf, tensor in packed.items())
         else:
-            for part, own in zip(parts, _parts(tensors, name, specs[name], len(parts))):
+            for part, own in zip(parts, _parts(family.layer(name).joined, tensors, name, specs[name])):
                 yield from ((f"{part}.{leaf}", tensor) for leaf, tensor in _pack_linear(own, rank).items())
     for name, stored in plain.items():
         tensor = tensors[name].detach().cpu()
-        yield stored, torch.cat(tensor.chunk(2)[::-1]) if name.startswith(names.SWAPPED) else tensor
+        yield stored, torch.cat(tensor.chunk(2)[::-1]) if name.startswith(family.nunchaku.swapped) else tensor
 
 
 def _pack_linear(own, rank):
@@ -166,20 +165,17 @@ def _pack_linear(own, rank):
             "lora_down": order.pack_down(down), "lora_up": order.pack_up(up)}
 
 
-def _metadata(tensors, config, rank):
+def _metadata(family, tensors, config, rank):
     """What Nunchaku's loaders read."""
     four_bits = {"dtype": "int4", "scale_dtype": None, "group_size": layout.GROUP_SIZE}
-    guidance = bool(config["guidance_embed"])
+    tables = family.nunchaku
+    first, last = (next(ours for ours, theirs in tables.outside.items() if theirs == name) for name in (tables.inputs[0], tables.output))
     diffusers = {
-        "_class_name": "FluxTransformer2DModel", "attention_head_dim": sum(config["axes_dim"]),
-        "axes_dims_rope": config["axes_dim"], "guidance_embeds": guidance, "in_channels": tensors["img_in.weight"].shape[1],
-        "joint_attention_dim": config["context_in_dim"], "num_attention_heads": config["num_heads"],
-        "num_layers": config["depth"], "num_single_layers": config["depth_single_blocks"],
-        "out_channels": tensors["final_layer.linear.weight"].shape[0], "patch_size": 1,
-        "pooled_projection_dim": config["vec_in_dim"],
+        "_class_name": tables.diffusers_class, "attention_head_dim": sum(config["axes_dim"]),
+        "in_channels": tensors[f"{first}.weight"].shape[1], "out_channels": tensors[f"{last}.weight"].shape[0], "patch_size": 1,
+        **{theirs: config[ours] for theirs, ours in tables.config.items()},
     }
-    comfy = {"model_class": "Flux" if guidance else "FluxSchnell",
-             "model_config": {**config, "disable_unet_model_creation": True}}
+    comfy = {"model_class": tables.comfy_class(config), "model_config": {**config, "disable_unet_model_creation": True}}
     quantization = {"method": "svdquant", "weight": four_bits, "activation": four_bits, "rank": rank}
-    return {"model_class": MODEL_CLASSES[0], "config": json.dumps(diffusers), "comfy_config": json.dumps(comfy),
+    return {"model_class": tables.model_classes[0], "config": json.dumps(diffusers), "comfy_config": json.dumps(comfy),
             "quantization_config": json.dumps(quantization)}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from comfyui_svdquant.quant.checkpoint import foreign
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from comfyui_svdquant.quant.families.flux1 import FAMILY
 from safetensors.torch import save_file
 
 from ..random_flux import flux_tensors
@@ -60,7 +61,7 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path, what):
     name, change, says = REFUSED[what]
     header = header_of(tmp_path / name, change(flux_tensors(hidden=64, depth=3, depth_single=3)))
     with pytest.raises(CheckpointError) as caught:
-        foreign.flux_prefix(header)
+        foreign.find(header)
     message = str(caught.value)
     assert message.startswith(f"{name} ") and says in message and message.endswith(".") and "\n" not in message
 
@@ -69,7 +70,7 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path, what):
 def test_where_a_flux_lies(tmp_path, prefix):
     encoder = {"text_encoders.t5.q.weight": CODES, "text_encoders.t5.q.weight_scale": torch.ones(1)} if prefix else {}
     header = header_of(tmp_path / "a.safetensors", renamed(prefix)(flux_tensors(hidden=64)) | encoder)
-    assert foreign.flux_prefix(header) == prefix
+    assert foreign.find(header) == (FAMILY, prefix)
 
 
 @pytest.mark.parametrize(("change", "metadata"), [
@@ -79,7 +80,7 @@ def test_where_a_flux_lies(tmp_path, prefix):
 ])
 def test_described_weights_are_left_to_comfyui(tmp_path, change, metadata):
     mark = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    assert foreign.flux_prefix(header_of(tmp_path / "a.safetensors", change(flux_tensors(hidden=64)) | mark, metadata)) == ""
+    assert foreign.find(header_of(tmp_path / "a.safetensors", change(flux_tensors(hidden=64)) | mark, metadata)) == (FAMILY, "")
 
 
 @pytest.mark.parametrize(("key", "what"), [
@@ -90,4 +91,4 @@ def test_relatives_are_told_by_their_names(tmp_path, key, what):
     diffusers = {name: torch.ones(2, 2) for name in ("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight")}
     for tensors in (flux_tensors(hidden=64), diffusers):
         header = header_of(tmp_path / "a.safetensors", tensors | {key: torch.ones(2)})
-        assert foreign.flux_prefix(header) is None and not foreign.is_diffusers_flux(header) and foreign.kind(header) == what
+        assert foreign.find(header) is None and not foreign.find_diffusers(header) and foreign.kind(header) == what

@@ -18,7 +18,7 @@ from ..nunchaku_nvfp4 import write_nvfp4
 from ..packed_flux import packed_flux
 from ..random_flux import flux_tensors
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ERRORS = {"double_blocks.0.img_attn.qkv": 0.08, "double_blocks.0.img_mlp.2": 0.12, "single_blocks.0.linear1": 0.07}
 RECIPE = {
     "preset": "best", "rank": 16, "keep": [], "calibration": {"prompts": 8, "steps": 4, "seed": 0},
@@ -146,7 +146,7 @@ def test_a_card_is_copied_but_for_what_is_the_sources_own(files):
 
 def test_a_card_outlives_saving_again(files):
     again = card.of_source(read_header(str(files / "native.safetensors")).metadata)
-    assert card.modelspec("other.safetensors", again)["modelspec.title"] == "My FLUX (SVDQuant)"
+    assert card.modelspec("other.safetensors", "flux-1", again)["modelspec.title"] == "My FLUX (SVDQuant)"
     assert again == SOURCE | {"modelspec.architecture": "flux-1"}
 
 
@@ -154,7 +154,7 @@ def test_a_file_without_a_card_is_called_by_its_name(model, tmp_path):
     native.save(str(tmp_path / "mine.safetensors"), *model, RECIPE, "flux")
     metadata = read_header(str(tmp_path / "mine.safetensors")).metadata
     assert metadata["modelspec.title"] == "mine (SVDQuant)" and "svdquant.source_title" not in metadata
-    assert card.modelspec("yours.safetensors", card.of_source(metadata))["modelspec.title"] == "yours (SVDQuant)"
+    assert card.modelspec("yours.safetensors", "flux-1", card.of_source(metadata))["modelspec.title"] == "yours (SVDQuant)"
     assert card.of_source({"modelspec.thumbnail": "x" * (1 << 21)}) == {}
 
 

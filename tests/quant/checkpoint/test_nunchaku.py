@@ -11,9 +11,9 @@ from comfyui_svdquant.cuda import reference
 from comfyui_svdquant.quant.checkpoint import convert, native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import layout as order
-from comfyui_svdquant.quant.checkpoint.nunchaku import names as nunchaku_names
 from comfyui_svdquant.quant.checkpoint.nunchaku import reader as nunchaku
 from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
+from comfyui_svdquant.quant.families.flux1 import DOUBLE, FAMILY, SINGLE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -153,8 +153,8 @@ def test_what_we_wrote_means_the_same_by_the_documented_formulas(tmp_path, rank)
     for name in ("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.2", "single_blocks.0.linear1", "single_blocks.0.linear2"):
         block, _, layer = name.replace("double_blocks", "transformer_blocks").replace(
             "single_blocks", "single_transformer_blocks").split(".", 2)[0:3]
-        kind = nunchaku_names.DOUBLE if name.startswith("double") else nunchaku_names.SINGLE
-        parts = [f"{block}.0.{part}" for part in nunchaku_names.LINEARS[kind][layer]]
+        kind = DOUBLE if name.startswith("double") else SINGLE
+        parts = [f"{block}.0.{part}" for part in FAMILY.nunchaku.linears[kind][layer]]
         halves = [dense(theirs, part, part.endswith("fc2")) for part in parts]
         p, spec = {part: tensors[f"{name}.{part}"] for part in specs[name].tensors()}, specs[name]
         quantized = reference.dequantize_weight(p["weight"], p["weight_scale"], torch.float64) / p["weight_smooth_factor"].double()

@@ -11,14 +11,14 @@ from comfyui_svdquant.quant.checkpoint import convert, native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import layout as order
 from comfyui_svdquant.quant.checkpoint.nunchaku import reader as nunchaku
-from comfyui_svdquant.quant.families import flux1 as flux
+from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.layers import layout
 from safetensors.torch import load_file, save_file
 
 from ..nunchaku_nvfp4 import RANK, scale_places, write_nvfp4
 from .test_nunchaku import drop, put, rename_v2, rewritten, with_header
 
-VECTORS = Path(__file__).resolve().parents[1] / "data" / "nunchaku" / "nvfp4_linear_n256_k256_r32.safetensors"
+VECTORS = Path(__file__).resolve().parents[2] / "data" / "nunchaku" / "nvfp4_linear_n256_k256_r32.safetensors"
 BLOCK = "single_transformer_blocks.0"
 
 
@@ -258,7 +258,7 @@ def test_the_header_of_a_published_flux(tmp_path, nvfp4, count, nbytes):
     file = nunchaku.open_file(header)
     assert len(file.specs) == 19 * 10 + 38 * 3 and {spec.format for spec in file.specs.values()} == (
         {layout.NVFP4, layout.AWQ} if nvfp4 else {layout.SVDQUANT, layout.SVDQUANT_SPLIT, layout.AWQ})
-    assert flux.config(file.shapes) == {
+    assert FAMILY.configuration.of(file.shapes) == {
         "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 3072, "num_heads": 24,
         "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "vec_in_dim": 768, "mlp_ratio": 4.0, "qkv_bias": True,
         "guidance_embed": True, "axes_dim": [16, 56, 56], "theta": 10000}

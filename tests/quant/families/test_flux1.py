@@ -1,8 +1,8 @@
-"""FLUX.1's inventory."""
+"""FLUX.1's declaration: which linears are packed, and how."""
 
 import pytest
 import torch
-from comfyui_svdquant.quant.families import flux1 as flux
+from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.layers import layout
 
 
@@ -16,12 +16,13 @@ from comfyui_svdquant.quant.layers import layout
     ("double_blocks.0.img_attn.norm.query_norm", None), ("double_blocks.0.img_mlp.1", None),
 ])
 def test_which_layers_are_packed(name, form):
-    assert flux.layer_format(name) == form
+    spec = FAMILY.layer(name) and layout.layer_spec(FAMILY.layer(name), name, (256, 256), 16, True, torch.bfloat16)
+    assert (spec and spec.format) == form
 
 
 def test_where_the_gelu_columns_begin():
     def first(name, shape):
-        return flux.layer_spec(name, shape, 16, True, torch.bfloat16).unsigned_from
+        return layout.layer_spec(FAMILY.layer(name), name, shape, 16, True, torch.bfloat16).unsigned_from
 
     assert first("double_blocks.0.img_mlp.2", (3072, 12288)) == 0
     assert first("single_blocks.0.linear2", (3072, 15360)) == 3072
@@ -31,4 +32,5 @@ def test_where_the_gelu_columns_begin():
 
 def test_k_that_no_group_divides_names_the_layer():
     with pytest.raises(ValueError, match=r"double_blocks.0.img_attn.qkv has 100 input columns"):
-        flux.layer_spec("double_blocks.0.img_attn.qkv", (300, 100), 16, True, torch.bfloat16)
+        name = "double_blocks.0.img_attn.qkv"
+        layout.layer_spec(FAMILY.layer(name), name, (300, 100), 16, True, torch.bfloat16)

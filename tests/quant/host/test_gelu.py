@@ -8,7 +8,7 @@ import comfy.ldm.flux.layers
 import comfy.model_management
 import pytest
 import torch
-from comfyui_svdquant.quant.families import flux1 as flux
+from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import build, loader, quantize
 from comfyui_svdquant.quant.layers import layout, linear
 from comfyui_svdquant.quant.quantizer import presets
@@ -68,7 +68,7 @@ def test_a_layer_in_another_ones_place(native_file, flux_file):
     for path, expected in ((native_file, TAKEN), (flux_file, {})):
         model = loader.load_model(path).model.diffusion_model
         for name in TAKEN:
-            spec = flux.layer_spec(name, (model.get_submodule(name).out_features, HIDDEN), 16, True, torch.bfloat16)
+            spec = layout.layer_spec(FAMILY.layer(name), name, (model.get_submodule(name).out_features, HIDDEN), 16, True, torch.bfloat16)
             build.swap(model, name, spec)
         assert taken(model) == expected and len(gelus(model)) == len(TAKEN) - len(expected)
 
@@ -115,7 +115,7 @@ def test_what_is_not_flux1s_stays(native_file, change):
     block = model.single_blocks[1]
     change(block)
     activation = block.mlp_act
-    build.take_over_activations(model)
+    build.take_over_activations(FAMILY, model)
     assert block.mlp_act is activation
     assert taken(model) == {name: start for name, start in TAKEN.items() if name != "single_blocks.1.linear1"}
 
@@ -124,6 +124,6 @@ def test_other_activations_of_a_double_block_stay(native_file):
     model = handed_back(loader.load_model(native_file)).model.diffusion_model
     block = model.double_blocks[0]
     block.img_mlp[1], block.txt_mlp[0] = torch.nn.SiLU(), torch.nn.Linear(HIDDEN, 4 * HIDDEN)
-    build.take_over_activations(model)
+    build.take_over_activations(FAMILY, model)
     assert type(block.img_mlp[1]) is torch.nn.SiLU and type(block.txt_mlp[1]) is torch.nn.GELU
     assert taken(model).keys() == {"single_blocks.0.linear1", "single_blocks.1.linear1"}

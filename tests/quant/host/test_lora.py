@@ -3,7 +3,7 @@
 import comfy.lora
 import pytest
 import torch
-from comfyui_svdquant.quant.families import flux1 as flux
+from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import lora
 from comfyui_svdquant.quant.host.ops import Operations
 from comfyui_svdquant.quant.layers import layout
@@ -260,7 +260,7 @@ def test_merging_a_quantized_model_into_a_16_bit_one(plain, twin):
     for key, patch in source.get_key_patches("diffusion_model.").items():
         merged.add_patches({key: patch}, 1.0, 0.0)
     assert relative_error(sample(merged), sample(source)) < 0.2
-    for name in flux.quantized_names(plain.model.diffusion_model.state_dict()):
+    for name in FAMILY.packed_names(plain.model.diffusion_model.state_dict()):
         bias = merged.model.diffusion_model.get_parameter(f"{name}.bias")
         assert relative_error(bias.float(), loaded(plain).model.diffusion_model.get_parameter(f"{name}.bias").float()) < 0.2
         loaded(merged)

@@ -6,7 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfyui_svdquant.quant.checkpoint.write import DTYPE_NAMES
-from comfyui_svdquant.quant.families import flux1 as flux
+from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import loader
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
@@ -30,10 +30,10 @@ def wide_file(tmp_path_factory):
     shapes, entries = flux_shapes(hidden=HIDDEN, depth=1, depth_single=1), {}
     for name, shape in shapes.items():
         layer, _, leaf = name.rpartition(".")
-        if not flux.layer_format(layer):
+        if not FAMILY.layer(layer):
             entries[name] = ["BF16", list(shape), None]
         elif leaf == "weight":
-            spec = flux.layer_spec(layer, shape, RANK, True, torch.bfloat16)
+            spec = layout.layer_spec(FAMILY.layer(layer), layer, shape, RANK, True, torch.bfloat16)
             entries |= {f"{layer}.{part}": [DTYPE_NAMES[dtype], list(size), None] for part, (size, dtype) in spec.tensors().items()}
             entries[f"{layer}.{layout.QUANT_KEY}"] = ["U8", [], bytes(layout.encode_conf(spec.conf()))]
     return str(write(tmp_path_factory.mktemp("models") / "wide.safetensors", entries, {}))

@@ -9,7 +9,7 @@ import torch
 from comfy_extras.nodes_model_merging import ModelSave
 from comfyui_svdquant.quant.checkpoint import native, write
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
-from comfyui_svdquant.quant.host import loader, quantize
+from comfyui_svdquant.quant.host import loader, quantize, weights
 from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer import presets, report, smoothing
@@ -136,11 +136,11 @@ def test_a_weight_is_taken_as_it_is_stored_while_comfyui_has_patches_in_it(flux_
     patcher, name = loader.load_model(flux_file).clone(), "single_blocks.0.linear1.weight"
     key = f"diffusion_model.{name}"
     assert patcher.add_patches({key: ("diff", (torch.full((7 * HIDDEN, HIDDEN), 0.01),))}, 1.0) == [key]
-    before = quantize.effective_weight(patcher, name, "cpu").clone()
+    before = weights.effective_weight(patcher, name, "cpu").clone()
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
-    assert key in patcher.backup and torch.equal(quantize.effective_weight(patcher, name, "cpu"), before)
+    assert key in patcher.backup and torch.equal(weights.effective_weight(patcher, name, "cpu"), before)
     patcher.hook_backup[key] = (patcher.backup[key].weight + 1, torch.device("cpu"))
-    assert torch.allclose(quantize.effective_weight(patcher, name, "cpu"), before + 1, atol=0.02)
+    assert torch.allclose(weights.effective_weight(patcher, name, "cpu"), before + 1, atol=0.02)
     patcher.hook_backup.clear()
 
 

@@ -65,7 +65,7 @@ def test_a_nunchaku_file_saved_again_is_the_same_to_the_bit(files, tmp_path):
     """Once the rounding is done it is done: a model read from Nunchaku's layout, saved as ours and as theirs again."""
     first = loader.load_model(str(files[1]))
     specs = {name: layer.spec for name, layer in first.packed_layers().items()}
-    tensors = {build.stored_name(name): tensor for name, tensor in state(first).items()}
+    tensors = {build.stored_name(first.model, name): tensor for name, tensor in state(first).items()}
     config = build.stored_config(first.model)
     native.save(str(tmp_path / "native.safetensors"), tensors, specs, config, RECIPE, "flux")
     y = sample(first)

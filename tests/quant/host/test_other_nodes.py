@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy.patcher_extension import PatcherInjection
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
-from comfyui_svdquant.quant.host import quantize
+from comfyui_svdquant.quant.host import checks
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 from ..comfy_models import HIDDEN, prompts
@@ -246,5 +246,5 @@ def test_two_devices_share_the_work(twin, hooked):
 def test_a_model_on_two_devices_is_not_quantized(plain):
     """The clone for the other device would stay in 16 bits, and nobody would watch it draw."""
     with pytest.raises(ValueError, match="^This MODEL goes through MultiGPU CFG Split, [^\n]+ behind SVDQuant Quantize Model\\.$"):
-        quantize.check_extras(node("multigpu", "MultiGPUCFGSplitNode", model=plain))
-    quantize.check_extras(plain)
+        checks.check_extras(node("multigpu", "MultiGPUCFGSplitNode", model=plain))
+    checks.check_extras(plain)

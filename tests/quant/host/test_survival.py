@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_svdquant.quant.host import loader, quantize, resume
+from comfyui_svdquant.quant.host import calibrate, loader, quantize, resume
 from comfyui_svdquant.quant.quantizer import calibration, pipeline, presets, report, smoothing
 
 from ..comfy_models import HIDDEN, LATENT, Progress, prompts, sample, save, write_flux
@@ -72,7 +72,7 @@ def test_a_model_streamed_through_the_device_gives_the_same_bytes_and_stays_as_i
         there.update(patcher.model.named_parameters())
         return False
 
-    monkeypatch.setattr(quantize, "make_room", nothing_loaded)
+    monkeypatch.setattr(calibrate, "make_room", nothing_loaded)
     if cancel_at is None:
         assert same(run(patched)[0], resident)
     else:
@@ -88,7 +88,7 @@ def test_a_model_streamed_through_the_device_gives_the_same_bytes_and_stays_as_i
 def test_the_device_is_asked_for_a_block_at_a_time(patcher, monkeypatch):
     """What lies on the device at once: what is outside the blocks, and one block."""
     there, most = [], []
-    on_device = quantize.on_device
+    on_device = calibrate.on_device
 
     class Counted:
         def __init__(self, patcher, modules):
@@ -103,8 +103,8 @@ def test_the_device_is_asked_for_a_block_at_a_time(patcher, monkeypatch):
             del there[len(there) - len(self.modules):]
             return self.context.__exit__(*error)
 
-    monkeypatch.setattr(quantize, "on_device", Counted)
-    monkeypatch.setattr(quantize, "make_room", lambda *_: False)
+    monkeypatch.setattr(calibrate, "on_device", Counted)
+    monkeypatch.setattr(calibrate, "make_room", lambda *_: False)
     run(patcher)
     assert not there and [blocks for blocks in most if blocks] == [
         {"double_blocks.0"}, {"single_blocks.0"}, {"single_blocks.1"}]

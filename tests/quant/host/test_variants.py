@@ -19,7 +19,7 @@ from comfy_extras.nodes_flux import FluxGuidance
 from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
 from comfyui_svdquant.quant.checkpoint import native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
-from comfyui_svdquant.quant.host import loader, quantize
+from comfyui_svdquant.quant.host import checks, loader
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 from nodes import InpaintModelConditioning, StyleModelApply
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from ..comfy_models import CONTEXT, HIDDEN, prompts, quantized, sample, save, write_flux
 from ..random_flux import flux_tensors
 
-VAE_FILE = Path(__file__).resolve().parents[2] / "demo" / "tiny_flux" / "tiny_vae.safetensors"
+VAE_FILE = Path(__file__).resolve().parents[3] / "demo" / "tiny_flux" / "tiny_vae.safetensors"
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -162,7 +162,7 @@ def test_chroma_is_refused_by_name(tmp_path):
         loader.load_model(str(path))
     patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
     with pytest.raises(ValueError, match="this MODEL is Chroma"):
-        quantize.check_model(patcher)
+        checks.check_model(patcher)
 
 
 def relative(kind, **changes):
@@ -180,14 +180,14 @@ def test_longcat_and_ovis_are_refused_by_name():
     """They run on FLUX.1's own class. Ovis' linear2 reads no GELU, which its unsigned codes would clip, and neither loads when saved."""
     for name, model in (("LongCatImage", relative("LongCatImage")), ("Ovis-Image", relative("FluxSchnell", yak_mlp=True, txt_norm=True))):
         with pytest.raises(ValueError, match=f"this MODEL is {name}; connect a FLUX.1 model."):
-            quantize.check_model(model)
+            checks.check_model(model)
 
 
 def test_another_packs_transformer_is_no_flux_of_comfyuis(tmp_path):
     patcher = loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1))
     patcher.model.diffusion_model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="this MODEL runs on another pack's Linear; load the 16-bit model"):
-        quantize.check_model(patcher)
+        checks.check_model(patcher)
 
 
 def test_norms_under_newer_comfyuis_names(tmp_path):

@@ -3,8 +3,8 @@
 import comfy.patcher_extension
 import pytest
 import torch
-from comfyui_svdquant.quant.families import flux1 as flux
-from comfyui_svdquant.quant.host import loader, quantize
+from comfyui_svdquant.quant.families.flux1 import FAMILY
+from comfyui_svdquant.quant.host import calibrate, loader, quantize
 from comfyui_svdquant.quant.quantizer import calibration, presets
 
 from ..comfy_models import LATENT, Progress, prompts, quantized, sample, write_flux
@@ -46,9 +46,9 @@ def test_streaming_a_real_flux_sees_what_its_blocks_see(patcher):
 
     calls, seen = [call(), call()], {}
     def layers_of(name, block):
-        return flux.outer_layers(block) if name == quantize.OUTSIDE else flux.block_layers(name, block)
+        return FAMILY.outer_layers(block) if name == calibrate.OUTSIDE else FAMILY.block_layers(name, block)
 
-    blocks = [*flux.blocks(model), (quantize.OUTSIDE, model)]
+    blocks = [*FAMILY.running_blocks(model), (calibrate.OUTSIDE, model)]
     layers = {name: layer for block_name, block in blocks for name, layer in layers_of(block_name, block).items()}
     hooks = [layer.register_forward_pre_hook(lambda _m, a, name=name: seen.setdefault(name, []).append(a[0].flatten(0, -2).clone()))
              for name, layer in layers.items()]
@@ -56,7 +56,8 @@ def test_streaming_a_real_flux_sees_what_its_blocks_see(patcher):
         model(*args, **kwargs)
     for hook in hooks:
         hook.remove()
-    for _, stats in calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks, layers_of, with_gram=True):
+    for _, stats in calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks, layers_of, FAMILY.pass_through,
+                                                 with_gram=True):
         for name, found in stats.items():
             x = torch.cat(seen.pop(name))
             assert found.tokens == len(x) and torch.equal(found.spans()["absmax"], x.abs().amax(0)), name

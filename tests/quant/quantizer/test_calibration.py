@@ -45,6 +45,11 @@ def named_blocks(model):
             for i, block in enumerate(getattr(model, kind))]
 
 
+def pass_through(name):
+    """As families.Family.pass_through."""
+    return (lambda img, txt, *args, **kwargs: (img, txt)) if name.startswith("double") else (lambda x, *args, **kwargs: x)
+
+
 @torch.no_grad()
 def test_what_two_calls_have_in_common_is_kept_once():
     """The prompt of all the steps that are recorded of it: megabytes each, in host memory beside the model."""
@@ -76,7 +81,7 @@ def test_every_block_is_seen_as_in_an_ordinary_forward():
     runs = dict.fromkeys(seen, 0)
     counters = [block.lin.register_forward_hook(lambda *_, name=name: runs.__setitem__(name, runs[name] + 1)) for name, block in blocks]
     streamed = list(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks,
-                                              lambda name, block: {f"{name}.lin": block.lin}))
+                                              lambda name, block: {f"{name}.lin": block.lin}, pass_through))
     for counter in counters:
         counter.remove()
     assert [name for name, _ in streamed] == list(seen)
@@ -97,7 +102,7 @@ def test_the_model_is_restored_when_calibration_is_cancelled():
     model = Model()
     blocks = named_blocks(model)
     calls = [((torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0}})]
-    stream = calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks, lambda name, block: {name: block.lin})
+    stream = calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks, lambda name, block: {name: block.lin}, pass_through)
     with torch.no_grad():
         next(stream), next(stream)
     stream.close()
@@ -109,7 +114,8 @@ def test_an_error_inside_the_model_reaches_the_caller():
     model = Model()
     calls = [((torch.randn(1, 5, 9), torch.randn(1, 3, 9)), {"options": {"scale": 1.0}})]
     with pytest.raises(RuntimeError, match="shapes"):
-        next(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), named_blocks(model), lambda name, block: {name: block.lin}))
+        next(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), named_blocks(model),
+                                        lambda name, block: {name: block.lin}, pass_through))
 
 
 def test_the_sample_hears_every_call_and_stays_small():
@@ -146,10 +152,10 @@ def test_a_call_that_skips_a_block_is_left_out_from_there_on():
         return {name: block.lin}
 
     with torch.no_grad():
-        streamed = calibration.stream_blocks(model, [call(False), call(True)], calibration.Memory("cpu"), blocks, layers)
+        streamed = calibration.stream_blocks(model, [call(False), call(True)], calibration.Memory("cpu"), blocks, layers, pass_through)
         assert [stats[name].tokens for name, stats in streamed] == [16, 8, 8]
         with pytest.raises(ValueError, match="never ran its block double_blocks.1"):
-            list(calibration.stream_blocks(model, [call(True)], calibration.Memory("cpu"), blocks, layers))
+            list(calibration.stream_blocks(model, [call(True)], calibration.Memory("cpu"), blocks, layers, pass_through))
 
 
 def test_a_forward_that_a_module_has_of_its_own_stays():
@@ -158,5 +164,6 @@ def test_a_forward_that_a_module_has_of_its_own_stays():
     own = block.forward = block.forward
     calls = [((torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0}})]
     with torch.no_grad():
-        list(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), named_blocks(model), lambda name, block: {name: block.lin}))
+        list(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), named_blocks(model),
+                                        lambda name, block: {name: block.lin}, pass_through))
     assert block.__dict__["forward"] is own

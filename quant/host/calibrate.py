@@ -1,0 +1,141 @@
+"""Calibration in the graph: a MODEL samples the prompts, then its blocks are streamed through the device one by one."""
+
+from contextlib import contextmanager, nullcontext
+
+import comfy.model_management
+import comfy.sample
+import torch
+
+from ..quantizer import calibration
+from . import build, resume
+from .patcher import PREFIX
+
+MAX_CALLS = 32  # recorded calls of the model, spread over prompts and noise levels
+WEIGHT_COPIES, GRAM_COPIES = 8, 3  # at the peak of pipeline.pack_svdquant
+OUTSIDE = "outside"  # stands for a block's name where layers are in none: the block is then the whole model
+NOTHING_ELSE = 2**62  # bytes that ComfyUI is asked to free where everything is to leave the device
+
+
+def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept=None):
+    """Sample every prompt once and return recorded calls of the diffusion model, at most MAX_CALLS, evenly spread.
+
+    kept: resume.Checkpoint or None. The model's outputs are saved to it, or come from it in place of the model.
+    """
+    model = patcher.model.diffusion_model
+    every = -(-len(conditioning) * steps // MAX_CALLS)
+    samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
+    saved = kept and kept.load(resume.TRAJECTORY)
+    played = calibration.played_back(model, [saved[0][key] for key in sorted(saved[0])]) if saved else nullcontext()
+    calls = []
+    with played, calibration.recorded_outputs(model) as outputs:
+        for i, entry in enumerate(conditioning):
+            prompt_seed = (seed + i) % 2**64  # the largest seed that PyTorch takes
+            noise = comfy.sample.prepare_noise(samples, prompt_seed)
+            # From prompt to prompt other steps are kept, or the last ones might never be.
+            with calibration.recorded_calls(model, calls, every, i % every):
+                comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", [entry], [entry], samples,
+                                    callback=lambda *_: progress.step(f"sampling prompt {i + 1} of {len(conditioning)}"),
+                                    disable_pbar=True, seed=prompt_seed)
+    if not calls:
+        raise ValueError("The model was never called during calibration; check the timestep range of the conditioning.")
+    if kept and not saved:
+        kept.save(resume.TRAJECTORY, {f"{i:06}": output for i, output in enumerate(outputs)}, None)
+    return calls
+
+
+def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done):
+    """Yield (block name, {layer: InputStats}) block by block, last OUTSIDE; without calls, and for blocks that are done, there are none.
+
+    specs: {layer name: LayerSpec}; memory: calibration.Memory; packed: {tensor name: packed tensor}, filled by the caller between the
+    blocks; done: names of blocks.
+    """
+    model = patcher.model.diffusion_model
+    blocks = family.running_blocks(model)
+    stages = [*blocks, (OUTSIDE, model)]
+    if not calls:
+        yield from ((name, {}) for name, _ in stages)
+        return
+    inside = {module for _, block in blocks for module in block.modules()}
+    outside = [(name, module) for name, module in model.named_modules() if module not in inside]
+
+    def loaded(name, block):
+        if name == OUTSIDE:
+            return nullcontext()  # what is in no block is on the device all the time
+        return on_device(patcher, [(f"{name}.{inner}", module) for inner, module in block.named_modules()])
+
+    @contextmanager
+    def quantized(name, block):
+        layers = {layer: specs[layer] for layer in family.block_layers(name, block) if f"{layer}.weight" in packed}
+        stored = {layer: model.get_submodule(layer) for layer in layers}
+        try:
+            for layer, spec in layers.items():
+                build.swap(model, layer, spec)
+                tensors = {part: packed[f"{layer}.{part}"].to(patcher.load_device) for part in spec.tensors()}
+                model.get_submodule(layer).load_state_dict(tensors, assign=True)
+            yield
+        finally:
+            for layer, module in stored.items():
+                parent, _, child = layer.rpartition(".")
+                setattr(model.get_submodule(parent), child, module)
+
+    def layers_of(name, block):
+        if name in done:
+            return {}
+        return family.outer_layers(block) if name == OUTSIDE else family.block_layers(name, block)
+
+    whole = make_room(patcher, working_memory(family, blocks, recipe.needs_gram()))
+    with nullcontext() if whole else on_device(patcher, outside):
+        yield from calibration.stream_blocks(model, calls, memory, stages, layers_of, family.pass_through, recipe.needs_gram(),
+                                             recipe.tokens, quantized=quantized if recipe.propagate == "quantized" else None,
+                                             **({} if whole else {"loaded": loaded}))
+
+
+def make_room(patcher, needed):
+    """Whether the whole MODEL is on its device, with `needed` bytes free beside it; else nothing of it is there, and what else
+    ComfyUI had loaded has made room too."""
+    management, device = comfy.model_management, patcher.load_device
+    dynamic = getattr(patcher, "is_dynamic", lambda: False)()  # ComfyUI then moves weights in and out by itself
+    fits = patcher.model_size() + needed + management.extra_reserved_memory() < management.get_total_memory(device)
+    if dynamic or device == patcher.offload_device or fits:
+        management.load_models_gpu([patcher], memory_required=needed)
+        if dynamic or not patcher.model.model_lowvram:
+            return True
+    management.free_memory(NOTHING_ELSE, device)
+    return False
+
+
+@contextmanager
+def on_device(patcher, modules):
+    """Within it the modules' own parameters and buffers lie on the MODEL's device, with its LoRAs applied; after it they are the same
+    tensors as before.
+
+    modules: [(name in the diffusion model, module)], none of which is loaded.
+    """
+    stored, patched = [], []
+    try:
+        for name, module in modules:
+            for tensors in (module._parameters, module._buffers):
+                for leaf, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    stored.append((tensors, leaf, tensor))
+                    key = f"{PREFIX}{name}.{leaf}"
+                    if key in patcher.patches:
+                        patched.append(key)
+                        patcher.patch_weight_to_device(key, patcher.load_device)
+                    moved = tensors[leaf].to(patcher.load_device)
+                    tensors[leaf] = torch.nn.Parameter(moved, requires_grad=False) if tensors is module._parameters else moved
+        yield
+    finally:
+        for tensors, leaf, tensor in stored:
+            tensors[leaf] = tensor
+        for key in patched:
+            patcher.backup.pop(key, None)  # it was in `stored`
+
+
+def working_memory(family, blocks, with_gram):
+    """Bytes on the device that quantizing the widest layer takes beside the model: copies of its weight in float32 and, with
+    GPTQ or refit, of its inputs' Gram matrix."""
+    shapes = [layer.weight.shape for name, block in blocks for layer in family.block_layers(name, block).values()]
+    weights = max(n * k for n, k in shapes) * 4 * WEIGHT_COPIES
+    return weights + (max(k for _, k in shapes) ** 2 * 4 * GRAM_COPIES if with_gram else 0)

@@ -1,0 +1,89 @@
+"""What is refused before a quantization begins: each in one sentence that says what, why and what to do."""
+
+import hashlib
+
+import comfy.patcher_extension
+import torch
+
+from .. import families
+from ..layers.linear import PackedLinear
+from . import resume
+from .build import family_of
+from .patcher import PREFIX
+from .weights import effective_weight
+
+
+def check_model(patcher):
+    """The Family of a MODEL in 16 or 8 bits. Raises ValueError where it is another model, on another pack's classes, or quantized."""
+    model, family = getattr(patcher.model, "diffusion_model", None), family_of(patcher.model)
+    name = type(getattr(patcher.model, "model_config", patcher.model)).__name__
+    if family is not None:
+        if family.model_class not in {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}:
+            raise ValueError(f"SVDQuant quantizes {family.title} models on ComfyUI's own classes, and this MODEL runs on another pack's "
+                             f"{type(model).__name__}; load the 16-bit model with Load Diffusion Model or SVDQuant Load Model.")
+        parameters = getattr(model, "params", None)
+        name = next((relative for feature, relative in family.lacks.items() if getattr(parameters, feature, False)), name)
+        if name in family.lacks.values() or any(getattr(model, module, None) is None for module in family.needs):
+            family = None
+    if family is None:
+        raise ValueError(f"SVDQuant quantizes {families.TITLES} models, and this MODEL is {name}; connect one of those.")
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("This MODEL is quantized already; connect the 16-bit model that it was made from.")
+    return family
+
+
+def check_extras(patcher):
+    """Raise ValueError where a node has put something on the MODEL that lives in its 16-bit modules and would be lost."""
+    wrappers = patcher.wrappers.get(comfy.patcher_extension.WrappersMP.APPLY_MODEL, {})
+    if "torch.compile" in wrappers or "torch_compile_kwargs" in patcher.model_options:
+        raise ValueError("This MODEL goes through TorchCompileModel or a node like it, which would go on running the 16-bit model; "
+                         "put that node behind SVDQuant Quantize Model.")
+    if patcher.additional_models.get("multigpu"):
+        raise ValueError("This MODEL goes through MultiGPU CFG Split, whose other devices would go on drawing with the 16-bit model; put "
+                         "that node behind SVDQuant Quantize Model.")
+    inside = [key for key in patcher.object_patches if key.startswith("diffusion_model")]
+    if inside or patcher.injections:
+        what = f"replaces {inside[0]}" if inside else "hooks into its layers, as a bypass LoRA does"
+        raise ValueError(f"A node on this MODEL {what}, which can't be carried into 4 bits; put it behind SVDQuant Quantize Model, "
+                         "or use the ordinary Load LoRA node.")
+
+
+def check_latent(patcher, latent):
+    """Raise ValueError unless the latent is one that the MODEL can draw."""
+    samples, channels = latent["samples"], patcher.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or (samples.shape[1] != channels and samples.any()):
+        raise ValueError(f"The latent has shape {list(samples.shape)} and this model draws pictures with {channels} channels; "
+                         "connect an empty latent of your usual picture size.")
+
+
+def check_conditioning(family, patcher, conditioning):
+    """Raise ValueError unless there are prompts and each one's conditioning is as wide as the model's text input."""
+    if not conditioning:
+        raise ValueError("The conditioning holds no prompt; connect a text encode node with a prompt.")
+    width = patcher.model.model_config.unet_config[family.text_width]
+    for tensor, extras in conditioning:
+        if family.pooled and extras.get("pooled_output") is None:
+            raise ValueError(f"The conditioning has no pooled output, which {family.title} needs; encode the prompt with "
+                             f"{family.title}'s text encoders, {family.encoders}.")
+        if tensor.shape[-1] != width:
+            raise ValueError(f"The conditioning is {tensor.shape[-1]} wide and this {family.title} model takes {width}; encode the prompt "
+                             f"with the text encoders that belong to the model, {family.encoders}.")
+
+
+def check_weights(patcher, check):
+    """Raise ValueError naming the first parameter that is no floating point tensor, or holds NaN or Inf: calibration would only show
+    where it arrives. check: called often, to cancel. Returns a digest of all parameters, as the MODEL uses them."""
+    digest = hashlib.sha256()
+    for name, parameter in patcher.model.diffusion_model.named_parameters():
+        check()
+        if not parameter.dtype.is_floating_point:
+            raise ValueError(f"The MODEL's {name} is stored as {parameter.dtype}, in a format of its own; load a bf16, fp16 or "
+                             "fp8 version of the model.")
+        stored = parameter.to(patcher.load_device)  # which is quicker at it
+        # fp8 has no isfinite of its own.
+        if not torch.isfinite(stored.half() if stored.dtype.itemsize == 1 else stored).all():
+            raise ValueError(f"The MODEL's {name} holds NaN or Inf: its file is damaged or was merged wrongly; load a "
+                             "sound copy.")
+        used = effective_weight(patcher, name, patcher.load_device) if PREFIX + name in patcher.patches else stored
+        digest.update(f"{name} {resume.digest(used)}\n".encode())
+    return digest.hexdigest()

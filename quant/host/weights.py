@@ -1,0 +1,52 @@
+"""A MODEL's weights as it uses them: LoRAs and merges baked in, whatever patches are applied at the moment."""
+
+import comfy.lora
+import comfy.model_patcher
+import torch
+
+from . import lora
+from .patcher import PREFIX
+
+
+def compute_dtype(patcher):
+    """The dtype in which a model computes."""
+    return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
+
+
+def storage_dtype(patcher):
+    """The 16-bit dtype in which the quantized model's scales, branches and unpacked weights are stored."""
+    first = next(patcher.model.diffusion_model.parameters())
+    return torch.float16 if first.dtype == torch.float16 else torch.bfloat16
+
+
+def effective_weight(patcher, name, device):
+    """A parameter of the diffusion model as the MODEL uses it.
+
+    Returns it in its own dtype where nothing is applied to it, else in float32; on `device`. It may share the MODEL's memory, and is
+    never its nn.Parameter, which the caller would train or keep.
+    """
+    key = PREFIX + name
+    # The patcher's own get_key_patches stumbles over the scale that a weight in scaled fp8 has in the state dict, and nowhere else.
+    stored, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if key in patcher.backup:
+        stored = patcher.backup[key].weight
+    if key in patcher.hook_backup:
+        stored = patcher.hook_backup[key][0]
+    weight = stored.detach().to(device)
+    if convert:
+        weight = convert(weight, inplace=False)
+    if key in patcher.patches:
+        weight = comfy.lora.calculate_weight(patcher.patches[key], weight.to(torch.float32, copy=True), key)
+    return weight
+
+
+def effective_shapes(patcher):
+    """{name: shape} of the diffusion model's parameters as the MODEL uses them: some LoRAs widen a weight."""
+    shapes = {}
+    for name, parameter in patcher.model.diffusion_model.named_parameters():
+        key, shape = PREFIX + name, parameter.shape
+        if key in patcher.backup:
+            shape = patcher.backup[key].weight.shape
+        widths = [lora.widens_to(patch[1]) for patch in patcher.patches.get(key, ())]
+        shapes[name] = torch.Size((*shape[:-1], max(shape[-1], *widths))) if widths else shape
+    return shapes
