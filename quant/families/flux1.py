@@ -143,7 +143,7 @@ FAMILY = Family(
         names=("img_in.weight",),
         parts=(("vector_in.", "LongCat-Image"),),
         lookalikes=(
-            ("distilled_guidance_layer", "a Chroma model"),
+            ("distilled_guidance_layer", "a Chroma model with parts missing, or under diffusers' names"),
             ("double_stream_modulation_img.", "a FLUX.2 model"),
             ("img_mlp.gate_proj.", "an Ovis-Image model"),
             ("context_embedder_norm.", "an Ovis-Image model"),  # in diffusers' naming

@@ -84,9 +84,9 @@ FOREIGN = {
                   ("model.diffusion_model.joint_blocks.0.context_block.attn.proj", 1536, 1536))}),
     "SD3.5, diffusers": ("not a FLUX.1 model", {"pos_embed.proj.weight": (2432, 16, 2, 2), **diffusers_block(2432),
                                               **linears(("context_embedder", 2432, 4096))}),
-    "Chroma": ("a Chroma model", flux_block(3072, False) | linears(
+    "Chroma, a part": ("a Chroma model with parts missing, or under diffusers' names", flux_block(3072, False) | linears(
         ("distilled_guidance_layer.in_proj", 5120, 64), ("distilled_guidance_layer.layers.0.in_layer", 5120, 5120))),
-    "Chroma, diffusers": ("a Chroma model", diffusers_block(3072) | linears(
+    "Chroma, diffusers": ("a Chroma model with parts missing, or under diffusers' names", diffusers_block(3072) | linears(
         ("x_embedder", 3072, 64), ("context_embedder", 3072, 4096), ("proj_out", 64, 3072),
         ("distilled_guidance_layer.in_proj", 5120, 64))),
     "FLUX.2": ("a FLUX.2 model", {key: shape for key, shape in flux_block(6144, False).items() if not key.endswith("bias")} | {

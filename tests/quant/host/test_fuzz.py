@@ -238,7 +238,7 @@ def test_other_models_are_refused_by_name(tmp_path, kind):
     path = foreign_file(tmp_path / "model.safetensors", kind)
     with pytest.raises(CheckpointError) as caught:
         loader.load_model(str(path))
-    assert str(caught.value) == f"model.safetensors is {what}; choose a FLUX.1 model in safetensors format."
+    assert str(caught.value) == f"model.safetensors is {what}; choose a FLUX.1 or Chroma model in safetensors format."
     with pytest.raises(CheckpointError, match="model.safetensors is " + (what if what.startswith("a ") else "no FLUX.1")):
         inspection.inspect(read_header(str(path)))
     with pytest.raises(CheckpointError, match="model.safetensors is no quantized FLUX.1"):

@@ -1,7 +1,6 @@
 """Every FLUX.1 at reduced size, through ComfyUI's own nodes: loaded, quantized, saved, loaded and sampled, and the configuration
 read from the file. What shares FLUX.1's blocks and is not one is refused by name."""
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,30 +140,6 @@ def test_several_reference_latents_of_other_sizes(tmp_path):
 # --- relatives -----------------------------------------------------------------------------------------------------
 
 
-def chroma():
-    """A MODEL of Chroma at reduced size: FLUX's blocks, with the modulation computed outside of them."""
-    params = {
-        "in_channels": 16, "out_channels": 16, "patch_size": 2, "context_in_dim": CONTEXT, "hidden_size": HIDDEN,
-        "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000,
-        "qkv_bias": True, "in_dim": 64, "out_dim": HIDDEN, "hidden_dim": 128, "n_layers": 2, "txt_ids_dims": [],
-        "vec_in_dim": 64}
-    known = {field.name for field in dataclasses.fields(comfy.ldm.chroma.model.ChromaParams)}
-    config = comfy.supported_models.Chroma({"image_model": "chroma"} | {key: params[key] for key in params if key in known})
-    config.set_inference_dtype(torch.float32, None)
-    return config.get_model({}, "", device=None)
-
-
-def test_chroma_is_refused_by_name(tmp_path):
-    model = chroma()
-    path = tmp_path / "chroma.safetensors"
-    save_file({name: t.contiguous() for name, t in model.diffusion_model.state_dict().items()}, path)
-    with pytest.raises(CheckpointError, match="chroma.safetensors is a Chroma model; choose a FLUX.1 model"):
-        loader.load_model(str(path))
-    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-    with pytest.raises(ValueError, match="this MODEL is Chroma"):
-        checks.check_model(patcher)
-
-
 def relative(kind, **changes):
     """A MODEL of ComfyUI's class for a relative of FLUX.1 at reduced size; changes: of FLUX.1's own configuration."""
     config = {"in_channels": 16, "out_channels": 16, "vec_in_dim": None, "context_in_dim": CONTEXT, "hidden_size": HIDDEN, "mlp_ratio": 4.0,
@@ -179,7 +154,7 @@ def relative(kind, **changes):
 def test_longcat_and_ovis_are_refused_by_name():
     """They run on FLUX.1's own class. Ovis' linear2 reads no GELU, which its unsigned codes would clip, and neither loads when saved."""
     for name, model in (("LongCatImage", relative("LongCatImage")), ("Ovis-Image", relative("FluxSchnell", yak_mlp=True, txt_norm=True))):
-        with pytest.raises(ValueError, match=f"this MODEL is {name}; connect a FLUX.1 model."):
+        with pytest.raises(ValueError, match=f"this MODEL is {name}; connect one of those."):
             checks.check_model(model)
 
 
@@ -217,7 +192,8 @@ def test_a_matrix_of_no_columns_is_no_model(tmp_path):
 
 
 RELATIVES = {
-    "a Chroma model": ("nerf_image_embedder.embedder.0.weight", "distilled_guidance_layer.in_proj.weight"),
+    "a Chroma Radiance model": ("nerf_blocks.0.norm.weight",),
+    "a Chroma model": ("distilled_guidance_layer.in_proj.weight",),
     "a FLUX.2 model": ("double_stream_modulation_img.lin.weight",),
     "a HunyuanVideo model": ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_attn.norm.key_norm.weight"),
     "a HiDream model": ("caption_projection.0.linear.weight",),
@@ -231,5 +207,5 @@ def test_relatives_are_refused_by_name(tmp_path, what):
     path = tmp_path / "model.safetensors"
     for prefix in ("", "model.diffusion_model."):
         save_file({prefix + key: torch.zeros(4, 4) for key in (*RELATIVES[what], "final_layer.linear.weight")}, path)
-        with pytest.raises(CheckpointError, match=f"model.safetensors is {what}; choose a FLUX.1 model"):
+        with pytest.raises(CheckpointError, match=f"model.safetensors is {what}; choose a FLUX.1 or Chroma model"):
             loader.load_model(str(path))
