@@ -5,6 +5,7 @@ import logging
 import comfy.hooks
 import comfy.model_patcher
 import comfy.utils
+from comfy.model_patcher import LowVramPatch
 
 from ..layers.linear import PackedLinear
 from . import lora
@@ -183,12 +184,46 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         if layer := self.packed_at(key):
             self._attach()  # for node packs that put a loading of their own in the place of ComfyUI's
             return layer.weight
+        if key in self.backup and not kwargs.get("return_weight"):  # patched in place already: its patches start from the original again
+            patched = comfy.utils.get_attr(self.model, key)
+            comfy.utils.set_attr_param(self.model, key, self.backup[key].weight.to(patched.device, copy=True))
         return super().patch_weight_to_device(key, *args, **kwargs)
+
+    def _patch_in_place(self, key):
+        """Patch the 16-bit parameter `key` where it lies, and not at every call."""
+        if key not in self.backup:
+            self.unpin_weight(key)
+            self.patch_weight_to_device(key)
+        path, _, parameter = key.rpartition(".")
+        module, functions = comfy.utils.get_attr(self.model, path), f"{parameter}_function"
+        if hasattr(module, functions):
+            setattr(module, functions, [function for function in getattr(module, functions) if not isinstance(function, LowVramPatch)])
+
+    def _patch_once(self):
+        """Correct which 16-bit parameters ComfyUI has patched after it moved a part of the model.
+
+        It gives a LowVramPatch, applied at every call, to parameters that are patched in place already; it skips modules that can't have
+        one, FLUX.1's norms in some versions; and it reads the width of img_in from the parameter, which such a patch does not widen.
+        """
+        for key, patches in self.patches.items():
+            if self.packed_at(key):
+                continue
+            path, _, parameter = key.rpartition(".")
+            functions = getattr(comfy.utils.get_attr(self.model, path), f"{parameter}_function", ())
+            at_every_call = any(isinstance(function, LowVramPatch) for function in functions)
+            if key in self.backup or not at_every_call or widened_columns(patch_of(patches[-1]).value):
+                self._patch_in_place(key)
 
     def load(self, *args, **kwargs):
         self.unpatch_hooks()
         self._attach()
         super().load(*args, **kwargs)
+        self._patch_once()
+
+    def partially_unload(self, *args, **kwargs):
+        freed = super().partially_unload(*args, **kwargs)
+        self._patch_once()
+        return freed
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
@@ -219,6 +254,12 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             self.model.svdquant_unhooked[key] = layer.lora_branch
         layer.lora_branch = branch and branch.to(layer.weight.device)
 
+    def _before_hook(self, key):
+        """A hook's weight is the patched one with the hook's patches: a LowVramPatch would add the MODEL's own a second time, or undo the
+        hook's."""
+        if key in self.patches and key not in self.hook_backup:
+            self._patch_in_place(key)
+
     def _fitting(self, key, combined_patches):
         """A hook's patches of a 16-bit weight, made to fit where a LoRA on the MODEL has widened it. Raises ValueError where the hook
         itself would widen it, which ComfyUI can't do for a part of the steps."""
@@ -234,6 +275,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
         layer = self.packed_at(key)
         if layer is None or key not in combined_patches:
+            self._before_hook(key)
             return super().patch_hook_weight_to_device(hooks, self._fitting(key, combined_patches), key, *args, **kwargs)
         branch = self._branch(key, layer, self.patches.get(key, []) + combined_patches[key], self.hook_notes)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
@@ -248,6 +290,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def patch_cached_hook_weights(self, cached_weights, key, *args, **kwargs):
         if layer := self.packed_at(key):
             return self._hook(key, layer, cached_weights[key])
+        self._before_hook(key)
         return super().patch_cached_hook_weights(cached_weights, key, *args, **kwargs)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
