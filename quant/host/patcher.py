@@ -211,7 +211,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             path, _, parameter = key.rpartition(".")
             functions = getattr(comfy.utils.get_attr(self.model, path), f"{parameter}_function", ())
             at_every_call = any(isinstance(function, LowVramPatch) for function in functions)
-            if key in self.backup or not at_every_call or widened_columns(patch_of(patches[-1]).value):
+            if key in self.backup or not at_every_call or any(widened_columns(patch_of(entry).value) for entry in patches):
                 self._patch_in_place(key)
 
     def load(self, *args, **kwargs):
