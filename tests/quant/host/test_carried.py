@@ -222,3 +222,10 @@ def test_the_source_is_collected_where_it_is_not_reached(pair_files):
     del patched
     gc.collect()
     assert source() is None and twin.get_attachment("cache") and twin.get_wrappers(WrappersMP.DIFFUSION_MODEL, "cache")
+
+
+def test_a_step_cache_is_refused_before_the_run(plain):
+    progress = Progress()
+    with pytest.raises(ValueError, match="^A node on this MODEL, such as a step cache, [^\n]+ behind SVDQuant Quantize Model\\.$"):
+        quantize.quantize(step_cache(plain, plain.model.diffusion_model), presets.make_recipe("data-free", 16), None, None, 2, 0, progress)
+    assert not progress.texts
