@@ -15,7 +15,7 @@ class Operations(comfy.ops.manual_cast):
         comfy_cast_weights = True
 
         def at(self, x):
-            # A patch of the bias, where the layer is offloaded; patches of the packed weight are self.side instead.
+            # A patch of the bias, where the layer is offloaded; patches of the packed weight are in self.lora_branch instead.
             p = super().at(x)
             if self.bias_function:
                 bias = p["bias"].to(torch.float32, copy=True)  # the functions work in place

@@ -1,21 +1,23 @@
-"""The ModelPatcher of a quantized model: what differs from ComfyUI's own because weights are packed."""
+"""The ModelPatcher of a quantized model: ComfyUI's own, but for weights that are packed."""
 
 import logging
 
 import comfy.hooks
 import comfy.model_patcher
 import comfy.utils
+from comfy.model_patcher import LowVramPatch
 
 from ..layers.linear import PackedLinear
 from . import lora
+from .patches import nbytes, padded, patch_of, widened_columns, widest_last
 
 PREFIX = "diffusion_model."
-COMPILED = "_orig_mod."  # what torch.compile, in a module's place, puts into the names of what is in it
-CACHED_SVDS = 4  # a packed layer: two LoRAs beside each other, and the two before them
+COMPILED = "_orig_mod."  # torch.compile, in a module's place, puts it into the names of the module's parameters
+CACHED_SVDS = 4  # per packed layer: two LoRAs beside each other, and the two before them
 
 
 def refuse_to_save(*args, **kwargs):
-    """Stands in for the state_dict_for_saving of a quantized model, which every ComfyUI's nodes end at, each with arguments of its own."""
+    """In place of the state_dict_for_saving that ComfyUI's own saving nodes call, each version with other arguments."""
     raise ValueError("ComfyUI's own nodes can't save a MODEL in 4 bits, as their file would not say how its layers are packed; save it "
                      "with SVDQuant Save Model.")
 
@@ -26,11 +28,11 @@ def packed_layers(diffusion_model):
 
 
 def unpatched(model, backup):
-    """{name: tensor} of a BaseModel's diffusion model, without what patches have changed. backup: a patcher's; one of its clones may be
-    loaded with its LoRAs at this moment, and what ComfyUI has put aside for them is the model's own."""
+    """{name: tensor} of a BaseModel's diffusion model as it is without patches. backup: a patcher's, which its clones share. While one of
+    them is loaded with LoRAs, the backup holds the model's own tensors."""
     tensors = {name.replace(COMPILED, ""): tensor for name, tensor in model.diffusion_model.state_dict().items()}
-    for key, put_aside in backup.items():
-        tensors[key.removeprefix(PREFIX).replace(COMPILED, "")] = put_aside.weight
+    for key, original in backup.items():
+        tensors[key.removeprefix(PREFIX).replace(COMPILED, "")] = original.weight
     return tensors
 
 
@@ -38,7 +40,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     """ComfyUI's classic patcher: it moves and offloads whole layers, all tensors of a packed one together.
 
     Patches of packed weights stay where ComfyUI puts them, in `patches` and `hook_patches`. They never touch the weights:
-    loading turns them into side branches on the layers (lora.py), unloading takes those away.
+    loading turns them into LoRA branches on the layers (lora.py), unloading takes those away.
 
     source: the name of the model that was quantized; recipe: how. Both go into a saved file.
     """
@@ -49,15 +51,14 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model.state_dict_for_saving = refuse_to_save
-        # These two are shared by the clones of one model. On the patcher they would be by those that ComfyUI's MultiGPU node has made for
-        # a model on another device, too.
+        # Kept on the BaseModel, which clones share; MultiGPU clones on other devices must not share them.
         if not hasattr(self.model, "svdquant_decomposed"):
-            self.model.svdquant_decomposed = {}  # SVDs of what the loaded patches add: lora.build's cache
-            self.model.svdquant_unhooked = {}  # {key: the side branch that a hook has replaced, or None}
-            self.model.svdquant_attached = None  # the patches_uuid of what the side branches were made of
-        self.stays = False  # while a loaded model changes its patches
-        self.told = set()  # lines in the log
-        self.hook_notes = []  # what they will tell of the hooks that are being applied
+            self.model.svdquant_decomposed = {}  # lora.build's cache of the loaded patches' SVDs
+            self.model.svdquant_unhooked = {}  # {key: the LoRA branch that a hook has replaced, or None}
+            self.model.svdquant_attached = None  # the patches_uuid that the LoRA branches were made for
+        self.keeps_device = False  # while a loaded model changes its patches
+        self.logged = set()  # lines that are in the log already
+        self.hook_notes = []  # lora.build's notes on the hooks that are being applied
 
     def clone(self, *args, **kwargs):
         clone = super().clone(*args, **kwargs)
@@ -84,130 +85,163 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         return layer if isinstance(layer, PackedLinear) else None
 
     def model_size(self):
-        return super().model_size() + sum(lora.nbytes(self.patches[key]) for key in self.patches if self.packed_at(key))
+        return super().model_size() + sum(nbytes(self.patches[key]) for key in self.patches if self.packed_at(key))
 
     # --- taking patches --------------------------------------------------------------------------------------------
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        idle = []
-        if strength_patch == 0 and strength_model == 1:  # merging nodes give these for what is to stay model1's
-            idle = [key for key, value in patches.items() if isinstance(value, list) and self._layer_of(key)]
-            patches = {key: value for key, value in patches.items() if key not in idle}
+        unchanged = []
+        if strength_patch == 0 and strength_model == 1:  # merging nodes give these for parameters that stay as model1 has them
+            unchanged = [key for key, value in patches.items() if isinstance(value, list) and self._layer_of(key)]
+            patches = {key: value for key, value in patches.items() if key not in unchanged}
         self._check(patches, strength_model)
-        added = super().add_patches(patches, strength_patch, strength_model)
-        for key in {target if isinstance(target, str) else target[0] for target in added}:
-            self.patches[key] = lora.widest_last(self.patches[key])
-        return added + idle
+        taken = super().add_patches(patches, strength_patch, strength_model)
+        for key in {target if isinstance(target, str) else target[0] for target in taken}:
+            self.patches[key] = widest_last(self.patches[key])
+        return taken + unchanged
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         self._check(patches, strength_model)
         return super().add_hook_patches(hook, patches, strength_patch, strength_model)
 
     def add_weight_wrapper(self, name, function):
-        # Of the bias too: a training node that has its LoRAs beside the weights, in bypass mode, wraps nothing else, and takes the size of
-        # the packed weight for the layer's.
+        # The bias counts too: training in bypass mode wraps nothing else, and mistakes the packed weight's size for the layer's.
         if self._layer_of(name):
             raise ValueError(f"A node, as those that train LoRAs do, puts a function of its own around {name}, and a MODEL in 4 bits has "
                              "no 16-bit weights for that; train on the 16-bit model, and use the LoRA on this one.")
         super().add_weight_wrapper(name, function)
 
     def _check(self, patches, strength_model):
-        layers = self.packed_layers()
+        # Each key's layer is looked up: some loaders add their patches key by key, and a walk over the modules for each takes seconds.
         for target, value in patches.items():
             key, offset = (target, None) if isinstance(target, str) else target[:2]
-            name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
-            if name in layers:
-                lora.check(name, layers[name], parameter, value, strength_model, offset)
+            if layer := self._layer_of(key):
+                name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+                lora.check(name, layer, parameter, value, strength_model, offset)
 
     def model_state_dict(self, filter_prefix=None):
-        if filter_prefix is not None:  # LoraSave, which would take the codes for weights; others only look for names
+        if filter_prefix is not None:  # LoraSave, which would mistake the codes for weights; others only look for names
             raise ValueError("The weights of this MODEL are packed in 4 bits, and a node reads them as LoraSave does; give it what "
                              "ModelMergeSubtract makes of 16-bit models, or of a 16-bit model1 and this MODEL as model2.")
         return super().model_state_dict()
 
     def get_key_patches(self, *args, **kwargs):
-        """For merging this model into a 16-bit one: packed weights in dense form, biases without the GELU's shift."""
-        patches = super().get_key_patches(*args, **kwargs)
+        """For merging this model into a 16-bit one: packed weights in dense form, biases without the GELU shift correction."""
+        found = super().get_key_patches(*args, **kwargs)
         for name, layer in self.packed_layers().items():
             for parameter in layer.spec.tensors():
                 key = f"{PREFIX}{name}.{parameter}"
-                if key not in patches:
+                if key not in found:
                     continue
-                stored = patches[key][0][0]
+                stored = found[key][0][0]
                 if parameter == "weight":
-                    patches[key][0] = (stored, lambda w, inplace=False, layer=layer: layer.dense(w.device).to(w.dtype))
+                    found[key][0] = (stored, lambda w, inplace=False, layer=layer: layer.dense(w.device).to(w.dtype))
                 elif parameter == "bias":
-                    patches[key][0] = (stored, lambda b, inplace=False, layer=layer: b - layer.fold(b.device).to(b.dtype))
+                    found[key][0] = (stored, lambda b, inplace=False, layer=layer: b - layer.gelu_shift_correction(b.device).to(b.dtype))
                 else:
-                    del patches[key]
-        return patches
+                    del found[key]
+        return found
 
     # --- loading and unloading -------------------------------------------------------------------------------------
 
-    def _side(self, key, layer, patches, notes):
-        side, more = lora.build(key, layer, patches, self.load_device, self.model.svdquant_decomposed)
+    def _branch(self, key, layer, entries, notes):
+        """The LoRABranch of patches `entries`, or None; lora.build's notes are appended to `notes`."""
+        branch, more = lora.build(key, layer, entries, self.load_device, self.model.svdquant_decomposed)
         notes.extend(more)
-        return side
+        return branch
 
-    def _tell(self, notes):
+    def _log(self, notes):
         for line in lora.lines(notes):
-            if line not in self.told:
+            if line not in self.logged:
                 logging.info(line)
-                self.told.add(line)
+                self.logged.add(line)
 
     def _attach(self):
-        """Give every packed layer the side branch of this patcher's patches, beside the layer's own tensors, if it hasn't got it."""
+        """Give every packed layer the LoRA branch of this patcher's patches, on the layer's own device, unless it has it."""
         if self.model.svdquant_attached == self.patches_uuid:
             return
         notes, layers = [], self.packed_layers()
         for name, layer in layers.items():
             key = f"{PREFIX}{name}.weight"
-            layer.side = self._side(key, layer, self.patches[key], notes) if key in self.patches else None
-        for what in list(self.model.svdquant_decomposed)[:-CACHED_SVDS * len(layers)]:
-            del self.model.svdquant_decomposed[what]
+            layer.lora_branch = self._branch(key, layer, self.patches[key], notes) if key in self.patches else None
+        for oldest in list(self.model.svdquant_decomposed)[:-CACHED_SVDS * len(layers)]:
+            del self.model.svdquant_decomposed[oldest]
         self.model.svdquant_attached = self.patches_uuid
-        self._tell(notes)
+        self._log(notes)
 
     def _load_list(self, *args, **kwargs):
-        # ComfyUI would reserve room to patch a packed weight in 32 bits; a side branch needs its own size only.
-        patches = self.patches
-        self.patches = {key: patches[key] for key in patches if not self.packed_at(key)}
-        try:
-            entries = super()._load_list(*args, **kwargs)
-        finally:
-            self.patches = patches
-        return [(offload + layer.side.nbytes(), size + layer.side.nbytes(), name, layer, *rest)
-                if isinstance(layer, PackedLinear) and layer.side else (offload, size, name, layer, *rest)
-                for offload, size, name, layer, *rest in entries]
+        # ComfyUI would reserve room to cast and patch a packed weight as a dense one, and count no LoRA branch. It has no public way to
+        # say what a layer takes: its sizes are those of state_dict().
+        def sized(offload, size, name, module, *rest):
+            if isinstance(module, PackedLinear):
+                size += module.lora_branch.nbytes() if module.lora_branch else 0
+                offload = size
+            return offload, size, name, module, *rest
+
+        return [sized(*entry) for entry in super()._load_list(*args, **kwargs)]
 
     def patch_weight_to_device(self, key, *args, **kwargs):
         if layer := self.packed_at(key):
-            self._attach()  # where a node pack has put a loading of its own in the place of ComfyUI's
+            self._attach()  # for node packs that put a loading of their own in the place of ComfyUI's
             return layer.weight
+        if key in self.backup and not kwargs.get("return_weight"):  # patched in place already: its patches start from the original again
+            patched = comfy.utils.get_attr(self.model, key)
+            comfy.utils.set_attr_param(self.model, key, self.backup[key].weight.to(patched.device, copy=True))
         return super().patch_weight_to_device(key, *args, **kwargs)
+
+    def _patch_in_place(self, key):
+        """Patch the 16-bit parameter `key` where it lies, and not at every call."""
+        if key not in self.backup:
+            self.unpin_weight(key)
+            self.patch_weight_to_device(key)
+        path, _, parameter = key.rpartition(".")
+        module, functions = comfy.utils.get_attr(self.model, path), f"{parameter}_function"
+        if hasattr(module, functions):
+            setattr(module, functions, [function for function in getattr(module, functions) if not isinstance(function, LowVramPatch)])
+
+    def _patch_once(self):
+        """Correct which 16-bit parameters ComfyUI has patched after it moved a part of the model.
+
+        It gives a LowVramPatch, applied at every call, to parameters that are patched in place already; it skips modules that can't have
+        one, FLUX.1's norms in some versions; and it reads the width of img_in from the parameter, which such a patch does not widen.
+        """
+        for key, patches in self.patches.items():
+            if self.packed_at(key):
+                continue
+            path, _, parameter = key.rpartition(".")
+            functions = getattr(comfy.utils.get_attr(self.model, path), f"{parameter}_function", ())
+            at_every_call = any(isinstance(function, LowVramPatch) for function in functions)
+            if key in self.backup or not at_every_call or any(widened_columns(patch_of(entry).value) for entry in patches):
+                self._patch_in_place(key)
 
     def load(self, *args, **kwargs):
         self.unpatch_hooks()
         self._attach()
         super().load(*args, **kwargs)
+        self._patch_once()
+
+    def partially_unload(self, *args, **kwargs):
+        freed = super().partially_unload(*args, **kwargs)
+        self._patch_once()
+        return freed
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
             self.unpatch_hooks()
             for layer in self.packed_layers().values():
-                layer.side = None
+                layer.lora_branch = None
             self.model.svdquant_attached = None
-        stays, self.stays = self.stays, False
-        super().unpatch_model(None if stays else device_to, unpatch_weights)
+        keeps_device, self.keeps_device = self.keeps_device, False
+        super().unpatch_model(None if keeps_device else device_to, unpatch_weights)
 
     def partially_load(self, device_to, *args, **kwargs):
         # A model that is whole on its device stays there when its patches change; ComfyUI would carry it out and in.
-        whole = self.stays = self.model.device == device_to and not self.model.model_lowvram
+        whole = self.keeps_device = self.model.device == device_to and not self.model.model_lowvram
         try:
             loaded = super().partially_load(device_to, *args, **kwargs)
         finally:
-            self.stays = False
-        if whole and self.model.model_lowvram:  # it is whole no longer
+            self.keeps_device = False
+        if whole and self.model.model_lowvram:  # it no longer fits as a whole
             for module in self.model.modules():
                 if hasattr(module, "comfy_cast_weights") and not getattr(module, "comfy_patched_weights", False):
                     module.to(self.offload_device)
@@ -215,47 +249,53 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # --- hooks -----------------------------------------------------------------------------------------------------
 
-    def _hook(self, key, layer, side):
+    def _hook(self, key, layer, branch):
         if key not in self.model.svdquant_unhooked:
-            self.model.svdquant_unhooked[key] = layer.side
-        layer.side = side and side.to(layer.weight.device)
+            self.model.svdquant_unhooked[key] = layer.lora_branch
+        layer.lora_branch = branch and branch.to(layer.weight.device)
+
+    def _before_hook(self, key):
+        """A hook's weight is the patched one with the hook's patches: a LowVramPatch would add the MODEL's own a second time, or undo the
+        hook's."""
+        if key in self.patches and key not in self.hook_backup:
+            self._patch_in_place(key)
 
     def _fitting(self, key, combined_patches):
         """A hook's patches of a 16-bit weight, made to fit where a LoRA on the MODEL has widened it. Raises ValueError where the hook
         itself would widen it, which ComfyUI can't do for a part of the steps."""
         if key not in combined_patches:
             return combined_patches
-        patches, weight = lora.widest_last(combined_patches[key]), comfy.utils.get_attr(self.model, key)
-        if lora.widens_to(patches[-1][1]) > weight.shape[-1]:
+        hooked, weight = widest_last(combined_patches[key]), comfy.utils.get_attr(self.model, key)
+        if widened_columns(patch_of(hooked[-1]).value) > weight.shape[-1]:
             raise ValueError(f"The LoRA of a hook makes {key} wider, which a hook can't; put that LoRA on the MODEL with Load LoRA.")
         if key in self.backup and weight.ndim == 2:
-            patches = lora.padded(patches, self.backup[key].weight.shape[1], weight.shape[1])
-        return combined_patches | {key: patches}
+            hooked = padded(hooked, self.backup[key].weight.shape[1], weight.shape[1])
+        return combined_patches | {key: hooked}
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
         layer = self.packed_at(key)
         if layer is None or key not in combined_patches:
+            self._before_hook(key)
             return super().patch_hook_weight_to_device(hooks, self._fitting(key, combined_patches), key, *args, **kwargs)
-        notes = []
-        side = self._side(key, layer, self.patches.get(key, []) + combined_patches[key], notes)
-        self.hook_notes += notes
+        branch = self._branch(key, layer, self.patches.get(key, []) + combined_patches[key], self.hook_notes)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
-            self.cached_hook_patches.setdefault(hooks, {})[key] = side
-        self._hook(key, layer, side)
+            self.cached_hook_patches.setdefault(hooks, {})[key] = branch
+        self._hook(key, layer, branch)
 
     def patch_hooks(self, hooks):
         self.hook_notes = []
         super().patch_hooks(hooks)
-        self._tell(self.hook_notes)
+        self._log(self.hook_notes)
 
     def patch_cached_hook_weights(self, cached_weights, key, *args, **kwargs):
         if layer := self.packed_at(key):
             return self._hook(key, layer, cached_weights[key])
+        self._before_hook(key)
         return super().patch_cached_hook_weights(cached_weights, key, *args, **kwargs)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         for key in list(self.model.svdquant_unhooked):
             if not whitelist_keys_set or key in whitelist_keys_set:
-                layer, side = self.packed_at(key), self.model.svdquant_unhooked.pop(key)
-                layer.side = side and side.to(layer.weight.device)
+                layer, branch = self.packed_at(key), self.model.svdquant_unhooked.pop(key)
+                layer.lora_branch = branch and branch.to(layer.weight.device)
         super().unpatch_hooks(whitelist_keys_set)

@@ -23,7 +23,7 @@ class PackedLinear(torch.nn.Module):
     file's own tensors in. They may lie on another device than the input (ComfyUI's offloading): forward brings each
     to the input.
 
-    side: side.SideBranch, what the loaded LoRAs add; None without any. The parameters know nothing of it.
+    lora_branch: lora_branch.LoRABranch of the loaded LoRAs, None without any. It is no part of the parameters.
     gelu_from: the first output that goes through a GELU, which the model then leaves to the layer; None: none does. It is set before the
     first call. While something stands between the layer and its caller, the GELU is the model's again (activates_from).
     """
@@ -34,7 +34,7 @@ class PackedLinear(torch.nn.Module):
     def __init__(self, spec, device="meta"):
         super().__init__()
         self.spec = spec
-        self.side = None
+        self.lora_branch = None
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self.register_parameter("bias", None)
@@ -57,19 +57,35 @@ class PackedLinear(torch.nn.Module):
         return None if own["_forward_hooks"] or "forward" in own and replaced(self) else self.gelu_from
 
     def forward(self, x):
-        p, side = self.at(x), self.side
-        if side is None:
+        p, branch = self.at(x), self.lora_branch
+        if branch is None:
             return self.product(x, p, p["bias"], self.activates_from())
-        if side.gain is None:
+        if branch.gain is None:
             return self.added(self.product(x, p, p["bias"]), x)
         # Of the bias, the gain is for the part that corrects the GELU shift, and that only.
-        fold = side.fold.to(x.device, self.spec.dtype)
-        y = self.product(x, p, fold) * side.gain.to(x) - fold.to(x)
+        correction = branch.gelu_shift_correction.to(x.device, self.spec.dtype)
+        y = self.product(x, p, correction) * branch.gain.to(x) - correction.to(x)
         return self.added(y if p["bias"] is None else y + p["bias"].to(x), x)
 
     def added(self, y, x):
         """y (..., N) plus what the LoRAs add, and then through the layer's GELU; in place."""
-        return reference.activated(self.side.add(y, x), self.activates_from())
+        return reference.activated(self.lora_branch.add(y, x), self.activates_from())
+
+    def product(self, x, p, bias, gelu_from=None):
+        """W x + bias, through GELU from output `gelu_from` on (None: no GELU): x (..., K) -> (..., N), in x's dtype.
+
+        p: {name: parameter on x's device}, as at() returns it; bias: (N,) or None, in place of the layer's own.
+        """
+        raise NotImplementedError
+
+    def dense(self, device):
+        """(N, K) float32 on `device`: the weight that the layer stands for, LoRAs left out."""
+        raise NotImplementedError
+
+    def gelu_shift_correction(self, device):
+        """(N,) float32 on `device`: the part of the stored bias that corrects the shift of the GELU's output, and is none of the linear's
+        own bias."""
+        raise NotImplementedError
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, {self.spec.format}, rank={self.spec.rank}"
@@ -79,12 +95,10 @@ class BranchedLinear(PackedLinear):
     """Packed codes beside a low-rank branch."""
 
     def dense(self, device):
-        """(N, K) float32: the weight that the layer stands for."""
         up, down = (p.to(device, torch.float32) for p in (self.weight_proj_up, self.weight_proj_down))
         return self.packed_part(device) + up @ down.t()
 
-    def fold(self, device):
-        """(N,) float32: what of the bias corrects the shift of the GELU's output, rather than being the layer's."""
+    def gelu_shift_correction(self, device):
         return -GELU_SHIFT * self.packed_part(device)[:, self.spec.unsigned_from:].sum(dim=-1)
 
 
@@ -101,7 +115,7 @@ class Repeated(NamedTuple):
     """How a layer runs with inputs of one shape while nothing else changes."""
 
     again: Callable        # ops.repeated's
-    gelu_from: int | None  # of the product; a side branch is added before the layer's GELU
+    gelu_from: int | None  # of the product; a LoRA branch is added before the layer's GELU
     act_bits: int          # as they were set
     row_scale: RowScale | None
 
@@ -125,16 +139,16 @@ class SVDQuantLinear(BranchedLinear):
 
     def forward(self, x):
         if ops.plain(x) and (known := self._repeated.get(x.shape)) is not None:
-            side, y = self._modules.get("side"), None
-            if not self.bias_function and (side is None or side.gain is None):
-                gelu_from = None if self.gelu_from is None or side is not None else self.activates_from()  # few layers have one
+            branch, y = self._modules.get("lora_branch"), None
+            if not self.bias_function and (branch is None or branch.gain is None):
+                gelu_from = None if self.gelu_from is None or branch is not None else self.activates_from()  # few layers have one
                 y = self._again(x, gelu_from, *known)
             if y is not None:
-                return y if side is None else self.added(y, x)
+                return y if branch is None else self.added(y, x)
         return super().forward(x)
 
     def _again(self, x, gelu_from, again, activated_from, act_bits, c):
-        """The layer without its side branch, by a Repeated; None where anything has changed since."""
+        """The layer without its LoRA branch, by a Repeated; None where anything has changed since."""
         p = self._parameters
         weight_scale, proj_down, bias = p["weight_scale"], p["weight_proj_down"], p["bias"]
         if activated_from != gelu_from or act_bits != self.act_bits or c is not None and (
@@ -210,9 +224,9 @@ class PackedMLP(torch.nn.Sequential):
 
 
 def untouched(module):
-    """Whether a call of the module is its class's forward without a side branch, and nothing before or after it."""
+    """Whether a call of the module is its class's forward without a LoRA branch, and nothing before or after it."""
     own = module.__dict__
-    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or replaced(module) or own["_modules"].get("side") is not None)
+    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or replaced(module) or own["_modules"].get("lora_branch") is not None)
 
 
 def replaced(module):
@@ -243,11 +257,9 @@ class AWQLinear(PackedLinear):
         return reference.activated(ops.awq_linear(x, p["weight"], p["weight_scale"], p["weight_zeros"], bias), gelu_from)
 
     def dense(self, device):
-        """(N, K) float32: the weight that the layer stands for."""
         return reference.dequantize_awq(*(p.to(device) for p in (self.weight, self.weight_scale, self.weight_zeros)))
 
-    def fold(self, device):
-        """(N,) float32: zeros, since nothing is folded into this layer's bias."""
+    def gelu_shift_correction(self, device):
         return torch.zeros(self.out_features, device=device)
 
 

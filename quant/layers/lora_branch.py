@@ -1,4 +1,4 @@
-"""What LoRAs add to a packed layer: 16-bit terms beside the packed weights, which stay as they are.
+"""The LoRA branch of a packed layer: 16-bit terms beside the packed weights, which stay as they are.
 
     y = gain * (W x) + sum of the terms + bias
 
@@ -98,17 +98,18 @@ def _balanced(left, right):
     return left / factor, right * factor
 
 
-class SideBranch(torch.nn.Module):
+class LoRABranch(torch.nn.Module):
     """All that is added to one layer.
 
-    terms: [Term]; gain: (N,) or None; fold: (N,) with a gain, the part of the layer's bias that belongs to W x.
+    terms: [Term]; gain: (N,) or None; gelu_shift_correction: (N,) with a gain, the part of the layer's bias that belongs to W x
+    (PackedLinear.gelu_shift_correction).
     """
 
-    def __init__(self, terms, gain=None, fold=None):
+    def __init__(self, terms, gain=None, gelu_shift_correction=None):
         super().__init__()
         self.terms = torch.nn.ModuleList(terms)
         self.register_buffer("gain", gain, persistent=False)
-        self.register_buffer("fold", fold, persistent=False)
+        self.register_buffer("gelu_shift_correction", gelu_shift_correction, persistent=False)
 
     def nbytes(self):
         return sum(buffer.nbytes for buffer in self.buffers())

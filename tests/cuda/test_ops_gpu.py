@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import int4, ops, reference, runtime, scales
 from comfyui_svdquant.quant.layers import layout, linear
-from comfyui_svdquant.quant.layers.lora_branch import LowRank, SideBranch
+from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
 from .layers import check_in_graphs, decided, random_input, random_layer, relative_error
 
@@ -145,13 +145,13 @@ def test_a_layer_with_gelu_and_loras(act_bits):
     """LoRAs come and go; what they add is added before the GELU."""
     module, x = module_of(384, 256, 32, act_bits), random_input(70, 256, torch.bfloat16).cuda()
     plain = module(x)
-    side = SideBranch([LowRank((64, 320), (0, 256), torch.randn(256, 4), torch.randn(4, 256) / 16)]).cuda()
-    loaded = reference.activated(side.add(plain.clone(), x), 128)
+    added = LoRABranch([LowRank((64, 320), (0, 256), torch.randn(256, 4), torch.randn(4, 256) / 16)]).cuda()
+    loaded = reference.activated(added.add(plain.clone(), x), 128)
     module.gelu_from = 128
     fused = by_the_op(module, x)
     assert relative_error(fused, reference.activated(plain, 128)) < BF16
-    for branch, expected in ((None, fused), (side, loaded)) * 3:
-        module.side = branch
+    for branch, expected in ((None, fused), (added, loaded)) * 3:
+        module.lora_branch = branch
         for _ in range(2):
             assert torch.equal(module(x), expected)
 

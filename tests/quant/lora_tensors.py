@@ -69,13 +69,13 @@ def layer_of(patcher, name):
 
 
 def effective(layer):
-    """(N, K) float32: the weight that a layer computes with, its side branch included."""
+    """(N, K) float32: the weight that a layer computes with, its LoRA branch included."""
     weight = layer.dense("cpu")
-    if layer.side is None:
+    if layer.lora_branch is None:
         return weight
-    if layer.side.gain is not None:
-        weight = weight * layer.side.gain[:, None]
-    for term in layer.side.terms:
+    if layer.lora_branch.gain is not None:
+        weight = weight * layer.lora_branch.gain[:, None]
+    for term in layer.lora_branch.terms:
         weight[slice(*term.rows), slice(*term.cols)] += copy.deepcopy(term).float().dense()
     return weight
 

@@ -119,9 +119,9 @@ def test_a_lora_stays_where_a_module_is_compiled_in_its_place(twin, name):
     patched.add_object_patch(target, torch.compile(patched.get_model_object(target), backend="eager"))
     comfy.model_management.load_models_gpu([patched])
     single = layer(twin, LINEAR1)
-    assert single.side is not None
+    assert single.lora_branch is not None
     patched.detach()
-    assert single.side is None
+    assert single.lora_branch is None
 
 
 def own_partially_load(self, device_to, extra_memory=0, force_patch_weights=False):

@@ -125,7 +125,7 @@ def test_strength_0_and_removal_restore_the_picture_to_the_bit(twin):
     assert all(torch.equal(t, state[name]) for name, t in twin.model.state_dict().items() if name.rpartition(".")[0] in packed)
     assert torch.equal(sample(twin), before)
     assert all(torch.equal(t, state[name]) for name, t in twin.model.state_dict().items())
-    assert not any(layer.side for layer in twin.packed_layers().values())
+    assert not any(layer.lora_branch for layer in twin.packed_layers().values())
 
 
 def test_stacks(twin):
@@ -135,7 +135,7 @@ def test_stacks(twin):
     both = loaded(load_lora(load_lora(twin, tensors, 1.0), other, -0.5))
     for name in both.packed_layers():
         assert change(both, name)[0] < ROUNDING
-        (term,) = layer_of(both, name).side.terms  # all of a layer's ranks in one product
+        (term,) = layer_of(both, name).lora_branch.terms  # all of a layer's ranks in one product
         assert term.up.shape[1] == RANK + 2
 
 
@@ -143,10 +143,10 @@ def test_fp16_scales_keep_small_factors_out_of_the_subnormals(twin):
     layer = Operations.packed(layout.svdquant_spec(HIDDEN, HIDDEN, 16, HIDDEN, True, torch.float16)).to_empty(device="cpu")
     up, down = factors(HIDDEN, HIDDEN)
     adapter = comfy.lora.weight_adapter.LoRAAdapter(set(), (up * 1e-4, down * 10, 1e-3, None, None, None))
-    side, _ = lora.build("x", layer, [(1.0, adapter, 1.0, None, None)], torch.device("cpu"), {})
-    assert side.terms[0].up.dtype == torch.float16
+    branch, _ = lora.build("x", layer, [(1.0, adapter, 1.0, None, None)], torch.device("cpu"), {})
+    assert branch.terms[0].up.dtype == torch.float16
     exact = (up.double() * 1e-4) @ (down.double() * 10) * 1e-3 / RANK
-    assert relative_error(side.terms[0].up.double() @ side.terms[0].down.double(), exact) < 0.001
+    assert relative_error(branch.terms[0].up.double() @ branch.terms[0].down.double(), exact) < 0.001
 
 
 # --- parts of layers -----------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_some_of_q_k_v(twin, parts, prefix, name):
     touched = {("to_q", "to_k", "to_v").index(part) for part in parts}
     assert {i for i, (a, b) in enumerate(zip(after, before)) if not torch.equal(a, b)} == touched
     # A LoRA on k alone costs the memory of k alone.
-    assert layer_of(patched, name).side.nbytes() == sum(2 * (RANK + 2 * i) * 2 * HIDDEN for i in range(len(parts)))
+    assert layer_of(patched, name).lora_branch.nbytes() == sum(2 * (RANK + 2 * i) * 2 * HIDDEN for i in range(len(parts)))
 
 
 def test_columns_of_linear2(twin):

@@ -78,7 +78,7 @@ def test_other_adapters(twin, caplog, what, name):
     assert error < allowed + ROUNDING, f"{what} on {name} is {error:.3f} off"
     line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("SVDQuant: "))
     assert line.startswith(f"SVDQuant: {kind} on 1 packed layers, "), line
-    terms = layer_of(patched, name).side.terms
+    terms = layer_of(patched, name).lora_branch.terms
     assert {"LoKr": Kronecker, "LoKr of low rank": Kronecker, "DoRA": LowRank, "LoHa": LowRank, "difference": LowRank,
             "full difference": Dense, "replacement": Dense}.get(what, type(terms[0])) is type(terms[0])
     assert torch.isfinite(sample(patched)).all()
@@ -95,7 +95,7 @@ def test_a_gain_scales_the_weight_and_nothing_of_the_bias(twin, name):
     x[:, spec.unsigned_from:] = torch.nn.functional.gelu(x[:, spec.unsigned_from:], approximate="tanh")
     before = layer_of(loaded(without_gelu(twin)), name)(x).double()
     layer = layer_of(loaded(patched), name)
-    bias = layer.bias.double() - layer.fold("cpu").double()
+    bias = layer.bias.double() - layer.gelu_shift_correction("cpu").double()
     assert relative_error(layer(x).double(), 0.5 * (before - bias) + bias) < ROUNDING
 
 
@@ -114,5 +114,5 @@ def test_another_strength_needs_no_other_svd(twin, monkeypatch):
     n, k = shapes(twin)[FC1]
     tensors = {f"diffusion_model.{FC1}.{part}": t for part, t in adapter_tensors("LoHa", n, k).items()}
     loaded(load_lora(twin, tensors, 1.0))
-    monkeypatch.setattr(lora, "truncated", lambda difference: pytest.fail("decomposed again"))
+    monkeypatch.setattr(lora, "truncated_svd", lambda difference: pytest.fail("decomposed again"))
     assert change(loaded(load_lora(twin, tensors, -0.3)), FC1)[0] < 0.1 + ROUNDING

@@ -37,35 +37,35 @@ def test_a_lora_survives_offloading(twin):
     assert patched.partially_unload(patched.offload_device, patched.model_size() // 2) > 0
     assert torch.equal(sample(patched), whole)
     patched.detach()
-    assert not any(layer.side for layer in patched.packed_layers().values())
+    assert not any(layer.lora_branch for layer in patched.packed_layers().values())
     assert torch.equal(sample(patched), whole)
 
 
-def test_side_branches_are_counted_as_memory(twin):
+def test_lora_branches_are_counted_as_memory(twin):
     size = twin.model_size()
     patched = load_lora(twin, generic(*shapes(twin).items()))
     added = sum(2 * RANK * (n + k) for n, k in shapes(twin).values())
     assert patched.model_size() == patched.clone().model_size() == patched.clone().clone().model_size() == size + added
     loaded(patched)
-    assert sum(layer.side.nbytes() for layer in patched.packed_layers().values()) == added
+    assert sum(layer.lora_branch.nbytes() for layer in patched.packed_layers().values()) == added
     assert patched.loaded_size() == size + added
     assert twin.model_size() == size
     # Nothing is set aside for patching packed weights in 32 bits.
     offload, = (entry[0] for entry in patched._load_list() if entry[2] == f"diffusion_model.{LINEAR1}")
-    twin_offload, = (entry[0] for entry in twin.clone()._load_list() if entry[2] == f"diffusion_model.{LINEAR1}")
-    assert offload == twin_offload
+    offload_without, = (entry[0] for entry in twin.clone()._load_list() if entry[2] == f"diffusion_model.{LINEAR1}")
+    assert offload == offload_without
 
 
-def test_a_failing_load_leaves_no_side_branch(twin, monkeypatch):
+def test_a_failing_load_leaves_no_lora_branch(twin, monkeypatch):
     before = sample(twin)
     patched = load_lora(twin, generic(*shapes(twin).items()))
     layers = iter(range(5))
-    build_side = lora.build
+    build_branch = lora.build
 
     def fail(*args):
         if next(layers, None) is None:
             raise MemoryError
-        return build_side(*args)
+        return build_branch(*args)
 
     monkeypatch.setattr(lora, "build", fail)
     with pytest.raises(MemoryError):
@@ -74,7 +74,7 @@ def test_a_failing_load_leaves_no_side_branch(twin, monkeypatch):
     assert torch.equal(sample(twin), before)
 
 
-def test_the_side_branch_is_traced_into_one_graph(twin):
+def test_the_lora_branch_is_traced_into_one_graph(twin):
     patched = loaded(load_lora(twin, generic((LINEAR1, shapes(twin)[LINEAR1]), (FC1, shapes(twin)[FC1]))))
     for name in (LINEAR1, FC1, QKV):
         layer = layer_of(patched, name)
@@ -120,7 +120,7 @@ def test_hook_schedules(plain, twin):
 
 
 def test_two_prompts_with_hooks_of_their_own(plain, twin, drift):
-    """One side branch after the other within a step, kept for the next step."""
+    """One LoRA branch after the other within a step, kept for the next step."""
     first, second = generic(*shapes(twin).items()), generic(*shapes(twin).items(), rank=2)
     before = sample(twin)
     y, exact = (sample(p, cond=hooked(first) + hooked(second, -0.5) + prompts(1)) for p in (twin, plain))

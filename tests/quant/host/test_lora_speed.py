@@ -66,10 +66,10 @@ def test_a_change_of_strength_costs_milliseconds(wide_file):
     assert min(taken) < MILLISECONDS, f"{taken} ms"
     # The layers' own tensors are those that were loaded: nothing was unpacked, or packed again.
     assert where == {name: parameter.data_ptr() for name, parameter in twin.model.diffusion_model.named_parameters()}
-    side = layer_of(put_on(load_lora(twin, tensors, 0.25)), LINEAR1).side
-    assert side.nbytes() == 2 * RANK * (7 * HIDDEN + HIDDEN)
+    branch = layer_of(put_on(load_lora(twin, tensors, 0.25)), LINEAR1).lora_branch
+    assert branch.nbytes() == 2 * RANK * (7 * HIDDEN + HIDDEN)
     put_on(twin)
-    assert not any(layer.side for layer in twin.packed_layers().values())
+    assert not any(layer.lora_branch for layer in twin.packed_layers().values())
 
 
 @pytest.mark.gpu

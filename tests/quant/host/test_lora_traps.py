@@ -140,7 +140,7 @@ def test_a_rank_of_more_than_a_thousand(twin, name):
     n, k = shapes(twin)[name]
     patched = load_lora(load_lora(twin, generic((name, (n, k)), rank=1100)), generic((name, (n, k)), rank=300, alpha=5), -0.5)
     assert change(loaded(patched), name)[0] < ROUNDING
-    assert layer_of(patched, name).side.terms[0].up.shape[1] == 1400
+    assert layer_of(patched, name).lora_branch.terms[0].up.shape[1] == 1400
 
 
 @pytest.mark.parametrize("rank", [16, 64, 128])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import ops, reference, scales
 from comfyui_svdquant.quant.layers import layout, linear
-from comfyui_svdquant.quant.layers.lora_branch import LowRank, SideBranch
+from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
 from ...cuda.launches import addresses, aligned, recorded
 
@@ -121,7 +121,7 @@ def test_the_kernels_get_the_present_parameters(module, monkeypatch, name, chang
 
 
 def test_the_second_call_looks_nothing_up(module, monkeypatch):
-    """Neither for the same shape nor for those seen before; settings, side branches and patches of the bias are looked at."""
+    """Neither for the same shape nor for those seen before; settings, LoRA branches and patches of the bias are looked at."""
     general, op = [], ops.svdquant_linear
     monkeypatch.setattr(ops, "svdquant_linear", lambda *args: general.append(args) or op(*args))
     one, two = (aligned(torch.randn(m, 256).bfloat16()) for m in (5, 6))
@@ -137,12 +137,12 @@ def test_the_second_call_looks_nothing_up(module, monkeypatch):
         assert [generals(one), generals(one)] == [1, 0]
         module.act_bits = 4
         assert [generals(one), generals(one)] == [1, 0]
-        module.side, added = torch.nn.Module(), []
-        module.side.gain, module.side.add = None, lambda y, x: added.append(y) or y
+        module.lora_branch, added = torch.nn.Module(), []
+        module.lora_branch.gain, module.lora_branch.add = None, lambda y, x: added.append(y) or y
         assert generals(one) == 0 and added.pop().shape == (5, 208)
-        module.side.gain, module.side.fold = torch.ones(208), torch.zeros(208)
+        module.lora_branch.gain, module.lora_branch.gelu_shift_correction = torch.ones(208), torch.zeros(208)
         assert [generals(one), generals(one)] == [1, 1] and len(added) == 2
-        module.side = None
+        module.lora_branch = None
         assert generals(one) == 0 and len(added) == 2
         module.bias_function = [torch.neg]
         assert generals(one) == 1
@@ -154,10 +154,10 @@ def test_the_second_call_looks_nothing_up(module, monkeypatch):
         assert len(calls) == 17 - 1 + 2 * linear.SHAPES  # one was float32, for which they are launched one by one
 
 
-def side_branch(kind):
+def lora_branch(kind):
     """Of 256 x 208: some terms, with a gain too, or none at all."""
     terms = [LowRank((64, 192), (0, 256), torch.randn(128, 4), torch.randn(4, 256))]
-    return {"none": None, "terms": SideBranch(terms), "gain": SideBranch(terms, torch.rand(208) + 0.5, torch.randn(208))}[kind]
+    return {"none": None, "terms": LoRABranch(terms), "gain": LoRABranch(terms, torch.rand(208) + 0.5, torch.randn(208))}[kind]
 
 
 @pytest.mark.parametrize("kind", ["none", "terms", "gain"])
@@ -167,7 +167,7 @@ def test_gelu_comes_after_everything_else(form, kind):
     made = linear.SVDQuantLinear if form == layout.SVDQUANT else linear.AWQLinear
     module = filled(made(layout.LayerSpec(form, 256, 208, 32 if form == layout.SVDQUANT else 0, 256), "cpu"))
     module.weight_scale.data.mul_(2.0**-6)
-    module.side, x = side_branch(kind), torch.randn(5, 256)
+    module.lora_branch, x = lora_branch(kind), torch.randn(5, 256)
     expected = module(x)
     expected[:, 80:] = torch.nn.functional.gelu(expected[:, 80:], approximate="tanh")
     module.gelu_from = 80
@@ -181,7 +181,7 @@ def test_gelu_is_the_kernels_unless_something_is_added(module, monkeypatch):
     module.gelu_from = 128
     with recorded(monkeypatch):
         for kind in ("none", "none", "terms", "terms", "none", "terms", "none"):
-            module.side = side_branch(kind)
+            module.lora_branch = lora_branch(kind)
             module(x)
             assert module._repeated[x.shape].gelu_from == (128 if kind == "none" else None)
             assert after == ([] if kind == "none" else [128])

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from comfyui_svdquant.quant.layers import layout, linear
-from comfyui_svdquant.quant.layers.lora_branch import LowRank, SideBranch
+from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
 K, HIDDEN, N = 128, 256, 64
 SMALL = 2.0**-7  # of the scales, so that outputs are of order one
@@ -89,8 +89,8 @@ def added(place, gain=False):
     def change(mlp):
         n, k = mlp[place].out_features, mlp[place].in_features
         terms = [LowRank((0, n), (0, k), torch.randn(n, 4), torch.randn(4, k))]
-        mlp[place].side = SideBranch(terms, torch.rand(n) + 0.5, torch.randn(n)) if gain else SideBranch(terms)
-        return lambda: setattr(mlp[place], "side", None)
+        mlp[place].lora_branch = LoRABranch(terms, torch.rand(n) + 0.5, torch.randn(n)) if gain else LoRABranch(terms)
+        return lambda: setattr(mlp[place], "lora_branch", None)
     return change
 
 

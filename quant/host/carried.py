@@ -1,0 +1,103 @@
+"""Settings of a MODEL that reach its own modules, and so can't be carried over to the quantized model.
+
+Nodes put functions and objects on a MODEL: model options, wrappers, callbacks, object patches, attachments. One that holds the diffusion
+model, as step caches do, would have no effect on the quantized model and keep the 16-bit one in memory.
+"""
+
+import functools
+import gc
+import types
+import weakref
+from collections import deque
+
+import torch
+
+MAX_DEPTH, MAX_OBJECTS = 24, 200_000
+LEAVES = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.CodeType, types.FrameType, torch.dtype,
+          torch.device, torch.Size)
+BOUND = types.MethodType, types.BuiltinMethodType, types.MethodWrapperType
+
+
+def _references(thing):
+    """(words, object) of each object that `thing` holds. A function's globals are none of them: they lead to everything loaded."""
+    if isinstance(thing, (torch.Tensor, *LEAVES)):
+        return
+    if isinstance(thing, dict):
+        for key, value in thing.items():
+            yield f"[{key!r}]" if isinstance(key, str | int) else "[...]", value
+            yield " as a key", key
+    elif isinstance(thing, list | tuple | set | frozenset | deque):
+        yield from (("[...]", value) for value in thing)
+    elif isinstance(thing, types.FunctionType):
+        for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or ()):
+            try:
+                yield f" (its variable {name})", cell.cell_contents
+            except ValueError:  # not assigned yet
+                continue
+        yield " (its defaults)", (thing.__defaults__, thing.__kwdefaults__)
+    elif isinstance(thing, functools.partial):
+        yield " (its function)", thing.func
+        yield " (its arguments)", (thing.args, thing.keywords)
+    elif isinstance(thing, weakref.ref):
+        yield " (a weak reference)", thing()
+    elif isinstance(thing, torch.nn.Module):
+        yield from ((f".{name}", child) for name, child in [*thing._modules.items(), *thing._parameters.items(), *thing._buffers.items()])
+    elif not _attributes(thing):  # iterators, generators and the like of other libraries
+        yield from ((" (inside it)", held) for held in gc.get_referents(thing))
+    yield from ((f".{name}", value) for name, value in _attributes(thing) if name not in ("_modules", "_parameters", "_buffers"))
+
+
+def _attributes(thing):
+    """[(name, value)] of an object's own attributes, in its __dict__ and in slots; of a bound method its object and its function."""
+    found = list(getattr(thing, "__dict__", {}).items())
+    for base in type(thing).__mro__:
+        slots = vars(base).get("__slots__", ())
+        found += [(name, getattr(thing, name)) for name in ([slots] if isinstance(slots, str) else slots)
+                  if name not in ("__dict__", "__weakref__") and hasattr(thing, name)]
+    if isinstance(thing, BOUND):
+        found += [(name, getattr(thing, name)) for name in ("__self__", "__func__") if hasattr(thing, name)]
+    return found
+
+
+def reaches(objects, modules):
+    """The way from one of `objects`, {words: object}, to one of `modules` or their parameters, in words; None if there is none.
+
+    It follows containers, attributes, closures, bound methods, partials and weak references, at most MAX_DEPTH of them.
+    """
+    wanted = {id(held) for module in modules for held in (module, *module.parameters(recurse=False))}
+    memory = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters(recurse=False)} - {0}
+
+    def arrived(thing):
+        return id(thing) in wanted or (isinstance(thing, torch.Tensor) and thing.layout == torch.strided and thing.device.type != "meta"
+                                       and thing.untyped_storage().data_ptr() in memory)
+
+    queue = deque((thing, words, 0) for words, thing in objects.items())
+    seen = {}  # {id: object}, which keeps an id from being used again
+    while queue:
+        thing, words, depth = queue.popleft()
+        if arrived(thing):
+            return words
+        if id(thing) in seen or depth == MAX_DEPTH or len(seen) == MAX_OBJECTS:
+            continue
+        seen[id(thing)] = thing
+        queue.extend((held, words + step, depth + 1) for step, held in _references(thing) if not isinstance(held, LEAVES))
+    return None
+
+
+def carried(patcher):
+    """{words: object} of a MODEL's settings that quantizing carries over."""
+    found = {f"its {name}": value for name, value in patcher.model_options.items() if name != "transformer_options"}
+    found |= {f"its transformer option {name}": value for name, value in patcher.model_options.get("transformer_options", {}).items()}
+    found |= {f"its {name} wrapper": value for name, value in patcher.wrappers.items()}
+    found |= {f"its {name} callback": value for name, value in patcher.callbacks.items()}
+    found |= {f"its object patch of {name}": value for name, value in patcher.object_patches.items()}
+    found |= {f"its attachment {name}": value for name, value in patcher.attachments.items()}
+    return found | {f"its additional model {name}": value for name, value in patcher.additional_models.items()}
+
+
+def check_carried(patcher):
+    """Raise ValueError where a node has put something on the MODEL that holds parts of its own modules."""
+    way = reaches(carried(patcher), [patcher.model, *patcher.model.diffusion_model.modules()])
+    if way:
+        raise ValueError(f"A node on this MODEL, such as a step cache, holds parts of the 16-bit model ({way}), which can't be carried "
+                         "into 4 bits; put that node behind SVDQuant Quantize Model.")

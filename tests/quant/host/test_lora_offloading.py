@@ -1,0 +1,135 @@
+"""Patches outside the packed weights (biases, norms, 16-bit layers) while the memory that a model may take changes: each is applied once.
+
+ComfyUI patches a parameter in place where its module is on the device, and at every call where it is not. Histories of loads with
+different budgets, by clones with different LoRAs, are compared with a load of the whole model.
+"""
+
+import random as python_random
+
+import comfy.hooks
+import comfy.model_management
+import pytest
+import torch
+from comfyui_svdquant.nodes.save_model import stored_tensors
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
+
+from ..comfy_models import sample
+from ..conftest import load
+from ..lora_tensors import FC1, LINEAR1, effective, generic, layer_of, load_lora, random, shapes
+from .test_lora import control_lora
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+HISTORIES, EVENTS = 36, 5
+EXTRAS = ("img_in", "txt_in", "final_layer.linear", "vector_in.in_layer")  # in 16 bits
+
+
+def with_biases(patcher, seed):
+    """A LoRA on all packed layers and some in 16 bits, with their biases and two norms."""
+    model = patcher.model.diffusion_model
+    sizes = shapes(patcher) | {name: model.get_submodule(name).weight.shape for name in EXTRAS}
+    tensors = generic(*sizes.items(), rank=2 + seed)
+    tensors |= {f"diffusion_model.{name}.diff_b": random(n, seed=seed) for name, (n, _) in sizes.items()}
+    norms = [name.removesuffix(".weight") for name in model.state_dict() if "_norm." in name]
+    return tensors | {f"diffusion_model.{norm}.set_weight": 1 + 0.3 * random(128, seed=seed) for norm in norms[::2]}
+
+
+@pytest.fixture
+def loras(plain, twin):
+    """The last one patches every weight, bias and norm, and widens img_in."""
+    return with_biases(twin, 1), with_biases(twin, 2), control_lora(plain)
+
+
+def clones(patcher, loras):
+    first, second, widening = loras
+    return [patcher, load_lora(patcher, first), load_lora(load_lora(patcher, second, 0.6), first, -0.4), load_lora(patcher, widening)]
+
+
+def hooked(patcher, tensors):
+    """Hooks as Create Hook LoRA makes them, registered as a sampler does it."""
+    group = comfy.hooks.create_hook_lora(tensors, 0.5, 0)
+    patcher.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
+    return group
+
+
+def in_effect(patcher):
+    """{key: float32 tensor} of the parameters outside packed weights as the next call uses them, and the weights of two packed layers."""
+    found = {}
+    for name, module in patcher.model.diffusion_model.named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype.is_floating_point and not part.startswith("weight_"):
+                tensor = parameter.float().clone()
+                for function in getattr(module, f"{part}_function", ()):
+                    tensor = function(tensor)
+                found[f"{name}.{part}"] = tensor
+    return found | {name: effective(layer_of(patcher, name)) for name in (FC1, LINEAR1)}
+
+
+def differences(found, expected):
+    return {key: relative_error(found[key], tensor) if found[key].shape == tensor.shape else 1.0 for key, tensor in expected.items()}
+
+
+def put_on(patcher, budget, current):
+    """As ComfyUI's load_models_gpu and its LoadedModel do it with `budget` bytes for weights."""
+    if current is not None and current is not patcher:
+        current.detach(unpatch_all=False)
+    patcher.partially_load(patcher.load_device, budget - patcher.loaded_size() or 0.1)
+    return patcher
+
+
+# Two 16-bit roundings of a weight, one before a hook's patch and one after.
+ROUNDINGS = 0.008
+
+
+def test_histories_of_budgets_end_as_a_load_of_the_whole_model(pair_files, twin, loras):
+    original = {name: tensor.clone() for name, tensor in stored_tensors(twin).items()}
+    patchers, fresh, expected = clones(twin, loras), clones(load(pair_files[1]), loras), {}
+
+    def whole(which, hook):
+        if (which, hook) not in expected:
+            fresh[which].partially_load(fresh[which].load_device, 1e32)
+            if hook:
+                fresh[which].apply_hooks(hooked(fresh[which], loras[1]))
+            expected[which, hook] = in_effect(fresh[which])
+            fresh[which].clean_hooks()
+            fresh[which].restore_hook_patches()
+        return expected[which, hook]
+
+    wrong = []
+    for seed in range(HISTORIES):
+        dice, current, history = python_random.Random(seed), None, []
+        for _ in range(EVENTS):
+            event = dice.choice(["draw", "draw", "draw with a hook", "make room", "save"])
+            if event == "save":
+                history.append(event)
+                assert all(torch.equal(tensor, original[name]) for name, tensor in stored_tensors(twin).items()), (seed, history)
+            elif event == "make room" and current is not None:
+                history.append((event, room := dice.randrange(current.model_size())))
+                current.partially_unload(current.offload_device, room)
+            elif event.startswith("draw"):
+                which, budget = dice.choice([0, 1, 1, 2, 3]), int(dice.uniform(0, 1.3) * twin.model_size())
+                history.append((event, which, budget))
+                current = put_on(patchers[which], budget, current)
+                hook = event.endswith("hook")
+                if hook:
+                    current.apply_hooks(hooked(current, loras[1]))
+                off = differences(in_effect(current), whole(which, hook))
+                current.clean_hooks()
+                current.restore_hook_patches()
+                worst = max(off, key=off.get)
+                if off[worst] > ROUNDINGS:
+                    wrong.append(f"{seed}: {worst} is {off[worst]:.1%} off after {history}")
+                    break
+        twin.detach()
+        assert all(torch.equal(tensor, original[name]) for name, tensor in stored_tensors(twin).items()), (seed, history)
+    assert not wrong, "\n".join([f"{len(wrong)} of {HISTORIES}", *wrong])
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_img_in_is_widened_where_it_is_offloaded(twin, loras, monkeypatch, part):
+    """ComfyUI decides by its width which channels the model is given."""
+    patcher = clones(twin, loras)[3]
+    expected, without = sample(patcher), sample(twin)
+    patcher.detach()
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu",
+                        lambda *args, **kwargs: put_on(patcher, int(part * patcher.model_size()), None))
+    assert relative_error(sample(patcher), expected) < 0.1 < relative_error(without, expected)
