@@ -45,7 +45,7 @@ def open_file(header):
     if family is None:
         raise CheckpointError(f"{header.file} has 4-bit layers and is no whole {families.TITLES}; the file is incomplete, or of another "
                               "model: download it again, or choose another file.")
-    packed = native.packed_file(own, family, "", {}, {"preset": "comfy-kitchen file"}, header.file)
+    packed = native.packed_file(own, family, "", {}, {"preset": native.OTHERS_PRESET}, header.file)
     return replace(packed, header=header, prefix=None if own.tiles or own.renamed or own.smoothed else prefix)
 
 

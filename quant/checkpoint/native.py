@@ -32,6 +32,7 @@ VERSION = 2
 MODULE_FORMATS = tuple(layout.GROUP_SIZES)
 HALF_TYPES = (torch.bfloat16, torch.float16)
 SCALE_TYPES = (*HALF_TYPES, torch.float32)
+OTHERS_PRESET = "comfy-kitchen file"  # in the recipe of a file whose layers other software quantized
 MAX_DESCRIPTION_BYTES = 1 << 16  # of one X.comfy_quant
 
 
@@ -59,6 +60,7 @@ def packed_file(header, family, prefix, config, recipe, source):
     """PackedFile of a header that has a family's tensors in our names under `prefix`."""
     own = header.within(prefix)
     specs, compact = layer_specs(own, family)
+    check_unsigned(header, family, specs, signed_allowed=recipe.get("preset") == OTHERS_PRESET)
     computed = frozenset(f"{layer}.weight_scale" for layer in compact)
     leave_out = {f"{layer}.weight_scale_2" for layer in compact}
     shapes = {name: info.shape for name, info in own.tensors.items()
@@ -162,13 +164,10 @@ def _layer_spec(header, family, name):
         raise CheckpointError(f"{header.file}: {name}.weight has shape {list(weight.shape)} where (N, K/2) is due; "
                               "choose a file that is not packed for another kernel, or save or download it again.")
     n, k = weight.shape[0], weight.shape[1] * 2
-    unsigned = {layout.SVDQUANT: 0 if conf.get("act_unsigned") else k,
-                layout.SVDQUANT_SPLIT: conf.get("act_unsigned_from"),
-                layout.SVDQUANT_INT8_SCALE: conf.get("act_unsigned_from")}.get(kind, k)
     rank = 0 if kind == layout.AWQ else conf.get("rank", _rank(header, name))
-    if type(unsigned) is not int or type(rank) is not int or rank < 0 or unsigned < 0:  # True is an int too
-        raise CheckpointError(f"{header.file}: {key} lacks a valid rank or act_unsigned_from; save or download the "
-                              "file again.")
+    if type(rank) is not int or rank < 0:  # True is an int too
+        raise CheckpointError(f"{header.file}: {key} lacks a valid rank; save or download the file again.")
+    unsigned = _unsigned_from(header, key, conf, k)
     dtype, scale_blocks, int8_scale = scale.dtype, 1, kind == layout.SVDQUANT_INT8_SCALE
     if kind == layout.NVFP4:
         dtype = _info(header, f"{name}.weight_smooth_factor").dtype
@@ -189,6 +188,34 @@ def _layer_spec(header, family, name):
     for part, (shape, dtype) in spec.stored(int8_scale).items():
         check_tensor(header, f"{name}.{part}", shape, dtype)
     return spec, int8_scale
+
+
+def _unsigned_from(header, key, conf, k):
+    """The first unsigned column of a layer's input, by its description. Raises CheckpointError where that is not one."""
+    kind, unsigned = conf["format"], conf.get("act_unsigned", False)
+    if type(unsigned) is not bool:
+        raise CheckpointError(f"{header.file}: {key} says act_unsigned = {unsigned!r} where true or false is due; save or download the "
+                              "file again.")
+    if kind not in (layout.SVDQUANT_SPLIT, layout.SVDQUANT_INT8_SCALE):
+        return 0 if unsigned and kind == layout.SVDQUANT else k
+    first = conf.get("act_unsigned_from")
+    if type(first) is not int or first < 0 or unsigned is not (first == 0):
+        raise CheckpointError(f"{header.file}: {key} lacks a valid act_unsigned_from, or says another act_unsigned; save or download the "
+                              "file again.")
+    return first
+
+
+def check_unsigned(header, family, specs, signed_allowed):
+    """Raise CheckpointError where a layer codes the sign of its input otherwise than its family does: codes that were made for signed
+    inputs give a wrong picture with unsigned ones, and the reverse. signed_allowed: whether a layer may be signed throughout instead, as
+    other software quantizes every layer."""
+    for name, spec in specs.items():
+        if spec.format in (layout.AWQ, layout.NVFP4):
+            continue
+        due = family.layer(name).unsigned_from(spec.in_features, spec.out_features)
+        if spec.unsigned_from != due and not (signed_allowed and spec.unsigned_from == spec.in_features):
+            raise CheckpointError(f"{header.file}: layer {name} has its first unsigned column at {spec.unsigned_from}, where a "
+                                  f"{family.title} has it at {due}; the file is damaged, save or download it again.")
 
 
 def _rank(header, name):

@@ -9,6 +9,7 @@ from .. import families
 from ..layers.linear import PackedLinear
 from . import resume
 from .build import family_of
+from .carried import check_carried
 from .patcher import PREFIX
 from .weights import effective_weight
 
@@ -46,6 +47,7 @@ def check_extras(patcher):
         what = f"replaces {inside[0]}" if inside else "hooks into its layers, as a bypass LoRA does"
         raise ValueError(f"A node on this MODEL {what}, which can't be carried into 4 bits; put it behind SVDQuant Quantize Model, "
                          "or use the ordinary Load LoRA node.")
+    check_carried(patcher)
 
 
 def check_latent(patcher, latent):

@@ -122,9 +122,14 @@ def reads_weight(value):
     return kind(value) != NAMES["diff"]
 
 
+def new_shape(value):
+    """The shape that a patch gives a weight, as the LoRA's file says it; None if it keeps the weight's shape."""
+    return getattr(parts(value), "reshape", None)
+
+
 def widened_columns(value):
     """The number of columns that a patch gives a weight; 0 if it keeps the weight's shape."""
-    reshape = getattr(parts(value), "reshape", None)
+    reshape = new_shape(value)
     return 0 if reshape is None else reshape[1]
 
 

@@ -12,12 +12,13 @@ from ..quantizer import calibration, pipeline
 from . import build, checks, resume
 from .calibrate import OUTSIDE, block_statistics, record_trajectory
 from .patcher import SVDQuantModelPatcher
-from .weights import compute_dtype, effective_shapes, effective_weight, storage_dtype
+from .weights import compute_dtype, effective_shapes, effective_weight, storage_dtype, unpatched_shape
 
 log = logging.getLogger(__name__)
 
 # Attachments of a MODEL that SVDQuant Load Model opened: its file's name, and what a quantized model takes over of its card.
 SOURCE, CARD = "svdquant.source", "svdquant.card"
+WIDENED = "in_channels"  # the configuration key that a LoRA on the MODEL may change, as those of control models do
 
 
 def layer_specs(family, diffusion_model, recipe, dtype):
@@ -74,19 +75,22 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
 
 
 def _configuration(family, patcher, specs):
-    """The host's configuration of the quantized model, whose widths are those of the MODEL with its LoRAs. Raises ValueError where they
-    are of no model, or a LoRA widens a layer that is to be packed."""
+    """The host's configuration of the quantized model, whose input is as wide as the MODEL's with its LoRAs. Raises ValueError where a
+    LoRA gives a parameter a shape that no model has, or widens a layer that is to be packed."""
     shapes, stored = effective_shapes(patcher), patcher.model.model_config.unet_config
-    for name, spec in specs.items():
-        if shapes[f"{name}.weight"] != (spec.out_features, spec.in_features):
-            raise ValueError(f"A LoRA on this MODEL widens {name}, which is to be packed in 4 bits; take that LoRA off, or keep the layer "
-                             "in 16 bits with the input exceptions.")
-    usual = {key: list(value) if isinstance(value, tuple) else value for key, value in stored.items()
-             if key in family.configuration.usual}
+    usual = {key: list(value) if isinstance(value, tuple) else value for key, value in stored.items() if key in family.configuration.usual}
     try:
-        return family.configuration.of({family.stored_name(name): shape for name, shape in shapes.items()}, usual)
+        config = family.configuration.of({family.stored_name(name): shape for name, shape in shapes.items()}, usual)
     except ValueError as error:
         raise ValueError(f"This MODEL {error}, so it can't be quantized; load a sound copy of the model.") from None
+    due = build.empty_like(patcher.model, {}, compute_dtype(patcher), config).diffusion_model.state_dict()
+    for name in shapes:
+        changed = shapes[name] != unpatched_shape(patcher, name)
+        if changed and (name.removesuffix(".weight") in specs or name not in due or due[name].shape != shapes[name] or
+                        any(config[key] != stored.get(key, config[key]) for key in config if key != WIDENED)):
+            raise ValueError(f"A LoRA on this MODEL gives {name} the shape {list(shapes[name])}, which a {family.title} in 4 bits can't "
+                             "have; take that LoRA off, or put it behind SVDQuant Quantize Model.")
+    return config
 
 
 def _kept(patcher, folder, nbytes, *inputs):

@@ -4,8 +4,8 @@ import comfy.lora
 import comfy.model_patcher
 import torch
 
-from . import lora
 from .patcher import PREFIX
+from .patches import new_shape, patch_of
 
 
 def compute_dtype(patcher):
@@ -40,13 +40,18 @@ def effective_weight(patcher, name, device):
     return weight
 
 
+def unpatched_shape(patcher, name):
+    """The shape of a parameter of the diffusion model without patches, whether or not they are applied at the moment."""
+    key = PREFIX + name
+    stored = patcher.backup[key].weight if key in patcher.backup else patcher.model.diffusion_model.get_parameter(name)
+    return stored.shape
+
+
 def effective_shapes(patcher):
     """{name: shape} of the diffusion model's parameters as the MODEL uses them: some LoRAs widen a weight."""
     shapes = {}
-    for name, parameter in patcher.model.diffusion_model.named_parameters():
-        key, shape = PREFIX + name, parameter.shape
-        if key in patcher.backup:
-            shape = patcher.backup[key].weight.shape
-        widths = [lora.widens_to(patch[1]) for patch in patcher.patches.get(key, ())]
-        shapes[name] = torch.Size((*shape[:-1], max(shape[-1], *widths))) if widths else shape
+    for name, _ in patcher.model.diffusion_model.named_parameters():
+        shape = unpatched_shape(patcher, name)
+        reshaped = [reshape for patch in patcher.patches.get(PREFIX + name, ()) if (reshape := new_shape(patch_of(patch).value))]
+        shapes[name] = max((torch.Size(new) for new in reshaped), key=torch.Size.numel, default=shape)
     return shapes

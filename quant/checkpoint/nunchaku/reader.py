@@ -54,6 +54,7 @@ def open_file(header):
         for name, part in tables.modulations[kind].items():
             if not _is_dense(source, f"{theirs}.{part}"):
                 layers[f"{ours}.{name}"] = _modulation(source, f"{theirs}.{part}", tables.chunks[kind])
+    _check_uniform(source, layers, nvfp4)
     plain = _plain(source, depths)
     _check_left_over(source, layers, plain, nvfp4)
     specs = {name: layer.spec for name, layer in layers.items()}
@@ -153,6 +154,18 @@ def _check_second_scales(source, part, n):
         source.check(f"{part}.wtscale", shape if shape == () else (1,), FLOAT_TYPES)
     if f"{part}.wcscales" in source.tensors:
         source.check(f"{part}.wcscales", (n,), HALF_TYPES)
+
+
+def _check_uniform(source, layers, nvfp4):
+    """Raise CheckpointError where some W4A4 layers have second scales, or a branch, and others have none. Very old files have none at all;
+    in a newer one a layer that lacks them has lost them, and would compute a wrong picture."""
+    parts = [part for layer in layers.values() if not layer.chunks for part in layer.parts]
+    for leaves in ((SECOND_SCALES,) if nvfp4 else ()) + (("lora_down", "lora_up"),):
+        with_them = [part for part in parts if any(f"{part}.{leaf}" in source.tensors for leaf in leaves)]
+        without = set(parts) - set(with_them)
+        if with_them and without:
+            raise CheckpointError(f"{source.header.file} has {' or '.join(leaves)} in layer {with_them[0]} and not in {min(without)}; the "
+                                  "file is incomplete, download it again.")
 
 
 def _linear(source, name, parts, nvfp4):

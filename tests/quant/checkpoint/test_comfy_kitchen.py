@@ -77,6 +77,28 @@ def test_descriptions_in_both_places(ours, model, tmp_path):
         opened(write(tmp_path / "both.safetensors", tensors, metadata))
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(("name", "changes", "says"), [
+    (QKV, {"act_unsigned": True}, f"layer {QKV} has its first unsigned column at 0, where a FLUX.1 has it at 128"),
+    (QKV, {"act_unsigned": 1}, "says act_unsigned = 1 where true or false is due"),
+    ("single_blocks.0.linear1", {"format": "svdquant_w4a4_split", "act_unsigned_from": 64}, "has its first unsigned column at 64"),
+    (LINEAR2, {"act_unsigned_from": 0, "act_unsigned": True}, "has its first unsigned column at 0"),
+    (LINEAR2, {"act_unsigned_from": 256}, "has its first unsigned column at 256, where a FLUX.1 has it at 128"),
+])
+def test_inputs_that_are_coded_otherwise_than_the_familys(model, tmp_path, listed, name, changes, says):
+    """Codes for signed inputs, multiplied with unsigned ones, gave a picture 20 % off in silence."""
+    tensors, specs, _ = model
+    tensors = dict(tensors)
+    described = {layer: spec.conf() for layer, spec in specs.items()}
+    described[name] |= changes
+    metadata = {"_quantization_metadata": json.dumps({"layers": described})} if listed else None
+    if not listed:
+        tensors |= {f"{layer}.comfy_quant": layout.encode_conf(conf) for layer, conf in described.items()}
+    with pytest.raises(CheckpointError) as caught:
+        opened(write(tmp_path / "kitchen.safetensors", tensors, metadata))
+    assert says in str(caught.value)
+
+
 def test_layers_of_a_text_encoder_in_the_same_file(ours, model, tmp_path):
     tensors = load_file(ours)
     metadata = json.loads(take_descriptions(tensors, PREFIX)["_quantization_metadata"])

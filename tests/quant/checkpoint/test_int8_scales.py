@@ -242,8 +242,15 @@ def describe(name, **changes):
     (lambda tensors: tensors.update({f"{PROJ}.weight_scale_2": torch.ones(128).bfloat16()}),
      f"has tensor {PROJ}.weight_scale_2, which a layer of format svdquant_w4a4 has no place for"),
     (describe(QKV, format="svdquant_w4a4"), f"has tensor {QKV}.weight_scale_2, which a layer of format svdquant_w4a4 has no place for"),
-    (describe(LINEAR2, act_unsigned_from=True), f"{LINEAR2}.comfy_quant lacks a valid rank or act_unsigned_from"),
+    (describe(LINEAR2, act_unsigned_from=True), f"{LINEAR2}.comfy_quant lacks a valid act_unsigned_from"),
     (describe(LINEAR2, act_unsigned_from=96), "not at a multiple of 64"),
+    (describe(PROJ, act_unsigned=1), f"{PROJ}.comfy_quant says act_unsigned = 1 where true or false is due"),
+    (describe(QKV, act_unsigned="x"), f"{QKV}.comfy_quant says act_unsigned = 'x' where true or false is due"),
+    (describe(PROJ, act_unsigned=True), f"layer {PROJ} has its first unsigned column at 0, where a FLUX.1 has it at 128"),
+    (describe(QKV, act_unsigned=True, act_unsigned_from=0), f"layer {QKV} has its first unsigned column at 0, where a FLUX.1"),
+    (describe(QKV, act_unsigned=True), f"{QKV}.comfy_quant lacks a valid act_unsigned_from, or says another act_unsigned"),
+    (describe(LINEAR2, act_unsigned_from=64), f"layer {LINEAR2} has its first unsigned column at 64, where a FLUX.1 has it at 128"),
+    (describe(LINEAR2, act_unsigned_from=640), f"layer {LINEAR2} has its first unsigned column at 640, where a FLUX.1 has it at 128"),
 ])
 def test_tensors_that_do_not_fit(path, tmp_path, change, says):
     bad = rewritten(path, tmp_path / "bad.safetensors", change)

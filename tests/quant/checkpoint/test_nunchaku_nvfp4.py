@@ -132,6 +132,18 @@ def test_very_old_files_without_second_scales_and_branches(model, tmp_path):
     assert {spec.rank for spec in file.specs.values()} == {0}
 
 
+@pytest.mark.parametrize("kind", ["wtscale", "wcscales", "lora_"])
+def test_one_layer_without_its_second_scale_or_branch_has_lost_it(model, tmp_path, kind):
+    """Read as 1 and as no branch, they gave a picture up to 96 % off in silence."""
+    def strip(tensors):
+        layer = next(name for name in tensors if kind in name.rpartition(".")[2]).rpartition(".")[0]
+        for name in [name for name in tensors if name.startswith(f"{layer}.{kind}")]:
+            del tensors[name]
+
+    with pytest.raises(CheckpointError, match=r"^bad.safetensors has \S+ or \S+ in layer \S+ and not in \S+; the file is incomplete, "):
+        opened(rewritten(model[0], tmp_path / "bad.safetensors", strip))
+
+
 def test_converted_to_our_layout_and_read_back_it_is_the_same_to_the_bit(model, tmp_path):
     target = tmp_path / "native.safetensors"
     convert.convert(str(model[0]), str(target), "native")

@@ -185,7 +185,7 @@ def describe(layer, **changes):
      f"has tensor {QKV}.weight_scale_2, which a layer of format svdquant_w4a4 has no place for"),
     (describe(LINEAR2, format="svdquant_w4a4_split"), f"tensor {LINEAR2}.weight_scale_2, which a layer of format svdquant_w4a4_split"),
     (describe(QKV, format="svdquant_w4a4_int8_scale", act_unsigned_from=128), f"lacks tensor {QKV}.weight_scale_2"),
-    (describe(LINEAR2, act_unsigned_from=None), "lacks a valid rank or act_unsigned_from"),
+    (describe(LINEAR2, act_unsigned_from=None), "lacks a valid act_unsigned_from"),
     (put(QKV + DESCRIPTION, 2, b"{"), "is not JSON"), (put(QKV + DESCRIPTION, 2, b"[" * 60_000), QKV + DESCRIPTION),
     (put(QKV + DESCRIPTION, 2, b" " * 70_000), "has 70000 bytes where a few hundred are due"),
 ])
