@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ..packed_flux import packed_flux
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from ..nunchaku_nvfp4 import write_nvfp4
 from ..packed_flux import packed_flux
 from ..random_flux import flux_tensors
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ERRORS = {"double_blocks.0.img_attn.qkv": 0.08, "double_blocks.0.img_mlp.2": 0.12, "single_blocks.0.linear1": 0.07}
 RECIPE = {
     "preset": "best", "rank": 16, "keep": [], "calibration": {"prompts": 8, "steps": 4, "seed": 0},

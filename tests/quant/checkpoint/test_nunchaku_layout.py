@@ -11,7 +11,7 @@ from comfyui_svdquant.quant.checkpoint.header import CheckpointError, StoredTens
 from comfyui_svdquant.quant.checkpoint.nunchaku import layout as order
 from safetensors.torch import load_file, save_file
 
-DATA = Path(__file__).resolve().parents[1] / "data" / "nunchaku"
+DATA = Path(__file__).resolve().parents[2] / "data" / "nunchaku"
 
 
 def vectors(name):

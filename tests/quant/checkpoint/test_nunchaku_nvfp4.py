@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from ..nunchaku_nvfp4 import RANK, scale_places, write_nvfp4
 from .test_nunchaku import drop, put, rename_v2, rewritten, with_header
 
-VECTORS = Path(__file__).resolve().parents[1] / "data" / "nunchaku" / "nvfp4_linear_n256_k256_r32.safetensors"
+VECTORS = Path(__file__).resolve().parents[2] / "data" / "nunchaku" / "nvfp4_linear_n256_k256_r32.safetensors"
 BLOCK = "single_transformer_blocks.0"
 
 

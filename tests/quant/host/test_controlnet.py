@@ -17,7 +17,7 @@ from ..comfy_models import HIDDEN, prompts, quantized, sample, write_flux
 from ..lora_tensors import generic, load_lora, random, shapes
 from ..packed_flux import flux_tensors
 
-VAE_FILE = Path(__file__).resolve().parents[2] / "demo" / "tiny_flux" / "tiny_vae.safetensors"
+VAE_FILE = Path(__file__).resolve().parents[3] / "demo" / "tiny_flux" / "tiny_vae.safetensors"
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 

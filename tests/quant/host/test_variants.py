@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from ..comfy_models import CONTEXT, HIDDEN, prompts, quantized, sample, save, write_flux
 from ..random_flux import flux_tensors
 
-VAE_FILE = Path(__file__).resolve().parents[2] / "demo" / "tiny_flux" / "tiny_vae.safetensors"
+VAE_FILE = Path(__file__).resolve().parents[3] / "demo" / "tiny_flux" / "tiny_vae.safetensors"
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
