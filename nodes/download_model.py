@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..quant.download import hub
-from .model_folder import target_path
+from ..quant.host.model_folder import target_path
 from .progress import NodeProgress
 
 OWN_CHOICE = "repository and file below"

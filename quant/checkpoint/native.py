@@ -32,7 +32,6 @@ VERSION = 2
 MODULE_FORMATS = tuple(layout.GROUP_SIZES)
 HALF_TYPES = (torch.bfloat16, torch.float16)
 SCALE_TYPES = (*HALF_TYPES, torch.float32)
-MAX_DESCRIPTION_BYTES = 1 << 16  # of one X.comfy_quant
 
 
 def matches(header):
@@ -126,22 +125,10 @@ def layer_specs(header):
     return {name: spec for name, (spec, _) in found.items()}, [name for name, (_, int8_scale) in found.items() if int8_scale]
 
 
-def decode(header, key):
-    """The dict that a tensor X.comfy_quant holds. Raises CheckpointError where it is none."""
-    info = header.tensors[key]
-    if info is not None and info.stop - info.start > MAX_DESCRIPTION_BYTES:
-        raise CheckpointError(f"{header.file}: {key} has {info.stop - info.start} bytes where a few hundred are due; save or "
-                              "download the file again.")
-    try:
-        return layout.decode_conf(header.read_bytes(key))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{header.file}: {key} {error}; save or download the file again.") from None
-
-
 def _layer_spec(header, name):
     """(LayerSpec, whether its scales are int8)."""
     key = f"{name}.{layout.QUANT_KEY}"
-    conf = decode(header, key)
+    conf = header.description(key)
     kind = conf.get("format")
     usual = layout.GROUP_SIZES[kind] if kind in MODULE_FORMATS else None
     group_size = conf.get("group_size", usual)
@@ -240,6 +227,14 @@ def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=F
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source, **modelspec(path, source_card),
     }
     write(path, infos, chain(_with_int8_scales(tensors, row_scales), described.items()), metadata, overwrite)
+
+
+def save_packed(path, packed, config, overwrite, source_card, counted):
+    """Write a PackedFile of another format; scales that it has in 16 bits stay so. counted: (iterable of (name, tensor), their number)
+    -> the same iterable, which may show progress."""
+    infos = {name: (shape, packed.dtypes[name]) for name, shape in packed.shapes.items()}
+    save_stream(path, infos, counted(packed.tensors(), len(infos)), packed.specs, config, packed.recipe, packed.source, overwrite,
+                source_card)
 
 
 def _with_int8_scales(tensors, row_scales):

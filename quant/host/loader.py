@@ -8,33 +8,32 @@ import comfy.sd
 import comfy.utils
 from comfy import quant_ops
 
-from ..checkpoint import comfy_kitchen, foreign, native
+from ..checkpoint import card, comfy_kitchen, foreign, formats, native
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.nunchaku import names as nunchaku_names
-from ..checkpoint.nunchaku import reader as nunchaku
 from ..layers import layout
 from ..layers.linear import set_act_bits, warm_up
 from . import build, heap
+from .attachments import CARD, SOURCE
 from .patcher import SVDQuantModelPatcher
 
 SCALED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")  # ComfyUI's ways of storing fp8 with a scale
 
-PACKED_FORMATS = (native, nunchaku, comfy_kitchen)
 
+def load_model(path, compute_dtype=None, act_bits=0, name=None):
+    """A ModelPatcher from a file: a quantized FLUX in one of formats.FORMATS, or an ordinary one in bf16, fp16 or fp8.
 
-def load_model(path, compute_dtype=None, act_bits=0):
-    """A ModelPatcher from a file: a quantized FLUX (ours, Nunchaku's or under comfy-kitchen's names), or an ordinary one
-    in bf16, fp16 or fp8.
-
-    compute_dtype: torch.bfloat16, torch.float16, or None for what ComfyUI takes on this device; act_bits: of W4A4 layers' inputs
-    (linear.SVDQuantLinear).
+    compute_dtype: torch.bfloat16, torch.float16, or None for ComfyUI's choice on this device; act_bits: of W4A4 layers' inputs
+    (linear.SVDQuantLinear); name: of the file, which the MODEL keeps beside the file's card (attachments.py).
     Raises CheckpointError, one sentence, on any file that is not a whole FLUX.1.
     """
     header = read_header(path)
-    reader = next((reader for reader in PACKED_FORMATS if reader.matches(header)), None)
-    if reader is not None:
-        return _load_packed(reader.open_file(header), compute_dtype, act_bits)
-    return _load_plain(header, compute_dtype)
+    found = formats.identify(header)
+    patcher = _load_packed(found.reader.open_file(header), compute_dtype, act_bits) if found else _load_plain(header, compute_dtype)
+    patcher.set_attachments(CARD, card.of_source(header.metadata))
+    if name is not None:
+        patcher.set_attachments(SOURCE, name)
+    return patcher
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

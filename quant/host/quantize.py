@@ -19,12 +19,11 @@ from ..families import flux1 as flux
 from ..layers.linear import PackedLinear
 from ..quantizer import calibration, pipeline
 from . import build, resume
+from .attachments import SOURCE
 from .patcher import PREFIX, SVDQuantModelPatcher
 
 log = logging.getLogger(__name__)
 
-# Attachments of a MODEL that SVDQuant Load Model opened: its file's name, and what a quantized twin has of its card.
-SOURCE, CARD = "svdquant.source", "svdquant.card"
 # What of FLUX's parameters FLUX.1 has not, and whose it is.
 RELATIVES = {"global_modulation": "Flux2", "yak_mlp": "Ovis-Image"}
 MAX_CALLS = 32  # recorded calls of the model, spread over prompts and noise levels

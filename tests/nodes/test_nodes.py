@@ -15,13 +15,13 @@ from comfyui_svdquant import comfy_entrypoint
 from comfyui_svdquant.nodes.download_model import SVDQuantDownloadModel
 from comfyui_svdquant.nodes.inspect_model import SVDQuantInspect
 from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
-from comfyui_svdquant.nodes.model_folder import target_path
 from comfyui_svdquant.nodes.progress import NodeProgress
 from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header, read_header
 from comfyui_svdquant.quant.download.hub import HubError
 from comfyui_svdquant.quant.host.loader import load_model
+from comfyui_svdquant.quant.host.model_folder import target_path
 from comfyui_svdquant.quant.quantizer import pipeline
 from safetensors.torch import load_file, save_file
 

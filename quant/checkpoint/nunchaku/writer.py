@@ -1,4 +1,4 @@
-"""A quantized FLUX.1 as a Nunchaku INT4 file: the inverse of nunchaku.py."""
+"""A quantized FLUX.1 as a Nunchaku INT4 file: the inverse of reader.py."""
 
 import json
 from collections import ChainMap
@@ -10,6 +10,7 @@ from ...families import flux1 as flux
 from ...layers import layout
 from ..card import modelspec
 from ..header import CheckpointError
+from ..packed import StoredTensors
 from ..write import check_target, write
 from . import halves, names
 from . import layout as order
@@ -22,8 +23,8 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     tensors: mapping {name: tensor} of the whole diffusion model, read one at a time; specs: {layer name: LayerSpec} of
     its packed layers; config, recipe: JSON-able dicts; source: str; source_card: card.of_source of what was quantized.
     Codes, scales and branches are written as they are; every layer gets the same rank, the largest, filled up with zeros.
-    counted: wraps the iterable of (name, tensor) that is written, and is told how many there are, to watch it. Raises
-    CheckpointError where a layer has no place in Nunchaku's layout, and as write.write does.
+    counted: (iterable of (name, tensor), their number) -> the same iterable, which may show progress. Raises CheckpointError where a
+    layer has no place in Nunchaku's layout, and as write.write does.
     """
     check_target(path, overwrite)
     depths = {kind: config[key] for key, kind in (("depth", names.DOUBLE), ("depth_single_blocks", names.SINGLE))}
@@ -39,6 +40,11 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     metadata = _metadata(tensors, config, rank) | modelspec(path, source_card) | {
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source}
     write(path, infos, counted(_stream(tensors, specs, layers, plain, rank), len(infos)), metadata, overwrite)
+
+
+def save_packed(path, packed, config, overwrite, source_card, counted):
+    """Write a PackedFile of another format, as save does. Its tensors have to be readable one by one (packed.read)."""
+    save(path, StoredTensors(packed), packed.specs, config, packed.recipe, packed.source, overwrite, source_card, counted)
 
 
 def _layers(depths):

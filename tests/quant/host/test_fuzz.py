@@ -240,7 +240,7 @@ def test_other_models_are_refused_by_name(tmp_path, kind):
         loader.load_model(str(path))
     assert str(caught.value) == f"model.safetensors is {what}; choose a FLUX.1 model in safetensors format."
     with pytest.raises(CheckpointError, match="model.safetensors is " + (what if what.startswith("a ") else "no FLUX.1")):
-        inspection.inspect(str(path))
+        inspection.inspect(read_header(str(path)))
     with pytest.raises(CheckpointError, match="model.safetensors is no quantized FLUX.1"):
         convert.convert(str(path), str(tmp_path / "out.safetensors"), "native")
     assert os.listdir(tmp_path) == ["model.safetensors"]
@@ -337,7 +337,7 @@ def test_mutated_files_are_refused_or_are_what_they_say(files, tmp_path, form, c
     if state is not None:
         assert agrees(state, entries, form)
     try:
-        inspection.text(inspection.inspect(str(path)))
+        inspection.text(inspection.inspect(read_header(str(path))))
     except CheckpointError as error:
         assert state is None, error
 
@@ -358,7 +358,7 @@ def test_mutated_files_of_other_models_are_refused(tmp_path, kind, changes):
     path = write(tmp_path / "mutated.safetensors", entries, metadata, all_lies)
     assert opened(path) is None
     with pytest.raises(CheckpointError):
-        inspection.inspect(str(path))
+        inspection.inspect(read_header(str(path)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 

@@ -1,4 +1,4 @@
-"""Where the nodes that write models put them: models/diffusion_models."""
+"""The folder for diffusion models: where a file of a given name goes."""
 
 import os
 import re
@@ -6,7 +6,7 @@ import unicodedata
 
 import folder_paths
 
-from ..quant.checkpoint.header import EXTENSIONS
+from ..checkpoint.header import EXTENSIONS
 
 FORBIDDEN = '<>:"|?*'  # by Windows, whose users shall be able to take a model over
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, lone surrogates and line breaks
