@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..quant.download import hub
-from ..quant.host.model_folder import target_path
+from ..quant.host.model_folder import found_elsewhere, target_path
 from .progress import NodeProgress
 
 OWN_CHOICE = "repository and file below"
@@ -60,5 +60,5 @@ class SVDQuantDownloadModel(io.ComfyNode):
         hub.check_names(repository, file, revision)
         path, name = target_path(filename if filename.strip() else file.rsplit("/", 1)[-1])
         progress = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
-        hub.download(hub.look_up(repository, file, revision, progress), path, progress)
+        hub.download(hub.look_up(repository, file, revision, progress), found_elsewhere(path, name) or path, progress)
         return io.NodeOutput(name)

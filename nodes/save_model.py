@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..quant.checkpoint import formats
-from ..quant.host.model_folder import target_path
+from ..quant.host.model_folder import check_found_again, target_path
 from ..quant.host.saving import save_model
 
 
@@ -36,5 +36,6 @@ class SVDQuantSaveModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename, overwrite, layout="native"):
         path, name = target_path(filename)
+        check_found_again(path, name)
         save_model(model, path, layout, overwrite)
         return io.NodeOutput(name)

@@ -122,8 +122,8 @@ def _download(remote, path, name, watch):
         if os.path.getsize(path) == remote.size and _sha256(path, name, watch) == remote.sha256:
             watch.say(f"{name} was here already: {size_text(remote.size)}, SHA-256 as on the Hub")
             return
-        raise HubError(f"{name} exists already and is another file than {remote.file} of {remote.repository}; choose another "
-                       "filename, or move it away.")
+        raise HubError(f"{name} exists already and is another file than {remote.file} of {remote.repository}; it lies in "
+                       f"{os.path.dirname(path)}: choose another filename, or move it away.")
     part = f"{path}.{remote.sha256[:16]}.part"  # no model list shows it: it does not end in .safetensors
     os.makedirs(os.path.dirname(path), exist_ok=True)
     _check_room(remote, part, name, watch)
