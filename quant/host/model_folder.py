@@ -13,7 +13,7 @@ FORBIDDEN = '<>:"|?*'  # by Windows, whose users shall be able to take a model o
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, lone surrogates and line breaks
 DEVICE = re.compile(r"(CON|PRN|AUX|NUL|(COM|LPT)[1-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE)
 MAX_BYTES = 255  # of a part of a path, on the usual file systems
-TEMPORARY_BYTES = 22  # ".0123456789abcdef.part", which a file that is not whole yet has after its name
+TEMPORARY_BYTES = 22  # ".0123456789abcdef.part" or ".0123456789abcd.saving", which a file that is not whole yet has after its name
 SHOWN = 60  # characters of a name in a message
 
 
