@@ -1,11 +1,10 @@
 """SVDQuant Load Model: a FLUX.1 from a file, in 4 bits or as it is."""
 
-import os
-
 import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..quant.host import written
 from ..quant.host.loader import load_model
 from ..quant.layers.linear import NVFP4Linear
 from .progress import NodeProgress
@@ -41,11 +40,7 @@ class SVDQuantLoadModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, compute_dtype, activations="auto"):
-        path = folder_paths.get_full_path("diffusion_models", model_name) if model_name else None
-        if path is None:
-            return None
-        stat = os.stat(path)
-        return stat.st_mtime_ns, stat.st_size
+        return written.state(model_name) if model_name else None
 
     @classmethod
     def execute(cls, model_name, compute_dtype, activations="auto"):

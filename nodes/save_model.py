@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from ..quant.checkpoint import formats
-from ..quant.host.model_folder import check_found_again, target_path
+from ..quant.host import written
+from ..quant.host.model_folder import name_in_folder
 from ..quant.host.saving import save_model
 
 
@@ -34,8 +35,9 @@ class SVDQuantSaveModel(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model=None, filename=None, overwrite=False, layout="native"):
+        return written.fingerprint(name_in_folder(filename))
+
+    @classmethod
     def execute(cls, model, filename, overwrite, layout="native"):
-        path, name = target_path(filename)
-        check_found_again(path, name)
-        save_model(model, path, layout, overwrite)
-        return io.NodeOutput(name)
+        return io.NodeOutput(save_model(model, filename, layout, overwrite))

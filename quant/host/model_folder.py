@@ -41,6 +41,14 @@ def target_path(filename):
     return path, os.path.relpath(path, folder)
 
 
+def name_in_folder(filename):
+    """The name of target_path; None where the filename is unknown yet (None) or can't be one."""
+    try:
+        return None if filename is None else target_path(filename)[1]
+    except ValueError:
+        return None
+
+
 def found_elsewhere(path, name):
     """The path of the file, in another of ComfyUI's folders, that ComfyUI opens under a name of target_path; None if there is none."""
     found = folder_paths.get_full_path(KIND, name)

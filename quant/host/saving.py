@@ -1,28 +1,35 @@
 """A quantized MODEL into a file."""
 
 import os
+import weakref
 
 from ..checkpoint import formats
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.write import check_target
-from . import build
+from . import build, model_folder, written
 from .attachments import CARD
 from .patcher import SVDQuantModelPatcher, unpatched
 
 
-def save_model(model, path, layout, overwrite=False):
-    """Write a MODEL to a file.
+def save_model(model, filename, layout, overwrite=False):
+    """Write a MODEL to a file in the model folder, unless it is there already, as saved before. Returns the file's name in the folder.
 
-    layout: one of formats.WRITERS; overwrite: whether a quantized FLUX.1 at `path` may be replaced; other files never are. Raises
-    ValueError on a MODEL that its file would not hold as it is, and CheckpointError, before anything is written, where the file can't
-    be written (write.write).
+    filename: the user's (model_folder.target_path); layout: one of formats.WRITERS; overwrite: whether a quantized FLUX.1 of that name
+    may be replaced; other files never are. Raises ValueError on a MODEL that its file would not hold as it is, and on a filename that
+    can't be one or that ComfyUI finds elsewhere; CheckpointError, before anything is written, where the file can't be (write.write).
     """
     check_model(model)
-    check_overwritten(path)
-    check_target(path, overwrite)
-    specs = {layer: module.spec for layer, module in model.packed_layers().items()}
-    formats.WRITERS[layout].save(path, stored_tensors(model), specs, build.stored_config(model.model), model.recipe, model.source,
-                                 overwrite, model.get_attachment(CARD))
+    path, name = model_folder.target_path(filename)
+    model_folder.check_found_again(path, name)
+    content = weakref.ref(model.model), layout
+    if not written.holds(name, content):  # ComfyUI runs a node again for reasons of its own, too
+        check_overwritten(path)
+        check_target(path, overwrite)
+        specs = {layer: module.spec for layer, module in model.packed_layers().items()}
+        formats.WRITERS[layout].save(path, stored_tensors(model), specs, build.stored_config(model.model), model.recipe, model.source,
+                                     overwrite, model.get_attachment(CARD))
+        written.note(name, content)
+    return name
 
 
 def check_model(model):

@@ -80,8 +80,8 @@ def test_load_quantize_save_load():
     state, again = twin.model.state_dict(), loaded.model.state_dict()
     assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
     with pytest.raises(CheckpointError, match="exists already"):
-        SVDQuantSaveModel.execute(twin, "out/tiny_4bit", False)
-    SVDQuantSaveModel.execute(twin, "out/tiny_4bit.safetensors", True)
+        SVDQuantSaveModel.execute(loaded, "out/tiny_4bit", False)
+    SVDQuantSaveModel.execute(loaded, "out/tiny_4bit.safetensors", True)
 
 
 def test_exceptions_keep_layers_in_16_bits_or_give_them_rank():
