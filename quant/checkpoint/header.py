@@ -5,6 +5,7 @@ changes nothing. Format: https://huggingface.co/docs/safetensors (8 bytes little
 """
 
 import json
+import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,15 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}
+    "C64": torch.complex64,
+} | {name: getattr(torch, dtype) for name, dtype in (  # that older versions of PyTorch lack
+    ("F8_E8M0", "float8_e8m0fnu"), ("F8_E4M3FNUZ", "float8_e4m3fnuz"), ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+    ("U64", "uint64"), ("U32", "uint32"), ("U16", "uint16"),
+) if hasattr(torch, dtype)}
+# Two elements a byte: the file's shape counts elements, PyTorch's counts bytes.
+PAIRS = {"F4": torch.float4_e2m1fn_x2} if hasattr(torch, "float4_e2m1fn_x2") else {}
+# Of weights that are not packed. The others are scales, codes and data.
+WEIGHT_DTYPES = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
 MAX_DESCRIPTION_BYTES = 1 << 16  # of one X.comfy_quant
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEB_PAGE, WEB_PAGE_BYTES = (b"<!doctype html", b"<html"), 512  # how it may begin, and how much of it is looked at
@@ -40,7 +49,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of the header. The shape counts elements; start and stop are byte offsets in the file."""
+    """One entry of the header. shape and dtype: as a torch.Tensor has them; start, stop: byte offsets in the file."""
 
     shape: tuple
     dtype: torch.dtype
@@ -226,20 +235,21 @@ def _tensor_info(name, key, entry, data_start, size):
                    and len(offsets) == 2 and all(map(_is_count, offsets)))
     if not well_formed:
         raise CheckpointError(f"{name} has a damaged header entry for tensor {key}; download it again.")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES | PAIRS:
         raise CheckpointError(f"{name} stores tensor {key} as {dtype!r}, a type that is not supported; choose a "
                               "bf16, fp16 or fp8 version of the model.")
     start, stop = data_start + offsets[0], data_start + offsets[1]
-    count = 1
-    for extent in shape:
-        count *= extent
-    if stop - start != count * DTYPES[dtype].itemsize:
+    pairs = dtype in PAIRS
+    bits = 4 if pairs else 8 * DTYPES[dtype].itemsize
+    if 8 * (stop - start) != math.prod(shape) * bits or pairs and (not shape or shape[-1] % 2):
         raise CheckpointError(f"{name} declares tensor {key} as {dtype} {shape} but gives it {stop - start} bytes; the "
                               "file is damaged, download it again.")
     if stop > size:
         raise CheckpointError(f"{name} is cut off: tensor {key} ends at byte {stop} and the file has {size}; download "
                               "it again.")
-    return TensorInfo(tuple(shape), DTYPES[dtype], start, stop)
+    if pairs:
+        shape = [*shape[:-1], shape[-1] // 2]
+    return TensorInfo(tuple(shape), (DTYPES | PAIRS)[dtype], start, stop)
 
 
 def _check_layout(name, tensors, data_start, size):

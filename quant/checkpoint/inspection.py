@@ -7,7 +7,7 @@ from statistics import fmean, median
 
 from ..families import flux1 as flux
 from ..layers import layout
-from . import foreign, formats, native
+from . import comfy_kitchen, foreign, formats, native
 from .card import MAX_FIELD_BYTES, PREFIX, SOURCE_HASH, SOURCE_TITLE
 from .header import CheckpointError
 
@@ -70,8 +70,12 @@ def _packed(header, found):
 def _plain(header):
     prefix = foreign.flux_prefix(header)
     if prefix is not None:
-        shapes = {name: info.shape for name, info in header.within(prefix).tensors.items()}
-        return {"format": "a FLUX.1 that is not quantized", "model": _model(shapes, {}, header), **_sizes(header.tensors, ())}
+        inside = header.within(prefix)
+        shapes = {name: info.shape for name, info in inside.tensors.items()}
+        theirs = sorted({str(conf.get("format")) for layer, conf in comfy_kitchen.descriptions(inside).items()
+                         if f"{layer.removeprefix(prefix)}.weight" in inside.tensors})
+        what = f"a FLUX.1 with layers in ComfyUI's format {', '.join(theirs)}" if theirs else "a FLUX.1 that is not quantized"
+        return {"format": what, "model": _model(shapes, {}, header), **_sizes(header.tensors, ())}
     what = foreign.kind(header) or "no FLUX.1 in ComfyUI's names and no quantized one"
     raise CheckpointError(f"{header.file} is {what}; choose another file.")
 

@@ -24,7 +24,7 @@ from ..families import flux1 as flux
 from ..layers import layout
 from . import int8_scales
 from .card import modelspec
-from .header import CheckpointError
+from .header import WEIGHT_DTYPES, CheckpointError
 from .packed import PackedFile
 from .write import check_target, write
 
@@ -82,7 +82,7 @@ def _read(header, computed, name):
 def _check_plain(header, specs, dtypes):
     """Raise CheckpointError where a tensor outside the packed layers is not of a type that weights have."""
     for name, dtype in dtypes.items():
-        if name.rpartition(".")[0] not in specs and not dtype.is_floating_point:
+        if name.rpartition(".")[0] not in specs and dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{header.file}: tensor {name} is {dtype} where a floating point type is due; the file is damaged, "
                                   "or mixes formats that this version can't run, download or save it again.")
 
