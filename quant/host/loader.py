@@ -36,10 +36,34 @@ def load_model(path, compute_dtype=None, act_bits=0, name=None):
     return patcher
 
 
+def check_file(header):
+    """Raise CheckpointError where load_model would, less for what this ComfyUI can't read and for values of weights: no weight is read."""
+    if found := formats.identify(header):
+        _empty_packed(found.reader.open_file(header))
+    else:
+        _empty_plain(header, _plain_prefix(header))
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
 def _load_packed(packed, compute_dtype, act_bits):
+    model = _empty_packed(packed, compute_dtype)
+    set_act_bits(model, act_bits)
+    warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype())  # compiles while the file is read
+    heap.give_back()  # what the model before left
+    if packed.prefix is None:
+        build.fill(model, packed.tensors())
+    else:
+        mapped = {name: packed.prefix + name for name in packed.shapes if name not in packed.computed}
+        _load_weights(model, packed.header, mapped, {name: packed.read(name) for name in packed.shapes if name in packed.computed})
+    patcher = build.make_patcher(model, SVDQuantModelPatcher)
+    patcher.source, patcher.recipe = packed.source, packed.recipe
+    return patcher
+
+
+def _empty_packed(packed, compute_dtype=None):
+    """The empty model of a PackedFile. Raises CheckpointError where the file's tensors are not all of the model's, and no others."""
     header = packed.header
     model_config = _detect(header, packed.shapes, packed.config)
     try:
@@ -48,33 +72,13 @@ def _load_packed(packed, compute_dtype, act_bits):
         raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
                               "again.") from error
     _check_complete(header, model, packed.shapes, exact=True)
-    set_act_bits(model, act_bits)
-    warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype())  # compiles while the file is read
-    heap.give_back()  # what the model before left
-    if packed.prefix is None:
-        build.fill(model, packed.tensors())
-    else:
-        mapped = {name: packed.prefix + name for name in packed.shapes if name not in packed.computed}
-        _load_weights(model, header, mapped, {name: packed.read(name) for name in packed.shapes if name in packed.computed})
-    patcher = build.make_patcher(model, SVDQuantModelPatcher)
-    patcher.source, patcher.recipe = packed.source, packed.recipe
-    return patcher
+    return model
 
 
 def _load_plain(header, compute_dtype):
-    prefix = foreign.flux_prefix(header)
-    if prefix is None and not foreign.is_diffusers_flux(header):
-        what = foreign.kind(header) or "not a FLUX.1 model"
-        raise CheckpointError(f"{header.file} is {what}; choose a FLUX.1 model in safetensors format.")
+    prefix = _plain_prefix(header)
     _check_formats(header, prefix or "")
-    if prefix is None:
-        names, shapes = {}, _from_diffusers(header)
-    else:
-        # Under the names that every ComfyUI knows; before 0.14 it did not know the norms' newer ones.
-        names = {build.stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
-        shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
-    model = build.empty_model(_detect(header, shapes, {}), {}, compute_dtype)
-    _check_complete(header, model, shapes, exact=False)
+    names, shapes, model = _empty_plain(header, prefix, compute_dtype)
     if _core_knows({stored.removeprefix(prefix): header.tensors[stored].shape for stored in names.values()} or shapes):
         return _load_by_core(header, compute_dtype)
     # ComfyUI before 0.9 takes every FLUX for one of 24 heads; a FLUX of another width is loaded here.
@@ -87,6 +91,29 @@ def _load_plain(header, compute_dtype):
     else:
         _load_weights(model, header, names)
     return build.make_patcher(model, comfy.model_patcher.ModelPatcher)
+
+
+def _plain_prefix(header):
+    """foreign.flux_prefix; None for a FLUX.1 in diffusers' naming. Raises CheckpointError on anything else."""
+    prefix = foreign.flux_prefix(header)
+    if prefix is None and not foreign.is_diffusers_flux(header):
+        what = foreign.kind(header) or "not a FLUX.1 model"
+        raise CheckpointError(f"{header.file} is {what}; choose a FLUX.1 model in safetensors format.")
+    return prefix
+
+
+def _empty_plain(header, prefix, compute_dtype=None):
+    """({model's name: file's}, {model's name: shape}, the empty model) of a file that is not quantized. Raises CheckpointError where the
+    model has tensors that the file has not, or others."""
+    if prefix is None:
+        names, shapes = {}, _from_diffusers(header)
+    else:
+        # Under the names that every ComfyUI knows; before 0.14 it did not know the norms' newer ones.
+        names = {build.stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
+        shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
+    model = build.empty_model(_detect(header, shapes, {}), {}, compute_dtype)
+    _check_complete(header, model, shapes, exact=False)
+    return names, shapes, model
 
 
 def _check_formats(header, prefix):

@@ -302,6 +302,27 @@ def test_inspecting_reads_no_weight(monkeypatch):
         SVDQuantInspect.execute("text.safetensors")
 
 
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda tensors: tensors.pop("single_blocks.0.norm.key_norm.scale"), "lacks tensor single_blocks.0.norm.key_norm"),
+    (lambda tensors: tensors.update({"final_layer.linear.weight": torch.zeros(64, 64)}), "final_layer.linear.weight has shape"),
+    (lambda tensors: tensors.update({"double_blocks.7.img_mod.lin.bias": torch.zeros(1)}), "double_blocks.7"),
+])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_inspect_refuses_what_load_refuses(change, says, quantized):
+    if quantized:
+        SVDQuantSaveModel.execute(quantize()[0], "whole", True)
+    path = FOLDER / ("whole.safetensors" if quantized else "tiny_flux.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, FOLDER / "unfit.safetensors", read_header(str(path)).metadata)
+    messages = []
+    for read in (lambda name: SVDQuantLoadModel.execute(name, "auto"), SVDQuantInspect.execute):
+        with pytest.raises(CheckpointError, match=f"^unfit.safetensors.*{says}") as caught:
+            read("unfit.safetensors")
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
 @pytest.mark.parametrize("error", [CheckpointError("x"), HubError("x")])
 def test_comfyui_shows_an_error_under_a_short_name(error):
     """Its pop-up has three lines for the name and the sentence."""
