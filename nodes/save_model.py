@@ -22,8 +22,8 @@ class SVDQuantSaveModel(io.ComfyNode):
                 io.String.Input("filename", default="flux_svdquant",
                                 tooltip="Name of the file in models/diffusion_models; a folder may stand before it."),
                 io.Boolean.Input("overwrite", default=False,
-                                 tooltip="Replace a quantized model of that name; other files are never replaced. Off: an existing "
-                                         "file is left alone and the node stops."),
+                                 tooltip="Replace a quantized model of that name; other files are never replaced. Off: another "
+                                         "file of that name is left alone and the node stops."),
                 io.Combo.Input("layout", options=list(formats.WRITERS), default="native", optional=True,
                                tooltip="native: this pack's, which holds every model exactly. nunchaku: for software that "
                                        "reads Nunchaku's INT4 files; all layers have to be in 4 bits."),
