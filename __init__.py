@@ -5,6 +5,6 @@ WEB_DIRECTORY = "web"
 
 async def comfy_entrypoint():
     # Imported here, not above, so that quant/ and cuda/ can be used where no ComfyUI is installed.
-    from .nodes import SVDQuantExtension
+    from .nodes.extension import SVDQuantExtension
 
     return SVDQuantExtension()

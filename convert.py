@@ -42,11 +42,11 @@ def unreadable(path, error):
 
 
 def main():
-    convert, header = modules("convert", "quant.checkpoint.convert", "quant.checkpoint.header")
+    convert, formats, header = modules("convert", "quant.checkpoint.convert", "quant.checkpoint.formats", "quant.checkpoint.header")
     parser = argparse.ArgumentParser(description="Convert a quantized FLUX.1 from one layout into another.")
     parser.add_argument("source", metavar="IN", help="a .safetensors file: Nunchaku's, ours or comfy-kitchen's names")
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--to", choices=convert.LAYOUTS, required=True,
+    parser.add_argument("--to", choices=formats.WRITERS, required=True,
                         help="the layout to write: native, which this pack's nodes save by default, or nunchaku, Nunchaku's INT4 file")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args()

@@ -15,7 +15,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     args = parser.parse_args()
     try:
-        told = inspection.inspect(str(Path(args.file).resolve()))
+        told = inspection.inspect(header.read_header(str(Path(args.file).resolve())))
     except (header.CheckpointError, OSError) as error:
         sys.exit(f"inspect: {unreadable(args.file, error)}")
     print(json.dumps(told, indent=1) if args.json else inspection.text(told))

@@ -1,14 +1,1 @@
-"""What a user sees: one module a node."""
-
-from comfy_api.latest import ComfyExtension
-
-from .download_model import SVDQuantDownloadModel
-from .inspect_model import SVDQuantInspect
-from .load_model import SVDQuantLoadModel
-from .quantize_model import SVDQuantQuantizeModel
-from .save_model import SVDQuantSaveModel
-
-
-class SVDQuantExtension(ComfyExtension):
-    async def get_node_list(self):
-        return [SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect]
+"""What a user sees: one module a node, and the extension that offers them."""

@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from ..quant.download import hub
-from .model_folder import target_path
+from ..quant.host import written
+from ..quant.host.model_folder import found_elsewhere, name_in_folder, target_path
 from .progress import NodeProgress
 
 OWN_CHOICE = "repository and file below"
@@ -22,6 +23,15 @@ PRESETS = {
     "FLUX.1-Canny-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-canny-dev"),
     "FLUX.1-Depth-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-depth-dev"),
 }
+
+
+def choice(model, repository, file, revision, filename):
+    """(repository, file, revision, filename) to download, from the node's inputs. Raises ValueError, one sentence."""
+    if model in PRESETS:
+        repository, file = PRESETS[model]
+    repository, file, revision = hub.names(repository, file, revision)
+    hub.check_names(repository, file, revision)
+    return repository, file, revision, filename if filename.strip() else file.rsplit("/", 1)[-1]
 
 
 class SVDQuantDownloadModel(io.ComfyNode):
@@ -53,12 +63,20 @@ class SVDQuantDownloadModel(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model=None, repository=None, file=None, revision=None, filename=None):
+        if None in (model, repository, file, revision, filename):  # from another node, which runs later
+            return written.fingerprint(None)
+        try:
+            *_, filename = choice(model, repository, file, revision, filename)
+        except ValueError:
+            return None
+        return written.fingerprint(name_in_folder(filename))
+
+    @classmethod
     def execute(cls, model, repository, file, revision, filename):
-        if model in PRESETS:
-            repository, file = PRESETS[model]
-        repository, file, revision = hub.names(repository, file, revision)
-        hub.check_names(repository, file, revision)
-        path, name = target_path(filename if filename.strip() else file.rsplit("/", 1)[-1])
+        repository, file, revision, filename = choice(model, repository, file, revision, filename)
+        path, name = target_path(filename)
         progress = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
-        hub.download(hub.look_up(repository, file, revision, progress), path, progress)
+        hub.download(hub.look_up(repository, file, revision, progress), found_elsewhere(path, name) or path, progress)
+        written.note(name)
         return io.NodeOutput(name)

@@ -7,6 +7,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..quant.checkpoint import inspection
+from ..quant.checkpoint.header import read_header
+from ..quant.host.loader import check_file
 from .progress import NodeProgress
 
 
@@ -38,7 +40,9 @@ class SVDQuantInspect(io.ComfyNode):
     def execute(cls, model_name):
         shown = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
         shown.say(model_name)  # else the text of the file before stays on the node when this one is refused
-        told = inspection.inspect(folder_paths.get_full_path_or_raise("diffusion_models", model_name))
+        header = read_header(folder_paths.get_full_path_or_raise("diffusion_models", model_name))
+        told = inspection.inspect(header)
+        check_file(header)
         report = inspection.text(told)
         shown.say(report)
         return io.NodeOutput(report, json.dumps(told, indent=1), ui=ui.PreviewText(report))

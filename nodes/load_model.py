@@ -1,15 +1,11 @@
 """SVDQuant Load Model: a FLUX.1 from a file, in 4 bits or as it is."""
 
-import os
-
 import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..quant.checkpoint import card
-from ..quant.checkpoint.header import read_header
+from ..quant.host import written
 from ..quant.host.loader import load_model
-from ..quant.host.quantize import CARD, SOURCE
 from ..quant.layers.linear import NVFP4Linear
 from .progress import NodeProgress
 
@@ -44,19 +40,13 @@ class SVDQuantLoadModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, compute_dtype, activations="auto"):
-        path = folder_paths.get_full_path("diffusion_models", model_name) if model_name else None
-        if path is None:
-            return None
-        stat = os.stat(path)
-        return stat.st_mtime_ns, stat.st_size
+        return written.state(model_name) if model_name else None
 
     @classmethod
     def execute(cls, model_name, compute_dtype, activations="auto"):
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        patcher = load_model(path, COMPUTE_DTYPES[compute_dtype], ACT_BITS[activations])
+        patcher = load_model(path, COMPUTE_DTYPES[compute_dtype], ACT_BITS[activations], model_name)
         if activations != "auto" and any(isinstance(layer, NVFP4Linear) for layer in patcher.model.modules()):
             NodeProgress(cls.hidden.unique_id if cls.hidden else None).say(
                 f"{model_name} is NVFP4, whose layers see their input in NVFP4: activations = {activations} changes nothing")
-        patcher.set_attachments(SOURCE, model_name)
-        patcher.set_attachments(CARD, card.of_source(read_header(path).metadata))
         return io.NodeOutput(patcher)

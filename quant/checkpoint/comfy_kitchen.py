@@ -46,7 +46,8 @@ def open_file(header):
         raise CheckpointError(f"{header.file} has 4-bit layers and is no whole {families.TITLES}; the file is incomplete, or of another "
                               "model: download it again, or choose another file.")
     packed = native.packed_file(own, family, "", {}, {"preset": native.OTHERS_PRESET}, header.file)
-    return replace(packed, header=header, prefix=None if own.tiles or own.renamed or own.smoothed else prefix)
+    return replace(packed, header=header, prefix=None if own.tiles or own.renamed or own.smoothed else prefix, stored=header.tensors,
+                   modules=frozenset(prefix + layer for layer in packed.specs))
 
 
 def prefix_of(header):
@@ -64,7 +65,7 @@ def descriptions(header):
     for key in header.tensors:
         if key.endswith(suffix):
             try:
-                found[key.removesuffix(suffix)] = native.decode(header, key)
+                found[key.removesuffix(suffix)] = header.description(key)
             except CheckpointError:
                 continue
     return found | _listed(header)
@@ -90,17 +91,17 @@ def _listed(header):
 class _AsOurs(Header):
     """The file's diffusion model under our names and in our order.
 
-    described: {X.comfy_quant: its bytes} where the metadata had them; tiles: {name: TensorInfo as stored}; renamed: whether it
-    has names of OTHER_NAMES; smoothed: the proj_downs that are stored for x / smooth.
+    listed: {X.comfy_quant: dict} of the descriptions that the metadata have; `tensors` has None for those that no tensor holds. tiles:
+    {name: TensorInfo as stored}; renamed: whether it has names of OTHER_NAMES; smoothed: the proj_downs that are stored for x / smooth.
     """
 
-    described: dict = field(default_factory=dict)
+    listed: dict = field(default_factory=dict)
     tiles: dict = field(default_factory=dict)
     renamed: bool = False
     smoothed: frozenset = frozenset()
 
-    def read_bytes(self, name):
-        return self.described[name] if name in self.described else super().read_bytes(name)
+    def description(self, name):
+        return self.listed[name] if name in self.listed else super().description(name)
 
     def read_tensor(self, name):
         tensor = super().read_tensor(name)
@@ -114,34 +115,33 @@ class _AsOurs(Header):
 
 def _as_ours(header, prefix):
     inside, suffix = header.within(prefix), f".{layout.QUANT_KEY}"
-    described = {}
+    listed = {}
     for name, conf in _listed(header).items():
         if not name.startswith(prefix) and f"{name}.weight" not in inside.tensors:
             continue  # of a text encoder in the same file
         key = name.removeprefix(prefix) + suffix
-        if key in inside.tensors and native.decode(inside, key) != conf:
+        if key in inside.tensors and inside.description(key) != conf:
             raise CheckpointError(f"{header.file} describes layer {name} in two ways, in {METADATA} and in {key}; download it "
                                   "again.")
-        described[key] = json.dumps(conf).encode()
-    tensors = inside.tensors | {key: None for key in described}
+        listed[key] = conf
+    tensors = inside.tensors | {key: None for key in listed if key not in inside.tensors}
     layers = {key.removesuffix(suffix) for key in tensors if key.endswith(suffix)}
     renamed = {f"{layer}.{theirs}": f"{layer}.{part}" for layer in layers for theirs, part in OTHER_NAMES.items()}
     renamed = {name: ours for name, ours in renamed.items() if name in tensors and ours not in tensors}
     tensors = {renamed.get(name, name): info for name, info in tensors.items()}
-    smoothed = frozenset(f"{layer}.weight_proj_down" for layer in layers if _is_smoothed(inside, layer, described))
     tiles = {}
     for name in (f"{layer}.{part}" for layer in layers for part in UNTILE):
         shape = _natural_shape(name.rpartition(".")[2], tensors[name].shape) if name in tensors else None
         if shape is not None:
             tiles[name] = tensors[name]
             tensors[name] = replace(tensors[name], shape=shape)
-    return _AsOurs(header.path, tensors, header.metadata, described, tiles, bool(renamed), smoothed)
+    ours = _AsOurs(header.path, tensors, header.metadata, header.described, listed, tiles, bool(renamed))
+    return replace(ours, smoothed=frozenset(f"{layer}.weight_proj_down" for layer in layers if _is_smoothed(ours, layer)))
 
 
-def _is_smoothed(header, layer, described):
+def _is_smoothed(header, layer):
     """Whether the layer's proj_down is stored for x / smooth."""
-    key = f"{layer}.{layout.QUANT_KEY}"
-    basis = (json.loads(described[key]) if key in described else native.decode(header, key)).get(BASIS, RAW)
+    basis = header.description(f"{layer}.{layout.QUANT_KEY}").get(BASIS, RAW)
     if basis not in (RAW, SMOOTHED):
         raise CheckpointError(f"{header.file}: layer {layer} has a branch whose input is {basis!r}, which this version can't run; update "
                               "ComfyUI-SVDQuant.")

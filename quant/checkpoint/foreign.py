@@ -5,7 +5,7 @@ import re
 from ..families import FAMILIES
 from ..layers import layout
 from .comfy_kitchen import METADATA
-from .header import CheckpointError
+from .header import WEIGHT_DTYPES, CheckpointError
 
 # Those that ComfyUI reads too; a whole checkpoint has text encoders and a VAE beside the second.
 PREFIXES = ("", "model.diffusion_model.", "model.", "model.model.", "net.")
@@ -92,7 +92,7 @@ def _check_described(header, family, names, prefix):
                               "bf16, fp16 or fp8 version of the model.")
     for name, info in names.items():
         layer, _, leaf = name.rpartition(".")
-        coded = leaf == "weight" and not info.dtype.is_floating_point
+        coded = leaf in ("weight", "bias", "scale") and info.dtype not in WEIGHT_DTYPES
         undescribed = METADATA not in header.metadata and f"{layer}.{layout.QUANT_KEY}" not in names
         if (coded or leaf == "weight_scale") and undescribed or leaf == "scale_weight" and "scaled_fp8" not in names:
             raise CheckpointError(f"{header.file} has {prefix}{name} and no word of the format that it belongs to; choose a bf16, fp16 "

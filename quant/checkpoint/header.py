@@ -5,12 +5,15 @@ changes nothing. Format: https://huggingface.co/docs/safetensors (8 bytes little
 """
 
 import json
+import math
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+
+from ..layers import layout
 
 EXTENSIONS = (".safetensors", ".sft")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -18,7 +21,16 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}
+    "C64": torch.complex64,
+} | {name: getattr(torch, dtype) for name, dtype in (  # that older versions of PyTorch lack
+    ("F8_E8M0", "float8_e8m0fnu"), ("F8_E4M3FNUZ", "float8_e4m3fnuz"), ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+    ("U64", "uint64"), ("U32", "uint32"), ("U16", "uint16"),
+) if hasattr(torch, dtype)}
+# Two elements a byte: the file's shape counts elements, PyTorch's counts bytes.
+PAIRS = {"F4": torch.float4_e2m1fn_x2} if hasattr(torch, "float4_e2m1fn_x2") else {}
+# Of weights that are not packed. The others are scales, codes and data.
+WEIGHT_DTYPES = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
+MAX_DESCRIPTION_BYTES = 1 << 16  # of one X.comfy_quant
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEB_PAGE, WEB_PAGE_BYTES = (b"<!doctype html", b"<html"), 512  # how it may begin, and how much of it is looked at
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -37,7 +49,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of the header. start, stop: byte offsets in the file."""
+    """One entry of the header. shape and dtype: as a torch.Tensor has them; start, stop: byte offsets in the file."""
 
     shape: tuple
     dtype: torch.dtype
@@ -47,11 +59,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """path; tensors: {name: TensorInfo}; metadata: {str: str}."""
+    """The header of one safetensors file, read and checked by read_header.
+
+    path: the file; tensors: {name: TensorInfo}; metadata: {str: str}; described: the cache of `description`, {(start, stop): dict, or the
+    reason why there is none}, which the headers that `within` makes share.
+    """
 
     path: str
     tensors: dict
     metadata: dict
+    described: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def file(self):
@@ -65,8 +82,25 @@ class Header:
         inside = {name.removeprefix(prefix): info for name, info in self.tensors.items() if name.startswith(prefix)}
         return replace(self, tensors=inside)
 
+    def description(self, name):
+        """The JSON object, a dict, of a tensor X.comfy_quant. Raises CheckpointError where it holds none."""
+        info = self.tensors[name]
+        if (info.start, info.stop) not in self.described:
+            self._read_descriptions()
+        found = self.described[info.start, info.stop]
+        if isinstance(found, str):
+            raise CheckpointError(f"{self.file}: {name} {found}; save or download the file again.")
+        return found
+
+    def _read_descriptions(self):
+        """Read every X.comfy_quant that is not in the cache, in the order of the file."""
+        places = {(info.start, info.stop) for name, info in self.tensors.items() if name.endswith(f".{layout.QUANT_KEY}")}
+        with open(self.path, "rb") as file:
+            for start, stop in sorted(places - self.described.keys()):
+                self.described[start, stop] = _description(file, start, stop)
+
     def read_bytes(self, name):
-        """The raw bytes of one tensor; for the small ones that hold JSON."""
+        """The raw bytes of one tensor."""
         info = self.tensors[name]
         with open(self.path, "rb") as file:
             file.seek(info.start)
@@ -83,7 +117,7 @@ class Header:
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
     def read_into(self, name, parts):
-        """Fill NumPy arrays of one dimension with what follows each other in a tensor. Yields each when it is filled."""
+        """Read consecutive parts of a tensor into one-dimensional NumPy arrays. Yields each array once it is filled."""
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.tensors[name].start)
             for part in parts:
@@ -95,7 +129,7 @@ class Header:
                 yield part
 
     def announce(self, names):
-        """Have the system begin to read tensors, where it can be told to."""
+        """Prefetch tensors (posix_fadvise), where supported."""
         if hasattr(os, "posix_fadvise"):  # not on Windows
             with open(self.path, "rb", buffering=0) as file, suppress(OSError):
                 for info in (self.tensors[name] for name in names):
@@ -104,7 +138,10 @@ class Header:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is read a block at a time."""
+    """A tensor of a file, of which one block at a time is read.
+
+    header: the file's; name: the tensor's name in it. As a torch.Tensor it has a `shape`.
+    """
 
     header: Header
     name: str
@@ -114,8 +151,22 @@ class StoredTensor:
         return self.header.tensors[self.name].shape
 
     def words(self, counts, memory):
-        """Yield it in blocks of so many 32-bit words, all of them in `memory`, a NumPy array of the most words of a block."""
+        """Yield the tensor as arrays of 32-bit words, each a view of `memory`, which the next one overwrites.
+
+        counts: the number of words in each block; memory: a one-dimensional NumPy array that holds the largest block.
+        """
         yield from self.header.read_into(self.name, (memory[:count] for count in counts))
+
+
+def _description(file, start, stop):
+    """The dict of an X.comfy_quant, or the reason why there is none, as the second half of a sentence."""
+    if stop - start > MAX_DESCRIPTION_BYTES:
+        return f"has {stop - start} bytes where a few hundred are due"
+    file.seek(start)
+    try:
+        return layout.decode_conf(file.read(stop - start))
+    except (ValueError, RecursionError) as error:
+        return str(error)
 
 
 def read_header(path):
@@ -184,20 +235,21 @@ def _tensor_info(name, key, entry, data_start, size):
                    and len(offsets) == 2 and all(map(_is_count, offsets)))
     if not well_formed:
         raise CheckpointError(f"{name} has a damaged header entry for tensor {key}; download it again.")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES | PAIRS:
         raise CheckpointError(f"{name} stores tensor {key} as {dtype!r}, a type that is not supported; choose a "
                               "bf16, fp16 or fp8 version of the model.")
     start, stop = data_start + offsets[0], data_start + offsets[1]
-    count = 1
-    for extent in shape:
-        count *= extent
-    if stop - start != count * DTYPES[dtype].itemsize:
+    pairs = dtype in PAIRS
+    bits = 4 if pairs else 8 * DTYPES[dtype].itemsize
+    if 8 * (stop - start) != math.prod(shape) * bits or pairs and (not shape or shape[-1] % 2):
         raise CheckpointError(f"{name} declares tensor {key} as {dtype} {shape} but gives it {stop - start} bytes; the "
                               "file is damaged, download it again.")
     if stop > size:
         raise CheckpointError(f"{name} is cut off: tensor {key} ends at byte {stop} and the file has {size}; download "
                               "it again.")
-    return TensorInfo(tuple(shape), DTYPES[dtype], start, stop)
+    if pairs:
+        shape = [*shape[:-1], shape[-1] // 2]
+    return TensorInfo(tuple(shape), (DTYPES | PAIRS)[dtype], start, stop)
 
 
 def _check_layout(name, tensors, data_start, size):

@@ -7,13 +7,10 @@ from statistics import fmean, median
 
 from .. import families
 from ..layers import layout
-from . import comfy_kitchen, foreign, native
+from . import comfy_kitchen, foreign, formats, native
 from .card import MAX_FIELD_BYTES, PREFIX, SOURCE_HASH, SOURCE_TITLE
-from .header import CheckpointError, read_header
-from .nunchaku import reader as nunchaku
-from .nunchaku import source as nunchaku_source
+from .header import CheckpointError
 
-FORMATS = {"SVDQuant": native, "Nunchaku": nunchaku, "comfy-kitchen": comfy_kitchen}
 REST = "everything else"
 # What the tensors of a packed layer are, by the last part of their names: ours and comfy-kitchen's, Nunchaku's.
 KINDS = {
@@ -31,12 +28,11 @@ CARD = {f"{PREFIX}{field}": label for field, label in (
 WORST = 3  # layers named in the summary of errors
 
 
-def inspect(path):
-    """A JSON-able dict of what file `path` is. Raises CheckpointError, one sentence, where it is no whole FLUX.1."""
-    header = read_header(path)
-    name = next((name for name, reader in FORMATS.items() if reader.matches(header)), None)
-    told = _packed(header, name) if name else _plain(header)
-    return {"file": header.file, "bytes": os.path.getsize(path)} | told | {"card": _card(header)}
+def inspect(header):
+    """A JSON-able dict of what a file is. Raises CheckpointError, one sentence, where it is no whole FLUX.1."""
+    found = formats.identify(header)
+    told = _packed(header, found) if found else _plain(header)
+    return {"file": header.file, "bytes": os.path.getsize(header.path)} | told | {"card": _card(header)}
 
 
 def text(told):
@@ -60,30 +56,26 @@ def text(told):
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _packed(header, name):
-    packed = FORMATS[name].open_file(header)
-    own = nunchaku_source.gather(header) if name == "Nunchaku" else None
-    infos = {key: own.info(key) for key in own.tensors} if own else header.tensors
-    files = {part.path for part, _ in own.tensors.values()} if own else {header.path}  # Nunchaku's may be two
-    prefix = comfy_kitchen.prefix_of(header) if name == "comfy-kitchen" else ""
-    modules = {prefix + layer for layer in packed.specs} | {key.removesuffix(".qweight") for key in infos if key.endswith(".qweight")}
-    formats = {spec.format for spec in packed.specs.values()}
-    codes = "NVFP4" if layout.NVFP4 in formats else "INT4"
+def _packed(header, found):
+    packed = found.reader.open_file(header)
+    codes = "NVFP4" if any(spec.format == layout.NVFP4 for spec in packed.specs.values()) else "INT4"
     recipe = {key: value for key, value in packed.recipe.items() if key != "layers"}
-    return {"bytes": sum(map(os.path.getsize, files)), "format": f"{name} layout, {codes}",
-            "family": packed.family.title, "model": _model(packed.family, packed.shapes, packed.config, header),
-            "source": packed.source, "recipe": recipe,
+    return {"bytes": packed.nbytes(), "format": f"{found.name} layout, {codes}", "family": packed.family.title,
+            "model": _model(packed.family, packed.shapes, packed.config, header), "source": packed.source, "recipe": recipe,
             "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs),
-            "int8_scales": len(packed.computed), **_sizes(infos, modules)}
+            "int8_scales": len(packed.computed), **_sizes(packed.stored, packed.modules)}
 
 
 def _plain(header):
     found = foreign.find(header)
     if found is not None:
         family, prefix = found
-        shapes = {family.stored_name(name): info.shape for name, info in header.within(prefix).tensors.items()}
-        return {"format": f"a {family.title} that is not quantized", "family": family.title, "model": _model(family, shapes, {}, header),
-                **_sizes(header.tensors, ())}
+        inside = header.within(prefix)
+        shapes = {family.stored_name(name): info.shape for name, info in inside.tensors.items()}
+        theirs = sorted({str(conf.get("format")) for layer, conf in comfy_kitchen.descriptions(inside).items()
+                         if f"{layer.removeprefix(prefix)}.weight" in inside.tensors})
+        what = f"a {family.title} " + (f"with layers in ComfyUI's format {', '.join(theirs)}" if theirs else "that is not quantized")
+        return {"format": what, "family": family.title, "model": _model(family, shapes, {}, header), **_sizes(header.tensors, ())}
     what = foreign.kind(header) or f"no {families.TITLES} in ComfyUI's names and no quantized one"
     raise CheckpointError(f"{header.file} is {what}; choose another file.")
 

@@ -24,7 +24,7 @@ from .. import families
 from ..layers import layout
 from . import int8_scales
 from .card import modelspec
-from .header import CheckpointError
+from .header import WEIGHT_DTYPES, CheckpointError
 from .packed import PackedFile
 from .write import check_target, write
 
@@ -33,7 +33,6 @@ MODULE_FORMATS = tuple(layout.GROUP_SIZES)
 HALF_TYPES = (torch.bfloat16, torch.float16)
 SCALE_TYPES = (*HALF_TYPES, torch.float32)
 OTHERS_PRESET = "comfy-kitchen file"  # in the recipe of a file whose layers other software quantized
-MAX_DESCRIPTION_BYTES = 1 << 16  # of one X.comfy_quant
 
 
 def matches(header):
@@ -90,7 +89,7 @@ def _read(header, computed, name):
 def _check_plain(header, specs, dtypes):
     """Raise CheckpointError where a tensor outside the packed layers is not of a type that weights have."""
     for name, dtype in dtypes.items():
-        if name.rpartition(".")[0] not in specs and not dtype.is_floating_point:
+        if name.rpartition(".")[0] not in specs and dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{header.file}: tensor {name} is {dtype} where a floating point type is due; the file is damaged, "
                                   "or mixes formats that this version can't run, download or save it again.")
 
@@ -133,22 +132,10 @@ def layer_specs(header, family):
     return {name: spec for name, (spec, _) in found.items()}, [name for name, (_, int8_scale) in found.items() if int8_scale]
 
 
-def decode(header, key):
-    """The dict that a tensor X.comfy_quant holds. Raises CheckpointError where it is none."""
-    info = header.tensors[key]
-    if info is not None and info.stop - info.start > MAX_DESCRIPTION_BYTES:
-        raise CheckpointError(f"{header.file}: {key} has {info.stop - info.start} bytes where a few hundred are due; save or "
-                              "download the file again.")
-    try:
-        return layout.decode_conf(header.read_bytes(key))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{header.file}: {key} {error}; save or download the file again.") from None
-
-
 def _layer_spec(header, family, name):
     """(LayerSpec, whether its scales are int8)."""
     key = f"{name}.{layout.QUANT_KEY}"
-    conf = decode(header, key)
+    conf = header.description(key)
     kind = conf.get("format")
     usual = layout.GROUP_SIZES[kind] if kind in MODULE_FORMATS else None
     group_size = conf.get("group_size", usual)
@@ -273,6 +260,14 @@ def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=F
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source, **modelspec(path, architecture, source_card),
     }
     write(path, infos, chain(_with_int8_scales(tensors, row_scales), described.items()), metadata, overwrite)
+
+
+def save_packed(path, packed, config, overwrite, source_card, counted):
+    """Write a PackedFile of another format; scales that it has in 16 bits stay so. counted: (iterable of (name, tensor), their number)
+    -> the same iterable, which may show progress."""
+    infos = {name: (shape, packed.dtypes[name]) for name, shape in packed.shapes.items()}
+    save_stream(path, infos, counted(packed.tensors(), len(infos)), packed.specs, config, packed.recipe, packed.source, overwrite,
+                source_card)
 
 
 def _with_int8_scales(tensors, row_scales):

@@ -1,6 +1,7 @@
-"""What every reader of a 4-bit file hands to the builder of models."""
+"""What the reader of a format makes of a quantized file: a model whose tensors are known and not yet read."""
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..families.family import Family
@@ -9,17 +10,64 @@ from .header import Header
 
 @dataclass(frozen=True)
 class PackedFile:
-    """A whole quantized model, checked and not yet read. Names are ComfyUI's, without prefix."""
+    """A whole quantized model, checked. Names are ComfyUI's, without prefix, unless said otherwise.
 
-    header: Header  # of the file that the user chose, for messages
+    header: of the file that the user chose; family: of the model
+    specs: {layer name: LayerSpec} of the packed layers
+    shapes, dtypes: {tensor name: shape or torch.dtype} of all the model's tensors, those of packed layers included
+    config: the model's configuration, as far as the file's metadata state it
+    recipe: how the model was quantized, a JSON-able dict, as far as the file states it
+    source: name of the model that was quantized, or of this file
+    tensors: () -> iterable of (name, tensor), which reads one tensor or one layer at a time
+    prefix: the file has every tensor as it is under prefix + name, so that it can be mapped; None if it has not
+    read: (name) -> tensor, where one tensor can be read by itself; None if it can't
+    computed: names of the tensors that the file stores in another form, which `read` converts: int8 scales
+    stored: {name in the file: TensorInfo} of all that is stored; None for header.tensors
+    modules: names in the file of the modules whose tensors are packed; None for the names of `specs`
+    paths: of the model's files; None for the header's alone
+    """
+
+    header: Header
     family: Family
-    specs: dict  # {layer name: LayerSpec}
-    shapes: dict  # {tensor name: shape} of all the tensors, those of packed layers included
-    dtypes: dict  # {tensor name: dtype}, likewise
-    config: dict  # what the file itself says of the host's configuration
-    recipe: dict  # how it was quantized, as far as the file tells
-    source: str  # name of the model that was quantized, or of this file
-    tensors: Callable[[], Iterable]  # reads: yields (name, tensor), one tensor or layer at a time
-    prefix: str | None = None  # where the file has these very tensors under prefix + name, so that it can be mapped
-    read: Callable | None = None  # one tensor by its name, where that costs no more than the tensor itself
-    computed: frozenset = frozenset()  # names of the tensors that the file has in another form, which `read` knows: int8 scales
+    specs: dict
+    shapes: dict
+    dtypes: dict
+    config: dict
+    recipe: dict
+    source: str
+    tensors: Callable[[], Iterable]
+    prefix: str | None = None
+    read: Callable | None = None
+    computed: frozenset = frozenset()
+    stored: dict | None = None
+    modules: frozenset | None = None
+    paths: tuple | None = None
+
+    def __post_init__(self):
+        defaults = {"stored": self.header.tensors, "modules": frozenset(self.specs), "paths": (self.header.path,)}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def nbytes(self):
+        """Bytes of the model's files, with their headers."""
+        return sum(map(os.path.getsize, self.paths))
+
+
+class StoredTensors(Mapping):
+    """The tensors of a PackedFile that has `read`, as a mapping {name: tensor}: each access reads the tensor from the file."""
+
+    def __init__(self, packed):
+        self.read, self.names = packed.read, packed.shapes
+
+    def __getitem__(self, name):
+        return self.read(name)
+
+    def __contains__(self, name):
+        return name in self.names
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)

@@ -1,15 +1,25 @@
-"""A safetensors file written one tensor at a time, whole or not at all."""
+"""A safetensors file written one tensor at a time, whole or not at all.
+
+Other processes, on other machines too, may write into the same folder. So a file is written under a random name that nobody else has,
+and takes its own name in one step, which fails where another file has that name by then.
+"""
 
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
+from contextlib import contextmanager, suppress
 
 import torch
 
-from .header import DTYPES, CheckpointError
+from .header import DTYPES, EXTENSIONS, CheckpointError
 
 SPARE_BYTES = 1 << 20  # header and file system overhead, when asking whether the disk has room
+# Names of files that are being saved. Those of downloads, which are resumed, are others.
+TEMPORARY = re.compile(rf".+({'|'.join(map(re.escape, EXTENSIONS))})\.[0-9a-f]{{14}}\.saving", re.IGNORECASE)
+STALE_SECONDS = 24 * 3600  # since a file was last written to, after which nobody is saving it any more
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TROUBLES = {  # {errno: what is wrong with the disk, and the remedy}
     errno.ENAMETOOLONG: "the name is too long for the disk; choose a shorter filename",
@@ -45,35 +55,103 @@ def write(path, layout, tensors, metadata, overwrite=False):
 
     layout: {name: (shape, dtype)} of all the tensors; tensors: iterable of (name, tensor), in any order, so that only
     one of them need be in memory; metadata: {str: str}. Raises CheckpointError where the file exists (and overwrite is
-    False), the disk is full or the folder can't be written.
+    False), also if it appears meanwhile, the disk is full or the folder can't be written.
     """
     check_target(path, overwrite)
     name, folder = os.path.basename(path), os.path.dirname(path)
     head, starts, size = _header(layout, metadata)
-    # The real file's folder, with a name that no model list shows: it does not end in .safetensors.
-    temporary = f"{path}.{os.getpid()}.part"
     try:
         os.makedirs(folder, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if size + SPARE_BYTES > free:
-            raise CheckpointError(f"There is no room to save {name}: it needs {size_text(size)} and the disk has "
-                                  f"{size_text(free)} free; free some space or save to another disk.")
-        with open(temporary, "wb") as file:
-            file.write(head)
-            for key, tensor in tensors:
-                shape, dtype = layout[key]
-                if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-                    raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} was planned")
-                file.seek(starts.pop(key))
-                file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        if starts:
-            raise ValueError(f"tensor {next(iter(starts))} was planned and did not come")
-        os.replace(temporary, path)
+        with _temporary(path) as temporary:
+            free = shutil.disk_usage(folder).free
+            if size + SPARE_BYTES > free:
+                raise CheckpointError(f"There is no room to save {name}: it needs {size_text(size)} and the disk has "
+                                      f"{size_text(free)} free; free some space or save to another disk.")
+            with open(temporary, "wb") as file:
+                file.write(head)
+                for key, tensor in tensors:
+                    shape, dtype = layout[key]
+                    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+                        raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} was planned")
+                    file.seek(starts.pop(key))
+                    file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            if starts:
+                raise ValueError(f"tensor {next(iter(starts))} was planned and did not come")
+            publish(temporary, path, overwrite)
     except OSError as error:
         raise CheckpointError(f"Saving {name} failed: {disk_trouble(error)}.") from error
+
+
+@contextmanager
+def _temporary(path):
+    """The path of a new, empty file beside `path`, which is gone in the end. Those that killed processes left in the folder go, too."""
+    # In the same folder, so that it can be renamed; no model list shows it, as it doesn't end in .safetensors.
+    temporary = f"{path}.{secrets.token_hex(7)}.saving"
+    with open(temporary, "xb"):
+        pass
+    try:
+        _sweep(temporary)
+        yield temporary
     finally:
-        if os.path.exists(temporary):
+        with suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+def _sweep(temporary):
+    """Remove what killed processes left beside a new temporary file, whose time is the present in the folder's own clock."""
+    now = os.stat(temporary).st_mtime
+    with os.scandir(os.path.dirname(temporary)) as entries:
+        for entry in entries:
+            with suppress(OSError):  # another process removes it, or has it open
+                if TEMPORARY.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > STALE_SECONDS:
+                    os.remove(entry.path)
+
+
+def publish(temporary, path, overwrite=False):
+    """Give a finished file its name `path`, durably: after a crash of the machine it is there as it was, or not at all.
+
+    Raises CheckpointError where the name is taken and overwrite is False, and OSError. `temporary` may remain.
+    """
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    if overwrite:
+        os.replace(temporary, path)
+    else:
+        try:
+            _rename_to_new(temporary, path)
+        except FileExistsError:
+            check_target(path, overwrite)
+            raise
+    _sync_folder(os.path.dirname(path))
+
+
+def _sync_folder(path):
+    """Write a folder's entries to the disk, where that can be asked for: not on Windows, nor on some network file systems."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _rename_to_new(temporary, path):
+    """Rename a file, or raise FileExistsError where `path` exists."""
+    if os.name == "nt":
+        return os.rename(temporary, path)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # this file system has no hard links: exFAT, and some that are mounted over a network
+        with open(path, "xb"):  # of two processes, one gets past this line
+            pass
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            os.remove(path)
+            raise
+    return None
 
 
 def _header(layout, metadata):

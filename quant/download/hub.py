@@ -11,16 +11,24 @@ import os
 import re
 import shutil
 import threading
+import time
 from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import unquote
 
 from ..checkpoint.header import EXTENSIONS, CheckpointError, read_header
-from ..checkpoint.write import check_target, disk_trouble, size_text
+from ..checkpoint.write import check_target, disk_trouble, publish, size_text
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 POLL_SECONDS = 0.2  # how soon a cancelled download stops
 SPARE_BYTES = 1 << 20
+LOCKED_BYTE = 1 << 62  # on Windows, where nobody can read a byte that another process has locked
 BLOCK_BYTES = 1 << 24  # read at once while a file is hashed
 # A page of the Hub: of a repository, or of a file of it at a revision.
 PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)"
@@ -117,27 +125,90 @@ def download(remote, path, watch):
 
 
 def _download(remote, path, name, watch):
-    check_target(path, overwrite=True)  # a file of that name is looked at below
-    if os.path.exists(path):
-        if os.path.getsize(path) == remote.size and _sha256(path, name, watch) == remote.sha256:
-            watch.say(f"{name} was here already: {size_text(remote.size)}, SHA-256 as on the Hub")
-            return
-        raise HubError(f"{name} exists already and is another file than {remote.file} of {remote.repository}; choose another "
-                       "filename, or move it away.")
+    if _is_here(remote, path, name, watch):
+        return
     part = f"{path}.{remote.sha256[:16]}.part"  # no model list shows it: it does not end in .safetensors
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    _check_room(remote, part, name, watch)
-    _fetch(remote, part, name, watch)
-    if os.path.getsize(part) != remote.size or _sha256(part, name, watch) != remote.sha256:
-        os.remove(part)
-        raise HubError(f"{name} arrived with another SHA-256 than the Hub states, so it was deleted; run the node again.")
-    os.replace(part, path)
+    with _claimed(part, name, watch) as claim:
+        if _is_here(remote, path, name, watch):  # now, from another process that had the claim
+            return
+        _check_room(remote, part, name, watch)
+        _fetch(remote, part, name, watch)
+        if os.path.getsize(part) != remote.size or _sha256(part, name, watch) != remote.sha256:
+            os.remove(part)
+            raise HubError(f"{name} arrived with another SHA-256 than the Hub states, so it was deleted; run the node again.")
+        if os.name == "nt":
+            claim.close()  # Windows renames no file that is open
+        try:
+            publish(part, path)
+        except CheckpointError:  # a file of that name has appeared
+            if not _is_here(remote, path, name, watch):
+                raise
+        with suppress(FileNotFoundError):
+            os.remove(part)
     try:
         read_header(path)
     except CheckpointError:
         os.remove(path)
         raise
     watch.say(f"{name} is here: {size_text(remote.size)}, SHA-256 as on the Hub")
+
+
+def _is_here(remote, path, name, watch):
+    """Whether the file at `path` is the Hub's. Raises HubError where it is another one, and CheckpointError where it is a folder."""
+    check_target(path, overwrite=True)
+    if not os.path.exists(path):
+        return False
+    if os.path.getsize(path) == remote.size and _sha256(path, name, watch) == remote.sha256:
+        watch.say(f"{name} was here already: {size_text(remote.size)}, SHA-256 as on the Hub")
+        return True
+    raise HubError(f"{name} exists already and is another file than {remote.file} of {remote.repository}; it lies in "
+                   f"{os.path.dirname(path)}: choose another filename, or move it away.")
+
+
+# --- one process at a time -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _claimed(part, name, watch):
+    """The file `part`, open, which no other process claims until the end; one that does is waited for.
+
+    Two that append to one file would damage it, also after one of them has found it whole.
+    """
+    while (claim := _claim(part)) is None:
+        watch.check()
+        watch.say(f"{name}: another ComfyUI is downloading it")
+        time.sleep(POLL_SECONDS)
+    try:
+        yield claim
+    finally:
+        claim.close()
+        with suppress(OSError):
+            if not os.path.getsize(part):
+                os.remove(part)
+
+
+def _claim(part):
+    """`part`, opened and locked; None where another process has the lock."""
+    file = open(part, "ab")
+    with suppress(FileNotFoundError):
+        if _lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(part)):  # it may have been renamed before it was locked
+            return file
+    file.close()
+    return None
+
+
+def _lock(file):
+    """Lock an open file until it is closed. Whether that succeeded; True, too, on a file system without locks."""
+    try:
+        if os.name == "nt":
+            os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True
 
 
 # --- fetching ------------------------------------------------------------------------------------------------------
@@ -171,7 +242,7 @@ def _check_room(remote, part, name, watch):
 def _fetch(remote, part, name, watch):
     """Fill file `part` up to the size, going on where it ends, and where the connection was cut."""
     if _size(part) > remote.size:
-        os.remove(part)
+        os.truncate(part, 0)
 
     def tell():
         done = _size(part)

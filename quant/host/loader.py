@@ -8,39 +8,62 @@ import comfy.utils
 from comfy import quant_ops
 
 from .. import families
-from ..checkpoint import comfy_kitchen, foreign, native
+from ..checkpoint import card, comfy_kitchen, foreign, formats, native
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.nunchaku import names as nunchaku_names
-from ..checkpoint.nunchaku import reader as nunchaku
 from ..layers import layout
 from ..layers.linear import set_act_bits, warm_up
 from . import build, heap
+from .attachments import CARD, SOURCE
 from .patcher import SVDQuantModelPatcher
 
 SCALED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")  # ComfyUI's ways of storing fp8 with a scale
 
-PACKED_FORMATS = (native, nunchaku, comfy_kitchen)
 
+def load_model(path, compute_dtype=None, act_bits=0, name=None):
+    """A ModelPatcher from a file: a quantized model in one of formats.FORMATS, or an ordinary one in bf16, fp16 or fp8.
 
-def load_model(path, compute_dtype=None, act_bits=0):
-    """A ModelPatcher from a file: a quantized model (ours, Nunchaku's or under comfy-kitchen's names), or an ordinary one
-    in bf16, fp16 or fp8.
-
-    compute_dtype: torch.bfloat16, torch.float16, or None for what ComfyUI takes on this device; act_bits: of W4A4 layers' inputs
-    (linear.SVDQuantLinear).
+    compute_dtype: torch.bfloat16, torch.float16, or None for ComfyUI's choice on this device; act_bits: of W4A4 layers' inputs
+    (linear.SVDQuantLinear); name: of the file, which the MODEL keeps beside the file's card (attachments.py).
     Raises CheckpointError, one sentence, on any file that is not a whole model of a known family.
     """
     header = read_header(path)
-    reader = next((reader for reader in PACKED_FORMATS if reader.matches(header)), None)
-    if reader is not None:
-        return _load_packed(reader.open_file(header), compute_dtype, act_bits)
-    return _load_plain(header, compute_dtype)
+    found = formats.identify(header)
+    patcher = _load_packed(found.reader.open_file(header), compute_dtype, act_bits) if found else _load_plain(header, compute_dtype)
+    patcher.set_attachments(CARD, card.of_source(header.metadata))
+    if name is not None:
+        patcher.set_attachments(SOURCE, name)
+    return patcher
+
+
+def check_file(header):
+    """Raise CheckpointError where load_model would, less for what this ComfyUI can't read and for values of weights: no weight is read."""
+    if found := formats.identify(header):
+        _empty_packed(found.reader.open_file(header))
+    else:
+        _empty_plain(header, *_find_plain(header))
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
 def _load_packed(packed, compute_dtype, act_bits):
+    model = _empty_packed(packed, compute_dtype)
+    set_act_bits(model, act_bits)
+    warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype())  # compiles while the file is read
+    heap.give_back()  # what the model before left
+    if packed.prefix is None:
+        build.fill(model, packed.tensors())
+    else:
+        mapped = {name: packed.prefix + name for name in packed.shapes if name not in packed.computed}
+        _load_weights(model, packed.header, mapped, {name: packed.read(name) for name in packed.shapes if name in packed.computed})
+    patcher = build.make_patcher(model, SVDQuantModelPatcher)
+    patcher.source, patcher.recipe = packed.source, packed.recipe
+    return patcher
+
+
+def _empty_packed(packed, compute_dtype=None):
+    """The empty model of a PackedFile. Raises CheckpointError where the file's tensors are not all of the model's, and no others."""
     header = packed.header
     model_config = _detect(header, packed.family, packed.shapes, packed.config)
     try:
@@ -49,35 +72,14 @@ def _load_packed(packed, compute_dtype, act_bits):
         raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
                               "again.") from error
     _check_complete(header, packed.family, model, packed.shapes, exact=True)
-    set_act_bits(model, act_bits)
-    warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype())  # compiles while the file is read
-    heap.give_back()  # what the model before left
-    if packed.prefix is None:
-        build.fill(model, packed.tensors())
-    else:
-        mapped = {name: packed.prefix + name for name in packed.shapes if name not in packed.computed}
-        _load_weights(model, header, mapped, {name: packed.read(name) for name in packed.shapes if name in packed.computed})
-    patcher = build.make_patcher(model, SVDQuantModelPatcher)
-    patcher.source, patcher.recipe = packed.source, packed.recipe
-    return patcher
+    return model
 
 
 def _load_plain(header, compute_dtype):
     """A model in 16 or 8 bits: by ComfyUI's own loader, where its detection gets the model right, else by ours."""
-    found = foreign.find(header)
-    family, prefix = found or (foreign.find_diffusers(header), None)
-    if family is None:
-        what = foreign.kind(header) or f"not a {families.TITLES} model"
-        raise CheckpointError(f"{header.file} is {what}; choose a {families.TITLES} model in safetensors format.")
+    family, prefix = _find_plain(header)
     _check_formats(header, prefix or "")
-    if prefix is None:
-        names, shapes = {}, _from_diffusers(header, family)
-    else:
-        # Under the names that every ComfyUI knows: older ones don't know those that newer ones gave some parameters.
-        names = {family.stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
-        shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
-    model = build.empty_model(_detect(header, family, shapes, {}), {}, compute_dtype)
-    _check_complete(header, family, model, shapes, exact=False)
+    names, shapes, model = _empty_plain(header, family, prefix, compute_dtype)
     if _core_agrees(family, {stored.removeprefix(prefix): header.tensors[stored].shape for stored in names.values()} or shapes):
         return _load_by_core(header, compute_dtype)
     scaled = [name for name in header.tensors if name.endswith(SCALED)]
@@ -89,6 +91,30 @@ def _load_plain(header, compute_dtype):
     else:
         _load_weights(model, header, names)
     return build.make_patcher(model, comfy.model_patcher.ModelPatcher)
+
+
+def _find_plain(header):
+    """(Family, prefix of its tensors, None where they are in diffusers' naming) of a file that is not quantized. Raises CheckpointError
+    where it holds no model of a family."""
+    family, prefix = foreign.find(header) or (foreign.find_diffusers(header), None)
+    if family is None:
+        what = foreign.kind(header) or f"not a {families.TITLES} model"
+        raise CheckpointError(f"{header.file} is {what}; choose a {families.TITLES} model in safetensors format.")
+    return family, prefix
+
+
+def _empty_plain(header, family, prefix, compute_dtype=None):
+    """({model's name: file's}, {model's name: shape}, the empty model) of a file that is not quantized. Raises CheckpointError where the
+    model has tensors that the file has not, or others."""
+    if prefix is None:
+        names, shapes = {}, _from_diffusers(header, family)
+    else:
+        # Under the names that every ComfyUI knows: older ones don't know those that newer ones gave some parameters.
+        names = {family.stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
+        shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
+    model = build.empty_model(_detect(header, family, shapes, {}), {}, compute_dtype)
+    _check_complete(header, family, model, shapes, exact=False)
+    return names, shapes, model
 
 
 def _check_formats(header, prefix):

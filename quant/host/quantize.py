@@ -10,14 +10,13 @@ import torch
 from ..layers import layout
 from ..quantizer import calibration, pipeline
 from . import build, checks, resume
+from .attachments import SOURCE
 from .calibrate import OUTSIDE, block_statistics, record_trajectory
 from .patcher import SVDQuantModelPatcher
 from .weights import compute_dtype, effective_shapes, effective_weight, storage_dtype, unpatched_shape
 
 log = logging.getLogger(__name__)
 
-# Attachments of a MODEL that SVDQuant Load Model opened: its file's name, and what a quantized model takes over of its card.
-SOURCE, CARD = "svdquant.source", "svdquant.card"
 WIDENED = "in_channels"  # the configuration key that a LoRA on the MODEL may change, as those of control models do
 
 

@@ -96,6 +96,20 @@ def test_cancel_keeps_what_has_come_and_the_next_run_goes_on(client, own_server,
     assert hub.gets[-1][1] == f"bytes={10 * 1024 * 1024}-"
 
 
+def test_what_was_downloaded_and_deleted_is_downloaded_again(client, own_server, hub):
+    """The same workflow: ComfyUI runs its nodes once, and again where their file is gone."""
+    prompt = base_prompt() | pictures("model", "again") | {"download": download("again_" + NAME)}
+    prompt["model"]["inputs"]["model_name"] = ["download", 0]
+    del prompt["quantized"]
+    path = own_server.base / "models" / "diffusion_models" / ("again_" + NAME)
+    for times in (1, 2):
+        for ran in (True, False):
+            started = set()
+            client.post(prompt, lambda node, value, total, started=started: started.add(node))
+            assert ("download" in started) == ("model" in started) == ran and path.read_bytes() == DATA and len(hub.gets) == times
+        path.unlink()
+
+
 @pytest.mark.parametrize(("changes", "says"), [
     ({"file": "other.safetensors"}, "has no file other.safetensors"), ({"repository": "owner/none"}, "no repository owner/none"),
     ({"file": "../x.safetensors"}, "is not the path of a file"), ({"filename": "../x"}, "within models/diffusion_models"),

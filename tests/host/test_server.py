@@ -193,3 +193,16 @@ def test_an_existing_file_is_left_alone_unless_asked(server: Server):
     assert file.stat().st_mtime_ns == before
     server.client.post(base_prompt(seed=2) | {"saved": save("quantized", "kept", overwrite=True)})
     assert file.stat().st_mtime_ns > before
+
+
+def test_what_was_saved_and_deleted_is_saved_again(server: Server):
+    """The same workflow: ComfyUI runs its nodes once, and again where their file is gone."""
+    prompt = base_prompt(seed=3) | {"saved": save("quantized", "again"), "loaded": {
+        "class_type": "SVDQuantLoadModel", "inputs": {"model_name": ["saved", 0], "compute_dtype": "auto"}}} | pictures("loaded", "again")
+    path = server.base / "models" / "diffusion_models" / "again.safetensors"
+    for _ in range(2):
+        for ran in (True, False):
+            started: set[str] = set()
+            server.client.post(prompt, lambda node, value, total, started=started: started.add(node))
+            assert path.is_file() and ("saved" in started) == ("loaded" in started) == ran
+        path.unlink()

@@ -15,13 +15,13 @@ from comfyui_svdquant import comfy_entrypoint
 from comfyui_svdquant.nodes.download_model import SVDQuantDownloadModel
 from comfyui_svdquant.nodes.inspect_model import SVDQuantInspect
 from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
-from comfyui_svdquant.nodes.model_folder import target_path
 from comfyui_svdquant.nodes.progress import NodeProgress
 from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header, read_header
 from comfyui_svdquant.quant.download.hub import HubError
 from comfyui_svdquant.quant.host.loader import load_model
+from comfyui_svdquant.quant.host.model_folder import target_path
 from comfyui_svdquant.quant.quantizer import pipeline
 from safetensors.torch import load_file, save_file
 
@@ -80,8 +80,8 @@ def test_load_quantize_save_load():
     state, again = twin.model.state_dict(), loaded.model.state_dict()
     assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
     with pytest.raises(CheckpointError, match="exists already"):
-        SVDQuantSaveModel.execute(twin, "out/tiny_4bit", False)
-    SVDQuantSaveModel.execute(twin, "out/tiny_4bit.safetensors", True)
+        SVDQuantSaveModel.execute(loaded, "out/tiny_4bit", False)
+    SVDQuantSaveModel.execute(loaded, "out/tiny_4bit.safetensors", True)
 
 
 def test_exceptions_keep_layers_in_16_bits_or_give_them_rank():
@@ -300,6 +300,27 @@ def test_inspecting_reads_no_weight(monkeypatch):
     (FOLDER / "text.safetensors").write_text("no model")
     with pytest.raises(CheckpointError, match="text.safetensors is not a safetensors file"):
         SVDQuantInspect.execute("text.safetensors")
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda tensors: tensors.pop("single_blocks.0.norm.key_norm.scale"), "lacks tensor single_blocks.0.norm.key_norm"),
+    (lambda tensors: tensors.update({"final_layer.linear.weight": torch.zeros(64, 64)}), "final_layer.linear.weight has shape"),
+    (lambda tensors: tensors.update({"double_blocks.7.img_mod.lin.bias": torch.zeros(1)}), "double_blocks.7"),
+])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_inspect_refuses_what_load_refuses(change, says, quantized):
+    if quantized:
+        SVDQuantSaveModel.execute(quantize()[0], "whole", True)
+    path = FOLDER / ("whole.safetensors" if quantized else "tiny_flux.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, FOLDER / "unfit.safetensors", read_header(str(path)).metadata)
+    messages = []
+    for read in (lambda name: SVDQuantLoadModel.execute(name, "auto"), SVDQuantInspect.execute):
+        with pytest.raises(CheckpointError, match=f"^unfit.safetensors.*{says}") as caught:
+            read("unfit.safetensors")
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("error", [CheckpointError("x"), HubError("x")])

@@ -63,7 +63,8 @@ def open_file(header):
     dtypes = {f"{name}.{part}": dtype for name, spec in specs.items() for part, (_, dtype) in spec.tensors().items()}
     dtypes |= {name: source.info(stored).dtype for name, stored in plain.items()}
     return PackedFile(header, source.family, specs, shapes, dtypes, _config(source), _recipe(source, specs, nvfp4),
-                      source.metadata.get("svdquant.source", header.file), lambda: _tensors(source, layers, plain))
+                      source.metadata.get("svdquant.source", header.file), lambda: _tensors(source, layers, plain),
+                      stored=source.infos(), modules=source.packed_modules(), paths=source.paths())
 
 
 # --- the file -------------------------------------------------------------------------------------------------------

@@ -19,12 +19,27 @@ KNOWN_CLASSES = {name for family in WITH_FILES for name in family.nunchaku.model
 
 @dataclass(frozen=True)
 class Source:
-    """A Nunchaku model of a family. header: of the file that the user chose; tensors: {v1 name: (Header, stored name)}."""
+    """The tensors and the metadata of a family's Nunchaku model, whether it lies in one file or in two.
+
+    header: of the file that the user chose; tensors: {v1 name: (Header, name in its file)}; metadata: {str: str}
+    """
 
     header: Header
     family: Family
     tensors: dict
     metadata: dict
+
+    def infos(self):
+        """{v1 name: TensorInfo} of all tensors."""
+        return {name: header.tensors[stored] for name, (header, stored) in self.tensors.items()}
+
+    def packed_modules(self):
+        """v1 names of the modules that have codes."""
+        return frozenset(name.removesuffix(".qweight") for name in self.tensors if name.endswith(".qweight"))
+
+    def paths(self):
+        """Paths of the model's safetensors files."""
+        return tuple({header.path: None for header, _ in self.tensors.values()})
 
     def info(self, name):
         """TensorInfo of a v1 name. Raises CheckpointError where the file lacks it."""
@@ -34,20 +49,22 @@ class Source:
         return header.tensors[stored]
 
     def read(self, name):
+        """One tensor, in memory of its own."""
         header, stored = self.tensors[name]
         return header.read_tensor(stored)
 
     def stored(self, name):
-        """StoredTensor: a large one, to be read while it is worked on."""
+        """StoredTensor of a large tensor, which is read while it is unpacked."""
         return StoredTensor(*self.tensors[name])
 
     def announce(self, names):
-        """Have the system begin to read these tensors; those that a very old file lacks are left out."""
+        """Prefetch tensors, where supported; names that a very old file lacks are left out."""
         found = [self.tensors[name] for name in names if name in self.tensors]
         for header in {header.path: header for header, _ in found}.values():
             header.announce([stored for owner, stored in found if owner is header])
 
     def read_bytes(self, name):
+        """The raw bytes of one tensor."""
         header, stored = self.tensors[name]
         return header.read_bytes(stored)
 

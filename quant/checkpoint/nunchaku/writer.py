@@ -11,6 +11,7 @@ from ...families.family import Packing
 from ...layers import layout
 from ..card import modelspec
 from ..header import CheckpointError
+from ..packed import StoredTensors
 from ..write import check_target, write
 from . import halves, names
 from . import layout as order
@@ -23,8 +24,8 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     tensors: mapping {name: tensor} of the whole diffusion model, read one at a time; specs: {layer name: LayerSpec} of
     its packed layers; config, recipe: JSON-able dicts; source: str; source_card: card.of_source of what was quantized.
     Codes, scales and branches are written as they are; every layer gets the same rank, the largest, filled up with zeros.
-    counted: wraps the iterable of (name, tensor) that is written, and is told how many there are, to watch it. Raises
-    CheckpointError where a layer has no place in Nunchaku's layout, and as write.write does.
+    counted: (iterable of (name, tensor), their number) -> the same iterable, which may show progress. Raises CheckpointError where a
+    layer has no place in Nunchaku's layout, and as write.write does.
     """
     check_target(path, overwrite)
     family = families.of_image_model(config["image_model"])
@@ -43,6 +44,11 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     metadata = _metadata(family, tensors, config, rank) | modelspec(path, family.architecture, source_card) | {
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source}
     write(path, infos, counted(_stream(family, tensors, specs, layers, plain, rank), len(infos)), metadata, overwrite)
+
+
+def save_packed(path, packed, config, overwrite, source_card, counted):
+    """Write a PackedFile of another format, as save does. Its tensors have to be readable one by one (packed.read)."""
+    save(path, StoredTensors(packed), packed.specs, config, packed.recipe, packed.source, overwrite, source_card, counted)
 
 
 def _layers(tables, depths):

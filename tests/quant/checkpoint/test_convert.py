@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_svdquant.quant.checkpoint import convert, native
+from comfyui_svdquant.quant.checkpoint import convert, formats, native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import reader as nunchaku
 from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
@@ -25,7 +25,7 @@ def files(tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("models"), packed_flux(rank=32)
     native.save(str(folder / "native.safetensors"), *model, {"preset": "data-free"}, "flux")
     nunchaku_writer.save(str(folder / "nunchaku.safetensors"), *model, {"preset": "data-free"}, "flux")
-    return {layout: folder / f"{layout}.safetensors" for layout in convert.LAYOUTS}
+    return {layout: folder / f"{layout}.safetensors" for layout in formats.WRITERS}
 
 
 @pytest.mark.parametrize(("source", "to"), [("native", "nunchaku"), ("nunchaku", "native")])

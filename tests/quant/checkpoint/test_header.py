@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from comfyui_svdquant.quant.checkpoint.header import DTYPES, CheckpointError, read_header
+from comfyui_svdquant.quant.checkpoint.header import DTYPES, PAIRS, CheckpointError, read_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -81,6 +81,23 @@ def test_a_tensor_of_no_elements_is_read(tmp_path):
         assert found.shape == tensor.shape and found.dtype == tensor.dtype and torch.equal(found, tensor)
 
 
+@pytest.mark.parametrize(("name", "stored"), [("float8_e8m0fnu", "F8_E8M0"), ("float8_e4m3fnuz", "F8_E4M3FNUZ"), ("uint16", "U16"),
+                                              ("uint64", "U64"), ("complex64", "C64"), ("float4_e2m1fn_x2", "F4")])
+def test_newer_types(tmp_path, name, stored):
+    """Those of scales and codes, as other programs write them."""
+    dtype = getattr(torch, name, None)
+    if dtype is None:
+        assert stored not in DTYPES | PAIRS, "this PyTorch has none"
+        return
+    tensor = torch.arange(4 * 8 * dtype.itemsize, dtype=torch.uint8).view(dtype).view(4, 8)
+    save_file({"a": tensor, "b": torch.zeros(3)}, tmp_path / "x.safetensors")
+    assert f'"{stored}"'.encode() in (tmp_path / "x.safetensors").read_bytes()
+    header = read_header(str(tmp_path / "x.safetensors"))
+    found = header.read_tensor("a")
+    assert header.tensors["a"].shape == found.shape == (4, 8) and header.tensors["a"].dtype == found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
+
+
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
@@ -90,6 +107,10 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     ({"a": F32 | {"shape": [True, 2]}}, "tensor a"),
     ({"a": F32 | {"shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, "cut off"),
     ({"a": F32 | {"dtype": "F9"}}, "'F9'"),
+    ({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}, "stores tensor a as 'F6_E2M3', a type that is not supported"),
+    ({"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 8]}}, "tensor a"),
+    ({"a": {"dtype": "F4", "shape": [2, 7], "data_offsets": [0, 7]}}, "tensor a"),
+    ({"a": {"dtype": "F4", "shape": [], "data_offsets": [0, 8]}}, "tensor a"),
     ({"a": F32 | {"dtype": ["F32"]}}, "tensor a"),
     ({"a": F32 | {"data_offsets": [8, 0]}}, "gives it -8 bytes"),
     ({"a": F32 | {"data_offsets": [4, 12]}}, "cut off"),

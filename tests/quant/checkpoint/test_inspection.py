@@ -41,6 +41,10 @@ def files(model, tmp_path_factory):
     return folder
 
 
+def inspect(path):
+    return inspection.inspect(read_header(str(path)))
+
+
 @pytest.fixture
 def no_weights(monkeypatch):
     monkeypatch.setattr(Header, "read_tensor", lambda self, name: pytest.fail(f"{name} was read"))
@@ -49,7 +53,7 @@ def no_weights(monkeypatch):
 @pytest.mark.parametrize("name", ["native", "nunchaku"])
 def test_what_is_told_of_a_quantized_file(files, model, no_weights, name):
     path = files / f"{name}.safetensors"
-    told = json.loads(json.dumps(inspection.inspect(str(path))))
+    told = json.loads(json.dumps(inspect(path)))
     assert (told["file"], told["bytes"]) == (path.name, path.stat().st_size)
     assert told["format"] == ("SVDQuant layout, INT4" if name == "native" else "Nunchaku layout, INT4")
     assert told["model"] == model[2] and told["source"] == "flux1.safetensors"
@@ -69,7 +73,7 @@ def data_bytes(path):
 
 
 def test_the_text(files):
-    lines = inspection.text(inspection.inspect(str(files / "native.safetensors"))).splitlines()
+    lines = inspection.text(inspect(files / "native.safetensors")).splitlines()
     assert lines[0] == f"native.safetensors: {(files / 'native.safetensors').stat().st_size / 1e6:.2f} MB, SVDQuant layout, INT4"
     for line in ("FLUX.1: 1 double and 2 single blocks, hidden size 128, 16 channels in, with guidance", "made from: flux1.safetensors",
                  "title: My FLUX (SVDQuant)", "author: me", "licence: CC0", "source's tensor hash: 0xabc",
@@ -82,21 +86,21 @@ def test_the_text(files):
 
 def test_other_kinds_of_files(files, tmp_path, no_weights):
     save_file(flux_tensors(), tmp_path / "plain.safetensors")
-    told = inspection.inspect(str(tmp_path / "plain.safetensors"))
+    told = inspect(tmp_path / "plain.safetensors")
     assert told["format"] == "a FLUX.1 that is not quantized" and list(told["bytes_by_kind"]) == ["everything else"]
     assert inspection.text(told).splitlines()[-1].startswith("stored as: bfloat16 ") and "sizes:" not in inspection.text(told)
     path = tmp_path / "svdq-fp4.safetensors"
     write_nvfp4(path)
-    told = inspection.inspect(str(path))
+    told = inspect(path)
     assert told["format"] == "Nunchaku layout, NVFP4" and sum(told["bytes_by_kind"].values()) == data_bytes(path)
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(files / "native.safetensors").items()}
     save_file(tensors, tmp_path / "kitchen.safetensors")
-    told = inspection.inspect(str(tmp_path / "kitchen.safetensors"))
+    told = inspect(tmp_path / "kitchen.safetensors")
     assert told["format"] == "comfy-kitchen layout, INT4" and told["errors"] == {} and told["card"] == {}
-    assert told["bytes_by_kind"] == inspection.inspect(str(files / "native.safetensors"))["bytes_by_kind"]
+    assert told["bytes_by_kind"] == inspect(files / "native.safetensors")["bytes_by_kind"]
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="other.safetensors is no FLUX.1"):
-        inspection.inspect(str(tmp_path / "other.safetensors"))
+        inspect(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -105,7 +109,7 @@ def test_a_quantized_model_that_another_node_saved_is_no_16_bit_one(model, tmp_p
     assert not any(name.endswith(layout.QUANT_KEY) for name in model[0])
     save_file({prefix + name: tensor for name, tensor in model[0].items()}, tmp_path / "bare.safetensors")
     with pytest.raises(CheckpointError, match=r"^bare.safetensors has layers in 4 bits .* SVDQuant Save Model\.$"):
-        inspection.inspect(str(tmp_path / "bare.safetensors"))
+        inspect(tmp_path / "bare.safetensors")
 
 
 def test_the_two_files_of_an_older_nunchaku_model_are_told_as_one(files, tmp_path):
@@ -113,9 +117,9 @@ def test_the_two_files_of_an_older_nunchaku_model_are_told_as_one(files, tmp_pat
     blocks = {name: tensor for name, tensor in tensors.items() if "transformer_blocks." in name}
     save_file(blocks, tmp_path / "transformer_blocks.safetensors")
     save_file({name: t for name, t in tensors.items() if name not in blocks}, tmp_path / "unquantized_layers.safetensors")
-    told = inspection.inspect(str(tmp_path / "transformer_blocks.safetensors"))
+    told = inspect(tmp_path / "transformer_blocks.safetensors")
     assert told["bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert told["bytes_by_kind"] == inspection.inspect(str(files / "nunchaku.safetensors"))["bytes_by_kind"]
+    assert told["bytes_by_kind"] == inspect(files / "nunchaku.safetensors")["bytes_by_kind"]
 
 
 @pytest.mark.parametrize("recipe", [
@@ -126,7 +130,7 @@ def test_the_two_files_of_an_older_nunchaku_model_are_told_as_one(files, tmp_pat
 def test_what_a_file_says_of_itself_may_be_anything(model, tmp_path, recipe):
     path = tmp_path / "odd.safetensors"
     native.save(str(path), *model, recipe, "flux\x1b[31m", source_card={"modelspec.author": "a\nb"})
-    told = inspection.inspect(str(path))
+    told = inspect(path)
     text = inspection.text(told)
     assert told["errors"] == {} and "\x1b" not in text and "author: a\N{REPLACEMENT CHARACTER}b" in text
 
@@ -176,8 +180,8 @@ def test_the_command(files, tmp_path):
                               cwd=tmp_path)
 
     path = files / "native.safetensors"
-    assert run(path).stdout.rstrip("\n") == inspection.text(inspection.inspect(str(path)))
-    assert json.loads(run(path, "--json").stdout) == json.loads(json.dumps(inspection.inspect(str(path))))
+    assert run(path).stdout.rstrip("\n") == inspection.text(inspect(path))
+    assert json.loads(run(path, "--json").stdout) == json.loads(json.dumps(inspect(path)))
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:1000])
     refused = run(tmp_path / "cut.safetensors")
     assert refused.returncode == 1 and refused.stderr.startswith("inspect: cut.safetensors is cut off")

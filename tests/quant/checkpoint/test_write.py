@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -56,10 +58,12 @@ def test_a_folder_is_in_the_way(tmp_path, overwrite):
     (None, "OSError; check the disk"),
 ])
 def test_trouble_of_the_disk_has_a_remedy_of_its_own(tmp_path, monkeypatch, code, says):
-    def replace(source, target):
+    def rename(source, target):
         raise OSError(code, os.strerror(code), source, None, target) if code else OSError
 
-    monkeypatch.setattr(os, "replace", replace)
+    for function in ("link", "rename", "replace"):
+        monkeypatch.setattr(os, function, rename)
+    assert refusal(tmp_path / "x.safetensors") == refusal(tmp_path / "x.safetensors", overwrite=True)
     message = refusal(tmp_path / "x.safetensors")
     assert message.startswith("Saving x.safetensors failed: ") and says in message
     assert ("free some space" in message) == (code in (errno.ENOSPC, errno.EDQUOT)) and os.listdir(tmp_path) == []
@@ -69,3 +73,116 @@ def test_little_room_is_told_in_numbers_that_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(write.shutil, "disk_usage", lambda folder: SimpleNamespace(free=400_000))
     assert "it needs 0.0 MB and the disk has 0.4 MB free" in refusal(tmp_path / "x.safetensors")
     assert [write.size_text(count) for count in (12_000_000, 999_000_000, 1_500_000_000)] == ["12.0 MB", "999.0 MB", "1.50 GB"]
+
+
+# --- several writers -----------------------------------------------------------------------------------------------
+
+
+def write_meanwhile(path, overwrite, meanwhile, value=1.0):
+    """Write a file whose only tensor is full of `value`; meanwhile() is called when half of the work is done."""
+    def tensors():
+        yield "a", torch.full((1000,), value)
+        meanwhile()
+        yield "b", torch.full((1000,), value)
+
+    infos = dict.fromkeys("ab", ((1000,), torch.float32))
+    write.write(str(path), infos, tensors(), {}, overwrite)
+
+
+def values(path):
+    header = read_header(str(path))
+    return {value for name in header.tensors for value in header.read_tensor(name).tolist()}
+
+
+@pytest.fixture(params=[True, False], ids=["hard links", "no hard links"])
+def links(request, monkeypatch):
+    """On a file system with hard links, and on one without."""
+    def link(source, target):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), source, None, target)
+
+    if not request.param:
+        monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.usefixtures("links")
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(CheckpointError, match="x.safetensors exists already; choose another filename, or switch overwrite on"):
+        write_meanwhile(path, False, lambda: path.write_bytes(b"theirs"))
+    assert path.read_bytes() == b"theirs" and os.listdir(tmp_path) == ["x.safetensors"]
+    write_meanwhile(path, True, lambda: path.write_bytes(b"changed"))
+    assert values(path) == {1.0}
+
+
+@pytest.mark.usefixtures("links")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_writer_with_the_same_process_id_writes_a_file_of_its_own(tmp_path, overwrite):
+    """As in another container on the same folder."""
+    path = tmp_path / "x.safetensors"
+    if overwrite:
+        write_meanwhile(path, True, lambda: write_meanwhile(path, True, lambda: None, 2.0))
+        assert values(path) == {1.0}, "the last one's, and nothing else"
+    else:
+        with pytest.raises(CheckpointError, match="exists already"):
+            write_meanwhile(path, False, lambda: write_meanwhile(path, False, lambda: None, 2.0))
+        assert values(path) == {2.0}
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.usefixtures("links")
+def test_of_many_writers_of_one_name_one_succeeds(tmp_path):
+    path, barrier, outcomes = tmp_path / "x.safetensors", threading.Barrier(8), []
+
+    def run(value):
+        try:
+            write_meanwhile(path, False, barrier.wait, value)
+            outcomes.append(value)
+        except CheckpointError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=run, args=(float(value),)) for value in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [outcome for outcome in outcomes if isinstance(outcome, float)]
+    assert len(outcomes) == 8 and len(winners) == 1 and values(path) == set(winners) and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_no_empty_file_stays_where_renaming_fails(tmp_path, monkeypatch):
+    for function in ("link", "rename", "replace"):
+        monkeypatch.setattr(os, function, lambda source, target: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no")))
+    refusal(tmp_path / "x.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    for name in ("fsync", "link", "rename", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, function=function: events.append(name) or function(*args))
+    for overwrite in (False, True):
+        written(tmp_path / "x.safetensors", overwrite)
+        assert events[0] == "fsync" and events[1] in ("link", "rename", "replace") and events[2:] == ["fsync"] * (os.name != "nt")
+        events.clear()
+
+
+def test_what_killed_saves_left_goes_and_nothing_else(tmp_path):
+    """A day later, so that it is nobody's; a download goes on where it stopped, however old."""
+    old = time.time() - write.STALE_SECONDS - 60
+    stale = ["x.safetensors.0123456789abcd.saving", "other.SFT.aaaaaaaaaaaaaa.saving"]
+    kept = ["x.safetensors.0123456789abcdef.part", "notes.saving", "x.safetensors.0123456789abcd.saving.bak", "x.0123456789abcd.saving",
+            "x.safetensors.0123456789ABCX.saving", "y.safetensors"]
+    for name in (*stale, *kept):
+        (tmp_path / name).write_bytes(b"?")
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / "x.safetensors.bbbbbbbbbbbbbb.saving").write_bytes(b"being written")
+    written(tmp_path / "x.safetensors")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "x.safetensors.bbbbbbbbbbbbbb.saving", "x.safetensors"])
+
+
+def test_the_name_of_a_temporary_file_is_one_that_is_swept(tmp_path):
+    seen = []
+    write_meanwhile(tmp_path / "x.safetensors", False, lambda: seen.extend(os.listdir(tmp_path)))
+    name, = seen
+    assert write.TEMPORARY.fullmatch(name) and len(name) - len("x.safetensors") <= 22, "model_folder.TEMPORARY_BYTES"

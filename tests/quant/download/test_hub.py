@@ -1,5 +1,6 @@
 """Downloads from a Hub on the loopback: whole and checked, or one sentence; the login goes nowhere else."""
 
+import errno
 import os
 import socket
 import threading
@@ -287,10 +288,11 @@ def test_trouble_of_the_disk_is_one_sentence(server, tmp_path, monkeypatch):
     (tmp_path / "taken").write_bytes(b"mine")
     assert "what its path has for a folder is a file" in refusal(tmp_path / "taken") and server.gets == []
 
-    def replace(source, target):
+    def rename(source, target):
         raise PermissionError(13, "Permission denied", source, None, target)
 
-    monkeypatch.setattr(os, "replace", replace)
+    for function in ("link", "rename", "replace"):
+        monkeypatch.setattr(os, function, rename)
     message = refusal(tmp_path)
     assert message.startswith("Downloading flux.safetensors failed: its folder can't be written") and ".part" not in message
 
@@ -305,3 +307,84 @@ def test_a_pickle_under_a_safetensors_name_is_refused(server, tmp_path):
     server.files[f"{REPOSITORY}/{FILE}"] = b"PK\x03\x04" + bytes(1000)
     assert "is a pickle" in refusal(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+
+def in_thread(function, outcomes):
+    def run():
+        try:
+            outcomes.append(function())
+        except BaseException as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(("other", "says"), [(b"mine", "exists already and is another file"), (DATA, None)])
+def test_a_file_that_appears_meanwhile_is_not_replaced(server, tmp_path, other, says):
+    server.hold, outcomes, watch = threading.Event(), [], Watch()
+    thread = in_thread(lambda: fetch(tmp_path, watch), outcomes)
+    assert server.halfway.wait(20)
+    (tmp_path / "flux.safetensors").write_bytes(other)
+    server.hold.set()
+    thread.join(20)
+    assert (tmp_path / "flux.safetensors").read_bytes() == other
+    if says:
+        assert isinstance(outcomes[0], HubError) and says in str(outcomes[0])
+        (tmp_path / "flux.safetensors").unlink()
+        gets = len(server.gets)
+        fetch(tmp_path)
+        assert len(server.gets) == gets, "what had come was whole, and is used"
+    assert outcomes[0] is watch or says
+    assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_second_download_waits_for_the_first(server, tmp_path, cancelled):
+    """Two that append to one file would damage it; the second one is cancelled as fast as the first."""
+    server.hold, outcomes, watches = threading.Event(), [], (Watch(), Watch())
+    threads = [in_thread(lambda: fetch(tmp_path, watches[0]), outcomes)]
+    assert server.halfway.wait(20)
+    threads.append(in_thread(lambda: fetch(tmp_path, watches[1]), outcomes))
+    while "flux.safetensors: another ComfyUI is downloading it" not in watches[1].said:
+        time.sleep(0.01)
+    if cancelled:
+        watches[1].stop.set()
+        threads[1].join(5)
+        assert isinstance(outcomes[0], KeyboardInterrupt)
+    server.hold.set()
+    for thread in threads:
+        thread.join(20)
+    assert len(server.gets) == 1 and os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
+    assert cancelled or outcomes == list(watches) and "was here already" in watches[1].said[-1]
+
+
+def test_a_waiting_download_goes_on_where_the_first_one_stopped(server, tmp_path):
+    server.hold, outcomes, watches = threading.Event(), [], (Watch(), Watch())
+    first = in_thread(lambda: fetch(tmp_path, watches[0]), outcomes)
+    assert server.halfway.wait(20)
+    second = in_thread(lambda: fetch(tmp_path, watches[1]), outcomes)
+    while not watches[1].said:
+        time.sleep(0.01)
+    watches[0].stop.set()
+    first.join(20)
+    hold, server.hold = server.hold, None
+    hold.set()
+    second.join(20)
+    assert isinstance(outcomes[0], KeyboardInterrupt) and outcomes[1] is watches[1]
+    assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
+
+
+def test_a_file_system_without_locks(server, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="Windows locks otherwise")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    fetch(tmp_path)
+    assert (tmp_path / "flux.safetensors").read_bytes() == DATA

@@ -8,9 +8,9 @@ import comfy.model_patcher
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from comfyui_svdquant.nodes.save_model import stored_tensors
 from comfyui_svdquant.quant.checkpoint import native
 from comfyui_svdquant.quant.host import build
+from comfyui_svdquant.quant.host.saving import stored_tensors
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 from ..comfy_models import HIDDEN, sample

@@ -337,9 +337,13 @@ def test_mutated_files_are_refused_or_are_what_they_say(files, tmp_path, form, c
     if state is not None:
         assert agrees(state, entries, form)
     try:
-        inspection.text(inspection.inspect(read_header(str(path))))
+        header = read_header(str(path))
+        inspection.text(inspection.inspect(header))
+        loader.check_file(header)
     except CheckpointError as error:
         assert state is None, error
+    else:
+        assert state is not None, "Inspect accepts what Load refuses"
 
 
 @given(kind=st.sampled_from(sorted(FOREIGN)), changes=st.lists(mutations(), min_size=1, max_size=4))

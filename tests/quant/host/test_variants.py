@@ -13,10 +13,11 @@ import comfy.supported_models
 import comfy.utils
 import pytest
 import torch
+from comfy import quant_ops
 from comfy_extras.nodes_edit_model import ReferenceLatent
 from comfy_extras.nodes_flux import FluxGuidance
 from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
-from comfyui_svdquant.quant.checkpoint import native
+from comfyui_svdquant.quant.checkpoint import inspection, native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import checks, loader
 from comfyui_svdquant.quant.layers import layout
@@ -182,6 +183,43 @@ def test_formats_that_this_comfyui_does_not_read(tmp_path, listed):
     save_file(tensors, tmp_path / "newer.safetensors", metadata)
     with pytest.raises(CheckpointError, match=rf"newer.safetensors has layers in the format 'w3a5' \({name}\)"):
         loader.load_model(str(tmp_path / "newer.safetensors"))
+
+
+def mxfp8_file(path, listed=False):
+    """A FLUX.1 whose linear layer is in mxfp8: float8 codes, and a power of two for each 32 columns."""
+    name, tensors = "double_blocks.0.img_attn.qkv", flux_tensors(depth_single=1)
+    n, k = tensors[f"{name}.weight"].shape
+    tensors |= {f"{name}.weight": torch.zeros(n, k, dtype=torch.float8_e4m3fn),
+                f"{name}.weight_scale": torch.zeros(n, k // 32, dtype=torch.uint8).view(torch.float8_e8m0fnu)}
+    if not listed:
+        tensors[f"{name}.comfy_quant"] = layout.encode_conf({"format": "mxfp8"})
+    save_file(tensors, path, {"_quantization_metadata": json.dumps({"layers": {name: {"format": "mxfp8"}}})} if listed else None)
+    return str(path)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="this PyTorch has no type of such scales")
+@pytest.mark.parametrize("listed", [False, True])
+def test_mxfp8_is_called_by_its_name(tmp_path, listed):
+    path = mxfp8_file(tmp_path / "mx.safetensors", listed)
+    told = inspection.inspect(read_header(path))
+    assert told["format"] == "a FLUX.1 with layers in ComfyUI's format mxfp8" and "float8_e8m0fnu" in told["bytes_by_dtype"]
+    if "mxfp8" in getattr(quant_ops, "QUANT_ALGOS", {}):
+        loader.load_model(path)
+        return
+    with pytest.raises(CheckpointError, match="mx.safetensors has layers in the format 'mxfp8' .* which this ComfyUI does not read"):
+        loader.load_model(path)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="this PyTorch has no type of such scales")
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_type_of_scales_is_none_of_weights(tmp_path, part):
+    tensors = flux_tensors(depth_single=1)
+    name = f"double_blocks.0.img_attn.qkv.{part}"
+    tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    save_file(tensors, tmp_path / "odd.safetensors")
+    for read in (loader.load_model, lambda path: inspection.inspect(read_header(path))):
+        with pytest.raises(CheckpointError, match=f"odd.safetensors has {name} and no word of the format"):
+            read(str(tmp_path / "odd.safetensors"))
 
 
 def test_a_matrix_of_no_columns_is_no_model(tmp_path):

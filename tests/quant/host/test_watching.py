@@ -5,6 +5,7 @@ import pytest
 import torch
 from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import calibrate, loader, quantize
+from comfyui_svdquant.quant.host.attachments import SOURCE
 from comfyui_svdquant.quant.quantizer import calibration, presets
 
 from ..comfy_models import LATENT, Progress, prompts, quantized, sample, write_flux
@@ -114,5 +115,5 @@ def test_a_conditioning_that_is_never_used_is_refused(patcher):
 
 
 def test_the_source_is_remembered_through_clones(patcher):
-    patcher.set_attachments(quantize.SOURCE, "my_flux.safetensors")
+    patcher.set_attachments(SOURCE, "my_flux.safetensors")
     assert quantized(patcher.clone(), "naive")[0].source == "my_flux.safetensors"

@@ -1,4 +1,4 @@
-"""Where the nodes that write models put them: models/diffusion_models."""
+"""The folder for diffusion models: where a file of a given name goes."""
 
 import os
 import re
@@ -6,22 +6,31 @@ import unicodedata
 
 import folder_paths
 
-from ..quant.checkpoint.header import EXTENSIONS
+from ..checkpoint.header import EXTENSIONS
 
+KIND = "diffusion_models"  # ComfyUI's name for the list of folders, and the usual folder's own
 FORBIDDEN = '<>:"|?*'  # by Windows, whose users shall be able to take a model over
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, lone surrogates and line breaks
 DEVICE = re.compile(r"(CON|PRN|AUX|NUL|(COM|LPT)[1-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE)
 MAX_BYTES = 255  # of a part of a path, on the usual file systems
-TEMPORARY_BYTES = 22  # ".0123456789abcdef.part", which a file that is not whole yet has after its name
+TEMPORARY_BYTES = 22  # ".0123456789abcdef.part" or ".0123456789abcd.saving", which a file that is not whole yet has after its name
 SHOWN = 60  # characters of a name in a message
+
+
+def target_folder():
+    """The folder that new models go into: the first in ComfyUI's list, which is the default one of extra_model_paths.yaml.
+
+    ComfyUI lists models/unet, the old name of the same folder, before models/diffusion_models: of two in one place, the second is it.
+    """
+    folders = [os.path.normpath(path) for path in folder_paths.get_folder_paths(KIND)]
+    beside = os.path.join(os.path.dirname(folders[0]), KIND)
+    return beside if beside in folders else folders[0]
 
 
 def target_path(filename):
     """(absolute path, name within the folder) for a filename given by the user. Raises ValueError, one sentence, where it leads out of
     the folder or is none that every system takes."""
-    folders = folder_paths.get_folder_paths("diffusion_models")
-    # ComfyUI lists models/unet, the old name of the same kind, first.
-    folder = next((path for path in folders if os.path.basename(path) == "diffusion_models"), folders[0])
+    folder = target_folder()
     name = filename.strip().replace("\\", "/")
     whole = name if name.lower().endswith(EXTENSIONS) else name + EXTENSIONS[0]
     if trouble := _trouble(name, whole):
@@ -30,6 +39,30 @@ def target_path(filename):
                          "a plain name such as my_model, or folder/my_model.")
     path = os.path.abspath(os.path.join(folder, whole))
     return path, os.path.relpath(path, folder)
+
+
+def name_in_folder(filename):
+    """The name of target_path; None where the filename is unknown yet (None) or can't be one."""
+    try:
+        return None if filename is None else target_path(filename)[1]
+    except ValueError:
+        return None
+
+
+def found_elsewhere(path, name):
+    """The path of the file, in another of ComfyUI's folders, that ComfyUI opens under a name of target_path; None if there is none."""
+    found = folder_paths.get_full_path(KIND, name)
+    if found is None or os.path.abspath(found) == path or os.path.exists(path) and os.path.samefile(found, path):
+        return None
+    return found
+
+
+def check_found_again(path, name):
+    """Raise ValueError where ComfyUI would not open the file at `path` alone under this name."""
+    if found := found_elsewhere(path, name):
+        folder = os.path.normpath(found)[:-len(name) - 1]
+        raise ValueError(f"There is a {name} in {folder} already, and ComfyUI opens only one file of a name; choose another filename, or "
+                         "move that file away.")
 
 
 def _trouble(name, whole):

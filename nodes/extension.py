@@ -1,0 +1,14 @@
+"""The extension: the list of the nodes."""
+
+from comfy_api.latest import ComfyExtension
+
+from .download_model import SVDQuantDownloadModel
+from .inspect_model import SVDQuantInspect
+from .load_model import SVDQuantLoadModel
+from .quantize_model import SVDQuantQuantizeModel
+from .save_model import SVDQuantSaveModel
+
+
+class SVDQuantExtension(ComfyExtension):
+    async def get_node_list(self):
+        return [SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect]
