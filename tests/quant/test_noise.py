@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfyui_svdquant.cuda import reference
+from comfyui_svdquant.cuda.operands import LayerOperands
 from comfyui_svdquant.quant import gptq, layout, noise, quantizer
 from comfyui_svdquant.quant.calibration import InputStats
 from comfyui_svdquant.quant.metrics import relative_error
@@ -57,7 +58,7 @@ def test_quiet_codes_and_a_second_pass_are_better_on_fresh_tokens(unsigned_from,
     for changes in ({}, {"passes": 2, "quiet": True}):
         recipe = quantizer.Recipe("best", 16, **(quantizer.PRESETS["best"] | changes))
         t, _ = quantizer.quantize_layer("layer", w, torch.zeros(192), stats, spec, recipe)
-        y = reference.svdquant_linear(fresh, t["weight"], t["weight_scale"], t["weight_proj_down"], t["weight_proj_up"],
-                                      t["weight_smooth_factor"], t["bias"], unsigned_from, bits)
+        y = reference.svdquant_linear(fresh, LayerOperands(t["weight"], t["weight_scale"], t["weight_proj_down"], t["weight_proj_up"],
+                                                           t["weight_smooth_factor"], t["bias"], unsigned_from, bits))
         errors.append(relative_error(y, fresh @ w.t()))
     assert errors[1] < most * errors[0], f"error {errors[1]:.5f}, of one pass that allows for nothing {errors[0]:.5f}"
