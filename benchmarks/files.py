@@ -76,7 +76,7 @@ class Random:
 
 def write_native(path, gb, rank):
     """A random FLUX.1 in our layout, with scales as our quantizer's."""
-    from comfyui_svdquant.cuda.scales import HIGHEST
+    from comfyui_svdquant.cuda.row_scales import HIGHEST
     from comfyui_svdquant.quant.checkpoint import native
     from comfyui_svdquant.quant.checkpoint.int8_scales import product
     from comfyui_svdquant.quant.families.flux1 import FAMILY

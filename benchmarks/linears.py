@@ -32,7 +32,7 @@ def rotating(make, nbytes):
 
 
 def layer(n, k, rank):
-    """The tensors of a random layer with integer group scales, in the order of ops.svdquant_linear."""
+    """The tensors of a random layer with integer group scales, as LayerOperands.tensors."""
     weight = torch.randint(-128, 128, (n, k // 2), dtype=torch.int8, device="cuda")
     scale = (torch.randint(8, 17, (k // 64, n), device="cuda") * 2.0**-12).bfloat16()
     down, up = (torch.randn(k, rank, device="cuda") / k**0.5).bfloat16(), torch.randn(n, rank, device="cuda").bfloat16() / 10
@@ -41,27 +41,32 @@ def layer(n, k, rank):
 
 def ours(name, m, k, n, x, rank, act_bits):
     """Microseconds of (the whole linear, its quantize pass, its GEMM)."""
-    from comfyui_svdquant.cuda import compiler, gemm_mma, gemm_wgmma, ops, quantize, scales
+    from comfyui_svdquant.cuda import gemm_mma, gemm_wgmma, ops, quantize_activation, row_scales
+    from comfyui_svdquant.cuda.choose import Layer
+    from comfyui_svdquant.cuda.operands import LayerOperands
 
     split = unsigned_from(name, k, n)
-    layers = rotating(lambda: layer(n, k, rank), n * k // 2)
-    row_scale = scales.row_scale(layers()[1]) if act_bits == 8 else None
-    arch = compiler.architecture(x().device)
+    kernels = ops.chosen(Layer(m, n, k, rank, split, act_bits, torch.bfloat16), x().device)
+
+    def operands():
+        tensors = layer(n, k, rank)
+        return LayerOperands(*tensors, split, act_bits, row_scales.row_scale(tensors[1]) if act_bits == 8 else None)
+
+    layers = rotating(operands, n * k // 2)
 
     def whole():
-        return ops.svdquant_linear(x(), *layers(), split, act_bits, row_scale)
+        return ops.svdquant_linear(x(), layers())
 
     def codes():
-        _, _, down, _, smooth, _ = layers()
-        return quantize.quantize(x(), smooth, down, split, quantize.storage(act_bits, arch))
+        one = layers()
+        return quantize_activation.quantize(x(), one.smooth, one.proj_down, split, kernels.storage, kernels.plans)
 
     quantized = rotating(codes, m * k)
 
     def product():
-        weight, scale, _, up, _, bias = layers()
-        if act_bits == 8 and arch in gemm_wgmma.ARCHITECTURES:
-            return gemm_wgmma.gemm(*quantized(), weight, scale, row_scale, up, bias, split, m)
-        return gemm_mma.gemm("int8" if act_bits == 8 else "int4", *quantized(), weight, scale, row_scale, up, bias, split, m)
+        if kernels.wgmma:
+            return gemm_wgmma.gemm(kernels.tile, quantized(), layers(), m)
+        return gemm_mma.gemm(kernels.storage, kernels.tile, quantized(), layers(), m)
 
     return graph_time(whole), graph_time(codes), graph_time(product)
 
@@ -106,8 +111,8 @@ def comfy_kitchen(name, m, k, n, x, rank):
         weight, scale, down, up, smooth, bias = layers()
         source = x()
         shifted = source + GELU_SHIFT if is_unsigned else source
-        codes, code_scale, low = comfy_kitchen.quantize_svdquant_w4a4(shifted, smooth, down, act_unsigned=is_unsigned, lora_x=source)
-        return comfy_kitchen.scaled_mm_svdquant_w4a4(codes, weight, code_scale, scale, low, up, bias, is_unsigned)[:m]
+        codes, code_scale, lora_act = comfy_kitchen.quantize_svdquant_w4a4(shifted, smooth, down, act_unsigned=is_unsigned, lora_x=source)
+        return comfy_kitchen.scaled_mm_svdquant_w4a4(codes, weight, code_scale, scale, lora_act, up, bias, is_unsigned)[:m]
 
     return graph_time(run)
 

@@ -55,8 +55,9 @@ def overheads(rounds=8):
 
 def calls():
     """{what: a function of nothing that calls it}"""
-    from comfyui_svdquant.cuda import group_error, ops, runtime
+    from comfyui_svdquant.cuda import group_error, loader, ops
     from comfyui_svdquant.quant.layers import layout
+    from comfyui_svdquant.quant.layers.linear import operands
 
     m, n, k = SMALL
     x, found = torch.randn(1, m, k, device="cuda").bfloat16(), {}
@@ -65,19 +66,18 @@ def calls():
             module = layer(layout.LayerSpec(layout.SVDQUANT, k, n, rank, k))
             module.act_bits = act_bits
             p, row_scale = module._parameters, module.row_scale(module.weight_scale) if act_bits == 8 else None
-            args = (x, p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], p["bias"], k,
-                    act_bits, row_scale)
+            own = operands(p, p["bias"], k, act_bits, row_scale)
             name = f"W4A{act_bits} rank {rank}"
             found[f"{name}, layer"] = functools.partial(module, x)
-            found[f"{name}, op"] = functools.partial(ops.svdquant_linear, *args)
-            found[f"{name}, op through the dispatcher"] = functools.partial(torch.ops.svdquant.linear, *args)
+            found[f"{name}, op"] = functools.partial(ops.svdquant_linear, x, own)
+            found[f"{name}, op through the dispatcher"] = functools.partial(torch.ops.svdquant.linear, x, *own)
     found["W4A16, layer"] = functools.partial(layer(layout.LayerSpec(layout.AWQ, k, n)), x[:, 0])
     found["bf16, layer"] = functools.partial(torch.nn.Linear(k, n, device="cuda", dtype=torch.bfloat16), x)
     found["an allocation"] = functools.partial(x.new_empty, 1000)
     stream = torch.cuda.current_stream().cuda_stream
     free, take = torch.cuda.caching_allocator_delete, torch._C._cuda_cudaCachingAllocator_raw_alloc
     found["an allocation without a tensor"] = lambda: free(take(2000, stream))
-    launch = runtime.kernel(group_error.SOURCE, group_error.ENTRY, (), x.device).launcher((1,), (group_error.THREADS,), 7)
+    launch = loader.kernel(group_error.SOURCE, group_error.ENTRY, (), x.device).launcher((1,), (group_error.THREADS,), 7)
     found["a launch"] = functools.partial(launch, 0, 0, 0, 0, 0, 0, 1)  # of no groups: it reads nothing
     return found
 
@@ -85,11 +85,12 @@ def calls():
 def prepare(how, act_bits):
     """Seconds from the imports' end until every kernel is ready, one after the other or by ops.warm_up's threads."""
     from comfyui_svdquant.cuda import ops
+    from comfyui_svdquant.cuda.choose import W4A16
 
     device = torch.device("cuda", torch.cuda.current_device())
     torch.empty(1, device=device)
     layers = [(m, n, k, 32, split, act_bits, torch.bfloat16, gelu_from) for m, n, k, split, gelu_from in FLUX]
-    layers += [(m, n, k, 0, k, None, torch.bfloat16) for m, n, k in MODULATION]
+    layers += [(m, n, k, 0, k, W4A16, torch.bfloat16) for m, n, k in MODULATION]
     start = time.perf_counter()
     for one in ([layer] for layer in layers) if how == "serial" else [layers]:
         for future in ops.warm_up(one, device):

@@ -137,11 +137,11 @@ def by_definition():
     the row's smallest, which ours are already."""
     from comfyui_svdquant.cuda import ops
 
-    kernels_run, ops.kernels_run = ops.kernels_run, lambda x, weight: False
+    on_gpu, ops.on_gpu = ops.on_gpu, lambda x: False
     try:
         yield
     finally:
-        ops.kernels_run = kernels_run
+        ops.on_gpu = on_gpu
 
 
 # --- rows: each makes {name: result} --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from comfyui_svdquant.cuda import int4, reference
+from comfyui_svdquant.cuda.operands import LayerOperands
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer import gptq, lowrank, pipeline, presets, rounding, smoothing
 from comfyui_svdquant.quant.quantizer.calibration import InputStats
@@ -40,9 +41,9 @@ def spread_rows(x, most):
 
 
 def output(x, tensors, spec, act_bits=4):
-    return reference.svdquant_linear(x, tensors["weight"], tensors["weight_scale"], tensors["weight_proj_down"],
-                                     tensors["weight_proj_up"], tensors["weight_smooth_factor"], tensors["bias"],
-                                     spec.unsigned_from, act_bits)
+    return reference.svdquant_linear(x, LayerOperands(
+        tensors["weight"], tensors["weight_scale"], tensors["weight_proj_down"], tensors["weight_proj_up"],
+        tensors["weight_smooth_factor"], tensors["bias"], spec.unsigned_from, act_bits))
 
 
 def error(layer, tensors, spec, act_bits=4):

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from . import runtime
+from . import loader, runtime
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "awq.cu", "awq"
@@ -14,36 +14,39 @@ WARPS = 4         # a CTA, awq.cu's
 TILES = (1, 4)    # a CTA has 8 * tiles tokens
 
 
-def variants(arch):
-    """What `linear` may ask the compiler for: (source, entry, defines)."""
-    halves = (1,) if arch == "sm_75" else (0, 1)
-    return [(SOURCE, ENTRY, _defines(half, tiles)) for half in halves for tiles in TILES]
+def fastest_tiles(m):
+    """Of TILES, for m tokens: each CTA reads its weights once for all of its tokens."""
+    return 1 if m <= 8 else 4
 
 
-def _defines(half, tiles):
-    return ("HALF", int(half)), ("TILES", tiles)
+def variants(target):
+    """Every (source, entry, defines) that `launcher` may ask for."""
+    return [(SOURCE, ENTRY, _defines(dtype, tiles)) for dtype in target.dtypes for tiles in TILES]
+
+
+def _defines(dtype, tiles):
+    return ("HALF", int(dtype == torch.float16)), ("TILES", tiles)
 
 
 @functools.lru_cache(maxsize=256)
-def launcher(m, n, dtype, device, tiles=None):
-    """A function of the kernel's arguments as ints, for m tokens."""
-    tiles = tiles or (1 if m <= 8 else 4)
-    kernel = runtime.kernel(SOURCE, ENTRY, _defines(dtype == torch.float16, tiles), device)
+def launcher(tiles, m, n, dtype, device):
+    """A function of the kernel's arguments as ints, for m tokens; tiles: of TILES."""
+    kernel = loader.kernel(SOURCE, ENTRY, _defines(dtype, tiles), device)
     return kernel.launcher((-(-n // ROWS), -(-m // (8 * tiles))), (32 * WARPS,), 10, pdl=True)
 
 
 @functools.lru_cache(maxsize=256)
-def _prepared(shape, n, dtype, device, tiles):
+def _prepared(tiles, shape, n, dtype, device):
     """launcher's function for an x of this shape, and one that allocates y."""
     *leading, k = shape
-    return launcher(math.prod(leading), n, dtype, device, tiles), runtime.allocator((*leading, n), dtype, device)
+    return launcher(tiles, math.prod(leading), n, dtype, device), runtime.allocator((*leading, n), dtype, device)
 
 
-def linear(x, weight, weight_scale, weight_zeros, bias, tiles=None):
+def linear(tiles, x, weight, weight_scale, weight_zeros, bias):
     """As reference.awq_linear, on a GPU: x (..., K) bf16 or fp16 -> (..., N) in x.dtype.
 
     weight (N, K/2) int8, weight_scale and weight_zeros (K/64, N) and bias (N,) or None in x.dtype; N a multiple of 16.
-    Meant for few tokens: each 8, or each 32 where there are more than 8, read the weights once. tiles: in place of what M says.
+    tiles: of TILES. Meant for few tokens: the weights are read once for each 8 * tiles of them. Raises ValueError for other K and N.
     """
     k, n, dtype = x.shape[-1], weight.shape[0], x.dtype
     if k % GROUP_SIZE or n % 16 or weight.shape[1] * 2 != k:
@@ -51,7 +54,7 @@ def linear(x, weight, weight_scale, weight_zeros, bias, tiles=None):
                          f"{tuple(x.shape)}, the packed weight {tuple(weight.shape)}.")
     if not x.numel():
         return x.new_empty(*x.shape[:-1], n)
-    m, (launch, allocated) = x.numel() // k, _prepared(x.shape, n, dtype, x.device, tiles)
+    m, (launch, allocated) = x.numel() // k, _prepared(tiles, x.shape, n, dtype, x.device)
     if x.is_contiguous():
         stride = k
     else:

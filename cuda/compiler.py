@@ -1,4 +1,4 @@
-"""CUDA source to machine code: NVRTC -> cubin -> disk cache. runtime.py loads and launches it.
+"""CUDA source to machine code: NVRTC -> cubin -> disk cache. loader.py loads it, runtime.py launches it.
 
 NVRTC is called through ctypes rather than by CuPy's RawModule: CuPy can't name sm_90a (wgmma) before CUDA 12.9, and compiling
 without CuPy lets the tests look at the machine code where there is no GPU. It is not loaded before the first kernel is asked for.
@@ -19,16 +19,15 @@ from typing import NamedTuple
 
 import torch
 
+from . import targets
+from .errors import KernelsUnavailable
+
 SOURCES = Path(__file__).with_name("kernels")
 CACHE_VARIABLE = "SVDQUANT_CACHE_DIR"  # where compiled kernels are kept, in place of the user's cache folder
-OLDEST_ARCH = 75  # compute capability of Turing, the first with 4-bit and 8-bit tensor cores
+OUT_OF_MEMORY = 1  # NVRTC_ERROR_OUT_OF_MEMORY
 OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
 
 log = logging.getLogger(__name__)
-
-
-class KernelsUnavailable(RuntimeError):
-    """The CUDA kernels can't be used on this machine. The message says why, and what to install."""
 
 
 # --- NVRTC -----------------------------------------------------------------------------------------------------------
@@ -55,6 +54,8 @@ class Nvrtc:
 
     def _call(self, name, *args):
         status = getattr(self.library, name)(*args)
+        if status == OUT_OF_MEMORY:
+            raise MemoryError(f"{name} failed: NVRTC is out of memory")
         if status != 0:
             raise KernelsUnavailable(f"{name} failed: {self.library.nvrtcGetErrorString(status).decode()}")
 
@@ -77,6 +78,8 @@ class Nvrtc:
         try:
             status = self.library.nvrtcCompileProgram(program, len(options), flags)
             messages = self._text(program, "nvrtcGetProgramLog").rstrip(b"\0\n").decode(errors="replace")
+            if status == OUT_OF_MEMORY:
+                raise MemoryError(f"NVRTC is out of memory: it could not compile {name}")
             if status != 0:
                 raise KernelsUnavailable(f"NVRTC {version_text(self.version)} could not compile {name} with "
                                          f"{' '.join(options)}:\n{messages}")
@@ -147,48 +150,13 @@ def nvrtc():
 # --- Source to cubin -------------------------------------------------------------------------------------------------
 
 
-def target(capability):
-    """Compute capability such as (9, 0) -> the architecture to compile for, such as "sm_90a"."""
-    number = 10 * capability[0] + capability[1]
-    if number < OLDEST_ARCH:
-        raise KernelsUnavailable(f"The CUDA kernels need an NVIDIA GPU of compute capability 7.5 (RTX 20) or newer; this one "
-                                 f"has {version_text(capability)}.")
-    # wgmma exists on sm_90a alone, machine code that no other GPU runs.
-    return "sm_90a" if number == 90 else f"sm_{number}"
-
-
-@functools.cache
-def device_target(index):
-    return target(torch.cuda.get_device_capability(index))
-
-
-def architecture(device):
-    """The architecture that kernels for `device` are compiled for: "sm_75", "sm_89", "sm_90a", ..."""
-    index = torch.device(device).index
-    return device_target(torch.cuda.current_device() if index is None else index)
-
-
-@functools.cache
-def multiprocessors(device):
-    """How many multiprocessors `device` has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def arch_number(arch):
-    """"sm_90a" -> 90."""
-    return int(re.fullmatch(r"sm_(\d+)[af]?", arch)[1])
-
-
 def _compilable(arch):
-    """`arch`, or its nearest older sibling where this NVRTC doesn't know it: a 12.0's machine code runs on a 12.1 too."""
-    number, known = arch_number(arch), nvrtc().architectures
-    if number in known:
-        return arch
-    older = [other for other in known if other // 10 == number // 10 and other < number]
-    if not older:
+    """`arch`, or its nearest older sibling where this NVRTC doesn't know it."""
+    found = targets.compiled_arch(arch, nvrtc().architectures)
+    if found is None:
         raise KernelsUnavailable(f"NVRTC {version_text(nvrtc().version)} can't compile for this GPU ({arch}). A newer one is "
                                  "needed: update PyTorch to a build for a newer CUDA.")
-    return f"sm_{max(older)}"
+    return found
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Launch of kernels/gptq.cu: GPTQ's inner loop, a block of columns of the weight rounded one after the other."""
 
-from . import compiler, runtime
+from . import loader, targets
 
 SOURCE, ENTRY = "gptq.cu", "gptq_block"
 COLUMNS = 128  # at most, of a block; gptq.cu's
@@ -8,14 +8,14 @@ WARPS = 16  # a CTA, gptq.cu's
 SHARED = COLUMNS * COLUMNS * 4  # the block's piece of the Cholesky factor
 
 
-def variants(arch):
+def variants():
     """What `round_block` may ask the compiler for: (source, entry, defines)."""
     return [(SOURCE, ENTRY, ())]
 
 
 def available(weight):
     """Whether the kernel runs where `weight` is."""
-    return runtime.has_kernel(SOURCE, ENTRY, weight.device, SHARED)
+    return loader.has_kernel(SOURCE, ENTRY, weight.device, SHARED)
 
 
 def round_block(weight, pending, steps, inverse, groups, lower, codes):
@@ -29,8 +29,8 @@ def round_block(weight, pending, steps, inverse, groups, lower, codes):
     """
     n, b = weight.shape
     lost = weight.new_empty(n, b)
-    ctas = min(-(-n // WARPS), 2 * compiler.multiprocessors(weight.device))
-    kernel = runtime.kernel(SOURCE, ENTRY, (), weight.device, SHARED)
+    ctas = min(-(-n // WARPS), 2 * targets.multiprocessors(weight.device))
+    kernel = loader.kernel(SOURCE, ENTRY, (), weight.device, SHARED)
     kernel((ctas,), (32 * WARPS,), weight, pending, steps, inverse, groups, lower, 1 / lower.diagonal(), codes, lost, n, b,
            weight.stride(0), pending.stride(0), codes.stride(0), steps.shape[1])
     return lost

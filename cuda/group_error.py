@@ -1,6 +1,6 @@
 """Launch of kernels/group_error.cu: what rounding leaves of each group of a weight, the inner part of the search for scales."""
 
-from . import compiler, runtime
+from . import loader, targets
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "group_error.cu", "group_error"
@@ -8,14 +8,14 @@ THREADS = 256  # a CTA, group_error.cu's
 CTAS = 8  # an SM
 
 
-def variants(arch):
+def variants():
     """What `group_error` may ask the compiler for: (source, entry, defines)."""
     return [(SOURCE, ENTRY, ())]
 
 
 def available(weight):
     """Whether the kernel runs where `weight` is."""
-    return runtime.has_kernel(SOURCE, ENTRY, weight.device)
+    return loader.has_kernel(SOURCE, ENTRY, weight.device)
 
 
 def group_error(groups, steps, energy):
@@ -26,6 +26,6 @@ def group_error(groups, steps, energy):
                          f"{groups.stride()}.")
     steps, energy = steps.contiguous(), energy.contiguous()
     error, device = groups.new_empty(steps.shape), groups.device
-    ctas = min(-(-steps.numel() // (THREADS // 16)), CTAS * compiler.multiprocessors(device))
-    runtime.kernel(SOURCE, ENTRY, (), device)((ctas,), (THREADS,), groups, steps, 1 / steps, energy, error, steps.numel(), steps.shape[1])
+    ctas = min(-(-steps.numel() // (THREADS // 16)), CTAS * targets.multiprocessors(device))
+    loader.kernel(SOURCE, ENTRY, (), device)((ctas,), (THREADS,), groups, steps, 1 / steps, energy, error, steps.numel(), steps.shape[1])
     return error

@@ -15,9 +15,9 @@ def nvfp4_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_scale_2
 
     On a GPU it is computed in x's 16 bits, with the matrix products of the hardware; elsewhere in float32.
     """
-    half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    in_16_bits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
     return nvfp4.nvfp4_linear(x, weight, weight_scale, weight_scale_2, proj_down, proj_up, smooth, bias,
-                              x.dtype if half else torch.float32)
+                              x.dtype if in_16_bits else torch.float32)
 
 
 @nvfp4_linear.register_fake

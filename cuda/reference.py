@@ -97,20 +97,18 @@ def activated(y, gelu_from):
     return y
 
 
-def svdquant_linear(x, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits=4,
-                    dtype=torch.float32, gelu_from=None):
+def svdquant_linear(x, operands, dtype=torch.float32):
     """One SVDQuant layer, computed and accumulated in `dtype`.
 
-    x: (..., K); weight: (N, K/2) int8; weight_scale: (G, N); proj_down: (K, R); proj_up: (N, R); smooth: (K,);
-    bias: (N,) or None; gelu_from: the first output that goes through GELU, None if none does. Returns (..., N) in x.dtype.
+    x: (..., K); operands: LayerOperands, whose row_scale isn't used. Returns (..., N) in x.dtype.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    act = scaled_codes(*quantize_activation(tokens, smooth, unsigned_from, act_bits, dtype))
-    y = act @ dequantize_weight(weight, weight_scale, dtype).t()
-    y += (tokens.to(dtype) @ proj_down.to(dtype)) @ proj_up.to(dtype).t()
-    if bias is not None:
-        y += bias.to(dtype)
-    return activated(y, gelu_from).to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    act = scaled_codes(*quantize_activation(tokens, operands.smooth, operands.unsigned_from, operands.act_bits, dtype))
+    y = act @ dequantize_weight(operands.weight, operands.weight_scale, dtype).t()
+    y += (tokens.to(dtype) @ operands.proj_down.to(dtype)) @ operands.proj_up.to(dtype).t()
+    if operands.bias is not None:
+        y += operands.bias.to(dtype)
+    return activated(y, operands.gelu_from).to(x.dtype).reshape(*x.shape[:-1], operands.weight.shape[0])
 
 
 def dequantize_awq(weight, weight_scale, weight_zeros, dtype=torch.float32):

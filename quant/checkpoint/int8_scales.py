@@ -9,7 +9,7 @@ waiting for those takes many times as long as doing without.
 import numpy as np
 import torch
 
-from ...cuda.scales import HIGHEST, LOWEST
+from ...cuda.row_scales import HIGHEST, LOWEST
 
 PIECE = 1 << 15  # numbers that PyTorch leaves to one thread
 

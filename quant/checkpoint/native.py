@@ -19,7 +19,7 @@ from itertools import chain
 
 import torch
 
-from ...cuda.scales import HIGHEST, LOWEST
+from ...cuda.row_scales import HIGHEST, LOWEST
 from .. import families
 from ..layers import layout
 from . import int8_scales

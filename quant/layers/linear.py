@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 from torch.nn.modules import module as module_hooks
 
-from ...cuda import compiler, mlp, nvfp4, nvfp4_ops, ops, reference, scales
+from ...cuda import mlp, nvfp4, nvfp4_ops, ops, reference, row_scales
+from ...cuda.choose import W4A16
+from ...cuda.errors import KernelsUnavailable
 from ...cuda.int4 import GELU_SHIFT
+from ...cuda.operands import LayerOperands
 
 HALVES = torch.bfloat16, torch.float16
 SHAPES = 8  # of inputs whose way to the kernels a layer remembers
@@ -103,7 +106,7 @@ class BranchedLinear(PackedLinear):
 
 
 class RowScale(NamedTuple):
-    """scales.row_scale of a layer, and of which contents of which parameter it is."""
+    """row_scales.row_scale of a layer, and of which contents of which parameter it is."""
 
     value: torch.Tensor
     address: int
@@ -114,7 +117,7 @@ class RowScale(NamedTuple):
 class Repeated(NamedTuple):
     """How a layer runs with inputs of one shape while nothing else changes."""
 
-    again: Callable        # ops.repeated's
+    again: Callable        # ops.cached_launch's
     gelu_from: int | None  # of the product; a LoRA branch is added before the layer's GELU
     act_bits: int          # as they were set
     row_scale: RowScale | None
@@ -164,27 +167,27 @@ class SVDQuantLinear(BranchedLinear):
 
     def product(self, x, p, bias, gelu_from=None):
         act_bits = self.bits(x.device)
-        row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 and x.is_cuda else None
-        args = x, *operands(p, bias), self.spec.unsigned_from, act_bits, row_scale, gelu_from
+        row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 else None
+        args = operands(p, bias, self.spec.unsigned_from, act_bits, row_scale, gelu_from)
         if ops.plain(x) and bias is p["bias"] and all(tensor is self._parameters[name] for name, tensor in p.items()):
-            again, known = ops.repeated(*args), self._row_scale
+            again, known = ops.cached_launch(x, args), self._row_scale
             if again and (row_scale is None or known.value is row_scale):
                 if len(self._repeated) >= SHAPES:
                     self._repeated.clear()
                 self._repeated[x.shape] = Repeated(again, gelu_from, self.act_bits, None if row_scale is None else known)
-        return ops.svdquant_linear(*args)
+        return ops.svdquant_linear(x, args)
 
     def row_scale(self, weight_scale):
-        """scales.row_scale of the layer, found at its first use on a device. weight_scale: the parameter, on that device."""
+        """row_scales.row_scale of the layer, found at its first use on a device. weight_scale: the parameter, on that device."""
         known, parameter = self._row_scale, self._parameters["weight_scale"]
         if torch.compiler.is_dynamo_compiling():
-            return scales.row_scale(weight_scale) if known is None else known.value
+            return row_scales.row_scale(weight_scale) if known is None else known.value
         try:
             version = parameter._version
         except RuntimeError:
             version = None
         if known is None or known.parameter() is not parameter or known.version != version or known.value.device != weight_scale.device:
-            value = scales.row_scale(weight_scale)
+            value = row_scales.row_scale(weight_scale)
             known = self._row_scale = RowScale(value, value.data_ptr(), weakref.ref(parameter), version)
         return known.value
 
@@ -194,9 +197,10 @@ class SVDQuantLinear(BranchedLinear):
         return weight / self.weight_smooth_factor.to(device, torch.float32)
 
 
-def operands(p, bias):
-    """What the op takes of an SVDQuantLinear's parameters `p`, in its order."""
-    return p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], bias
+def operands(p, bias, unsigned_from, act_bits, row_scale=None, gelu_from=None):
+    """The LayerOperands of an SVDQuantLinear's parameters `p`."""
+    return LayerOperands(p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], bias,
+                         unsigned_from, act_bits, row_scale, gelu_from)
 
 
 class PackedMLP(torch.nn.Sequential):
@@ -220,7 +224,8 @@ class PackedMLP(torch.nn.Sequential):
     def fused(self, x):
         first, _, second = self._modules.values()
         p, q = first.at(x), second.at(x)
-        return mlp.svdquant_mlp(x, operands(p, p["bias"]), operands(q, q["bias"]), first.spec.unsigned_from, second.spec.unsigned_from)
+        return mlp.svdquant_mlp(x, operands(p, p["bias"], first.spec.unsigned_from, 4, gelu_from=0),
+                                operands(q, q["bias"], second.spec.unsigned_from, 4))
 
 
 def untouched(module):
@@ -274,7 +279,7 @@ def compute_in(model, dtype, device):
             try:
                 if ops.compute_dtype(dtype, module.spec.dtype, device) != torch.float16:
                     continue
-            except compiler.KernelsUnavailable:  # a GPU that is too old
+            except KernelsUnavailable:  # a GPU that is too old
                 return
             for p in module.parameters():
                 if p.dtype == torch.bfloat16:
@@ -306,7 +311,7 @@ def warm_up(model, device, dtype, tokens=TOKENS):
             layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
                         computed(module.spec), module.gelu_from) for m in tokens]
         elif isinstance(module, AWQLinear):
-            layers.append((1, module.out_features, module.in_features, 0, module.in_features, None, computed(module.spec)))
+            layers.append((1, module.out_features, module.in_features, 0, module.in_features, W4A16, computed(module.spec)))
     return ops.warm_up(dict.fromkeys(layers), device, [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)])
 
 

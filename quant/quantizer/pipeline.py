@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...cuda import int4, reference
+from ...cuda.operands import LayerOperands
 from ..layers import layout
 from . import gptq, group_scales, learned_smoothing, lowrank, noise, rounding, smoothing
 from .metrics import relative_error
@@ -246,9 +247,9 @@ def layer_error(weight, bias, tensors, stats, spec):
         return relative_error(packed + branch, weight), "weights"
     x = stats.sample()
     exact = torch.nn.functional.linear(x, weight, bias)
-    estimate = reference.svdquant_linear(
-        x, tensors["weight"], tensors["weight_scale"], tensors["weight_proj_down"], tensors["weight_proj_up"],
-        tensors["weight_smooth_factor"], tensors.get("bias"), spec.unsigned_from)
+    estimate = reference.svdquant_linear(x, LayerOperands(
+        tensors["weight"], tensors["weight_scale"], tensors["weight_proj_down"], tensors["weight_proj_up"],
+        tensors["weight_smooth_factor"], tensors.get("bias"), spec.unsigned_from))
     return relative_error(estimate, exact), "outputs"
 
 

@@ -1,9 +1,12 @@
-"""Random operands for the GEMM kernels, as images, and their product in float64."""
+"""Random operands for the GEMM kernels, in the activation layout, and their product in float64."""
 
 from dataclasses import dataclass
 
 import torch
-from comfyui_svdquant.cuda import images, int4
+from comfyui_svdquant.cuda import int4
+from comfyui_svdquant.cuda.activation_layout import ROWS, CodeStorage, lay_out_codes, lay_out_lora_act, padded
+from comfyui_svdquant.cuda.operands import LayerOperands
+from comfyui_svdquant.cuda.quantize_activation import Quantized
 from torch.nn.functional import gelu
 
 
@@ -11,23 +14,15 @@ from torch.nn.functional import gelu
 class Int8Case:
     """Operands of the int8 GEMM, and what is expected of it."""
 
-    act: torch.Tensor
-    act_scale: torch.Tensor
-    low: torch.Tensor | None
-    low_scale: torch.Tensor | None
-    weight: torch.Tensor
-    weight_scale: torch.Tensor
-    row_scale: torch.Tensor
-    proj_up: torch.Tensor
-    bias: torch.Tensor | None
-    unsigned_from: int
+    q: Quantized
+    operands: LayerOperands
     m: int
     exact: torch.Tensor  # (M, N) float64
     bound: torch.Tensor  # (M, N) float64: the largest error that the kernel's arithmetic allows
 
-    def args(self):
-        return (self.act, self.act_scale, self.low, self.low_scale, self.weight, self.weight_scale, self.row_scale, self.proj_up, self.bias,
-                self.unsigned_from, self.m)
+    def gelu_from(self, column):
+        """The operands, with a GELU from a column on."""
+        return self.operands._replace(gelu_from=column)
 
 
 def output_rounding(dtype):
@@ -57,27 +52,29 @@ def int8_case(m, n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16
         return torch.rand(*shape, generator=g, device=device)
 
     unsigned_from = k if unsigned_from is None else unsigned_from
-    rows = images.padded(m, images.ROWS)
+    rows = padded(m, ROWS)
     codes = torch.randint(-127, 128, (m, k), generator=g, device=device)
     weight = torch.randint(-8, 8, (n, k), generator=g, device=device)
     integer = torch.randint(-15, 17, (k // 64, n), generator=g, device=device).float()
     row_scale = torch.randint(8, 16, (n,), generator=g, device=device).float() * torch.exp2((uniform(n) * 4).floor() - 14)
     act_scale = scale * torch.exp2(uniform(2, rows) * 2 - 6)
     act_scale[:, m:] = 0
-    low = (scale * torch.randn(m, rank, generator=g, device=device)).to(dtype)
-    low_scale = torch.exp2((uniform(rows) * 5).floor() - 2) if dtype == torch.float16 else torch.ones(rows, device=device)
+    lora_act = (scale * torch.randn(m, rank, generator=g, device=device)).to(dtype)
+    lora_act_scale = torch.exp2((uniform(rows) * 5).floor() - 2) if dtype == torch.float16 else torch.ones(rows, device=device)
     up = torch.randn(n, rank, generator=g, device=device).to(dtype)
     bias = torch.randn(n, generator=g, device=device).to(dtype) if bias else None
 
     part = (torch.arange(k, device=device) >= unsigned_from).long()
     x = codes.double() * act_scale[:, :m].double()[part].t()
     w = weight.double() * (integer * row_scale).double().t().repeat_interleave(64, dim=1)
-    branch = low_scale[:m, None].double() * (low.double() @ up.double().t())
+    branch = lora_act_scale[:m, None].double() * (lora_act.double() @ up.double().t())
     exact = x @ w.t() + branch + (0 if bias is None else bias.double())
-    sizes = x.abs() @ w.abs().t() + low_scale[:m, None].double() * (low.double().abs() @ up.double().abs().t()) + 4
+    sizes = x.abs() @ w.abs().t() + lora_act_scale[:m, None].double() * (lora_act.double().abs() @ up.double().abs().t()) + 4
     bound = output_rounding(dtype) * exact.abs() * 1.01 + 2e-7 * sizes
     if 0 < unsigned_from < k:  # the first part's sum is rounded to the second's units
         bound = bound + 0.51 * act_scale[1, :m, None].double() * row_scale.double()
-    return Int8Case(images.int8_image(codes, images.INTEGER), act_scale, images.branch_image(low) if rank else None,
-                    low_scale if rank else None, int4.pack(weight), (integer * row_scale).to(dtype), row_scale, up, bias, unsigned_from, m,
-                    exact, bound)
+    q = Quantized(lay_out_codes(codes, CodeStorage.INT8), act_scale, lay_out_lora_act(lora_act) if rank else None,
+                  lora_act_scale if rank else None)
+    operands = LayerOperands(int4.pack(weight), (integer * row_scale).to(dtype), up.new_empty(k, rank), up, up.new_empty(k), bias,
+                             unsigned_from, 8, row_scale)
+    return Int8Case(q, operands, m, exact, bound)

@@ -3,7 +3,7 @@
 import contextlib
 
 import torch
-from comfyui_svdquant.cuda import compiler, gemm_mma, gemm_wgmma, ops, quantize, runtime
+from comfyui_svdquant.cuda import gemm_mma, gemm_wgmma, loader, ops, quantize_activation, runtime, targets
 
 WORK = 1 << 40  # where the chains' own memory is
 
@@ -11,8 +11,8 @@ WORK = 1 << 40  # where the chains' own memory is
 def recorder(note, length):
     """In place of runtime.chain: note({name: address} with all names, the steps) for each call of a chain of so many kernels."""
     def chain(names, *steps, work=(), constants=()):
-        places, _ = runtime.laid_out(dict(work))
-        at = dict(constants) | {name: 0 if place is None else WORK + place for name, place in places.items()}
+        offsets, _ = runtime.laid_out(dict(work))
+        at = dict(constants) | {name: 0 if offset is None else WORK + offset for name, offset in offsets.items()}
 
         def run(*values):
             if len(steps) == length:
@@ -26,17 +26,17 @@ def recorder(note, length):
 def recorded(monkeypatch):
     """Yields a list of {name: address} that grows by one with each call of a layer."""
     calls = []
-    caches = ops._plan, quantize.launcher, gemm_mma.launcher, gemm_wgmma.launcher
+    caches = ops._launches, ops.chosen, quantize_activation.launcher, gemm_mma.launcher, gemm_wgmma.launcher
     for cache in caches:
         cache.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "chain", recorder(lambda at, steps: calls.append(at), 2))
         patch.setattr(runtime, "_tensor_map", lambda boxes: None)
-        patch.setattr(runtime, "kernel", lambda source, entry, defines, device, shared=0: runtime.Kernel(0x77, -1, shared))
+        patch.setattr(loader, "kernel", lambda source, entry, defines, device, shared=0: runtime.Kernel(0x77, -1, shared))
         patch.setattr(runtime.Kernel, "active_clusters", lambda kernel, ctas, threads: 16)
-        patch.setattr(compiler, "architecture", lambda device: "sm_90a")
-        patch.setattr(compiler, "multiprocessors", lambda device: 132)
-        patch.setattr(ops, "kernels_run", lambda x, weight: x.device == weight.device)
+        patch.setattr(targets, "for_device", lambda device: targets.TARGETS[90])
+        patch.setattr(targets, "multiprocessors", lambda device: 132)
+        patch.setattr(ops, "on_gpu", lambda x: x.device.type == "cpu")
         yield calls
     for cache in caches:
         cache.cache_clear()

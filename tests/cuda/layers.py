@@ -1,37 +1,35 @@
-"""Random layers for the tests of the ops: the packed tensors and the dense layer that they stand for."""
-
-from dataclasses import dataclass
+"""Random layers for the tests of the ops, and the tokens that they get."""
 
 import torch
-from comfyui_svdquant.cuda import int4, reference
+from comfyui_svdquant.cuda import int4, quantize_activation, reference, row_scales, targets
+from comfyui_svdquant.cuda.operands import LayerOperands
 
 
-@dataclass
-class Layer:
-    """Packed tensors as in reference.svdquant_linear, on the CPU."""
-
-    weight: torch.Tensor
-    weight_scale: torch.Tensor
-    proj_down: torch.Tensor
-    proj_up: torch.Tensor
-    smooth: torch.Tensor
-    bias: torch.Tensor | None
-    unsigned_from: int
-
-    def args(self):
-        return (self.weight, self.weight_scale, self.proj_down, self.proj_up, self.smooth, self.bias, self.unsigned_from)
-
-
-def random_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, seed=0):
-    """A layer with all sixteen codes, scales over two octaves and smoothing factors over six."""
+def random_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, seed=0, act_bits=4, gelu_from=None):
+    """LayerOperands on the CPU with all sixteen codes, scales over two octaves and smoothing factors over six; without a row_scale."""
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (n, k), generator=g)
     scale = torch.exp2(torch.rand(k // 64, n, generator=g) * 2 - 6).to(dtype)
     smooth = torch.exp2(torch.rand(k, generator=g) * 6 - 3).to(dtype)
     down = (torch.randn(k, rank, generator=g) / k**0.5).to(dtype)
     up = torch.randn(n, rank, generator=g).to(dtype)
-    return Layer(int4.pack(codes), scale, down, up, smooth, torch.randn(n, generator=g).to(dtype) if bias else None,
-                 k if unsigned_from is None else unsigned_from)
+    return LayerOperands(int4.pack(codes), scale, down, up, smooth, torch.randn(n, generator=g).to(dtype) if bias else None,
+                         k if unsigned_from is None else unsigned_from, act_bits, gelu_from=gelu_from)
+
+
+def with_row_scale(layer):
+    """The layer in 8 bits, with the row_scale that its kernels need."""
+    return layer._replace(act_bits=8, row_scale=row_scales.row_scale(layer.weight_scale))
+
+
+def on_cuda(layer):
+    return layer._replace(**{name: t.cuda() for name, t in layer._asdict().items() if isinstance(t, torch.Tensor)})
+
+
+def plans_here(m, k, rank, storage, **cut):
+    """quantize_activation.plans_for the GPU of this machine."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return quantize_activation.plans_for(m, k, rank, storage, targets.for_device(device), targets.multiprocessors(device), **cut)
 
 
 def random_input(m, k, dtype=torch.float32, outliers=True, seed=1):
@@ -43,9 +41,9 @@ def random_input(m, k, dtype=torch.float32, outliers=True, seed=1):
     return x.to(dtype)
 
 
-def decided(x, layer, act_bits):
+def decided(x, layer):
     """(M,) which tokens have no code so near the border of two that float32 may round it the other way. x: (M, K), of 16-bit numbers."""
-    codes, scales = reference.quantize_activation(x, layer.smooth, layer.unsigned_from, act_bits, torch.float64)
+    codes, scales = reference.quantize_activation(x, layer.smooth, layer.unsigned_from, layer.act_bits, torch.float64)
     shift = int4.GELU_SHIFT * (torch.arange(x.shape[1], device=x.device) >= layer.unsigned_from)
     exact = ((x.double() + shift) / layer.smooth.double()).unflatten(-1, (-1, int4.GROUP_SIZE)) / scales.unsqueeze(-1)
     return ((exact - exact.floor() - 0.5).abs() > 1e-4).flatten(1).all(dim=1)

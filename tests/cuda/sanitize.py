@@ -41,9 +41,9 @@ def load_pack():
 def watched():
     """Have memory allocated and written where the tools see it: the chains' work memory by itself, which PyTorch's allocator doesn't do
     when it is asked for no tensor; an output's first values and x @ proj_down by what initcheck knows."""
-    from comfyui_svdquant.cuda import quantize, runtime
+    from comfyui_svdquant.cuda import quantize_activation, runtime
 
-    held, new_empty, multiplied = {}, torch.Tensor.new_empty, quantize.multiplied
+    held, new_empty, multiplied = {}, torch.Tensor.new_empty, quantize_activation.multiplied
 
     def take(size, stream):
         tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -52,56 +52,53 @@ def watched():
 
     runtime._take, runtime._give = take, held.pop
     torch.Tensor.new_empty = lambda x, *size: new_empty(x, *size).fill_(torch.nan)  # y is made so
-    quantize.multiplied = lambda x, proj_down: on_gpu(multiplied(x.cpu(), proj_down.cpu()))
+    quantize_activation.multiplied = lambda x, proj_down: on_gpu(multiplied(x.cpu(), proj_down.cpu()))
 
 
 def on_gpu(tensors):
     return [t.cuda() if isinstance(t, torch.Tensor) else t for t in tensors]
 
 
-def cuts(kind, m, k, rank, arch):
-    """How each of the quantize kernels may cut up x."""
-    from comfyui_svdquant.cuda import compiler, quantize
+def cuts(storage, m, k, rank):
+    """How each of the quantize kernels may cut up x, and the plans for it."""
+    from layers import plans_here
 
     registers = [dict(registers=True, tiles=1, loop=False), dict(registers=True, tiles=2, loop=False), dict(registers=True, loop=True)]
     for cut in (dict(registers=False), *registers):
         try:
-            quantize.plan_for(m, k, rank, kind, compiler.arch_number(arch), 132, **cut)
+            yield cut, plans_here(m, k, rank, storage, **cut)
         except ValueError:  # 4 bits, no clusters, too few columns
             continue
-        yield cut
 
 
 def svdquant_cases():
     """(name, y, what the reference says)"""
-    from comfyui_svdquant.cuda import compiler, gemm_mma, gemm_wgmma, ops, quantize, reference, scales
-    from layers import random_input, random_layer
+    from comfyui_svdquant.cuda import gemm_mma, gemm_wgmma, ops, quantize_activation, reference, targets
+    from comfyui_svdquant.cuda.activation_layout import CodeStorage
+    from layers import on_cuda, random_input, random_layer, with_row_scale
 
-    arch = compiler.architecture(torch.device("cuda", 0))
+    target, sms = targets.for_device("cuda"), targets.multiprocessors(torch.device("cuda", 0))
     for seed, (m, n, k, rank, split) in enumerate(SHAPES):
         layer, x = random_layer(n, k, rank, split, n != 80, seed=seed), random_input(m, k, torch.bfloat16, seed=seed)
         row = torch.randint(8, 16, (n,)) * 2.0**-11
-        layer.weight_scale = (torch.randint(6, 17, (k // 64, n)) * row).bfloat16()
-        row_scale = scales.row_scale(layer.weight_scale)
-        tensors, there, scale = on_gpu(layer.args()), x.cuda(), row_scale.cuda()
-        weight, weight_scale, down, up, smooth, bias, _ = tensors
+        layer = layer._replace(weight_scale=(torch.randint(6, 17, (k // 64, n)) * row).bfloat16())
+        there, tile = x.cuda(), gemm_mma.fastest_tile(gemm_mma.tiles_of(target), sms, m, n)
 
-        for act_bits in (4, 8):
-            expected = reference.svdquant_linear(x.double(), *layer.args(), act_bits=act_bits, dtype=torch.float64)
+        for operands in (layer, with_row_scale(layer)):
+            act_bits, expected = operands.act_bits, reference.svdquant_linear(x.double(), operands, torch.float64)
+            operands = on_cuda(operands)
             name = f"M={m} N={n} K={k} R={rank} from {split}, {act_bits} bits"
-            yield name, ops.svdquant_linear(there, *tensors, act_bits, scale), expected
+            yield name, ops.svdquant_linear(there, operands), expected
             # What the device's own path doesn't take: the other GEMM, and each of the tiles.
-            kinds = (quantize.INT8,) if act_bits == 8 else (quantize.BYTES, quantize.NIBBLES)
-            for kind in kinds:
-                for cut in cuts(kind, m, k, rank, arch):
-                    q = quantize.quantize(there, smooth, down, split, kind, **cut)
-                    y = gemm_mma.gemm(f"int{act_bits}", *q, weight, weight_scale, scale if act_bits == 8 else None, up, bias, split, m)
-                    yield f"{name}, codes {kind}, {cut}, by mma", y, expected
-            if act_bits == 8 and arch in gemm_wgmma.ARCHITECTURES and gemm_wgmma.takes(k, split) and k == 192:
-                for tile in gemm_wgmma.STAGES:
+            for storage in (CodeStorage.INT8,) if act_bits == 8 else (CodeStorage.INT4_BYTES, CodeStorage.INT4_NIBBLES):
+                for cut, plans in cuts(storage, m, k, rank):
+                    q = quantize_activation.quantize(there, operands.smooth, operands.proj_down, split, storage, plans)
+                    y = gemm_mma.gemm(storage, tile, q, operands, m)
+                    yield f"{name}, {storage.name}, {cut}, by mma", y, expected
+            if act_bits == 8 and target.wgmma and gemm_wgmma.takes(k, split) and k == 192:
+                for pair in gemm_wgmma.STAGES:
                     out = torch.full((m, n), torch.nan, dtype=there.dtype, device="cuda")
-                    y = gemm_wgmma.gemm(*q, weight, weight_scale, scale, up, bias, split, m, tile=tile, out=out)
-                    yield f"{name}, tile {tile}", y, expected
+                    yield f"{name}, tile {pair}", gemm_wgmma.gemm(pair, q, operands, m, out), expected
 
 
 def awq_cases():
@@ -111,20 +108,24 @@ def awq_cases():
         layer = (int4.pack(torch.randint(0, 16, (n, k))), torch.rand(k // 64, n).bfloat16(), torch.randn(k // 64, n).bfloat16(),
                  torch.randn(n).bfloat16())
         x = torch.randn(m, k).bfloat16()
-        yield f"W4A16 M={m} N={n} K={k}", awq.linear(x.cuda(), *on_gpu(layer)), reference.awq_linear(x.double(), *layer)
+        yield (f"W4A16 M={m} N={n} K={k}", awq.linear(awq.fastest_tiles(m), x.cuda(), *on_gpu(layer)),
+               reference.awq_linear(x.double(), *layer))
 
 
 def mlp_cases():
     """Both layers of an MLP in one pass, in every tile; expected is what they give one after the other."""
-    from comfyui_svdquant.cuda import gemm_mma, mlp, ops, quantize
-    from layers import random_input, random_layer
+    from comfyui_svdquant.cuda import gemm_mma, mlp, ops
+    from comfyui_svdquant.cuda.activation_layout import CodeStorage
+    from layers import on_cuda, random_input, random_layer
 
     x = random_input(70, 128, torch.bfloat16).cuda()
-    first, second = (on_gpu(layer.args()) for layer in (random_layer(512, 128, 16), random_layer(48, 512, 48, 0, seed=1)))
-    expected = ops.svdquant_linear(ops.svdquant_linear(x, *first, 4, gelu_from=0), *second, 4).cpu().double()
-    for codes, kind in ((quantize.BYTES, gemm_mma.BYTES), (quantize.NIBBLES, gemm_mma.NIBBLES)):
-        for tile in mlp.tiles_of(kind):
-            yield f"MLP, codes {codes}, {tile}", mlp.fused(x, first[:-1], second[:-1], first[-1], second[-1], codes, tile), expected
+    first, second = on_cuda(random_layer(512, 128, 16, gelu_from=0)), on_cuda(random_layer(48, 512, 48, 0, seed=1))
+    expected = ops.svdquant_linear(ops.svdquant_linear(x, first), second).cpu().double()
+    chosen = ops.chosen(mlp.layers(70, 128, 512, 48, 16, 48, first.unsigned_from, second.unsigned_from, x.dtype), x.device)
+    for storage in (CodeStorage.INT4_BYTES, CodeStorage.INT4_NIBBLES):
+        for tile in gemm_mma.next_tiles_of(storage):
+            kernels = chosen._replace(storage=storage, tile=tile)
+            yield f"MLP, {storage.name}, {tile}", mlp.fused(x, first, second, kernels), expected
 
 
 def run_cases():

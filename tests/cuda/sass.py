@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comfyui_svdquant.cuda import compiler
+from comfyui_svdquant.cuda.errors import KernelsUnavailable
+from comfyui_svdquant.cuda.targets import TARGETS
 
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);")
 MMA = r"[HIQ]G?MMA"
 
@@ -32,9 +33,13 @@ def missing():
     """Why kernels can't be taken apart here, or None."""
     try:
         compiler.nvrtc()
-    except compiler.KernelsUnavailable as error:
+    except KernelsUnavailable as error:
         return str(error)
     return None if nvdisasm() else "nvdisasm is not installed"
+
+
+# {architecture: Target} that NVRTC compiles for.
+ARCHITECTURES = {} if missing() else {t.arch: t for t in TARGETS.values() if t.number in compiler.nvrtc().architectures}
 
 
 @dataclass(frozen=True)

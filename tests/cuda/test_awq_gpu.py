@@ -3,11 +3,13 @@
     python -m pytest tests/cuda/test_awq_gpu.py -s        prints the timings too
 """
 
+import functools
+
 import pytest
 import torch
 from comfyui_svdquant.cuda import awq, int4, reference
 
-from .test_quantize_gpu import poisoned
+from .test_quantize_activation_gpu import poisoned
 
 pytestmark = pytest.mark.gpu
 
@@ -37,8 +39,13 @@ def excess(y, x, weight, scale, zeros, bias):
     return (y.double() - exact).abs() / bound
 
 
-def check(x, *layer, **options):
-    y = awq.linear(x, *layer, **options)
+def linear(x, *layer):
+    """By the tiles that choose() takes."""
+    return awq.linear(awq.fastest_tiles(x.numel() // x.shape[-1]), x, *layer)
+
+
+def check(x, *layer, run=linear):
+    y = run(x, *layer)
     assert y.shape == (*x.shape[:-1], layer[0].shape[0]) and y.dtype == x.dtype
     worst = excess(y, x, *layer).max().item()
     assert worst <= 1, f"{worst:.2f} times the bound"
@@ -67,16 +74,16 @@ def test_shapes(n, k, monkeypatch):
 def test_variants_agree(m, tiles):
     """Which variant computes a token, and beside which others, doesn't change its bits."""
     x, *layer = random_case(m, 64, 640)
-    y = check(x, *layer, tiles=tiles)
-    alone = torch.cat([awq.linear(x[i : i + 1], *layer) for i in range(m)])
+    y = check(x, *layer, run=functools.partial(awq.linear, tiles))
+    alone = torch.cat([linear(x[i : i + 1], *layer) for i in range(m)])
     assert torch.equal(y, alone)
 
 
 def test_same_bits_again():
     x, *layer = random_case(8, 9216, 3072)
-    first = awq.linear(x, *layer)
+    first = linear(x, *layer)
     for _ in range(20):
-        assert torch.equal(awq.linear(x, *layer), first)
+        assert torch.equal(linear(x, *layer), first)
 
 
 def test_one_wrong_value_fails():
@@ -89,7 +96,7 @@ def test_one_wrong_value_fails():
             tensors[0][5, 17] ^= 0x10
         elif spoil != "nothing":
             tensors[1 if spoil == "scale" else 2][3, 5] *= 1.05
-        wrong = (excess(awq.linear(x, *tensors, bias), x, weight, scale, zeros, bias) > 1).any(dim=0)
+        wrong = (excess(linear(x, *tensors, bias), x, weight, scale, zeros, bias) > 1).any(dim=0)
         assert wrong.nonzero().flatten().tolist() == ([] if spoil == "nothing" else [5]), spoil
 
 
@@ -97,10 +104,10 @@ def test_one_wrong_value_fails():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_stay_in_their_rows(bad, dtype):
     x, *layer = random_case(12, 64, 640, dtype)
-    clean = awq.linear(x, *layer)
+    clean = linear(x, *layer)
     x[3, 100] = bad
     x[9, 639] = bad
-    y = awq.linear(x, *layer)
+    y = linear(x, *layer)
     rows = torch.arange(12, device="cuda")
     hit = (rows == 3) | (rows == 9)
     assert not y[hit].isfinite().any()
@@ -117,47 +124,47 @@ def test_extremes():
     x[3, 77] = 60000
     y = check(x[:3], weight, scale, zeros, bias)
     assert torch.equal(y[0], bias)
-    y = awq.linear(x[3:4], weight, scale, zeros, bias)
+    y = linear(x[3:4], weight, scale, zeros, bias)
     exact = x[3:4].double() @ reference.dequantize_awq(weight, scale, zeros, torch.float64).t() + bias.double()
     assert torch.equal(y.isinf(), exact.abs() >= 65520) and not y.isnan().any()
 
 
 def test_strided_and_shifted_inputs():
     x, *layer = random_case(6, 64, 640)
-    expected = awq.linear(x, *layer)
+    expected = linear(x, *layer)
     wide = torch.full((6, 704), float("nan"), dtype=x.dtype, device="cuda")
     for first in (0, 8, 3):  # 3: not on 16 bytes
         wide[:, first : first + 640] = x
-        assert torch.equal(awq.linear(wide[:, first : first + 640], *layer), expected)
+        assert torch.equal(linear(wide[:, first : first + 640], *layer), expected)
     weight, scale, zeros, bias = layer
     shifted = torch.empty(weight.numel() + 1, dtype=torch.int8, device="cuda")[1:].view_as(weight).copy_(weight)
-    assert torch.equal(awq.linear(x.view(2, 3, 640), shifted, scale, zeros, bias), expected.view(2, 3, 64))
-    assert awq.linear(x[:0], *layer).shape == (0, 64)
+    assert torch.equal(linear(x.view(2, 3, 640), shifted, scale, zeros, bias), expected.view(2, 3, 64))
+    assert linear(x[:0], *layer).shape == (0, 64)
 
 
 def test_cuda_graph():
     x, *layer = random_case(2, 160, 640)
-    expected = awq.linear(x, *layer)
+    expected = linear(x, *layer)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = awq.linear(x, *layer)
+        y = linear(x, *layer)
     y.zero_()
     graph.replay()
     assert torch.equal(y, expected)
     x.neg_()
     graph.replay()
-    assert torch.equal(y, awq.linear(x, *layer))
+    assert torch.equal(y, linear(x, *layer))
 
 
 def test_other_stream():
     x, *layer = random_case(2, 9216, 3072)
-    expected = awq.linear(x, *layer)
+    expected = linear(x, *layer)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         x2 = torch.empty_like(x)
         torch.cuda._sleep(20_000_000)  # a launch on another stream would read x2 before it is written
         x2.copy_(x)
-        y = awq.linear(x2, *layer)
+        y = linear(x2, *layer)
     stream.synchronize()
     assert torch.equal(y, expected)
 
@@ -173,7 +180,7 @@ def test_bandwidth():
             x, weight, scale, zeros, bias = random_case(m, n, k)
             layer_bytes = weight.numel() + 4 * scale.numel()
             copies = [[t.clone() for t in (weight, scale, zeros)] for _ in range(-(-(400 << 20) // layer_bytes))]
-            seconds = graph_seconds([lambda c=c: awq.linear(x, *c, bias) for c in copies])
+            seconds = graph_seconds([lambda c=c: linear(x, *c, bias) for c in copies])
             rate = (layer_bytes + 2 * (x.numel() + n + m * n)) / seconds
             print(f"K {k:5d} N {n:6d} M {m:3d}: {seconds * 1e6:7.2f} us {rate / 1e9:6.0f} GB/s = {rate / copy:5.1%} of the copy")
 

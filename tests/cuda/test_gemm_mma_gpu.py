@@ -1,4 +1,4 @@
-"""The mma.sync GEMM against float64, in every mode and tile, on images that torch made from random codes and scales.
+"""The mma.sync GEMM against float64, in every storage of codes and every tile, on activations that torch laid out from random codes.
 
 What the bounds allow: the one rounding of y to 16 bits, and of the sums only what fp32 accumulation costs (int4: one rounding a group
 of 64, the sums within a group being exact integers; int8: int32 throughout, but for one rounding at the border of two parts). A wrong
@@ -12,36 +12,35 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import compiler, gemm_mma, images, int4
-from comfyui_svdquant.cuda.gemm_mma import BYTES, INTEGER, LARGE, MEDIUM, NIBBLES, SMALL
+from comfyui_svdquant.cuda import compiler, gemm_mma, int4, targets
+from comfyui_svdquant.cuda.activation_layout import CodeStorage, lay_out_codes, lay_out_lora_act
+from comfyui_svdquant.cuda.gemm_mma import LARGE, MEDIUM, SMALL
 from comfyui_svdquant.cuda.int4 import GELU_SHIFT
+from comfyui_svdquant.cuda.operands import LayerOperands
+from comfyui_svdquant.cuda.quantize_activation import Quantized
 
 from .gemm_cases import activated, all_numbers, output_rounding
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
+INT8, INT4_BYTES, INT4_NIBBLES = CodeStorage
 
 
 @dataclass(frozen=True)
 class Path:
-    kind: int
+    storage: CodeStorage
     tile: gemm_mma.Tile
     turing: bool | None
     dtype: torch.dtype
 
-    @property
-    def mode(self):
-        return "int8" if self.kind == INTEGER else "int4"
-
     def __str__(self):
-        name = ("int8", "bytes", "nibbles")[self.kind] + "-" + {LARGE: "large", MEDIUM: "medium", SMALL: "small"}[self.tile]
+        name = ("int8", "bytes", "nibbles")[self.storage] + "-" + {LARGE: "large", MEDIUM: "medium", SMALL: "small"}[self.tile]
         return name + ("-turing" if self.turing else "") + ("-fp16" if self.dtype == torch.float16 else "")
 
 
-KINDS = (INTEGER, BYTES, NIBBLES)
-PATHS = [Path(kind, tile, None, torch.bfloat16) for kind in KINDS for tile in (LARGE, MEDIUM, SMALL)]
-PATHS += [Path(kind, MEDIUM, None, torch.float16) for kind in KINDS]
-PATHS += [Path(kind, tile, True, torch.float16) for kind in (INTEGER, NIBBLES) for tile in (MEDIUM, SMALL)]
+PATHS = [Path(storage, tile, None, torch.bfloat16) for storage in CodeStorage for tile in (LARGE, MEDIUM, SMALL)]
+PATHS += [Path(storage, MEDIUM, None, torch.float16) for storage in CodeStorage]
+PATHS += [Path(storage, tile, True, torch.float16) for storage in (INT8, INT4_NIBBLES) for tile in (MEDIUM, SMALL)]
 
 # m, n, k, rank, unsigned_from, bias
 SHAPES = [
@@ -59,12 +58,10 @@ SHAPES = [
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     """All kernels at once, on as many cores as there are."""
-    arch = compiler.architecture(DEVICE)
-    number = compiler.arch_number(arch)
-    defines = [gemm_mma.defines_of(p.kind, p.tile, number, p.dtype == torch.float16, p.turing, gelu)
-               for p in PATHS for gelu in (False, True)]
+    target = targets.for_device(DEVICE)
+    defines = [gemm_mma.defines_of(p.storage, p.tile, target, p.dtype, p.turing, gelu) for p in PATHS for gelu in (False, True)]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda d: compiler.compile_cubin(gemm_mma.SOURCE, d, arch), defines))
+        list(pool.map(lambda d: compiler.compile_cubin(gemm_mma.SOURCE, d, target.arch), defines))
 
 
 @dataclass
@@ -73,8 +70,8 @@ class Case:
 
     codes: torch.Tensor          # (M, K)
     act_scale: torch.Tensor      # (G, M) float32; int8: (2, M)
-    low: torch.Tensor            # (M, R)
-    low_scale: torch.Tensor      # (M,) float32
+    lora_act: torch.Tensor       # (M, R)
+    lora_act_scale: torch.Tensor  # (M,) float32
     weight: torch.Tensor         # (N, K) codes
     weight_scale: torch.Tensor   # (G, N)
     row_scale: torch.Tensor | None
@@ -84,7 +81,15 @@ class Case:
 
     def tokens(self, rows):
         """The same layer for some of the tokens."""
-        return replace(self, codes=self.codes[rows], act_scale=self.act_scale[:, rows], low=self.low[rows], low_scale=self.low_scale[rows])
+        return replace(self, codes=self.codes[rows], act_scale=self.act_scale[:, rows], lora_act=self.lora_act[rows],
+                       lora_act_scale=self.lora_act_scale[rows])
+
+    def operands(self, gelu_from=None):
+        """The LayerOperands of the GEMM, which doesn't look at proj_down and smooth."""
+        k, rank = self.codes.shape[1], self.up.shape[1]
+        down, smooth = self.up.new_empty(k, rank), self.up.new_empty(k)
+        return LayerOperands(int4.pack(self.weight), self.weight_scale, down, self.up, smooth, self.bias, self.unsigned_from,
+                             4 if self.row_scale is None else 8, self.row_scale, gelu_from)
 
 
 def random_case(path, m, n, k, rank, unsigned_from, bias, seed=0):
@@ -98,7 +103,7 @@ def random_case(path, m, n, k, rank, unsigned_from, bias, seed=0):
 
     groups, row_scale = k // 64, None
     weight_scale = octaves(-7, -5, groups, n).to(path.dtype)
-    if path.kind == INTEGER:
+    if path.storage == INT8:
         codes, act_scale = whole(-127, 127, m, k), octaves(-8, -6, 2, m)
         act_scale[1 if unsigned_from >= k else 0] *= 0 < unsigned_from < k  # the row of a part without columns
         row_scale = whole(8, 15, n) * torch.exp2(whole(-12, -10, n).float())  # 4 bits, so that c i is exact in bf16
@@ -121,12 +126,10 @@ def run(path, case, gelu_from=None):
     (m, _), (n, _), margin = case.codes.shape, case.weight.shape, 4096
     buffer = torch.full((m * n + 2 * margin,), float("nan"), dtype=path.dtype, device=DEVICE)
     y = buffer[margin:-margin].view(m, n)
-    order = {INTEGER: images.INTEGER, BYTES: images.GROUP}.get(path.kind)
-    act = images.nibble_image(case.codes) if order is None else images.int8_image(case.codes, order)
     branch = case.up.shape[1] > 0
-    gemm_mma.launch(y, path.mode, act, padded_rows(case.act_scale), images.branch_image(case.low) if branch else None,
-                    padded_rows(case.low_scale) if branch else None, int4.pack(case.weight), case.weight_scale, case.row_scale,
-                    case.up, case.bias, case.unsigned_from, path.tile, path.turing, gelu_from)
+    q = Quantized(lay_out_codes(case.codes, path.storage), padded_rows(case.act_scale),
+                  lay_out_lora_act(case.lora_act) if branch else None, padded_rows(case.lora_act_scale) if branch else None)
+    gemm_mma.launch(y, path.storage, path.tile, q, case.operands(gelu_from), path.turing)
     torch.cuda.synchronize()
     assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all(), "written outside y"
     return y
@@ -137,21 +140,21 @@ def exact(path, case, gelu_from=None):
     k = case.codes.shape[1]
     groups = k // 64
     scale = case.act_scale.double()
-    if path.kind == INTEGER:
+    if path.storage == INT8:
         part = (torch.arange(groups, device=DEVICE) >= case.unsigned_from // 64).long()
         scale = scale[part]
     act = (case.codes.double().unflatten(1, (groups, 64)) * scale.t()[..., None]).flatten(1)
     weight = (case.weight.double().unflatten(1, (groups, 64)) * case.weight_scale.double().t()[..., None]).flatten(1)
-    low, up = case.low.double() * case.low_scale.double()[:, None], case.up.double()
-    y = act @ weight.t() + low @ up.t()
-    size = act.abs() @ weight.abs().t() + low.abs() @ up.abs().t()
+    lora_act, up = case.lora_act.double() * case.lora_act_scale.double()[:, None], case.up.double()
+    y = act @ weight.t() + lora_act @ up.t()
+    size = act.abs() @ weight.abs().t() + lora_act.abs() @ up.abs().t()
     if case.bias is not None:
         y += case.bias.double()
         size += case.bias.double().abs()
-    roundings = up.shape[1] + 8 + (0 if path.kind == INTEGER else groups)
+    roundings = up.shape[1] + 8 + (0 if path.storage == INT8 else groups)
     half_ulp = 2.0**-8 if path.dtype == torch.bfloat16 else 2.0**-11  # of y, relative
     bound = half_ulp * y.abs() + roundings * 2.0**-23 * size
-    if path.kind == INTEGER and 0 < case.unsigned_from < k:  # the border's rounding to a whole number
+    if path.storage == INT8 and 0 < case.unsigned_from < k:  # the border's rounding to a whole number
         bound += 0.51 * scale[-1][:, None] * case.row_scale.double()
     return (y, bound) if gelu_from is None else activated(y, bound, gelu_from, path.dtype)
 
@@ -178,7 +181,7 @@ def test_gelu_from_a_column_on(path, shape, gelu_from):
     assert torch.equal(y[:, :gelu_from], run(path, case)[:, :gelu_from]) and torch.equal(y, run(path, case, gelu_from))
 
 
-@pytest.mark.parametrize("path", [Path(INTEGER, LARGE, None, torch.bfloat16), Path(INTEGER, MEDIUM, None, torch.float16)], ids=str)
+@pytest.mark.parametrize("path", [Path(INT8, LARGE, None, torch.bfloat16), Path(INT8, MEDIUM, None, torch.float16)], ids=str)
 def test_gelu_of_every_number(path):
     """As the bias beside a product of zeros."""
     case = random_case(path, 1, 65536, 64, 0, 64, False)
@@ -225,20 +228,21 @@ def test_fp16_overflow_shows(path):
     assert y[expected.abs() < 60000].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_more_tokens_than_a_band_and_a_flux_layer(kind):
+@pytest.mark.parametrize("storage", CodeStorage, ids=lambda storage: storage.name)
+def test_more_tokens_than_a_band_and_a_flux_layer(storage):
     """Several bands of tiles, and M = 4608 with the tile that the host chooses."""
-    for m, n, k, tile in ((6000, 272, 128, SMALL), (4608, 3072, 3072, None) if kind != NIBBLES else (4608, 384, 256, LARGE)):
-        path = Path(kind, tile or LARGE, None, torch.bfloat16)
+    chosen = gemm_mma.fastest_tile(gemm_mma.tiles_of(targets.for_device(DEVICE)), targets.multiprocessors(DEVICE), 4608, 3072)
+    for m, n, k, tile in ((6000, 272, 128, SMALL), (4608, 3072, 3072, chosen) if storage != INT4_NIBBLES else (4608, 384, 256, LARGE)):
+        path = Path(storage, tile, None, torch.bfloat16)
         case = random_case(path, m, n, k, 32, k, True)
-        y = run(replace(path, tile=tile), case)
+        y = run(path, case)
         expected, bound = exact(path, case)
         assert ((y.double() - expected).abs() <= bound).all()
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    path = Path(INTEGER, SMALL, None, torch.bfloat16)
+    path = Path(INT8, SMALL, None, torch.bfloat16)
     case = random_case(path, 20, 32, 192, 16, 192, False)  # a scale a part, where int4 has one a group
+    q = Quantized(lay_out_codes(case.codes, INT4_BYTES), padded_rows(case.act_scale), None, None)
     with pytest.raises(ValueError, match="activation is"):
-        gemm_mma.gemm("int4", images.int8_image(case.codes, images.GROUP), padded_rows(case.act_scale), None, None,
-                      int4.pack(case.weight), case.weight_scale, None, case.up, None, 192, 20)
+        gemm_mma.gemm(INT4_BYTES, SMALL, q, case.operands(), 20)

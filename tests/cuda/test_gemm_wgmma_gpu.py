@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import compiler, gemm_wgmma
+from comfyui_svdquant.cuda import compiler, gemm_wgmma, int4, row_scales, targets
+from comfyui_svdquant.cuda.activation_layout import CodeStorage, read_codes
 from comfyui_svdquant.cuda.int4 import GELU_SHIFT
 
 from .gemm_cases import activated, all_numbers, int8_case, output_rounding
@@ -14,6 +15,14 @@ SHAPES = [  # M, N, K, R, unsigned_from
     (1, 16, 64, 0, None), (192, 192, 128, 32, None), (37, 80, 192, 16, None), (200, 400, 320, 48, 0), (513, 1040, 1024, 128, None),
     (130, 384, 640, 32, 128), (300, 208, 1536, 32, 1024), (1000, 3072, 3072, 32, None), (257, 768, 192, 112, None), (7, 576, 4096, 64, 0),
     (70, 416, 320, 48, None), (3000, 6144, 256, 48, 128)]  # of the last, a CTA has several tiles of any size
+
+
+def gemm(case, operands=None, tile=None, out=None):
+    """The kernel on a case, by the fastest tile or another one."""
+    operands = operands or case.operands
+    n, k = operands.weight.shape[0], 2 * operands.weight.shape[1]
+    tile = tile or gemm_wgmma.fastest_tile(case.m, n, k, targets.multiprocessors(operands.weight.device), operands.unsigned_from)
+    return gemm_wgmma.gemm(tile, case.q, operands, case.m, out)
 
 
 def check(case, y):
@@ -30,10 +39,10 @@ def check(case, y):
 @pytest.mark.parametrize(("m", "n", "k", "rank", "unsigned_from"), SHAPES)
 def test_is_float64s_product(m, n, k, rank, unsigned_from, tile):
     case = int8_case(m, n, k, rank, unsigned_from, bias=n != 80, dtype=torch.float16 if n in (400, 6144) else torch.bfloat16, seed=m)
-    y = torch.full((m, n), torch.nan, dtype=case.weight_scale.dtype, device="cuda")
-    check(case, gemm_wgmma.gemm(*case.args(), out=y, tile=tile))
+    y = torch.full((m, n), torch.nan, dtype=case.operands.weight_scale.dtype, device="cuda")
+    check(case, gemm(case, tile=tile, out=y))
     again = torch.full_like(y, torch.nan)
-    assert torch.equal(y, gemm_wgmma.gemm(*case.args(), out=again, tile=tile)), "two runs differ"
+    assert torch.equal(y, gemm(case, tile=tile, out=again)), "two runs differ"
 
 
 @pytest.mark.parametrize("tile", gemm_wgmma.STAGES, ids=str)
@@ -42,24 +51,24 @@ def test_is_float64s_product(m, n, k, rank, unsigned_from, tile):
     (300, 208, 1536, 32, 1024, 192), (130, 384, 640, 32, 128, 384), (3000, 6144, 256, 48, None, 3072)])
 def test_gelu_from_a_column_on(m, n, k, rank, unsigned_from, gelu_from, tile):
     case = int8_case(m, n, k, rank, unsigned_from, bias=n != 80, dtype=torch.float16 if n == 400 else torch.bfloat16, seed=m, scale=0.25)
-    plain = gemm_wgmma.gemm(*case.args(), tile=tile)
+    plain = gemm(case, tile=tile)
     assert (case.exact.abs() < 3).float().mean() > 0.4
     case.exact, case.bound = activated(case.exact, case.bound, gelu_from, plain.dtype)
-    y = gemm_wgmma.gemm(*case.args(), out=torch.full_like(plain, torch.nan), tile=tile, gelu_from=gelu_from)
+    y = gemm(case, case.gelu_from(gelu_from), tile, torch.full_like(plain, torch.nan))
     check(case, y)
     assert torch.equal(y[:, :gelu_from], plain[:, :gelu_from])
     again = torch.full_like(y, torch.nan)
-    assert torch.equal(y, gemm_wgmma.gemm(*case.args(), out=again, tile=tile, gelu_from=gelu_from)), "two runs differ"
+    assert torch.equal(y, gemm(case, case.gelu_from(gelu_from), tile, again)), "two runs differ"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gelu_of_every_number(dtype):
     """As the bias beside a product of zeros."""
     case = int8_case(1, 65536, 64, 0, dtype=dtype, scale=0.0)
-    case.bias = all_numbers(dtype)
-    x = case.bias.double()[None]
+    case.operands = case.operands._replace(bias=all_numbers(dtype), gelu_from=0)
+    x = case.operands.bias.double()[None]
     y, bound = activated(x, 2.0**-24 + output_rounding(dtype) * x.abs(), 0, dtype)
-    got = gemm_wgmma.gemm(*case.args(), gelu_from=0)
+    got = gemm(case)
     finite = x.isfinite()
     assert ((got.double() - y).abs() <= bound)[finite].all() and got[finite].min() > -GELU_SHIFT
     assert got[x.isnan()].isnan().all() and (got[x == torch.inf] == torch.inf).all()
@@ -68,30 +77,24 @@ def test_gelu_of_every_number(dtype):
 @pytest.mark.parametrize("gelu_from", [None, 128])
 def test_nan_stays_in_its_row(gelu_from):
     case = int8_case(100, 256, 256, 32)
-    case.act_scale[0, 17] = torch.nan
-    y = gemm_wgmma.gemm(*case.args(), gelu_from=gelu_from)
+    case.q.act_scale[0, 17] = torch.nan
+    y = gemm(case, case.gelu_from(gelu_from))
     rows = torch.isnan(y).any(dim=1)
     assert rows.nonzero().flatten().tolist() == [17]
     assert torch.isnan(y[17]).all()
 
 
 def test_free_scales_are_rounded_to_integers():
-    from comfyui_svdquant.cuda import scales
-
     case = int8_case(64, 192, 512, 0, bias=False)
-    free = torch.rand_like(case.weight_scale, dtype=torch.float32).add_(0.5).mul_(2**-8).bfloat16()
-    case.weight_scale, case.row_scale = free, scales.row_scale(free)
-    y = gemm_wgmma.gemm(*case.args())
-    case.weight_scale = scales.rounded(free, case.row_scale).float()
-    codes = int8_case(64, 192, 512, 0, bias=False)
-    ratio = scales.integers(free, case.row_scale) * case.row_scale
-    from comfyui_svdquant.cuda import images, int4
-
-    x = images.int8_codes(codes.act, images.INTEGER, (64, 512)).double() * codes.act_scale[0, :64, None].double()
-    w = int4.unpack_signed(codes.weight).double() * ratio.double().t().repeat_interleave(64, dim=1)
+    free = torch.rand_like(case.operands.weight_scale, dtype=torch.float32).add_(0.5).mul_(2**-8).bfloat16()
+    case.operands = case.operands._replace(weight_scale=free, row_scale=row_scales.row_scale(free))
+    y = gemm(case)
+    rounded = row_scales.rounded(free, case.operands.row_scale)
+    x = read_codes(case.q.act, CodeStorage.INT8, (64, 512)).double() * case.q.act_scale[0, :64, None].double()
+    w = int4.unpack_signed(case.operands.weight).double() * rounded.double().t().repeat_interleave(64, dim=1)
     error = ((y.double() - x @ w.t()).norm() / y.double().norm()).item()
     assert error < 2.5e-3, f"relative error {error:.2e} to the product with rounded scales"
 
 
 def test_variants_compile():
-    assert all(compiler.compile_cubin(source, defines, "sm_90a") for source, _, defines in gemm_wgmma.variants("sm_90a"))
+    assert all(compiler.compile_cubin(source, defines, "sm_90a") for source, _, defines in gemm_wgmma.variants())

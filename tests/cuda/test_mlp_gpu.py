@@ -8,28 +8,29 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import compiler, gemm_mma, images, mlp, ops, quantize, reference, runtime
-from comfyui_svdquant.cuda.gemm_mma import SMALL
-from comfyui_svdquant.cuda.mlp import NARROW, WIDE
-from comfyui_svdquant.cuda.quantize import BYTES, NIBBLES
+from comfyui_svdquant.cuda import compiler, gemm_mma, mlp, ops, quantize_activation, reference, runtime, targets
+from comfyui_svdquant.cuda.activation_layout import CodeStorage, read_lora_act
+from comfyui_svdquant.cuda.gemm_mma import NARROW, SMALL, WIDE
+from comfyui_svdquant.cuda.operands import LayerOperands
 from comfyui_svdquant.quant.layers import layout, linear
 
-from .layers import check_in_graphs, random_input, random_layer, relative_error
+from .layers import check_in_graphs, on_cuda, plans_here, random_input, random_layer, relative_error
 
 pytestmark = pytest.mark.gpu
 PARAMETERS = ("weight", "weight_scale", "weight_proj_down", "weight_proj_up", "weight_smooth_factor", "bias")  # in mlp.LAYER's order
 DEVICE = torch.device("cuda", 0)
+BYTES, NIBBLES = CodeStorage.INT4_BYTES, CodeStorage.INT4_NIBBLES
 BF16 = 3e-3  # test_ops_gpu.py's
 
 
 @dataclass(frozen=True)
 class Path:
-    codes: int
+    storage: CodeStorage
     tile: gemm_mma.Tile
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self):
-        name = {BYTES: "bytes", NIBBLES: "nibbles"}[self.codes] + "-" + {WIDE: "wide", NARROW: "narrow", SMALL: "small"}[self.tile]
+        name = {BYTES: "bytes", NIBBLES: "nibbles"}[self.storage] + "-" + {WIDE: "wide", NARROW: "narrow", SMALL: "small"}[self.tile]
         return name + ("-fp16" if self.dtype == torch.float16 else "")
 
 
@@ -42,54 +43,73 @@ SHAPES = [  # M, K, hidden, N, ranks, the second layer's unsigned_from
 
 @dataclass
 class Case:
-    """x (M, K), both layers' six tensors and unsigned_from, on the GPU."""
+    """x (M, K) and both layers, on the GPU."""
 
     x: torch.Tensor
-    first: tuple
-    second: tuple
-    unsigned_from: tuple
+    first: LayerOperands
+    second: LayerOperands
 
     def args(self):
-        return self.x, self.first, self.second, *self.unsigned_from
+        return self.x, self.first, self.second
+
+    def sizes(self):
+        """As mlp.layers() takes them."""
+        (m, k), (hidden, rank), (n, second_rank) = self.x.shape, self.first.proj_up.shape, self.second.proj_up.shape
+        return m, k, hidden, n, rank, second_rank, self.first.unsigned_from, self.second.unsigned_from, self.x.dtype
+
+
+def kernels_of(path, case):
+    """choose.MLPKernels for a path that needn't be the device's own."""
+    chosen = ops.chosen(mlp.layers(*case.sizes()), DEVICE)
+    return chosen._replace(storage=path.storage, tile=path.tile)
 
 
 def random_case(m, k, hidden, n, first_rank, second_rank, unsigned_from, dtype=torch.bfloat16):
     """The hidden states have a few loud columns, and are some units large. Without a bias where N is 96."""
-    first = random_layer(hidden, k, first_rank, bias=n != 96, dtype=dtype, seed=m)
+    first = random_layer(hidden, k, first_rank, bias=n != 96, dtype=dtype, seed=m, gelu_from=0)
     second = random_layer(n, hidden, second_rank, unsigned_from, n != 96, dtype, seed=m + 1)
     first.weight_scale[:, ::50] *= 8
-    layers = [tuple(None if t is None else t.cuda() for t in layer.args()[:-1]) for layer in (first, second)]
-    return Case(random_input(m, k, dtype, seed=n).cuda() / 4, *layers, (k, unsigned_from))
+    return Case(random_input(m, k, dtype, seed=n).cuda() / 4, on_cuda(first), on_cuda(second))
 
 
 def run(path, case):
     """(y, the second layer's Quantized), out of poisoned memory whose margins have to stay as they are."""
-    x, first, second, first_unsigned_from, second_unsigned_from = case.args()
-    (m, k), (hidden, rank), (n, second_rank), dtype, margin = x.shape, first[3].shape, second[3].shape, x.dtype, 4096
-    plan = mlp._plan(m, k, hidden, n, rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, x.device, path.codes, path.tile)
-    places, size = runtime.laid_out(plan.work)
+    x, first, second = case.args()
+    m, _, hidden, n, _, second_rank, *_ = case.sizes()
+    dtype, margin = x.dtype, 4096
+    launches = mlp._launches(*case.sizes(), DEVICE, kernels_of(path, case))
+    offsets, size = runtime.laid_out(launches.work)
     buffers = [torch.full((size + 2 * margin,), torch.nan, dtype=dtype, device=DEVICE) for size in (m * n, size // 2)]
     y, work = (buffer[margin:-margin] for buffer in buffers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "_take", lambda asked, stream: work.data_ptr() if asked == size else 0)
         patch.setattr(runtime, "_give", lambda begin: None)
-        mlp.launch(plan, x, y, first, second)
+        mlp.launch(launches, x, y, first, second)
     torch.cuda.synchronize()
     assert all(b[:margin].isnan().all() and b[-margin:].isnan().all() for b in buffers), "written outside"
-    quantized = []
-    for name, (shape, kind) in zip(quantize.Quantized._fields, quantize.outputs(m, hidden, second_rank, path.codes, dtype), strict=True):
-        part = work.view(torch.uint8)[places[name + "2"]:]
-        quantized.append(part[:torch.Size(shape).numel() * kind.itemsize].view(kind).view(shape))
-    return y.view(m, n), quantize.Quantized(*quantized)
+    parts = []
+    outputs = quantize_activation.outputs(m, hidden, second_rank, path.storage, dtype)
+    for name, (shape, kind) in zip(quantize_activation.Quantized._fields, outputs, strict=True):
+        part = work.view(torch.uint8)[offsets[name + "2"]:]
+        parts.append(part[:torch.Size(shape).numel() * kind.itemsize].view(kind).view(shape))
+    return y.view(m, n), quantize_activation.Quantized(*parts)
 
 
 def layer_by_layer(path, case):
     """(hidden states (M, hidden), what the second layer's quantize kernel makes of them), by the kernels of two layers."""
-    x, first, second, first_unsigned_from, second_unsigned_from = case.args()
-    m = x.shape[0]
-    q = quantize.quantize(x, first[4], first[2], first_unsigned_from, path.codes)
-    hidden = gemm_mma.gemm("int4", *q, *first[:2], None, first[3], first[5], first_unsigned_from, m, gelu_from=0)
-    return hidden, quantize.quantize(hidden, second[4], second[2], second_unsigned_from, path.codes)
+    hidden = gemm(path, quantized(path, case.x, case.first), case.first, case.x.shape[0])
+    return hidden, quantized(path, hidden, case.second)
+
+
+def quantized(path, x, layer):
+    plans = plans_here(*x.shape, layer.proj_down.shape[1], path.storage)
+    return quantize_activation.quantize(x, layer.smooth, layer.proj_down, layer.unsigned_from, path.storage, plans)
+
+
+def gemm(path, q, layer, m):
+    tiles = gemm_mma.tiles_of(targets.for_device(DEVICE))
+    tile = gemm_mma.fastest_tile(tiles, targets.multiprocessors(DEVICE), m, layer.weight.shape[0])
+    return gemm_mma.gemm(path.storage, tile, q, layer, m)
 
 
 def bits(tensor):
@@ -99,16 +119,15 @@ def bits(tensor):
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     """All kernels at once, on as many cores as there are."""
-    arch = compiler.architecture(DEVICE)
-    number = compiler.arch_number(arch)
-    wanted = [(mlp.SHARES, mlp.shares_defines(half, ranks)) for half in (False, True) for ranks in (32, 64)]
+    target = targets.for_device(DEVICE)
+    wanted = [(mlp.SHARES, mlp.add_defines(dtype, ranks)) for dtype in (torch.bfloat16, torch.float16) for ranks in (32, 64)]
     for path in PATHS:
-        kind, half = gemm_mma.NIBBLES if path.codes == NIBBLES else gemm_mma.BYTES, path.dtype == torch.float16
-        wanted += [(gemm_mma.SOURCE, gemm_mma.defines_of(kind, path.tile, number, half, next_ranks=ranks)) for ranks in (32, 64)]
-        wanted += [(gemm_mma.SOURCE, gemm_mma.defines_of(kind, tile, number, half, gelu=gelu))
-                   for tile in gemm_mma.tiles_of(kind, number) for gelu in (False, True)]
+        wanted += [(gemm_mma.SOURCE, gemm_mma.defines_of(path.storage, path.tile, target, path.dtype, next_ranks=ranks))
+                   for ranks in (32, 64)]
+        wanted += [(gemm_mma.SOURCE, gemm_mma.defines_of(path.storage, tile, target, path.dtype, gelu=gelu))
+                   for tile in gemm_mma.tiles_of(target) for gelu in (False, True)]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda w: compiler.compile_cubin(*w, arch), dict.fromkeys(wanted)))
+        list(pool.map(lambda w: compiler.compile_cubin(*w, target.arch), dict.fromkeys(wanted)))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
@@ -121,10 +140,10 @@ def test_is_the_two_layers(path, shape):
     assert torch.equal(bits(q.act_scale), bits(expected.act_scale))
 
     # The branch: sums in another order than quantize.cu's, within that test's bound of float64.
-    m, down = hidden.shape[0], case.second[2]
-    rows = images.branch_rows(q.low, (q.low.shape[1], 32 * q.low.shape[0]))
-    assert (rows[m:] == 0).all() and (rows[:, down.shape[1]:] == 0).all() and (q.low_scale[m:] == 0).all()
-    scale, exact = q.low_scale[:m].double()[:, None], hidden.double() @ down.double()
+    m, down = hidden.shape[0], case.second.proj_down
+    rows = read_lora_act(q.lora_act, (q.lora_act.shape[1], 32 * q.lora_act.shape[0]))
+    assert (rows[m:] == 0).all() and (rows[:, down.shape[1]:] == 0).all() and (q.lora_act_scale[m:] == 0).all()
+    scale, exact = q.lora_act_scale[:m].double()[:, None], hidden.double() @ down.double()
     assert (torch.frexp(scale)[0] == 0.5).all() and (path.dtype == torch.float16 or (scale == 1).all())
     got, size = rows[:m, :down.shape[1]].double() * scale, hidden.double().abs() @ down.double().abs()
     bound = exact.abs() * (2.0**-8 if path.dtype == torch.bfloat16 else 2.0**-11) + size * 2.0**-18 + scale * 2.0**-25
@@ -132,9 +151,9 @@ def test_is_the_two_layers(path, shape):
     assert worst <= 1, f"x @ proj_down is off by {worst:.3g} times its bound"
 
     second = case.second
-    behind = gemm_mma.gemm("int4", *q, *second[:2], None, second[3], second[5], case.unsigned_from[1], m)
+    behind = gemm(path, q, second, m)
     assert torch.equal(bits(y), bits(behind))
-    error = relative_error(y, reference.svdquant_linear(hidden.double(), *second, case.unsigned_from[1], 4, torch.float64))
+    error = relative_error(y, reference.svdquant_linear(hidden.double(), second, torch.float64))
     assert error < BF16, f"relative error {error:.2e}"
     again = run(path, case)
     assert torch.equal(bits(y), bits(again[0])) and all(torch.equal(bits(a), bits(b)) for a, b in zip(q, again[1])), "two runs differ"
@@ -144,13 +163,13 @@ def test_fp16s_branch_is_scaled_down():
     """Where x @ proj_down is beyond fp16."""
     path = Path(NIBBLES, WIDE, torch.float16)
     case = random_case(77, 128, 512, 64, 16, 32, 0, torch.float16)
-    down = case.second[2]
+    down = case.second.proj_down
     down.abs_().mul_(2000)
     _, q = run(path, case)
     hidden, expected = layer_by_layer(path, case)
-    assert q.low_scale[:77].max() > 1 and torch.equal(q.low_scale, expected.low_scale)
+    assert q.lora_act_scale[:77].max() > 1 and torch.equal(q.lora_act_scale, expected.lora_act_scale)
     exact = hidden.double() @ down.double()
-    got = images.branch_rows(q.low, (77, 32)).double() * q.low_scale[:77].double()[:, None]
+    got = read_lora_act(q.lora_act, (77, 32)).double() * q.lora_act_scale[:77].double()[:, None]
     assert ((got - exact).abs() <= 2.0**-10 * exact.abs().amax(dim=1, keepdim=True)).all()
 
 
@@ -172,11 +191,12 @@ def test_zeros(path):
     """Hidden states of zeros: signed groups have neither codes nor scales, shifted ones have both."""
     case = random_case(33, 128, 512, 64, 16, 32, 256, path.dtype)
     case.x.zero_()
-    case.first[5].zero_()
+    case.first.bias.zero_()
     _, q = run(path, case)
     _, expected = layer_by_layer(path, case)
     assert torch.equal(bits(q.act), bits(expected.act)) and torch.equal(bits(q.act_scale), bits(expected.act_scale))
-    assert (q.act_scale[:4] == 0).all() and (q.act_scale[4:, :33] > 0).all() and (q.low == 0).all() and (q.low_scale[:33] == 1).all()
+    assert (q.act_scale[:4] == 0).all() and (q.act_scale[4:, :33] > 0).all()
+    assert (q.lora_act == 0).all() and (q.lora_act_scale[:33] == 1).all()
 
 
 def test_a_token_does_not_see_its_neighbours():
@@ -192,22 +212,21 @@ def test_a_token_does_not_see_its_neighbours():
 def test_the_op(dtype):
     """As the device has it, with what was chosen here: against two layers, of which only the branch's rounding is another."""
     case = random_case(300, 1024, 3072, 768, 32, 32, 0, dtype)
-    x, first, second, *unsigned = case.args()
+    x, first, second = case.args()
     assert mlp.fused(*case.args()) is not None
-    y = mlp.svdquant_mlp(x.view(3, 100, 1024), first, second, *unsigned)
-    hidden = ops.svdquant_linear(x, *first, unsigned[0], 4, gelu_from=0)
-    two = ops.svdquant_linear(hidden, *second, unsigned[1], 4)
-    exact = reference.svdquant_linear(hidden.double(), *second, unsigned[1], 4, torch.float64)
+    y = mlp.svdquant_mlp(x.view(3, 100, 1024), first, second)
+    hidden = ops.svdquant_linear(x, first)
+    two = ops.svdquant_linear(hidden, second)
+    exact = reference.svdquant_linear(hidden.double(), second, torch.float64)
     assert y.shape == (3, 100, 768) and y.dtype == dtype
     assert relative_error(y.view(300, 768), two) < BF16 and relative_error(y.view(300, 768), exact) < BF16
 
 
 def test_what_falls_back_is_the_two_layers():
     for shape in ((70, 128, 320, 64, 16, 32, 0), (70, 128, 256, 64, 16, 128, 0), (70, 128, 256, 64, 16, 0, 0)):
-        x, first, second, *unsigned = random_case(*shape).args()
-        assert mlp.fused(x, first, second, *unsigned) is None
-        hidden = ops.svdquant_linear(x, *first, unsigned[0], 4, gelu_from=0)
-        assert torch.equal(mlp.svdquant_mlp(x, first, second, *unsigned), ops.svdquant_linear(hidden, *second, unsigned[1], 4))
+        x, first, second = random_case(*shape).args()
+        assert mlp.fused(x, first, second) is None
+        assert torch.equal(mlp.svdquant_mlp(x, first, second), ops.svdquant_linear(ops.svdquant_linear(x, first), second))
 
 
 def test_in_one_graph_in_a_cuda_graph_and_on_a_stream():
@@ -218,7 +237,9 @@ def test_in_one_graph_in_a_cuda_graph_and_on_a_stream():
         return mlp.svdquant_mlp(x, *rest) * 2
 
     expected = check_in_graphs(model, x)
-    torch.library.opcheck(torch.ops.svdquant.mlp.default, args)
+    first, second = rest
+    torch.library.opcheck(torch.ops.svdquant.mlp.default,
+                          (x, first.tensors, second.tensors, first.unsigned_from, second.unsigned_from))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -241,7 +262,7 @@ def test_a_models_mlp_in_one_graph(act_bits, pays, monkeypatch):
     layers = []
     for size, tensors, split, gelu_from in (((k, hidden), case.first, k, 0), ((hidden, n), case.second, 0, None)):
         layers.append(layer := linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, *size, 32, split), "cuda"))
-        for name, tensor in zip(PARAMETERS, tensors, strict=True):
+        for name, tensor in zip(PARAMETERS, tensors.tensors, strict=True):
             getattr(layer, name).data.copy_(tensor)
         layer.act_bits, layer.gelu_from = act_bits, gelu_from
     model = linear.PackedMLP(layers[0], torch.nn.Identity(), layers[1])

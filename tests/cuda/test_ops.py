@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import compiler, int4, ops, reference
+from comfyui_svdquant.cuda import int4, ops, reference, targets
+from comfyui_svdquant.cuda.choose import W4A16
+from comfyui_svdquant.cuda.operands import LayerOperands
 
 from .launches import addresses, aligned, recorded
-from .layers import random_input, random_layer
+from .layers import random_input, random_layer, with_row_scale
 
 
 def awq_layer():
@@ -18,25 +20,35 @@ def awq_layer():
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):
     layer = random_layer(96, 128, 16, 64, bias)
-    for more in ((), (None, 32)):  # row_scale, gelu_from
-        torch.library.opcheck(torch.ops.svdquant.linear.default, (random_input(5, 128, torch.bfloat16), *layer.args(), 4, *more))
+    for operands in (layer, with_row_scale(layer)._replace(gelu_from=32)):
+        torch.library.opcheck(torch.ops.svdquant.linear.default, (random_input(5, 128, torch.bfloat16), *operands))
     weight, scale, zeros, awq_bias = awq_layer()
     torch.library.opcheck(torch.ops.svdquant.awq_linear.default, (random_input(2, 128), weight, scale, zeros, awq_bias if bias else None))
 
 
 def test_the_op_is_the_reference():
     layer, x = random_layer(96, 128, 16), random_input(5, 128, torch.float16)
-    for act_bits in (4, 8):
+    for operands in (layer, with_row_scale(layer)):
         for gelu_from in (None, 32):
-            assert torch.equal(ops.svdquant_linear(x, *layer.args(), act_bits, gelu_from=gelu_from),
-                               reference.svdquant_linear(x, *layer.args(), act_bits, gelu_from=gelu_from))
+            operands = operands._replace(gelu_from=gelu_from)
+            expected = reference.svdquant_linear(x, operands)
+            assert torch.equal(ops.svdquant_linear(x, operands), expected)
+            assert torch.equal(torch.ops.svdquant.linear(x, *operands), expected)
+
+
+def test_the_schema_is_the_operands():
+    """The op's flat arguments are x and the fields of LayerOperands, in their order and with their defaults."""
+    arguments = torch.ops.svdquant.linear.default._schema.arguments
+    assert [argument.name for argument in arguments] == ["x", *LayerOperands._fields]
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    assert defaults.items() <= LayerOperands._field_defaults.items()
 
 
 def test_one_graph_under_torch_compile():
     layer, x = random_layer(96, 128, 16), random_input(5, 128).reshape(1, 5, 128)
 
     def model(x):
-        return torch.nn.functional.gelu(ops.svdquant_linear(x, *layer.args(), 4)) * 2
+        return torch.nn.functional.gelu(ops.svdquant_linear(x, layer)) * 2
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), model(x))
@@ -49,11 +61,11 @@ def test_nobody_is_passed_by():
     class Model(torch.nn.Module):
         def __init__(self):  # PyTorch 2.5 exports no tensors from elsewhere
             super().__init__()
-            for i, tensor in enumerate(layer.args()[:-1]):
+            for i, tensor in enumerate(layer.tensors):
                 self.register_buffer(f"tensor{i}", tensor)
 
         def forward(self, x):
-            return ops.svdquant_linear(x, *self.buffers(), layer.unsigned_from, 4)
+            return ops.svdquant_linear(x, LayerOperands(*self.buffers(), layer.unsigned_from))
 
     for strict in (True, False):
         program = torch.export.export(Model(), (x,), strict=strict)
@@ -71,10 +83,11 @@ def test_nobody_is_passed_by():
 
 
 @pytest.mark.parametrize(("capability", "bits"), [
-    ((7, 5), 4), ((8, 0), 8), ((8, 6), 4), ((8, 9), 4), ((9, 0), 8), ((10, 0), 8), ((10, 3), 8), ((12, 0), 8), ((12, 1), 8)])
+    ((6, 1), 8), ((7, 5), 4), ((8, 0), 8), ((8, 6), 4), ((8, 9), 4), ((9, 0), 8), ((10, 0), 8), ((10, 3), 8), ((12, 0), 8), ((12, 1), 8),
+    ((13, 0), 8)])
 def test_the_devices_choice_of_bits(monkeypatch, capability, bits):
     """RTX 20 to 40 have fast 4-bit tensor cores; A100, Hopper and Blackwell are faster with 8."""
-    monkeypatch.setattr(ops, "_capability", lambda device: capability)
+    monkeypatch.setattr(targets, "for_device", lambda device: targets.for_capability(capability))
     assert ops.best_act_bits(torch.device("cuda", 0)) == bits
     assert ops.best_act_bits(torch.device("cpu")) == 4
 
@@ -84,20 +97,19 @@ FLUX = [  # N, K, unsigned_from, gelu_from of FLUX.1's linears
     (3072, 15360, 3072, None)]
 
 
-@pytest.mark.parametrize(("arch", "sms", "most_shared"), [
-    ("sm_75", 30, 64), ("sm_80", 108, 163), ("sm_86", 16, 99), ("sm_86", 82, 99), ("sm_89", 24, 99), ("sm_89", 128, 99),
-    ("sm_90a", 132, 227), ("sm_100", 148, 227), ("sm_120", 36, 99), ("sm_120", 170, 99)])
-def test_every_gpu_runs_fluxs_layers_by_two_launches(monkeypatch, arch, sms, most_shared):
+@pytest.mark.parametrize(("number", "sms", "most_shared"), [
+    (75, 30, 64), (80, 108, 163), (86, 16, 99), (86, 82, 99), (87, 16, 163), (89, 24, 99), (89, 128, 99), (90, 132, 227), (100, 148, 227),
+    (103, 148, 227), (110, 20, 227), (120, 36, 99), (120, 170, 99), (121, 48, 99)])
+def test_every_gpu_runs_fluxs_layers_by_two_launches(monkeypatch, number, sms, most_shared):
     """From laptops on, in both types, with 4 and 8 bits: a plan, and shared memory that the GPU has."""
-    dtypes = (torch.float16,) if arch == "sm_75" else (torch.bfloat16, torch.float16)
     with recorded(monkeypatch), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "architecture", lambda device: arch)
-        patch.setattr(compiler, "multiprocessors", lambda device: sms)
-        for m, rank, act_bits, dtype in itertools.product((1, 512, 4608), (0, 32, 64, 128), (4, 8), dtypes):
+        patch.setattr(targets, "for_device", lambda device: targets.TARGETS[number])
+        patch.setattr(targets, "multiprocessors", lambda device: sms)
+        for m, rank, act_bits, dtype in itertools.product((1, 512, 4608), (0, 32, 64, 128), (4, 8), targets.TARGETS[number].dtypes):
             for n, k, unsigned_from, gelu_from in FLUX:
-                plan = ops._plan(m, n, k, rank, k, unsigned_from, act_bits, gelu_from, dtype, torch.device("cuda", 0))
-                assert max(plan.quantize.kernel.shared, plan.gemm.kernel.shared) <= most_shared << 10
-                assert min(plan.quantize.head[:3] + plan.gemm.head[:3]) > 0
+                launches = ops._launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, k, torch.device("cuda", 0))
+                assert max(launches.quantize.kernel.shared, launches.gemm.kernel.shared) <= most_shared << 10
+                assert min(launches.quantize.head[:3] + launches.gemm.head[:3]) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,59 +124,68 @@ def test_fp16_in_place_of_a_wider_type(dtype):
     assert torch.equal(ops.computed_in(torch.bfloat16, x, lambda x: x)[4], x[4].bfloat16().to(dtype)), "as wide a type"
 
 
-@pytest.mark.parametrize(("arch", "computed"), [("sm_75", torch.float16), ("sm_89", torch.bfloat16)])
-def test_kernels_are_prepared_in_the_type_that_they_compute_in(monkeypatch, arch, computed):
+@pytest.mark.parametrize(("number", "computed"), [(75, torch.float16), (89, torch.bfloat16)])
+def test_kernels_are_prepared_in_the_type_that_they_compute_in(monkeypatch, number, computed):
     asked = []
-    monkeypatch.setattr(compiler, "architecture", lambda device: arch)
-    monkeypatch.setattr(ops, "_plan", lambda *args: asked.append(args[-2]))
+    monkeypatch.setattr(targets, "for_device", lambda device: targets.TARGETS[number])
+    monkeypatch.setattr(targets, "multiprocessors", lambda device: 68)
+    monkeypatch.setattr(ops, "_launches", lambda *layer: asked.append(layer[6]))
     monkeypatch.setattr(ops.awq, "launcher", lambda *args: asked.append(args[-2]))
-    ops.compute_dtype.cache_clear()
-    for act_bits in (4, None):
+    for cache in (ops.compute_dtype, ops.chosen):
+        cache.cache_clear()
+    for act_bits in (4, W4A16):
         ops.prepare(70, 192, 256, 32, 256, act_bits, torch.bfloat16, device=torch.device("cuda", 5))
-    ops.compute_dtype.cache_clear()
+    for cache in (ops.compute_dtype, ops.chosen):
+        cache.cache_clear()
     assert asked == [computed, computed]
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("rank", [0, 32, 128])
 def test_what_the_kernels_get(monkeypatch, rank, act_bits):
-    """The addresses of everything, by the first call and by one that repeats it; each part of the workspace where no other is."""
+    """The addresses of everything, by the first call and by a cached launch; each part of the workspace where no other is."""
     m, n, k = 37, 208, 256
-    layer, row_scale = random_layer(n, k, rank, bias=rank != 32), torch.rand(n) if act_bits == 8 else None
+    layer = random_layer(n, k, rank, bias=rank != 32, act_bits=act_bits)._replace(row_scale=torch.rand(n) if act_bits == 8 else None)
     x = aligned(random_input(m, k, torch.bfloat16)).view(1, m, k)
-    weight, weight_scale, proj_down, proj_up, smooth, bias, _ = layer.args()
-    constant = addresses(weight=weight, weight_scale=weight_scale, smooth=smooth, row_scale=row_scale, proj_up=proj_up, bias=bias,
-                         proj_down=proj_down)
+    constant = addresses(**{name: getattr(layer, name) for name in ops.CONSTANT})
     with recorded(monkeypatch) as calls:
-        y = [ops.svdquant_linear(x, *layer.args(), act_bits, row_scale)]
-        again = ops.repeated(x, *layer.args(), act_bits, row_scale)
-        y.append(again(x, weight_scale, proj_down, tuple(constant[name] for name in ops.CONSTANT)))
+        y = [ops.svdquant_linear(x, layer)]
+        launch = ops.cached_launch(x, layer)
+        y.append(launch(x, layer.weight_scale, layer.proj_down, tuple(constant[name] for name in ops.CONSTANT)))
         assert len(calls) == 2
     for call, out in zip(calls, y):
         assert out.shape == (1, m, n) and out.dtype == x.dtype
         if rank == 128:  # cuBLAS multiplies
-            assert call.pop("proj_down") != proj_down.data_ptr()
+            assert call.pop("proj_down") != layer.proj_down.data_ptr()
         assert call.items() >= {name: constant[name] for name in call.keys() & constant.keys()}.items()
         assert call["x"] == x.data_ptr() and call["y"] == out.data_ptr()
-        assert call["act_scale"] >= call["act"] + 48 * k and (call["low"] != 0) is (call["low_scale"] != 0) is (rank > 0)
+        assert call["act_scale"] >= call["act"] + 48 * k and (call["lora_act"] != 0) is (call["lora_act_scale"] != 0) is (rank > 0)
         if rank:
-            assert call["low"] >= call["act_scale"] + 4 * 48 * (2 if act_bits == 8 else k // 64)
-            assert call["low_scale"] >= call["low"] + 2 * 48 * rank
+            assert call["lora_act"] >= call["act_scale"] + 4 * 48 * (2 if act_bits == 8 else k // 64)
+            assert call["lora_act_scale"] >= call["lora_act"] + 2 * 48 * rank
 
 
-def test_when_a_call_is_not_the_same_again(monkeypatch):
+def test_8_bits_on_a_gpu_need_a_row_scale(monkeypatch):
+    """It is the layer's to find, once: an op that looked for it would do so in every call of a graph. On the CPU it isn't used."""
+    layer, x = random_layer(208, 256, 32, act_bits=8), aligned(random_input(37, 256, torch.bfloat16))
+    ops.svdquant_linear(x, layer)
+    with recorded(monkeypatch) as calls, pytest.raises(ValueError, match="needs its row_scale"):
+        ops.svdquant_linear(x, layer)
+    assert not calls
+
+
+def test_when_a_cached_launch_is_not_taken(monkeypatch):
     layer, x = random_layer(208, 256, 32), aligned(random_input(37, 256, torch.bfloat16))
-    weight, weight_scale, proj_down, proj_up, smooth, bias, _ = layer.args()
-    there = tuple(addresses(proj_down=proj_down, weight=weight, weight_scale=weight_scale, smooth=smooth, row_scale=None, proj_up=proj_up,
-                            bias=bias)[name] for name in ops.CONSTANT)
+    weight_scale, proj_down = layer.weight_scale, layer.proj_down
+    there = tuple(addresses(**{name: getattr(layer, name) for name in ops.CONSTANT})[name] for name in ops.CONSTANT)
     with recorded(monkeypatch) as calls:
-        again = ops.repeated(x, *layer.args(), 4, None)
-        assert again(x, weight_scale, proj_down, there) is not None and len(calls) == 1
-        for place in range(len(there)):
-            moved = (*there[:place], there[place] + 64, *there[place + 1:])
-            assert again(x, weight_scale, proj_down, moved) is None
+        launch = ops.cached_launch(x, layer)
+        assert launch(x, weight_scale, proj_down, there) is not None and len(calls) == 1
+        for i in range(len(there)):
+            moved = (*there[:i], there[i] + 64, *there[i + 1:])
+            assert launch(x, weight_scale, proj_down, moved) is None
         for other in (x.half(), x.float(), x.t().contiguous().t(), aligned(torch.cat((x, x)).flatten())[1:37 * 256 + 1].view(37, 256)):
-            assert again(other, weight_scale, proj_down, there) is None
-            assert ops.repeated(other, *layer.args(), 4, None) is None
-        assert again(x, weight_scale.half(), proj_down, there) is None
+            assert launch(other, weight_scale, proj_down, there) is None
+            assert ops.cached_launch(other, layer) is None
+        assert launch(x, weight_scale.half(), proj_down, there) is None
         assert len(calls) == 1

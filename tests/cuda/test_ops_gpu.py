@@ -4,11 +4,12 @@ import threading
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import int4, ops, reference, runtime, scales
+from comfyui_svdquant.cuda import int4, loader, ops, reference, row_scales, runtime
+from comfyui_svdquant.cuda.choose import W4A16
 from comfyui_svdquant.quant.layers import layout, linear
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
-from .layers import check_in_graphs, decided, random_input, random_layer, relative_error
+from .layers import check_in_graphs, decided, on_cuda, random_input, random_layer, relative_error, with_row_scale
 
 pytestmark = pytest.mark.gpu
 
@@ -18,13 +19,13 @@ SHAPES = [  # M, N, K, R, unsigned_from
     (300, 208, 1536, 160, 1024), (64, 192, 320, 32, 192)]
 
 
-def integer_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, seed=0):
+def integer_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, seed=0, act_bits=4):
     """A random layer on the GPU with integer group scales, as our quantizer writes them."""
     layer = random_layer(n, k, rank, unsigned_from, bias, dtype, seed)
     g = torch.Generator().manual_seed(seed)
     row = torch.randint(8, 16, (n,), generator=g) * 2.0**-11
-    layer.weight_scale = (torch.randint(6, 17, (k // 64, n), generator=g) * row).to(dtype)
-    return type(layer)(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in layer.args()))
+    layer = on_cuda(layer._replace(weight_scale=(torch.randint(6, 17, (k // 64, n), generator=g) * row).to(dtype)))
+    return with_row_scale(layer) if act_bits == 8 else layer
 
 
 def in_threads(work, count):
@@ -40,15 +41,15 @@ def in_threads(work, count):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("m", "n", "k", "rank", "unsigned_from"), SHAPES)
 def test_is_the_references_product(m, n, k, rank, unsigned_from, dtype, act_bits):
-    layer, x = integer_layer(n, k, rank, unsigned_from, n != 80, dtype, m), random_input(m, k, dtype, seed=n).cuda()
+    layer, x = integer_layer(n, k, rank, unsigned_from, n != 80, dtype, m, act_bits), random_input(m, k, dtype, seed=n).cuda()
     if unsigned_from is not None:
         x[:, unsigned_from:] = torch.nn.functional.gelu(x[:, unsigned_from:], approximate="tanh")
-    y = ops.svdquant_linear(x, *layer.args(), act_bits)
+    y = ops.svdquant_linear(x, layer)
     assert y.dtype == dtype
-    exact = reference.svdquant_linear(x.double(), *layer.args(), act_bits=act_bits, dtype=torch.float64)
+    exact = reference.svdquant_linear(x.double(), layer, torch.float64)
     error = relative_error(y, exact)
     assert error < BF16, f"relative error {error:.2e} at M={m} N={n} K={k} R={rank} in {dtype}, {act_bits} bits"
-    assert torch.equal(y, ops.svdquant_linear(x, *layer.args(), act_bits)), "two runs differ"
+    assert torch.equal(y, ops.svdquant_linear(x, layer)), "two runs differ"
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
@@ -58,28 +59,27 @@ def test_is_the_references_product(m, n, k, rank, unsigned_from, dtype, act_bits
 def test_gelu_from_a_column_on(n, rank, gelu_from, dtype, act_bits):
     """In the kernel where it can be, else behind it."""
     stored = torch.bfloat16 if dtype == torch.float32 else dtype
-    layer, x = integer_layer(n, 256, rank, None, n != 208, stored), random_input(70, 256, dtype, seed=n).cuda()
-    y = ops.svdquant_linear(x, *layer.args(), act_bits, gelu_from=gelu_from)
-    exact = reference.svdquant_linear(x.to(stored).double(), *layer.args(), act_bits=act_bits, dtype=torch.float64, gelu_from=gelu_from)
+    layer, x = integer_layer(n, 256, rank, None, n != 208, stored, act_bits=act_bits), random_input(70, 256, dtype, seed=n).cuda()
+    activated = layer._replace(gelu_from=gelu_from)
+    y = ops.svdquant_linear(x, activated)
+    exact = reference.svdquant_linear(x.to(stored).double(), activated, torch.float64)
     error = relative_error(y, exact)
     assert y.dtype == dtype and error < 1.5 * BF16, f"relative error {error:.2e}"
-    plain = ops.svdquant_linear(x, *layer.args(), act_bits)
+    plain = ops.svdquant_linear(x, layer)
     assert torch.equal(y[:, :gelu_from], plain[:, :gelu_from])
     assert relative_error(y, reference.activated(plain, gelu_from)) < BF16
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_free_scales_float32_and_strides(act_bits):
-    layer = random_layer(192, 256, 32)
-    layer = type(layer)(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in layer.args()))
+    layer = on_cuda(random_layer(192, 256, 32))
+    layer = with_row_scale(layer) if act_bits == 8 else layer
     x = random_input(100, 512).cuda()[:, 128:384].reshape(2, 50, 256)
-    y = ops.svdquant_linear(x, *layer.args(), act_bits)
+    y = ops.svdquant_linear(x, layer)
     assert y.dtype == torch.float32 and y.shape == (2, 50, 192)
-    known = dict(zip(("weight", "weight_scale"), layer.args()))
-    if act_bits == 8:
-        known["weight_scale"] = scales.rounded(layer.weight_scale, scales.row_scale(layer.weight_scale))
-    exact = reference.svdquant_linear(x.bfloat16().double(), *known.values(), *layer.args()[2:], act_bits=act_bits, dtype=torch.float64)
-    sure = decided(x.bfloat16().flatten(0, 1), layer, act_bits).view(2, 50)
+    known = layer if act_bits == 4 else layer._replace(weight_scale=row_scales.rounded(layer.weight_scale, layer.row_scale))
+    exact = reference.svdquant_linear(x.bfloat16().double(), known, torch.float64)
+    sure = decided(x.bfloat16().flatten(0, 1), layer).view(2, 50)
     assert sure.float().mean() > 0.9
     error = relative_error(y[sure], exact[sure])
     assert error < BF16, f"relative error {error:.2e} in {act_bits} bits"
@@ -87,11 +87,11 @@ def test_free_scales_float32_and_strides(act_bits):
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_nan_and_inf_stay_in_their_rows(act_bits):
-    layer, x = integer_layer(192, 256, 32), random_input(70, 256, torch.bfloat16).cuda()
+    layer, x = integer_layer(192, 256, 32, act_bits=act_bits), random_input(70, 256, torch.bfloat16).cuda()
     x[3, 5], x[44, 200] = torch.nan, torch.inf
-    y = ops.svdquant_linear(x, *layer.args(), act_bits)
+    y = ops.svdquant_linear(x, layer)
     assert (~torch.isfinite(y)).any(dim=1).nonzero().flatten().tolist() == [3, 44]
-    assert torch.equal(y[:3], ops.svdquant_linear(x[:3], *layer.args(), act_bits)), "a row depends on the others"
+    assert torch.equal(y[:3], ops.svdquant_linear(x[:3], layer)), "a row depends on the others"
 
 
 def test_awq_is_the_references_product():
@@ -111,12 +111,12 @@ def test_in_threads_with_streams_of_their_own(act_bits):
             for turn in range(20):
                 torch.cuda._sleep(100_000)  # what reads too early reads the turn before
                 x = inputs[i] * 2**turn
-                results[i].append(ops.svdquant_linear(x, *layers[i].args(), act_bits))
+                results[i].append(ops.svdquant_linear(x, layers[i]))
         stream.synchronize()
 
-    layers = [integer_layer(192 + 16 * i, 256, 32, seed=i) for i in range(4)]
+    layers = [integer_layer(192 + 16 * i, 256, 32, seed=i, act_bits=act_bits) for i in range(4)]
     inputs = [random_input(64 + 16 * i, 256, torch.bfloat16, seed=i).cuda() for i in range(4)]
-    expected = [[ops.svdquant_linear(x * 2**turn, *layer.args(), act_bits) for turn in range(20)] for x, layer in zip(inputs, layers)]
+    expected = [[ops.svdquant_linear(x * 2**turn, layer) for turn in range(20)] for x, layer in zip(inputs, layers)]
     torch.cuda.synchronize()
     results = [[] for _ in layers]
     in_threads(work, 4)
@@ -127,7 +127,8 @@ def test_in_threads_with_streams_of_their_own(act_bits):
 def module_of(n, k, rank, act_bits, seed=0):
     """An SVDQuantLinear with integer_layer's tensors."""
     module, layer = linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, k, n, rank, k), "cuda"), integer_layer(n, k, rank, seed=seed)
-    for name, tensor in zip(("weight", "weight_scale", "weight_proj_down", "weight_proj_up", "weight_smooth_factor", "bias"), layer.args()):
+    names = "weight", "weight_scale", "weight_proj_down", "weight_proj_up", "weight_smooth_factor", "bias"
+    for name, tensor in zip(names, layer.tensors):
         getattr(module, name).data.copy_(tensor)
     module.act_bits = act_bits
     return module
@@ -136,8 +137,8 @@ def module_of(n, k, rank, act_bits, seed=0):
 def by_the_op(module, x):
     """What a layer gives that remembers nothing."""
     p = {name: None if p is None else p.cuda() for name, p in module._parameters.items()}
-    return ops.svdquant_linear(x, p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"],
-                               p["bias"], module.spec.unsigned_from, module.act_bits, gelu_from=module.gelu_from)
+    row_scale = row_scales.row_scale(p["weight_scale"]) if module.act_bits == 8 else None
+    return ops.svdquant_linear(x, linear.operands(p, p["bias"], module.spec.unsigned_from, module.act_bits, row_scale, module.gelu_from))
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
@@ -316,21 +317,20 @@ def test_warm_up():
     """The kernels are there afterwards, and what can't be had is not an error."""
     device = torch.device("cuda", torch.cuda.current_device())
     layers = [(70, 192, 256, 32, 256, act_bits, torch.bfloat16) for act_bits in (4, 8)]
-    for future in ops.warm_up([*layers, (1, 64, 128, 0, 128, None, torch.bfloat16), (70, 192, 256, 7, 256, 8, torch.float64)], device):
+    for future in ops.warm_up([*layers, (1, 64, 128, 0, 128, W4A16, torch.bfloat16), (70, 192, 256, 7, 256, 8, torch.float64)], device):
         assert future.result() is None
-    before = set(runtime._kernels)
+    before = set(loader._kernels)
     for act_bits in (4, 8):
-        ops.svdquant_linear(random_input(70, 256, torch.bfloat16).cuda(), *integer_layer(192, 256, 32).args(), act_bits)
-    assert set(runtime._kernels) == before
+        ops.svdquant_linear(random_input(70, 256, torch.bfloat16).cuda(), integer_layer(192, 256, 32, act_bits=act_bits))
+    assert set(loader._kernels) == before
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_in_one_graph_and_in_a_cuda_graph(act_bits):
-    layer, x = integer_layer(192, 256, 32), random_input(70, 256, torch.bfloat16).cuda()
-    row_scale = scales.row_scale(layer.weight_scale)
+    layer, x = integer_layer(192, 256, 32, act_bits=act_bits), random_input(70, 256, torch.bfloat16).cuda()
 
     def model(x):
-        return torch.nn.functional.gelu(ops.svdquant_linear(x, *layer.args(), act_bits, row_scale)) * 2
+        return torch.nn.functional.gelu(ops.svdquant_linear(x, layer)) * 2
 
     check_in_graphs(model, x)
-    torch.library.opcheck(torch.ops.svdquant.linear.default, (x, *layer.args(), act_bits, row_scale))
+    torch.library.opcheck(torch.ops.svdquant.linear.default, (x, *layer))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfy_kitchen.backends.eager import awq, svdquant
 from comfyui_svdquant.cuda import int4, reference
+from comfyui_svdquant.cuda.operands import LayerOperands
 
 from .layers import random_input, random_layer, relative_error
 
@@ -18,7 +19,7 @@ FP32_ROUNDING = 2e-6  # float32 sums of a few hundred terms
 
 def kitchen(x, layer, unsigned):
     """comfy-kitchen's answer in float32."""
-    f32 = [t if t is None or t.dtype == torch.int8 else t.float() for t in layer.args()[:-1]]
+    f32 = [t if t is None or t.dtype == torch.int8 else t.float() for t in layer.tensors]
     weight, weight_scale, down, up, smooth, bias = f32
     shifted = x + int4.GELU_SHIFT if unsigned else x
     codes, scales, low_rank = svdquant.quantize_svdquant_w4a4(shifted, smooth, down, pad_size=16, act_unsigned=unsigned, lora_x=x)
@@ -38,7 +39,7 @@ def test_svdquant_linear_is_comfy_kitchens(m, n, k, rank, unsigned, monkeypatch)
     unpack = int4.unpack_unsigned if unsigned else int4.unpack_signed
     assert torch.equal(codes, unpack(theirs_codes).float())
     assert torch.equal(scales, theirs_scales.t())
-    error = relative_error(reference.svdquant_linear(x, *layer.args()), theirs)
+    error = relative_error(reference.svdquant_linear(x, layer), theirs)
     assert error < FP32_ROUNDING, f"relative error {error:.2e} to comfy-kitchen at M={m} N={n} K={k} R={rank}"
 
 
@@ -56,33 +57,34 @@ def test_awq_linear_is_comfy_kitchens(m, n, k, rank):
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("unsigned_from", [0, 64, 256])
 def test_float32_is_float64_to_rounding(unsigned_from, act_bits):
-    layer = random_layer(96, 256, 32, unsigned_from)
+    layer = random_layer(96, 256, 32, unsigned_from, act_bits=act_bits)
     x = random_input(40, 256)
-    exact = reference.svdquant_linear(x.double(), *layer.args(), act_bits=act_bits, dtype=torch.float64)
-    error = relative_error(reference.svdquant_linear(x, *layer.args(), act_bits=act_bits), exact)
+    exact = reference.svdquant_linear(x.double(), layer, torch.float64)
+    error = relative_error(reference.svdquant_linear(x, layer), exact)
     # A value on the border of two codes may round either way: one code in tens of thousands, 1e-4 of the output.
     assert error < 2e-4, f"relative error {error:.2e}"
 
 
 def test_the_bound_catches_one_wrong_scale_and_one_swapped_byte():
     layer, x = random_layer(48, 128, 32, seed=3), random_input(5, 128)
-    right = reference.svdquant_linear(x, *layer.args())
+    right = reference.svdquant_linear(x, layer)
     layer.weight_scale[0, 0] *= 1.1
-    assert relative_error(reference.svdquant_linear(x, *layer.args()), right) > 10 * FP32_ROUNDING
+    assert relative_error(reference.svdquant_linear(x, layer), right) > 10 * FP32_ROUNDING
     layer = random_layer(48, 128, 32, seed=3)
     byte = layer.weight.view(torch.uint8)[0, 0]
     layer.weight.view(torch.uint8)[0, 0] = (byte >> 4) | (byte << 4)
-    assert relative_error(reference.svdquant_linear(x, *layer.args()), right) > 10 * FP32_ROUNDING
+    assert relative_error(reference.svdquant_linear(x, layer), right) > 10 * FP32_ROUNDING
 
 
 def test_a_split_layer_is_its_two_parts_added():
     """linear2's contract: columns before unsigned_from as a signed layer, the rest as an unsigned one."""
     layer, x = random_layer(64, 320, 16, unsigned_from=128), random_input(9, 320)
-    whole = reference.svdquant_linear(x, *layer.args())
-    signed = reference.svdquant_linear(x[:, :128], layer.weight[:, :64].contiguous(), layer.weight_scale[:2],
-                                       layer.proj_down[:128], layer.proj_up, layer.smooth[:128], layer.bias, 128)
-    unsigned = reference.svdquant_linear(x[:, 128:], layer.weight[:, 64:].contiguous(), layer.weight_scale[2:],
-                                         layer.proj_down[128:], layer.proj_up, layer.smooth[128:], None, 0)
+    whole = reference.svdquant_linear(x, layer)
+    signed = reference.svdquant_linear(x[:, :128], LayerOperands(
+        layer.weight[:, :64].contiguous(), layer.weight_scale[:2], layer.proj_down[:128], layer.proj_up, layer.smooth[:128], layer.bias,
+        128))
+    unsigned = reference.svdquant_linear(x[:, 128:], LayerOperands(
+        layer.weight[:, 64:].contiguous(), layer.weight_scale[2:], layer.proj_down[128:], layer.proj_up, layer.smooth[128:], None, 0))
     error = relative_error(signed + unsigned, whole)
     assert error < FP32_ROUNDING, f"relative error {error:.2e}"
 
@@ -91,7 +93,7 @@ def test_eight_bits_are_closer_than_four():
     """The same weights: all that is left between the two is the activation's rounding, 16 times finer."""
     layer, x = random_layer(128, 256, 0, bias=False), random_input(64, 256, outliers=False)
     exact = x / layer.smooth.float() @ reference.dequantize_weight(layer.weight, layer.weight_scale).t()
-    four, eight = (relative_error(reference.svdquant_linear(x, *layer.args(), act_bits=bits), exact) for bits in (4, 8))
+    four, eight = (relative_error(reference.svdquant_linear(x, layer._replace(act_bits=bits)), exact) for bits in (4, 8))
     assert 0.02 < four < 0.2 and eight < four / 5, f"relative errors: 4 bits {four:.3f}, 8 bits {eight:.4f}"
 
 
@@ -118,10 +120,10 @@ def test_the_activations_leave_a_fifth_less_noise_than_the_published_ones(monkey
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_stay_in_their_row_and_are_seen(bad, act_bits):
-    layer, x = random_layer(32, 128, 16), random_input(6, 128)
-    clean = reference.svdquant_linear(x, *layer.args(), act_bits=act_bits)
+    layer, x = random_layer(32, 128, 16, act_bits=act_bits), random_input(6, 128)
+    clean = reference.svdquant_linear(x, layer)
     x[2, 70] = bad
-    y = reference.svdquant_linear(x, *layer.args(), act_bits=act_bits)
+    y = reference.svdquant_linear(x, layer)
     assert not torch.isfinite(y[2]).any()
     rest = torch.arange(6) != 2
     assert torch.equal(y[rest], clean[rest])
@@ -129,20 +131,20 @@ def test_nan_and_inf_stay_in_their_row_and_are_seen(bad, act_bits):
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_zeros_huge_values_and_denormals(act_bits):
-    layer = random_layer(32, 128, 16)
+    layer = random_layer(32, 128, 16, act_bits=act_bits)
     x = random_input(4, 128)
     x[0], x[1, 5], x[2] = 0, 3e30, 1e-42
     codes, scales = reference.quantize_activation(x, layer.smooth, 128, act_bits)
     assert codes.abs().max() <= (8 if act_bits == 4 else 127)
     assert torch.isfinite(codes).all() and torch.isfinite(scales).all()
-    assert torch.equal(reference.svdquant_linear(x, *layer.args(), act_bits=act_bits)[0], layer.bias.float())
+    assert torch.equal(reference.svdquant_linear(x, layer)[0], layer.bias.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_inputs_give_sixteen_bit_outputs_rounded_once(dtype):
     layer, x = random_layer(64, 128, 16, dtype=dtype), random_input(2 * 3, 128, dtype).reshape(2, 3, 128)
-    y = reference.svdquant_linear(x, *layer.args())
-    exact = reference.svdquant_linear(x.float(), *layer.args())
+    y = reference.svdquant_linear(x, layer)
+    exact = reference.svdquant_linear(x.float(), layer)
     assert y.dtype == dtype and y.shape == (2, 3, 64)
     assert torch.equal(y, exact.to(dtype))
 

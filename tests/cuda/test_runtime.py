@@ -1,174 +1,15 @@
-"""From machine code to a launch, without a GPU: what is said where CuPy or a driver is missing, and what a launch hands to the driver."""
+"""The launch of loaded kernels without a GPU: the bytes that a launch hands to the driver."""
 
 import contextlib
 import ctypes
-import importlib.metadata
 import struct
-import subprocess
-import sys
 import threading
-import types
-import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import compiler, runtime
-
-ROOT = Path(runtime.__file__).parents[1]
-
-
-def test_nothing_of_it_is_imported_with_the_pack():
-    """CuPy's import takes a second, and it is of no use on a CPU."""
-    code = "import sys; from cuda import runtime; print('cupy' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
-
-
-def test_no_cupy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.setattr(torch.version, "cuda", "12.6")
-    with pytest.raises(compiler.KernelsUnavailable, match="need CuPy, which is not installed.*pip install cupy-cuda12x$"):
-        runtime.load_cupy()
-
-
-def fake_cupy(version="14.2.0", is_hip=False, runtime_version=lambda: 13000):
-    """The part of CuPy that load_cupy reads, as modules."""
-    cupy, cuda, function = (types.ModuleType(name) for name in ("cupy", "cupy.cuda", "cupy.cuda.function"))
-    cupy.__version__, cupy.__path__, cuda.__path__ = version, [], []
-    cupy.cuda, cuda.function = cuda, function
-    cuda.runtime = types.SimpleNamespace(is_hip=is_hip, runtimeGetVersion=runtime_version)
-    return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.function": function}
-
-
-def no_runtime():
-    raise RuntimeError("CuPy failed to load libcudart.so.12: OSError: no such file\n(and more)")
-
-
-@pytest.mark.parametrize("wrong, message", [
-    (fake_cupy(version="12.3.0"), r"need CuPy 13 or newer; this is CuPy 12\.3\.0.*pip install --upgrade cupy-cuda13x$"),
-    (fake_cupy(is_hip=True), r"CuPy for CUDA; this one is for ROCm.*pip install cupy-cuda13x$"),
-    (fake_cupy(runtime_version=no_runtime), r"does not fit this PyTorch, which is built for CUDA 13\.0 \(CuPy failed to load "
-                                            r"libcudart\.so\.12: OSError: no such file\)\..*pip install cupy-cuda13x$"),
-])
-def test_wrong_cupy(monkeypatch, wrong, message):
-    for name, module in wrong.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(compiler.KernelsUnavailable, match=message):
-        runtime.load_cupy()
-
-
-def test_right_cupy(monkeypatch):
-    modules = fake_cupy()
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    assert runtime.load_cupy() is modules["cupy"]
-
-
-def test_failure_is_remembered(monkeypatch):
-    """A linear that can't have its kernel asks for it at every call: the reason is found once."""
-    builds = []
-
-    def build(*key):
-        builds.append(key)
-        return compiler.KernelsUnavailable("no CuPy")
-
-    monkeypatch.setattr(runtime, "_build", build)
-    monkeypatch.setattr(runtime, "_kernels", {})
-
-    def layer(x):
-        try:
-            runtime.kernel("awq.cu", "awq", (), torch.device("cuda", 0))
-        except compiler.KernelsUnavailable as error:
-            return str(error)
-
-    inputs = [torch.ones(1) for _ in range(3)]
-    left = [weakref.ref(x) for x in inputs]
-    while inputs:
-        assert layer(inputs.pop()) == "no CuPy"
-    assert len(builds) == 1
-    assert not any(x() is not None for x in left), "what is remembered holds no caller's tensors"
-
-
-class LoadError(RuntimeError):
-    """As CuPy raises the driver's."""
-
-    def __init__(self, status):
-        self.status = status
-
-
-@pytest.mark.parametrize(("failures", "error", "emptied"), [
-    ([], None, 0), ([2], None, 1), ([2, 2], torch.OutOfMemoryError, 1), ([209], LoadError, 0), ([2, 209], LoadError, 1)])
-def test_a_gpu_whose_memory_is_full(monkeypatch, failures, error, emptied):
-    """PyTorch gives back what it holds and doesn't use; then there is room, or it is PyTorch's own error."""
-    calls = []
-
-    class Module:
-        def load(self, cubin):
-            calls.append("load")
-            if failures:
-                raise LoadError(failures.pop(0))
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
-    with pytest.raises(error) if error else contextlib.nullcontext():
-        runtime._load(Module(), b"")
-    assert calls.count("emptied") == emptied and not failures
-
-
-def test_full_memory_is_not_remembered(monkeypatch):
-    """The next call may find room; what can't be loaded at all is remembered (above)."""
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(runtime, "_kernels", {})
-    for name, function in (("load_cupy", lambda: None), ("driver", lambda: None), ("_knows_dependent_launches", lambda index: True)):
-        monkeypatch.setattr(runtime, name, function)
-    monkeypatch.setattr(compiler, "device_target", lambda index: "sm_89")
-    monkeypatch.setattr(compiler, "compile_cubin", lambda *args: b"")
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(runtime, "_function", full)
-    wanted = "awq.cu", "awq", (), torch.device("cuda", 0)
-    with pytest.raises(torch.OutOfMemoryError):
-        runtime.kernel(*wanted)
-    monkeypatch.setattr(runtime, "_function", lambda *args: types.SimpleNamespace(ptr=0x77))
-    assert runtime.kernel(*wanted).function == 0x77
-
-
-def test_quantizing_without_kernels_says_why_once(monkeypatch, caplog):
-    def missing(*args):
-        return compiler.KernelsUnavailable("The CUDA kernels need CuPy. Install it.")
-
-    monkeypatch.setattr(runtime, "_build", missing)
-    monkeypatch.setattr(runtime, "_kernels", {})
-    runtime._warn_once.cache_clear()
-    assert not any(runtime.has_kernel(source, "entry", torch.device("cuda", 0)) for source in ("gptq.cu", "group_error.cu"))
-    assert not runtime.has_kernel("gptq.cu", "entry", torch.device("cpu"))
-    assert [record.message for record in caplog.records] == [
-        "The CUDA kernels need CuPy. Install it. Until then models are quantized by PyTorch alone, which is slower."]
-
-
-@pytest.fixture
-def cupy():
-    if not any(name.startswith("cupy-cuda") for distribution in importlib.metadata.distributions()
-               if (name := distribution.metadata["Name"] or "")):
-        pytest.skip("CuPy is not installed")
-    return runtime.load_cupy()
-
-
-def test_cupy_from_the_repository(cupy):
-    """`python -m benchmarks...` has the repository on its path, where `import cuda` finds our package."""
-    code = "import sys; from cuda import runtime; print(runtime.load_cupy().__version__, sys.path[0] == '')"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == [cupy.__version__, "True"]
-
-
-def test_no_driver(cupy):
-    """Where CuPy finds no driver, the message is still ours."""
-    if torch.cuda.is_available():
-        pytest.skip("There is a driver")
-    assert isinstance(runtime._build("awq.cu", "awq", (), 0, 0), compiler.KernelsUnavailable)
-
-
-# --- Launch -----------------------------------------------------------------------------------------------------------
+from comfyui_svdquant.cuda import driver as cuda_driver
+from comfyui_svdquant.cuda import runtime
+from comfyui_svdquant.cuda.errors import KernelsUnavailable
 
 
 class FakeDriver:
@@ -198,7 +39,7 @@ class FakeDriver:
 def launches(monkeypatch):
     """A Kernel on a device that isn't there, and the driver that it calls."""
     driver = FakeDriver([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int])
-    monkeypatch.setattr(runtime, "driver", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
     monkeypatch.setattr(runtime, "_current_device", lambda: 0)
     monkeypatch.setattr(runtime, "_raw_stream", lambda index: 0x1234)
     return runtime.Kernel(0x77, 0, 1024, dependent=True), driver
@@ -221,18 +62,6 @@ def test_dependent_launch(launches):
         kernel((1,), (32,), 0, 0, 0, 0, 0, pdl=True)
     known, unknown = (call[2] for call in driver.calls)
     assert known == struct.pack("=I4xI60x", 6, 1) and unknown == b""
-
-
-@pytest.mark.parametrize("version, arch, expected", [(13000, "sm_90a", True), (12030, "sm_120", True), (12020, "sm_90a", False),
-                                                     (13000, "sm_89", False)])
-def test_who_knows_dependent_launches(launches, monkeypatch, version, arch, expected):
-    def get_version(pointer):
-        pointer._obj.value = version
-        return 0
-
-    launches[1].cuDriverGetVersion = get_version
-    monkeypatch.setattr(compiler, "device_target", lambda index: arch)
-    assert runtime._knows_dependent_launches.__wrapped__(0) is expected
 
 
 def test_a_chain(launches, monkeypatch):
@@ -271,8 +100,8 @@ def test_work_memory(launches, monkeypatch):
     kernel, driver = launches
     allocator = FakeAllocator(driver, monkeypatch)
     one = kernel.launcher((1,), (32,), 4, (5,))
-    run = runtime.chain(("x", "low"), (one, ("x", "codes", "low", "scale")), (one, ("none", "scale", "weight", "x")),
-                        work={"codes": 300, "none": 0, "low": 1000, "scale": 7}, constants={"weight": 77})
+    run = runtime.chain(("x", "lora_act"), (one, ("x", "codes", "lora_act", "scale")), (one, ("none", "scale", "weight", "x")),
+                        work={"codes": 300, "none": 0, "lora_act": 1000, "scale": 7}, constants={"weight": 77})
     driver.parameters = [ctypes.c_void_p] * 4 + [ctypes.c_int]
     for allocator.next, stream, x in ((1 << 20, 0x1234, 11), (1 << 20, 0x1234, 12), (1 << 40, 0x5678, 13)):
         monkeypatch.setattr(runtime, "_raw_stream", lambda index: stream)
@@ -283,7 +112,7 @@ def test_work_memory(launches, monkeypatch):
         driver.calls.clear()
         allocator.log.clear()
     driver.status = 1
-    with pytest.raises(RuntimeError, match="cuLaunchKernelEx failed"):
+    with pytest.raises(cuda_driver.DriverError, match="cuLaunchKernelEx failed"):
         run(14, 99)
     assert allocator.log[1:] == [("given", 1 << 40, 1)]
 
@@ -312,7 +141,7 @@ def test_allocator(monkeypatch):
 
 
 class FakeMaps:
-    """cuTensorMapEncodeTiled: what a map says goes into its 128 bytes as it does on Hopper, the address first, or elsewhere."""
+    """cuTensorMapEncodeTiled: a map's 128 bytes have the address first, as on Hopper, or elsewhere."""
 
     def __init__(self, place=0):
         self.place, self.calls = place, []
@@ -358,7 +187,7 @@ def test_another_format_of_tensor_maps(launches, maps):
     """The address is written over the map's first bytes: where the driver has it elsewhere, there are no kernels."""
     kernel, _ = launches
     maps.place = 8
-    with pytest.raises(compiler.KernelsUnavailable, match="format of tensor maps: the tensor's address is not where it was. Update"):
+    with pytest.raises(KernelsUnavailable, match="format of tensor maps: the tensor's address is not where it was. Update"):
         kernel.launcher((1,), (32,), 1, boxes=runtime.Boxes(1, 64, 32, 64))
 
 
@@ -384,7 +213,11 @@ def test_on_another_device(launches, monkeypatch):
 def test_a_launch_that_fails(launches):
     kernel, driver = launches
     driver.status = 1
-    with pytest.raises(RuntimeError, match=r"cuLaunchKernelEx failed: invalid argument \(1\)"):
+    with pytest.raises(cuda_driver.DriverError, match=r"cuLaunchKernelEx failed: invalid argument \(1\)") as raised:
+        kernel((1,), (32,), 0, 0, 0, 0, 0)
+    assert raised.value.status == 1
+    driver.status = 2
+    with pytest.raises(torch.OutOfMemoryError, match=r"cuLaunchKernelEx failed: invalid argument \(2\)"):
         kernel((1,), (32,), 0, 0, 0, 0, 0)
 
 
@@ -404,6 +237,7 @@ def test_a_thread_without_a_context(launches, monkeypatch):
     """The driver's functions need a context, which PyTorch makes in the threads that call it."""
     kernel, driver = launches
     made, clusters = [], []
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(driver, "cuCtxGetCurrent", lambda context: 0)
     driver.cuDevicePrimaryCtxRetain = lambda context, device: made.append(("retained", device)) or 0
@@ -426,13 +260,10 @@ def test_a_driver_that_knows_no_clusters(launches, monkeypatch, status):
     assert kernel.active_clusters(8, 512) == 0
 
 
-def test_no_driver_or_an_old_one(monkeypatch):
-    def missing(name):
-        raise OSError(f"{name}: no such file")
-
-    for library, message in ((missing, "need NVIDIA's driver .*: no such file"),
-                             (lambda name: types.SimpleNamespace(cuLaunchKernelEx=None),
-                              "need an NVIDIA driver for CUDA 12 or newer. Update the driver")):
-        monkeypatch.setattr(runtime.ctypes, "CDLL", library)
-        with pytest.raises(compiler.KernelsUnavailable, match=message):
-            runtime.driver.__wrapped__()
+def test_an_error_of_something_else_is_no_lack_of_clusters(launches, monkeypatch):
+    """An illegal address, of a kernel that ran before: the plan without clusters would only fail later, and be remembered."""
+    kernel, driver = launches
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    driver.cuOccupancyMaxActiveClusters = lambda count, function, config: 700
+    with pytest.raises(cuda_driver.DriverError, match="cuOccupancyMaxActiveClusters failed"):
+        kernel.active_clusters(8, 512)

@@ -1,32 +1,31 @@
 """What ptxas makes of every kernel for every architecture, without a GPU: whatever would make a kernel slow shows here first.
 
-A new kernel is one line in KERNELS: its host module names the variants that it may ask the compiler for.
+A new kernel is one line in KERNELS and one in variants.py; a new GPU comes with its row in cuda/targets.py.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
-from comfyui_svdquant.cuda import awq, compiler, gemm_mma, gemm_wgmma, gptq, group_error, mlp, quantize
+from comfyui_svdquant.cuda import awq, compiler, gemm_mma, gptq, group_error, mlp, quantize_activation
+from comfyui_svdquant.cuda.activation_layout import CodeStorage
 
 from . import sass
+from .variants import variants as all_variants
 
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 
 REGISTERS = 65536  # of an SM, in all architectures
-# Bytes of shared memory that a CTA can have.
-SHARED = {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10,
-          "sm_120": 99 << 10}
 
 
 @dataclass(frozen=True)
 class Kernel:
     """What holds for every variant. The functions take the defines as a dict, and the architecture."""
 
-    module: object
     threads: Callable         # of a CTA
     ctas: Callable            # planned on an SM: so many have to fit the registers
     mma: Callable             # (pattern of the opcodes, number) in a turn of the main loop, or a multiple; None: no tensor cores
@@ -40,7 +39,7 @@ def awq_mma(defines, arch):
 def gemm_mma_mma(defines, arch):
     """A group: a warp has 4 x TILES tiles of 16 x 8 and takes two steps of K in 8 bits, one in 4 bits, which is there once for
     signed and once for unsigned activations. Turing's MMAs are 8 x 8 and half as deep."""
-    if defines["MODE"] == gemm_mma.NIBBLES:
+    if defines["MODE"] == CodeStorage.INT4_NIBBLES:
         opcode = r"IMMA\.8832\.[SU]4\.[SU]4" if arch == "sm_75" else r"IMMA\.16864\.[SU]4\.[SU]4"
     else:
         opcode = r"IMMA\.8816\.S8\.S8" if arch == "sm_75" else r"IMMA\.16832\.S8\.S8"
@@ -56,7 +55,7 @@ def quantize_threads(defines, arch):
 
 
 def quantize_ctas(defines, arch):
-    return quantize.resident_ctas(quantize_threads(defines, arch) // 32, defines["RANKS"]) if "WARPS" in defines else 1
+    return quantize_activation.resident_ctas(quantize_threads(defines, arch) // 32, defines["RANKS"]) if "WARPS" in defines else 1
 
 
 def quantize_mma(defines, arch):
@@ -68,25 +67,39 @@ def mlp_mma(defines, arch):
 
 
 KERNELS = {
-    "awq": Kernel(awq, lambda d, a: 32 * awq.WARPS, lambda d, a: 5 if d["TILES"] == 1 else 1, awq_mma),
-    "gemm_mma": Kernel(gemm_mma, lambda d, a: 32 * d["ROW_WARPS"] * d["TOKEN_WARPS"], lambda d, a: 1, gemm_mma_mma),
-    "gemm_wgmma": Kernel(gemm_wgmma, lambda d, a: 2 * d["ROWS"] + 128, lambda d, a: 1, gemm_wgmma_mma),
-    "gptq": Kernel(gptq, lambda d, a: 32 * gptq.WARPS, lambda d, a: 1, lambda d, a: None),
-    "group_error": Kernel(group_error, lambda d, a: group_error.THREADS, lambda d, a: 4, lambda d, a: None),
-    "mlp": Kernel(mlp, lambda d, a: 32 * d["ROW_WARPS"] * d["TOKEN_WARPS"] if "NEXT" in d else mlp.SHARES_THREADS, lambda d, a: 1, mlp_mma),
-    "quantize": Kernel(quantize, quantize_threads, quantize_ctas, quantize_mma),
+    "awq": Kernel(lambda d, a: 32 * awq.WARPS, lambda d, a: 5 if d["TILES"] == 1 else 1, awq_mma),
+    "gemm_mma": Kernel(lambda d, a: 32 * d["ROW_WARPS"] * d["TOKEN_WARPS"], lambda d, a: 1, gemm_mma_mma),
+    "gemm_wgmma": Kernel(lambda d, a: 2 * d["ROWS"] + 128, lambda d, a: 1, gemm_wgmma_mma),
+    "gptq": Kernel(lambda d, a: 32 * gptq.WARPS, lambda d, a: 1, lambda d, a: None),
+    "group_error": Kernel(lambda d, a: group_error.THREADS, lambda d, a: 4, lambda d, a: None),
+    "mlp": Kernel(lambda d, a: 32 * d["ROW_WARPS"] * d["TOKEN_WARPS"] if "NEXT" in d else mlp.SHARES_THREADS, lambda d, a: 1, mlp_mma),
+    "quantize": Kernel(quantize_threads, quantize_ctas, quantize_mma),
 }
 
 
-def variants(module, arch):
-    """bf16 and fp16 differ in a few conversions: fp16 is looked at where there is no bf16, and on sm_86, sm_89's twin."""
-    half = arch in ("sm_75", "sm_86")
-    return [v for v in module.variants(arch) if dict(v[2]).get("HALF", half) == half]
+def in_fp16(arch):
+    """Which of the two types is looked at, since they differ in a few conversions: fp16 where there is no bf16, and on sm_86, which is
+    otherwise as sm_89."""
+    return arch in ("sm_75", "sm_86")
+
+
+def alike(arch):
+    """Whether an older GPU in the table has the same properties and the same type is looked at: then a few variants stand for all."""
+    target = sass.ARCHITECTURES[arch]
+    return any(older.number < target.number and replace(older, number=target.number) == target and in_fp16(older.arch) == in_fp16(arch)
+               for older in sass.ARCHITECTURES.values())
+
+
+@functools.cache
+def variants(name, arch):
+    """The variants of a kernel that are compiled: all of one type, or where an older GPU is alike, the first one and the last."""
+    found = [v for v in all_variants(sass.ARCHITECTURES[arch])[name] if dict(v[2]).get("HALF", in_fp16(arch)) == in_fp16(arch)]
+    return list(dict.fromkeys((found[0], found[-1]))) if found and alike(arch) else found
 
 
 def listings(name, arch):
     """[(text of the variant, its defines, its listing)], compiled beside each other."""
-    wanted = variants(KERNELS[name].module, arch)
+    wanted = variants(name, arch)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = list(pool.map(lambda v: sass.listing(*v, arch), wanted))
     return [(" ".join([v[0], *(f"{key}={value}" for key, value in v[2])]), dict(v[2]), listing) for v, listing in zip(wanted, done)]
@@ -103,7 +116,7 @@ def problems(kernel, defines, listing, arch):
     if -(-listing.registers // 8) * 8 * threads * ctas > REGISTERS:
         yield f"{listing.registers} registers: {ctas} CTAs of {threads} threads don't fit"
     shared = listing.static_shared + defines.get("SHARED_BYTES", 0)
-    if shared > SHARED[arch] or listing.static_shared > 48 << 10:
+    if shared > sass.ARCHITECTURES[arch].shared_per_cta or listing.static_shared > 48 << 10:
         yield f"{shared} bytes of shared memory, {listing.static_shared} of them static"
     expected = kernel.mma(defines, arch)
     if expected is None:
@@ -136,8 +149,7 @@ ACTIVATED = {  # outputs of a lane with GELU
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in ACTIVATED for arch in sass.ARCHITECTURES
-                                            if KERNELS[name].module.variants(arch)])
+@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in ACTIVATED for arch in sass.ARCHITECTURES if variants(name, arch)])
 def test_gelu_is_one_tanh_an_output(name, arch):
     """MUFU is the slowest unit: an output with GELU takes one of its instructions, a kernel without GELU none."""
     for text, defines, listing in listings(name, arch):
@@ -148,9 +160,9 @@ def test_gelu_is_one_tanh_an_output(name, arch):
 def test_int4_issue_slots(arch):
     """Instructions for each 4-bit MMA of the largest tile, with the rescaling of every group: sm_86 and sm_89 are busy with an MMA
     for 16 clocks, and a scheduler issues an instruction a clock. Nunchaku's loop takes 13.3 on sm_89 and 17.3 on sm_80."""
-    tile = max(gemm_mma.tiles_of(gemm_mma.NIBBLES, compiler.arch_number(arch)), key=lambda tile: tile.tiles)
+    tile = max(gemm_mma.tiles_of(sass.ARCHITECTURES[arch]), key=lambda tile: tile.tiles)
     slots = {(text, other): listing.slots(avoid=other) for text, defines, listing in listings("gemm_mma", arch)
-             if defines["MODE"] == gemm_mma.NIBBLES and defines["TILES"] == tile.tiles
+             if defines["MODE"] == CodeStorage.INT4_NIBBLES and defines["TILES"] == tile.tiles
              for other in (r"IMMA\S+[.]U4", r"IMMA\S+S4[.]S4")}  # the signed way, the unsigned way
     print(slots)
     assert slots and max(slots.values()) < 13.3, slots
@@ -165,7 +177,7 @@ def test_no_emulated_mma(arch):
                    : "+r"(d[0]), "+r"(d[1]) : "r"(a), "r"(a));
       p[threadIdx.x] = d[0] + d[1]; }"""
     listing = sass.take_apart(compiler.nvrtc().compile("k.cu", source, {}, (f"-arch={arch}", "--ptxas-options=-v")), "k")
-    native = compiler.arch_number(arch) in gemm_mma.NATIVE_INT4
+    native = sass.ARCHITECTURES[arch].native_int4
     assert bool(listing.count(r"IMMA\.8832\.S4")) == native
     assert native == (not list(listing.subroutines()) and not re.search("internal", listing.log))
 

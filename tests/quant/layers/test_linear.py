@@ -5,7 +5,10 @@ import pickle
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import ops, reference, scales
+from comfyui_svdquant.cuda import ops, reference, row_scales, targets
+from comfyui_svdquant.cuda.choose import W4A16
+from comfyui_svdquant.cuda.errors import KernelsUnavailable
+from comfyui_svdquant.cuda.operands import LayerOperands
 from comfyui_svdquant.quant.layers import layout, linear
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
@@ -57,20 +60,20 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed)
     assert device == torch.device("cuda", 1) and others == []
     assert layers == [(70, 64, 128, 16, 128, 8, computed, None), (5, 64, 128, 16, 128, 8, computed, None),
                       (70, 64, 256, 16, 128, 8, computed, 64), (5, 64, 256, 16, 128, 8, computed, 64),
-                      (1, 192, 128, 0, 128, None, computed)]
+                      (1, 192, 128, 0, 128, W4A16, computed)]
 
 
-@pytest.mark.parametrize(("arch", "dtype", "held"), [
-    ("sm_89", torch.float16, torch.float16), ("sm_89", torch.bfloat16, torch.bfloat16), ("sm_89", torch.float32, torch.bfloat16),
-    ("sm_75", torch.bfloat16, torch.float16), ("sm_75", torch.float32, torch.float16), (None, torch.float16, torch.bfloat16)])
-def test_layers_in_the_models_type(module, monkeypatch, arch, dtype, held):
+@pytest.mark.parametrize(("number", "dtype", "held"), [
+    (89, torch.float16, torch.float16), (89, torch.bfloat16, torch.bfloat16), (89, torch.float32, torch.bfloat16),
+    (75, torch.bfloat16, torch.float16), (75, torch.float32, torch.float16), (None, torch.float16, torch.bfloat16)])
+def test_layers_in_the_models_type(module, monkeypatch, number, dtype, held):
     """Codes stay codes, and nothing is lost on the way back; not for a GPU without kernels, and not on the CPU."""
-    def architecture(device):
-        if arch is None:
-            raise linear.compiler.KernelsUnavailable("too old")
-        return arch
+    def for_device(device):
+        if number is None:
+            raise KernelsUnavailable("too old")
+        return targets.TARGETS[number]
 
-    monkeypatch.setattr(linear.compiler, "architecture", architecture)
+    monkeypatch.setattr(targets, "for_device", for_device)
     awq = linear.AWQLinear(layout.LayerSpec(layout.AWQ, 128, 192), "cpu")
     for p in awq.parameters():
         p.data.copy_(torch.ones(p.shape))
@@ -204,7 +207,7 @@ def test_copies_are_layers_of_their_own(module, monkeypatch):
 def test_row_scale_is_that_of_the_present_scales(module, monkeypatch):
     """Found once for a parameter, however it is moved; anew for another one and for other contents."""
     found = []
-    monkeypatch.setattr(linear.scales, "row_scale", lambda s, real=scales.row_scale: found.append(s) or real(s))
+    monkeypatch.setattr(linear.row_scales, "row_scale", lambda s, real=row_scales.row_scale: found.append(s) or real(s))
 
     def fresh():
         before = len(found)
@@ -219,7 +222,7 @@ def test_row_scale_is_that_of_the_present_scales(module, monkeypatch):
     assert fresh()[0] == 1
     module.weight_scale = torch.nn.Parameter(4 * module.weight_scale.data, requires_grad=False)
     assert fresh()[0] == 1 and fresh()[0] == 0
-    assert torch.equal(fresh()[1], scales.row_scale(module.weight_scale))
+    assert torch.equal(fresh()[1], row_scales.row_scale(module.weight_scale))
 
 
 def test_made_in_inference_mode():
@@ -239,4 +242,4 @@ def test_one_graph_under_torch_compile(module, act_bits):
     module.row_scale(module.weight_scale)
     assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
     args = {argument: module._parameters[name] for name, argument in NAMES.items()}
-    assert torch.equal(expected, reference.svdquant_linear(x, unsigned_from=256, act_bits=act_bits, **args))
+    assert torch.equal(expected, reference.svdquant_linear(x, LayerOperands(unsigned_from=256, act_bits=act_bits, **args)))

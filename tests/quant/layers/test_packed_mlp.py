@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from comfyui_svdquant.cuda import targets
 from comfyui_svdquant.quant.layers import layout, linear
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
@@ -49,9 +50,9 @@ def one_by_one(mlp, x):
     return torch.nn.Sequential(*mlp)(x)
 
 
-@pytest.mark.parametrize("arch, expected", [("sm_75", False), ("sm_80", True), ("sm_89", True), ("sm_90a", False), ("sm_120", False)])
-def test_which_gpus_run_it(monkeypatch, arch, expected):
-    monkeypatch.setattr(linear.mlp.compiler, "architecture", lambda device: arch)
+@pytest.mark.parametrize("number, expected", [(75, False), (80, True), (89, True), (90, False), (120, False)])
+def test_which_gpus_run_it(monkeypatch, number, expected):
+    monkeypatch.setattr(targets, "for_device", lambda device: targets.TARGETS[number])
     assert linear.mlp.pays(torch.device("cuda", 0)) is expected and linear.mlp.pays(torch.device("cpu"))
 
 
@@ -66,11 +67,12 @@ def test_a_gpu_that_is_too_old(mlp, monkeypatch):
 
 def test_one_op_with_the_layers_own_tensors(mlp, fused, x):
     y = mlp(x)
-    ((source, first, second, *unsigned_from),) = fused
-    assert source is x and unsigned_from == [K, 0]
+    ((source, first, second),) = fused
+    assert source is x and (first.unsigned_from, second.unsigned_from, first.gelu_from, second.gelu_from) == (K, 0, 0, None)
+    assert first.act_bits == second.act_bits == 4
     for layer, tensors in ((mlp[0], first), (mlp[2], second)):
         expected = (layer.weight, layer.weight_scale, layer.weight_proj_down, layer.weight_proj_up, layer.weight_smooth_factor, layer.bias)
-        assert all(tensor is p for tensor, p in zip(tensors, expected, strict=True))
+        assert all(tensor is p for tensor, p in zip(tensors.tensors, expected, strict=True))
     assert y.shape == (2, 3, N) and torch.equal(y, one_by_one(mlp, x)) and len(fused) == 1
 
 
@@ -78,8 +80,8 @@ def test_layers_that_lie_elsewhere_are_brought_to_the_input(mlp, monkeypatch, x)
     calls = []
     monkeypatch.setattr(linear.mlp, "svdquant_mlp", lambda *args: calls.append(args))
     mlp(x.to("meta"))
-    ((_, first, second, *_),) = calls
-    assert {tensor.device.type for tensor in (*first, *second)} == {"meta"} and mlp[0].weight.device.type == "cpu"
+    ((_, first, second),) = calls
+    assert {tensor.device.type for tensor in (*first.tensors, *second.tensors)} == {"meta"} and mlp[0].weight.device.type == "cpu"
 
 
 # --- one after the other -------------------------------------------------------------------------------------------
@@ -190,7 +192,7 @@ def test_the_devices_choice_of_bits(mlp, fused, x, monkeypatch):
 def test_copies_and_parts(mlp, fused, x):
     for other in (copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
         fused.clear()
-        assert torch.equal(other(x), mlp(x)) and fused[0][1][0] is other[0].weight and fused[1][1][0] is mlp[0].weight
+        assert torch.equal(other(x), mlp(x)) and fused[0][1].weight is other[0].weight and fused[1][1].weight is mlp[0].weight
     fused.clear()
     assert torch.equal(mlp[:2](x), mlp[0](x)) and not fused
 

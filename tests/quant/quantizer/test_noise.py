@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfyui_svdquant.cuda import reference
+from comfyui_svdquant.cuda.operands import LayerOperands
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer import gptq, noise, pipeline, presets
 from comfyui_svdquant.quant.quantizer.calibration import InputStats
@@ -58,7 +59,7 @@ def test_quiet_codes_and_a_second_pass_are_better_on_fresh_tokens(unsigned_from,
     for changes in ({}, {"passes": 2, "quiet": True}):
         recipe = presets.Recipe("best", 16, **(presets.PRESETS["best"] | changes))
         t, _ = pipeline.quantize_layer("layer", w, torch.zeros(192), stats, spec, recipe)
-        y = reference.svdquant_linear(fresh, t["weight"], t["weight_scale"], t["weight_proj_down"], t["weight_proj_up"],
-                                      t["weight_smooth_factor"], t["bias"], unsigned_from, bits)
+        y = reference.svdquant_linear(fresh, LayerOperands(t["weight"], t["weight_scale"], t["weight_proj_down"], t["weight_proj_up"],
+                                                           t["weight_smooth_factor"], t["bias"], unsigned_from, bits))
         errors.append(relative_error(y, fresh @ w.t()))
     assert errors[1] < most * errors[0], f"error {errors[1]:.5f}, of one pass that allows for nothing {errors[0]:.5f}"

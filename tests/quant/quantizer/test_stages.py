@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfyui_svdquant.cuda import int4, reference
+from comfyui_svdquant.cuda.operands import LayerOperands
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer import gptq, group_scales, lowrank, pipeline, presets, rounding, smoothing
 from comfyui_svdquant.quant.quantizer.calibration import InputStats
@@ -338,8 +339,9 @@ def quantized(preset, name="layer", unsigned_from=256, dtype=torch.bfloat16, see
     tensors, record = pipeline.quantize_layer(name, w, bias, stats_of(inputs(512, 1)), spec, recipe)
     assert {part: (tuple(t.shape), t.dtype) for part, t in tensors.items()} == spec.tensors()
     fresh = inputs(200, 2)
-    y = reference.svdquant_linear(fresh, tensors["weight"], tensors["weight_scale"], tensors["weight_proj_down"],
-                                  tensors["weight_proj_up"], tensors["weight_smooth_factor"], tensors["bias"], unsigned_from)
+    y = reference.svdquant_linear(fresh, LayerOperands(
+        tensors["weight"], tensors["weight_scale"], tensors["weight_proj_down"], tensors["weight_proj_up"],
+        tensors["weight_smooth_factor"], tensors["bias"], unsigned_from))
     return record, relative_error(y, fresh @ w.t() + bias)
 
 
@@ -359,8 +361,8 @@ def test_the_gelu_shift_costs_nothing_on_average():
     x = torch.nn.functional.gelu(torch.randn(4096, 128, generator=torch.Generator().manual_seed(0)), approximate="tanh")
     spec = layout.svdquant_spec(128, 64, 16, 0, True, torch.float32)
     t, _ = pipeline.quantize_layer("fc2", w, bias, stats_of(x), spec, presets.make_recipe("fast", 16))
-    y = reference.svdquant_linear(x, t["weight"], t["weight_scale"], t["weight_proj_down"], t["weight_proj_up"],
-                                  t["weight_smooth_factor"], t["bias"], 0, act_bits=8)
+    y = reference.svdquant_linear(x, LayerOperands(t["weight"], t["weight_scale"], t["weight_proj_down"], t["weight_proj_up"],
+                                                   t["weight_smooth_factor"], t["bias"], 0, act_bits=8))
     exact = x @ w.t()
     drift = (y - exact).mean(dim=0).norm() / exact.mean(dim=0).norm()
     assert drift < 0.05, f"mean of the output is off by {drift:.3f}"

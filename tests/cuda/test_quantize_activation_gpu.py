@@ -1,17 +1,21 @@
-"""The quantize kernel against float64: its codes, read back through images.py, its scales, and x @ proj_down.
+"""The quantize kernel against float64: its codes, read back through activation_layout.py, its scales, and x @ proj_down.
 
-    python -m pytest tests/cuda/test_quantize_gpu.py -s        prints the timings too
+    python -m pytest tests/cuda/test_quantize_activation_gpu.py -s        prints the timings too
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import compiler, images, quantize, reference
+from comfyui_svdquant.cuda import quantize_activation, reference, targets
+from comfyui_svdquant.cuda.activation_layout import CodeStorage, padded, read_codes, read_lora_act
 from comfyui_svdquant.cuda.int4 import GELU_SHIFT
-from comfyui_svdquant.cuda.quantize import BYTES, INT8, NIBBLES
+
+from .layers import plans_here
 
 pytestmark = pytest.mark.gpu
 
-MODES = {"int8": INT8, "int4 bytes": BYTES, "int4 nibbles": NIBBLES}
+INT8, INT4_BYTES, INT4_NIBBLES = CodeStorage
 TINY = 2.0**-100  # the kernel counts a maximum below this as zero
 POISON = 0x5A
 
@@ -38,60 +42,63 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", filled)
 
 
-def expected(x, smooth, unsigned_from, codes):
+def quantize(x, smooth, down, unsigned_from, storage, **cut):
+    """The kernel by the fastest plan, or by one that cuts x up in another way."""
+    plans = plans_here(*x.shape, down.shape[1], storage, **cut)
+    return quantize_activation.quantize(x, smooth, down, unsigned_from, storage, plans)
+
+
+def expected(x, smooth, unsigned_from, storage):
     """float64: (v, what is coded; scales (M, G) as the kernel's contract has them; the codes' range)."""
     m, k = x.shape
-    _, scales = reference.quantize_activation(x, smooth, unsigned_from, 8 if codes == INT8 else 4, torch.float64)
+    _, scales = reference.quantize_activation(x, smooth, unsigned_from, 8 if storage == INT8 else 4, torch.float64)
     shift = (torch.arange(k, device=x.device) >= unsigned_from).double() * GELU_SHIFT
     v = (x.double() + shift) / smooth.double()
-    high = torch.full((k,), 127.0 if codes == INT8 else 7.0, device=x.device, dtype=torch.float64)
-    low = -high if codes == INT8 else -high - 1
-    if codes != INT8:
+    high = torch.full((k,), 127.0 if storage == INT8 else 7.0, device=x.device, dtype=torch.float64)
+    low = -high if storage == INT8 else -high - 1
+    if storage != INT8:
         high[unsigned_from:], low[unsigned_from:] = 15, 0
     scales = torch.where(scales.abs() * torch.maximum(high, -low)[::64] < TINY, 0.0, scales)
-    if codes == INT8 and 0 < unsigned_from < k:  # the two parts' scales stay within a factor of 16
+    if storage == INT8 and 0 < unsigned_from < k:  # the two parts' scales stay within a factor of 16
         first, second = scales[:, :1], scales[:, -1:]
         first, second = torch.maximum(first, second / 16), torch.maximum(second, first / 16)
         scales = torch.where(torch.arange(k // 64, device=x.device) < unsigned_from // 64, first, second)
     return v, scales, low, high
 
 
-def read_back(result, shape, unsigned_from, codes):
+def read_back(result, shape, unsigned_from, storage):
     """(codes (M, K) float64, scales (M, G), the padding: everything that no token owns)."""
     m, k = shape
-    if codes == NIBBLES:
-        got = images.nibble_codes(result.act, (result.act.shape[1], 128 * result.act.shape[0]))
+    got = read_codes(result.act, storage, (result.act.shape[1], 128 * result.act.shape[0]))
+    if storage == INT4_NIBBLES:
         got[:, :unsigned_from] = (got[:, :unsigned_from] ^ 8) - 8
-    else:
-        order = images.INTEGER if codes == INT8 else images.GROUP
-        got = images.int8_codes(result.act, order, (result.act.shape[1], 128 * result.act.shape[0]))
     scales = result.act_scale
-    assert scales.shape == (2 if codes == INT8 else k // 64, images.padded(m, 16))
-    if codes == INT8:
+    assert scales.shape == (2 if storage == INT8 else k // 64, padded(m, 16))
+    if storage == INT8:
         unused = [part for part, used in ((0, unsigned_from > 0), (1, unsigned_from < k)) if not used]
         assert (scales[unused] == 0).all(), "the scale of a part without columns isn't 0"
         scales = scales[(torch.arange(k // 64) >= unsigned_from // 64).long()]
     return got[:m, :k].double(), scales[:, :m].t().double(), (got[m:], got[:, k:], scales[:, m:])
 
 
-def check(x, smooth, down, unsigned_from, codes, **cut):
+def check(x, smooth, down, unsigned_from, storage, **cut):
     """Every output against float64. Returns the result."""
     m, k = x.shape
     rank = down.shape[1]
-    result = quantize.quantize(x, smooth, down, unsigned_from, codes, **cut)
-    v, scales, low, high = expected(x, smooth, unsigned_from, codes)
-    got, got_scales, padding = read_back(result, x.shape, unsigned_from, codes)
+    result = quantize(x, smooth, down, unsigned_from, storage, **cut)
+    v, scales, low, high = expected(x, smooth, unsigned_from, storage)
+    got, got_scales, padding = read_back(result, x.shape, unsigned_from, storage)
     for rest in padding:
         assert (rest == 0).all(), "padding that isn't 0"
 
     # A NaN or Inf: the scale is NaN, of the group or, with one scale a row, of the row. Codes are 0.
     broken = ~scales.isfinite()
-    if codes == INT8:
+    if storage == INT8:
         broken = broken.any(dim=1, keepdim=True).expand_as(broken)
     assert torch.equal(got_scales.isnan(), broken), "NaN scales are not where x has a NaN or Inf"
     # Where the largest and the smallest value are as large but for float32's rounding, either may be the one that is -8.
     groups = v.view(m, -1, 64)
-    tied = ((groups.amax(dim=-1) + groups.amin(dim=-1)).abs() < 1e-6 * groups.abs().amax(dim=-1)) & (codes != INT8)
+    tied = ((groups.amax(dim=-1) + groups.amin(dim=-1)).abs() < 1e-6 * groups.abs().amax(dim=-1)) & (storage != INT8)
     scales = torch.where(tied & (got_scales == -got_scales.abs() * scales.sign()), -scales, scales)
     # Rounded twice: the largest value (x / smooth: a sum, a reciprocal of 1 ulp, a product) and its product with 1 / 127.
     off = ((got_scales - scales).abs() / scales.abs().clamp(min=1e-300)).masked_fill(broken | (scales == 0), 0)
@@ -109,13 +116,13 @@ def check(x, smooth, down, unsigned_from, codes, **cut):
                             f"{sorted(set(wrong[:, 1].tolist()))[:20]}, first: {got[tuple(wrong[0])]} for {q[tuple(wrong[0])]}")
 
     if rank == 0:
-        assert result.low is None and result.low_scale is None
+        assert result.lora_act is None and result.lora_act_scale is None
         return result
-    rows = images.branch_rows(result.low, (result.low.shape[1], 32 * result.low.shape[0]))
-    assert (rows[m:] == 0).all() and (rows[:, rank:] == 0).all(), "padding of low isn't 0"
-    assert (result.low_scale[m:] == 0).all(), "padding of low_scale isn't 0"
-    scale = result.low_scale[:m].double().unsqueeze(1)
-    assert (torch.frexp(scale)[0] == 0.5).all(), "low_scale isn't a power of two"
+    rows = read_lora_act(result.lora_act, (result.lora_act.shape[1], 32 * result.lora_act.shape[0]))
+    assert (rows[m:] == 0).all() and (rows[:, rank:] == 0).all(), "padding of lora_act isn't 0"
+    assert (result.lora_act_scale[m:] == 0).all(), "padding of lora_act_scale isn't 0"
+    scale = result.lora_act_scale[:m].double().unsqueeze(1)
+    assert (torch.frexp(scale)[0] == 0.5).all(), "lora_act_scale isn't a power of two"
     if x.dtype == torch.bfloat16:
         assert (scale == 1).all()
     got, exact = rows[:m, :rank].double() * scale, x.double() @ down.double()
@@ -125,7 +132,7 @@ def check(x, smooth, down, unsigned_from, codes, **cut):
     bound = bound + (scale * 2.0**-25 if x.dtype == torch.float16 else 1e-38)
     sound = x.isfinite().all(dim=1)
     if x.dtype == torch.float16:
-        assert rows[:m][sound].abs().max() <= 2**14, "low is nearer to fp16's limit than promised"
+        assert rows[:m][sound].abs().max() <= 2**14, "lora_act is nearer to fp16's limit than promised"
     worst = ((got - exact).abs() / bound)[sound]
     assert not worst.numel() or worst.max() <= 1, (f"x @ proj_down is off by {worst.max():.3g} times its bound, columns "
                                                    f"{(worst > 1).any(dim=0).nonzero().flatten().tolist()[:9]}")
@@ -184,52 +191,50 @@ REGISTERS_CASES = [
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("storage", CodeStorage, ids=lambda storage: storage.name)
 @pytest.mark.parametrize(("m", "k", "rank", "unsigned_from", "tiles", "ctas", "dtype"), CASES)
-def test_is_float64s(m, k, rank, unsigned_from, tiles, ctas, dtype, mode, monkeypatch):
-    if ctas and ctas > 1 and torch.cuda.get_device_capability() < (9, 0):
+def test_is_float64s(m, k, rank, unsigned_from, tiles, ctas, dtype, storage, monkeypatch):
+    if ctas and ctas > 1 and targets.for_device("cuda").max_cluster == 1:
         pytest.skip("clusters came with Hopper")
     poisoned(monkeypatch)
     cut = dict(registers=False, tiles=tiles, ctas=ctas) if tiles else {}
-    check(*random_case(m, k, rank, dtype), k if unsigned_from is None else unsigned_from, MODES[mode], **cut)
+    check(*random_case(m, k, rank, dtype), k if unsigned_from is None else unsigned_from, storage, **cut)
 
 
 @pytest.mark.parametrize(("m", "k", "rank", "unsigned_from", "tiles", "ctas", "loop", "dtype"), REGISTERS_CASES)
 def test_registers_is_float64s(m, k, rank, unsigned_from, tiles, ctas, loop, dtype, monkeypatch):
     """Twice, to the same bits: what a cluster's CTAs send each other may come in any order."""
-    if torch.cuda.get_device_capability() < (9, 0):
+    if targets.for_device("cuda").max_cluster == 1:
         pytest.skip("clusters came with Hopper")
     poisoned(monkeypatch)
     x, smooth, down = random_case(m, k, rank, dtype)
     split, cut = k if unsigned_from is None else unsigned_from, dict(registers=True, tiles=tiles, ctas=ctas, loop=loop)
     first = check(x, smooth, down, split, INT8, **cut)
     for _ in range(3):
-        for a, b in zip(first, quantize.quantize(x, smooth, down, split, INT8, **cut)):
+        for a, b in zip(first, quantize(x, smooth, down, split, INT8, **cut)):
             assert a is None or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rank", [32, 128])
 def test_little_shared_memory(rank, monkeypatch):
     """As on other GPUs: x doesn't stay, nor does 1 / smooth."""
-    arch = compiler.arch_number(compiler.architecture(torch.device("cuda")))
-    monkeypatch.setitem(quantize.SHARED_PER_SM, arch, 72)
-    quantize.launcher.cache_clear()
+    small = replace(targets.for_device("cuda"), shared_per_sm=72 << 10, shared_per_cta=71 << 10)
+    monkeypatch.setattr(targets, "for_device", lambda device: small)
     poisoned(monkeypatch)
-    assert quantize.plan_for(40, 12288, rank, INT8, arch, 132, registers=False, tiles=2, ctas=1).kept == 1
+    assert plans_here(40, 12288, rank, INT8, registers=False, tiles=2, ctas=1)[0].kept == 1
     check(*random_case(40, 12288, rank), 8192, INT8, registers=False, tiles=2, ctas=1)
-    quantize.launcher.cache_clear()
 
 
 # How int8 may be cut: quantize.cu, and the forms of quantize_registers.cu.
 CUTS = [dict(registers=False), dict(registers=True, tiles=1, loop=False), dict(registers=True, tiles=2, loop=False),
         dict(registers=True, loop=True)]
-MODES_CUTS = [(mode, {}) for mode in MODES if mode != "int8"] + [("int8", cut) for cut in CUTS]
+STORAGE_CUTS = [(INT4_BYTES, {}), (INT4_NIBBLES, {}), *((INT8, cut) for cut in CUTS)]
 
 
-@pytest.mark.parametrize(("mode", "cut"), MODES_CUTS)
+@pytest.mark.parametrize(("storage", "cut"), STORAGE_CUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_special_rows(mode, cut, dtype, monkeypatch):
-    if cut.get("registers") and torch.cuda.get_device_capability() < (9, 0):
+def test_special_rows(storage, cut, dtype, monkeypatch):
+    if cut.get("registers") and targets.for_device("cuda").max_cluster == 1:
         pytest.skip("clusters came with Hopper")
     poisoned(monkeypatch)
     x, smooth, down = random_case(40, 512, 32, dtype)
@@ -249,43 +254,43 @@ def test_special_rows(mode, cut, dtype, monkeypatch):
     x[20, 400] = torch.nan
     smooth[:8] = 1
     for unsigned_from in (512, 256, 0):
-        result = check(x, smooth, down, unsigned_from, MODES[mode], **cut)
-        low = images.branch_rows(result.low, (40, 32))
-        # 512 times fp16's largest number is beyond fp16, and low_scale brings it back.
-        assert sorted(set((~low.isfinite()).nonzero()[:, 0].tolist())) == [5, 6, 8, 20]
+        result = check(x, smooth, down, unsigned_from, storage, **cut)
+        lora_act = read_lora_act(result.lora_act, (40, 32))
+        # 512 times fp16's largest number is beyond fp16, and lora_act_scale brings it back.
+        assert sorted(set((~lora_act.isfinite()).nonzero()[:, 0].tolist())) == [5, 6, 8, 20]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_strided_rows(mode):
+@pytest.mark.parametrize("storage", CodeStorage, ids=lambda storage: storage.name)
+def test_strided_rows(storage):
     wide, smooth, down = random_case(70, 1024, 32)[0], *random_case(70, 512, 32)[1:]
     for x in (wide[:, 256:768], wide[:, 1:513], wide[::2, :512], wide[:, :512].t().contiguous().t()):
-        plain = quantize.quantize(x.contiguous(), smooth, down, 512, MODES[mode])
-        for a, b in zip(plain, check(x, smooth, down, 512, MODES[mode])):
+        plain = quantize(x.contiguous(), smooth, down, 512, storage)
+        for a, b in zip(plain, check(x, smooth, down, 512, storage)):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("storage", CodeStorage, ids=lambda storage: storage.name)
 @pytest.mark.parametrize(("m", "k", "rank"), [(300, 3072, 32), (4096, 1536, 32), (4608, 3072, 32), (64, 12288, 128)])
-def test_same_bits(m, k, rank, mode):
+def test_same_bits(m, k, rank, storage):
     """Twice the same, and a token's outputs don't depend on where in the batch it is."""
     x, smooth, down = random_case(m, k, rank)
-    first = quantize.quantize(x, smooth, down, k // 2, MODES[mode])
+    first = quantize(x, smooth, down, k // 2, storage)
     for _ in range(5):
-        for a, b in zip(first, quantize.quantize(x, smooth, down, k // 2, MODES[mode])):
+        for a, b in zip(first, quantize(x, smooth, down, k // 2, storage)):
             assert torch.equal(a, b)
-    turned = quantize.quantize(x.roll(7, dims=0), smooth, down, k // 2, MODES[mode])
-    for read in (lambda r: read_back(r, (m, k), k // 2, MODES[mode])[0], lambda r: read_back(r, (m, k), k // 2, MODES[mode])[1],
-                 lambda r: images.branch_rows(r.low, (m, rank)), lambda r: r.low_scale[:m].unsqueeze(1)):
+    turned = quantize(x.roll(7, dims=0), smooth, down, k // 2, storage)
+    for read in (lambda r: read_back(r, (m, k), k // 2, storage)[0], lambda r: read_back(r, (m, k), k // 2, storage)[1],
+                 lambda r: read_lora_act(r.lora_act, (m, rank)), lambda r: r.lora_act_scale[:m].unsqueeze(1)):
         assert torch.equal(read(turned), read(first).roll(7, dims=0))
 
 
 def test_fp16_branch_beyond_fp16():
-    """Sums of 1e7 don't fit fp16; they come with a low_scale."""
+    """Sums of 1e7 don't fit fp16; they come with a lora_act_scale."""
     x, smooth, down = random_case(20, 1024, 32, torch.float16)
     x[3], down[:, 5] = 60000, 1
     for ranks in (down, torch.cat([down] * 5, dim=1)):
         result = check(x, smooth, ranks.contiguous(), 1024, INT8)
-        assert result.low_scale[3] >= 2**12 and result.low_scale[0] == 1
+        assert result.lora_act_scale[3] >= 2**12 and result.lora_act_scale[0] == 1
 
 
 # --- Timing ----------------------------------------------------------------------------------------------------------
@@ -320,13 +325,13 @@ def copy_bandwidth():
     return 2 * a.numel() / microseconds([lambda: b.copy_(a)] * 4)
 
 
-def timing(m, k, rank, codes, copy, **cut):
+def timing(m, k, rank, storage, copy, **cut):
     """(us, share of the copy bandwidth) of one call; inputs and outputs rotate past the L2."""
     sets = max(3, min(40, int(4e8 / (3 * m * k)) + 1))
     xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
     _, smooth, down = random_case(1, k, rank)
     kept = []  # outputs stay alive, so that every call writes to memory of its own
-    us = microseconds([lambda x=x: kept.append(quantize.quantize(x, smooth, down, k, codes, **cut)) for x in xs])
+    us = microseconds([lambda x=x: kept.append(quantize(x, smooth, down, k, storage, **cut)) for x in xs])
     moved = xs[0].nbytes + sum(t.nbytes for t in kept[-1] if t is not None) + down.nbytes
     return us, moved / us / copy
 
@@ -343,19 +348,19 @@ def test_timing():
     for rank in (32, 64, 0):
         for m, k in SHAPES:
             cells = []
-            for mode, codes in MODES.items():
-                _, plan = quantize.launcher(m, k, rank, k, k, codes, torch.bfloat16, torch.device("cuda", 0))
-                us, share = timing(m, k, rank, codes, copy)
-                cells.append(f"{mode} {us:6.1f} us {share:4.0%} ({form(plan)})")
+            for storage in CodeStorage:
+                plans = plans_here(m, k, rank, storage)
+                _, plan = quantize_activation.launcher(m, k, rank, k, k, storage, plans, torch.bfloat16, torch.device("cuda", 0))
+                us, share = timing(m, k, rank, storage, copy)
+                cells.append(f"{storage.name} {us:6.1f} us {share:4.0%} ({form(plan)})")
             print(f"rank {rank:3d} ({m:4d}, {k:5d})  " + "   ".join(cells), flush=True)
 
 
 def test_timing_of_other_cuts():
     """What the plan is chosen from: int8."""
-    if torch.cuda.get_device_capability() < (9, 0):
+    if targets.for_device("cuda").max_cluster == 1:
         pytest.skip("there is only one without clusters")
     copy = copy_bandwidth()
-    sms, arch = torch.cuda.get_device_properties(0).multi_processor_count, compiler.arch_number(compiler.architecture(torch.device("cuda")))
     print()
     for rank in (0, 32, 64):
         for m, k in SHAPES:
@@ -366,7 +371,7 @@ def test_timing_of_other_cuts():
             for cut in CUTS:
                 for ctas in (1, 2, 3, 4, 6, 8, 16):
                     try:
-                        plan = quantize.plan_for(m, k, rank, INT8, arch, sms, ctas=ctas, **cut)
+                        plan = plans_here(m, k, rank, INT8, ctas=ctas, **cut)[0]
                         us, share = timing(m, k, rank, INT8, copy, ctas=ctas, **cut)
                     except ValueError:  # no such plan
                         continue

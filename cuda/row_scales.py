@@ -1,23 +1,23 @@
-"""Integer group scales: every scale of a weight row as one float of the row times a small integer.
+"""Row scales, for int8 activations: every group scale of a weight row as one float of the row times a small integer.
 
     weight_scale[g, n] = c_n * i[g, n],   i in -15..16
 
-With these, code * i fits int8 and the int32 sum of a row runs over all of K (kernels/gemm_wgmma.cu). Our quantizer writes such
-scales; other people's checkpoints have free ones, of which the nearest are taken.
+Then code * i fits int8, and the int32 sum of a row runs over all of K (kernels/gemm_wgmma.cu). Our quantizer writes such scales. Other
+people's checkpoints have arbitrary ones; the kernels compute with the nearest multiples of the row scale.
 """
 
 import torch
 
 LOWEST, HIGHEST = -15, 16
-# max|scale| / c of the candidates. Whole numbers find every exact c; those between serve free scales, whose best c is
-# one where the largest scale needn't be hit exactly.
+# max|scale| / c of the candidates. Whole numbers find every exact c; the values between serve arbitrary scales, whose best c need not
+# divide the largest scale.
 DIVISORS = (*range(1, 17), *(10 + step / 8 for step in range(52) if step % 8))
 
 
 def integers(weight_scale, row_scale):
     """i (G, N) float32, whole numbers, as the kernels compute them."""
-    inverse = torch.where(row_scale == 0, torch.zeros_like(row_scale), row_scale.reciprocal())
-    return (weight_scale.float() * inverse).round()
+    per_unit = torch.where(row_scale == 0, torch.zeros_like(row_scale), row_scale.reciprocal())
+    return (weight_scale.float() * per_unit).round()
 
 
 def row_scale(weight_scale):

@@ -1,0 +1,262 @@
+"""Kernel 1 of a linear: the activation's codes and scales, and the LoRA branch's x @ proj_down, in one pass over x.
+
+kernels/quantize_registers.cu is for int8 codes on GPUs with clusters, as long as a cluster's registers hold its tokens; kernels/quantize.cu
+is for everything else. This module has the shapes of the kernels' outputs, the plans of how x is cut up for a GPU, and the launch.
+"""
+
+import functools
+import math
+from typing import NamedTuple, Optional
+
+import torch
+
+from . import loader, runtime
+from .activation_layout import BLOCK, RANK_BLOCK, ROWS, CodeStorage, padded
+from .int4 import GROUP_SIZE
+
+DEPTH = 4         # blocks of x under way, quantize.cu's
+REGISTERS_RANKS = 64  # the most that quantize_registers.cu multiplies with
+FILLED = 0.75     # a plan of clusters that stay needs at least this share of the CTAs it counts with; else another plan is the faster
+PEAK = 2.0**14    # an fp16 lora_act is scaled down to stay below
+
+
+class Quantized(NamedTuple):
+    """A quantized activation, as the GEMMs take it. Mp is M padded to 16, G = K / 64; rows from M on hold zeros.
+
+    act: the codes in the activation layout. act_scale: float32; INT8: (2, Mp), one scale for the columns before `unsigned_from` and one
+    for those from it on; else (G, Mp). lora_act: (x @ proj_down) / lora_act_scale in the activation layout; lora_act_scale: (Mp,)
+    float32, powers of two, ones in bf16. Both are None at rank 0.
+    """
+
+    act: torch.Tensor
+    act_scale: torch.Tensor
+    lora_act: Optional[torch.Tensor]
+    lora_act_scale: Optional[torch.Tensor]
+
+
+def quantize(x, smooth, proj_down, unsigned_from, storage, plans):
+    """Quantize x on a GPU. Returns Quantized.
+
+    x: (M, K) bf16 or fp16; smooth: (K,), proj_down: (K, R), contiguous, in x's dtype; unsigned_from: as in reference.py; storage: a
+    CodeStorage; plans: as in launcher.
+    """
+    m, k = x.shape
+    rank = proj_down.shape[1]
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # rows are read in pieces of 16 bytes
+        x = x.clone(memory_format=torch.contiguous_format)
+    launch, plan = launcher(m, k, rank, x.stride(0), unsigned_from, storage, plans, x.dtype, x.device)
+    q = [None if o is None else torch.empty(o[0], dtype=o[1], device=x.device) for o in outputs(m, k, rank, storage, x.dtype)]
+    down = proj_down
+    if rank > plan.ranks:
+        down, *scale = multiplied(x, proj_down)
+        q[3:] = scale or q[3:]
+    launch(*map(runtime.address, (x, smooth, down, *q)))
+    return Quantized(*q)
+
+
+def outputs(m, k, ranks, storage, dtype):
+    """(shape, dtype) of each tensor of a Quantized; None in place of those that rank 0 lacks."""
+    rows, blocks = padded(m, ROWS), -(-k // BLOCK)
+    nibbles = storage == CodeStorage.INT4_NIBBLES
+    act = ((blocks, rows, BLOCK // 2), torch.uint8) if nibbles else ((blocks, rows, BLOCK), torch.int8)
+    act_scale = (2 if storage == CodeStorage.INT8 else k // GROUP_SIZE, rows), torch.float32
+    if not ranks:
+        return act, act_scale, None, None
+    return act, act_scale, ((-(-ranks // RANK_BLOCK), rows, RANK_BLOCK), dtype), ((rows,), torch.float32)
+
+
+def output_bytes(m, k, ranks, storage, dtype):
+    """The bytes of each of outputs(); 0 where there is none."""
+    return [math.prod(output[0]) * output[1].itemsize if output else 0 for output in outputs(m, k, ranks, storage, dtype)]
+
+
+# The arguments of the kernel that multiplied()'s tensors replace, where the plan leaves x @ proj_down to cuBLAS.
+PRODUCT = {torch.bfloat16: ("proj_down",), torch.float16: ("proj_down", "lora_act_scale")}
+
+
+def multiplied(x, proj_down):
+    """x @ proj_down / lora_act_scale (M, R) by cuBLAS, and in fp16 lora_act_scale (Mp,); bf16's ones are written by the kernel."""
+    if x.dtype == torch.bfloat16:
+        return x @ proj_down,
+    lora_act = x.float() @ proj_down.float()  # tf32 has fp16's 11 significant bits: it loses none of them
+    peak = lora_act.abs().amax(dim=-1)
+    scale = torch.exp2(torch.ceil(torch.log2(peak / PEAK))).clamp(min=1)
+    scale = torch.where(peak.isfinite(), scale, torch.ones_like(scale))
+    return (lora_act / scale.unsqueeze(-1)).to(x.dtype), torch.nn.functional.pad(scale, (0, -x.shape[0] % ROWS))
+
+
+@functools.lru_cache(maxsize=1024)
+def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, pdl=False):
+    """(a function of the addresses of (x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale), the Plan that it runs), for
+    inputs of this shape with rows `stride` elements apart. Where the Plan has fewer ranks than `rank`, x @ proj_down takes proj_down's
+    place.
+
+    plans: of plans_for, the fastest first. The first one whose clusters fit on the GPU is taken; ValueError where none is.
+    """
+    for plan in plans:
+        kernel = loader.kernel(*variant(dtype, storage, plan), device, plan.shared)
+        if plan.ctas == 1:
+            break
+        # How many clusters fit differs from one GPU to the next: not all have all of their multiprocessors, and some lend a few.
+        fit = kernel.active_clusters(plan.ctas, plan.threads) * plan.ctas
+        if fit and (not plan.loop or fit >= min(plan.grid, FILLED * plan.fits)):
+            if plan.loop:
+                plan = plan._replace(grid=min(plan.grid, fit))
+            break
+    else:
+        raise ValueError(f"no cluster of a plan for ({m}, {k}), rank {rank} fits on this GPU")
+    sizes = m, k, rank, stride, unsigned_from, *(() if plan.warps else (plan.slots, plan.kept))
+    return kernel.launcher((plan.grid,), (plan.threads,), 7, sizes, pdl), plan
+
+
+# --- How x is cut up -------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How x is cut up."""
+
+    ranks: int    # that the kernel multiplies with: all of the layer's, or 0
+    tiles: int    # a CTA has 16 * tiles tokens at a time
+    ctas: int     # of a cluster: they share the columns
+    slots: int    # quantize.cu: blocks of x in shared memory
+    kept: int     # quantize.cu: blocks of 1 / smooth in shared memory
+    shared: int   # bytes of shared memory
+    grid: int     # CTAs in all
+    threads: int  # of a CTA
+    warps: int    # quantize_registers.cu: warps of a CTA that hold x; 0: the plan is quantize.cu's
+    loop: bool    # quantize_registers.cu: the clusters stay, and take one run of tokens after the other
+    fits: int     # with `loop`: CTAs that should fit on the GPU at once
+
+
+def variant(dtype, storage, plan):
+    """(source, entry, defines) of one compiled kernel."""
+    defines = (("HALF", int(dtype == torch.float16)), ("CODES", int(storage)), ("CTAS", plan.ctas),
+               ("RANKS", padded(plan.ranks, RANK_BLOCK)), ("TILES", plan.tiles))
+    if plan.warps:
+        return "quantize_registers.cu", "quantize_registers", (*defines, ("WARPS", plan.warps), ("LOOP", int(plan.loop)))
+    return "quantize.cu", "quantize", defines
+
+
+def plans_for(m, k, rank, storage, target, sms, registers=None, tiles=None, ctas=None, loop=None):
+    """The Plans for a GPU of a Target with `sms` multiprocessors, the fastest first, as a tuple.
+
+    registers, tiles, ctas, loop: restrict them to plans of quantize_registers.cu or of quantize.cu, with so many tiles, clusters of so
+    many CTAs, clusters that stay or don't. Raises ValueError where there is none.
+    """
+    plans, clusters = [], target.max_cluster > 1
+    if not registers and loop is None:
+        ranks = rank if rank <= target.quantize_ranks else 0
+        # Without clusters the tokens alone have to make enough CTAs, so tiles are small there, but for the ranks that need two.
+        heights = (tiles,) if tiles else (1, 2) if clusters else (2,) if ranks > 64 else (1,)
+        plans += [tile_plan(m, k, ranks, storage, target, sms, height, size)
+                  for height in heights for size in (1, 2, 4, 8) if ctas in (None, size)]
+    if registers is not False and storage == CodeStorage.INT8 and clusters:
+        # Of the sizes of clusters that were measured, those that are the fastest for some shape.
+        for ranks in {0, rank if rank <= REGISTERS_RANKS else 0}:
+            sizes = (ctas,) if ctas else (2, 6, 8, 16) if target.max_cluster >= 16 and ranks > RANK_BLOCK else (2, 6, 8)
+            plans += [registers_plan(m, k, ranks, target, sms, height, size, loop)
+                      for height in ((tiles,) if tiles else (1, 2)) for size in sizes]
+    plans = [(plan[0] + multiplied_time(m, k), plan[1]) if plan[1].ranks < rank else plan for plan in plans if plan]
+    if not plans:
+        raise ValueError(f"no plan for ({m}, {k}), rank {rank} on {target.arch} with registers={registers}, tiles={tiles}, ctas={ctas}, "
+                         f"loop={loop}")
+    return tuple(plan for _, plan in sorted(plans))
+
+
+# Plans are compared by the microseconds that they would take on an H100, where the constants were measured.
+
+
+def room(sms, ctas):
+    """How many multiprocessors clusters of `ctas` can use. A cluster lies within one of the GPU's groups of up to 18 multiprocessors, so
+    that clusters of more than two CTAs leave some of them idle."""
+    return sms if ctas <= 2 else sms * 10 // 11 // ctas * ctas
+
+
+def multiplied_time(m, k):
+    """x @ proj_down by cuBLAS."""
+    return 5 + m * k * 2 / 2.7e6
+
+
+def most_warps(ranks):
+    """How many warps of quantize_registers.cu find the registers that they need on a multiprocessor."""
+    return 16 if ranks <= RANK_BLOCK else 12
+
+
+def resident_ctas(warps, ranks):
+    """How many CTAs of so many warps quantize_registers.cu asks for on a multiprocessor."""
+    return min(4, max(1, most_warps(ranks) // warps))
+
+
+def registers_plan(m, k, ranks, target, sms, tiles, ctas, loop):
+    """(time, Plan) with x in registers, or None where it doesn't fit. loop: None to decide by the number of tokens."""
+    blocks, cover = -(-k // BLOCK), -(-m // (16 * tiles))
+    warps = -(-blocks // ctas)
+    communication_warp = int(tiles == 1)
+    if tiles > 2 or not 1 < ctas <= blocks or warps + communication_warp > most_warps(ranks):
+        return None
+    if ranks > RANK_BLOCK:  # the sums of a first product can't take the place of proj_down, which a second one needs
+        if loop is False:
+            return None
+        loop = True
+    resident = resident_ctas(warps + communication_warp, ranks)
+    loop = cover > room(sms * resident, ctas) // ctas if loop is None else loop
+    if tiles > (1 if loop else target.register_tiles):  # a loop has x twice
+        return None
+    shared = registers_bytes(tiles, ctas, warps, padded(ranks, RANK_BLOCK), loop)
+    resident = min(resident, target.shared_per_sm // (shared + 1024))  # CTAs on a multiprocessor
+    fits = room(sms * resident, ctas) // ctas
+    if not fits:
+        return None
+    # A round takes the longer of two times: the chain from x to its maxima, to the other CTAs and back to codes, or the transfer of x and
+    # the codes. CTAs of fewer than four warps gain nothing. CTAs on one multiprocessor drift apart: one's loads fill another's waits, and
+    # the last round is less idle. Clusters that don't stay come in waves. Loads arrive in the L1, of which little is left beside the
+    # largest shared memory.
+    share, waves = max(warps, 4), -(-cover // fits)
+    chain = 0.5 + 0.17 * share if not ranks else 1.2 + 0.2 * share if ranks <= RANK_BLOCK else 2.1 + 0.15 * share
+    chain *= tiles * (0.86 + 0.14 * min(resident, -(-cover * ctas // sms)))
+    memory = min(fits, cover) * 16 * tiles * k * 3 / (2.25e6 if resident == 1 else 2.6e6)
+    memory *= 1.5 if resident * (shared + 1024) > target.shared_per_sm * 7 // 8 else 1
+    if loop:
+        rounds = max(1, cover / fits)
+        time = 2.6 + (rounds + (waves - rounds) / (1 + resident)) * max(chain, memory)
+    else:
+        time = 1.7 + 0.9 * tiles + waves * max(chain * (1 if waves == 1 else 1.5), memory)
+    return time, Plan(ranks, tiles, ctas, 0, 0, shared, cover * ctas, 32 * (warps + communication_warp), warps, loop, fits * ctas)
+
+
+def registers_bytes(tiles, ctas, warps, rank, loop):
+    """Shared memory of a CTA, in quantize_registers.cu's order: barriers, maxima, sums, 1 / smooth, proj_down, the warps' sums."""
+    rows, buffers = 16 * tiles, 2 if loop else 1
+    own_rows = -(-rows // ctas)
+    received = ctas * (2 * rows + own_rows * rank) * 4
+    return 128 + buffers * received + warps * (2 * rows * 4 + 512 + 256 * rank) + (-(-warps // 2) * rows * rank * 4 if loop else 0)
+
+
+def tile_plan(m, k, ranks, storage, target, sms, tiles, ctas):
+    """(time, Plan) of quantize.cu, or None where there are no such clusters."""
+    blocks, cover = -(-k // BLOCK), -(-m // (16 * tiles))
+    if ctas > target.max_cluster or ctas > 1 and (ctas > blocks or not room(sms, ctas)):
+        return None
+    share = -(-blocks // ctas)
+    most = target.shared_per_cta
+    for_two = min(most, target.shared_per_sm // 2 - 1024)  # so that two CTAs share a multiprocessor: one loads while the other codes
+    if storage == CodeStorage.INT8:
+        # x waits for its scale. Blocks that don't fit are read a second time.
+        limit = for_two if tile_bytes(tiles, ranks, min(share, DEPTH), share) <= for_two else most
+        kept = share if tile_bytes(tiles, ranks, min(share, DEPTH), share) <= most else 1
+        slots = max(min(share, DEPTH), min(share, (limit - tile_bytes(tiles, ranks, 0, kept)) // (tiles * 16 * 256)))
+    else:
+        slots, kept = min(share, DEPTH), 1
+    shared = tile_bytes(tiles, ranks, slots, kept)
+    resident = max(1, min({1: 3, 2: 2, 4: 1}[tiles], target.shared_per_sm // (shared + 1024)))
+    waves = -(-ctas * cover // (resident * room(sms, ctas)))
+    busy = min(resident, -(-ctas * cover // sms)) * tiles  # tiles of 16 rows that a multiprocessor works on
+    rereading = 1.5 if storage == CodeStorage.INT8 and slots < share else 1
+    time = 4 + waves * (2.6 + share * rereading * (0.28 + 0.26 * busy))
+    return time, Plan(ranks, tiles, ctas, slots, kept, shared, cover * ctas, 128 * tiles, 0, False, 0)
+
+
+def tile_bytes(tiles, rank, slots, kept):
+    """Shared memory of a CTA: x, proj_down, 1 / smooth, maxima and scales, in quantize.cu's order."""
+    rows = 16 * tiles
+    return slots * rows * 256 + padded(rank, RANK_BLOCK) * 256 + kept * 512 + (8 + 2 + 2) * rows * 4

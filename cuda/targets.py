@@ -1,0 +1,106 @@
+"""What each GPU generation has, one row a compute capability. A new generation is one row here, and a kernel if it needs one.
+
+This is the only place that compares compute capabilities: everything else asks a Target for the property that it needs.
+"""
+
+import functools
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from .errors import KernelsUnavailable
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU generation."""
+
+    number: int             # compute capability: 89 for 8.9
+    shared_per_sm: int      # bytes of shared memory of an SM
+    shared_per_cta: int     # bytes of shared memory that one CTA may have
+    bf16: bool              # computes in bf16; without it in fp16 alone
+    async_copies: bool      # cp.async; without it a GEMM prefetches through registers into the other of two stages
+    native_int4: bool       # 4-bit MMAs; elsewhere ptxas emulates each in 200 instructions
+    wgmma: bool             # gemm_wgmma.cu runs, for int8 codes
+    max_cluster: int        # CTAs of the largest cluster; 1: there are no clusters
+    dependent_launch: bool  # programmatic dependent launch: a kernel may start while the one before it ends
+    quantize_ranks: int     # quantize.cu multiplies with so many ranks; cuBLAS takes more of them, or is faster with more
+    register_tiles: int     # quantize_registers.cu: 16-token tiles of a CTA for which ptxas finds registers; 0: it needs clusters
+    default_act_bits: int   # 4 where 4-bit MMAs are fast. A100 and Orin have them, but rescaling each group takes longer than they do
+    fused_mlp: bool         # mlp.py pays. Where 4-bit codes are bytes it doesn't: an H100 takes 1893 us for 1601 (benchmarks/NOTES.md)
+
+    @property
+    def arch(self):
+        """The architecture to compile for, such as "sm_89". wgmma exists in sm_90a alone, machine code that no other GPU runs."""
+        return f"sm_{self.number}{'a' if self.wgmma else ''}"
+
+    @property
+    def dtypes(self):
+        """The 16-bit types that the kernels compute in."""
+        return (torch.bfloat16, torch.float16) if self.bf16 else (torch.float16,)
+
+
+Y, N = True, False
+TARGETS = {number: Target(number, per_sm << 10, per_cta << 10, *rest) for number, per_sm, per_cta, *rest in (
+    # KiB of shared memory          async       cluster   ranks  act bits
+    # GPU  SM  CTA       bf16    copies int4 wgmma    PDL      tiles  MLP
+    (75,   64,  64,      N,      N,     Y,   N,    1, N,   64, 0,  4, N),  # Turing: RTX 20
+    (80,  164, 163,      Y,      Y,     Y,   N,    1, N,  128, 0,  8, Y),  # Ampere: A100
+    (86,  100,  99,      Y,      Y,     Y,   N,    1, N,  128, 0,  4, Y),  # Ampere: RTX 30
+    (87,  164, 163,      Y,      Y,     Y,   N,    1, N,  128, 0,  8, Y),  # Ampere: Orin
+    (89,  100,  99,      Y,      Y,     Y,   N,    1, N,  128, 0,  4, Y),  # Ada: RTX 40
+    (90,  228, 227,      Y,      Y,     N,   Y,   16, Y,   32, 2,  8, N),  # Hopper: H100, H200
+    (100, 228, 227,      Y,      Y,     N,   N,    8, Y,   32, 1,  8, N),  # Blackwell: B200
+    (103, 228, 227,      Y,      Y,     N,   N,    8, Y,   32, 1,  8, N),  # Blackwell: B300
+    (110, 228, 227,      Y,      Y,     N,   N,    8, Y,   32, 1,  8, N),  # Blackwell: Thor
+    (120, 100,  99,      Y,      Y,     N,   N,    8, Y,   32, 1,  8, N),  # Blackwell: RTX 50
+    (121, 100,  99,      Y,      Y,     N,   N,    8, Y,   32, 1,  8, N),  # Blackwell: GB10
+)}
+OLDEST = min(TARGETS)
+
+
+def for_capability(capability):
+    """The Target of a compute capability such as (9, 0). Raises KernelsUnavailable for GPUs older than Turing.
+
+    A GPU without a row is taken for its nearest older one, which is safe because what one generation has the next keeps, with these
+    exceptions: wgmma, which is Hopper's alone, and shared memory, of which it is given the least that any GPU since Ampere has. Its
+    activations get 8 bits, which is fast on every GPU.
+    """
+    number = 10 * capability[0] + capability[1]
+    if number < OLDEST:
+        raise KernelsUnavailable(f"The CUDA kernels need an NVIDIA GPU of compute capability 7.5 (RTX 20) or newer; this one "
+                                 f"has {capability[0]}.{capability[1]}.")
+    if number in TARGETS:
+        return TARGETS[number]
+    older = TARGETS[max(known for known in TARGETS if known < number)]
+    return replace(older, number=number, shared_per_sm=min(older.shared_per_sm, 100 << 10),
+                   shared_per_cta=min(older.shared_per_cta, 99 << 10), wgmma=False, max_cluster=min(older.max_cluster, 8),
+                   register_tiles=min(older.register_tiles, 1), default_act_bits=8)
+
+
+@functools.cache
+def _for_index(index):
+    return for_capability(torch.cuda.get_device_capability(index))
+
+
+def for_device(device):
+    """The Target of a CUDA device; raises KernelsUnavailable as for_capability does."""
+    index = torch.device(device).index
+    return _for_index(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def multiprocessors(device):
+    """How many multiprocessors `device` has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def compiled_arch(arch, numbers):
+    """The architecture to compile for in place of `arch`, by a compiler that knows only these compute capabilities: itself, or the
+    nearest older one of its family, whose machine code it runs (a 12.0's runs on a 12.1); None where there is none."""
+    number = int(re.fullmatch(r"sm_(\d+)[af]?", arch)[1])
+    if number in numbers:
+        return arch
+    family = [other for other in numbers if other // 10 == number // 10 and other < number]
+    return f"sm_{max(family)}" if family else None

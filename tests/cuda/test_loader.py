@@ -1,0 +1,151 @@
+"""From machine code to kernels without a GPU: what is asked for again, what is remembered, and what is said."""
+
+import contextlib
+import types
+import weakref
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import driver, loader
+from comfyui_svdquant.cuda.errors import KernelsUnavailable
+
+
+def test_failure_is_remembered(monkeypatch):
+    """A linear that can't have its kernel asks for it at every call: the reason is found once."""
+    builds = []
+
+    def build(*key):
+        builds.append(key)
+        return KernelsUnavailable("no CuPy")
+
+    monkeypatch.setattr(loader, "_build", build)
+    monkeypatch.setattr(loader, "_kernels", {})
+
+    def layer(x):
+        try:
+            loader.kernel("awq.cu", "awq", (), torch.device("cuda", 0))
+        except KernelsUnavailable as error:
+            return str(error)
+
+    inputs = [torch.ones(1) for _ in range(3)]
+    left = [weakref.ref(x) for x in inputs]
+    while inputs:
+        assert layer(inputs.pop()) == "no CuPy"
+    assert len(builds) == 1
+    assert not any(x() is not None for x in left), "what is remembered holds no caller's tensors"
+
+
+class LoadError(RuntimeError):
+    """As CuPy raises the driver's."""
+
+    def __init__(self, status):
+        self.status = status
+
+
+@pytest.mark.parametrize(("failures", "error", "emptied"), [
+    ([], None, 0), ([2], None, 1), ([2, 2], torch.OutOfMemoryError, 1), ([209], LoadError, 0), ([2, 209], LoadError, 1)])
+def test_a_gpu_whose_memory_is_full(monkeypatch, failures, error, emptied):
+    """PyTorch gives back what it holds and doesn't use; then there is room, or it is PyTorch's own error."""
+    calls = []
+
+    class Module:
+        def load(self, cubin):
+            calls.append("load")
+            if failures:
+                raise LoadError(failures.pop(0))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        loader._load(Module(), b"")
+    assert calls.count("emptied") == emptied and not failures
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU with everything but a kernel: {"load": what loading one does}."""
+    does = {"load": lambda: None}
+
+    def function(*args):
+        does["load"]()
+        return types.SimpleNamespace(ptr=0x77)
+
+    monkeypatch.setattr(loader, "_kernels", {})
+    monkeypatch.setattr(loader, "load_cupy", lambda: None)
+    monkeypatch.setattr(loader, "_function", function)
+    monkeypatch.setattr(loader.driver, "driver", lambda: None)
+    monkeypatch.setattr(loader.driver, "has_dependent_launch", lambda index: True)
+    monkeypatch.setattr(loader.targets, "for_device", lambda device: loader.targets.TARGETS[89])
+    monkeypatch.setattr(loader.compiler, "compile_cubin", lambda *args: b"")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    return does
+
+
+WANTED = "awq.cu", "awq", (), torch.device("cuda", 0)
+
+
+def raising(error):
+    def load():
+        raise error
+    return load
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    LoadError(700),  # an illegal address in somebody else's kernel, which every later call meets
+    LoadError(719),  # a launch failure of the same kind
+    LoadError(46),   # the device is busy
+    LoadError(999),
+    driver.DriverError("cuFuncSetAttribute failed", 700),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),  # PyTorch's
+    MemoryError(),
+])
+def test_an_error_of_something_else_is_raised_as_it_is_and_not_remembered(gpu, error):
+    """The next call may find it gone; that the kernels can't be had at all would be a wrong message, for the life of the process."""
+    gpu["load"] = raising(error)
+    for _ in range(2):
+        with pytest.raises(type(error)) as raised:
+            loader.kernel(*WANTED)
+        assert raised.value is error
+    gpu["load"] = lambda: None
+    assert loader.kernel(*WANTED).function == 0x77
+
+
+@pytest.mark.parametrize("error", [*map(LoadError, driver.PERMANENT), driver.DriverError("cuFuncSetAttribute failed", 1),
+                                   KernelsUnavailable("no NVRTC")])
+def test_what_stays_as_it_is_is_remembered(gpu, error):
+    gpu["load"] = raising(error)
+    with pytest.raises(KernelsUnavailable, match="no NVRTC" if isinstance(error, KernelsUnavailable) else "did not load the kernel awq"):
+        loader.kernel(*WANTED)
+    gpu["load"] = lambda: pytest.fail("asked again")
+    with pytest.raises(KernelsUnavailable):
+        loader.kernel(*WANTED)
+
+
+@pytest.mark.parametrize(("shared", "defines", "expected"), [
+    (0, (), []), (48 << 10, (("CTAS", 8),), []), (99 << 10, (), [(0x77, 8, 99 << 10)]), (0, (("CTAS", 16),), [(0x77, 14, 1)])])
+def test_what_a_kernel_has_to_say_it_wants(monkeypatch, shared, defines, expected):
+    """More shared memory than the usual, and larger clusters."""
+    set_attributes = []
+
+    def attribute(function, name, value):
+        set_attributes.append((function.value, name.value, value.value))
+        return 0
+
+    module = types.SimpleNamespace(load=lambda cubin: None, get_function=lambda entry: types.SimpleNamespace(ptr=0x77))
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(function=types.SimpleNamespace(Module=lambda: module)))
+    monkeypatch.setattr(driver, "driver", lambda: types.SimpleNamespace(cuFuncSetAttribute=attribute))
+    assert loader._function(cupy, b"", "awq", shared, dict(defines).get("CTAS", 1) > loader.PORTABLE_CLUSTER).ptr == 0x77
+    assert set_attributes == expected
+
+
+def test_quantizing_without_kernels_says_why_once(monkeypatch, caplog):
+    def missing(*args):
+        return KernelsUnavailable("The CUDA kernels need CuPy. Install it.")
+
+    monkeypatch.setattr(loader, "_build", missing)
+    monkeypatch.setattr(loader, "_kernels", {})
+    loader._warn_once.cache_clear()
+    assert not any(loader.has_kernel(source, "entry", torch.device("cuda", 0)) for source in ("gptq.cu", "group_error.cu"))
+    assert not loader.has_kernel("gptq.cu", "entry", torch.device("cpu"))
+    assert [record.message for record in caplog.records] == [
+        "The CUDA kernels need CuPy. Install it. Until then models are quantized by PyTorch alone, which is slower."]
