@@ -47,10 +47,10 @@ def plain_flux():
 
 def packed_flux(rank):
     from comfyui_svdquant.quant.families.flux1 import FAMILY
-    from comfyui_svdquant.quant.host import build, ops
+    from comfyui_svdquant.quant.host import build, operations
     from comfyui_svdquant.quant.layers import layout
 
-    flux = new_flux(ops.Operations, "meta")
+    flux = new_flux(operations.Operations, "meta")
     shapes = {name: parameter.shape for name, parameter in flux.named_parameters()}
     for name in FAMILY.packed_names(shapes):
         kind = FAMILY.layer(name)

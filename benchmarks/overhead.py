@@ -55,7 +55,7 @@ def overheads(rounds=8):
 
 def calls():
     """{what: a function of nothing that calls it}"""
-    from comfyui_svdquant.cuda import group_error, loader, ops
+    from comfyui_svdquant.cuda import group_error, kernel_loader, ops
     from comfyui_svdquant.quant.layers import layout
     from comfyui_svdquant.quant.layers.linear import operands
 
@@ -77,7 +77,7 @@ def calls():
     stream = torch.cuda.current_stream().cuda_stream
     free, take = torch.cuda.caching_allocator_delete, torch._C._cuda_cudaCachingAllocator_raw_alloc
     found["an allocation without a tensor"] = lambda: free(take(2000, stream))
-    launch = loader.kernel(group_error.SOURCE, group_error.ENTRY, (), x.device).launcher((1,), (group_error.THREADS,), 7)
+    launch = kernel_loader.kernel(group_error.SOURCE, group_error.ENTRY, (), x.device).launcher((1,), (group_error.THREADS,), 7)
     found["a launch"] = functools.partial(launch, 0, 0, 0, 0, 0, 0, 1)  # of no groups: it reads nothing
     return found
 

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from . import loader, runtime
+from . import kernel_loader, runtime
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "awq.cu", "awq"
@@ -31,7 +31,7 @@ def _defines(dtype, tiles):
 @functools.lru_cache(maxsize=256)
 def launcher(tiles, m, n, dtype, device):
     """A function of the kernel's arguments as ints, for m tokens; tiles: of TILES."""
-    kernel = loader.kernel(SOURCE, ENTRY, _defines(dtype, tiles), device)
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, _defines(dtype, tiles), device)
     return kernel.launcher((-(-n // ROWS), -(-m // (8 * tiles))), (32 * WARPS,), 10, pdl=True)
 
 

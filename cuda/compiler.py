@@ -1,4 +1,4 @@
-"""CUDA source to machine code: NVRTC -> cubin -> disk cache. loader.py loads it, runtime.py launches it.
+"""CUDA source to machine code: NVRTC -> cubin -> disk cache. kernel_loader.py loads it, runtime.py launches it.
 
 NVRTC is called through ctypes rather than by CuPy's RawModule: CuPy can't name sm_90a (wgmma) before CUDA 12.9, and compiling
 without CuPy lets the tests look at the machine code where there is no GPU. It is not loaded before the first kernel is asked for.

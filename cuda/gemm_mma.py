@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import loader, runtime, targets
+from . import kernel_loader, runtime, targets
 from .activation_layout import BLOCK, ROWS, CodeStorage, padded
 from .int4 import GROUP_SIZE
 
@@ -122,7 +122,7 @@ def launcher(storage, tile, m, n, k, rank, unsigned_from, dtype, device, gelu_fr
     """
     gelu = gelu_from is not None
     defines = defines_of(storage, tile, targets.for_device(device), dtype, turing, gelu)
-    kernel = loader.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
     grid = -(-m // tile.tokens) * -(-n // tile.rows)
     return kernel.launcher((grid,), (tile.threads,), 10, (m, n, k, rank, unsigned_from, *((gelu_from,) if gelu else ())))
 

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from . import loader, runtime, targets
+from . import kernel_loader, runtime, targets
 from .activation_layout import BLOCK, ROWS, padded
 
 SOURCE, ENTRY = "gemm_wgmma.cu", "gemm"
@@ -89,7 +89,7 @@ def launcher(tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, 
     gelu = gelu_from is not None
     if not divisible(k, unsigned_from):
         tile = *tile[:2], 1
-    kernel = loader.kernel(SOURCE, ENTRY, _defines(tile, dtype, gelu), device, shared_bytes(tile))
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, _defines(tile, dtype, gelu), device, shared_bytes(tile))
     clusters = min(targets.multiprocessors(device) // PAIR, count_tiles(tile, m, n))
     sizes = m, padded(m, ROWS), n, k, rank, border(k, unsigned_from), int(unsigned_from < k), *((gelu_from,) if gelu else ())
     boxes = runtime.Boxes(m, n, slice_of(tile), 64)

@@ -1,6 +1,6 @@
 """Launch of kernels/gptq.cu: GPTQ's inner loop, a block of columns of the weight rounded one after the other."""
 
-from . import loader, targets
+from . import kernel_loader, targets
 
 SOURCE, ENTRY = "gptq.cu", "gptq_block"
 COLUMNS = 128  # at most, of a block; gptq.cu's
@@ -15,7 +15,7 @@ def variants():
 
 def available(weight):
     """Whether the kernel runs where `weight` is."""
-    return loader.has_kernel(SOURCE, ENTRY, weight.device, SHARED)
+    return kernel_loader.has_kernel(SOURCE, ENTRY, weight.device, SHARED)
 
 
 def round_block(weight, pending, steps, inverse, groups, lower, codes):
@@ -30,7 +30,7 @@ def round_block(weight, pending, steps, inverse, groups, lower, codes):
     n, b = weight.shape
     lost = weight.new_empty(n, b)
     ctas = min(-(-n // WARPS), 2 * targets.multiprocessors(weight.device))
-    kernel = loader.kernel(SOURCE, ENTRY, (), weight.device, SHARED)
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, (), weight.device, SHARED)
     kernel((ctas,), (32 * WARPS,), weight, pending, steps, inverse, groups, lower, 1 / lower.diagonal(), codes, lost, n, b,
            weight.stride(0), pending.stride(0), codes.stride(0), steps.shape[1])
     return lost

@@ -1,6 +1,6 @@
 """Launch of kernels/group_error.cu: what rounding leaves of each group of a weight, the inner part of the search for scales."""
 
-from . import loader, targets
+from . import kernel_loader, targets
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "group_error.cu", "group_error"
@@ -15,7 +15,7 @@ def variants():
 
 def available(weight):
     """Whether the kernel runs where `weight` is."""
-    return loader.has_kernel(SOURCE, ENTRY, weight.device)
+    return kernel_loader.has_kernel(SOURCE, ENTRY, weight.device)
 
 
 def group_error(groups, steps, energy):
@@ -27,5 +27,6 @@ def group_error(groups, steps, energy):
     steps, energy = steps.contiguous(), energy.contiguous()
     error, device = groups.new_empty(steps.shape), groups.device
     ctas = min(-(-steps.numel() // (THREADS // 16)), CTAS * targets.multiprocessors(device))
-    loader.kernel(SOURCE, ENTRY, (), device)((ctas,), (THREADS,), groups, steps, 1 / steps, energy, error, steps.numel(), steps.shape[1])
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, (), device)
+    kernel((ctas,), (THREADS,), groups, steps, 1 / steps, energy, error, steps.numel(), steps.shape[1])
     return error

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import choose, gemm_mma, loader, ops, quantize_activation, runtime, targets
+from . import choose, gemm_mma, kernel_loader, ops, quantize_activation, runtime, targets
 from .activation_layout import RANK_BLOCK, ROWS, padded
 from .errors import KernelsUnavailable
 from .operands import LayerOperands
@@ -142,10 +142,10 @@ def _launches(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, sec
 
     quantize, plan = quantize_activation.launcher(m, k, first.rank, k, first.unsigned_from, storage, plans, dtype, device, pdl=True)
     defines = gemm_mma.defines_of(storage, tile, targets.for_device(device), dtype, next_ranks=ranks)
-    gemm = loader.kernel(gemm_mma.SOURCE, gemm_mma.ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
+    gemm = kernel_loader.kernel(gemm_mma.SOURCE, gemm_mma.ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
     gemm = gemm.launcher((-(-m // tile.tokens) * tiles,), (tile.threads,), len(FIRST),
                          (m, hidden, k, first.rank, first.unsigned_from, second.rank, second.unsigned_from))
-    add = loader.kernel(SHARES, SHARES_ENTRY, add_defines(dtype, ranks), device)
+    add = kernel_loader.kernel(SHARES, SHARES_ENTRY, add_defines(dtype, ranks), device)
     add = add.launcher((-(-padded(m, ROWS) * ranks // 8 // SHARES_THREADS),), (SHARES_THREADS,), len(ADD), (m, tiles))
     last = gemm_mma.launcher(storage, second_tile, m, second.n, hidden, second.rank, second.unsigned_from, dtype, device)
     multiply = plan.ranks < first.rank

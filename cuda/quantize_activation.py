@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from . import loader, runtime
+from . import kernel_loader, runtime
 from .activation_layout import BLOCK, RANK_BLOCK, ROWS, CodeStorage, padded
 from .int4 import GROUP_SIZE
 
@@ -94,7 +94,7 @@ def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, p
     plans: of plans_for, the fastest first. The first one whose clusters fit on the GPU is taken; ValueError where none is.
     """
     for plan in plans:
-        kernel = loader.kernel(*variant(dtype, storage, plan), device, plan.shared)
+        kernel = kernel_loader.kernel(*variant(dtype, storage, plan), device, plan.shared)
         if plan.ctas == 1:
             break
         # How many clusters fit differs from one GPU to the next: not all have all of their multiprocessors, and some lend a few.

@@ -5,7 +5,7 @@ import torch
 
 from .. import families
 from ..layers.linear import SVDQuantLinear, compute_in
-from .ops import Operations
+from .operations import Operations
 from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
 
 

@@ -3,7 +3,7 @@
 import contextlib
 
 import torch
-from comfyui_svdquant.cuda import gemm_mma, gemm_wgmma, loader, ops, quantize_activation, runtime, targets
+from comfyui_svdquant.cuda import gemm_mma, gemm_wgmma, kernel_loader, ops, quantize_activation, runtime, targets
 
 WORK = 1 << 40  # where the chains' own memory is
 
@@ -32,7 +32,7 @@ def recorded(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "chain", recorder(lambda at, steps: calls.append(at), 2))
         patch.setattr(runtime, "_tensor_map", lambda boxes: None)
-        patch.setattr(loader, "kernel", lambda source, entry, defines, device, shared=0: runtime.Kernel(0x77, -1, shared))
+        patch.setattr(kernel_loader, "kernel", lambda source, entry, defines, device, shared=0: runtime.Kernel(0x77, -1, shared))
         patch.setattr(runtime.Kernel, "active_clusters", lambda kernel, ctas, threads: 16)
         patch.setattr(targets, "for_device", lambda device: targets.TARGETS[90])
         patch.setattr(targets, "multiprocessors", lambda device: 132)

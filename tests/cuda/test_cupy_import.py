@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import cupy_import, loader
+from comfyui_svdquant.cuda import cupy_import, kernel_loader
 from comfyui_svdquant.cuda.errors import KernelsUnavailable
 
 ROOT = Path(cupy_import.__file__).parents[1]
@@ -79,4 +79,4 @@ def test_no_driver(cupy):
     """Where CuPy finds no driver, the message is still ours."""
     if torch.cuda.is_available():
         pytest.skip("There is a driver")
-    assert isinstance(loader._build("awq.cu", "awq", (), 0, 0), KernelsUnavailable)
+    assert isinstance(kernel_loader._build("awq.cu", "awq", (), 0, 0), KernelsUnavailable)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import gemm_mma, loader, mlp, ops, quantize_activation, reference, runtime, targets
+from comfyui_svdquant.cuda import gemm_mma, kernel_loader, mlp, ops, quantize_activation, reference, runtime, targets
 from comfyui_svdquant.cuda.activation_layout import CodeStorage
 from comfyui_svdquant.cuda.errors import KernelsUnavailable
 
@@ -112,8 +112,8 @@ def test_what_the_kernels_do_not_take(launched, patch, number, options):
 @pytest.mark.parametrize("options", [{}, {"second_rank": 80}])
 def test_prepared_kernels_are_all_that_is_asked_for(launched, patch, options):
     """Of an MLP that the kernels take, and of one whose layers run one after the other."""
-    asked, kernel = [], loader.kernel
-    patch.setattr(loader, "kernel", lambda *args: asked.append(args[:3]) or kernel(*args))
+    asked, kernel = [], kernel_loader.kernel
+    patch.setattr(kernel_loader, "kernel", lambda *args: asked.append(args[:3]) or kernel(*args))
     first, second = layers(**options)
     x = aligned(random_input(37, K, torch.bfloat16))
     mlp.prepare(37, K, HIDDEN, N, first.proj_up.shape[1], second.proj_up.shape[1], first.unsigned_from, second.unsigned_from, x.dtype,
@@ -140,7 +140,7 @@ def test_without_kernels_it_is_two_layers(launched, patch):
     def refuse(*args):
         raise KernelsUnavailable("none")
 
-    patch.setattr(loader, "kernel", refuse)
+    patch.setattr(kernel_loader, "kernel", refuse)
     ops.warn_once.cache_clear()
     quantize_activation.launcher.cache_clear()
     args, x = layers(), aligned(random_input(5, K, torch.bfloat16))

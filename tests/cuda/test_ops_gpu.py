@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import int4, loader, ops, reference, row_scales, runtime
+from comfyui_svdquant.cuda import int4, kernel_loader, ops, reference, row_scales, runtime
 from comfyui_svdquant.cuda.choose import W4A16
 from comfyui_svdquant.quant.layers import layout, linear
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
@@ -319,10 +319,10 @@ def test_warm_up():
     layers = [(70, 192, 256, 32, 256, act_bits, torch.bfloat16) for act_bits in (4, 8)]
     for future in ops.warm_up([*layers, (1, 64, 128, 0, 128, W4A16, torch.bfloat16), (70, 192, 256, 7, 256, 8, torch.float64)], device):
         assert future.result() is None
-    before = set(loader._kernels)
+    before = set(kernel_loader._kernels)
     for act_bits in (4, 8):
         ops.svdquant_linear(random_input(70, 256, torch.bfloat16).cuda(), integer_layer(192, 256, 32, act_bits=act_bits))
-    assert set(loader._kernels) == before
+    assert set(kernel_loader._kernels) == before
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])

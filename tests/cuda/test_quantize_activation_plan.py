@@ -65,7 +65,7 @@ def test_what_stays_with_quantize_cu():
 def test_clusters_that_a_gpu_has_no_room_for(fit, ctas, grid, monkeypatch):
     """As on a part of one, or one with smaller groups of multiprocessors: the next plan is taken."""
     kernel = SimpleNamespace(active_clusters=lambda size, threads: fit.get(size, 0), launcher=lambda grid, *args: grid[0])
-    monkeypatch.setattr(quantize_activation.loader, "kernel", lambda *args: kernel)
+    monkeypatch.setattr(quantize_activation.kernel_loader, "kernel", lambda *args: kernel)
 
     def find(**cut):
         plans = quantize_activation.plans_for(4608, 15360, 64, INT8, TARGETS[90], 132, **cut)

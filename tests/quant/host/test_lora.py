@@ -5,7 +5,7 @@ import pytest
 import torch
 from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import lora
-from comfyui_svdquant.quant.host.ops import Operations
+from comfyui_svdquant.quant.host.operations import Operations
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.layers.linear import PackedLinear
 from comfyui_svdquant.quant.quantizer.metrics import relative_error

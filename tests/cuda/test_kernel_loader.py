@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import driver, loader
+from comfyui_svdquant.cuda import driver, kernel_loader
 from comfyui_svdquant.cuda.errors import KernelsUnavailable
 
 
@@ -18,12 +18,12 @@ def test_failure_is_remembered(monkeypatch):
         builds.append(key)
         return KernelsUnavailable("no CuPy")
 
-    monkeypatch.setattr(loader, "_build", build)
-    monkeypatch.setattr(loader, "_kernels", {})
+    monkeypatch.setattr(kernel_loader, "_build", build)
+    monkeypatch.setattr(kernel_loader, "_kernels", {})
 
     def layer(x):
         try:
-            loader.kernel("awq.cu", "awq", (), torch.device("cuda", 0))
+            kernel_loader.kernel("awq.cu", "awq", (), torch.device("cuda", 0))
         except KernelsUnavailable as error:
             return str(error)
 
@@ -56,7 +56,7 @@ def test_a_gpu_whose_memory_is_full(monkeypatch, failures, error, emptied):
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
     with pytest.raises(error) if error else contextlib.nullcontext():
-        loader._load(Module(), b"")
+        kernel_loader._load(Module(), b"")
     assert calls.count("emptied") == emptied and not failures
 
 
@@ -69,13 +69,13 @@ def gpu(monkeypatch):
         does["load"]()
         return types.SimpleNamespace(ptr=0x77)
 
-    monkeypatch.setattr(loader, "_kernels", {})
-    monkeypatch.setattr(loader, "load_cupy", lambda: None)
-    monkeypatch.setattr(loader, "_function", function)
-    monkeypatch.setattr(loader.driver, "driver", lambda: None)
-    monkeypatch.setattr(loader.driver, "has_dependent_launch", lambda index: True)
-    monkeypatch.setattr(loader.targets, "for_device", lambda device: loader.targets.TARGETS[89])
-    monkeypatch.setattr(loader.compiler, "compile_cubin", lambda *args: b"")
+    monkeypatch.setattr(kernel_loader, "_kernels", {})
+    monkeypatch.setattr(kernel_loader, "load_cupy", lambda: None)
+    monkeypatch.setattr(kernel_loader, "_function", function)
+    monkeypatch.setattr(kernel_loader.driver, "driver", lambda: None)
+    monkeypatch.setattr(kernel_loader.driver, "has_dependent_launch", lambda index: True)
+    monkeypatch.setattr(kernel_loader.targets, "for_device", lambda device: kernel_loader.targets.TARGETS[89])
+    monkeypatch.setattr(kernel_loader.compiler, "compile_cubin", lambda *args: b"")
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     return does
 
@@ -104,10 +104,10 @@ def test_an_error_of_something_else_is_raised_as_it_is_and_not_remembered(gpu, e
     gpu["load"] = raising(error)
     for _ in range(2):
         with pytest.raises(type(error)) as raised:
-            loader.kernel(*WANTED)
+            kernel_loader.kernel(*WANTED)
         assert raised.value is error
     gpu["load"] = lambda: None
-    assert loader.kernel(*WANTED).function == 0x77
+    assert kernel_loader.kernel(*WANTED).function == 0x77
 
 
 @pytest.mark.parametrize("error", [*map(LoadError, driver.PERMANENT), driver.DriverError("cuFuncSetAttribute failed", 1),
@@ -115,10 +115,10 @@ def test_an_error_of_something_else_is_raised_as_it_is_and_not_remembered(gpu, e
 def test_what_stays_as_it_is_is_remembered(gpu, error):
     gpu["load"] = raising(error)
     with pytest.raises(KernelsUnavailable, match="no NVRTC" if isinstance(error, KernelsUnavailable) else "did not load the kernel awq"):
-        loader.kernel(*WANTED)
+        kernel_loader.kernel(*WANTED)
     gpu["load"] = lambda: pytest.fail("asked again")
     with pytest.raises(KernelsUnavailable):
-        loader.kernel(*WANTED)
+        kernel_loader.kernel(*WANTED)
 
 
 @pytest.mark.parametrize(("shared", "defines", "expected"), [
@@ -134,7 +134,7 @@ def test_what_a_kernel_has_to_say_it_wants(monkeypatch, shared, defines, expecte
     module = types.SimpleNamespace(load=lambda cubin: None, get_function=lambda entry: types.SimpleNamespace(ptr=0x77))
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(function=types.SimpleNamespace(Module=lambda: module)))
     monkeypatch.setattr(driver, "driver", lambda: types.SimpleNamespace(cuFuncSetAttribute=attribute))
-    assert loader._function(cupy, b"", "awq", shared, dict(defines).get("CTAS", 1) > loader.PORTABLE_CLUSTER).ptr == 0x77
+    assert kernel_loader._function(cupy, b"", "awq", shared, dict(defines).get("CTAS", 1) > kernel_loader.PORTABLE_CLUSTER).ptr == 0x77
     assert set_attributes == expected
 
 
@@ -142,10 +142,10 @@ def test_quantizing_without_kernels_says_why_once(monkeypatch, caplog):
     def missing(*args):
         return KernelsUnavailable("The CUDA kernels need CuPy. Install it.")
 
-    monkeypatch.setattr(loader, "_build", missing)
-    monkeypatch.setattr(loader, "_kernels", {})
-    loader._warn_once.cache_clear()
-    assert not any(loader.has_kernel(source, "entry", torch.device("cuda", 0)) for source in ("gptq.cu", "group_error.cu"))
-    assert not loader.has_kernel("gptq.cu", "entry", torch.device("cpu"))
+    monkeypatch.setattr(kernel_loader, "_build", missing)
+    monkeypatch.setattr(kernel_loader, "_kernels", {})
+    kernel_loader._warn_once.cache_clear()
+    assert not any(kernel_loader.has_kernel(source, "entry", torch.device("cuda", 0)) for source in ("gptq.cu", "group_error.cu"))
+    assert not kernel_loader.has_kernel("gptq.cu", "entry", torch.device("cpu"))
     assert [record.message for record in caplog.records] == [
         "The CUDA kernels need CuPy. Install it. Until then models are quantized by PyTorch alone, which is slower."]
