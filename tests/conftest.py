@@ -54,19 +54,7 @@ def enter_comfy() -> None:
     """Make `import comfy...` and `import folder_paths` work here, with the options that a server of ours gets."""
     import torch
 
-    launch.define_torchvision_ops()
-    launch.define_torchaudio()
-    sys.path.insert(0, str(HOST.comfy))
-    import comfy.options
-    import utils  # noqa: F401  now, as main.py does: ComfyUI's nodes.py will put a folder with another utils in front
-
-    comfy.options.enable_args_parsing()
-    arguments = sys.argv
-    sys.argv = ["main.py", "--base-directory", str(BASE), *([] if torch.cuda.is_available() else ["--cpu"])]
-    try:
-        import comfy.cli_args  # reads sys.argv, once
-    finally:
-        sys.argv = arguments
+    launch.enter(HOST.comfy, "--base-directory", str(BASE), *([] if torch.cuda.is_available() else ["--cpu"]))
     for name in ("diffusion_models", "unet", "vae"):
         (BASE / "models" / name).mkdir(parents=True)
 

@@ -1,7 +1,8 @@
 """Run ComfyUI's main.py, as it is, as a child of the demo or the tests:  python launch.py FOLDER ARGS...
 
-Before that, torchvision and torchaudio are made importable where their native halves do not fit the installed torch, and the
-server is made to end when the process that started it ends, however that happens.
+`enter` makes ComfyUI's modules importable in the process that calls it. Before either, torchvision and torchaudio are made importable
+where their native halves do not fit the installed torch. The process of main.py ends when the one that started it ends, however that
+happens.
 """
 
 import importlib.abc
@@ -81,6 +82,23 @@ def define_torchaudio() -> None:
     """Make torchaudio importable where there is none: ComfyUI imports it at start and uses it in audio models only."""
     if importlib.util.find_spec("torchaudio") is None:
         sys.meta_path.append(AbsentPackage("torchaudio"))
+
+
+def enter(folder: Path, *options: str) -> None:
+    """Make `import comfy...` and `import folder_paths` work in this process, as main.py with these options would run them."""
+    define_torchvision_ops()
+    define_torchaudio()
+    sys.path.insert(0, str(folder))
+    import comfy.options
+    import utils  # noqa: F401  now, as main.py does: ComfyUI's nodes.py will put a folder with another utils in front
+
+    comfy.options.enable_args_parsing()
+    arguments = sys.argv
+    sys.argv = ["main.py", *options]
+    try:
+        import comfy.cli_args  # reads sys.argv, once
+    finally:
+        sys.argv = arguments
 
 
 def end_with_parent() -> None:
