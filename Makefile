@@ -4,7 +4,8 @@
 # make lint    ruff
 # make clean   remove what the others set up and made
 #
-# Each is one line of plain Python, for machines without make. COMFYUI_PATH chooses another ComfyUI: see demo/host/setup.py.
+# Each is one line of plain Python, for machines without make. COMFYUI_PATH chooses another ComfyUI, COMFYUI_NEWER_PATH names
+# a newer one that the tests start as well: see demo/host/setup.py.
 
 PYTHON ?= python3
 ARGS ?=

@@ -4,12 +4,14 @@ import importlib.util
 import platform
 import subprocess
 import sys
+import warnings
 from datetime import date
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+EMPTY = "CUDA Graph is empty"  # in PyTorch's warning at the end of a capture; it has no other way to ask
 
 
 def load_pack():
@@ -34,20 +36,35 @@ def description():
             "commit": commit()}
 
 
+def recorded(run, calls, stream=None):
+    """A CUDA graph of `calls` run()s, captured on `stream` (torch.cuda.graph's own if None). Raises RuntimeError where they launch nothing:
+    its replays would be timed as if the work took no time."""
+    graph = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                run()
+    for warning in caught:
+        if EMPTY in str(warning.message):
+            raise RuntimeError("Nothing was launched, so there is nothing to time.")
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return graph
+
+
 def graph_time(run, calls=10, repeats=9):
     """Microseconds of one run() on the GPU, the median of `repeats` replays of a CUDA graph of `calls` of them.
 
-    run's arguments should rotate among enough buffers not to stay in the L2 cache, if they would not in a model.
+    run's arguments should rotate among enough buffers not to stay in the L2 cache, if they would not in a model. Raises RuntimeError
+    where it launches nothing.
     """
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                run()
+        graph = recorded(run, calls, stream)
     graph.replay()
     times = []
     for _ in range(repeats):

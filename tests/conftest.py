@@ -54,19 +54,7 @@ def enter_comfy() -> None:
     """Make `import comfy...` and `import folder_paths` work here, with the options that a server of ours gets."""
     import torch
 
-    launch.define_torchvision_ops()
-    launch.define_torchaudio()
-    sys.path.insert(0, str(HOST.comfy))
-    import comfy.options
-    import utils  # noqa: F401  now, as main.py does: ComfyUI's nodes.py will put a folder with another utils in front
-
-    comfy.options.enable_args_parsing()
-    arguments = sys.argv
-    sys.argv = ["main.py", "--base-directory", str(BASE), *([] if torch.cuda.is_available() else ["--cpu"])]
-    try:
-        import comfy.cli_args  # reads sys.argv, once
-    finally:
-        sys.argv = arguments
+    launch.enter(HOST.comfy, "--base-directory", str(BASE), *([] if torch.cuda.is_available() else ["--cpu"]))
     for name in ("diffusion_models", "unet", "vae"):
         (BASE / "models" / name).mkdir(parents=True)
 
@@ -81,16 +69,18 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect GPU tests where there is no GPU."""
+    """Deselect tests whose marker needs what this machine hasn't."""
     import torch
 
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu and not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=needs_gpu)
-        items[:] = [item for item in items if item not in needs_gpu]
-        config.stash[DESELECTED] = len(needs_gpu)
-        if hasattr(config, "workeroutput"):
-            config.workeroutput["deselected"] = len(needs_gpu)
+    lacking = {"gpu": not torch.cuda.is_available(), "newer": "COMFYUI_NEWER_PATH" not in os.environ}
+    left_out = {marker: [item for item in items if lacks and item.get_closest_marker(marker)] for marker, lacks in lacking.items()}
+    gone = {item for found in left_out.values() for item in found}
+    if gone:
+        config.hook.pytest_deselected(items=list(gone))
+        items[:] = [item for item in items if item not in gone]
+    config.stash[DESELECTED] = {marker: [item.nodeid for item in found] for marker, found in left_out.items()}
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["deselected"] = config.stash[DESELECTED]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -103,15 +93,18 @@ def pytest_xdist_auto_num_workers() -> int:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
     """Each of the processes has deselected the same tests."""
-    node.config.stash[DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", 0)
+    node.config.stash[DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", {})
 
 
-DESELECTED = pytest.StashKey[int]()
+DESELECTED = pytest.StashKey[dict[str, list[str]]]()  # {marker: ids of tests}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if count := config.stash.get(DESELECTED, 0):
-        terminalreporter.write_line(f"{count} tests marked gpu were deselected: this machine has no CUDA device.")
+    found = config.stash.get(DESELECTED, {})
+    if tests := found.get("gpu"):
+        terminalreporter.write_line(f"{len(tests)} tests marked gpu were deselected: this machine has no CUDA device.")
+    if tests := found.get("newer"):
+        terminalreporter.write_line("Deselected, since COMFYUI_NEWER_PATH names no newer ComfyUI: " + ", ".join(tests))
 
 
 def pytest_unconfigure() -> None:

@@ -1,9 +1,11 @@
 """Run ComfyUI's main.py, as it is, as a child of the demo or the tests:  python launch.py FOLDER ARGS...
 
-Before that, torchvision and torchaudio are made importable where their native halves do not fit the installed torch, and the
-server is made to end when the process that started it ends, however that happens.
+`enter` makes ComfyUI's modules importable in the process that calls it. Before either, torchvision and torchaudio are made importable
+where their native halves do not fit the installed torch. The process of main.py ends when the one that started it ends, however that
+happens.
 """
 
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
@@ -43,12 +45,60 @@ def define_torchvision_ops() -> None:
     define_torchvision_ops.kept = operators  # a Library takes its operators with it when it is collected
 
 
+class Absent(type):
+    """Stands for one object of a package that is not installed, whose full name is `wanted`. Importing it, naming its attributes and
+    deriving classes from it work, as ComfyUI's modules do at start; calling it or such a class raises ImportError."""
+
+    def __getattr__(cls, name: str) -> "Absent":
+        return absent(f"{cls.wanted}.{name}")
+
+    def __call__(cls, *_, **__):
+        package = cls.wanted.partition(".")[0]
+        raise ImportError(f"{cls.wanted} can't be called: {package} is not installed here, and models that need it don't run.")
+
+
+def absent(wanted: str) -> Absent:
+    name = wanted.rpartition(".")[2]
+    if name.startswith("__"):  # Python and libraries ask so for what an object can do: nothing
+        raise AttributeError(wanted)
+    return Absent(name, (), {"wanted": wanted})
+
+
+class AbsentPackage(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds `package` and whatever submodule of it is asked for; each is a module of Absent objects."""
+
+    def __init__(self, package: str):
+        self.package = package
+
+    def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        ours = name.partition(".")[0] == self.package
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if ours else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__getattr__ = lambda name: absent(f"{module.__name__}.{name}")
+
+
 def define_torchaudio() -> None:
-    """Put an empty torchaudio where there is none: ComfyUI imports it at start and uses it in audio models only."""
+    """Make torchaudio importable where there is none: ComfyUI imports it at start and uses it in audio models only."""
     if importlib.util.find_spec("torchaudio") is None:
-        module = types.ModuleType("torchaudio")
-        module.__spec__ = importlib.machinery.ModuleSpec("torchaudio", loader=None)
-        sys.modules["torchaudio"] = module
+        sys.meta_path.append(AbsentPackage("torchaudio"))
+
+
+def enter(folder: Path, *options: str) -> None:
+    """Make `import comfy...` and `import folder_paths` work in this process, as main.py with these options would run them."""
+    define_torchvision_ops()
+    define_torchaudio()
+    sys.path.insert(0, str(folder))
+    import comfy.options
+    import utils  # noqa: F401  now, as main.py does: ComfyUI's nodes.py will put a folder with another utils in front
+
+    comfy.options.enable_args_parsing()
+    arguments = sys.argv
+    sys.argv = ["main.py", *options]
+    try:
+        import comfy.cli_args  # reads sys.argv, once
+    finally:
+        sys.argv = arguments
 
 
 def end_with_parent() -> None:

@@ -9,6 +9,9 @@ Two environment variables choose another host (none of them is ever written to):
                      torch, in an environment of its own under .comfyui/
     COMFYUI_PYTHON   together with COMFYUI_PATH: the interpreter that already runs that checkout. Nothing is installed in it,
                      so it needs the packages of requirements/tools.txt too
+
+The tests read a third one, COMFYUI_NEWER_PATH: a newer checkout, which they start beside the host that they run on. Its
+environment is made by `COMFYUI_PATH=... python demo/host/setup.py`.
 """
 
 import hashlib
@@ -18,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,15 +57,15 @@ def prepare() -> Host:
     return host
 
 
-def locate() -> Host:
-    """The host that `prepare` makes ready, whether or not it is there yet."""
-    if "COMFYUI_PATH" not in os.environ:
+def locate(environment: Mapping[str, str] = os.environ) -> Host:
+    """The host that `prepare` makes ready under these environment variables, whether or not it is there yet."""
+    if "COMFYUI_PATH" not in environment:
         return Host(venv_python(ROOT / ".venv"), TREE, foreign=False)
-    comfy = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
+    comfy = Path(environment["COMFYUI_PATH"]).expanduser().resolve()
     if not (comfy / "main.py").is_file():
         raise SetupError(f"COMFYUI_PATH={comfy} holds no main.py; set it to the folder of a ComfyUI checkout, or unset it.")
-    if "COMFYUI_PYTHON" in os.environ:
-        return Host(Path(os.environ["COMFYUI_PYTHON"]).expanduser().absolute(), comfy, foreign=True)
+    if "COMFYUI_PYTHON" in environment:
+        return Host(Path(environment["COMFYUI_PYTHON"]).expanduser().absolute(), comfy, foreign=True)
     name = hashlib.sha256("\n".join(checkout_requirements(comfy)).encode()).hexdigest()[:8]
     return Host(venv_python(STATE / f"venv-{name}"), comfy, foreign=True)
 
@@ -143,6 +147,15 @@ def site_packages(python: Path) -> Path:
     return Path(answer.strip())
 
 
+def variables(host: Host) -> dict[str, str]:
+    """The environment variables for what runs on a host."""
+    # A worker thread of OpenMP that waits is to sleep: spinning, it takes a busy machine's other core from the one it waits for.
+    found = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    if host.foreign:  # byte code beside the sources is a write into the checkout too
+        found.setdefault("PYTHONPYCACHEPREFIX", str(STATE / "pycache"))
+    return found
+
+
 def run(arguments: list[str]) -> int:
     """Prepare the host and run `python *arguments` on it; return its exit code (on POSIX this process becomes that one)."""
     try:
@@ -150,10 +163,7 @@ def run(arguments: list[str]) -> int:
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1
-    # A worker thread of OpenMP that waits is to sleep: spinning, it takes a busy machine's other core from the one it waits for.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    if host.foreign:  # byte code beside the sources is a write into the checkout too
-        environment.setdefault("PYTHONPYCACHEPREFIX", str(STATE / "pycache"))
+    environment = variables(host)
     if not arguments:
         print(f"ComfyUI: {host.comfy}\nPython:  {host.python}")
         return 0

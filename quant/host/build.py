@@ -26,8 +26,10 @@ def empty_model(model_config, specs, compute_dtype):
     compute_dtype: None for ComfyUI's choice.
     """
     if compute_dtype is None:
-        supported = list(model_config.supported_inference_dtypes)
-        compute_dtype = comfy.model_management.unet_dtype(supported_dtypes=supported)
+        supported, device = list(model_config.supported_inference_dtypes), comfy.model_management.get_torch_device()
+        stored = comfy.model_management.unet_dtype(supported_dtypes=supported)
+        # With --fp8_e4m3fn-unet and the like, `stored` is the type that ComfyUI would keep 16-bit weights in, and it computes in another.
+        compute_dtype = comfy.model_management.unet_manual_cast(stored, device, supported) or stored
     model_config.set_inference_dtype(compute_dtype, None)
     model_config.custom_operations = Operations
     model = model_config.get_model({}, "", device=torch.device("meta"))

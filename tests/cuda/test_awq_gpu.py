@@ -4,10 +4,12 @@
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
 from comfyui_svdquant.cuda import awq, int4, reference
+from machine import graph_time
 
 from .test_quantize_activation_gpu import poisoned
 
@@ -186,20 +188,6 @@ def test_bandwidth():
 
 
 def graph_seconds(calls):
-    """Seconds a call, of all of them recorded back to back in one CUDA graph; the median of 9 replays."""
-    for call in calls[:2]:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(9):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return sorted(times)[4]
+    """Seconds a call, of all of them recorded back to back in one CUDA graph."""
+    turn = itertools.cycle(calls)
+    return graph_time(lambda: next(turn)(), len(calls)) / 1e6

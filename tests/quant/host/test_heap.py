@@ -7,13 +7,14 @@ import sys
 import pytest
 from comfyui_svdquant.quant.host import heap
 
-# Holes of 100 KB between small pieces that stay: 0.4 KB each, so that the heap's end can't go back.
+# Holes of 100 KB between pieces that stay, which are as large: smaller ones would lie in holes from before, and the heap's end would go
+# back by itself.
 CODE = """
 import re, runpy, sys, torch
 give_back = runpy.run_path(sys.argv[1])["give_back"]
 def resident():
     return int(re.search(r"RssAnon:\\s*(\\d+)", open("/proc/self/status").read())[1])
-pieces = [torch.ones(100_000 if i % 2 else 400, dtype=torch.uint8) for i in range(1200)]
+pieces = [torch.ones(100_000, dtype=torch.uint8) for _ in range(1200)]
 kept = pieces[::2]
 del pieces
 before = resident()

@@ -1,0 +1,36 @@
+"""Draw with 4-bit MODELs in a ComfyUI that was started with certain options:  python draw_with_flags.py FOLDER [OPTION...]
+
+FOLDER holds flux.safetensors and flux_4bit.safetensors of a random FLUX.1, and gets draws.safetensors: the latents of four MODELs.
+`plain` and `loaded` are those files, `quantized` is made of the first in this process, `reloaded` is that one's own file.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:] = [str(ROOT / folder) for folder in ("demo", "benchmarks", "tests")] + sys.path[1:]
+
+
+def main() -> None:
+    from machine import load_pack
+
+    from host import launch, setup
+
+    folder, options = Path(sys.argv[1]), sys.argv[2:]
+    load_pack()
+    launch.enter(setup.locate().comfy, "--base-directory", str(folder), *options)
+    import torch
+    from comfyui_svdquant.quant.host.loader import load_model
+    from quant.comfy_models import quantized, sample, save
+    from safetensors.torch import save_file
+
+    with torch.inference_mode():
+        plain, loaded = (load_model(str(folder / f"{name}.safetensors")) for name in ("flux", "flux_4bit"))
+        made = quantized(plain, "naive")[0]
+        reloaded = load_model(save(made, folder / "made.safetensors", overwrite=True))
+        models = {"plain": plain, "loaded": loaded, "quantized": made, "reloaded": reloaded}
+        save_file({name: sample(model).double().contiguous() for name, model in models.items()}, folder / "draws.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""4-bit MODELs in a ComfyUI that was started with options on types, attention or memory. Each set of options is a process of its own."""
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import comfy.cli_args
+import pytest
+import torch
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("draw_with_flags.py")
+ON_CPU = not torch.cuda.is_available()
+
+# Sets of options that a ComfyUI takes together. Types of storage, and places in memory, change nothing in a model that computes in
+# float32, as on the CPU; its attention rounds in another order under others.
+SAME = """
+--fp8_e4m3fn-unet --supports-fp8-compute
+--fp8_e5m2-unet --fast
+--fp8_e8m0fnu-unet --fast-disk --high-ram
+--bf16-unet --reserve-vram 1 --async-offload 2 --force-non-blocking --disable-smart-memory --disable-pinned-memory --mmap-torch-files
+    --disable-dynamic-vram --force-channels-last --vram-headroom 1
+--fp16-unet --force-fp16 --disable-async-offload --disable-mmap --enable-dynamic-vram --disable-nvml-pressure --disable-cuda-graphs
+    --deterministic
+"""
+NEARLY = """
+--fp32-unet --force-fp32 --use-split-cross-attention --force-upcast-attention
+--fp64-unet --use-quad-cross-attention --disable-xformers
+--fp16-intermediates --use-pytorch-cross-attention --dont-upcast-attention
+"""
+ON_GPU = """
+--gpu-only
+--highvram
+--normalvram
+--lowvram
+--novram
+--disable-cuda-malloc
+"""
+
+# What no test can draw with here, and what doesn't reach a diffusion model.
+UNDRAWN = """
+    --use-sage-attention --use-flash-attention --use-ck-attention --directml --oneapi-device-selector --disable-ipex-optimize
+    --enable-triton-backend --disable-triton-backend --cuda-malloc
+    --help --listen --port --tls-keyfile --tls-certfile --enable-cors-header --max-upload-size --base-directory --models-directory
+    --extra-model-paths-config --output-directory --temp-directory --input-directory --user-directory --auto-launch --disable-auto-launch
+    --cuda-device --default-device --cpu --fp16-vae --fp32-vae --bf16-vae --cpu-vae --fp8_e4m3fn-text-enc --fp8_e5m2-text-enc
+    --fp16-text-enc --fp32-text-enc --bf16-text-enc --preview-method --preview-size --cache-classic --cache-lru --cache-none --cache-ram
+    --enable-manager --disable-manager-ui --enable-manager-legacy-ui --default-hashing-function --debug-hang --dont-print-server
+    --quick-test-for-ci --windows-standalone-build --disable-metadata --disable-all-custom-nodes --whitelist-custom-nodes
+    --disable-api-nodes --multi-user --verbose --log-stdout --front-end-version --front-end-root --enable-compress-response-body
+    --comfy-api-base --database-url --enable-assets --disable-assets-autoscan --enable-asset-hashing --feature-flag --list-feature-flags
+    """
+
+KNOWN = {option for action in comfy.cli_args.parser._actions for option in action.option_strings if option.startswith("--")}
+
+
+def sets(lines, allowed, *marks):
+    """Parameters for each set of options, of which those stay that this ComfyUI has: (options, what they may change, relatively)."""
+    for line in lines.replace("\n    ", " ").split("\n"):
+        kept, keep = [], True
+        for word in line.split():
+            keep = word in KNOWN if word.startswith("--") else keep  # a value goes with its option
+            kept += [word] if keep else []
+        if kept:
+            yield pytest.param(tuple(kept), allowed, id=" ".join(kept), marks=marks)
+
+
+def test_every_option_of_this_comfyui_is_drawn_with_or_named():
+    named = {word for words in (SAME, NEARLY, ON_GPU, UNDRAWN) for word in words.split()}
+    assert sorted(KNOWN - named) == []
+
+
+@pytest.fixture(scope="module")
+def draw(pair_files, tmp_path_factory):
+    """Options -> {MODEL: latent} that draw_with_flags.py leaves under them."""
+    folder = tmp_path_factory.mktemp("flags")
+    for name, path in zip(("flux", "flux_4bit"), pair_files):
+        (folder / f"{name}.safetensors").hardlink_to(path)
+
+    @cache
+    def drawn(*options):
+        command = [sys.executable, str(SCRIPT), str(folder), *(["--cpu"] if ON_CPU else []), *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return load_file(folder / "draws.safetensors")
+
+    return drawn
+
+
+@pytest.mark.parametrize(("options", "allowed"), [*sets(SAME, 0), *sets(NEARLY, 0.01), *sets(ON_GPU, 0, pytest.mark.gpu)])
+def test_4_bit_models_draw_under_it_as_without(draw, options, allowed):
+    expected, found = draw(), draw(*options)
+    if not ON_CPU:  # the type in which the device computes may be another under them
+        allowed += 2 * relative_error(found["plain"], expected["plain"])
+    assert relative_error(found["loaded"], expected["loaded"]) <= allowed
+    assert torch.equal(found["quantized"], found["reloaded"])
