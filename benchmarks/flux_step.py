@@ -91,7 +91,7 @@ def main():
     args = parser.parse_args()
     sys.path.insert(0, args.comfyui)
     load_pack()
-    from comfyui_svdquant.quant.layers.linear import set_act_bits
+    from comfyui_svdquant.quant.layers.preparation import set_act_bits
 
     def with_bits(act_bits):
         flux = packed_flux(args.rank)

@@ -114,7 +114,7 @@ class Studio:
 
     def judge(self, twin, by_kernels=False):
         """{"w4a4", "w4a8": compare(...)} of a 4-bit model."""
-        from comfyui_svdquant.quant.layers.linear import set_act_bits
+        from comfyui_svdquant.quant.layers.preparation import set_act_bits
 
         found = {}
         with nullcontext() if by_kernels else by_definition():

@@ -4,7 +4,8 @@ import comfy.model_management
 import torch
 
 from .. import families
-from ..layers.linear import SVDQuantLinear, compute_in
+from ..layers.linear import SVDQuantLinear
+from ..layers.preparation import compute_in, prepare
 from .operations import Operations
 from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
 
@@ -109,6 +110,7 @@ def make_patcher(model, patcher_class):
     compute_in(model, model.get_dtype(), device)
     model.device = offload_device
     model.to(offload_device)
+    prepare(model, device)
     patcher = patcher_class(model, device, offload_device)
     if patcher_class is SVDQuantModelPatcher:
         # How newer ComfyUI makes the model anew, for another device. Not from the file, which may be another one by then, or not exist.

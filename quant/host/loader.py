@@ -12,7 +12,7 @@ from ..checkpoint import card, comfy_kitchen, foreign, formats, native
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.nunchaku import names as nunchaku_names
 from ..layers import layout
-from ..layers.linear import set_act_bits, warm_up
+from ..layers.preparation import set_act_bits, warm_up
 from . import build, heap
 from .attachments import CARD, SOURCE
 from .patcher import SVDQuantModelPatcher
@@ -50,7 +50,7 @@ def check_file(header):
 def _load_packed(packed, compute_dtype, act_bits):
     model = _empty_packed(packed, compute_dtype)
     set_act_bits(model, act_bits)
-    warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype())  # compiles while the file is read
+    warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype(), packed.family.tokens)  # compiles while the file is read
     heap.give_back()  # what the model before left
     if packed.prefix is None:
         build.fill(model, packed.tensors())

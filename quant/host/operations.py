@@ -4,7 +4,8 @@ import comfy.ops
 import torch
 
 from ..layers import layout
-from ..layers.linear import AWQLinear, NVFP4Linear, PackedMLP, SVDQuantLinear
+from ..layers.linear import AWQLinear, NVFP4Linear, SVDQuantLinear
+from ..layers.packed_mlp import PackedMLP
 
 
 class Operations(comfy.ops.manual_cast):

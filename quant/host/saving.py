@@ -55,7 +55,7 @@ def stored_tensors(model):
     for layer, module in model.packed_layers().items():
         for part, (_, dtype) in module.spec.tensors().items():
             tensor = tensors[name := f"{layer}.{part}"]
-            if tensor.dtype != dtype:  # linear.compute_in's
+            if tensor.dtype != dtype:  # preparation.compute_in's
                 tensors[name] = tensor.to("cpu", dtype)
     return {build.stored_name(model.model, name): tensor for name, tensor in tensors.items()}
 

@@ -1,22 +1,16 @@
 """The packed linear layers. Parameters as layout.py lists them; forward is one op, and what LoRAs add to it."""
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn.modules import module as module_hooks
 
-from ...cuda import mlp, nvfp4, nvfp4_ops, ops, reference, row_scales
-from ...cuda.choose import W4A16
-from ...cuda.errors import KernelsUnavailable
+from ...cuda import nvfp4, nvfp4_ops, ops, reference, row_scales
 from ...cuda.int4 import GELU_SHIFT
 from ...cuda.operands import LayerOperands
 
-HALVES = torch.bfloat16, torch.float16
-SHAPES = 8  # of inputs whose way to the kernels a layer remembers
-TOKENS = (4096, 512, 4608)  # of a picture of 1024 x 1024, of FLUX's text, of both
+SHAPES = 8  # input shapes whose launch plan a layer caches
 
 
 class PackedLinear(torch.nn.Module):
@@ -113,11 +107,27 @@ class RowScale(NamedTuple):
     parameter: weakref.ref
     version: int | None  # None where PyTorch doesn't count the writes: of tensors made in inference mode
 
+    @classmethod
+    def of(cls, value, parameter):
+        return cls(value, value.data_ptr(), weakref.ref(parameter), version_of(parameter))
 
-class Repeated(NamedTuple):
+    def is_of(self, parameter, changed=False):
+        """Whether it is the row scale of `parameter` as it is now; changed: or as it was before a write."""
+        return self.parameter() is parameter and (changed or self.version == version_of(parameter))
+
+
+def version_of(tensor):
+    """How often a tensor was written to; None where PyTorch doesn't count."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
+
+
+class CachedLaunch(NamedTuple):
     """How a layer runs with inputs of one shape while nothing else changes."""
 
-    again: Callable        # ops.cached_launch's
+    launch: Callable       # ops.cached_launch's
     gelu_from: int | None  # of the product; a LoRA branch is added before the layer's GELU
     act_bits: int          # as they were set
     row_scale: RowScale | None
@@ -135,29 +145,29 @@ class SVDQuantLinear(BranchedLinear):
     def __init__(self, spec, device="meta"):
         super().__init__(spec, device)
         self._row_scale = None  # RowScale
-        self._repeated = {}  # {x's shape: Repeated}
+        self._launches = {}  # {x's shape: CachedLaunch}
 
     def __getstate__(self):  # a copy looks things up for itself
-        return self.__dict__ | {"_row_scale": None, "_repeated": {}}
+        return self.__dict__ | {"_row_scale": None, "_launches": {}}
 
     def forward(self, x):
-        if ops.plain(x) and (known := self._repeated.get(x.shape)) is not None:
+        if ops.plain(x) and (known := self._launches.get(x.shape)) is not None:
             branch, y = self._modules.get("lora_branch"), None
             if not self.bias_function and (branch is None or branch.gain is None):
                 gelu_from = None if self.gelu_from is None or branch is not None else self.activates_from()  # few layers have one
-                y = self._again(x, gelu_from, *known)
+                y = self._launched(x, gelu_from, *known)
             if y is not None:
                 return y if branch is None else self.added(y, x)
         return super().forward(x)
 
-    def _again(self, x, gelu_from, again, activated_from, act_bits, c):
-        """The layer without its LoRA branch, by a Repeated; None where anything has changed since."""
+    def _launched(self, x, gelu_from, launch, activated_from, act_bits, c):
+        """The layer without its LoRA branch, by a CachedLaunch; None where anything has changed since."""
         p = self._parameters
         weight_scale, proj_down, bias = p["weight_scale"], p["weight_proj_down"], p["bias"]
         if activated_from != gelu_from or act_bits != self.act_bits or c is not None and (
                 c.parameter() is not weight_scale or c.version is not None and c.version != weight_scale._version):
             return None
-        return again(x, weight_scale, proj_down, (
+        return launch(x, weight_scale, proj_down, (
             proj_down.data_ptr(), p["weight"].data_ptr(), weight_scale.data_ptr(), p["weight_smooth_factor"].data_ptr(),
             0 if c is None else c.address, p["weight_proj_up"].data_ptr(), 0 if bias is None else bias.data_ptr()))
 
@@ -170,26 +180,51 @@ class SVDQuantLinear(BranchedLinear):
         row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 else None
         args = operands(p, bias, self.spec.unsigned_from, act_bits, row_scale, gelu_from)
         if ops.plain(x) and bias is p["bias"] and all(tensor is self._parameters[name] for name, tensor in p.items()):
-            again, known = ops.cached_launch(x, args), self._row_scale
-            if again and (row_scale is None or known.value is row_scale):
-                if len(self._repeated) >= SHAPES:
-                    self._repeated.clear()
-                self._repeated[x.shape] = Repeated(again, gelu_from, self.act_bits, None if row_scale is None else known)
+            launch, known = ops.cached_launch(x, args), self._row_scale
+            if launch and (row_scale is None or known.value is row_scale):
+                if len(self._launches) >= SHAPES:
+                    self._launches.clear()
+                self._launches[x.shape] = CachedLaunch(launch, gelu_from, self.act_bits, None if row_scale is None else known)
         return ops.svdquant_linear(x, args)
 
+    def prepare(self, device):
+        """Find what forwards with inputs on `device` need beside the parameters: the row scales, with 8-bit activations. A graph that
+        torch.compile traces then has nothing to compute but the op."""
+        if self.bits(device) == 8:
+            self._find_row_scale(self._parameters["weight_scale"].to(device))
+
     def row_scale(self, weight_scale):
-        """row_scales.row_scale of the layer, found at its first use on a device. weight_scale: the parameter, on that device."""
+        """row_scales.row_scale of the layer. weight_scale: the parameter, on the device where the row scales are wanted."""
         known, parameter = self._row_scale, self._parameters["weight_scale"]
         if torch.compiler.is_dynamo_compiling():
-            return row_scales.row_scale(weight_scale) if known is None else known.value
-        try:
-            version = parameter._version
-        except RuntimeError:
-            version = None
-        if known is None or known.parameter() is not parameter or known.version != version or known.value.device != weight_scale.device:
-            value = row_scales.row_scale(weight_scale)
-            known = self._row_scale = RowScale(value, value.data_ptr(), weakref.ref(parameter), version)
+            return self._find_row_scale(weight_scale) if known is None else known.value
+        if known is None or not known.is_of(parameter) or known.value.device != weight_scale.device:
+            return self._find_row_scale(weight_scale)
         return known.value
+
+    @torch.compiler.disable  # outside of a graph: the search is 61 candidates
+    def _find_row_scale(self, weight_scale):
+        value = row_scales.row_scale(weight_scale)
+        self._row_scale = RowScale.of(value, self._parameters["weight_scale"])
+        return value
+
+    def _apply(self, fn, recurse=True):
+        """Module.to and the like. The row scales are the same on every device, and others in another type."""
+        before = self._parameters["weight_scale"]
+        result = super()._apply(fn, recurse)
+        known, parameter = self._row_scale, self._parameters["weight_scale"]
+        if known is not None:
+            device = known.value.device if parameter.device.type in ("cpu", "meta") else parameter.device
+            if parameter.dtype == before.dtype and known.is_of(before, changed=True):
+                self._row_scale = RowScale.of(known.value.to(device), parameter)
+            else:
+                self._find_row_scale(parameter.to(device))
+        return result
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._row_scale is not None:
+            self._find_row_scale(self._parameters["weight_scale"].to(self._row_scale.value.device))
 
     def packed_part(self, device):
         """(N, K) float32: the packed codes' share of the weight."""
@@ -201,31 +236,6 @@ def operands(p, bias, unsigned_from, act_bits, row_scale=None, gelu_from=None):
     """The LayerOperands of an SVDQuantLinear's parameters `p`."""
     return LayerOperands(p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], bias,
                          unsigned_from, act_bits, row_scale, gelu_from)
-
-
-class PackedMLP(torch.nn.Sequential):
-    """In the place of a Sequential of fc1, which applies the GELU, nothing in the GELU's place, and fc2. While both layers are W4A4 and
-    nothing else is to be done on the way, it is one op; otherwise they run one after the other."""
-
-    def forward(self, x):
-        return self.fused(x) if self.fuses(x.device) else super().forward(x)
-
-    def fuses(self, device):
-        """Whether the layers, as they are now, are one op on `device`."""
-        if len(self._modules) != 3:
-            return False
-        first, between, second = self._modules.values()
-        return (isinstance(first, SVDQuantLinear) and isinstance(second, SVDQuantLinear) and isinstance(between, torch.nn.Identity)
-                and first.act_bits == second.act_bits and first.bits(device) == 4 and mlp.pays(device)
-                and first.gelu_from == 0 and second.gelu_from is None
-                and untouched(first) and untouched(between) and untouched(second)
-                and not module_hooks._global_forward_hooks and not module_hooks._global_forward_pre_hooks)
-
-    def fused(self, x):
-        first, _, second = self._modules.values()
-        p, q = first.at(x), second.at(x)
-        return mlp.svdquant_mlp(x, operands(p, p["bias"], first.spec.unsigned_from, 4, gelu_from=0),
-                                operands(q, q["bias"], second.spec.unsigned_from, 4))
 
 
 def untouched(module):
@@ -266,57 +276,3 @@ class AWQLinear(PackedLinear):
 
     def gelu_shift_correction(self, device):
         return torch.zeros(self.out_features, device=device)
-
-
-def compute_in(model, dtype, device):
-    """Have the layers' bf16 tensors in fp16, where the kernels on `device` compute in that while the model is in `dtype`, so that no call
-    has to convert them. The specs go on to say how they were stored; the way back is exact but for what is below 2^-17, to within 2^-25.
-    Tensors in fp16 stay so in a bf16 model, where their last bits would be lost."""
-    if device.type != "cuda" or torch.version.hip:
-        return
-    for module in model.modules():
-        if isinstance(module, (SVDQuantLinear, AWQLinear)):
-            try:
-                if ops.compute_dtype(dtype, module.spec.dtype, device) != torch.float16:
-                    continue
-            except KernelsUnavailable:  # a GPU that is too old
-                return
-            for p in module.parameters():
-                if p.dtype == torch.bfloat16:
-                    p.data = p.data.half()
-
-
-def warm_up(model, device, dtype, tokens=TOKENS):
-    """Have the kernels that the model's packed layers will ask for on `device` compiled in threads, beside what the caller does next.
-
-    dtype: the model's, of the layers' inputs; tokens: the numbers of them to compile for; others may want a kernel more. Returns the
-    threads' futures; none off CUDA.
-    """
-    if device.type != "cuda" or torch.version.hip:
-        return []
-    if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-
-    def computed(spec):
-        return dtype if dtype in HALVES else spec.dtype
-
-    layers, mlps, together = [], [], set()
-    for module in model.modules():
-        if isinstance(module, PackedMLP) and module.fuses(device) and dtype in (torch.float16, module[0].spec.dtype):
-            first, _, second = module
-            together |= {first, second}
-            mlps += [(m, first.in_features, first.out_features, second.out_features, first.spec.rank, second.spec.rank,
-                      first.spec.unsigned_from, second.spec.unsigned_from, dtype) for m in tokens]
-        elif isinstance(module, SVDQuantLinear) and module not in together:
-            layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
-                        computed(module.spec), module.gelu_from) for m in tokens]
-        elif isinstance(module, AWQLinear):
-            layers.append((1, module.out_features, module.in_features, 0, module.in_features, W4A16, computed(module.spec)))
-    return ops.warm_up(dict.fromkeys(layers), device, [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)])
-
-
-def set_act_bits(model, act_bits):
-    """Have every W4A4 layer of the model quantize its input to act_bits (SVDQuantLinear says which there are)."""
-    for module in model.modules():
-        if isinstance(module, SVDQuantLinear):
-            module.act_bits = act_bits

@@ -12,7 +12,7 @@ from comfyui_svdquant.cuda import compiler, gemm_mma, mlp, ops, quantize_activat
 from comfyui_svdquant.cuda.activation_layout import CodeStorage, read_lora_act
 from comfyui_svdquant.cuda.gemm_mma import NARROW, SMALL, WIDE
 from comfyui_svdquant.cuda.operands import LayerOperands
-from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.layers import layout, linear, packed_mlp
 
 from .layers import check_in_graphs, on_cuda, plans_here, random_input, random_layer, relative_error
 
@@ -265,6 +265,6 @@ def test_a_models_mlp_in_one_graph(act_bits, pays, monkeypatch):
         for name, tensor in zip(PARAMETERS, tensors.tensors, strict=True):
             getattr(layer, name).data.copy_(tensor)
         layer.act_bits, layer.gelu_from = act_bits, gelu_from
-    model = linear.PackedMLP(layers[0], torch.nn.Identity(), layers[1])
+    model = packed_mlp.PackedMLP(layers[0], torch.nn.Identity(), layers[1])
     with torch.inference_mode():
         check_in_graphs(model, random_input(70, k, torch.bfloat16).cuda())

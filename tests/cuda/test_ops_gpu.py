@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import int4, kernel_loader, ops, reference, row_scales, runtime
 from comfyui_svdquant.cuda.choose import W4A16
-from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.layers import layout, linear, preparation
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
 from .layers import check_in_graphs, decided, on_cuda, random_input, random_layer, relative_error, with_row_scale
@@ -262,11 +262,11 @@ def test_a_layer_of_a_model_in_fp16(act_bits, rank):
     """Stored in bf16, held in fp16: what a call that converts everything gives, and nothing to look up for the next one."""
     module, x = module_of(192, 256, rank, act_bits), random_input(70, 256, torch.float16).cuda()
     expected = by_the_op(module, x)
-    linear.compute_in(module, torch.float16, x.device)
+    preparation.compute_in(module, torch.float16, x.device)
     assert module.weight_scale.dtype == torch.float16 and module.weight.dtype == torch.int8
     for _ in range(3):
         assert torch.equal(module(x), expected)
-    assert len(module._repeated) == 1
+    assert len(module._launches) == 1
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import build, loader
 
 from ..comfy_models import quantized
@@ -18,6 +19,6 @@ def test_packed_layers_are_taken_to_the_models_type(flux_file, native_file, monk
     device = build.comfy.model_management.get_torch_device()
     loaded = loader.load_model(native_file, dtype)
     entries = len(loaded.model.diffusion_model.state_dict())
-    assert taken == [(entries, dtype, device)] and warmed == [(device, dtype)]
+    assert taken == [(entries, dtype, device)] and warmed == [(device, dtype, FAMILY.tokens)]
     quantized(loader.load_model(flux_file, dtype), "data-free")
     assert taken[-1] == (entries, dtype, device)

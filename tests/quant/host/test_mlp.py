@@ -4,7 +4,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfyui_svdquant.quant.host import loader
-from comfyui_svdquant.quant.layers import linear
+from comfyui_svdquant.quant.layers import linear, packed_mlp, preparation
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 from ..comfy_models import HIDDEN, prompts, sample
@@ -21,15 +21,15 @@ APART = 0.045 if torch.cuda.is_available() else 0
 @pytest.fixture
 def fused(monkeypatch):
     """The weights of fc1 of every call of the op."""
-    calls, op = [], linear.mlp.svdquant_mlp
-    monkeypatch.setattr(linear.mlp, "svdquant_mlp", lambda x, first, second: calls.append(first.weight) or op(x, first, second))
+    calls, op = [], packed_mlp.mlp.svdquant_mlp
+    monkeypatch.setattr(packed_mlp.mlp, "svdquant_mlp", lambda x, first, second: calls.append(first.weight) or op(x, first, second))
     return calls
 
 
 def one_by_one(patcher):
     """sample(patcher), its MLPs' layers one after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear.PackedMLP, "fuses", lambda mlp, device: False)
+        patch.setattr(packed_mlp.PackedMLP, "fuses", lambda mlp, device: False)
         return sample(patcher)
 
 
@@ -40,7 +40,7 @@ def mlps(patcher):
 
 
 def test_a_model_runs_the_op_and_looks_as_it_did(plain, twin, fused):
-    linear.set_act_bits(twin.model, 4)
+    preparation.set_act_bits(twin.model, 4)
     assert [name for name, _ in twin.model.named_modules()] == [name for name, _ in plain.model.named_modules()]
     assert all(isinstance(mlp, torch.nn.Sequential) and isinstance(mlp[0], linear.SVDQuantLinear) for mlp in mlps(twin))
     y = sample(twin)
@@ -52,7 +52,7 @@ def test_a_model_runs_the_op_and_looks_as_it_did(plain, twin, fused):
 
 @pytest.mark.parametrize(("name", "left"), [(FC1, 1), (FC2, 0)])
 def test_a_lora_on_one_layer_takes_its_mlp_apart_until_it_goes(twin, fused, name, left):
-    linear.set_act_bits(twin.model, 4)
+    preparation.set_act_bits(twin.model, 4)
     before = sample(twin)
     patched = load_lora(twin, generic((name, shapes(twin)[name])))
     fused.clear()
@@ -65,7 +65,7 @@ def test_a_lora_on_one_layer_takes_its_mlp_apart_until_it_goes(twin, fused, name
 
 def test_offloaded_layers_with_a_patch_of_the_bias(twin, fused):
     """Which the layers' own forward applies where they lie elsewhere."""
-    linear.set_act_bits(twin.model, 4)
+    preparation.set_act_bits(twin.model, 4)
     before = sample(twin)
     patched = load_lora(twin, {f"diffusion_model.{FC1}.diff_b": random(4 * HIDDEN), f"diffusion_model.{FC2}.diff_b": random(HIDDEN)})
     whole = sample(patched)
@@ -79,7 +79,7 @@ def test_offloaded_layers_with_a_patch_of_the_bias(twin, fused):
 
 
 def test_cancel(twin, fused):
-    linear.set_act_bits(twin.model, 4)
+    preparation.set_act_bits(twin.model, 4)
     mlp, _ = mlps(twin)
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
@@ -91,7 +91,7 @@ def test_cancel(twin, fused):
 def test_on_a_gpu(pair_files, fused, monkeypatch):
     """The kernels, also on a GPU whose model would not use them, with the present tensors of the layers; the two runs of each are equal to
     the bit."""
-    monkeypatch.setattr(linear.mlp, "pays", lambda device: True)
+    monkeypatch.setattr(packed_mlp.mlp, "pays", lambda device: True)
     twin = loaded(loader.load_model(pair_files[1], act_bits=4))
     for mlp in mlps(twin):
         x = random(1, 77, HIDDEN).to(twin.load_device, torch.bfloat16)

@@ -9,7 +9,7 @@ from comfyui_svdquant.cuda import ops, reference, row_scales, targets
 from comfyui_svdquant.cuda.choose import W4A16
 from comfyui_svdquant.cuda.errors import KernelsUnavailable
 from comfyui_svdquant.cuda.operands import LayerOperands
-from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.layers import layout, linear, preparation
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
 from ...cuda.launches import addresses, aligned, recorded
@@ -52,10 +52,10 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed)
     wide, split = (layout.svdquant_spec(k, 64, 16, 128, True, torch.bfloat16) for k in (128, 256))
     awq = layout.LayerSpec(layout.AWQ, 128, 192)
     model = torch.nn.Sequential(*map(linear.SVDQuantLinear, (wide, wide, split)), linear.AWQLinear(awq), torch.nn.Linear(8, 8))
-    linear.set_act_bits(model, 8)
+    preparation.set_act_bits(model, 8)
     model[2].gelu_from = 64
-    assert linear.warm_up(model, torch.device("cpu"), torch.bfloat16) == [] and asked == []
-    linear.warm_up(model, torch.device("cuda", 1), dtype, tokens=(70, 5))
+    assert preparation.warm_up(model, torch.device("cpu"), torch.bfloat16, (5,)) == [] and asked == []
+    preparation.warm_up(model, torch.device("cuda", 1), dtype, tokens=(70, 5))
     (layers, device, others), = asked
     assert device == torch.device("cuda", 1) and others == []
     assert layers == [(70, 64, 128, 16, 128, 8, computed, None), (5, 64, 128, 16, 128, 8, computed, None),
@@ -80,16 +80,16 @@ def test_layers_in_the_models_type(module, monkeypatch, number, dtype, held):
     model = torch.nn.Sequential(module, awq, torch.nn.Linear(8, 8, dtype=torch.bfloat16))
     before = {name: p.clone() for name, p in model.named_parameters()}
     linear.ops.compute_dtype.cache_clear()
-    linear.compute_in(model, dtype, torch.device("cpu"))
+    preparation.compute_in(model, dtype, torch.device("cpu"))
     assert all(p.dtype == before[name].dtype for name, p in model.named_parameters())
-    linear.compute_in(model, dtype, torch.device("cuda", 7))
+    preparation.compute_in(model, dtype, torch.device("cuda", 7))
     for name, p in model.named_parameters():
         own = before[name]
         assert p.dtype == (own.dtype if own.dtype == torch.int8 or name.startswith("2.") else held)
         assert torch.equal(p.to(own.dtype), own)
     assert module.spec.dtype == awq.spec.dtype == torch.bfloat16
     stored = linear.AWQLinear(layout.LayerSpec(layout.AWQ, 128, 192, dtype=torch.float16), "cpu")
-    linear.compute_in(stored, dtype, torch.device("cuda", 7))
+    preparation.compute_in(stored, dtype, torch.device("cuda", 7))
     assert stored.weight_scale.dtype == torch.float16, "bf16 has less bits"
     linear.ops.compute_dtype.cache_clear()
 
@@ -153,7 +153,7 @@ def test_the_second_call_looks_nothing_up(module, monkeypatch):
         assert [generals(one), generals(one[:, :].float()), generals(one)] == [0, 1, 0]
         for m in range(20, 20 + 2 * linear.SHAPES):
             module(aligned(torch.randn(m, 256).bfloat16()))
-        assert len(module._repeated) <= linear.SHAPES
+        assert len(module._launches) <= linear.SHAPES
         assert len(calls) == 17 - 1 + 2 * linear.SHAPES  # one was float32, for which they are launched one by one
 
 
@@ -186,7 +186,7 @@ def test_gelu_is_the_kernels_unless_something_is_added(module, monkeypatch):
         for kind in ("none", "none", "terms", "terms", "none", "terms", "none"):
             module.lora_branch = lora_branch(kind)
             module(x)
-            assert module._repeated[x.shape].gelu_from == (128 if kind == "none" else None)
+            assert module._launches[x.shape].gelu_from == (128 if kind == "none" else None)
             assert after == ([] if kind == "none" else [128])
             after.clear()
 
@@ -198,7 +198,7 @@ def test_copies_are_layers_of_their_own(module, monkeypatch):
         module(x)
         module.row_scale(module.weight_scale)
         for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert other._row_scale is None and not other._repeated and module._repeated
+            assert other._row_scale is None and not other._launches and module._launches
             for _ in range(2):
                 other(x)
                 assert calls[-1].items() >= present(other).items() and present(other) != present(module)
@@ -219,7 +219,7 @@ def test_row_scale_is_that_of_the_present_scales(module, monkeypatch):
     moved(module, "weight_scale")
     assert fresh()[0] == 0
     module.load_state_dict({name: 2 * p if name == "weight_scale" else p for name, p in module.state_dict().items()})
-    assert fresh()[0] == 1
+    assert len(found) == 2 and fresh()[0] == 0, "found when the weights came"
     module.weight_scale = torch.nn.Parameter(4 * module.weight_scale.data, requires_grad=False)
     assert fresh()[0] == 1 and fresh()[0] == 0
     assert torch.equal(fresh()[1], row_scales.row_scale(module.weight_scale))

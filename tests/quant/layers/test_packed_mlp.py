@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from comfyui_svdquant.cuda import targets
-from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.layers import layout, linear, packed_mlp, preparation
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
 K, HIDDEN, N = 128, 256, 64
@@ -30,14 +30,14 @@ def packed(k, n, unsigned_from, gelu_from=None):
 
 @pytest.fixture
 def mlp():
-    return linear.PackedMLP(packed(K, HIDDEN, K, 0), torch.nn.Identity(), packed(HIDDEN, N, 0))
+    return packed_mlp.PackedMLP(packed(K, HIDDEN, K, 0), torch.nn.Identity(), packed(HIDDEN, N, 0))
 
 
 @pytest.fixture
 def fused(monkeypatch):
     """The arguments of every call of the op."""
-    calls, op = [], linear.mlp.svdquant_mlp
-    monkeypatch.setattr(linear.mlp, "svdquant_mlp", lambda *args: calls.append(args) or op(*args))
+    calls, op = [], packed_mlp.mlp.svdquant_mlp
+    monkeypatch.setattr(packed_mlp.mlp, "svdquant_mlp", lambda *args: calls.append(args) or op(*args))
     return calls
 
 
@@ -53,15 +53,15 @@ def one_by_one(mlp, x):
 @pytest.mark.parametrize("number, expected", [(75, False), (80, True), (89, True), (90, False), (120, False)])
 def test_which_gpus_run_it(monkeypatch, number, expected):
     monkeypatch.setattr(targets, "for_device", lambda device: targets.TARGETS[number])
-    assert linear.mlp.pays(torch.device("cuda", 0)) is expected and linear.mlp.pays(torch.device("cpu"))
+    assert packed_mlp.mlp.pays(torch.device("cuda", 0)) is expected and packed_mlp.mlp.pays(torch.device("cpu"))
 
 
 def test_a_gpu_that_is_too_old(mlp, monkeypatch):
     """It runs by PyTorch, layer by layer, and a warm-up has nothing to do."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (6, 1))
     device = torch.device("cuda", 7)
-    assert not linear.mlp.pays(device) and not mlp.fuses(device)
-    for future in linear.warm_up(mlp, device, torch.bfloat16, tokens=(5,)):
+    assert not packed_mlp.mlp.pays(device) and not mlp.fuses(device)
+    for future in preparation.warm_up(mlp, device, torch.bfloat16, tokens=(5,)):
         assert future.result() is None
 
 
@@ -78,7 +78,7 @@ def test_one_op_with_the_layers_own_tensors(mlp, fused, x):
 
 def test_layers_that_lie_elsewhere_are_brought_to_the_input(mlp, monkeypatch, x):
     calls = []
-    monkeypatch.setattr(linear.mlp, "svdquant_mlp", lambda *args: calls.append(args))
+    monkeypatch.setattr(packed_mlp.mlp, "svdquant_mlp", lambda *args: calls.append(args))
     mlp(x.to("meta"))
     ((_, first, second),) = calls
     assert {tensor.device.type for tensor in (*first.tensors, *second.tensors)} == {"meta"} and mlp[0].weight.device.type == "cpu"
@@ -179,7 +179,7 @@ def test_what_is_in_the_way_and_goes_again(mlp, fused, x, change):
 
 
 def test_the_devices_choice_of_bits(mlp, fused, x, monkeypatch):
-    linear.set_act_bits(mlp, 0)
+    preparation.set_act_bits(mlp, 0)
     mlp(x)
     assert len(fused) == 1
     monkeypatch.setattr(linear.ops, "best_act_bits", lambda device: 8)
@@ -220,11 +220,11 @@ def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, d
     """The op is for models in 16 bits, with layers that compute_in has taken there."""
     asked, prepared = [], []
     monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.extend(layers) or [job() for job in others])
-    monkeypatch.setattr(linear.mlp, "prepare", lambda *args: prepared.append(args))
-    monkeypatch.setattr(linear.mlp, "pays", lambda device: True)
+    monkeypatch.setattr(packed_mlp.mlp, "prepare", lambda *args: prepared.append(args))
+    monkeypatch.setattr(packed_mlp.mlp, "pays", lambda device: True)
     model, device = torch.nn.Sequential(mlp, copy.deepcopy(mlp), packed(K, HIDDEN, K, 0)), torch.device("cuda", 1)
-    linear.set_act_bits(model, act_bits)
-    linear.warm_up(model, device, dtype, tokens=(70, 5))
+    preparation.set_act_bits(model, act_bits)
+    preparation.warm_up(model, device, dtype, tokens=(70, 5))
     computed = torch.bfloat16 if dtype == torch.float32 else dtype
     fc1, fc2 = ([(m, n, k, 16, unsigned_from, act_bits, computed, gelu_from) for m in (70, 5)]
                 for n, k, unsigned_from, gelu_from in ((HIDDEN, K, K, 0), (N, HIDDEN, 0, None)))

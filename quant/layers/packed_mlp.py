@@ -1,0 +1,32 @@
+"""An MLP's two packed layers as one op."""
+
+import torch
+from torch.nn.modules import module as module_hooks
+
+from ...cuda import mlp
+from .linear import SVDQuantLinear, operands, untouched
+
+
+class PackedMLP(torch.nn.Sequential):
+    """In the place of a Sequential of fc1, which applies the GELU, nothing in the GELU's place, and fc2. While both layers are W4A4 and
+    nothing else is to be done on the way, it is one op; otherwise they run one after the other."""
+
+    def forward(self, x):
+        return self.fused(x) if self.fuses(x.device) else super().forward(x)
+
+    def fuses(self, device):
+        """Whether the layers, as they are now, are one op on `device`."""
+        if len(self._modules) != 3:
+            return False
+        first, between, second = self._modules.values()
+        return (isinstance(first, SVDQuantLinear) and isinstance(second, SVDQuantLinear) and isinstance(between, torch.nn.Identity)
+                and first.act_bits == second.act_bits and first.bits(device) == 4 and mlp.pays(device)
+                and first.gelu_from == 0 and second.gelu_from is None
+                and untouched(first) and untouched(between) and untouched(second)
+                and not module_hooks._global_forward_hooks and not module_hooks._global_forward_pre_hooks)
+
+    def fused(self, x):
+        first, _, second = self._modules.values()
+        p, q = first.at(x), second.at(x)
+        return mlp.svdquant_mlp(x, operands(p, p["bias"], first.spec.unsigned_from, 4, gelu_from=0),
+                                operands(q, q["bias"], second.spec.unsigned_from, 4))
