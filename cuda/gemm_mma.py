@@ -13,7 +13,7 @@ from .images import padded
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "gemm_mma.cu", "gemm"
-INTEGER, BYTES, NIBBLES = 0, 1, 2  # the kernel's MODE
+INTEGER, BYTES, NIBBLES = 0, 1, 2  # the kernel's CODES
 NATIVE_INT4 = (75, 80, 86, 87, 89)  # compute capabilities with 4-bit MMAs; elsewhere ptxas would emulate them in 200 instructions
 
 
@@ -90,7 +90,7 @@ def defines_of(mode, tile, number, half, turing=None, gelu=False, next_ranks=Non
     """next_ranks: the kernel ends with the next layer's codes (mlp.py); that layer's rank, padded to 32."""
     stages = 2 if turing else tile.stages(mode, number)
     shared = tile.shared_bytes(mode, stages, next_ranks)
-    defines = (("MODE", mode), ("HALF", int(half)), ("ROW_WARPS", tile.row_warps), ("TOKEN_WARPS", tile.token_warps),
+    defines = (("CODES", mode), ("HALF", int(half)), ("ROW_WARPS", tile.row_warps), ("TOKEN_WARPS", tile.token_warps),
                ("TILES", tile.tiles), ("STAGES", stages), ("SHARED_BYTES", shared), ("GELU", int(gelu)))
     if next_ranks is not None:
         defines = *defines, ("NEXT", next_ranks)

@@ -3,8 +3,6 @@
 #pragma once
 #include "group.cuh"
 
-enum { INTEGER, GROUP, NIBBLE };
-
 // max over 8 columns of |(x + shift) / smooth|
 __device__ __forceinline__ float max_of_run(uint4 x, const float (&even)[4], const float (&odd)[4], float shift) {
     const u32 words[4] = {x.x, x.y, x.z, x.w};
@@ -17,20 +15,15 @@ __device__ __forceinline__ float max_of_run(uint4 x, const float (&even)[4], con
     return m;
 }
 
-__device__ __forceinline__ void load_floats(float (&f)[4], u32 address) {
-    const uint4 v = load_shared(address);
-    f[0] = __uint_as_float(v.x), f[1] = __uint_as_float(v.y), f[2] = __uint_as_float(v.z), f[3] = __uint_as_float(v.w);
-}
-
 // The place of run i (8 columns, as a piece of a block) of those whose codes make up piece `lane` of a row of the image.
 // int8 images: a piece is the even or the odd columns of four runs. Nibbles: half a piece is all columns of two runs.
 __device__ __forceinline__ int run_of(int lane, int i) {
     const int pair = lane >> 1;
-    if (CODES == INTEGER) return 4 * i + pair;
-    return 8 * (pair >> 1) + 2 * (CODES == NIBBLE ? 2 * (lane & 1) + i : i) + (pair & 1);
+    if (CODES == INT8) return 4 * i + pair;
+    return 8 * (pair >> 1) + 2 * (CODES == INT4_NIBBLES ? 2 * (lane & 1) + i : i) + (pair & 1);
 }
 
-constexpr int RUNS = CODES == NIBBLE ? 2 : 4;
+constexpr int RUNS = CODES == INT4_NIBBLES ? 2 : 4;
 
 // Codes one row's 16 columns, lane 0..7 of the row's eight, from its runs of x.
 //     inverse, keep   int8: 1 / scale of each run; ~0, or 0 if the row is NaN
@@ -44,28 +37,28 @@ __device__ __forceinline__ void code_row(const uint4 (&x)[RUNS], u32 smooth, int
         const u32 words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
         const u32 run = smooth + run_of(lane, i) * 32;
         float even[4], odd[4];
-        if (CODES == NIBBLE) {
-            load_floats(even, run), load_floats(odd, run + 16);
+        if (CODES == INT4_NIBBLES) {
+            load_shared_floats(even, run), load_shared_floats(odd, run + 16);
 #pragma unroll
             for (int b = 0; b < 4; b++) {
                 v[8 * i + 2 * b] = (low_float(words[b]) + shift[i]) * even[b];
                 v[8 * i + 2 * b + 1] = (high_float(words[b]) + shift[i]) * odd[b];
             }
         } else {
-            load_floats(even, run + 16 * half);
+            load_shared_floats(even, run + 16 * half);
 #pragma unroll
             for (int b = 0; b < 4; b++) v[4 * i + b] = (either_float(words[b], half) + shift[i]) * even[b];
         }
     }
     Group group = {};
-    if (CODES != INTEGER) {
+    if (CODES != INT8) {
         group = group_of<1, 2>(v, real, is_unsigned);
         keep = group.keep;
         if (scale) *scale = group.scale;
     }
 #pragma unroll
-    for (int i = 0; i < 16; i++) v[i] = CODES == INTEGER ? fmaf(v[i], inverse[i / 4 % RUNS], MAGIC) : group.code(v[i]);
-    if (CODES == NIBBLE) {
+    for (int i = 0; i < 16; i++) v[i] = CODES == INT8 ? fmaf(v[i], inverse[i / 4 % RUNS], MAGIC) : group.code(v[i]);
+    if (CODES == INT4_NIBBLES) {
         u32 words[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) words[i] = pack_nibbles(v + 8 * i) & keep;
@@ -88,4 +81,4 @@ __device__ __forceinline__ void tie_parts(float (&s)[2]) {
 }
 
 // 1 / scale, or 0 for a row of zeros.
-__device__ __forceinline__ float inverse_of(float s) { return s > 0 ? reciprocal(s) : 0; }
+__device__ __forceinline__ float inverse_scale(float s) { return s > 0 ? reciprocal(s) : 0; }

@@ -173,18 +173,16 @@ DEVICE void release(u32 barrier, u32 cta) {
 #endif
 }
 
-DEVICE float load_shared_float(u32 address) { return __uint_as_float(load_shared4(address)); }
-
 #if HALF
 // Two tokens' low_scale; 1 where there are no ranks.
 DEVICE float2 load_low_scales(u32 address) {
-    const float2 pair = load_pair(address);
+    const float2 pair = load_shared_float2(address);
     return make_float2(pair.x != 0.f ? pair.x : 1.f, pair.y != 0.f ? pair.y : 1.f);
 }
 #endif
 
 // 1 / x, and 0 of 0.
-DEVICE float inverse_of(float x) { return x != 0.f ? reciprocal(x) : 0.f; }
+DEVICE float inverse_or_zero(float x) { return x != 0.f ? reciprocal_ftz(x) : 0.f; }
 
 // Four codes times their group's integer i as int8, twice: of the low nibbles and of the high ones. u = code + 8 is 0..15, so no byte of
 // u i + (128 - 8 i) leaves 0..255 for i in -15..16, and turning bit 7 of each takes the 128 off again.
@@ -358,8 +356,8 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
 #endif
         for (Tile tile(p); tile.there(p); tile.next(p)) {
             mbarrier_wait(full + 8 * place.stage, place.parity);
-            store_shared4(inverse, __float_as_uint(inverse_of(load_shared_float(factors + ROW_SCALE + row * 4))));
-            store_shared4(inverse + 128, __float_as_uint(inverse_of(load_shared_float(factors + ROW_SCALE + row * 4 + 32))));
+            store_shared4(inverse, __float_as_uint(inverse_or_zero(load_shared_float(factors + ROW_SCALE + row * 4))));
+            store_shared4(inverse + 128, __float_as_uint(inverse_or_zero(load_shared_float(factors + ROW_SCALE + row * 4 + 32))));
             __syncwarp();
             int d[TOKENS / 2];
 #pragma unroll
@@ -393,7 +391,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         const u32 token = factors + 32 * t + 8 * q + 4 * e;
-                        const float ratio = load_shared_float(token + FIRST) * inverse_of(load_shared_float(token + LAST));
+                        const float ratio = load_shared_float(token + FIRST) * inverse_or_zero(load_shared_float(token + LAST));
                         d[4 * t + e] = __float2int_rn(d[4 * t + e] * ratio);
                         d[4 * t + 2 + e] = __float2int_rn(d[4 * t + 2 + e] * ratio);
                     }
@@ -402,7 +400,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
 #if SPLIT > 1
             {
                 const u32 sums = SUMS + warpgroup * SUM_BYTES + thread * 16, other = cta ^ CLUSTER;
-                const u32 remote = address_at(shared + sums, other), remote_barrier = address_at(summed + 8 * warpgroup, other);
+                const u32 remote = cluster_address(shared + sums, other), remote_barrier = cluster_address(summed + 8 * warpgroup, other);
                 mbarrier_wait(sendable + 8 * warpgroup, sums_parity ^ 1);
                 if (thread == 0) mbarrier_arrive_expect(summed + 8 * warpgroup, SUM_BYTES);
 #pragma unroll
@@ -413,7 +411,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                         sent[j - i] = half ? d[j] : d[OUT / 2 + j];
                         d[j] = half ? d[OUT / 2 + j] : d[j];
                     }
-                    store_async16(remote + i * 512, sent[0], sent[1], sent[2], sent[3], remote_barrier);
+                    store_async(remote + i * 512, make_int4(sent[0], sent[1], sent[2], sent[3]), remote_barrier);
                 }
                 mbarrier_wait(summed + 8 * warpgroup, sums_parity);
                 sums_parity ^= 1;
@@ -447,7 +445,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
                     for (int t = 0; t < SLICE / 8; t++) {
                         const int v = turn * (SLICE / 2) + 4 * t;
                         const u32 token = factors + (turn * SLICE + 8 * t + 2 * q) * 4;
-                        float2 scale = load_pair(token + LAST);
+                        float2 scale = load_shared_float2(token + LAST);
 #if HALF
                         const float2 around = load_low_scales(token + LOW);
                         scale.x *= power_inverse(around.x), scale.y *= power_inverse(around.y);

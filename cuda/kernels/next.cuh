@@ -51,14 +51,14 @@ DEVICE void store_codes(const u32 (&x)[4], const float (&inverse)[8], bool is_un
   if (token >= padded_m) return;
   if (g == 0) next.act_scale[(size_t)group * padded_m + token] = codes.scale;
   u8* const row = next.act + ((size_t)(group / 2) * padded_m + token) * X_ROW + g / 2 * 4;
-#if MODE == NIBBLES
+  if constexpr (CODES == INT4_NIBBLES) {
   *(u32*)(row + ((group % 2 * 2 + g % 2 ^ token >> 1 & 3) << 4)) = pack_nibbles(v) & codes.keep;
-#else
+  } else {
 #pragma unroll
   for (int odd = 0; odd < 2; odd++)
     *(u32*)(row + ((group % 2 * 4 + g % 2 * 2 + odd ^ token & 7) << 4)) =
         pack_bytes(v[odd], v[2 + odd], v[4 + odd], v[6 + odd]) & codes.keep;
-#endif
+  }
 }
 
 // x @ proj_down for the tile's columns. A warp has 16 tokens, and all ranks or, where there are more warps than tokens, a part of them.
@@ -76,9 +76,10 @@ DEVICE void multiply_proj_down(u32 shared, const Next& next, int m0, int n0, int
 #pragma unroll
     for (int r = 0; r < RANK_TILES; r += 2) {
       const int piece = first_piece + r + lane / 16;
-      const uint4 p = load_transposed(shared + NEXT_DOWN + ((piece >> 2) * ROWS + 16 * step + lane % 16) * 64 +
+      u32 p[4];
+      ldmatrix4_transposed(p, shared + NEXT_DOWN + ((piece >> 2) * ROWS + 16 * step + lane % 16) * 64 +
                                       ((piece & 3 ^ lane >> 1 & 3) << 4));
-      const u32 b[2][2] = {{p.x, p.y}, {p.z, p.w}};
+      const u32 b[2][2] = {{p[0], p[1]}, {p[2], p[3]}};
       mma_16816(sums[r], a, b[0]);
       mma_16816(sums[r + 1], a, b[1]);
     }

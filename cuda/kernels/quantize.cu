@@ -80,6 +80,22 @@ __device__ __forceinline__ u32 slab_offset(int row, int piece) {
 // The sums: tile c of 8 ranks lies at c ^ (row & 3).
 __device__ __forceinline__ u32 sum_offset(int row, int tile) { return (row * RANKS + ((tile ^ row & 3) << 3)) << 2; }
 
+// The address in CTA `cta` of what lies at `address` in this one, and loads from there.
+DEVICE u32 address_in(u32 cta, u32 address) {
+  if constexpr (CTAS == 1) return address;
+  else return cluster_address(address, cta);
+}
+
+DEVICE float load_float_there(u32 address) {
+  if constexpr (CTAS == 1) return load_shared_float(address);
+  else return load_remote_float(address);
+}
+
+DEVICE float4 load_float4_there(u32 address) {
+  if constexpr (CTAS == 1) return load_shared_float4(address);
+  else return load_remote_float4(address);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quantize(
     const u16* x,          // (M, K), rows `stride` apart, 16-byte aligned
     const u16* smooth,     // (K)
@@ -115,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             const int row = (thread + i * THREADS) / 16, piece = thread % 16, column = (first + block) * 128 + piece * 8;
             const bool there = first_row + row < M && column < K;
             const u16* source = x + (there ? (size_t)(first_row + row) * stride + column : 0);
-            copy_async(at.x + slot_of(block, slots) * BLOCK_BYTES + x_offset(row, piece), source, there);
+            cp_async16(at.x + slot_of(block, slots) * BLOCK_BYTES + x_offset(row, piece), source, there);
         }
     };
 
@@ -138,14 +154,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         // A column beyond K has 1 / smooth = 0, and so codes of 0.
         const float s = low_float(bits), r = (first + block) * 128 + thread < K ? reciprocal(s) : 0;
         const u32 address = at.smooth + (kept > 1 ? block : 0) * 512 + (thread / 8 * 8 + thread % 2 * 4 + thread / 2 % 4) * 4;
-        if (thread < 128) store_float(address, r);
+        if (thread < 128) store_shared_float(address, r);
     };
     auto store = [&](const Ahead& from, int block) {
         store_smooth(from.smooth, block);
 #pragma unroll
         for (int i = 0; i < SLAB_PIECES; i++) {
             const int index = thread + i * THREADS;
-            store_shared(at.slab + slab_offset(index / SLAB_ROW, index % SLAB_ROW), from.slab[i]);
+            store_shared16(at.slab + slab_offset(index / SLAB_ROW, index % SLAB_ROW), from.slab[i]);
         }
     };
 
@@ -160,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         for (int i = 0; i < RUNS; i++) {
             const int run = run_of(code_lane, i), start = column + run * 8;
             const u32 address = at.x + slot_of(block, slots) * BLOCK_BYTES + x_offset(code_row_, run);
-            if (!again) runs[i] = load_shared(address);
+            if (!again) runs[i] = load_shared16(address);
             else if (real && start < K) runs[i] = *(const uint4*)(x + (size_t)token * stride + start);
             else runs[i] = make_uint4(0, 0, 0, 0);
             is_unsigned = start >= unsigned_from;
@@ -168,10 +184,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             inverses[i] = is_unsigned ? inverse[1] : inverse[0];
         }
         const int group = (column >> 6) + (code_lane >> 2);
-        const bool scaled = CODES != INTEGER && (lane & 3) == 0 && token < padded && group * 64 < K;
+        const bool scaled = CODES != INT8 && (lane & 3) == 0 && token < padded && group * 64 < K;
         code_row(runs, at.smooth + (kept > 1 ? block : 0) * 512, code_lane, token, real, shifts, inverses, keep, is_unsigned,
                  scaled ? act_scale + (size_t)group * padded + token : nullptr,
-                 token < padded ? act + ((size_t)(first + block) * padded + token) * (CODES == NIBBLE ? 64 : 128) : nullptr);
+                 token < padded ? act + ((size_t)(first + block) * padded + token) * (CODES == INT4_NIBBLES ? 64 : 128) : nullptr);
     };
 
     // --- The pass over x ---
@@ -180,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
 #pragma unroll
     for (int block = 0; block < DEPTH; block++) {
         if (block < count) fetch(block);
-        copies_commit();
+        cp_async_commit();
     }
     if (RANKS == 0 && R > 0) image_of_low(proj_down, low, low_scale, M, padded, R, first_row + rank, CTAS, ROWS / CTAS, thread, THREADS);
     float sums[MULTI][RANKS > 0 ? WARP_RANK_TILES : 1][4] = {};
@@ -188,10 +204,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     auto pass = [&](Ahead& arrived, int block) {
         store(arrived, block);
         load(arrived, block + 2);
-        copies_wait<DEPTH - 1>();
+        cp_async_wait<DEPTH - 1>();
         __syncthreads();
         const u32 block_x = at.x + slot_of(block, slots) * BLOCK_BYTES;
-        if (RANKS > 0 || CODES == INTEGER)
+        if (RANKS > 0 || CODES == INT8)
 #pragma unroll
             for (int s = 0; s < WARP_SPANS; s++) {
                 const int span = column_part * WARP_SPANS + s;
@@ -199,11 +215,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
 #pragma unroll
                 for (int m = 0; m < MULTI; m++) {
                     const int row = (first_tile + m) * 16 + g;
-                    a[m] = load_shared(block_x + x_offset(row, 4 * span + L)), b[m] = load_shared(block_x + x_offset(row + 8, 4 * span + L));
-                    if (CODES == INTEGER && s * MULTI + m == rank_part) {
+                    a[m] = load_shared16(block_x + x_offset(row, 4 * span + L)), b[m] = load_shared16(block_x + x_offset(row + 8, 4 * span + L));
+                    if (CODES == INT8 && s * MULTI + m == rank_part) {
                         const u32 run = at.smooth + (kept > 1 ? block : 0) * 512 + (4 * span + L) * 32;
                         float even[4], odd[4];
-                        load_floats(even, run), load_floats(odd, run + 16);
+                        load_shared_floats(even, run), load_shared_floats(odd, run + 16);
                         const bool part = (first + block) * 128 + span * 32 >= unsigned_from;
                         const float shift = part ? SHIFT : 0;
                         const float of_a = max_of_run(a[m], even, odd, shift), of_b = max_of_run(b[m], even, odd, shift);
@@ -217,19 +233,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                     const int k = 32 * span + 8 * (lane % 8 / 2) + 4 * step + 2 * (lane / 8 & 1) + lane % 2;
 #pragma unroll
                     for (int t = 0; t < WARP_RANK_TILES; t += 2) {
-                        const uint4 p = load_transposed(at.slab + slab_offset(k, rank_part * WARP_RANK_TILES + t + lane / 16));
+                        u32 p[4];
+ldmatrix4_transposed(p, at.slab + slab_offset(k, rank_part * WARP_RANK_TILES + t + lane / 16));
 #pragma unroll
                         for (int m = 0; m < MULTI; m++) {
-                            mma(sums[m][t], step ? a[m].z : a[m].x, step ? b[m].z : b[m].x, step ? a[m].w : a[m].y, step ? b[m].w : b[m].y, p.x, p.y);
-                            mma(sums[m][t + 1], step ? a[m].z : a[m].x, step ? b[m].z : b[m].x, step ? a[m].w : a[m].y, step ? b[m].w : b[m].y, p.z, p.w);
+                            mma_16816(sums[m][t], {step ? a[m].z : a[m].x, step ? b[m].z : b[m].x, step ? a[m].w : a[m].y, step ? b[m].w : b[m].y}, {p[0], p[1]});
+                            mma_16816(sums[m][t + 1], {step ? a[m].z : a[m].x, step ? b[m].z : b[m].x, step ? a[m].w : a[m].y, step ? b[m].w : b[m].y}, {p[2], p[3]});
                         }
                     }
                 }
             }
-        if (CODES != INTEGER) code(block, false, {0, 0}, 0);
+        if (CODES != INT8) code(block, false, {0, 0}, 0);
         __syncthreads();
         if (block + DEPTH < count) fetch(block + DEPTH);
-        copies_commit();
+        cp_async_commit();
     };
 #pragma unroll 1
     for (int block = 0; block < count; block += 2) {
@@ -238,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     }
 
     // --- The CTA's sums and maxima, in shared memory ---
-    if (CODES == INTEGER) {
+    if (CODES == INT8) {
 #pragma unroll
         for (int part = 0; part < 2; part++)
 #pragma unroll
@@ -247,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                 m = max_abs(m, __shfl_xor_sync(~0u, m, 1));
                 m = max_abs(m, __shfl_xor_sync(~0u, m, 2));
                 const u32 address = at.warp_max + ((part * SPANS + max_span) * ROWS + max_row + 8 * half) * 4;
-                if (L == 0) store_float(address, m);
+                if (L == 0) store_shared_float(address, m);
             }
     }
 #pragma unroll
@@ -263,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             }
         __syncthreads();
     }
-    if (CODES == INTEGER) {
+    if (CODES == INT8) {
         if (!RANKS) __syncthreads();
         if (thread < 2 * ROWS) {
             const int part = thread / ROWS, row = thread % ROWS;
@@ -273,18 +290,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             *(float*)(memory + (at.row_max - at.x) + thread * 4) = first_row + row < M ? m : 0;
         }
     }
-    if (CODES != INTEGER && !RANKS) return;
+    if (CODES != INT8 && !RANKS) return;
 
     // --- The cluster's ---
-    cluster_arrive();
-    cluster_wait();
-    if (CODES == INTEGER && thread < ROWS) {
+    if constexpr (CTAS > 1) cluster_arrive(), cluster_wait();
+    else __syncthreads();
+    if (CODES == INT8 && thread < ROWS) {
         float m[2], s[2];
 #pragma unroll
         for (int part = 0; part < 2; part++) {
             m[part] = 0;
 #pragma unroll
-            for (int cta = 0; cta < CTAS; cta++) m[part] = max_abs(m[part], load_float_at(address_at(at.row_max + (part * ROWS + thread) * 4, cta)));
+            for (int cta = 0; cta < CTAS; cta++) m[part] = max_abs(m[part], load_float_there(address_in(cta, at.row_max + (part * ROWS + thread) * 4)));
             s[part] = part_scale(m[part]);
         }
         if (0 < unsigned_from && unsigned_from < K) tie_parts(s);
@@ -293,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         for (int part = 0; part < 2; part++) {
             const bool used = part ? unsigned_from < K : unsigned_from > 0;
             const float nan = __int_as_float(0x7fffffff);
-            *(float*)(memory + (at.row_inverse - at.x) + (thread * 2 + part) * 4) = whole ? inverse_of(s[part]) : nan;
+            *(float*)(memory + (at.row_inverse - at.x) + (thread * 2 + part) * 4) = whole ? inverse_scale(s[part]) : nan;
             if (rank == 0 && first_row + thread < padded)
                 act_scale[(size_t)part * padded + first_row + thread] = used ? (whole ? s[part] : nan) : 0;
         }
@@ -308,8 +325,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             for (int part = 0; part < RANKS / 32; part++) {
 #pragma unroll
                 for (int cta = 0; cta < CTAS; cta++) {
-                    const u32 there = address_at(at.slab + sum_offset(row, 4 * part + L), cta);
-                    const float4 a = load_floats_at(there), b = load_floats_at(there + 16);
+                    const u32 there = address_in(cta, at.slab + sum_offset(row, 4 * part + L));
+                    const float4 a = load_float4_there(there), b = load_float4_there(there + 16);
                     value[part][0] += a.x, value[part][1] += a.y, value[part][2] += a.z, value[part][3] += a.w;
                     value[part][4] += b.x, value[part][5] += b.y, value[part][6] += b.z, value[part][7] += b.w;
                 }
@@ -337,8 +354,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             if (L == 0) low_scale[t] = t < M ? scale : 0;
         }
     }
-    cluster_arrive();  // this CTA has read what it wants of the others
-    if (CODES == INTEGER) {
+    if constexpr (CTAS > 1) cluster_arrive();
+    else __syncthreads();  // this CTA has read what it wants of the others
+    if (CODES == INT8) {
         if (CTAS > 1) __syncthreads();
         const float2 pair = *(const float2*)(memory + (at.row_inverse - at.x) + code_row_ * 8);
         const float inverse[2] = {pair.x, pair.y};
@@ -354,5 +372,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             code(block, block >= slots - DEPTH && block < count - DEPTH, inverse, keep);
         }
     }
-    cluster_wait();  // the others have read what they want of this one
+    if constexpr (CTAS > 1) cluster_wait();  // the others have read what they want of this one
 }

@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
             if (first_row + place % ROWS >= M) m = 0;
 #pragma unroll
             for (int cta = 0; cta < CTAS; cta++)
-                send_float(base + row_max + (rank * 2 * ROWS + place) * 4, m, base + MAX_READY + 8 * turn, cta);
+                store_async(cluster_address(base + row_max + (rank * 2 * ROWS + place) * 4, cta), m, cluster_address(base + MAX_READY + 8 * turn, cta));
         }
     };
     // Of all warps, by `threads` threads of which this is `index`.
@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                 sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
             }
             const int place = SUMS + turn * ALL_SUMS + ((rank * OWN_ROWS + row / CTAS) * RANKS + quad * 4) * 4;
-            send_floats(base + place, sum, base + SUMS_READY + 8 * turn, row % CTAS);
+            store_async(cluster_address(base + place, row % CTAS), sum, cluster_address(base + SUMS_READY + 8 * turn, row % CTAS));
         }
     };
     auto finish = [&](int tile, int turn, int parity) {
@@ -221,10 +221,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         for (int i = 0; i < 4 * PIECES; i++) {
             const int row = k + LANES_ROWS * i;
             const bool real = i < 2 * PIECES ? lower : upper;
-            copy_async(slab + slab_offset(row, piece), from + (real ? i * LANES_ROWS * 2 * R : 0), real);
+            cp_async16(slab + slab_offset(row, piece), from + (real ? i * LANES_ROWS * 2 * R : 0), real);
         }
     }
-    copies_commit();
+    cp_async_commit();
     // 1 / smooth; 0 for a column beyond K.
     const u32 inverse_smooth = base + SMOOTH + warp * 512;
     {
@@ -232,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         const u32 place = inverse_smooth + lane / 2 * 32 + lane % 2 * 8;
         const float r0 = real ? reciprocal(low_float(s.x)) : 0, r1 = real ? reciprocal(high_float(s.x)) : 0;
         const float r2 = real ? reciprocal(low_float(s.y)) : 0, r3 = real ? reciprocal(high_float(s.y)) : 0;
-        store_float(place, r0), store_float(place + 4, r2), store_float(place + 16, r1), store_float(place + 20, r3);
+        store_shared_float(place, r0), store_shared_float(place + 4, r2), store_shared_float(place + 16, r1), store_shared_float(place + 20, r3);
     }
     __syncwarp();
 
@@ -247,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         for (int span = 0; span < 4; span++) {
             if (span == 2) __syncwarp();  // ptxas would load all of 1 / smooth at once, and spill
             float even[4], odd[4];
-            load_floats(even, inverse_smooth + (4 * span + L) * 32), load_floats(odd, inverse_smooth + (4 * span + L) * 32 + 16);
+            load_shared_floats(even, inverse_smooth + (4 * span + L) * 32), load_shared_floats(odd, inverse_smooth + (4 * span + L) * 32 + 16);
             const bool part = columns + span * 32 >= unsigned_from;
             const float shift = part ? SHIFT : 0;
 #pragma unroll
@@ -279,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
         // The product.
         if (RANKS) {
             if (round == 0) {
-                copies_wait<0>();
+                cp_async_wait<0>();
                 __syncwarp();
             }
             const u32 own = slab_offset(8 * (lane % 8 / 2) + 2 * (lane / 8 & 1) + lane % 2, lane / 16);
@@ -293,12 +293,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                     for (int step = 0; step < 2; step++)
 #pragma unroll
                         for (int n = 0; n < 4; n += 2) {
-                            const uint4 p = load_transposed(slab + (own ^ (4 * pass + n) << 4) + slab_offset(32 * span + 4 * step, 0));
+                            u32 p[4];
+ldmatrix4_transposed(p, slab + (own ^ (4 * pass + n) << 4) + slab_offset(32 * span + 4 * step, 0));
 #pragma unroll
                             for (int t = 0; t < TILES; t++) {
                                 const uint4 u = a[t][0][span], v = a[t][1][span];
-                                mma(sums[t][n], step ? u.z : u.x, step ? v.z : v.x, step ? u.w : u.y, step ? v.w : v.y, p.x, p.y);
-                                mma(sums[t][n + 1], step ? u.z : u.x, step ? v.z : v.x, step ? u.w : u.y, step ? v.w : v.y, p.z, p.w);
+                                mma_16816(sums[t][n], {step ? u.z : u.x, step ? v.z : v.x, step ? u.w : u.y, step ? v.w : v.y}, {p[0], p[1]});
+                                mma_16816(sums[t][n + 1], {step ? u.z : u.x, step ? v.z : v.x, step ? u.w : u.y, step ? v.w : v.y}, {p[2], p[3]});
                             }
                         }
                 if (!LOOP && pass == RANKS / 32 - 1) __syncwarp();  // all lanes have read the slab
@@ -355,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                 scale[0] = part_scale(m[0]), scale[1] = part_scale(m[1]);
                 if (tied) tie_parts(scale);
                 keep[t][h] = finite(max_abs(m[0], m[1])) && first_row + row < M ? ~0u : 0;
-                inverse[t][h][0] = inverse_of(scale[0]), inverse[t][h][1] = inverse_of(scale[1]);
+                inverse[t][h][0] = inverse_scale(scale[0]), inverse[t][h][1] = inverse_scale(scale[1]);
             }
         {
             u32 codes[TILES][2][2][4];  // [tile][half][even, odd][span]
@@ -364,7 +365,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
 #pragma unroll
             for (int span = 0; span < 4; span++) {
                 float even[4], odd[4];
-                load_floats(even, inverse_smooth + (4 * span + L) * 32), load_floats(odd, inverse_smooth + (4 * span + L) * 32 + 16);
+                load_shared_floats(even, inverse_smooth + (4 * span + L) * 32), load_shared_floats(odd, inverse_smooth + (4 * span + L) * 32 + 16);
                 const bool part = columns + span * 32 >= unsigned_from;
                 const float shift = part ? SHIFT : 0;
 #pragma unroll

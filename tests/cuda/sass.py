@@ -240,13 +240,13 @@ def main():
     parser = argparse.ArgumentParser(description="Hash the machine code of every variant of every kernel. Needs no GPU.")
     parser.add_argument("--hashes", metavar="FILE", type=Path, required=True,
                         help="file to write: arch, source, entry, defines, sha256, instructions and registers of a variant a line")
-    parser.add_argument("--against", metavar="FILE", type=Path, help="print the variants that differ from such a file, and fail if any does")
+    parser.add_argument("--against", metavar="FILE", type=Path, help="print the variants that differ from such a file")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--source", nargs="+", help="only kernels of these files, such as awq.cu")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth variant of each architecture")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="compile N variants at a time")
     parser.add_argument("--cache", metavar="FILE", type=Path, help="keep hashes here, and take those of unchanged sources from here")
-    parser.add_argument("--pack", metavar="FOLDER", type=Path, default=ROOT, help="the checkout whose kernels are hashed; default: this one")
+    parser.add_argument("--pack", metavar="FOLDER", type=Path, default=ROOT, help="the checkout to hash; default: this one")
     args = parser.parse_args()
     load_pack(args.pack.resolve())
     if reason := missing():

@@ -40,7 +40,7 @@ def awq_mma(defines, arch):
 def gemm_mma_mma(defines, arch):
     """A group: a warp has 4 x TILES tiles of 16 x 8 and takes two steps of K in 8 bits, one in 4 bits, which is there once for
     signed and once for unsigned activations. Turing's MMAs are 8 x 8 and half as deep."""
-    if defines["MODE"] == gemm_mma.NIBBLES:
+    if defines["CODES"] == gemm_mma.NIBBLES:
         opcode = r"IMMA\.8832\.[SU]4\.[SU]4" if arch == "sm_75" else r"IMMA\.16864\.[SU]4\.[SU]4"
     else:
         opcode = r"IMMA\.8816\.S8\.S8" if arch == "sm_75" else r"IMMA\.16832\.S8\.S8"
@@ -150,7 +150,7 @@ def test_int4_issue_slots(arch):
     for 16 clocks, and a scheduler issues an instruction a clock. Nunchaku's loop takes 13.3 on sm_89 and 17.3 on sm_80."""
     tile = max(gemm_mma.tiles_of(gemm_mma.NIBBLES, compiler.arch_number(arch)), key=lambda tile: tile.tiles)
     slots = {(text, other): listing.slots(avoid=other) for text, defines, listing in listings("gemm_mma", arch)
-             if defines["MODE"] == gemm_mma.NIBBLES and defines["TILES"] == tile.tiles
+             if defines["CODES"] == gemm_mma.NIBBLES and defines["TILES"] == tile.tiles
              for other in (r"IMMA\S+[.]U4", r"IMMA\S+S4[.]S4")}  # the signed way, the unsigned way
     print(slots)
     assert slots and max(slots.values()) < 13.3, slots
