@@ -306,6 +306,22 @@ DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
                ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// An mbarrier by its address in shared memory, and several, 8 bytes apart: full[stage].wait(parity).
+struct Barrier {
+  u32 address;
+
+  DEVICE void init(int arrivals) const { mbarrier_init(address, arrivals); }
+  DEVICE void arrive() const { mbarrier_arrive(address); }
+  DEVICE void arrive_expect(u32 bytes) const { mbarrier_arrive_expect(address, bytes); }
+  DEVICE void wait(u32 parity) const { mbarrier_wait(address, parity); }
+};
+
+struct Barriers {
+  u32 first;
+
+  DEVICE Barrier operator[](int i) const { return {first + 8 * i}; }
+};
+
 // Copies `bytes` (a multiple of 16, both addresses too) to shared memory, counted by the barrier.
 DEVICE void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
 #if __CUDA_ARCH__ >= 1000  // sm_120 makes a system call of the form for clusters; CUDA before 12.8 doesn't know the other

@@ -5,18 +5,18 @@
 // Arrives at the barrier that lies at the same address in another CTA of the cluster. It frees a buffer and publishes nothing, so the
 // default scope will do; a cluster's would flush L1 each time.
 DEVICE void mbarrier_arrive_at(u32 barrier, u32 cta) {
-    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(cta) : "memory");
 }
 
 // Arrives once all cp.async of this thread so far are in shared memory.
 DEVICE void mbarrier_arrive_after_copies(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // bulk_copy to the same place in every CTA of the mask; each one's own barrier counts the bytes.
 DEVICE void bulk_copy_multicast(u32 shared, const void* global, u32 bytes, u32 barrier, u16 ctas) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
                  ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"(ctas) : "memory");
 }
 
@@ -25,7 +25,7 @@ struct __align__(64) TensorMap { u64 words[16]; };
 
 // A box of the map's tensor from shared memory, its first corner at (column, row); what lies outside the tensor is left out.
 DEVICE void bulk_store_box(const TensorMap* map, int column, int row, u32 shared) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;"
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;"
                  ::"l"(map), "r"(column), "r"(row), "r"(shared) : "memory");
 }
 
@@ -87,6 +87,6 @@ DEVICE void store_async(u32 remote, int4 v, u32 remote_barrier) {
 
 // Four 8 x 8 matrices of 16 bit, transposed on their way; lane 8 i + r gives the address of matrix i's row r.
 DEVICE void stmatrix4_transposed(u32 address, const u32* d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
 }
