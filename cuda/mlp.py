@@ -2,7 +2,7 @@
 so that what is between is never in memory.
 
     x -> quantize.cu -> gemm_mma.cu: GELU, codes and scales; of the branch, a share for each tile's columns
-                        shares.cu: the shares added up
+                        partial_sums.cu: the shares added up
                         gemm_mma.cu -> y
 
 In 8 bits that does not pay: a token's scale is known after the last of the first layer's columns (benchmarks/NOTES.md).
@@ -22,7 +22,7 @@ from .images import RANK_BLOCK, padded
 WIDE = Tile(4, 2, 8, 1.0)    # 256 rows x 128 tokens
 NARROW = Tile(4, 2, 4, 1.2)  # 256 x 64
 MAX_RANK = 64  # of the second layer; proj_down's rows of a tile have to find room beside its outputs
-SHARES, SHARES_ENTRY, SHARES_THREADS = "shares.cu", "add_shares", 128
+SHARES, SHARES_ENTRY, SHARES_THREADS = "partial_sums.cu", "add_partial_sums", 128
 
 LAYER = ("weight", "weight_scale", "proj_down", "proj_up", "smooth", "bias")
 
