@@ -7,87 +7,87 @@
 // --- Numbers ---------------------------------------------------------------------------------------------------------
 
 // Which of the two it takes differs from lane to lane: `high` is 0 or 1.
-__device__ __forceinline__ float either_float(u32 word, u32 high) {
+DEVICE float either_float(u32 word, u32 high) {
 #if HALF
-    return low_float(word >> (16 * high));
+  return low_float(word >> (16 * high));
 #else
-    return __uint_as_float(__byte_perm(word, 0, high ? 0x3244 : 0x1044));
+  return __uint_as_float(__byte_perm(word, 0, high ? 0x3244 : 0x1044));
 #endif
 }
 
 // max(a, |b|), NaN if one of them is: a NaN in x has to reach the scale. (fmaxf would drop it.)
-__device__ __forceinline__ float max_abs(float a, float b) {
+DEVICE float max_abs(float a, float b) {
 #if __CUDA_ARCH__ >= 800
-    float m;
-    asm("{\n.reg .f32 t;\nabs.f32 t, %2;\nmax.NaN.f32 %0, %1, t;\n}" : "=f"(m) : "f"(a), "f"(b));
-    return m;
+  float m;
+  asm("{\n.reg .f32 t;\nabs.f32 t, %2;\nmax.NaN.f32 %0, %1, t;\n}" : "=f"(m) : "f"(a), "f"(b));
+  return m;
 #else
-    // Of numbers without a sign, the bits are in the order of the values, and NaNs come last.
-    return __int_as_float(max(__float_as_int(a), __float_as_int(b) & 0x7fffffff));
+  // Of numbers without a sign, the bits are in the order of the values, and NaNs come last.
+  return __int_as_float(max(__float_as_int(a), __float_as_int(b) & 0x7fffffff));
 #endif
 }
 
 // Is it neither Inf nor NaN? (a >= 0)
-__device__ __forceinline__ bool finite(float a) { return a < __int_as_float(0x7f800000); }
+DEVICE bool finite(float a) { return a < __int_as_float(0x7f800000); }
 
 // --- Data movement ---------------------------------------------------------------------------------------------------
 
 // The next kernel may begin to start, if it was launched so; it still waits for this one's end before it reads what this one writes. Its
 // weights it may read at once: that the kernels before this one have ended, this one has waited for.
-__device__ __forceinline__ void let_next_grid_start() {
+DEVICE void let_next_grid_start() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
 // value += eight floats that begin at a multiple of 16 bytes.
-__device__ __forceinline__ void add_eight(float (&value)[8], const float* from) {
-    const float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
-    value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
-    value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
+DEVICE void add_eight(float (&value)[8], const float* from) {
+  const float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
+  value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
+  value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
 }
 
 // A row's sums of the branch into its image: `piece` of PIECES neighbouring lanes, which have 8 ranks each. fp16's are scaled down to
 // stay below 2^14, bf16 has float's range.
 template <int PIECES>
-__device__ __forceinline__ void store_low(const float (&value)[8], int piece, int row, bool there, int M, int padded, u16* image,
-                                          float* low_scale) {
-    float scale = 1, inverse = 1;
+DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool there, int M, int padded, u16* image,
+                                          float* lora_act_scale) {
+  float scale = 1, inverse = 1;
 #if HALF
-    float peak = 0;
+  float peak = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) peak = max_abs(peak, value[i]);
-    peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
-    peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
-    if (PIECES > 4) peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 4));
-    if (peak >= 16384 && finite(peak)) {
-        const int exponent = (__float_as_int(peak) >> 23) - 13;
-        scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
-    }
+  for (int i = 0; i < 8; i++) peak = max_abs(peak, value[i]);
+  peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
+  peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
+  if (PIECES > 4) peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 4));
+  if (peak >= 16384 && finite(peak)) {
+    const int exponent = (__float_as_int(peak) >> 23) - 13;
+    scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
+  }
 #endif
-    if (there) {
-        u32 words[4];
+  if (there) {
+    u32 words[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) words[i] = from_float2(value[2 * i] * inverse, value[2 * i + 1] * inverse);
-        *(uint4*)(image + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) =
-            make_uint4(words[0], words[1], words[2], words[3]);
-        if (piece == 0) low_scale[row] = row < M ? scale : 0;
-    }
+    for (int i = 0; i < 4; i++) words[i] = from_float2(value[2 * i] * inverse, value[2 * i + 1] * inverse);
+    *(uint4*)(image + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) =
+      make_uint4(words[0], words[1], words[2], words[3]);
+    if (piece == 0) lora_act_scale[row] = row < M ? scale : 0;
+  }
 }
 
 // A branch that was multiplied elsewhere: rows first, first + step, .. of the (M, R) matrix into its image. Of bf16, whose range is float's,
-// low_scale is 1; fp16's has been found already. This is `thread` of the `threads` that share the work.
-__device__ __forceinline__ void image_of_low(const u16* rows, u16* image, float* low_scale, int M, int padded, int R, int first, int step,
+// lora_act_scale is 1; fp16's has been found already. This is `thread` of the `threads` that share the work.
+DEVICE void copy_lora_act(const u16* rows, u16* image, float* lora_act_scale, int M, int padded, int R, int first, int step,
                                              int count, int thread, int threads) {
-    const int pieces = (R + 31) / 32 * 4;
+  const int pieces = (R + 31) / 32 * 4;
 #pragma unroll 1
-    for (int i = thread; i < count * pieces; i += threads) {
-        const int row = first + i / pieces * step, piece = i % pieces;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (row < M && piece * 8 < R) v = *(const uint4*)(rows + (size_t)row * R + piece * 8);
-        if (!HALF && piece == 0 && row < padded) low_scale[row] = row < M;
-        if (row < padded) *(uint4*)(image + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) = v;
-    }
+  for (int i = thread; i < count * pieces; i += threads) {
+    const int row = first + i / pieces * step, piece = i % pieces;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (row < M && piece * 8 < R) v = *(const uint4*)(rows + (size_t)row * R + piece * 8);
+    if (!HALF && piece == 0 && row < padded) lora_act_scale[row] = row < M;
+    if (row < padded) *(uint4*)(image + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) = v;
+  }
 }
 
 // --- Clusters: CTAS thread blocks that read each other's shared memory ----------------------------------------------
