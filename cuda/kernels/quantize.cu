@@ -81,7 +81,6 @@ DEVICE u32 slab_offset(int row, int piece) {
 // The sums: tile c of 8 ranks lies at c ^ (row & 3).
 DEVICE u32 sum_offset(int row, int tile) { return (row * RANKS + ((tile ^ row & 3) << 3)) << 2; }
 
-// The address in CTA `cta` of what lies at `address` in this one, and loads from there.
 // The kernel's arguments, and this CTA's part of them.
 struct Work {
   const u16 *x, *smooth, *proj_down;
@@ -165,8 +164,9 @@ DEVICE void store_prefetched(const Prefetched& from, const Work& w, int block) {
 
 // --- Codes ------------------------------------------------------------------------------------------------------------
 
-// Encodes `block`: its rows' x from shared or, `again`, from global memory.
-DEVICE void encode(const Work& w, const Lane& me, int block, bool again, const float (&inverse)[2], u32 keep) {
+// Encodes `block`: its rows' x from shared memory or, for the blocks first_again .. end_again, from global memory again.
+DEVICE void encode(const Work& w, const Lane& me, int block, int first_again, int end_again, const float (&inverse)[2], u32 keep) {
+  const bool again = block >= first_again && block < end_again;
   const int row_lane = me.row_lane, row = me.row, token = me.token;
   const int column = (w.first + block) * 128;
   uint4 runs[RUNS];
@@ -248,7 +248,7 @@ DEVICE void process_block(Prefetched& arrived, Sums& sums, Maxima& row_max, cons
       }
       multiply_span(sums, a, b, w, span, me);
     }
-  if (CODES != INT8) encode(w, me, block, false, {0, 0}, 0);
+  if (CODES != INT8) encode(w, me, block, 0, 0, {0, 0}, 0);
   __syncthreads();
   if (block + DEPTH < w.count) fetch_x(w, block + DEPTH);
   cp_async_commit();
@@ -298,21 +298,6 @@ DEVICE void merge_maxima(unsigned char* memory, const Work& w) {
 }
 
 // --- The cluster's ----------------------------------------------------------------------------------------------------
-
-DEVICE u32 address_in(u32 cta, u32 address) {
-  if constexpr (CTAS == 1) return address;
-  else return cluster_address(address, cta);
-}
-
-DEVICE float load_float_there(u32 address) {
-  if constexpr (CTAS == 1) return load_shared_float(address);
-  else return load_remote_float(address);
-}
-
-DEVICE float4 load_float4_there(u32 address) {
-  if constexpr (CTAS == 1) return load_shared_float4(address);
-  else return load_remote_float4(address);
-}
 
 // A row's scales, from the maxima of all CTAs; one CTA stores them.
 DEVICE void finish_scales(unsigned char* memory, const Work& w) {
@@ -392,7 +377,7 @@ DEVICE void encode_all(const unsigned char* memory, const Work& w, const Lane& m
       store_smooth(thread < 128 && column < w.K ? w.smooth[column] : 0, w, block);
       __syncthreads();
     }
-    encode(w, me, block, block >= w.slots - DEPTH && block < w.count - DEPTH, inverse, keep);
+    encode(w, me, block, w.slots - DEPTH, w.count - DEPTH, inverse, keep);
   }
 }
 

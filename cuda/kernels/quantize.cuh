@@ -97,3 +97,21 @@ DEVICE void copy_lora_act(const u16* rows, u16* image, float* lora_act_scale, in
 #else
 #define CLUSTER
 #endif
+
+#ifdef CTAS
+// The address in CTA `cta` of the byte that lies at `address` in this one, and loads from there.
+DEVICE u32 address_in(u32 cta, u32 address) {
+  if constexpr (CTAS == 1) return address;
+  else return cluster_address(address, cta);
+}
+
+DEVICE float load_float_there(u32 address) {
+  if constexpr (CTAS == 1) return load_shared_float(address);
+  else return load_remote_float(address);
+}
+
+DEVICE float4 load_float4_there(u32 address) {
+  if constexpr (CTAS == 1) return load_shared_float4(address);
+  else return load_remote_float4(address);
+}
+#endif
