@@ -130,8 +130,8 @@ DEVICE void expand_weights(u32 (&a)[4][4], uint2 even, uint2 odd, u32 nibbles) {
 }
 
 // acc += group g of the chunk in `slot`, times its tokens b. ones: the fragment of a matrix of ones.
-DEVICE void multiply_group(float (&acc)[ROW_TILES][TILES][4], const u32 (&b)[TILES][4][2], u32 slot, int g, const u32 (&ones)[4], u32 nibbles,
-                           int r, int q) {
+DEVICE void multiply_group(float (&acc)[ROW_TILES][TILES][4], const u32 (&b)[TILES][4][2], u32 slot, int g, const u32 (&ones)[4],
+                           u32 nibbles, int r, int q) {
   float total[TILES][4] = {};
 #pragma unroll
   for (int t = 0; t < TILES; t++)
@@ -161,8 +161,8 @@ DEVICE void multiply_group(float (&acc)[ROW_TILES][TILES][4], const u32 (&b)[TIL
 
 // The warps' sums, added up in the order of the warps, to y. acc[0] and acc[1] are tokens 2 q and 2 q + 1 of row 2 r, acc[2] and acc[3]
 // of row 2 r + 1. The sums take the ring's memory.
-DEVICE void add_and_store(u16* y, const float (&acc)[ROW_TILES][TILES][4], u8* memory, const u16* bias, int first_row, int first_token, int M,
-                          int N, int warp, int r, int q) {
+DEVICE void add_and_store(u16* y, const float (&acc)[ROW_TILES][TILES][4], u8* memory, const u16* bias, int first_row, int first_token,
+                          int M, int N, int warp, int r, int q) {
   __syncthreads();
   float(*sums)[TOKENS][PITCH] = (float(*)[TOKENS][PITCH])memory;
 #pragma unroll

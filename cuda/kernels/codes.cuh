@@ -1,5 +1,4 @@
-// From x to codes: what the kernels that quantize an activation share. CODES says how codes are stored (cuda/images.py):
-// 0 int8, a scale a token and part, INTEGER order; 1 4-bit codes as bytes, GROUP order; 2 4-bit codes, NIBBLE order.
+// From x to codes, for both kernels that quantize an activation. CODES is the CodeStorage (common.cuh).
 #pragma once
 #include "group.cuh"
 
@@ -15,8 +14,8 @@ DEVICE float max_of_run(uint4 x, const float (&even)[4], const float (&odd)[4], 
   return m;
 }
 
-// The place of run i (8 columns, as a piece of a block) of those whose codes make up piece `lane` of a row of the image.
-// int8 images: a piece is the even or the odd columns of four runs. Nibbles: half a piece is all columns of two runs.
+// Which of a block's runs of 8 columns is the i-th of those whose codes make up piece `lane` of a row of the activation layout. In bytes
+// a piece is the even or the odd columns of four runs, in nibbles half a piece is all columns of two runs.
 DEVICE int run_of(int lane, int i) {
   const int pair = lane >> 1;
   if (CODES == INT8) return 4 * i + pair;
@@ -25,11 +24,11 @@ DEVICE int run_of(int lane, int i) {
 
 constexpr int RUNS = CODES == INT4_NIBBLES ? 2 : 4;
 
-// Codes one row's 16 columns, lane 0..7 of the row's eight, from its runs of x.
+// Encodes one row's 16 columns, by lane 0..7 of the row's eight, from its runs of x, to `target`, the row in the activation layout.
 //     inverse, keep   int8: 1 / scale of each run; ~0, or 0 if the row is NaN
 //     scale           4 bits: written by one lane for each group of 64; null where there is no such group or row
 DEVICE void encode_row(const uint4 (&x)[RUNS], u32 smooth, int lane, int row, bool real, const float (&shift)[RUNS],
-                                         const float (&inverse)[RUNS], u32 keep, bool is_unsigned, float* scale, char* image) {
+                       const float (&inverse)[RUNS], u32 keep, bool is_unsigned, float* scale, char* target) {
   const int half = lane & 1;
   float v[16];
 #pragma unroll
@@ -62,12 +61,12 @@ DEVICE void encode_row(const uint4 (&x)[RUNS], u32 smooth, int lane, int row, bo
     u32 words[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) words[i] = pack_nibbles(v + 8 * i) & keep;
-    if (image) *(uint2*)(image + ((lane >> 1 ^ row >> 1 & 3) << 4) + 8 * half) = make_uint2(words[0], words[1]);
+    if (target) *(uint2*)(target + ((lane >> 1 ^ row >> 1 & 3) << 4) + 8 * half) = make_uint2(words[0], words[1]);
   } else {
     u32 words[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) words[i] = pack_bytes(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]) & keep;
-    if (image) *(uint4*)(image + ((lane ^ row & 7) << 4)) = make_uint4(words[0], words[1], words[2], words[3]);
+    if (target) *(uint4*)(target + ((lane ^ row & 7) << 4)) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 

@@ -1,4 +1,5 @@
-// What every kernel shares: the 16-bit types, and PTX under names. Header-free: NVRTC finds no CUDA headers on a user's machine.
+// The vocabulary of all kernels: the 16-bit types, and PTX under names; hopper.cuh has the instructions that sm_90 adds. It needs no CUDA
+// headers, since NVRTC finds none on a user's machine.
 //
 // -DHALF=1 makes the 16-bit type of a kernel fp16, otherwise it is bf16. A u32 holds two of them, the first in the low half.
 #pragma once
@@ -120,8 +121,8 @@ DEVICE float power_inverse(float power) { return __uint_as_float(0x7f000000u - _
 // --- Programmatic dependent launch, sm_90 and newer -------------------------------------------------------------------
 
 // A kernel launched with pdl=True may start while the one before it ends. Before this it must touch no memory of others: not even its
-// weights, which the kernel before may have written; after it everything is as in an ordinary launch, whose wait returns at once. (A layer's
-// second kernel does read its weights: the first one has waited before it let the second start, and writes none.)
+// weights, which the kernel before may have written; after it everything is as in an ordinary launch, whose wait returns at once. (The
+// second kernel of a layer does read its weights: the first one has waited before it let the second start, and writes none.)
 DEVICE void wait_for_previous_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

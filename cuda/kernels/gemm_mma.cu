@@ -98,14 +98,15 @@ DEVICE void change_units(int (&sums)[4][TILES][4], u32 shared, int token_warp, i
 }
 
 // INT8: int32 sums over all columns.
-DEVICE void multiply_columns(int (&sums)[4][TILES][4], Ring& ring, Steps steps, int border, int groups, u32 shared, u32 w_words, u32 ws_lane,
-                             u32 x_lane, int row_warp, int token_warp, int lane, int g, int q) {
+DEVICE void multiply_columns(int (&sums)[4][TILES][4], Ring& ring, Steps steps, int border, int groups, u32 shared, u32 w_words,
+                             u32 ws_lane, u32 x_lane, int row_warp, int token_warp, int lane, int g, int q) {
   const bool two_parts = border > 0 && border < groups;
   for (int part = two_parts ? 0 : 1, step = 0; part < 2; part++) {
     for (const int end = part ? steps.columns : steps.border_step; step < end; step++) {
       ring.wait_for_stage(step);
       const int group = 2 * (part ? step - steps.twice : step) + q / 2;
-      multiply_block(sums, shared, shared + INVERSES + (row_warp * 64 + 8 * g) * 4, w_words + ring.stage, ws_lane + ring.stage + q / 2 * ROWS * 2, x_lane + ring.stage, lane,
+      multiply_block(sums, shared, shared + INVERSES + (row_warp * 64 + 8 * g) * 4, w_words + ring.stage,
+                     ws_lane + ring.stage + q / 2 * ROWS * 2, x_lane + ring.stage, lane,
                      !two_parts || group >= border == part);
       ring.advance(step);
     }

@@ -32,12 +32,11 @@ constexpr int NEXT_SHARED = (TOKENS + NEXT) * ROWS * 2;
 #else
 constexpr int NEXT_SHARED = 0;
 #endif
-// ... and behind the ring, or behind what takes its place at the end:
-constexpr int TABLES = STAGES * STAGE > NEXT_SHARED ? STAGES * STAGE : NEXT_SHARED;  // [3][TOKENS] float, see write_token_scales
+// ... and behind the ring, or behind the data that take its memory at the end:
+constexpr int TABLES = STAGES * STAGE > NEXT_SHARED ? STAGES * STAGE : NEXT_SHARED;  // [3][TOKENS] float: inner scale, outer scale, ratio
 constexpr int CONSTANTS = TABLES + 3 * TOKENS * 4;                                   // [4] words, see write_constants
 constexpr int INVERSES = CONSTANTS + 16;                                             // INT8: [ROWS] float, 1 / row_scale
 constexpr int SHARED = INVERSES + (CODES == INT8 ? ROWS * 4 : 0);
-constexpr int INNER = TABLES, OUTER = TABLES + TOKENS * 4, RATIO = TABLES + 2 * TOKENS * 4;
 static_assert(SHARED == SHARED_BYTES, "the host reserves what the kernel uses");
 
 // Pieces of 16 bytes that each thread copies in a step.

@@ -14,7 +14,7 @@ struct Fetcher {
   int n, k, rank, padded_m, m0, n0;
   Steps steps;
   int w_piece, w_row;               // of this thread's first piece of W
-  u32 w_target;                     // its place in a stage
+  u32 w_target;                     // its offset in a stage
   u32 weight_source[W_PIECES];
   u32 ws_source;
   u32 xs_source, xs_target;

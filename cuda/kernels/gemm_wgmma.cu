@@ -19,8 +19,10 @@
 // What the end of a tile needs (the tokens' and rows' factors, bias) comes with the tile's first block, into one of two buffers. The
 // consumers touch no global memory but y.
 //
-// The order of the codes is the activation layout's: lane q of a weight row reads bytes 16 q .. 16 q + 15 of its 64, which are 32 columns of one
-// group. Word s of the four is MMA step s: its low nibbles fill registers 0 and 1, its high nibbles 2 and 3.
+// The order of the codes is the activation layout's: lane q of a weight row reads bytes 16 q .. 16 q + 15 of its 64, which are 32
+// columns of one group. Word s of the four is MMA step s: its low nibbles fill registers 0 and 1, its high nibbles 2 and 3.
+//
+// The roles: gemm_wgmma_fetch.cuh is the producer, gemm_wgmma_multiply.cuh the consumers' main loop; their epilogue is here.
 
 #include "gelu.cuh"
 #include "gemm_wgmma.cuh"
@@ -124,8 +126,8 @@ DEVICE void store_tile(const TensorMap* y, const int (&d)[TOKENS / 2], const Epi
 }
 
 // A consumer warpgroup: from the ring to y.
-DEVICE void consume(const TensorMap* y, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p, int border, int gelu_from,
-                    u32 cta, int warpgroup) {
+DEVICE void consume(const TensorMap* y, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p, int border,
+                    int gelu_from, u32 cta, int warpgroup) {
   take_registers<CONSUMER_REGISTERS>();
   cluster_wait();
   const u32 half = cta / CLUSTER;

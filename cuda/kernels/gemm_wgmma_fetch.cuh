@@ -127,7 +127,8 @@ DEVICE void fetch_ranks(const Operands& from, u32 shared, const SharedBarriers& 
     const Barrier full = barriers.full[position.stage];
     barriers.empty[position.stage].wait(position.parity ^ 1);
     if (threadIdx.x == CONSUMERS * 128)
-      fetch_tokens(x, from.lora_act + ((size_t)block * from.padded_m + out_m0) * 64, 64, max(min(OUT, from.padded_m - out_m0), 0), full, cta);
+      fetch_tokens(x, from.lora_act + ((size_t)block * from.padded_m + out_m0) * 64, 64, max(min(OUT, from.padded_m - out_m0), 0), full,
+                   cta);
     rows.fetch(x + X_BYTES);
     mbarrier_arrive_after_copies(full.address);
   }

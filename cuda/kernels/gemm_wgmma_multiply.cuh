@@ -3,7 +3,7 @@
 #include "gemm_wgmma.cuh"
 #include "wgmma.cuh"
 
-// A warp is done with a stage: so its producers hear, who are those of both CTAs where they share tokens.
+// A warp has read a stage. It tells the stage's producers, those of both CTAs where the CTAs share their tokens.
 DEVICE void release(Barrier empty, u32 cta) {
   int lane = threadIdx.x & 31;
 #if CLUSTER == 1

@@ -1,4 +1,4 @@
-// What Hopper brings beside common.cuh's barriers and copies: clusters of CTAs, registers that move between warps, stmatrix.
+// PTX of sm_90 and newer, beside common.cuh's barriers and copies: clusters of CTAs, registers that move between warps, stmatrix.
 #pragma once
 #include "common.cuh"
 
@@ -14,7 +14,7 @@ DEVICE void mbarrier_arrive_after_copies(u32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// bulk_copy to the same place in every CTA of the mask; each one's own barrier counts the bytes.
+// bulk_copy to the same address in every CTA of the mask; each one's own barrier counts the bytes.
 DEVICE void bulk_copy_multicast(u32 shared, const void* global, u32 bytes, u32 barrier, u16 ctas) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
                  ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"(ctas) : "memory");
@@ -45,7 +45,7 @@ DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "m
 // The first half where the others need to see nothing but fresh mbarriers, which are fenced. A releasing arrival would wait for all stores.
 DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 
-// A warpgroup's share of the SM's registers, a thread. `inc` waits until another has given enough.
+// Moves registers between the warpgroups of a CTA; the number is of a thread. `inc` waits until another has given enough.
 template <int registers> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
 template <int registers> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
 

@@ -14,7 +14,7 @@
 //            +-----------+-----------+-----------+-----------+
 //
 // An int8 code needs the largest value of its whole row, so x waits in shared memory until that is known, and device memory is
-// read once. Where a CTA's share is larger than its shared memory, the middle of it is read again (it is in L2 by then). 4-bit
+// read once. Where a CTA's part is larger than its shared memory, the middle of it is read again (it is in L2 by then). 4-bit
 // codes, with a scale for each group of 64 columns, are written as x comes by.
 //
 // -D: HALF 1 for fp16, else bf16
@@ -97,8 +97,8 @@ struct Work {
   DEVICE u32 smooth_block(int block) const { return at.smooth + (kept > 1 ? block : 0) * 512; }
 };
 
-// A lane's part of the work. In the MMAs, lane g * 4 + L has rows g and g + 8 of 16, and of each 32 columns 8 L .. 8 L + 7: 16 bytes at once. Which
-// columns a fragment's register stands for is free, as long as proj_down's rows are taken in the same order.
+// A lane's part of the work. In the MMAs, lane g * 4 + L has rows g and g + 8 of 16, and of each 32 columns 8 L .. 8 L + 7: 16 bytes at
+// once. Which columns a fragment's register stands for is free, as long as proj_down's rows are taken in the same order.
 struct Lane {
   int lane, g, L;
   int first_tile, rank_part, column_part;  // the warp's tiles of 16 rows, its ranks, its columns of a block
@@ -400,7 +400,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int rank = blockIdx.x % CTAS, first_row = blockIdx.x / CTAS * ROWS, padded = (M + 15) & ~15;
   const int blocks = (K + 127) / 128, first = blocks * rank / CTAS, count = blocks * (rank + 1) / CTAS - first;
-  const Work w{x, smooth, proj_down, act, act_scale, M, K, R, stride, unsigned_from, slots, kept, at, padded, rank, first_row, first, count};
+  const Work w{x, smooth, proj_down, act, act_scale, M, K, R, stride, unsigned_from, slots, kept, at, padded, rank, first_row, first,
+               count};
   const Lane me(warp, lane, first_row);
 
   Prefetched ahead[2];

@@ -1,4 +1,4 @@
-// What the kernels that quantize are made of: PTX by name, 16-bit numbers, and the branch's image.
+// What the kernels that quantize have in common: numbers, the LoRA branch's activation, and a cluster's shared memory.
 // HALF=1: x is fp16, else bf16.
 #pragma once
 #include "common.cuh"
@@ -47,11 +47,11 @@ DEVICE void add_eight(float (&value)[8], const float* from) {
   value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
 }
 
-// A row's sums of the branch into its image: `piece` of PIECES neighbouring lanes, which have 8 ranks each. fp16's are scaled down to
-// stay below 2^14, bf16 has float's range.
+// A row's sums of the LoRA branch to the activation layout: `piece` of PIECES neighbouring lanes, which have 8 ranks each. fp16's are
+// scaled down to stay below 2^14, bf16 has float's range.
 template <int PIECES>
-DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool there, int M, int padded, u16* image,
-                                          float* lora_act_scale) {
+DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool exists, int M, int padded, u16* lora_act,
+                           float* lora_act_scale) {
   float scale = 1, inverse = 1;
 #if HALF
   float peak = 0;
@@ -65,20 +65,20 @@ DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool the
     scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
   }
 #endif
-  if (there) {
+  if (exists) {
     u32 words[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) words[i] = from_float2(value[2 * i] * inverse, value[2 * i + 1] * inverse);
-    *(uint4*)(image + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) =
+    *(uint4*)(lora_act + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) =
       make_uint4(words[0], words[1], words[2], words[3]);
     if (piece == 0) lora_act_scale[row] = row < M ? scale : 0;
   }
 }
 
-// A branch that was multiplied elsewhere: rows first, first + step, .. of the (M, R) matrix into its image. Of bf16, whose range is float's,
-// lora_act_scale is 1; fp16's has been found already. This is `thread` of the `threads` that share the work.
-DEVICE void copy_lora_act(const u16* rows, u16* image, float* lora_act_scale, int M, int padded, int R, int first, int step,
-                                             int count, int thread, int threads) {
+// A branch that was multiplied elsewhere: rows first, first + step, .. of the (M, R) matrix to the activation layout. Of bf16, whose range
+// is float's, lora_act_scale is 1; fp16's has been found already. This is `thread` of the `threads` that share the work.
+DEVICE void copy_lora_act(const u16* rows, u16* lora_act, float* lora_act_scale, int M, int padded, int R, int first, int step,
+                          int count, int thread, int threads) {
   const int pieces = (R + 31) / 32 * 4;
 #pragma unroll 1
   for (int i = thread; i < count * pieces; i += threads) {
@@ -86,7 +86,7 @@ DEVICE void copy_lora_act(const u16* rows, u16* image, float* lora_act_scale, in
     uint4 v = make_uint4(0, 0, 0, 0);
     if (row < M && piece * 8 < R) v = *(const uint4*)(rows + (size_t)row * R + piece * 8);
     if (!HALF && piece == 0 && row < padded) lora_act_scale[row] = row < M;
-    if (row < padded) *(uint4*)(image + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) = v;
+    if (row < padded) *(uint4*)(lora_act + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) = v;
   }
 }
 

@@ -2,8 +2,8 @@
 // memory is read once, and nothing of x passes through shared memory.
 //
 // A warp takes ROWS tokens and one block of 128 columns. Lane g * 4 + L has, of rows g, g + 8, .., the 16 bytes at columns 32 s + 8 L of
-// each span s: the MMA's fragments, and, once coded, two whole pieces of the activation layout. A CTA is WARPS such warps and a communication warp; a cluster
-// of CTAS of them shares the columns of the same tokens:
+// each span s: the MMA's fragments, and, once coded, two whole pieces of the activation layout. A CTA is WARPS such warps
+// and a communication warp; a cluster of CTAS of them shares the columns of the same tokens:
 //
 //              warp 0   warp 1   ..         CTA 1
 //            +--------+--------+--------+--------+--------+
@@ -14,7 +14,7 @@
 // With few tokens there is a cluster for each ROWS of them. With many (LOOP) as many clusters as fit stay on the GPU, and each takes tokens
 // after tokens; its part of proj_down and of 1 / smooth stays in shared memory:
 //
-//     workers      load t + 1 | maxima of t | product of t | codes of t
+//     workers             load t + 1 | maxima of t | product of t | codes of t
 //     communication warp  send maxima of t | add and send the warps' sums of t | scales and lora_act of t
 //
 // In a loop two warps add up their sums in one slot before, since shared memory is short: it is taken from the L1, where x arrives.

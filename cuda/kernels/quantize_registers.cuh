@@ -19,8 +19,9 @@ constexpr int LANES_ROWS = 32 / PIECES;     // that a warp takes at a time, a la
 constexpr int MAX_BYTES = CTAS * 2 * ROWS * 4, ALL_SUMS = CTAS * OWN_ROWS * RANKS * 4;  // a round's, received
 static_assert(!LOOP || TILES == 1, "x of two rounds has to fit the registers");
 
-// Shared memory. A round that is the only one needs proj_down no more when it has its sums: they take its place.
-// mbarriers: [SLOTS] what all CTAs send, [SLOTS]; what this CTA's warps have for the communication warp; the communication warp has read their sums
+// Shared memory. A round that is the only one needs proj_down no more when it has its sums: they take its memory.
+// mbarriers: [SLOTS] all CTAs' maxima are here, [SLOTS] their sums are; this CTA's warps have stored their maxima, their sums; the
+// communication warp has read these sums.
 constexpr int MAX_READY = 0, SUMS_READY = 16, WARP_MAX_READY = 32, WARP_SUMS_READY = 40, WARP_SUMS_READ = 48;
 constexpr int ROW_MAX = 128;                                        // [SLOTS][CTAS][2 parts][ROWS] float, received
 constexpr int WARP_MAX = ROW_MAX + SLOTS * MAX_BYTES;               // [WARPS][2 parts][ROWS] float

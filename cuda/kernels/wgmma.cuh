@@ -1,5 +1,6 @@
 // Hopper's warpgroup MMA with A in registers: D (64 x TOKENS) += A (64 x k) B (k x TOKENS), B in shared memory, K-major and swizzled.
-// A warpgroup's lane g * 4 + q of warp w holds rows 16 w + g and + 8; register 4 j + e of D is token 8 j + 2 q + (e & 1), row g + 8 (e >> 1).
+// A warpgroup's lane g * 4 + q of warp w holds rows 16 w + g and + 8; register 4 j + e of D is token
+// 8 j + 2 q + (e & 1), row g + 8 (e >> 1).
 #pragma once
 #include "common.cuh"
 
