@@ -101,7 +101,7 @@ def defines_of(storage, tile, target, dtype, turing=None, gelu=False, next_ranks
     """
     stages = 2 if turing else tile.stages(storage, target)
     shared = tile.shared_bytes(storage, stages, next_ranks)
-    defines = (("MODE", int(storage)), ("HALF", int(dtype == torch.float16)), ("ROW_WARPS", tile.row_warps),
+    defines = (("CODES", int(storage)), ("HALF", int(dtype == torch.float16)), ("ROW_WARPS", tile.row_warps),
                ("TOKEN_WARPS", tile.token_warps), ("TILES", tile.tiles), ("STAGES", stages), ("SHARED_BYTES", shared), ("GELU", int(gelu)))
     if next_ranks is not None:
         defines = *defines, ("NEXT", next_ranks)

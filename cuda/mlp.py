@@ -2,7 +2,7 @@
 so that the hidden states are never in memory.
 
     x -> quantize.cu -> gemm_mma.cu: GELU, codes and scales; of the LoRA branch, a partial sum for each tile's columns
-                        shares.cu: adds up the partial sums
+                        partial_sums.cu: adds up the partial sums
                         gemm_mma.cu -> y
 
 In 8 bits that does not pay: a token's scale is known after the last of the first layer's columns (benchmarks/NOTES.md).
@@ -19,7 +19,7 @@ from .activation_layout import RANK_BLOCK, ROWS, padded
 from .errors import KernelsUnavailable
 from .operands import LayerOperands
 
-SHARES, SHARES_ENTRY, SHARES_THREADS = "shares.cu", "add_shares", 128
+PARTIAL_SUMS, PARTIAL_SUMS_ENTRY, PARTIAL_SUMS_THREADS = "partial_sums.cu", "add_partial_sums", 128
 
 LAYER = LayerOperands._fields[:6]  # of LayerOperands.tensors
 
@@ -145,8 +145,8 @@ def _launches(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, sec
     gemm = kernel_loader.kernel(gemm_mma.SOURCE, gemm_mma.ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
     gemm = gemm.launcher((-(-m // tile.tokens) * tiles,), (tile.threads,), len(FIRST),
                          (m, hidden, k, first.rank, first.unsigned_from, second.rank, second.unsigned_from))
-    add = kernel_loader.kernel(SHARES, SHARES_ENTRY, add_defines(dtype, ranks), device)
-    add = add.launcher((-(-padded(m, ROWS) * ranks // 8 // SHARES_THREADS),), (SHARES_THREADS,), len(ADD), (m, tiles))
+    add = kernel_loader.kernel(PARTIAL_SUMS, PARTIAL_SUMS_ENTRY, add_defines(dtype, ranks), device)
+    add = add.launcher((-(-padded(m, ROWS) * ranks // 8 // PARTIAL_SUMS_THREADS),), (PARTIAL_SUMS_THREADS,), len(ADD), (m, tiles))
     last = gemm_mma.launcher(storage, second_tile, m, second.n, hidden, second.rank, second.unsigned_from, dtype, device)
     multiply = plan.ranks < first.rank
     names = (*(numbered(quantize_activation.PRODUCT[dtype], "1") if multiply else ()), *TENSORS)
@@ -165,5 +165,5 @@ def variants(storage, target):
     found = []
     for dtype in target.dtypes:
         defines = gemm_mma.defines_of(storage, gemm_mma.next_tiles_of(storage)[0], target, dtype, next_ranks=gemm_mma.NEXT_RANKS)
-        found += [(gemm_mma.SOURCE, gemm_mma.ENTRY, defines), (SHARES, SHARES_ENTRY, add_defines(dtype, gemm_mma.NEXT_RANKS))]
+        found += [(gemm_mma.SOURCE, gemm_mma.ENTRY, defines), (PARTIAL_SUMS, PARTIAL_SUMS_ENTRY, add_defines(dtype, gemm_mma.NEXT_RANKS))]
     return found

@@ -16,9 +16,9 @@
 //         and r + 8) and of tokens r + 8 t
 //
 // A warp's ring in shared memory has DEPTH slots of one chunk, all of them under way as soon as the kernel starts. Small CTAs, so that
-// all of them are resident at once and none waits for a place: at N = 18432 an SM of an H100 has 8.7 of them and 160 KB under way.
+// all of them are resident at once and none waits for another: at N = 18432 an SM of an H100 has 8.7 of them and 160 KB under way.
 //
-//   bytes      0 ..       128 bytes of codes a row; their 32 bytes of group g lie at place g ^ (row / 2 % 4), so that the 8-byte reads
+//   bytes      0 ..       128 bytes of codes a row; their 32 bytes of group g lie in slot g ^ (row / 2 % 4), so that the 8-byte reads
 //                         of 16 lanes (4 rows of a group) are 128 bytes of different banks
 //   bytes CODES ..        a group's scales of the rows, then its zeros, and so on for the other groups
 //
@@ -50,6 +50,7 @@
 static_assert(ROWS == 16 || ROWS == 32, "the lanes copy a chunk's scales at once");
 
 constexpr int TOKENS = 8 * TILES;
+constexpr int ROW_TILES = ROWS / 16;
 constexpr int CHUNK = 4;  // groups
 constexpr int CODES = ROWS * CHUNK * 32, SLOT = CODES + CHUNK * ROWS * 4;  // bytes
 constexpr int PITCH = ROWS + 4;  // floats between the tokens of a warp's sums
@@ -68,6 +69,121 @@ DEVICE u32 weights(u32 word, int shift, u32 nibbles) {
   return d;
 }
 
+// A lane's part of the copies of a warp's chunks into the warp's ring. Of a chunk's codes it copies 16 bytes of every fourth row; the
+// first ROWS lanes copy 16 bytes of scales or of zeros. Data beyond K or N become zeros, which add nothing.
+struct Fetcher {
+  const u8* codes;
+  const u16* scales;
+  u32 ring, to_codes;
+  int first_row, scale_row, scale_group, groups, N, K;
+  int next, next_slot;  // the first group and the slot of the chunk to be copied next
+
+  DEVICE Fetcher(const u8* weight, const u16* weight_scale, const u16* weight_zeros, u32 ring, int first_row, int groups, int N, int K)
+      : ring(ring), first_row(first_row), groups(groups), N(N), K(K) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    codes = weight + (size_t)(first_row + lane / 8) * (K / 2) + warp * 128 + lane % 8 * 16;
+    const int part = lane % (ROWS / 4);
+    scale_group = lane / (ROWS / 4), scale_row = first_row + part % (ROWS / 8) * 8;
+    scales = (part < ROWS / 8 ? weight_scale : weight_zeros) + (size_t)(CHUNK * warp + scale_group) * N + scale_row;
+    to_codes = ring + lane / 8 * 128 + (lane % 8 ^ lane / 16 * 2) * 16;
+    next = CHUNK * warp, next_slot = 0;
+  }
+
+  DEVICE void fetch_next() {
+    const int lane = threadIdx.x % 32;
+    if (next < groups) {
+#pragma unroll
+      for (int i = 0; i < ROWS / 4; i++)
+        cp_async16((to_codes + next_slot + i * 512) ^ i % 2 * 64, codes + (size_t)(4 * i) * (K / 2),
+                   next + lane % 8 / 2 < groups && (ROWS == 16 || first_row + 4 * i < N));
+      if (lane < ROWS)
+        cp_async16(ring + next_slot + CODES + lane * 16, scales, next + scale_group < groups && (ROWS == 16 || scale_row < N));
+    }
+    cp_async_commit();
+    codes += WARPS * 128;
+    scales += (size_t)(CHUNK * WARPS) * N;
+    next += CHUNK * WARPS;
+    next_slot = next_slot == (DEPTH - 1) * SLOT ? 0 : next_slot + SLOT;
+  }
+};
+
+// The fragments of a group of 8 tokens, from columns 16 q .. 16 q + 15 of one of them, two a word.
+DEVICE void arrange_tokens(u32 (&b)[4][2], const uint4 (&v)[2]) {
+  const u32 word[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const u32 pick = j % 2 ? 0x7632 : 0x5410;  // the upper or the lower halves of two words
+    b[j][0] = __byte_perm(word[j / 2], word[j / 2 + 2], pick);
+    b[j][1] = __byte_perm(word[j / 2 + 4], word[j / 2 + 6], pick);
+  }
+}
+
+// The fragments of a group of 16 rows, from the lane's 16 codes of its even and of its odd row.
+DEVICE void expand_weights(u32 (&a)[4][4], uint2 even, uint2 odd, u32 nibbles) {
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    a[j][0] = weights(even.x, 4 * j, nibbles);
+    a[j][1] = weights(odd.x, 4 * j, nibbles);
+    a[j][2] = weights(even.y, 4 * j, nibbles);
+    a[j][3] = weights(odd.y, 4 * j, nibbles);
+  }
+}
+
+// acc += group g of the chunk in `slot`, times its tokens b. ones: the fragment of a matrix of ones.
+DEVICE void multiply_group(float (&acc)[ROW_TILES][TILES][4], const u32 (&b)[TILES][4][2], u32 slot, int g, const u32 (&ones)[4],
+                           u32 nibbles, int r, int q) {
+  float total[TILES][4] = {};
+#pragma unroll
+  for (int t = 0; t < TILES; t++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) mma_16816(total[t], ones, b[t][j]);
+
+#pragma unroll
+  for (int i = 0; i < ROW_TILES; i++) {
+    const u32 codes = slot + i * 2048 + r * 256 + q * 8 + (g ^ r % 4) * 32;
+    const uint2 even = load_shared8(codes), odd = load_shared8(codes + 128);
+    const u32 scales = slot + CODES + g * ROWS * 4 + i * 32 + r * 4;
+    const float2 scale = to_float2(load_shared4(scales)), zero = to_float2(load_shared4(scales + ROWS * 2));
+    u32 a[4][4];
+    expand_weights(a, even, odd, nibbles);
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      float p[4] = {};
+#pragma unroll
+      for (int j = 0; j < 4; j++) mma_16816(p, a[j], b[t][j]);
+      acc[i][t][0] = fmaf(scale.x, p[0], fmaf(zero.x, total[t][0], acc[i][t][0]));
+      acc[i][t][1] = fmaf(scale.x, p[1], fmaf(zero.x, total[t][1], acc[i][t][1]));
+      acc[i][t][2] = fmaf(scale.y, p[2], fmaf(zero.y, total[t][2], acc[i][t][2]));
+      acc[i][t][3] = fmaf(scale.y, p[3], fmaf(zero.y, total[t][3], acc[i][t][3]));
+    }
+  }
+}
+
+// The warps' sums, added up in the order of the warps, to y. acc[0] and acc[1] are tokens 2 q and 2 q + 1 of row 2 r, acc[2] and acc[3]
+// of row 2 r + 1. The sums take the ring's memory.
+DEVICE void add_and_store(u16* y, const float (&acc)[ROW_TILES][TILES][4], u8* memory, const u16* bias, int first_row, int first_token,
+                          int M, int N, int warp, int r, int q) {
+  __syncthreads();
+  float(*sums)[TOKENS][PITCH] = (float(*)[TOKENS][PITCH])memory;
+#pragma unroll
+  for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      *(float2*)&sums[warp][8 * t + 2 * q][16 * i + 2 * r] = make_float2(acc[i][t][0], acc[i][t][2]);
+      *(float2*)&sums[warp][8 * t + 2 * q + 1][16 * i + 2 * r] = make_float2(acc[i][t][1], acc[i][t][3]);
+    }
+  __syncthreads();
+  for (int i = threadIdx.x; i < TOKENS * ROWS; i += 32 * WARPS) {
+    const int m = i / ROWS, n = i % ROWS;
+    if (first_token + m >= M) break;
+    if (ROWS > 16 && first_row + n >= N) continue;
+    float sum = bias ? to_float(bias[first_row + n]) : 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += sums[w][m][n];
+    y[(size_t)(first_token + m) * N + first_row + n] = from_float(sum);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? RESIDENT : 1) awq(
     const u16* __restrict__ x,             // (M, K), rows x_stride elements apart, 16-byte aligned
     const u8* __restrict__ weight,         // (N, K/2), the even column in the low nibble
@@ -83,37 +199,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? RESIDENT :
   const int groups = K / 64;
   const u32 ring = shared_address(memory) + warp * DEPTH * SLOT;
   wait_for_previous_grid();
-
-  // Of a chunk's codes a lane copies 16 bytes of every fourth row; the first ROWS lanes copy 16 bytes of scales or of zeros. What
-  // lies beyond K or N becomes zeros, which add nothing.
-  const u8* codes = weight + (size_t)(first_row + lane / 8) * (K / 2) + warp * 128 + lane % 8 * 16;
-  const int part = lane % (ROWS / 4), scale_group = lane / (ROWS / 4), scale_row = first_row + part % (ROWS / 8) * 8;
-  const u16* scales = (part < ROWS / 8 ? weight_scale : weight_zeros) + (size_t)(CHUNK * warp + scale_group) * N + scale_row;
-  const u32 to_codes = ring + lane / 8 * 128 + (lane % 8 ^ lane / 16 * 2) * 16;
-  int next = CHUNK * warp, next_slot = 0;  // the first group and the place of the chunk to be copied next
-  auto copy_next = [&] {
-    if (next < groups) {
+  Fetcher fetcher(weight, weight_scale, weight_zeros, ring, first_row, groups, N, K);
 #pragma unroll
-      for (int i = 0; i < ROWS / 4; i++)
-        cp_async16((to_codes + next_slot + i * 512) ^ i % 2 * 64, codes + (size_t)(4 * i) * (K / 2),
-                   next + lane % 8 / 2 < groups && (ROWS == 16 || first_row + 4 * i < N));
-      if (lane < ROWS)
-        cp_async16(ring + next_slot + CODES + lane * 16, scales, next + scale_group < groups && (ROWS == 16 || scale_row < N));
-    }
-    cp_async_commit();
-    codes += WARPS * 128;
-    scales += (size_t)(CHUNK * WARPS) * N;
-    next += CHUNK * WARPS;
-    next_slot = next_slot == (DEPTH - 1) * SLOT ? 0 : next_slot + SLOT;
-  };
-#pragma unroll
-  for (int slot = 0; slot < DEPTH; slot++) copy_next();
+  for (int slot = 0; slot < DEPTH; slot++) fetcher.fetch_next();
 
-  // Columns 16 q .. 16 q + 15 of a group's tokens, two a word. Beyond M zeros; beyond K what was there before.
+  // Columns 16 q .. 16 q + 15 of a group's tokens. Beyond M they are zeros; beyond K those of the group before.
   const char* token = (const char*)(x + (size_t)(first_token + r) * x_stride + warp * (CHUNK * 64) + 16 * q);
   uint4 v[TILES][2] = {};
 
-  float acc[ROWS / 16][TILES][4] = {};
+  float acc[ROW_TILES][TILES][4] = {};
   // Constants that the compiler must not know, or it loads them again for every use: K is a multiple of 64.
   const u32 nothing = K & 63, nibbles = 0x000f000fu | nothing << 4, one = HALF ? 0x3c003c00u : 0x3f803f80u;
   const u32 ones[4] = {one | nothing, one | nothing << 1, one | nothing << 2, one | nothing << 3};
@@ -132,70 +226,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? RESIDENT :
           v[t][0] = __ldg(source);
           v[t][1] = __ldg(source + 1);
         }
-        const u32 word[8] = {v[t][0].x, v[t][0].y, v[t][0].z, v[t][0].w, v[t][1].x, v[t][1].y, v[t][1].z, v[t][1].w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const u32 pick = j % 2 ? 0x7632 : 0x5410;  // the upper or the lower halves of two words
-          b[t][j][0] = __byte_perm(word[j / 2], word[j / 2 + 2], pick);
-          b[t][j][1] = __byte_perm(word[j / 2 + 4], word[j / 2 + 6], pick);
-        }
+        arrange_tokens(b[t], v[t]);
       }
-      float total[TILES][4] = {};
-#pragma unroll
-      for (int t = 0; t < TILES; t++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) mma_16816(total[t], ones, b[t][j]);
-
-#pragma unroll
-      for (int i = 0; i < ROWS / 16; i++) {
-        const u32 here = ring + slot + i * 2048 + r * 256 + q * 8 + (g ^ r % 4) * 32;
-        const uint2 even = load_shared8(here), odd = load_shared8(here + 128);
-        const u32 of_rows = ring + slot + CODES + g * ROWS * 4 + i * 32 + r * 4;
-        const float2 scale = to_float2(load_shared4(of_rows)), zero = to_float2(load_shared4(of_rows + ROWS * 2));
-        u32 a[4][4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          a[j][0] = weights(even.x, 4 * j, nibbles);
-          a[j][1] = weights(odd.x, 4 * j, nibbles);
-          a[j][2] = weights(even.y, 4 * j, nibbles);
-          a[j][3] = weights(odd.y, 4 * j, nibbles);
-        }
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-          float p[4] = {};
-#pragma unroll
-          for (int j = 0; j < 4; j++) mma_16816(p, a[j], b[t][j]);
-          acc[i][t][0] = fmaf(scale.x, p[0], fmaf(zero.x, total[t][0], acc[i][t][0]));
-          acc[i][t][1] = fmaf(scale.x, p[1], fmaf(zero.x, total[t][1], acc[i][t][1]));
-          acc[i][t][2] = fmaf(scale.y, p[2], fmaf(zero.y, total[t][2], acc[i][t][2]));
-          acc[i][t][3] = fmaf(scale.y, p[3], fmaf(zero.y, total[t][3], acc[i][t][3]));
-        }
-      }
+      multiply_group(acc, b, ring + slot, g, ones, nibbles, r, q);
     }
     token += CHUNK * WARPS * 128;
     __syncwarp();
-    copy_next();
+    fetcher.fetch_next();
     slot = slot == (DEPTH - 1) * SLOT ? 0 : slot + SLOT;
   }
-
-  // acc[0], acc[1] are tokens 2 q and 2 q + 1 of row 2 r, acc[2], acc[3] of row 2 r + 1.
-  __syncthreads();
-  float(*sums)[TOKENS][PITCH] = (float(*)[TOKENS][PITCH])memory;
-#pragma unroll
-  for (int i = 0; i < ROWS / 16; i++)
-#pragma unroll
-    for (int t = 0; t < TILES; t++) {
-      *(float2*)&sums[warp][8 * t + 2 * q][16 * i + 2 * r] = make_float2(acc[i][t][0], acc[i][t][2]);
-      *(float2*)&sums[warp][8 * t + 2 * q + 1][16 * i + 2 * r] = make_float2(acc[i][t][1], acc[i][t][3]);
-    }
-  __syncthreads();
-  for (int i = threadIdx.x; i < TOKENS * ROWS; i += 32 * WARPS) {
-    const int m = i / ROWS, n = i % ROWS;
-    if (first_token + m >= M) break;
-    if (ROWS > 16 && first_row + n >= N) continue;
-    float sum = bias ? to_float(bias[first_row + n]) : 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += sums[w][m][n];
-    y[(size_t)(first_token + m) * N + first_row + n] = from_float(sum);
-  }
+  add_and_store(y, acc, memory, bias, first_row, first_token, M, N, warp, r, q);
 }

@@ -1,91 +1,83 @@
-// From x to codes: what the kernels that quantize an activation share. CODES says how codes are stored (cuda/images.py):
-// 0 int8, a scale a token and part, INTEGER order; 1 4-bit codes as bytes, GROUP order; 2 4-bit codes, NIBBLE order.
+// From x to codes, for both kernels that quantize an activation. CODES is the CodeStorage (common.cuh).
 #pragma once
 #include "group.cuh"
 
-enum { INTEGER, GROUP, NIBBLE };
-
 // max over 8 columns of |(x + shift) / smooth|
-__device__ __forceinline__ float max_of_run(uint4 x, const float (&even)[4], const float (&odd)[4], float shift) {
-    const u32 words[4] = {x.x, x.y, x.z, x.w};
-    float m = 0;
+DEVICE float max_of_run(uint4 x, const float (&even)[4], const float (&odd)[4], float shift) {
+  const u32 words[4] = {x.x, x.y, x.z, x.w};
+  float m = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        m = max_abs(m, (low_float(words[i]) + shift) * even[i]);
-        m = max_abs(m, (high_float(words[i]) + shift) * odd[i]);
-    }
-    return m;
+  for (int i = 0; i < 4; i++) {
+    m = max_abs(m, (low_float(words[i]) + shift) * even[i]);
+    m = max_abs(m, (high_float(words[i]) + shift) * odd[i]);
+  }
+  return m;
 }
 
-__device__ __forceinline__ void load_floats(float (&f)[4], u32 address) {
-    const uint4 v = load_shared(address);
-    f[0] = __uint_as_float(v.x), f[1] = __uint_as_float(v.y), f[2] = __uint_as_float(v.z), f[3] = __uint_as_float(v.w);
+// Which of a block's runs of 8 columns is the i-th of those whose codes make up piece `lane` of a row of the activation layout. In bytes
+// a piece is the even or the odd columns of four runs, in nibbles half a piece is all columns of two runs.
+DEVICE int run_of(int lane, int i) {
+  const int pair = lane >> 1;
+  if (CODES == INT8) return 4 * i + pair;
+  return 8 * (pair >> 1) + 2 * (CODES == INT4_NIBBLES ? 2 * (lane & 1) + i : i) + (pair & 1);
 }
 
-// The place of run i (8 columns, as a piece of a block) of those whose codes make up piece `lane` of a row of the image.
-// int8 images: a piece is the even or the odd columns of four runs. Nibbles: half a piece is all columns of two runs.
-__device__ __forceinline__ int run_of(int lane, int i) {
-    const int pair = lane >> 1;
-    if (CODES == INTEGER) return 4 * i + pair;
-    return 8 * (pair >> 1) + 2 * (CODES == NIBBLE ? 2 * (lane & 1) + i : i) + (pair & 1);
-}
+constexpr int RUNS = CODES == INT4_NIBBLES ? 2 : 4;
 
-constexpr int RUNS = CODES == NIBBLE ? 2 : 4;
-
-// Codes one row's 16 columns, lane 0..7 of the row's eight, from its runs of x.
+// Encodes one row's 16 columns, by lane 0..7 of the row's eight, from its runs of x, to `target`, the row in the activation layout.
 //     inverse, keep   int8: 1 / scale of each run; ~0, or 0 if the row is NaN
 //     scale           4 bits: written by one lane for each group of 64; null where there is no such group or row
-__device__ __forceinline__ void code_row(const uint4 (&x)[RUNS], u32 smooth, int lane, int row, bool real, const float (&shift)[RUNS],
-                                         const float (&inverse)[RUNS], u32 keep, bool is_unsigned, float* scale, char* image) {
-    const int half = lane & 1;
-    float v[16];
+DEVICE void encode_row(const uint4 (&x)[RUNS], u32 smooth, int lane, int row, bool real, const float (&shift)[RUNS],
+                       const float (&inverse)[RUNS], u32 keep, bool is_unsigned, float* scale, char* target) {
+  const int half = lane & 1;
+  float v[16];
 #pragma unroll
-    for (int i = 0; i < RUNS; i++) {
-        const u32 words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-        const u32 run = smooth + run_of(lane, i) * 32;
-        float even[4], odd[4];
-        if (CODES == NIBBLE) {
-            load_floats(even, run), load_floats(odd, run + 16);
+  for (int i = 0; i < RUNS; i++) {
+    const u32 words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+    const u32 run = smooth + run_of(lane, i) * 32;
+    float even[4], odd[4];
+    if (CODES == INT4_NIBBLES) {
+      load_shared_floats(even, run), load_shared_floats(odd, run + 16);
 #pragma unroll
-            for (int b = 0; b < 4; b++) {
-                v[8 * i + 2 * b] = (low_float(words[b]) + shift[i]) * even[b];
-                v[8 * i + 2 * b + 1] = (high_float(words[b]) + shift[i]) * odd[b];
-            }
-        } else {
-            load_floats(even, run + 16 * half);
-#pragma unroll
-            for (int b = 0; b < 4; b++) v[4 * i + b] = (either_float(words[b], half) + shift[i]) * even[b];
-        }
-    }
-    Group group = {};
-    if (CODES != INTEGER) {
-        group = group_of<1, 2>(v, real, is_unsigned);
-        keep = group.keep;
-        if (scale) *scale = group.scale;
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i++) v[i] = CODES == INTEGER ? fmaf(v[i], inverse[i / 4 % RUNS], MAGIC) : group.code(v[i]);
-    if (CODES == NIBBLE) {
-        u32 words[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) words[i] = pack_nibbles(v + 8 * i) & keep;
-        if (image) *(uint2*)(image + ((lane >> 1 ^ row >> 1 & 3) << 4) + 8 * half) = make_uint2(words[0], words[1]);
+      for (int b = 0; b < 4; b++) {
+        v[8 * i + 2 * b] = (low_float(words[b]) + shift[i]) * even[b];
+        v[8 * i + 2 * b + 1] = (high_float(words[b]) + shift[i]) * odd[b];
+      }
     } else {
-        u32 words[4];
+      load_shared_floats(even, run + 16 * half);
 #pragma unroll
-        for (int i = 0; i < 4; i++) words[i] = pack_bytes(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]) & keep;
-        if (image) *(uint4*)(image + ((lane ^ row & 7) << 4)) = make_uint4(words[0], words[1], words[2], words[3]);
+      for (int b = 0; b < 4; b++) v[4 * i + b] = (either_float(words[b], half) + shift[i]) * even[b];
     }
+  }
+  Group group = {};
+  if (CODES != INT8) {
+    group = group_of<1, 2>(v, real, is_unsigned);
+    keep = group.keep;
+    if (scale) *scale = group.scale;
+  }
+#pragma unroll
+  for (int i = 0; i < 16; i++) v[i] = CODES == INT8 ? fmaf(v[i], inverse[i / 4 % RUNS], MAGIC) : group.code(v[i]);
+  if (CODES == INT4_NIBBLES) {
+    u32 words[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) words[i] = pack_nibbles(v + 8 * i) & keep;
+    if (target) *(uint2*)(target + ((lane >> 1 ^ row >> 1 & 3) << 4) + 8 * half) = make_uint2(words[0], words[1]);
+  } else {
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = pack_bytes(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]) & keep;
+    if (target) *(uint4*)(target + ((lane ^ row & 7) << 4)) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
 }
 
 // The scale of a row's part from its largest value. One division by 127 would bring a CALL.
-__device__ __forceinline__ float part_scale(float m) { return m < TINY ? 0 : m * (1 / 127.f); }
+DEVICE float part_scale(float m) { return m < TINY ? 0 : m * (1 / 127.f); }
 
 // Keeps the scales of a row's two parts within a factor of 16, so that the GEMM can carry one part's sum over to the other's scale.
-__device__ __forceinline__ void tie_parts(float (&s)[2]) {
-    const float first = s[0];
-    s[0] = fmaxf(s[0], s[1] * (1 / 16.f)), s[1] = fmaxf(s[1], first * (1 / 16.f));
+DEVICE void tie_parts(float (&s)[2]) {
+  const float first = s[0];
+  s[0] = fmaxf(s[0], s[1] * (1 / 16.f)), s[1] = fmaxf(s[1], first * (1 / 16.f));
 }
 
 // 1 / scale, or 0 for a row of zeros.
-__device__ __forceinline__ float inverse_of(float s) { return s > 0 ? reciprocal(s) : 0; }
+DEVICE float inverse_scale(float s) { return s > 0 ? reciprocal(s) : 0; }

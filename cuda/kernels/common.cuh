@@ -1,4 +1,5 @@
-// What every kernel shares: the 16-bit types, and PTX under names. Header-free: NVRTC finds no CUDA headers on a user's machine.
+// The vocabulary of all kernels: the 16-bit types, and PTX under names; hopper.cuh has the instructions that sm_90 adds. It needs no CUDA
+// headers, since NVRTC finds none on a user's machine.
 //
 // -DHALF=1 makes the 16-bit type of a kernel fp16, otherwise it is bf16. A u32 holds two of them, the first in the low half.
 #pragma once
@@ -10,13 +11,20 @@
 #error "sm_75 has no bf16: compile with -DHALF=1"
 #endif
 
-#define DEVICE static __device__ __forceinline__
+#define DEVICE __device__ __forceinline__
 
 typedef signed char s8;
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+
+// How an activation's codes are stored: the values of -DCODES. The Python module of the activation layout has the orders of the columns.
+enum CodeStorage {
+  INT8 = 0,         // 8-bit codes, a scale a token and part of the columns, INTEGER order
+  INT4_BYTES = 1,   // 4-bit codes, a byte each, a scale a token and group of 64 columns, GROUP order: for tensor cores without int4
+  INT4_NIBBLES = 2  // the same codes, two a byte, NIBBLE order
+};
 
 constexpr float MAGIC = 12582912.f;  // 1.5 x 2^23: adding it leaves round(v) in a float's low bits, two's complement
 
@@ -34,12 +42,30 @@ DEVICE float to_float(u16 x) {
 #endif
 }
 
-// Two at once. bf16 is the upper half of a float, so that this is one instruction each.
-DEVICE float2 to_float2(u32 x) {
+// The first of a word's two numbers. bf16 is the upper half of a float, so that each is one instruction.
+DEVICE float low_float(u32 word) {
 #if HALF
-  return make_float2(to_float((u16)x), to_float((u16)(x >> 16)));
+  float f;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}" : "=f"(f) : "r"(word));
+  return f;
 #else
-  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+  return __uint_as_float(word << 16);
+#endif
+}
+
+DEVICE float high_float(u32 word) {
+#if HALF
+  return low_float(word >> 16);
+#else
+  return __uint_as_float(word & 0xffff0000u);
+#endif
+}
+
+DEVICE float2 to_float2(u32 word) {
+#if HALF
+  return make_float2(to_float((u16)word), to_float((u16)(word >> 16)));
+#else
+  return make_float2(low_float(word), high_float(word));
 #endif
 }
 
@@ -75,14 +101,28 @@ DEVICE float divide(float a, float b) {
   return ratio;
 }
 
+// 1 / x to one unit in the last place, of denormal numbers too; the operator / would be a call for the rare cases.
+DEVICE float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// The same in one instruction: denormal numbers count as zero.
+DEVICE float reciprocal_ftz(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // The inverse of a power of two, exactly.
 DEVICE float power_inverse(float power) { return __uint_as_float(0x7f000000u - __float_as_uint(power)); }
 
 // --- Programmatic dependent launch, sm_90 and newer -------------------------------------------------------------------
 
 // A kernel launched with pdl=True may start while the one before it ends. Before this it must touch no memory of others: not even its
-// weights, which the kernel before may have written; after it everything is as in an ordinary launch, whose wait returns at once. (A layer's
-// second kernel does read its weights: the first one has waited before it let the second start, and writes none.)
+// weights, which the kernel before may have written; after it everything is as in an ordinary launch, whose wait returns at once. (The
+// second kernel of a layer does read its weights: the first one has waited before it let the second start, and writes none.)
 DEVICE void wait_for_previous_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -106,7 +146,7 @@ DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(
 DEVICE uint4 load_shared16(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
 }
 
@@ -116,16 +156,44 @@ DEVICE uint2 load_shared8(u32 address) {
   return v;
 }
 
-DEVICE float2 load_pair(u32 address) {
-  const uint2 v = load_shared8(address);
-  return make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
-}
-
 DEVICE u32 load_shared4(u32 address) {
   u32 v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
 }
+
+DEVICE u16 load_shared2(u32 address) {
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+  return v;
+}
+
+DEVICE float load_shared_float(u32 address) {
+  float f;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(address) : "memory");
+  return f;
+}
+
+DEVICE float2 load_shared_float2(u32 address) {
+  const uint2 v = load_shared8(address);
+  return make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
+}
+
+DEVICE float4 load_shared_float4(u32 address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+  return v;
+}
+
+DEVICE void load_shared_floats(float (&f)[4], u32 address) {
+  const uint4 v = load_shared16(address);
+  f[0] = __uint_as_float(v.x), f[1] = __uint_as_float(v.y), f[2] = __uint_as_float(v.z), f[3] = __uint_as_float(v.w);
+}
+
+DEVICE void store_shared4(u32 address, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
+
+DEVICE void store_shared_float(u32 address, float f) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(f) : "memory"); }
 
 DEVICE void store_shared8(u32 address, uint2 v) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
@@ -172,21 +240,27 @@ DEVICE void ldmatrix4(u32 (&d)[4], u32 address) {
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
 }
 
+// The same, each matrix transposed.
+DEVICE void ldmatrix4_transposed(u32 (&d)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
+}
+
 // c (16 x 8, fp32) += a (16 x 16) b (16 x 8), with g = lane / 4 and q = lane % 4:
 //   a[0..3]  rows g, g + 8, g, g + 8; columns 2 q, 2 q + 1 of the first eight, the first, the last, the last
 //   b[0..1]  column g; rows 2 q, 2 q + 1 of the first eight, of the last eight
 //   c[0..3]  (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1)
 DEVICE void mma_16816(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 #if __CUDA_ARCH__ < 800  // Turing's is half as deep
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b[0]));
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b[1]));
 #elif HALF
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
@@ -232,6 +306,22 @@ DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
   asm volatile("{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra wait;\n}"
                ::"r"(barrier), "r"(parity) : "memory");
 }
+
+// An mbarrier by its address in shared memory, and several, 8 bytes apart: full[stage].wait(parity).
+struct Barrier {
+  u32 address;
+
+  DEVICE void init(int arrivals) const { mbarrier_init(address, arrivals); }
+  DEVICE void arrive() const { mbarrier_arrive(address); }
+  DEVICE void arrive_expect(u32 bytes) const { mbarrier_arrive_expect(address, bytes); }
+  DEVICE void wait(u32 parity) const { mbarrier_wait(address, parity); }
+};
+
+struct Barriers {
+  u32 first;
+
+  DEVICE Barrier operator[](int i) const { return {first + 8 * i}; }
+};
 
 // Copies `bytes` (a multiple of 16, both addresses too) to shared memory, counted by the barrier.
 DEVICE void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {

@@ -1,5 +1,6 @@
 // The activation that a GEMM may apply to what it computes: PyTorch's GELU with approximate="tanh".
 #pragma once
+#include "common.cuh"
 
 // x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), with one instruction for the tanh. That is within 2^-11 of the true one, relatively,
 // and exactly 1 of what is large: the result is within 2^-12 |x|, and not below -0.1703, so that GELU_SHIFT makes it positive.

@@ -7,44 +7,44 @@ constexpr float TINY = 7.888609e-31f;         // 2^-100: maxima below count as 0
 
 // A group's scale, and how its numbers become codes.
 struct Group {
-    float scale, inverse, floor, ceiling;
-    u32 keep;  // ~0, or 0 where the codes are to be 0: they are no number's
+  float scale, inverse, floor, ceiling;
+  u32 keep;  // ~0, or 0 where the codes are to be 0: they are no number's
 
-    // v's code, in the low bits of a float.
-    __device__ __forceinline__ float code(float v) const { return fminf(fmaxf(fmaf(v, inverse, MAGIC), floor), ceiling); }
+  // v's code, in the low bits of a float.
+  DEVICE float code(float v) const { return fminf(fmaxf(fmaf(v, inverse, MAGIC), floor), ceiling); }
 };
 
 // From all its numbers: this lane has COUNT of them, the others the lanes that differ in bits FIRST .. LAST of their number.
 // real: whether there is such a token.
 template <int FIRST, int LAST, int COUNT>
-__device__ __forceinline__ Group group_of(const float (&v)[COUNT], bool real, bool is_unsigned) {
-    Group group;
-    float m = 0, high = 0;  // the largest magnitude; the largest number, 0 if all are negative
+DEVICE Group group_of(const float (&v)[COUNT], bool real, bool is_unsigned) {
+  Group group;
+  float m = 0, high = 0;  // the largest magnitude; the largest number, 0 if all are negative
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) m = max_abs(m, v[i]), high = fmaxf(high, v[i]);
+  for (int i = 0; i < COUNT; i++) m = max_abs(m, v[i]), high = fmaxf(high, v[i]);
 #pragma unroll
-    for (int lanes = FIRST; lanes <= LAST; lanes *= 2) {
-        m = max_abs(m, __shfl_xor_sync(~0u, m, lanes));
-        high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
-    }
-    if (!real || m < TINY) m = 0;
-    // Without a sign the largest is 15. With one, whichever sign it has, it is -8: a positive one makes the scale negative.
-    const float unit = is_unsigned ? 1 / 15.f : m > 0 && high == m ? -1 / 8.f : 1 / 8.f;
-    group.scale = finite(m) ? m * unit : __int_as_float(0x7fffffff);
-    group.inverse = group.scale != 0 ? reciprocal(group.scale) : 0;
-    group.keep = real && finite(m) ? ~0u : 0;
-    group.floor = is_unsigned ? MAGIC : 0, group.ceiling = is_unsigned ? MAGIC + 15 : MAGIC + 7;
-    return group;
+  for (int lanes = FIRST; lanes <= LAST; lanes *= 2) {
+    m = max_abs(m, __shfl_xor_sync(~0u, m, lanes));
+    high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
+  }
+  if (!real || m < TINY) m = 0;
+  // Without a sign the largest is 15. With one, whichever sign it has, it is -8: a positive one makes the scale negative.
+  const float unit = is_unsigned ? 1 / 15.f : m > 0 && high == m ? -1 / 8.f : 1 / 8.f;
+  group.scale = finite(m) ? m * unit : __int_as_float(0x7fffffff);
+  group.inverse = group.scale != 0 ? reciprocal(group.scale) : 0;
+  group.keep = real && finite(m) ? ~0u : 0;
+  group.floor = is_unsigned ? MAGIC : 0, group.ceiling = is_unsigned ? MAGIC + 15 : MAGIC + 7;
+  return group;
 }
 
 // Four codes, in the low bytes of v + MAGIC, as one word.
-__device__ __forceinline__ u32 pack_bytes(float a, float b, float c, float d) {
-    const u32 ab = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
-    const u32 cd = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
-    return __byte_perm(ab, cd, 0x5410);
+DEVICE u32 pack_bytes(float a, float b, float c, float d) {
+  const u32 ab = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
+  const u32 cd = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
+  return __byte_perm(ab, cd, 0x5410);
 }
 
 // The same of eight, two a byte.
-__device__ __forceinline__ u32 pack_nibbles(const float* v) {
-    return pack_bytes(v[0], v[2], v[4], v[6]) & 0x0f0f0f0f | pack_bytes(v[1], v[3], v[5], v[7]) << 4 & 0xf0f0f0f0;
+DEVICE u32 pack_nibbles(const float* v) {
+  return pack_bytes(v[0], v[2], v[4], v[6]) & 0x0f0f0f0f | pack_bytes(v[1], v[3], v[5], v[7]) << 4 & 0xf0f0f0f0;
 }

@@ -1,21 +1,22 @@
-// What Hopper brings beside common.cuh's barriers and copies: clusters of CTAs, registers that move between warps, stmatrix.
+// PTX of sm_90 and newer, beside common.cuh's barriers and copies: clusters of CTAs, registers that move between warps, stmatrix.
 #pragma once
+#include "common.cuh"
 
 // Arrives at the barrier that lies at the same address in another CTA of the cluster. It frees a buffer and publishes nothing, so the
 // default scope will do; a cluster's would flush L1 each time.
 DEVICE void mbarrier_arrive_at(u32 barrier, u32 cta) {
-    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(cta) : "memory");
 }
 
 // Arrives once all cp.async of this thread so far are in shared memory.
 DEVICE void mbarrier_arrive_after_copies(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// bulk_copy to the same place in every CTA of the mask; each one's own barrier counts the bytes.
+// bulk_copy to the same address in every CTA of the mask; each one's own barrier counts the bytes.
 DEVICE void bulk_copy_multicast(u32 shared, const void* global, u32 bytes, u32 barrier, u16 ctas) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
                  ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"(ctas) : "memory");
 }
 
@@ -24,7 +25,7 @@ struct __align__(64) TensorMap { u64 words[16]; };
 
 // A box of the map's tensor from shared memory, its first corner at (column, row); what lies outside the tensor is left out.
 DEVICE void bulk_store_box(const TensorMap* map, int column, int row, u32 shared) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;"
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;"
                  ::"l"(map), "r"(column), "r"(row), "r"(shared) : "memory");
 }
 
@@ -32,51 +33,60 @@ DEVICE void bulk_store_box(const TensorMap* map, int column, int row, u32 shared
 DEVICE void bulk_stores_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 DEVICE u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
 }
 
-// The barrier of all the cluster's threads in two halves. What the first one needs of memory are fresh mbarriers, which are fenced: an
-// arrival that releases would wait for everything else too.
-DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// The barrier of all the cluster's threads, in two halves. What was written before the first is visible to the others after the second.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The first half where the others need to see nothing but fresh mbarriers, which are fenced. A releasing arrival would wait for all stores.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 
-// A warpgroup's share of the SM's registers, a thread. `inc` waits until another has given enough.
+// Moves registers between the warpgroups of a CTA; the number is of a thread. `inc` waits until another has given enough.
 template <int registers> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
 template <int registers> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
 
 // The address in another CTA of the cluster that corresponds to this one's.
-DEVICE u32 address_at(u32 shared, u32 cta) {
-    u32 remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(cta));
-    return remote;
+DEVICE u32 cluster_address(u32 shared, u32 cta) {
+  u32 remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(cta));
+  return remote;
 }
 
-// 16 bytes to another CTA, counted by its barrier. Both addresses are address_at's.
-DEVICE void store_async16(u32 remote, int x, int y, int z, int w, u32 remote_barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];"
-                 ::"r"(remote), "r"(x), "r"(y), "r"(z), "r"(w), "r"(remote_barrier) : "memory");
+DEVICE float load_remote_float(u32 remote) {
+  float f;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(remote) : "memory");
+  return f;
 }
 
-DEVICE u16 load_shared2(u32 address) {
-    u16 v;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
-    return v;
+DEVICE float4 load_remote_float4(u32 remote) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(remote) : "memory");
+  return v;
 }
 
-DEVICE void store_shared4(u32 address, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
+// 4 or 16 bytes to another CTA, counted by its barrier. Both addresses are cluster_address's.
+DEVICE void store_async(u32 remote, float v, u32 remote_barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
+               ::"r"(remote), "f"(v), "r"(remote_barrier) : "memory");
+}
+
+DEVICE void store_async(u32 remote, float4 v, u32 remote_barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+               ::"r"(remote), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(remote_barrier) : "memory");
+}
+
+DEVICE void store_async(u32 remote, int4 v, u32 remote_barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];"
+               ::"r"(remote), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(remote_barrier) : "memory");
+}
 
 // Four 8 x 8 matrices of 16 bit, transposed on their way; lane 8 i + r gives the address of matrix i's row r.
 DEVICE void stmatrix4_transposed(u32 address, const u32* d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
-}
-
-DEVICE float reciprocal(float x) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
 }

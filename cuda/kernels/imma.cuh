@@ -5,6 +5,7 @@
 //   b[0..1]  token g; the lane's 4 bytes of the first half of the columns, of the last
 //   d[0..3]  (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1)
 #pragma once
+#include "common.cuh"
 
 #ifndef TURING
 #define TURING (__CUDA_ARCH__ < 800)  // 1 elsewhere: Turing's path, to test it on a newer GPU

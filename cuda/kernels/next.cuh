@@ -1,28 +1,29 @@
-// The end of a gemm_mma.cu tile whose output is the next layer's input, GELU(y), and nobody else's: not y leaves the multiprocessor but
-// what quantize.cu would make of it, to the bit, and this tile's share of the branch's x @ proj_down. x is GELU(y) in 16 bits.
+// The epilogue of a gemm_mma.cu tile whose output, GELU(y), only the next layer reads. Instead of y it stores the codes and scales that
+// quantize.cu would make of y, to the bit, and this tile's partial sum of the branch's x @ proj_down. x is GELU(y) in 16 bits.
 //
 // A warp's 64 rows are a group of the next layer's columns. Lane (g, q) has columns 8 g .. 8 g + 7 of a token: in either order of
-// codes they are whole words of its row (cuda/images.py).
+// codes they are whole words of its row in the activation layout.
 //
 //     x in shared memory:  a token has ROWS / 8 pieces of 8 columns, piece c at c ^ (token & 7)
 //     proj_down's rows:    32 ranks after another; row k has its 4 pieces of 8 ranks at piece ^ (k / 2 % 4)
 #pragma once
 #include "gelu.cuh"
+#include "gemm_mma.cuh"
 #include "group.cuh"
 
-static_assert(!TURING, "a tile's shares need more shared memory than Turing has");
+static_assert(!TURING, "a tile's epilogue needs more shared memory than Turing has");
 
 struct Next {
-  u8* act;              // (n / 128, padded m, 64 or 128) image of codes
+  u8* act;              // (n / 128, padded m, 64 or 128) codes, in the activation layout
   float* act_scale;     // (n / 64, padded m)
-  float* shares;        // (n / ROWS, padded m, NEXT): what is left for shares.cu to add up
+  float* partial_sums;  // (n / ROWS, padded m, NEXT): for partial_sums.cu to add up
   const u16* smooth;    // (n)
   const u8* proj_down;  // (n, rank) of 16-bit numbers
   int rank;             // at most NEXT
   int unsigned_from;    // from this column on codes are 0..15
 };
 
-constexpr int NEXT_DOWN = TOKENS * ROWS * 2;  // where proj_down is
+constexpr int NEXT_DOWN = TOKENS * ROWS * 2;  // proj_down's offset in shared memory
 
 DEVICE void fetch_proj_down(u32 shared, const Next& next, int n0) {
   constexpr int PIECES = NEXT / 8;  // of a row
@@ -51,14 +52,14 @@ DEVICE void store_codes(const u32 (&x)[4], const float (&inverse)[8], bool is_un
   if (token >= padded_m) return;
   if (g == 0) next.act_scale[(size_t)group * padded_m + token] = codes.scale;
   u8* const row = next.act + ((size_t)(group / 2) * padded_m + token) * X_ROW + g / 2 * 4;
-#if MODE == NIBBLES
-  *(u32*)(row + ((group % 2 * 2 + g % 2 ^ token >> 1 & 3) << 4)) = pack_nibbles(v) & codes.keep;
-#else
+  if constexpr (CODES == INT4_NIBBLES) {
+    *(u32*)(row + ((group % 2 * 2 + g % 2 ^ token >> 1 & 3) << 4)) = pack_nibbles(v) & codes.keep;
+  } else {
 #pragma unroll
-  for (int odd = 0; odd < 2; odd++)
-    *(u32*)(row + ((group % 2 * 4 + g % 2 * 2 + odd ^ token & 7) << 4)) =
-        pack_bytes(v[odd], v[2 + odd], v[4 + odd], v[6 + odd]) & codes.keep;
-#endif
+    for (int odd = 0; odd < 2; odd++)
+      *(u32*)(row + ((group % 2 * 4 + g % 2 * 2 + odd ^ token & 7) << 4)) =
+          pack_bytes(v[odd], v[2 + odd], v[4 + odd], v[6 + odd]) & codes.keep;
+  }
 }
 
 // x @ proj_down for the tile's columns. A warp has 16 tokens, and all ranks or, where there are more warps than tokens, a part of them.
@@ -76,9 +77,10 @@ DEVICE void multiply_proj_down(u32 shared, const Next& next, int m0, int n0, int
 #pragma unroll
     for (int r = 0; r < RANK_TILES; r += 2) {
       const int piece = first_piece + r + lane / 16;
-      const uint4 p = load_transposed(shared + NEXT_DOWN + ((piece >> 2) * ROWS + 16 * step + lane % 16) * 64 +
+      u32 p[4];
+      ldmatrix4_transposed(p, shared + NEXT_DOWN + ((piece >> 2) * ROWS + 16 * step + lane % 16) * 64 +
                                       ((piece & 3 ^ lane >> 1 & 3) << 4));
-      const u32 b[2][2] = {{p.x, p.y}, {p.z, p.w}};
+      const u32 b[2][2] = {{p[0], p[1]}, {p[2], p[3]}};
       mma_16816(sums[r], a, b[0]);
       mma_16816(sums[r + 1], a, b[1]);
     }
@@ -86,20 +88,20 @@ DEVICE void multiply_proj_down(u32 shared, const Next& next, int m0, int n0, int
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int token = m0 + first_token + 8 * half + lane / 4;
-    float* const row = next.shares + ((size_t)(n0 / ROWS) * padded_m + token) * NEXT + first_piece * 8 + lane % 4 * 2;
+    float* const row = next.partial_sums + ((size_t)(n0 / ROWS) * padded_m + token) * NEXT + first_piece * 8 + lane % 4 * 2;
     if (token < m)
 #pragma unroll
       for (int r = 0; r < RANK_TILES; r++) *(float2*)(row + 8 * r) = make_float2(sums[r][2 * half], sums[r][2 * half + 1]);
   }
 }
 
-// acc, offset, around: y = acc around + offset, as gemm_mma.cu has it.
-DEVICE void finish_for_next(const float (&acc)[4][TILES][4], const float (&offset)[8], const float* around, u32 shared, int m0, int n0,
+// acc, offset, outer_scale: y = acc outer_scale + offset, as in gemm_mma.cu.
+DEVICE void finish_for_next(const float (&acc)[4][TILES][4], const float (&offset)[8], const float* outer_scale, u32 shared, int m0, int n0,
                             int m, const Next& next) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int row_warp = warp % ROW_WARPS, token_warp = warp / ROW_WARPS, padded_m = (m + 15) / 16 * 16;
   const int group = n0 / 64 + row_warp;
-  __syncthreads();  // everybody is done with the ring, whose place this takes
+  __syncthreads();  // everybody is done with the ring, whose memory this takes
   fetch_proj_down(shared, next, n0);
   const bool is_unsigned = group * 64 >= next.unsigned_from;
   const uint4 s = *(const uint4*)(next.smooth + group * 64 + 8 * g);
@@ -115,8 +117,8 @@ DEVICE void finish_for_next(const float (&acc)[4][TILES][4], const float (&offse
       u32 x[4];
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        x[i] = from_float2(gelu(fmaf(acc[i][t][e], around[token], offset[2 * i])),
-                           gelu(fmaf(acc[i][t][e + 2], around[token], offset[2 * i + 1])));
+        x[i] = from_float2(gelu(fmaf(acc[i][t][e], outer_scale[token], offset[2 * i])),
+                           gelu(fmaf(acc[i][t][e + 2], outer_scale[token], offset[2 * i + 1])));
       store_shared16(shared + token * ROWS * 2 + ((row_warp * 8 + g ^ token & 7) << 4), make_uint4(x[0], x[1], x[2], x[3]));
       store_codes(x, inverse, is_unsigned, g, m0 + token, group, m, padded_m, next);
     }

@@ -1,8 +1,9 @@
-// Kernel 1 of a linear: quantize the activation and compute the branch's x @ proj_down, in one pass over x.
+// Kernel 1 of a linear: quantizes the activation and computes the LoRA branch's x @ proj_down, in one pass over x.
 //
-//     x (M, K) 16 bit  ->  act        codes of (x + shift) / smooth / scale, as an image (cuda/images.py)
-//                          act_scale  float32
-//                          low        x @ proj_down / low_scale, x's dtype, as an image;  low_scale (Mp) float32
+//     x (M, K) 16 bit  ->  act             codes of (x + shift) / smooth / scale, in the activation layout
+//                          act_scale       float32
+//                          lora_act        x @ proj_down / lora_act_scale, x's dtype, in the activation layout
+//                          lora_act_scale  (Mp) float32
 //
 // A CTA takes ROWS tokens; a cluster of CTAS of them shares the columns of the same tokens:
 //
@@ -13,11 +14,11 @@
 //            +-----------+-----------+-----------+-----------+
 //
 // An int8 code needs the largest value of its whole row, so x waits in shared memory until that is known, and device memory is
-// read once. Where a CTA's share is larger than its shared memory, the middle of it is read again (it is in L2 by then). 4-bit
+// read once. Where a CTA's part is larger than its shared memory, the middle of it is read again (it is in L2 by then). 4-bit
 // codes, with a scale for each group of 64 columns, are written as x comes by.
 //
 // -D: HALF 1 for fp16, else bf16
-//     CODES 0 int8, a scale a token and part, INTEGER order; 1 4-bit codes as bytes, GROUP order; 2 4-bit codes, NIBBLE order
+//     CODES a CodeStorage (common.cuh)
 //     RANKS 0..128, a multiple of 32: the branch's rank, padded; 0 also where the branch was multiplied elsewhere
 //     TILES ROWS / 16: 1, 2, 4;  CTAS 1..8
 #include "codes.cuh"
@@ -42,317 +43,403 @@ constexpr int WARP_SPANS = SPANS / COLUMN_SPLIT;
 constexpr int WARP_RANK_TILES = RANK_TILES / RANK_SPLIT;
 static_assert(WARP_SPANS * MULTI == RANK_SPLIT, "of the warps with the same x, each takes the maxima of one tile and span");
 
-constexpr int LOW_THREADS = 4 * ROWS / CTAS > 32 ? 4 * ROWS / CTAS : 32;
+constexpr int LORA_THREADS = 4 * ROWS / CTAS > 32 ? 4 * ROWS / CTAS : 32;
 constexpr int CTAS_PER_SM = TILES == 4 || RANKS > 64 ? 1 : 2;  // at least so many should find registers
 
-// Shared memory, in its order. `kept` is the number of blocks of reciprocals: all of the CTA's, or 1.
-struct Places {
-    u32 x;            // [slots] blocks
-    u32 slab;         // [RANKS / 32][128 rows][4 pieces]
-    u32 smooth;       // [kept][16 runs of 8 columns][4 even, 4 odd] float, 1 / smooth
-    u32 warp_max;     // [2 parts][SPANS][ROWS] float
-    u32 row_max;      // [2 parts][ROWS] float, of this CTA
-    u32 row_inverse;  // [ROWS][2 parts] float, 1 / scale; NaN where the row has one
-    __device__ Places(u32 base, int slots, int kept) {
-        x = base;
-        slab = x + slots * BLOCK_BYTES;
-        smooth = slab + SLAB_BYTES;
-        warp_max = smooth + kept * 512;
-        row_max = warp_max + 2 * SPANS * ROWS * 4;
-        row_inverse = row_max + 2 * ROWS * 4;
-    }
+// The shared-memory plan, as addresses. `kept` is the number of blocks of reciprocals: all of the CTA's, or 1.
+struct SharedPlan {
+  u32 x;            // [slots] blocks
+  u32 slab;         // [RANKS / 32][128 rows][4 pieces]
+  u32 smooth;       // [kept][16 runs of 8 columns][4 even, 4 odd] float, 1 / smooth
+  u32 warp_max;     // [2 parts][SPANS][ROWS] float
+  u32 row_max;      // [2 parts][ROWS] float, of this CTA
+  u32 row_inverse;  // [ROWS][2 parts] float, 1 / scale; NaN where the row has one
+  DEVICE SharedPlan(u32 base, int slots, int kept) {
+    x = base;
+    slab = x + slots * BLOCK_BYTES;
+    smooth = slab + SLAB_BYTES;
+    warp_max = smooth + kept * 512;
+    row_max = warp_max + 2 * SPANS * ROWS * 4;
+    row_inverse = row_max + 2 * ROWS * 4;
+  }
 };
 
 // The first and last blocks of x have slots of their own, those between pass through the last DEPTH slots.
-__device__ __forceinline__ int slot_of(int block, int slots) {
-    const int own = slots - DEPTH;
-    return block < own ? block : own + ((block - own) & (DEPTH - 1));
+DEVICE int slot_of(int block, int slots) {
+  const int own = slots - DEPTH;
+  return block < own ? block : own + ((block - own) & (DEPTH - 1));
 }
 
 // x: row r has its 16 pieces of 8 columns at piece ^ 4 (r & 1), so that two rows of four neighbouring pieces meet all banks.
-__device__ __forceinline__ u32 x_offset(int row, int piece) { return row * 256 + ((piece ^ (row & 1) << 2) << 4); }
+DEVICE u32 x_offset(int row, int piece) { return row * 256 + ((piece ^ (row & 1) << 2) << 4); }
 
 // slab: 32 ranks after another; row k has its 4 pieces of 8 ranks at piece ^ (k / 8 % 4): ldmatrix takes k = 8 L + {0, 1}, L = 0..3.
-__device__ __forceinline__ u32 slab_offset(int row, int piece) {
-    return (((piece >> 2) * 128 + row) * 4 + (piece & 3 ^ row >> 3 & 3)) << 4;
+DEVICE u32 slab_offset(int row, int piece) {
+  return (((piece >> 2) * 128 + row) * 4 + (piece & 3 ^ row >> 3 & 3)) << 4;
 }
 
 // The sums: tile c of 8 ranks lies at c ^ (row & 3).
-__device__ __forceinline__ u32 sum_offset(int row, int tile) { return (row * RANKS + ((tile ^ row & 3) << 3)) << 2; }
+DEVICE u32 sum_offset(int row, int tile) { return (row * RANKS + ((tile ^ row & 3) << 3)) << 2; }
+
+// The kernel's arguments, and this CTA's part of them.
+struct Work {
+  const u16 *x, *smooth, *proj_down;
+  char* act;
+  float* act_scale;
+  int M, K, R, stride, unsigned_from, slots, kept;
+  SharedPlan at;
+  int padded;        // M padded to 16
+  int rank;          // of the CTA in its cluster
+  int first_row;     // of its tokens
+  int first, count;  // its blocks of columns
+
+  DEVICE u32 x_block(int block) const { return at.x + slot_of(block, slots) * BLOCK_BYTES; }
+  DEVICE u32 smooth_block(int block) const { return at.smooth + (kept > 1 ? block : 0) * 512; }
+};
+
+// A lane's part of the work. In the MMAs, lane g * 4 + L has rows g and g + 8 of 16, and of each 32 columns 8 L .. 8 L + 7: 16 bytes at
+// once. Which columns a fragment's register stands for is free, as long as proj_down's rows are taken in the same order.
+struct Lane {
+  int lane, g, L;
+  int first_tile, rank_part, column_part;  // the warp's tiles of 16 rows, its ranks, its columns of a block
+  int max_row, max_span;                   // the rows and the span whose maxima it takes
+  int row_lane, row, token;                // encoding: eight lanes a row, each one 16 bytes of its codes, so that a warp writes whole lines
+
+  DEVICE Lane(int warp, int lane, int first_row) : lane(lane) {
+    g = lane / 4, L = lane % 4;
+    first_tile = warp / (4 * MULTI) * MULTI, rank_part = warp % (4 * MULTI) / COLUMN_SPLIT, column_part = warp % COLUMN_SPLIT;
+    max_row = (first_tile + rank_part % MULTI) * 16 + g, max_span = column_part * WARP_SPANS + rank_part / MULTI;
+    row_lane = lane % 8, row = warp * 4 + lane / 8, token = first_row + row;
+  }
+};
+
+// --- From global to shared memory -------------------------------------------------------------------------------------
+
+// x of a block, by cp.async.
+DEVICE void fetch_x(const Work& w, int block) {
+  const int thread = threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int row = (thread + i * THREADS) / 16, piece = thread % 16, column = (w.first + block) * 128 + piece * 8;
+    const bool valid = w.first_row + row < w.M && column < w.K;
+    const u16* source = w.x + (valid ? (size_t)(w.first_row + row) * w.stride + column : 0);
+    cp_async16(w.x_block(block) + x_offset(row, piece), source, valid);
+  }
+}
+
+// proj_down and smooth come through registers, two blocks ahead: they are in L2, which under load is further than one.
+struct Prefetched {
+  uint4 slab[SLAB_PIECES > 0 ? SLAB_PIECES : 1];
+  u32 smooth;
+};
+
+DEVICE void prefetch(Prefetched& to, const Work& w, int block) {
+  const int thread = threadIdx.x, column = (w.first + block) * 128;
+  if (thread < 128) to.smooth = block < w.count && column + thread < w.K ? w.smooth[column + thread] : 0;
+#pragma unroll
+  for (int i = 0; i < SLAB_PIECES; i++) {
+    const int index = thread + i * THREADS, k = column + index / SLAB_ROW, piece = index % SLAB_ROW;
+    to.slab[i] = make_uint4(0, 0, 0, 0);
+    if (block < w.count && k < w.K && piece * 8 < w.R) to.slab[i] = *(const uint4*)(w.proj_down + (size_t)k * w.R + piece * 8);
+  }
+}
+
+// 1 / smooth of a block. A column beyond K has 0, and so codes of 0.
+DEVICE void store_smooth(u32 bits, const Work& w, int block) {
+  const int thread = threadIdx.x;
+  const float s = low_float(bits), r = (w.first + block) * 128 + thread < w.K ? reciprocal(s) : 0;
+  const u32 address = w.smooth_block(block) + (thread / 8 * 8 + thread % 2 * 4 + thread / 2 % 4) * 4;
+  if (thread < 128) store_shared_float(address, r);
+}
+
+DEVICE void store_prefetched(const Prefetched& from, const Work& w, int block) {
+  const int thread = threadIdx.x;
+  store_smooth(from.smooth, w, block);
+#pragma unroll
+  for (int i = 0; i < SLAB_PIECES; i++) {
+    const int index = thread + i * THREADS;
+    store_shared16(w.at.slab + slab_offset(index / SLAB_ROW, index % SLAB_ROW), from.slab[i]);
+  }
+}
+
+// --- Codes ------------------------------------------------------------------------------------------------------------
+
+// Encodes `block`: its rows' x from shared memory or, for the blocks first_again .. end_again, from global memory again.
+DEVICE void encode(const Work& w, const Lane& me, int block, int first_again, int end_again, const float (&inverse)[2], u32 keep) {
+  const bool again = block >= first_again && block < end_again;
+  const int row_lane = me.row_lane, row = me.row, token = me.token;
+  const int column = (w.first + block) * 128;
+  uint4 runs[RUNS];
+  float shifts[RUNS], inverses[RUNS];
+  bool is_unsigned = false;
+  const bool real = token < w.M;
+#pragma unroll
+  for (int i = 0; i < RUNS; i++) {
+    const int run = run_of(row_lane, i), start = column + run * 8;
+    const u32 address = w.x_block(block) + x_offset(row, run);
+    if (!again) runs[i] = load_shared16(address);
+    else if (real && start < w.K) runs[i] = *(const uint4*)(w.x + (size_t)token * w.stride + start);
+    else runs[i] = make_uint4(0, 0, 0, 0);
+    is_unsigned = start >= w.unsigned_from;
+    shifts[i] = is_unsigned ? SHIFT : 0;
+    inverses[i] = is_unsigned ? inverse[1] : inverse[0];
+  }
+  const int group = (column >> 6) + (row_lane >> 2);
+  const bool scaled = CODES != INT8 && (me.lane & 3) == 0 && token < w.padded && group * 64 < w.K;
+  encode_row(runs, w.smooth_block(block), row_lane, token, real, shifts, inverses, keep, is_unsigned,
+             scaled ? w.act_scale + (size_t)group * w.padded + token : nullptr,
+             token < w.padded ? w.act + ((size_t)(w.first + block) * w.padded + token) * (CODES == INT4_NIBBLES ? 64 : 128) : nullptr);
+}
+
+// --- The pass over x: maxima, and the product with proj_down ----------------------------------------------------------
+
+typedef float Sums[MULTI][RANKS > 0 ? WARP_RANK_TILES : 1][4];
+typedef float Maxima[2][2];  // [part][rows g, g + 8] of one tile and one span of each block
+
+// The maxima of a lane's runs a (row g) and b (row g + 8) of a span.
+DEVICE void update_maxima(Maxima& row_max, uint4 a, uint4 b, const Work& w, int block, int span, int L) {
+  const u32 run = w.smooth_block(block) + (4 * span + L) * 32;
+  float even[4], odd[4];
+  load_shared_floats(even, run), load_shared_floats(odd, run + 16);
+  const bool part = (w.first + block) * 128 + span * 32 >= w.unsigned_from;
+  const float shift = part ? SHIFT : 0;
+  const float of_a = max_of_run(a, even, odd, shift), of_b = max_of_run(b, even, odd, shift);
+  row_max[0][0] = max_abs(row_max[0][0], part ? 0 : of_a), row_max[0][1] = max_abs(row_max[0][1], part ? 0 : of_b);
+  row_max[1][0] = max_abs(row_max[1][0], part ? of_a : 0), row_max[1][1] = max_abs(row_max[1][1], part ? of_b : 0);
+}
+
+// sums += a span's columns of x times proj_down.
+DEVICE void multiply_span(Sums& sums, const uint4 (&a)[MULTI], const uint4 (&b)[MULTI], const Work& w, int span, const Lane& me) {
+#pragma unroll
+  for (int step = 0; step < 2; step++) {
+    // Matrix i of ldmatrix: rows (k) 4 step + 2 (i & 1) + {0, 1} of each run, ranks of tile t + (i >> 1).
+    const int k = 32 * span + 8 * (me.lane % 8 / 2) + 4 * step + 2 * (me.lane / 8 & 1) + me.lane % 2;
+#pragma unroll
+    for (int t = 0; t < WARP_RANK_TILES; t += 2) {
+      u32 p[4];
+      ldmatrix4_transposed(p, w.at.slab + slab_offset(k, me.rank_part * WARP_RANK_TILES + t + me.lane / 16));
+#pragma unroll
+      for (int m = 0; m < MULTI; m++) {
+        const u32 fragment[4] = {step ? a[m].z : a[m].x, step ? b[m].z : b[m].x, step ? a[m].w : a[m].y, step ? b[m].w : b[m].y};
+        mma_16816(sums[m][t], fragment, {p[0], p[1]});
+        mma_16816(sums[m][t + 1], fragment, {p[2], p[3]});
+      }
+    }
+  }
+}
+
+DEVICE void process_block(Prefetched& arrived, Sums& sums, Maxima& row_max, const Work& w, int block, const Lane& me) {
+  store_prefetched(arrived, w, block);
+  prefetch(arrived, w, block + 2);
+  cp_async_wait<DEPTH - 1>();
+  __syncthreads();
+  const u32 block_x = w.x_block(block);
+  if (RANKS > 0 || CODES == INT8)
+#pragma unroll
+    for (int s = 0; s < WARP_SPANS; s++) {
+      const int span = me.column_part * WARP_SPANS + s;
+      uint4 a[MULTI], b[MULTI];
+#pragma unroll
+      for (int m = 0; m < MULTI; m++) {
+        const int row = (me.first_tile + m) * 16 + me.g;
+        a[m] = load_shared16(block_x + x_offset(row, 4 * span + me.L));
+        b[m] = load_shared16(block_x + x_offset(row + 8, 4 * span + me.L));
+        if (CODES == INT8 && s * MULTI + m == me.rank_part) update_maxima(row_max, a[m], b[m], w, block, span, me.L);
+      }
+      multiply_span(sums, a, b, w, span, me);
+    }
+  if (CODES != INT8) encode(w, me, block, 0, 0, {0, 0}, 0);
+  __syncthreads();
+  if (block + DEPTH < w.count) fetch_x(w, block + DEPTH);
+  cp_async_commit();
+}
+
+// --- The CTA's sums and maxima, in shared memory ----------------------------------------------------------------------
+
+DEVICE void store_maxima(const Maxima& row_max, const Work& w, const Lane& me) {
+#pragma unroll
+  for (int part = 0; part < 2; part++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float m = row_max[part][half];
+      m = max_abs(m, __shfl_xor_sync(~0u, m, 1));
+      m = max_abs(m, __shfl_xor_sync(~0u, m, 2));
+      const u32 address = w.at.warp_max + ((part * SPANS + me.max_span) * ROWS + me.max_row + 8 * half) * 4;
+      if (me.L == 0) store_shared_float(address, m);
+    }
+}
+
+// The warps that share ranks add their sums one after the other.
+DEVICE void add_sums(const Sums& sums, unsigned char* memory, const Work& w, const Lane& me) {
+#pragma unroll
+  for (int part = 0; part < (RANKS ? COLUMN_SPLIT : 0); part++) {
+    if (me.column_part == part)
+#pragma unroll
+      for (int i = 0; i < 2 * MULTI * WARP_RANK_TILES; i++) {
+        const int half = i % 2, m = i / 2 % MULTI, t = i / 2 / MULTI;
+        const u32 offset = sum_offset((me.first_tile + m) * 16 + 8 * half + me.g, me.rank_part * WARP_RANK_TILES + t) + 8 * me.L;
+        float2* sum = (float2*)(memory + (w.at.slab - w.at.x) + offset);
+        const float2 before = part ? *sum : make_float2(0, 0);
+        *sum = make_float2(before.x + sums[m][t][2 * half], before.y + sums[m][t][2 * half + 1]);
+      }
+    __syncthreads();
+  }
+}
+
+DEVICE void merge_maxima(unsigned char* memory, const Work& w) {
+  const int thread = threadIdx.x;
+  if (thread >= 2 * ROWS) return;
+  const int part = thread / ROWS, row = thread % ROWS;
+  float m = 0;
+#pragma unroll
+  for (int s = 0; s < SPANS; s++)
+    m = max_abs(m, *(const float*)(memory + (w.at.warp_max - w.at.x) + ((part * SPANS + s) * ROWS + row) * 4));
+  *(float*)(memory + (w.at.row_max - w.at.x) + thread * 4) = w.first_row + row < w.M ? m : 0;
+}
+
+// --- The cluster's ----------------------------------------------------------------------------------------------------
+
+// A row's scales, from the maxima of all CTAs; one CTA stores them.
+DEVICE void finish_scales(unsigned char* memory, const Work& w) {
+  const int thread = threadIdx.x;
+  float m[2], s[2];
+#pragma unroll
+  for (int part = 0; part < 2; part++) {
+    m[part] = 0;
+#pragma unroll
+    for (int cta = 0; cta < CTAS; cta++)
+      m[part] = max_abs(m[part], load_float_there(address_in(cta, w.at.row_max + (part * ROWS + thread) * 4)));
+    s[part] = part_scale(m[part]);
+  }
+  if (0 < w.unsigned_from && w.unsigned_from < w.K) tie_parts(s);
+  const bool whole = finite(max_abs(m[0], m[1]));
+#pragma unroll
+  for (int part = 0; part < 2; part++) {
+    const bool used = part ? w.unsigned_from < w.K : w.unsigned_from > 0;
+    const float nan = __int_as_float(0x7fffffff);
+    *(float*)(memory + (w.at.row_inverse - w.at.x) + (thread * 2 + part) * 4) = whole ? inverse_scale(s[part]) : nan;
+    if (w.rank == 0 && w.first_row + thread < w.padded)
+      w.act_scale[(size_t)part * w.padded + w.first_row + thread] = used ? (whole ? s[part] : nan) : 0;
+  }
+}
+
+// The CTA finishes every CTAS-th row, four lanes a row, each a piece of 8 ranks of every 32. index: of a lane among all that do.
+DEVICE void finish_lora_act(u16* lora_act, float* lora_act_scale, const Work& w, int index, int L) {
+  const int row = index / 4 * CTAS + w.rank;
+  float value[RANKS / 32 + 1][8] = {};
+  float peak = 0;
+  if (row < ROWS)
+#pragma unroll
+    for (int part = 0; part < RANKS / 32; part++) {
+#pragma unroll
+      for (int cta = 0; cta < CTAS; cta++) {
+        const u32 there = address_in(cta, w.at.slab + sum_offset(row, 4 * part + L));
+        const float4 a = load_float4_there(there), b = load_float4_there(there + 16);
+        value[part][0] += a.x, value[part][1] += a.y, value[part][2] += a.z, value[part][3] += a.w;
+        value[part][4] += b.x, value[part][5] += b.y, value[part][6] += b.z, value[part][7] += b.w;
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i++) peak = max_abs(peak, value[part][i]);
+    }
+  float scale = 1, inverse = 1;
+#if HALF
+  peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
+  peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
+  if (peak >= 16384 && finite(peak)) {
+    const int exponent = (__float_as_int(peak) >> 23) - 13;  // of the power of two that brings it below 2^14
+    scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
+  }
+#endif
+  const int t = w.first_row + row;
+  if (row < ROWS && t < w.padded) {
+#pragma unroll
+    for (int part = 0; part < RANKS / 32; part++) {
+      u32 words[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) words[i] = from_float2(value[part][2 * i] * inverse, value[part][2 * i + 1] * inverse);
+      *(uint4*)(lora_act + ((size_t)part * w.padded + t) * 32 + (L ^ t >> 1 & 3) * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    if (L == 0) lora_act_scale[t] = t < w.M ? scale : 0;
+  }
+}
+
+// int8: all blocks, once their rows' scales are known.
+DEVICE void encode_all(const unsigned char* memory, const Work& w, const Lane& me) {
+  const int thread = threadIdx.x;
+  const float2 pair = *(const float2*)(memory + (w.at.row_inverse - w.at.x) + me.row * 8);
+  const float inverse[2] = {pair.x, pair.y};
+  const u32 keep = pair.x == pair.x ? ~0u : 0;
+#pragma unroll 1
+  for (int block = 0; block < w.count; block++) {
+    if (w.kept == 1 && w.count > 1) {
+      __syncthreads();
+      const int column = (w.first + block) * 128 + thread;
+      store_smooth(thread < 128 && column < w.K ? w.smooth[column] : 0, w, block);
+      __syncthreads();
+    }
+    encode(w, me, block, w.slots - DEPTH, w.count - DEPTH, inverse, keep);
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quantize(
-    const u16* x,          // (M, K), rows `stride` apart, 16-byte aligned
-    const u16* smooth,     // (K)
-    const u16* proj_down,  // (K, R); RANKS 0: x @ proj_down, (M, R)
-    char* act,             // (K blocks, Mp, 128), nibbles (K blocks, Mp, 64)
-    float* act_scale,      // int8: (2 parts, Mp), else (K / 64, Mp)
-    u16* low,              // (R blocks of 32, Mp, 32)
-    float* low_scale,      // (Mp)
+    const u16* x,           // (M, K), rows `stride` apart, 16-byte aligned
+    const u16* smooth,      // (K)
+    const u16* proj_down,   // (K, R); RANKS 0: x @ proj_down, (M, R)
+    char* act,              // (K blocks, Mp, 128), nibbles (K blocks, Mp, 64)
+    float* act_scale,       // int8: (2 parts, Mp), else (K / 64, Mp)
+    u16* lora_act,          // (R blocks of 32, Mp, 32)
+    float* lora_act_scale,  // (Mp)
     int M, int K, int R, int stride,
-    int unsigned_from,     // from this column on, x is shifted, and 4-bit codes are 0..15
-    int slots,             // blocks of x that fit in shared memory; at least DEPTH, or all that a CTA has
-    int kept) {            // blocks of 1 / smooth that fit: all that a CTA has, or 1
-    extern __shared__ __align__(128) unsigned char memory[];
-    const Places at(shared_address(memory), slots, kept);
-    wait_for_previous_grid();
-    let_next_grid_start();
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const int rank = blockIdx.x % CTAS, first_row = blockIdx.x / CTAS * ROWS;
-    const int padded = (M + 15) & ~15;
-    const int blocks = (K + 127) / 128, first = blocks * rank / CTAS, count = blocks * (rank + 1) / CTAS - first;
+    int unsigned_from,      // from this column on, x is shifted, and 4-bit codes are 0..15
+    int slots,              // blocks of x that fit in shared memory; at least DEPTH, or all that a CTA has
+    int kept) {             // blocks of 1 / smooth that fit: all that a CTA has, or 1
+  extern __shared__ __align__(128) unsigned char memory[];
+  const SharedPlan at(shared_address(memory), slots, kept);
+  wait_for_previous_grid();
+  let_next_grid_start();
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int rank = blockIdx.x % CTAS, first_row = blockIdx.x / CTAS * ROWS, padded = (M + 15) & ~15;
+  const int blocks = (K + 127) / 128, first = blocks * rank / CTAS, count = blocks * (rank + 1) / CTAS - first;
+  const Work w{x, smooth, proj_down, act, act_scale, M, K, R, stride, unsigned_from, slots, kept, at, padded, rank, first_row, first,
+               count};
+  const Lane me(warp, lane, first_row);
 
-    // The MMA's lane g * 4 + L has rows g and g + 8 of 16, and of each 32 columns 8 L .. 8 L + 7: 16 bytes at once. Which columns
-    // a fragment's register stands for is free, as long as proj_down's rows are taken in the same order.
-    const int g = lane / 4, L = lane % 4;
-    const int first_tile = warp / (4 * MULTI) * MULTI, rank_part = warp % (4 * MULTI) / COLUMN_SPLIT, column_part = warp % COLUMN_SPLIT;
-    const int max_row = (first_tile + rank_part % MULTI) * 16 + g, max_span = column_part * WARP_SPANS + rank_part / MULTI;
-    // Coding: eight lanes a row, each one 16 bytes of x's image in the end, so that a warp writes whole lines.
-    const int code_lane = lane % 8, code_row_ = warp * 4 + lane / 8, token = first_row + code_row_;
-
-    auto fetch = [&](int block) {
+  Prefetched ahead[2];
+  prefetch(ahead[0], w, 0);
+  prefetch(ahead[1], w, 1);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int row = (thread + i * THREADS) / 16, piece = thread % 16, column = (first + block) * 128 + piece * 8;
-            const bool there = first_row + row < M && column < K;
-            const u16* source = x + (there ? (size_t)(first_row + row) * stride + column : 0);
-            copy_async(at.x + slot_of(block, slots) * BLOCK_BYTES + x_offset(row, piece), source, there);
-        }
-    };
-
-    // proj_down and smooth come through registers, two blocks ahead: they are in L2, which under load is further than one.
-    struct Ahead {
-        uint4 slab[SLAB_PIECES > 0 ? SLAB_PIECES : 1];
-        u32 smooth;
-    } ahead[2];
-    auto load = [&](Ahead& to, int block) {
-        const int column = (first + block) * 128;
-        if (thread < 128) to.smooth = block < count && column + thread < K ? smooth[column + thread] : 0;
-#pragma unroll
-        for (int i = 0; i < SLAB_PIECES; i++) {
-            const int index = thread + i * THREADS, k = column + index / SLAB_ROW, piece = index % SLAB_ROW;
-            to.slab[i] = make_uint4(0, 0, 0, 0);
-            if (block < count && k < K && piece * 8 < R) to.slab[i] = *(const uint4*)(proj_down + (size_t)k * R + piece * 8);
-        }
-    };
-    auto store_smooth = [&](u32 bits, int block) {
-        // A column beyond K has 1 / smooth = 0, and so codes of 0.
-        const float s = low_float(bits), r = (first + block) * 128 + thread < K ? reciprocal(s) : 0;
-        const u32 address = at.smooth + (kept > 1 ? block : 0) * 512 + (thread / 8 * 8 + thread % 2 * 4 + thread / 2 % 4) * 4;
-        if (thread < 128) store_float(address, r);
-    };
-    auto store = [&](const Ahead& from, int block) {
-        store_smooth(from.smooth, block);
-#pragma unroll
-        for (int i = 0; i < SLAB_PIECES; i++) {
-            const int index = thread + i * THREADS;
-            store_shared(at.slab + slab_offset(index / SLAB_ROW, index % SLAB_ROW), from.slab[i]);
-        }
-    };
-
-    // Codes `block`: its rows' x from shared or, `again`, from global memory.
-    auto code = [&](int block, bool again, const float (&inverse)[2], u32 keep) {
-        const int column = (first + block) * 128;
-        uint4 runs[RUNS];
-        float shifts[RUNS], inverses[RUNS];
-        bool is_unsigned = false;
-        const bool real = token < M;
-#pragma unroll
-        for (int i = 0; i < RUNS; i++) {
-            const int run = run_of(code_lane, i), start = column + run * 8;
-            const u32 address = at.x + slot_of(block, slots) * BLOCK_BYTES + x_offset(code_row_, run);
-            if (!again) runs[i] = load_shared(address);
-            else if (real && start < K) runs[i] = *(const uint4*)(x + (size_t)token * stride + start);
-            else runs[i] = make_uint4(0, 0, 0, 0);
-            is_unsigned = start >= unsigned_from;
-            shifts[i] = is_unsigned ? SHIFT : 0;
-            inverses[i] = is_unsigned ? inverse[1] : inverse[0];
-        }
-        const int group = (column >> 6) + (code_lane >> 2);
-        const bool scaled = CODES != INTEGER && (lane & 3) == 0 && token < padded && group * 64 < K;
-        code_row(runs, at.smooth + (kept > 1 ? block : 0) * 512, code_lane, token, real, shifts, inverses, keep, is_unsigned,
-                 scaled ? act_scale + (size_t)group * padded + token : nullptr,
-                 token < padded ? act + ((size_t)(first + block) * padded + token) * (CODES == NIBBLE ? 64 : 128) : nullptr);
-    };
-
-    // --- The pass over x ---
-    load(ahead[0], 0);
-    load(ahead[1], 1);
-#pragma unroll
-    for (int block = 0; block < DEPTH; block++) {
-        if (block < count) fetch(block);
-        copies_commit();
-    }
-    if (RANKS == 0 && R > 0) image_of_low(proj_down, low, low_scale, M, padded, R, first_row + rank, CTAS, ROWS / CTAS, thread, THREADS);
-    float sums[MULTI][RANKS > 0 ? WARP_RANK_TILES : 1][4] = {};
-    float row_max[2][2] = {};  // [part][rows g, g + 8] of one tile and one span of each block
-    auto pass = [&](Ahead& arrived, int block) {
-        store(arrived, block);
-        load(arrived, block + 2);
-        copies_wait<DEPTH - 1>();
-        __syncthreads();
-        const u32 block_x = at.x + slot_of(block, slots) * BLOCK_BYTES;
-        if (RANKS > 0 || CODES == INTEGER)
-#pragma unroll
-            for (int s = 0; s < WARP_SPANS; s++) {
-                const int span = column_part * WARP_SPANS + s;
-                uint4 a[MULTI], b[MULTI];
-#pragma unroll
-                for (int m = 0; m < MULTI; m++) {
-                    const int row = (first_tile + m) * 16 + g;
-                    a[m] = load_shared(block_x + x_offset(row, 4 * span + L)), b[m] = load_shared(block_x + x_offset(row + 8, 4 * span + L));
-                    if (CODES == INTEGER && s * MULTI + m == rank_part) {
-                        const u32 run = at.smooth + (kept > 1 ? block : 0) * 512 + (4 * span + L) * 32;
-                        float even[4], odd[4];
-                        load_floats(even, run), load_floats(odd, run + 16);
-                        const bool part = (first + block) * 128 + span * 32 >= unsigned_from;
-                        const float shift = part ? SHIFT : 0;
-                        const float of_a = max_of_run(a[m], even, odd, shift), of_b = max_of_run(b[m], even, odd, shift);
-                        row_max[0][0] = max_abs(row_max[0][0], part ? 0 : of_a), row_max[0][1] = max_abs(row_max[0][1], part ? 0 : of_b);
-                        row_max[1][0] = max_abs(row_max[1][0], part ? of_a : 0), row_max[1][1] = max_abs(row_max[1][1], part ? of_b : 0);
-                    }
-                }
-#pragma unroll
-                for (int step = 0; step < 2; step++) {
-                    // Matrix i of ldmatrix: rows (k) 4 step + 2 (i & 1) + {0, 1} of each run, ranks of tile t + (i >> 1).
-                    const int k = 32 * span + 8 * (lane % 8 / 2) + 4 * step + 2 * (lane / 8 & 1) + lane % 2;
-#pragma unroll
-                    for (int t = 0; t < WARP_RANK_TILES; t += 2) {
-                        const uint4 p = load_transposed(at.slab + slab_offset(k, rank_part * WARP_RANK_TILES + t + lane / 16));
-#pragma unroll
-                        for (int m = 0; m < MULTI; m++) {
-                            mma(sums[m][t], step ? a[m].z : a[m].x, step ? b[m].z : b[m].x, step ? a[m].w : a[m].y, step ? b[m].w : b[m].y, p.x, p.y);
-                            mma(sums[m][t + 1], step ? a[m].z : a[m].x, step ? b[m].z : b[m].x, step ? a[m].w : a[m].y, step ? b[m].w : b[m].y, p.z, p.w);
-                        }
-                    }
-                }
-            }
-        if (CODES != INTEGER) code(block, false, {0, 0}, 0);
-        __syncthreads();
-        if (block + DEPTH < count) fetch(block + DEPTH);
-        copies_commit();
-    };
+  for (int block = 0; block < DEPTH; block++) {
+    if (block < count) fetch_x(w, block);
+    cp_async_commit();
+  }
+  if (RANKS == 0 && R > 0)
+    copy_lora_act(proj_down, lora_act, lora_act_scale, M, padded, R, first_row + rank, CTAS, ROWS / CTAS, thread, THREADS);
+  Sums sums = {};
+  Maxima row_max = {};
 #pragma unroll 1
-    for (int block = 0; block < count; block += 2) {
-        pass(ahead[0], block);
-        if (block + 1 < count) pass(ahead[1], block + 1);
-    }
+  for (int block = 0; block < count; block += 2) {
+    process_block(ahead[0], sums, row_max, w, block, me);
+    if (block + 1 < count) process_block(ahead[1], sums, row_max, w, block + 1, me);
+  }
 
-    // --- The CTA's sums and maxima, in shared memory ---
-    if (CODES == INTEGER) {
-#pragma unroll
-        for (int part = 0; part < 2; part++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float m = row_max[part][half];
-                m = max_abs(m, __shfl_xor_sync(~0u, m, 1));
-                m = max_abs(m, __shfl_xor_sync(~0u, m, 2));
-                const u32 address = at.warp_max + ((part * SPANS + max_span) * ROWS + max_row + 8 * half) * 4;
-                if (L == 0) store_float(address, m);
-            }
-    }
-#pragma unroll
-    for (int turn = 0; turn < (RANKS ? COLUMN_SPLIT : 0); turn++) {
-        if (column_part == turn)
-#pragma unroll
-            for (int i = 0; i < 2 * MULTI * WARP_RANK_TILES; i++) {
-                const int half = i % 2, m = i / 2 % MULTI, t = i / 2 / MULTI;
-                const u32 offset = sum_offset((first_tile + m) * 16 + 8 * half + g, rank_part * WARP_RANK_TILES + t) + 8 * L;
-                float2* sum = (float2*)(memory + (at.slab - at.x) + offset);
-                const float2 before = turn ? *sum : make_float2(0, 0);
-                *sum = make_float2(before.x + sums[m][t][2 * half], before.y + sums[m][t][2 * half + 1]);
-            }
-        __syncthreads();
-    }
-    if (CODES == INTEGER) {
-        if (!RANKS) __syncthreads();
-        if (thread < 2 * ROWS) {
-            const int part = thread / ROWS, row = thread % ROWS;
-            float m = 0;
-#pragma unroll
-            for (int s = 0; s < SPANS; s++) m = max_abs(m, *(const float*)(memory + (at.warp_max - at.x) + ((part * SPANS + s) * ROWS + row) * 4));
-            *(float*)(memory + (at.row_max - at.x) + thread * 4) = first_row + row < M ? m : 0;
-        }
-    }
-    if (CODES != INTEGER && !RANKS) return;
+  if (CODES == INT8) store_maxima(row_max, w, me);
+  add_sums(sums, memory, w, me);
+  if (CODES == INT8) {
+    if (!RANKS) __syncthreads();
+    merge_maxima(memory, w);
+  }
+  if (CODES != INT8 && !RANKS) return;
 
-    // --- The cluster's ---
-    cluster_arrive();
-    cluster_wait();
-    if (CODES == INTEGER && thread < ROWS) {
-        float m[2], s[2];
-#pragma unroll
-        for (int part = 0; part < 2; part++) {
-            m[part] = 0;
-#pragma unroll
-            for (int cta = 0; cta < CTAS; cta++) m[part] = max_abs(m[part], load_float_at(address_at(at.row_max + (part * ROWS + thread) * 4, cta)));
-            s[part] = part_scale(m[part]);
-        }
-        if (0 < unsigned_from && unsigned_from < K) tie_parts(s);
-        const bool whole = finite(max_abs(m[0], m[1]));
-#pragma unroll
-        for (int part = 0; part < 2; part++) {
-            const bool used = part ? unsigned_from < K : unsigned_from > 0;
-            const float nan = __int_as_float(0x7fffffff);
-            *(float*)(memory + (at.row_inverse - at.x) + (thread * 2 + part) * 4) = whole ? inverse_of(s[part]) : nan;
-            if (rank == 0 && first_row + thread < padded)
-                act_scale[(size_t)part * padded + first_row + thread] = used ? (whole ? s[part] : nan) : 0;
-        }
-    }
-    if (RANKS && thread >= THREADS - LOW_THREADS) {
-        // The CTA finishes every CTAS-th row, four lanes a row, each a piece of 8 ranks of every 32.
-        const int index = thread - (THREADS - LOW_THREADS), row = index / 4 * CTAS + rank;
-        float value[RANKS / 32 + 1][8] = {};
-        float peak = 0;
-        if (row < ROWS)
-#pragma unroll
-            for (int part = 0; part < RANKS / 32; part++) {
-#pragma unroll
-                for (int cta = 0; cta < CTAS; cta++) {
-                    const u32 there = address_at(at.slab + sum_offset(row, 4 * part + L), cta);
-                    const float4 a = load_floats_at(there), b = load_floats_at(there + 16);
-                    value[part][0] += a.x, value[part][1] += a.y, value[part][2] += a.z, value[part][3] += a.w;
-                    value[part][4] += b.x, value[part][5] += b.y, value[part][6] += b.z, value[part][7] += b.w;
-                }
-#pragma unroll
-                for (int i = 0; i < 8; i++) peak = max_abs(peak, value[part][i]);
-            }
-        float scale = 1, inverse = 1;
-#if HALF
-        peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
-        peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
-        if (peak >= 16384 && finite(peak)) {
-            const int exponent = (__float_as_int(peak) >> 23) - 13;  // of the power of two that brings it below 2^14
-            scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
-        }
-#endif
-        const int t = first_row + row;
-        if (row < ROWS && t < padded) {
-#pragma unroll
-            for (int part = 0; part < RANKS / 32; part++) {
-                u32 words[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) words[i] = from_float2(value[part][2 * i] * inverse, value[part][2 * i + 1] * inverse);
-                *(uint4*)(low + ((size_t)part * padded + t) * 32 + (L ^ t >> 1 & 3) * 8) = make_uint4(words[0], words[1], words[2], words[3]);
-            }
-            if (L == 0) low_scale[t] = t < M ? scale : 0;
-        }
-    }
-    cluster_arrive();  // this CTA has read what it wants of the others
-    if (CODES == INTEGER) {
-        if (CTAS > 1) __syncthreads();
-        const float2 pair = *(const float2*)(memory + (at.row_inverse - at.x) + code_row_ * 8);
-        const float inverse[2] = {pair.x, pair.y};
-        const u32 keep = pair.x == pair.x ? ~0u : 0;
-#pragma unroll 1
-        for (int block = 0; block < count; block++) {
-            if (kept == 1 && count > 1) {
-                __syncthreads();
-                const int column = (first + block) * 128 + thread;
-                store_smooth(thread < 128 && column < K ? smooth[column] : 0, block);
-                __syncthreads();
-            }
-            code(block, block >= slots - DEPTH && block < count - DEPTH, inverse, keep);
-        }
-    }
-    cluster_wait();  // the others have read what they want of this one
+  if constexpr (CTAS > 1) cluster_arrive(), cluster_wait();
+  else __syncthreads();
+  if (CODES == INT8 && thread < ROWS) finish_scales(memory, w);
+  if (RANKS && thread >= THREADS - LORA_THREADS)
+    finish_lora_act(lora_act, lora_act_scale, w, thread - (THREADS - LORA_THREADS), me.L);
+  if constexpr (CTAS > 1) cluster_arrive();  // this CTA has read what it wants of the others
+  else __syncthreads();
+  if (CODES == INT8) {
+    if (CTAS > 1) __syncthreads();
+    encode_all(memory, w, me);
+  }
+  if constexpr (CTAS > 1) cluster_wait();  // the others have read what they want of this one
 }

@@ -1,4 +1,4 @@
-"""Kernels taken apart: what ptxas made of a variant, read from its log and from nvdisasm. Needs no GPU."""
+"""Kernels taken apart: the machine code that ptxas makes of a variant, read from its log and from nvdisasm. Needs no GPU."""
 
 import functools
 import importlib.util
@@ -120,17 +120,20 @@ def listing(source, entry, defines, arch):
     return take_apart(compiler.compile_source(source, defines, arch), entry)
 
 
-def take_apart(compiled, entry):
-    """compiler.Compiled -> the Listing of its kernel `entry`."""
+def disassembly(cubin, entry, *options):
+    """nvdisasm's lines of the kernel `entry`, with the subroutines that ptxas put behind it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.cubin)
-        text = subprocess.check_output([nvdisasm(), "-c", str(path)], text=True)
+        path.write_bytes(cubin)
+        text = subprocess.check_output([nvdisasm(), "-c", *options, str(path)], text=True)
     section = text.partition(f".text.{entry}:")[2]
+    return re.split(r"(?m)^\s*\.section", section, maxsplit=1)[0].splitlines()
+
+
+def take_apart(compiled, entry):
+    """compiler.Compiled -> the Listing of its kernel `entry`."""
     instructions, labels = [], {}
-    for line in section.splitlines():
-        if re.match(r"\s*\.section", line):
-            break
+    for line in disassembly(compiled.cubin, entry):
         if match := INSTRUCTION.search(line):
             instructions.append(Instruction(match[2], match[3].strip(), bool(match[1])))
         elif match := re.match(r"\s*(\.L_\w+):", line):

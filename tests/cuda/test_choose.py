@@ -69,7 +69,7 @@ def test_an_mlp(number):
 def modes(target):
     """The storages for which the tests of the machine code compile gemm_mma.cu, and whether they compile gemm_wgmma.cu."""
     found = variants(target)
-    return {dict(defines)["MODE"] for _, _, defines in found["gemm_mma"]}, bool(found["gemm_wgmma"])
+    return {dict(defines)["CODES"] for _, _, defines in found["gemm_mma"]}, bool(found["gemm_wgmma"])
 
 
 @pytest.mark.parametrize(("number", "storages", "wgmma"), [

@@ -120,7 +120,7 @@ def bits(tensor):
 def compiled():
     """All kernels at once, on as many cores as there are."""
     target = targets.for_device(DEVICE)
-    wanted = [(mlp.SHARES, mlp.add_defines(dtype, ranks)) for dtype in (torch.bfloat16, torch.float16) for ranks in (32, 64)]
+    wanted = [(mlp.PARTIAL_SUMS, mlp.add_defines(dtype, ranks)) for dtype in (torch.bfloat16, torch.float16) for ranks in (32, 64)]
     for path in PATHS:
         wanted += [(gemm_mma.SOURCE, gemm_mma.defines_of(path.storage, path.tile, target, path.dtype, next_ranks=ranks))
                    for ranks in (32, 64)]

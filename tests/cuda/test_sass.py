@@ -39,7 +39,7 @@ def awq_mma(defines, arch):
 def gemm_mma_mma(defines, arch):
     """A group: a warp has 4 x TILES tiles of 16 x 8 and takes two steps of K in 8 bits, one in 4 bits, which is there once for
     signed and once for unsigned activations. Turing's MMAs are 8 x 8 and half as deep."""
-    if defines["MODE"] == CodeStorage.INT4_NIBBLES:
+    if defines["CODES"] == CodeStorage.INT4_NIBBLES:
         opcode = r"IMMA\.8832\.[SU]4\.[SU]4" if arch == "sm_75" else r"IMMA\.16864\.[SU]4\.[SU]4"
     else:
         opcode = r"IMMA\.8816\.S8\.S8" if arch == "sm_75" else r"IMMA\.16832\.S8\.S8"
@@ -72,7 +72,8 @@ KERNELS = {
     "gemm_wgmma": Kernel(lambda d, a: 2 * d["ROWS"] + 128, lambda d, a: 1, gemm_wgmma_mma),
     "gptq": Kernel(lambda d, a: 32 * gptq.WARPS, lambda d, a: 1, lambda d, a: None),
     "group_error": Kernel(lambda d, a: group_error.THREADS, lambda d, a: 4, lambda d, a: None),
-    "mlp": Kernel(lambda d, a: 32 * d["ROW_WARPS"] * d["TOKEN_WARPS"] if "NEXT" in d else mlp.SHARES_THREADS, lambda d, a: 1, mlp_mma),
+    "mlp": Kernel(lambda d, a: 32 * d["ROW_WARPS"] * d["TOKEN_WARPS"] if "NEXT" in d else mlp.PARTIAL_SUMS_THREADS,
+                  lambda d, a: 1, mlp_mma),
     "quantize": Kernel(quantize_threads, quantize_ctas, quantize_mma),
 }
 
@@ -162,7 +163,7 @@ def test_int4_issue_slots(arch):
     for 16 clocks, and a scheduler issues an instruction a clock. Nunchaku's loop takes 13.3 on sm_89 and 17.3 on sm_80."""
     tile = max(gemm_mma.tiles_of(sass.ARCHITECTURES[arch]), key=lambda tile: tile.tiles)
     slots = {(text, other): listing.slots(avoid=other) for text, defines, listing in listings("gemm_mma", arch)
-             if defines["MODE"] == CodeStorage.INT4_NIBBLES and defines["TILES"] == tile.tiles
+             if defines["CODES"] == CodeStorage.INT4_NIBBLES and defines["TILES"] == tile.tiles
              for other in (r"IMMA\S+[.]U4", r"IMMA\S+S4[.]S4")}  # the signed way, the unsigned way
     print(slots)
     assert slots and max(slots.values()) < 13.3, slots

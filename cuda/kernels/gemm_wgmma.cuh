@@ -1,0 +1,104 @@
+// The tile of gemm_wgmma.cu: its sizes, its shared memory and barriers, and the tiles that a CTA goes through.
+//
+// -D: HALF            1 for fp16, else bf16
+//     ROWS, TOKENS    of a tile;  STAGES of the ring
+//     CLUSTER, SPLIT  two CTAs share their tokens, or their K
+//     GELU            1: y's columns from gelu_from on are gelu(y)
+#pragma once
+#include "common.cuh"
+#include "hopper.cuh"
+
+constexpr int CONSUMERS = ROWS / 64;            // warpgroups
+constexpr int X_BYTES = TOKENS * 128;
+constexpr int W_BYTES = ROWS * 64;
+constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
+constexpr int S_BYTES = 2 * ROWS * 2;           // kept apart, so that X stays on 1024 bytes
+constexpr int RING = STAGES * STAGE_BYTES;
+constexpr int OUT = TOKENS / SPLIT;             // tokens whose outputs a CTA finishes
+constexpr int SLICE = OUT < 64 ? OUT : 64;      // tokens that a warpgroup transposes and stores at a time
+constexpr int SLICES = OUT / SLICE;
+constexpr int AHEAD = TOKENS == 192 && ROWS == 192 ? 0 : 1;  // slices whose registers fit beside the accumulators, but one
+constexpr int SLICE_BYTES = SLICE * 128;
+constexpr int STORE_BYTES = (SLICES == 1 ? 1 : 2) * SLICE_BYTES;  // two: one is written while the copy engine reads the other
+constexpr int SUM_BYTES = SPLIT == 1 ? 0 : OUT * 64 * 4;  // of a warpgroup, from the CTA that has the rest of K
+// Factors of a tile, as offsets: OUT each of the last part's scale, the first's, lora_act's; ROWS each of row_scale and bias.
+constexpr int LAST = 0, FIRST = OUT * 4, OUTER = 2 * OUT * 4, ROW_SCALE = 3 * OUT * 4, BIAS = ROW_SCALE + ROWS * 4;
+constexpr int FACTOR_BYTES = BIAS + ROWS * 2;
+constexpr int STORES = RING;                    // on 1024 bytes too: the copy engine swizzles by the address
+constexpr int SCALES = STORES + CONSUMERS * STORE_BYTES;
+constexpr int SUMS = SCALES + STAGES * S_BYTES;
+constexpr int FACTORS = SUMS + CONSUMERS * SUM_BYTES;
+constexpr int BARRIERS = FACTORS + 2 * FACTOR_BYTES;
+// A lane's registers at the launch are 128 (four warpgroups) or 168 (three); what the producers give is what the consumers may take.
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS == (CONSUMERS == 3 ? 4 * 128 : 3 * 168), "the CTA's registers");
+static_assert(BARRIERS + 16 * STAGES + 16 + 16 * CONSUMERS <= 232448, "more shared memory than an SM has");
+static_assert(STAGES >= 4, "a branch of 128 ranks lies in the ring at once");
+static_assert(CLUSTER * SPLIT == 2, "two CTAs share their tokens or their K");
+static_assert(CLUSTER == 1 || TOKENS % 16 == 0, "each CTA of a cluster fetches whole atoms of 8 tokens");
+
+// A position in the ring: the stage, and the parity of its barriers' phase.
+struct RingPosition {
+  u32 parity = 0;
+  int stage = 0;
+  DEVICE void next() {
+    if (++stage == STAGES) { stage = 0; parity ^= 1; }
+  }
+};
+
+// The barriers, in their order in shared memory.
+struct SharedBarriers {
+  Barriers full, empty;       // [STAGES] a stage is filled, is read
+  Barriers used;              // [2] a buffer of factors is read
+  Barriers summed, sendable;  // [CONSUMERS] the other CTA's sums are here; the other CTA has read those that it got
+
+  DEVICE SharedBarriers(u32 shared) {
+    full = {shared + BARRIERS}, empty = {full.first + 8 * STAGES}, used = {empty.first + 8 * STAGES};
+    summed = {used.first + 16}, sendable = {summed.first + 8 * CONSUMERS};
+  }
+
+  DEVICE void init() const {
+    for (int s = 0; s < STAGES; s++) {
+      full[s].init(128 + 1);  // the producers' copies, and the one that announces the bulk copy
+      empty[s].init(CONSUMERS * 4 * CLUSTER * ARRIVALS);
+    }
+    for (int i = 0; i < 2; i++) used[i].init(CONSUMERS * 4 * ARRIVALS);
+    for (int i = 0; i < CONSUMERS; i++) {
+      summed[i].init(1);
+      sendable[i].init(4 * ARRIVALS);
+    }
+    fence_mbarrier_init();
+  }
+};
+
+struct Problem {
+  int begin, end;  // the CTA's blocks of K
+  int rank_blocks, token_tiles, row_tiles;
+};
+
+// A tile of a cluster's. They go down the tokens first: the CTAs at work share few weight rows, and the activation stays in L2.
+struct Tile {
+  int token, row, token_step, row_step;
+
+  DEVICE Tile(const Problem& p) {
+    const int first = blockIdx.x / (CLUSTER * SPLIT), step = gridDim.x / (CLUSTER * SPLIT);
+    token = first % p.token_tiles, row = first / p.token_tiles;
+    token_step = step % p.token_tiles, row_step = step / p.token_tiles;
+  }
+
+  DEVICE bool exists(const Problem& p) const { return row < p.row_tiles; }
+
+  DEVICE void next(const Problem& p) {
+    token += token_step, row += row_step;
+    if (token >= p.token_tiles) token -= p.token_tiles, row++;
+  }
+
+  DEVICE bool last(const Problem& p) const {
+    Tile following = *this;
+    following.next(p);
+    return !following.exists(p);
+  }
+
+  DEVICE int m0() const { return token * TOKENS; }
+  DEVICE int n0(u32 cta) const { return (row * CLUSTER + (int)(cta % CLUSTER)) * ROWS; }
+};

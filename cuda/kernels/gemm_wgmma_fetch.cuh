@@ -1,0 +1,158 @@
+// The producer warpgroup of gemm_wgmma.cu: all that comes from device memory to shared memory.
+#pragma once
+#include "gemm_wgmma.cuh"
+
+// The kernel's arguments that it reads, see there.
+struct Operands {
+  const char* act;
+  const float* act_scale;
+  const char* lora_act;
+  const float* outer_scale;
+  const char* weight;
+  const u16* weight_scale;
+  const float* row_scale;
+  const char* proj_up;
+  const u16* bias;
+  int padded_m, n, k, rank, border, part;
+};
+
+// A producer thread's part of W's blocks: 16 bytes of every 32nd row, from the same column of each block.
+struct Rows {
+  const char* source;
+  u32 step;   // bytes from one of its rows to the next
+  int count;  // of its rows that exist
+  int bytes;  // that its rows have from its column of the first block on
+  u32 offset; // of the first row's bytes in the block
+
+  DEVICE Rows(const void* matrix, int row_bytes, int n0, int n, bool swizzled) {
+    const int thread = threadIdx.x & 127, row = n0 + (thread >> 2), column = (thread & 3) * 16;
+    offset = thread * 16 ^ (swizzled ? (thread >> 3 & 3) * 16 : 0);
+    source = (const char*)matrix + (size_t)row * row_bytes + column;
+    step = 32 * row_bytes;
+    count = (n - row + 31) / 32;
+    bytes = row_bytes - column;
+  }
+
+  DEVICE void skip(int blocks) {
+    source += blocks * 64;
+    bytes -= blocks * 64;
+  }
+
+  // The next block; what is outside the matrix becomes zeros.
+  DEVICE void fetch(u32 target) {
+#pragma unroll
+    for (int i = 0; i < ROWS / 32; i++)
+      cp_async16(target + i * 2048 + offset, source + i * step, i < count && bytes > 0);
+    source += 64;
+    bytes -= 64;
+  }
+};
+
+// Threads 0 .. 47 of the producers: the two groups' scales, 8 rows each.
+DEVICE void fetch_scales(u32 target, const u16* scales, int block, int n0, int n, int groups) {
+  const int thread = threadIdx.x & 127, second = thread >= ROWS / 8, piece = thread - second * (ROWS / 8), group = 2 * block + second;
+  if (thread < ROWS / 4)
+    cp_async16(target + thread * 16, scales + (size_t)group * n + n0 + piece * 8, group < groups && n0 + piece * 8 < n);
+}
+
+// The factors of a tile's tokens and rows; what there is none of becomes zero.
+DEVICE void fetch_factors(u32 target, const float* act_scale, int last, bool two, const float* outer_scale, const float* row_scale,
+                          const u16* bias, int m0, int padded_m, int n0, int n) {
+  const int thread = threadIdx.x & 127, token = m0 + thread * 4;
+  if (thread < OUT / 4) {
+    const bool valid = token < padded_m;
+    cp_async16(target + LAST + thread * 16, act_scale + last + token, valid);
+    if (two) cp_async16(target + FIRST + thread * 16, act_scale + token, valid);
+    if (HALF) cp_async16(target + OUTER + thread * 16, outer_scale + token, valid && outer_scale);
+  }
+  if (thread < ROWS / 4) cp_async16(target + ROW_SCALE + thread * 16, row_scale + n0 + thread * 4, n0 + thread * 4 < n);
+  if (thread < ROWS / 8) cp_async16(target + BIAS + thread * 16, bias + n0 + thread * 8, bias && n0 + thread * 8 < n);
+}
+
+// `rows` tokens of a block in the activation layout, which is one contiguous piece of memory.
+DEVICE void fetch_tokens(u32 target, const char* source, size_t row_bytes, int rows, Barrier full, u32 cta) {
+  full.arrive_expect(rows * row_bytes);
+#if CLUSTER == 1
+  if (rows > 0) bulk_copy(target, source, rows * row_bytes, full.address);
+#else
+  int first = cta % CLUSTER * (TOKENS / 2), count = min(rows - first, TOKENS / 2);
+  u16 ctas = 3 << (cta / CLUSTER * CLUSTER);
+  if (count > 0) bulk_copy_multicast(target + first * row_bytes, source + first * row_bytes, count * row_bytes, full.address, ctas);
+#endif
+}
+
+// The weights of the first stages don't wait for the kernel before, which makes the tokens. Returns how many blocks.
+DEVICE int fetch_early_weights(const Operands& from, u32 shared, const Problem& p, int n0) {
+  int early = 0;
+  Rows rows(from.weight, from.k / 2, n0, from.n, false);
+  rows.skip(p.begin);
+#pragma unroll 1
+  for (; early < min(STAGES, p.end - p.begin); early++) {
+    rows.fetch(shared + early * STAGE_BYTES + X_BYTES);
+    fetch_scales(shared + SCALES + early * S_BYTES, from.weight_scale, p.begin + early, n0, from.n, from.k / 64);
+  }
+  return early;
+}
+
+// The blocks of K of a tile, of which the first `early` have their weights already. Returns how many of the next tile's have.
+DEVICE int fetch_columns(const Operands& from, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p, int m0,
+                          int n0, int early, u32 cta) {
+  Rows rows(from.weight, from.k / 2, n0, from.n, false);
+  rows.skip(p.begin + early);
+#pragma unroll 1
+  for (int block = p.begin; block < p.end; block++, position.next()) {
+    const u32 x = shared + position.stage * STAGE_BYTES;
+    const Barrier full = barriers.full[position.stage];
+    barriers.empty[position.stage].wait(position.parity ^ 1);
+    if (threadIdx.x == CONSUMERS * 128)
+      fetch_tokens(x, from.act + ((size_t)block * from.padded_m + m0) * 128, 128, min(TOKENS, from.padded_m - m0), full, cta);
+    if (early) {
+      early--;
+    } else {
+      rows.fetch(x + X_BYTES);
+      fetch_scales(shared + SCALES + position.stage * S_BYTES, from.weight_scale, block, n0, from.n, from.k / 64);
+    }
+    mbarrier_arrive_after_copies(full.address);
+  }
+  return early;
+}
+
+// The LoRA branch's blocks of ranks.
+DEVICE void fetch_ranks(const Operands& from, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p,
+                        int out_m0, int n0, u32 cta) {
+  Rows rows(from.proj_up, from.rank * 2, n0, from.n, true);
+#pragma unroll 1
+  for (int block = 0; block < p.rank_blocks; block++, position.next()) {
+    const u32 x = shared + position.stage * STAGE_BYTES;
+    const Barrier full = barriers.full[position.stage];
+    barriers.empty[position.stage].wait(position.parity ^ 1);
+    if (threadIdx.x == CONSUMERS * 128)
+      fetch_tokens(x, from.lora_act + ((size_t)block * from.padded_m + out_m0) * 64, 64, max(min(OUT, from.padded_m - out_m0), 0), full,
+                   cta);
+    rows.fetch(x + X_BYTES);
+    mbarrier_arrive_after_copies(full.address);
+  }
+}
+
+DEVICE void produce(const Operands& from, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p, u32 cta) {
+  give_registers<PRODUCER_REGISTERS>();
+  const u32 half = cta / CLUSTER;
+  Tile tile(p);
+  int early = fetch_early_weights(from, shared, p, tile.n0(cta));
+  cluster_wait();
+  wait_for_previous_grid();
+  int buffer = 0;
+  u32 buffer_parity = 1;
+  for (; tile.exists(p); tile.next(p)) {
+    const int m0 = tile.m0(), n0 = tile.n0(cta);
+    const int out_m0 = m0 + half * OUT;
+    barriers.used[buffer].wait(buffer_parity);
+    fetch_factors(shared + FACTORS + buffer * FACTOR_BYTES, from.act_scale, from.part * from.padded_m, from.border != 0, from.outer_scale,
+                  from.row_scale, from.bias, out_m0, from.padded_m, n0, from.n);
+    buffer_parity ^= buffer;
+    buffer ^= 1;
+    early = fetch_columns(from, shared, barriers, position, p, m0, n0, early, cta);
+    fetch_ranks(from, shared, barriers, position, p, out_m0, n0, cta);
+  }
+  cluster_arrive();
+}

@@ -1,0 +1,25 @@
+// The LoRA branch's activation of a layer whose input was never in memory: x @ proj_down, of which each tile of gemm_mma.cu has left a
+// partial sum, over its own columns (next.cuh). They are added up in the order of the columns, so that the same input gives the same bits.
+//
+// A thread takes 8 ranks of a token, PIECES neighbouring threads the token.
+//
+// -D: HALF 1 for fp16, else bf16;  RANKS 32 or 64: the branch's rank, padded
+#include "quantize.cuh"
+
+constexpr int THREADS = 128;
+constexpr int PIECES = RANKS / 8;
+
+extern "C" __global__ void __launch_bounds__(THREADS) add_partial_sums(
+    const float* partial_sums,  // (tiles, Mp, RANKS), rows from M on anything
+    u16* lora_act,              // (RANKS / 32, Mp, 32), the sums over lora_act_scale, in the activation layout
+    float* lora_act_scale,      // (Mp)
+    int M, int tiles) {
+  const int padded = (M + 15) & ~15, row = (blockIdx.x * THREADS + threadIdx.x) / PIECES, piece = threadIdx.x % PIECES;
+  float value[8] = {};
+  if (row < M) {
+    const float* from = partial_sums + (size_t)row * RANKS + piece * 8;
+#pragma unroll 8
+    for (int tile = 0; tile < tiles; tile++, from += padded * RANKS) add_eight(value, from);
+  }
+  store_lora_act<PIECES>(value, piece, row, row < padded, M, padded, lora_act, lora_act_scale);
+}
