@@ -70,7 +70,7 @@ def choose(layer, target, sms):
     a Layer that the reference has to compute, and for an MLP that has to run as two layers."""
     if isinstance(layer, MLP):
         return _choose_mlp(layer, target, sms)
-    if not layer.m or layer.k % GROUP_SIZE or layer.n % OUTPUTS or layer.n * layer.k >= gemm_mma.LARGEST:
+    if not layer.m or layer.k % GROUP_SIZE or layer.n % OUTPUTS or layer.n * layer.k >= gemm_mma.MAX_WEIGHTS:
         return None
     return AWQKernel(awq.fastest_tiles(layer.m)) if layer.act_bits == W4A16 else _choose_linear(layer, target, sms)
 
@@ -98,7 +98,7 @@ def _choose_mlp(layers, target, sms):
     if (not target.async_copies or first.dtype not in target.dtypes or not first.m
             or first.k % GROUP_SIZE or second.n % OUTPUTS or first.n % gemm_mma.WIDE.rows
             or first.rank % RANKS or second.rank % RANKS or not 0 < second.rank <= gemm_mma.NEXT_RANKS
-            or max(first.k, second.n) * first.n >= gemm_mma.LARGEST):
+            or max(first.k, second.n) * first.n >= gemm_mma.MAX_WEIGHTS):
         return None
     return MLPKernels(storage, quantize_activation.plans_for(first.m, first.k, first.rank, storage, target, sms),
                       gemm_mma.fastest_tile(gemm_mma.next_tiles_of(storage), sms, first.m, first.n),

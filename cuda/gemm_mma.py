@@ -13,7 +13,7 @@ from .activation_layout import BLOCK, ROWS, CodeStorage, padded
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "gemm_mma.cu", "gemm"
-LARGEST = 1 << 33  # weights of a layer: the kernel's offsets in the packed weight are 32-bit
+MAX_WEIGHTS = 1 << 33  # weights of a layer: the kernel's offsets in the packed weight are 32-bit
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def launch(y, storage, tile, q, operands, turing=None):
     if q.act.shape != act or q.act_scale.shape != act_scale:
         raise ValueError(f"For {m} tokens and K = {k} in {storage.name} the activation is {act} with scales {act_scale}; "
                          f"got {tuple(q.act.shape)} and {tuple(q.act_scale.shape)}.")
-    if n * k >= LARGEST:
+    if n * k >= MAX_WEIGHTS:
         raise ValueError(f"A layer of {n} x {k} has more bytes than the GEMM's 32-bit offsets reach.")
     run = launcher(storage, tile, m, n, k, rank, operands.unsigned_from, y.dtype, operands.weight.device, operands.gelu_from, turing)
     run(*map(runtime.address, (y, *q, operands.weight, operands.weight_scale, operands.row_scale, operands.proj_up, operands.bias)))

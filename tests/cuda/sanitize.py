@@ -52,10 +52,10 @@ def watched():
 
     runtime._take, runtime._give = take, held.pop
     torch.Tensor.new_empty = lambda x, *size: new_empty(x, *size).fill_(torch.nan)  # y is made so
-    quantize_activation.multiplied = lambda x, proj_down: on_gpu(multiplied(x.cpu(), proj_down.cpu()))
+    quantize_activation.multiplied = lambda x, proj_down: to_gpu(multiplied(x.cpu(), proj_down.cpu()))
 
 
-def on_gpu(tensors):
+def to_gpu(tensors):
     return [t.cuda() if isinstance(t, torch.Tensor) else t for t in tensors]
 
 
@@ -108,7 +108,7 @@ def awq_cases():
         layer = (int4.pack(torch.randint(0, 16, (n, k))), torch.rand(k // 64, n).bfloat16(), torch.randn(k // 64, n).bfloat16(),
                  torch.randn(n).bfloat16())
         x = torch.randn(m, k).bfloat16()
-        yield (f"W4A16 M={m} N={n} K={k}", awq.linear(awq.fastest_tiles(m), x.cuda(), *on_gpu(layer)),
+        yield (f"W4A16 M={m} N={n} K={k}", awq.linear(awq.fastest_tiles(m), x.cuda(), *to_gpu(layer)),
                reference.awq_linear(x.double(), *layer))
 
 
