@@ -113,7 +113,7 @@ SPILLS = ("sm_87", "sm_90a")
 
 def spills(defines, arch):
     """Whether the variant is known to spill, outside its loops."""
-    return arch in SPILLS and defines.get("MODE") == CodeStorage.INT8 and defines["TILES"] == gemm_mma.LARGE.tiles
+    return arch in SPILLS and defines.get("CODES") == CodeStorage.INT8 and defines["TILES"] == gemm_mma.LARGE.tiles
 
 
 def problems(kernel, defines, listing, arch):
