@@ -78,7 +78,8 @@ def test_the_models_own_parameters_are_neither_learned_from_nor_shared(tmp_path,
     parameters = dict(patcher.model.diffusion_model.named_parameters())
     (held,) = {p.dtype for p in parameters.values()}
     assert held in (dtype, torch.float32), "newer ComfyUI widens bf16 on the CPU"
-    assert any(p.requires_grad for p in parameters.values())
+    for p in parameters.values():
+        p.requires_grad_()  # as those of 0.3.75 are; newer ComfyUI's are not
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in parameters.items()}
     recipe = replace(presets.make_recipe("slow", 16), keep=("double_blocks.*", "*modulation.lin", "*_in.*"))
     twin, records = quantize.quantize(patcher, recipe, prompts(), LATENT, 2, 0, Progress())
