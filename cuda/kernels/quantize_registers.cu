@@ -163,7 +163,9 @@ DEVICE void store_sums(const Sums& sums, const Work& w, const Lane& me, int mine
 }
 
 DEVICE void multiply_proj_down(const Rows& a, const Work& w, const Lane& me, int round, int slot) {
-  const int lane = me.lane, warp = me.warp;
+  const int lane = me.lane;
+  int warp = me.warp;
+  asm volatile("" : "+r"(warp));  // the barriers' conditions anew in each round: kept, they would be registers too many
   if (round == 0) {
     cp_async_wait<0>();
     __syncwarp();
