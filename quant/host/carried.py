@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 MAX_DEPTH, MAX_OBJECTS = 24, 200_000
 LEAVES = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.CodeType, types.FrameType, torch.dtype,
@@ -59,17 +60,26 @@ def _attributes(thing):
     return found
 
 
+def _addresses(tensor):
+    """{address} of the memory that a tensor lies in: of its parts where it is a wrapper around others, as ComfyUI's quantized weights are,
+    whose own storage has no address."""
+    if is_traceable_wrapper_subclass(tensor):
+        return {address for name in tensor.__tensor_flatten__()[0] for address in _addresses(getattr(tensor, name))}
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        return set()
+    return {tensor.untyped_storage().data_ptr()} - {0}
+
+
 def reaches(objects, modules):
     """The way from one of `objects`, {words: object}, to one of `modules` or their parameters, in words; None if there is none.
 
     It follows containers, attributes, closures, bound methods, partials and weak references, at most MAX_DEPTH of them.
     """
     wanted = {id(held) for module in modules for held in (module, *module.parameters(recurse=False))}
-    memory = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters(recurse=False)} - {0}
+    memory = {address for module in modules for p in module.parameters(recurse=False) for address in _addresses(p)}
 
     def arrived(thing):
-        return id(thing) in wanted or (isinstance(thing, torch.Tensor) and thing.layout == torch.strided and thing.device.type != "meta"
-                                       and thing.untyped_storage().data_ptr() in memory)
+        return id(thing) in wanted or isinstance(thing, torch.Tensor) and not memory.isdisjoint(_addresses(thing))
 
     queue = deque((thing, words, 0) for words, thing in objects.items())
     seen = {}  # {id: object}, which keeps an id from being used again
