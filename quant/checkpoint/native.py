@@ -44,10 +44,12 @@ def open_file(header):
     """PackedFile of a file of ours. Raises CheckpointError, before any weight is read, unless its packed layers are
     whole and its metadata is sound."""
     stored = config(header)
-    family = families.of_image_model(stored.get("image_model"))
+    kind = stored.get("image_model")
+    family = families.of_tensors(header.tensors.keys()) if kind is None else families.of_image_model(kind)
     if family is None:
-        raise CheckpointError(f"{header.file} holds a model of the kind {stored.get('image_model')!r}, which this version doesn't know; "
-                              "update ComfyUI-SVDQuant.")
+        what = "no kind of model in its configuration" if kind is None else f"image_model = {kind!r} in its configuration"
+        raise CheckpointError(f"{header.file} says {what}, which this version doesn't know; update ComfyUI-SVDQuant, or save or download "
+                              "the file again.")
     packed = packed_file(header, family, "", stored, recipe(header), header.metadata.get("svdquant.source", ""))
     if packed.computed and _version(header) < 2:
         raise CheckpointError(f"{header.file} says that it has SVDQuant format version 1, and {min(packed.computed)} is of version 2; "

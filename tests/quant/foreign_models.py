@@ -82,7 +82,7 @@ FOREIGN = {
         **linears(("model.diffusion_model.context_embedder", 1536, 4096),
                   ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv", 4608, 1536),
                   ("model.diffusion_model.joint_blocks.0.context_block.attn.proj", 1536, 1536))}),
-    "SD3.5, diffusers": ("not a FLUX.1 model", {"pos_embed.proj.weight": (2432, 16, 2, 2), **diffusers_block(2432),
+    "SD3.5, diffusers": ("not a FLUX.1 or Chroma model", {"pos_embed.proj.weight": (2432, 16, 2, 2), **diffusers_block(2432),
                                               **linears(("context_embedder", 2432, 4096))}),
     "Chroma, a part": ("a Chroma model with parts missing, or under diffusers' names", flux_block(3072, False) | linears(
         ("distilled_guidance_layer.in_proj", 5120, 64), ("distilled_guidance_layer.layers.0.in_layer", 5120, 5120))),
@@ -107,7 +107,7 @@ FOREIGN = {
     "Lumina": ("a Lumina or Z-Image model", {
         "cap_embedder.0.weight": (2304,), **linears(("cap_embedder.1", 2304, 2304), ("x_embedder", 2304, 64)),
         "layers.0.attention.qkv.weight": (3840, 2304), "noise_refiner.0.attention.qkv.weight": (3840, 2304)}),
-    "Wan": ("not a FLUX.1 model", {"patch_embedding.weight": (5120, 16, 1, 2, 2), "head.modulation": (1, 2, 5120),
+    "Wan": ("not a FLUX.1 or Chroma model", {"patch_embedding.weight": (5120, 16, 1, 2, 2), "head.modulation": (1, 2, 5120),
                                  **linears(("blocks.0.self_attn.q", 5120, 5120), ("blocks.0.cross_attn.k", 5120, 5120))}),
     "T5": ("a T5 text encoder", t5()), "CLIP": ("a CLIP text encoder", clip()), "VAE": ("a VAE", vae()),
     "VAE, diffusers": ("a VAE", vae() | {"encoder.down_blocks.0.resnets.0.conv1.weight": (128, 128, 3, 3)}),

@@ -10,7 +10,7 @@ import comfy.hooks
 import comfy.model_management
 import pytest
 import torch
-from comfyui_svdquant.nodes.save_model import stored_tensors
+from comfyui_svdquant.quant.host.saving import stored_tensors
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 from ..comfy_models import sample

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from comfyui_svdquant.nodes.save_model import stored_tensors
 from comfyui_svdquant.quant.checkpoint import native
 from comfyui_svdquant.quant.host import build, quantize
+from comfyui_svdquant.quant.host.saving import stored_tensors
 from comfyui_svdquant.quant.quantizer import presets
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 

@@ -412,7 +412,7 @@ def test_quantizing_what_is_quantized_is_refused(native_file):
 
 
 def test_a_conditioning_of_the_wrong_width_is_refused(flux_file):
-    with pytest.raises(ValueError, match="The conditioning is 96 wide and this FLUX model takes 128"):
+    with pytest.raises(ValueError, match="The conditioning is 96 wide and this FLUX.1 model takes 128"):
         quantized(loader.load_model(flux_file), conditioning=prompts(2, width=96))
 
 

@@ -231,7 +231,7 @@ def test_a_matrix_of_no_columns_is_no_model(tmp_path):
 
 RELATIVES = {
     "a Chroma Radiance model": ("nerf_blocks.0.norm.weight",),
-    "a Chroma model": ("distilled_guidance_layer.in_proj.weight",),
+    "a Chroma model with parts missing, or under diffusers' names": ("distilled_guidance_layer.in_proj.weight",),
     "a FLUX.2 model": ("double_stream_modulation_img.lin.weight",),
     "a HunyuanVideo model": ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_attn.norm.key_norm.weight"),
     "a HiDream model": ("caption_projection.0.linear.weight",),
