@@ -1,7 +1,7 @@
-"""Time of one whole linear on FLUX.1's shapes, ours beside bf16 and fp8:  python benchmarks/linears.py
+"""Time of one whole linear on FLUX.1's shapes, for this pack's kernels, bf16 and fp8:  python benchmarks/linears.py
 
-A whole linear is what a model runs: quantize the activation, multiply, add the branch and the bias. Where comfy-kitchen with its CUDA
-backend is installed, its svdquant_w4a4 runs beside ours on the same tensors. Needs a CUDA GPU; prints a table and writes
+A whole linear quantizes the activation, multiplies, and adds the branch and the bias. If comfy-kitchen with its CUDA backend is
+installed, its svdquant_w4a4 runs on the same tensors. Needs a CUDA GPU; prints a table and writes
 benchmarks/results/linears_<gpu>.json.
 """
 
@@ -26,7 +26,7 @@ def unsigned_from(name, k, n):
 
 
 def rotating(make, nbytes):
-    """A function that returns the next of as many make()s as fill the L2 cache three times."""
+    """A function that cycles through as many make()s as fill the L2 cache three times."""
     made = itertools.cycle([make() for _ in range(max(1, min(8, 3 * L2 // nbytes)))])
     return lambda: next(made)
 
@@ -77,7 +77,7 @@ def bf16(m, k, n, x):
 
 
 def fp8_rowwise(m, k, n, x):
-    """Dynamic quantization a token, compiled into one kernel, and torch._scaled_mm with fast accumulation, as torchao's users run it."""
+    """Dynamic quantization per token, compiled into one kernel, and torch._scaled_mm with fast accumulation, as in torchao."""
     def weight():
         w = torch.randn(n, k, device="cuda")
         scale = w.abs().amax(dim=1, keepdim=True) / 448
@@ -99,8 +99,8 @@ def fp8_rowwise(m, k, n, x):
 
 
 def comfy_kitchen(name, m, k, n, x, rank):
-    """comfy-kitchen's kernels, whose layouts are ours. They take columns signed or unsigned: linear2's are signed here, and what an MLP's
-    second layer gets is shifted before, as they ask for."""
+    """comfy-kitchen's kernels, which have the same layouts. A layer's columns are all signed or all unsigned there: linear2's are signed
+    here, and the input of an MLP's second layer is shifted first, as those kernels expect."""
     import comfy_kitchen
     from comfyui_svdquant.cuda.int4 import GELU_SHIFT
 
@@ -118,7 +118,7 @@ def comfy_kitchen(name, m, k, n, x, rank):
 
 
 def measure(name, ranks):
-    """{what: microseconds}, the better of two rounds: under load a GPU's clock wanders, and what comes late would be the slower."""
+    """{name: microseconds}, the better of two rounds, because a GPU's clock varies under load and the later measurement would be slower."""
     m, k, n = SHAPES[name]
     x = rotating(lambda: torch.randn(m, k, device="cuda").bfloat16(), 2 * m * k)
     runs = {("bf16",): lambda: (bf16(m, k, n, x),)}
@@ -138,7 +138,7 @@ def measure(name, ranks):
 
 
 def table(shapes):
-    """A result's shapes as Markdown, and what the ranks cost. Single blocks have twice the rank of the others."""
+    """A result's shapes as Markdown, and the cost of the ranks. Single blocks have twice the rank of the others."""
     head = ("layer (M, K, N)", "rank", "bf16", "fp8", "**W4A8**", "to bf16", "to fp8", "its GEMM alone", "its quantize pass", "at rank 128",
             "W4A4", "comfy-kitchen")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
