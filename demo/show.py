@@ -1,4 +1,4 @@
-"""The demo itself, run by run.py in the environment that it needs: the workflow in, the contact sheet out."""
+"""The demo's main program, which run.py runs in the prepared environment: it runs the workflow and writes the contact sheet."""
 
 import argparse
 import json

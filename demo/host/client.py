@@ -1,4 +1,4 @@
-"""Talk to a running ComfyUI server: post a prompt, follow it, fetch what it made."""
+"""Talk to a running ComfyUI server: post a prompt, follow its progress, fetch its outputs."""
 
 import asyncio
 import json
