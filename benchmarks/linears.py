@@ -144,13 +144,13 @@ def table(shapes):
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, times in shapes.items():
         flop = 2e-6 * times["m"] * times["k"] * times["n"]
-        speed = {what: f"{flop / time:.0f}" for what, time in times.items()}
+        speed = {key: f"{flop / time:.0f}" for key, time in times.items()}
         for rank in (64, 32) if name.startswith("single") else (32,):
             ours = f"W4A8 rank {rank}"
-            ratios = (f"{times[what] / times[ours]:.2f}x" if what in times else "" for what in ("bf16", "fp8 rowwise"))
+            ratios = (f"{times[key] / times[ours]:.2f}x" if key in times else "" for key in ("bf16", "fp8 rowwise"))
             cells = [f"{name} ({times['m']}, {times['k']}, {times['n']})", str(rank), speed["bf16"], speed.get("fp8 rowwise", ""),
                      f"**{speed[ours]}**", *ratios, speed[f"{ours}, GEMM"], f"{times[f'{ours}, quantize']:.0f} us", speed["W4A8 rank 128"],
-                     *(speed.get(what, "") if rank == 32 else "" for what in ("W4A4 rank 32", "comfy-kitchen W4A4 rank 32"))]
+                     *(speed.get(key, "") if rank == 32 else "" for key in ("W4A4 rank 32", "comfy-kitchen W4A4 rank 32"))]
             lines.append("| " + " | ".join(cells) + " |")
     for rank in (32, 64, 128):
         costs = [times[f"W4A8 rank {rank}"] / times["W4A8 rank 0"] - 1 for times in shapes.values()]

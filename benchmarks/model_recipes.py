@@ -109,7 +109,7 @@ def put(quantized_model, name, tensors):
 
 
 def timed(make, *args):
-    """(what make(*args) returns, seconds)."""
+    """(the result of make(*args), seconds)."""
     start = time.perf_counter()
     made = make(*args)
     if torch.cuda.is_available():

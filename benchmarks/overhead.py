@@ -51,7 +51,7 @@ def microseconds(run, calls=200, repeats=5):
 def overheads(rounds=8):
     """{name: microseconds per call}, the least of several rounds, because a shared machine can be slower for seconds."""
     runs = calls()
-    return {what: min(times) for what, times in zip(runs, zip(*([microseconds(run) for run in runs.values()] for _ in range(rounds))))}
+    return {key: min(times) for key, times in zip(runs, zip(*([microseconds(run) for run in runs.values()] for _ in range(rounds))))}
 
 
 def calls():

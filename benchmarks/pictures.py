@@ -276,7 +276,7 @@ def gain(found, name, base, bits=("w4a4", "w4a4")):
 
 
 def in_order(found):
-    """The rows as the table has them: the floor, others, ours; or the knobs in their order."""
+    """The rows in the table's order: the noise of bf16, other recipes, this pack's recipes; or the knobs."""
     first = ["bf16", "naive", "SmoothQuant", "SVDQuant", BASE, GPTQ, "ours: data-free", "ours: fast", OURS, "ours",
              "defaults", "preset", "rank", "prompts", "steps", "tokens", "propagate"]
 
@@ -320,7 +320,7 @@ def table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH)")
-    parser.add_argument("--knobs", action="store_true", help="ours by preset, rank, and what it calibrates on")
+    parser.add_argument("--knobs", action="store_true", help="this pack's recipe by preset, rank and calibration")
     parser.add_argument("--prompts", type=int, default=32, help="pictures")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at a time")

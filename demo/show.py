@@ -101,7 +101,7 @@ def collect_rows(server: Server, prompt: dict, outputs: dict) -> list[contact_sh
 
 
 def model_size(base: Path, name: str) -> int:
-    """Bytes of the model file behind a row."""
+    """Bytes of a row's model file."""
     file = "tiny_flux.safetensors" if name == "bf16" else f"tiny_flux_{name}.safetensors"
     return (base / "models" / "diffusion_models" / file).stat().st_size
 

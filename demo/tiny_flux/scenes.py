@@ -163,7 +163,7 @@ def _caption(generator, objects, sizes, colours, shapes, phrase, ground):
 def _distances(shapes, x, y):
     """Signed distances (n, k, h, w) of unit shapes (n, k) at x to the right, y up; negative inside.
 
-    Distances are those to the nearest outline's line: exact on the outline, which is what antialiasing needs.
+    Distances are those to the nearest outline's line: exact on the outline, where antialiasing needs them.
     """
     r = torch.hypot(x, y)
     ax, ay = x.abs(), y.abs()

@@ -53,7 +53,7 @@ class Case:
         return self.x, self.first, self.second
 
     def sizes(self):
-        """As mlp.layers() takes them."""
+        """The sizes, in mlp.layers()'s order."""
         (m, k), (hidden, rank), (n, second_rank) = self.x.shape, self.first.proj_up.shape, self.second.proj_up.shape
         return m, k, hidden, n, rank, second_rank, self.first.unsigned_from, self.second.unsigned_from, self.x.dtype
 
@@ -255,7 +255,7 @@ def test_in_one_graph_in_a_cuda_graph_and_on_a_stream():
 @pytest.mark.parametrize("pays", [None, True])
 @pytest.mark.parametrize("act_bits", [0, 4])
 def test_a_models_mlp_in_one_graph(act_bits, pays, monkeypatch):
-    """With the device's own choice, and with other GPUs' choice."""
+    """The device's own choice gives one graph, and so does other GPUs' choice."""
     if pays:
         monkeypatch.setattr(mlp, "pays", lambda device: pays)
     k, hidden, n = 256, 512, 128

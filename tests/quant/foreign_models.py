@@ -10,7 +10,7 @@ def linears(*entries):
 
 
 def unet(width, context, label=None):
-    """Of Stability AI's UNets, as in a whole checkpoint."""
+    """The header of a Stability AI UNet in a whole checkpoint."""
     prefix = "model.diffusion_model."
     block = f"{prefix}input_blocks.4.1.transformer_blocks.0"
     entries = {f"{prefix}input_blocks.0.0.weight": (width, 4, 3, 3), f"{prefix}input_blocks.0.0.bias": (width,),

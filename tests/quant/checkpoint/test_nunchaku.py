@@ -80,7 +80,7 @@ def test_written_and_read_is_the_identity(written, model):
 
 
 def test_read_and_written_is_the_identity_to_the_byte(written, tmp_path):
-    """Also with one branch per half: files of Nunchaku's own tools share nothing between two halves."""
+    """This includes files with one branch per half, as Nunchaku's own tools write them."""
     g = torch.Generator().manual_seed(1)
 
     def own_branches(tensors):

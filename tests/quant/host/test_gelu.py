@@ -54,7 +54,7 @@ def test_the_layers_apply_what_only_they_feed(native_file):
 
 
 def test_quantizing_takes_nothing_from_the_16_bit_model(flux_file):
-    """Also while its blocks run with their finished layers in 4 bits."""
+    """This holds also while its blocks run with their finished layers in 4 bits."""
     patcher = loader.load_model(flux_file)
     before, recipe = sample(patcher), replace(presets.make_recipe("fast", 16), propagate="quantized")
     quantized_model, _ = quantize.quantize(patcher, recipe, prompts(), LATENT, 2, 0, Progress())

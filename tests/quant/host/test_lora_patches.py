@@ -62,7 +62,7 @@ def test_adapters_of_another_form_are_refused_in_words(quantized_model, adapter)
     (adapter_tensors("DoRA over inputs", N, K) | {"dora_scale": random(1, 7)}, "belongs to another model"),
 ])
 def test_a_patch_that_comfyui_only_logs_is_an_error(quantized_model, tensors, why):
-    """Also if logging is disabled."""
+    """It is an error even if logging is disabled."""
     before, patched = sample(quantized_model), fc1_lora(quantized_model, tensors)
     logging.disable(logging.CRITICAL)
     try:

@@ -46,7 +46,7 @@ def test_parameters_that_are_there_are_not_touched():
 @pytest.mark.parametrize(("dtype", "computed"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
                                                  (torch.float32, torch.bfloat16)])
 def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed):
-    """In the model's dtype if it has 16 bits, otherwise in the layers'."""
+    """A warm-up uses the model's dtype if it has 16 bits, otherwise the layers'."""
     asked = []
     monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.append((list(layers), device, others)) or [])
     wide, split = (layout.svdquant_spec(k, 64, 16, 128, True, torch.bfloat16) for k in (128, 256))
@@ -178,7 +178,7 @@ def test_gelu_comes_after_everything_else(form, kind):
 
 
 def test_gelu_is_the_kernels_unless_something_is_added(module, monkeypatch):
-    """Also when LoRAs are added and removed between cached launches."""
+    """This holds also when LoRAs are added and removed between cached launches."""
     after, x, activated = [], aligned(torch.randn(5, 256).bfloat16()), reference.activated
     monkeypatch.setattr(reference, "activated", lambda y, gelu_from: after.append(gelu_from) or activated(y, gelu_from))
     module.gelu_from = 128
