@@ -17,7 +17,7 @@
 //     worker warps        load t + 1 | maxima of t | product of t | codes of t
 //     communication warp  send maxima of t | add and send the warps' sums of t | scales and lora_act of t
 //
-// In a loop, two warps first add their sums in one slot. This saves shared memory, which leaves less of the L1 cache, where x arrives.
+// In a loop, two warps first add their sums in one slot. This saves shared memory, which is taken from the L1 cache, where x arrives.
 //
 // Rounds receive their data in two slots alternately. A CTA sends a round's maxima only after its communication warp has finished the
 // previous round, and encodes only with all CTAs' maxima. So when new data arrive in a slot, all its old data have been read.
