@@ -1,11 +1,11 @@
-# make demo    set up a ComfyUI from nothing, run our workflow in it, leave demo/out/contact_sheet.png
+# make demo    set up a ComfyUI, run the demo's workflow in it, write demo/out/contact_sheet.png
 # make serve   the same ComfyUI, left running with the workflow in the browser
 # make test    the whole test suite;  make test ARGS="tests/quant -k layout" for a part of it
 # make lint    ruff
-# make clean   remove what the others set up and made
+# make clean   remove everything that the other targets made
 #
-# Each is one line of plain Python, for machines without make. COMFYUI_PATH chooses another ComfyUI, COMFYUI_NEWER_PATH names
-# a newer one that the tests start as well: see demo/host/setup.py.
+# Without make, each target can be run as its one line of Python. COMFYUI_PATH selects another ComfyUI, COMFYUI_NEWER_PATH a newer one
+# that the tests also start; see demo/host/setup.py.
 
 PYTHON ?= python3
 ARGS ?=

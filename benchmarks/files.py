@@ -1,13 +1,12 @@
-"""How long a full-size file takes to load and to convert, against reading it:  python benchmarks/files.py --comfyui ~/ComfyUI
+"""Time to load and to convert a full-size file, against the time to read it:  python benchmarks/files.py --comfyui ~/ComfyUI
 
-Writes a random FLUX.1-dev in 4 bits (our layout; Nunchaku's INT4 and NVFP4), and takes each time in a process of its own, which has
-no memory of an earlier one to use again. `cold` is with the file dropped from the system's cache before, `warm` with all of it
-there, the median of three. "read in blocks" takes the file through one buffer of 1 MiB; "safetensors" reads it one tensor at a time
-by safetensors' get_tensor, into memory of its own; "by tensor" does so by our reader, the least that a loader here has to do. A
-virtual machine may have given idle memory back to its host, and the first touch of such costs several times as much; so before
-each of the times the process touches and frees as much memory as the file is large. Memory is what the process has for itself
-above what it had before, at its highest and in the end. Linux only; needs four times the file's size on the disk, and twice in
-memory. Prints the tables, writes benchmarks/results/files_<processor>.json, and removes its files.
+The script writes a random FLUX.1-dev in 4 bits (this pack's layout; Nunchaku's INT4 and NVFP4) and measures each time in a new process.
+`cold`: the file is not in the system's page cache; `warm`: all of it is, the median of three. "read in blocks" reads the file through
+one buffer of 1 MiB; "safetensors" reads it tensor by tensor with safetensors' get_tensor, into new memory; "by tensor" does so with this
+pack's reader, which is the least work of a loader here. A virtual machine may have returned idle memory to its host, and its first use
+then takes several times as long. So before each measurement the process allocates and frees as much memory as the file's size. Memory is
+the process's private memory above its value before, at its peak and at the end. Linux only; needs four times the file's size on the disk,
+and twice in memory. Prints the tables, writes benchmarks/results/files_<processor>.json, and removes its files.
 """
 
 import argparse
@@ -32,14 +31,14 @@ from machine import ROOT, description, load_pack
 FULL_GB, DEPTH, HIDDEN, CONTEXT, POOLED = 6.66, 19, 3072, 4096, 768
 BLOCK_BYTES = 1 << 20
 WARM_TIMES = 3
-POOL = 1 << 24  # random numbers, of which every tensor is a repetition
+POOL = 1 << 24  # random numbers that fill every tensor repeatedly
 
 
 # --- the files -----------------------------------------------------------------------------------------------------
 
 
 def sizes(gb):
-    """(hidden size, depth) of a FLUX.1 of about so many GB: full width and fewer blocks, or one block and less width."""
+    """(hidden size, depth) of a FLUX.1 of about this many GB: full width with fewer blocks, or one block of less width."""
     blocks = DEPTH * gb / FULL_GB
     return (HIDDEN, round(blocks)) if blocks >= 1 else (max(128, int(HIDDEN * blocks**0.5) // 128 * 128), 1)
 
@@ -75,7 +74,7 @@ class Random:
 
 
 def write_native(path, gb, rank):
-    """A random FLUX.1 in our layout, with scales as our quantizer's."""
+    """A random FLUX.1 in this pack's layout, with scales like the quantizer's."""
     from comfyui_svdquant.cuda.row_scales import HIGHEST
     from comfyui_svdquant.quant.checkpoint import native
     from comfyui_svdquant.quant.checkpoint.int8_scales import product
@@ -131,28 +130,28 @@ def write_nvfp4(path, int4):
 
 
 def drop(path):
-    """Have the system forget a file's contents."""
+    """Drop a file from the system's page cache."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def own_memory():
-    """Bytes that the process has for itself, files that are mapped left out."""
+    """Bytes of the process's private memory, without mapped files."""
     with open("/proc/self/status") as status:
         return int(re.search(r"RssAnon:\s*(\d+)", status.read())[1]) << 10
 
 
 class Peak:
-    """`gb`: the most memory the process had within the block, above what it had before."""
+    """`gb`: the peak of the process's memory within the block, above its memory before."""
 
     def __enter__(self):
         self.before, self.highest, self.done = own_memory(), 0, threading.Event()
-        self.thread = threading.Thread(target=self.watch)
+        self.thread = threading.Thread(target=self.sample)
         self.thread.start()
         return self
 
-    def watch(self):
+    def sample(self):
         while not self.done.wait(0.005):
             self.highest = max(self.highest, own_memory())
 
@@ -167,7 +166,7 @@ class Peak:
 
 
 def have_at_hand(count):
-    """Have the machine find so many bytes of memory, and give them back to it."""
+    """Allocate this many bytes and free them, so that the system has them ready."""
     np.empty(count, np.uint8)[::4096] = 0
 
 
@@ -182,7 +181,7 @@ def once(run, path, cold):
     if cold:
         drop(path)
     else:
-        read_in_blocks(path)  # now all of it is in the cache, where the memory suffices
+        read_in_blocks(path)  # now the whole file is in the page cache, if memory suffices
     with Peak() as peak:
         start = time.perf_counter()
         result = run()
@@ -193,7 +192,7 @@ def once(run, path, cold):
 
 
 def in_a_copy(function, *args):
-    """function(*args) in a copy of this process as it is now, which has imported what it needs."""
+    """function(*args) in a fork of this process, which has imported everything already."""
     context = multiprocessing.get_context("fork")
     there, here = context.Pipe(duplex=False)
     process = context.Process(target=lambda: here.send(function(*args)))
@@ -233,7 +232,7 @@ def reading(path):
 
 
 def loading(path, comfyui):
-    """Load Model's work, and then every weight read once, which is where a mapped file is read."""
+    """Load as Load Model does, then read every weight once, since a mapped file is only read then."""
     sys.path[:0] = [comfyui, str(ROOT / "demo")]
     from host import launch
 
@@ -241,7 +240,7 @@ def loading(path, comfyui):
     launch.define_torchaudio()
     from comfy.cli_args import args
 
-    args.cpu = True  # the weights' way to a GPU is left out
+    args.cpu = True  # the transfer to a GPU is not measured
     load_pack()
     from comfyui_svdquant.quant.host import loader
 
@@ -266,7 +265,7 @@ def converting(source, target, to):
 
 
 def apart(function, *args):
-    """function(*args) in a process of its own."""
+    """function(*args) in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -318,7 +317,7 @@ def main():
     parser.add_argument("--comfyui", required=True, help="ComfyUI's folder")
     parser.add_argument("--gb", type=float, default=FULL_GB, help="about how large a file; %(default)s is a full FLUX.1")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--folder", help="where the files go while it measures, a disk and not memory; the system's folder for such")
+    parser.add_argument("--folder", help="folder for the temporary files, on a disk (default: the system's temporary folder)")
     parser.add_argument("--out", help="the result file; benchmarks/results/files_<processor>.json")
     args = parser.parse_args()
     result = description() | {"device": processor(), "cores": os.cpu_count(), "gb": args.gb, "rank": args.rank}

@@ -1,6 +1,6 @@
 """One forward of a full-size FLUX.1-dev, 1024 x 1024, in bf16 and in 4 bits:  python benchmarks/flux_step.py --comfyui ~/ComfyUI
 
-The weights are random; the classes are ComfyUI's own, with our layers in the place of its linears. Needs a CUDA GPU of 32 GB; prints a
+The weights are random. The classes are ComfyUI's own, with this pack's layers in place of its linears. Needs a CUDA GPU of 32 GB; prints a
 table and writes benchmarks/results/flux_step_<gpu>.json.
 """
 
@@ -26,7 +26,7 @@ def new_flux(operations, device):
 
 
 def random_(tensor, name):
-    """Fill a tensor of the model with what keeps activations of ordinary size."""
+    """Fill a tensor of the model with values that keep activations at ordinary sizes."""
     if tensor.dtype == torch.int8:
         return tensor.copy_(torch.randint(-128, 128, tensor.shape, dtype=torch.int8, device=tensor.device))
     if name.endswith("weight_scale"):

@@ -1,7 +1,7 @@
-"""Output error of quantized linears on fresh tokens, ours beside other recipes:  python benchmarks/layer_error.py
+"""Output error of quantized linears on fresh tokens, for this pack's recipe and others:  python benchmarks/layer_error.py
 
 Prints a table and writes benchmarks/results/layer_error_k<k>.json. --k 3072 --n 3072 and --k 12288 --n 3072 are FLUX.1's widths
-and want a GPU. --knobs measures what each setting of ours is worth in place of the recipes, into knobs_k<k>.json.
+and need a GPU. --knobs measures the effect of each setting of this pack's recipe instead, into knobs_k<k>.json.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from machine import ROOT, commit, load_pack
 
-BASE = "best"  # of the knobs: at --rank and with all --tokens
+BASE = "best"  # preset of the knobs' default row, with --rank and all --tokens
 KNOB_RANKS = (16, 64, 128, 256)
-KNOB_TOKENS = (0.25, 0.5, 1, 2, 4)  # calibration tokens for each input channel
+KNOB_TOKENS = (0.25, 0.5, 1, 2, 4)  # calibration tokens per input channel
 KNOB_PRESETS = ("data-free", "fast", "slow")
 
 
@@ -42,7 +42,7 @@ def recipe_runs(_args, recipes):
 
 
 def knob_runs(args, recipes):
-    """The same for one knob after the other, the others as in BASE."""
+    """The same for each knob alone, with the others as in BASE."""
     best = recipes.ours("best")
     return [(BASE, best, None, None), *((f"rank {rank}", best, rank, None) for rank in KNOB_RANKS),
             *((f"{tokens:g} K tokens", best, None, int(tokens * args.k)) for tokens in KNOB_TOKENS),
@@ -50,7 +50,7 @@ def knob_runs(args, recipes):
 
 
 def measure(args, runs, layers, recipes):
-    """{name: {"errors": {kind: [error a seed]}, "errors_w4a8": ..., "seconds": mean a layer}}."""
+    """{name: {"errors": {kind: [error of each seed]}, "errors_w4a8": ..., "seconds": mean per layer}}."""
     found = {name: {"errors": {}, "errors_w4a8": {}, "seconds": 0.0} for name, *_ in runs}
     total, began = len(args.kinds) * args.seeds, time.perf_counter()
     for kind in args.kinds:
@@ -96,7 +96,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", help="layer kinds (default: all)")
     parser.add_argument("--mild", action="store_true", help="outliers as mild as FLUX's published gains suggest")
-    parser.add_argument("--knobs", action="store_true", help="rank, calibration tokens and preset of ours, one after the other")
+    parser.add_argument("--knobs", action="store_true", help="this pack's recipe by rank, calibration tokens and preset, one at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="result file")
     args = parser.parse_args()
@@ -106,7 +106,7 @@ def main():
 
     args.kinds = args.kinds or list(layers.KINDS)
     args.tokens = args.tokens or (8 if args.knobs or args.k <= 1024 else 4) * args.k
-    began_at = commit()  # the run takes long enough for the checkout to move on
+    began_at = commit()  # recorded now, since the checkout may change during the run
     found = measure(args, (knob_runs if args.knobs else recipe_runs)(args, recipes), layers, recipes)
     print(table(found, BASE if args.knobs else "DeepCompressor default"))
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()

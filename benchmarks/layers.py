@@ -1,12 +1,12 @@
-"""Synthetic FLUX-like linears: what the transformer's layers look like to a quantizer, in four kinds.
+"""Synthetic FLUX-like linears: four kinds of layers with the statistics of the transformer's.
 
 adaln    normalised and modulated by the timestep, eight static outlier channels of 6 to 25 times the rest
 txt      stronger outliers (8 to 40 times), and massive activations on one token in 64
 attnout  attention's output: few, mild outliers (3 to 8 times)
-gelu     behind a GELU: never below -0.17, mostly small
+gelu     a GELU's output: never below -0.17, mostly small
 
 Channels are correlated with a falling spectrum; weights are Gaussian plus Student-t plus a planted low-rank part. `mild` has
-outliers an eighth as strong and less of the planted part; what is known of real FLUX lies nearer to it.
+outliers an eighth as strong and less of the planted part, which is closer to published figures of the real FLUX.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ CALIBRATION_TIMES = (0.05, 0.3, 0.55, 0.8)
 HELD_OUT_TIMES = (0.15, 0.45, 0.7, 0.95)
 
 
-@dataclass(eq=False)  # so that a recipe can keep what it found out about a layer
+@dataclass(eq=False)  # hashable, so that a recipe can cache its results for a layer
 class Layer:
-    """weight: (N, K); calibration, held_out: (M, K) inputs; unsigned: whether they come out of a GELU. All float32."""
+    """weight: (N, K); calibration, held_out: (M, K) inputs; unsigned: whether they are a GELU's outputs. All float32."""
 
     kind: str
     weight: torch.Tensor

@@ -1,7 +1,7 @@
-"""Time of one whole linear on FLUX.1's shapes, ours beside bf16 and fp8:  python benchmarks/linears.py
+"""Time of one whole linear on FLUX.1's shapes, for this pack's kernels, bf16 and fp8:  python benchmarks/linears.py
 
-A whole linear is what a model runs: quantize the activation, multiply, add the branch and the bias. Where comfy-kitchen with its CUDA
-backend is installed, its svdquant_w4a4 runs beside ours on the same tensors. Needs a CUDA GPU; prints a table and writes
+A whole linear quantizes the activation, multiplies, and adds the branch and the bias. If comfy-kitchen with its CUDA backend is
+installed, its svdquant_w4a4 runs on the same tensors. Needs a CUDA GPU; prints a table and writes
 benchmarks/results/linears_<gpu>.json.
 """
 
@@ -26,7 +26,7 @@ def unsigned_from(name, k, n):
 
 
 def rotating(make, nbytes):
-    """A function that returns the next of as many make()s as fill the L2 cache three times."""
+    """A function that cycles through as many make()s as fill the L2 cache three times."""
     made = itertools.cycle([make() for _ in range(max(1, min(8, 3 * L2 // nbytes)))])
     return lambda: next(made)
 
@@ -77,7 +77,7 @@ def bf16(m, k, n, x):
 
 
 def fp8_rowwise(m, k, n, x):
-    """Dynamic quantization a token, compiled into one kernel, and torch._scaled_mm with fast accumulation, as torchao's users run it."""
+    """Dynamic quantization per token, compiled into one kernel, and torch._scaled_mm with fast accumulation, as in torchao."""
     def weight():
         w = torch.randn(n, k, device="cuda")
         scale = w.abs().amax(dim=1, keepdim=True) / 448
@@ -99,8 +99,8 @@ def fp8_rowwise(m, k, n, x):
 
 
 def comfy_kitchen(name, m, k, n, x, rank):
-    """comfy-kitchen's kernels, whose layouts are ours. They take columns signed or unsigned: linear2's are signed here, and what an MLP's
-    second layer gets is shifted before, as they ask for."""
+    """comfy-kitchen's kernels, which have the same layouts. A layer's columns are all signed or all unsigned there: linear2's are signed
+    here, and the input of an MLP's second layer is shifted first, as those kernels expect."""
     import comfy_kitchen
     from comfyui_svdquant.cuda.int4 import GELU_SHIFT
 
@@ -118,7 +118,7 @@ def comfy_kitchen(name, m, k, n, x, rank):
 
 
 def measure(name, ranks):
-    """{what: microseconds}, the better of two rounds: under load a GPU's clock wanders, and what comes late would be the slower."""
+    """{name: microseconds}, the better of two rounds, because a GPU's clock varies under load and the later measurement would be slower."""
     m, k, n = SHAPES[name]
     x = rotating(lambda: torch.randn(m, k, device="cuda").bfloat16(), 2 * m * k)
     runs = {("bf16",): lambda: (bf16(m, k, n, x),)}
@@ -138,19 +138,19 @@ def measure(name, ranks):
 
 
 def table(shapes):
-    """A result's shapes as Markdown, and what the ranks cost. Single blocks have twice the rank of the others."""
+    """A result's shapes as Markdown, and the cost of the ranks. Single blocks have twice the rank of the others."""
     head = ("layer (M, K, N)", "rank", "bf16", "fp8", "**W4A8**", "to bf16", "to fp8", "its GEMM alone", "its quantize pass", "at rank 128",
             "W4A4", "comfy-kitchen")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, times in shapes.items():
         flop = 2e-6 * times["m"] * times["k"] * times["n"]
-        speed = {what: f"{flop / time:.0f}" for what, time in times.items()}
+        speed = {key: f"{flop / time:.0f}" for key, time in times.items()}
         for rank in (64, 32) if name.startswith("single") else (32,):
             ours = f"W4A8 rank {rank}"
-            ratios = (f"{times[what] / times[ours]:.2f}x" if what in times else "" for what in ("bf16", "fp8 rowwise"))
+            ratios = (f"{times[key] / times[ours]:.2f}x" if key in times else "" for key in ("bf16", "fp8 rowwise"))
             cells = [f"{name} ({times['m']}, {times['k']}, {times['n']})", str(rank), speed["bf16"], speed.get("fp8 rowwise", ""),
                      f"**{speed[ours]}**", *ratios, speed[f"{ours}, GEMM"], f"{times[f'{ours}, quantize']:.0f} us", speed["W4A8 rank 128"],
-                     *(speed.get(what, "") if rank == 32 else "" for what in ("W4A4 rank 32", "comfy-kitchen W4A4 rank 32"))]
+                     *(speed.get(key, "") if rank == 32 else "" for key in ("W4A4 rank 32", "comfy-kitchen W4A4 rank 32"))]
             lines.append("| " + " | ".join(cells) + " |")
     for rank in (32, 64, 128):
         costs = [times[f"W4A8 rank {rank}"] / times["W4A8 rank 0"] - 1 for times in shapes.values()]

@@ -1,4 +1,4 @@
-"""What a result file says of where it comes from, how things are timed, and how the pack is imported."""
+"""The description of a result's machine and versions, the timing functions, and the import of the pack."""
 
 import importlib.util
 import platform
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-EMPTY = "CUDA Graph is empty"  # in PyTorch's warning at the end of a capture; it has no other way to ask
+EMPTY = "CUDA Graph is empty"  # part of PyTorch's warning after an empty capture, which PyTorch reports in no other way
 
 
 def load_pack():
     """Import the repository as a package, as ComfyUI does."""
-    # Where this folder's parent is on the path, our cuda/ would hide the `cuda` package that CuPy imports.
+    # If the repository is on the path, its cuda/ hides the `cuda` package that CuPy imports.
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
     spec = importlib.util.spec_from_file_location("comfyui_svdquant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
@@ -24,7 +24,7 @@ def load_pack():
 
 
 def commit():
-    """The commit that runs, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    """The checked-out commit, with "-dirty" if files differ from it; "unknown" outside a checkout."""
     found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
 
@@ -37,8 +37,8 @@ def description():
 
 
 def recorded(run, calls, stream=None):
-    """A CUDA graph of `calls` run()s, captured on `stream` (torch.cuda.graph's own if None). Raises RuntimeError where they launch nothing:
-    its replays would be timed as if the work took no time."""
+    """A CUDA graph of `calls` run()s, captured on `stream` (torch.cuda.graph's own if None). Raises RuntimeError if they launch nothing,
+    since the replays would seem to take no time."""
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -55,8 +55,8 @@ def recorded(run, calls, stream=None):
 def graph_time(run, calls=10, repeats=9):
     """Microseconds of one run() on the GPU, the median of `repeats` replays of a CUDA graph of `calls` of them.
 
-    run's arguments should rotate among enough buffers not to stay in the L2 cache, if they would not in a model. Raises RuntimeError
-    where it launches nothing.
+    run should rotate among so many buffers that they don't stay in the L2 cache, unless they do in a model. Raises RuntimeError if it
+    launches nothing.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,8 +1,8 @@
-"""Recipes for a whole FLUX: every W4A4 layer on the inputs that it really has; the modulation layers are W4A16, by our presets.
+"""Recipes for a whole FLUX: every W4A4 layer is quantized on its real inputs; this pack's presets quantize the modulation layers to W4A16.
 
-Others' recipes come from recipes.py. They get the layers that SVDQuant publishes: linear2 is two, of which one reads the attention and
-one the GELU, each with a smoothing and a branch of its own; and where linear1 has two branches, for qkv and for the MLP, it gets
-one of twice the rank, which leaves at most as much. Ours is what the node does: one branch of twice the rank for each of the two.
+The other recipes come from recipes.py. They get the layers that SVDQuant publishes. linear2 is two layers, one for the attention and one
+for the GELU, each with its own smoothing and branch. linear1 has two branches there, for qkv and for the MLP; here one branch of twice
+the rank replaces them, whose error is at most as large. This pack's recipe is the node's: one branch of twice the rank for each of the two.
 """
 
 import time
@@ -19,7 +19,7 @@ from comfyui_svdquant.quant.quantizer import calibration, pipeline, presets
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress without output."""
 
     def total(self, steps):
         pass
@@ -32,7 +32,7 @@ class Silent:
 
 
 def layer_inputs(patcher, calls):
-    """{layer name: (tokens, K) float32}: every input that the recorded calls give the W4A4 layers, on the patcher's device."""
+    """{layer name: (tokens, K) float32}: all inputs of the W4A4 layers in the recorded calls, on the patcher's device."""
     comfy.model_management.load_models_gpu([patcher])
     model, seen = patcher.model.diffusion_model, {}
     hooks = [module.register_forward_pre_hook(lambda _module, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2)))
@@ -47,14 +47,14 @@ def layer_inputs(patcher, calls):
 
 
 def parts(name, weight, inputs, unsigned_from):
-    """[Layer]: the columns before and from the first that a GELU feeds, as layers of their own. weight: (N, K), inputs: (M, K)."""
+    """[Layer]: the columns before `unsigned_from` and those from it on, as separate layers. weight: (N, K), inputs: (M, K)."""
     edges = sorted({0, unsigned_from, weight.shape[1]})
     return [layers.Layer(name, weight[:, start:stop], inputs[:, start:stop], inputs[:0, start:stop], start >= unsigned_from)
             for start, stop in zip(edges, edges[1:])]
 
 
 def joined(packed):
-    """The packed tensors of one layer from those of its parts, side by side along K: each part's branch reads its own columns."""
+    """Join the packed tensors of a layer's parts along K. Each part's branch reads only the part's columns."""
     return {"weight": torch.cat([part["weight"] for part in packed], dim=1),
             "weight_scale": torch.cat([part["weight_scale"] for part in packed]),
             "weight_smooth_factor": torch.cat([part["weight_smooth_factor"] for part in packed]),
@@ -64,7 +64,7 @@ def joined(packed):
 
 
 def packed_layer(made, bias, dtype):
-    """{parameter name: tensor} of a whole layer from those of its parts."""
+    """{parameter name: tensor} of a whole layer from the tensors of its parts."""
     tensors = joined(made)
     if bias is not None:
         tensors["bias"] = tensors["bias"] + bias
@@ -72,18 +72,19 @@ def packed_layer(made, bias, dtype):
 
 
 def by_recipes(chosen, patcher, inputs, rank, around=("naive",), narrow=False):
-    """[(4-bit twin of the MODEL, seconds)], one for each recipe(Layer, rank) of `chosen`, which pack its W4A4 layers.
+    """[(quantized model, seconds)], one for each recipe(Layer, rank) of `chosen`, which quantize the W4A4 layers of the MODEL.
 
-    inputs: from layer_inputs; around: the preset of ours, and what it watches, that packs the other layers; narrow: the branches of a
-    single block's layers are half as wide. Part by part the recipes run one after the other, so that each can use what the last one
-    found.
+    inputs: from layer_inputs; around: the preset that quantizes the other layers, and its calibration inputs; narrow: the branches of
+    single blocks' layers are half as wide. For each part, the recipes run one after the other, so that each can use the results of the
+    previous one.
     """
-    preset, *watched = around
-    twins = [quantize.quantize(patcher, presets.make_recipe(preset, rank), *(watched or (None, None, 1)), 0, Silent())[0] for _ in chosen]
+    preset, *calibration_inputs = around
+    settings = presets.make_recipe(preset, rank), *(calibration_inputs or (None, None, 1)), 0
+    quantized_models = [quantize.quantize(patcher, *settings, Silent())[0] for _ in chosen]
     seconds = [0.0] * len(chosen)
-    layers_of_twin = twins[0].packed_layers()
-    for name in [name for name, linear in layers_of_twin.items() if isinstance(linear, SVDQuantLinear)]:
-        spec = layers_of_twin[name].spec
+    packed_layers = quantized_models[0].packed_layers()
+    for name in [name for name, linear in packed_layers.items() if isinstance(linear, SVDQuantLinear)]:
+        spec = packed_layers[name].spec
         weight, bias = (weights.effective_weight(patcher, f"{name}.{part}", patcher.load_device).float() for part in ("weight", "bias"))
         made = [[] for _ in chosen]
         pieces = parts(name, weight, inputs[name], spec.unsigned_from)
@@ -94,21 +95,21 @@ def by_recipes(chosen, patcher, inputs, rank, around=("naive",), narrow=False):
                     tensors, took = timed(recipe, part, branch)
                 made[i].append(tensors)
                 seconds[i] += took
-        for twin, tensors in zip(twins, made):
-            put(twin, name, packed_layer(tensors, bias, spec.dtype))
-    return list(zip(twins, seconds))
+        for quantized_model, tensors in zip(quantized_models, made):
+            put(quantized_model, name, packed_layer(tensors, bias, spec.dtype))
+    return list(zip(quantized_models, seconds))
 
 
-def put(twin, name, tensors):
-    """Give a 4-bit model a packed layer in the place of its own; the rank is the width of weight_proj_up."""
-    model = twin.model.diffusion_model
+def put(quantized_model, name, tensors):
+    """Replace a layer of a quantized model by these packed tensors. The rank is the width of weight_proj_up."""
+    model = quantized_model.model.diffusion_model
     build.swap(model, name, replace(model.get_submodule(name).spec, rank=tensors["weight_proj_up"].shape[1]))
-    on_host = {key: tensor.to(twin.offload_device) for key, tensor in tensors.items()}
+    on_host = {key: tensor.to(quantized_model.offload_device) for key, tensor in tensors.items()}
     model.get_submodule(name).load_state_dict(on_host, assign=True)
 
 
 def timed(make, *args):
-    """(what make(*args) returns, seconds)."""
+    """(the result of make(*args), seconds)."""
     start = time.perf_counter()
     made = make(*args)
     if torch.cuda.is_available():
@@ -117,5 +118,5 @@ def timed(make, *args):
 
 
 def megabytes(patcher):
-    """MB of the model's tensors, which is what its file takes but for the header."""
+    """MB of the model's tensors: the size of its file without the header."""
     return sum(tensor.nbytes for tensor in patcher.model.diffusion_model.state_dict().values()) / 1e6

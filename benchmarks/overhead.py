@@ -1,7 +1,8 @@
-"""What the processor does for a layer, and how long the kernels take to compile:  python benchmarks/overhead.py [--compile]
+"""Host time of a layer's call, and compile time of the kernels:  python benchmarks/overhead.py [--compile]
 
-Microseconds of Python, PyTorch and driver a call, for layers so small that the GPU waits for them. With --compile instead: seconds until
-every kernel of FLUX.1-dev at 1024 x 1024 is ready, by new processes, with an empty cache and with a full one. Needs a CUDA GPU.
+Microseconds of Python, PyTorch and the driver per call, for layers so small that the GPU waits for the host. With
+--compile instead: seconds until every kernel of FLUX.1-dev at 1024 x 1024 is ready, in new processes, with an empty cache and with a
+full one. Needs a CUDA GPU.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import time
 import torch
 from machine import description, load_pack
 
-# (M, N, K, unsigned_from, gelu_from): a step's linears in the order in which the model asks for them; modulation beside them.
+# (M, N, K, unsigned_from, gelu_from): a step's linears in the model's order; modulation layers are apart.
 FLUX = [(4096, 9216, 3072, 3072, None), (512, 9216, 3072, 3072, None), (4096, 3072, 3072, 3072, None), (4096, 12288, 3072, 3072, 0),
         (4096, 3072, 12288, 0, None), (512, 3072, 3072, 3072, None), (512, 12288, 3072, 3072, 0), (512, 3072, 12288, 0, None),
         (4608, 21504, 3072, 3072, 9216), (4608, 3072, 15360, 3072, None)]
@@ -35,7 +36,7 @@ def layer(spec):
 
 
 def microseconds(run, calls=200, repeats=5):
-    """The least of `repeats` runs of `calls` calls each, none of which waits for the GPU."""
+    """The least time of `repeats` runs of `calls` calls each. No call waits for the GPU."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -48,13 +49,13 @@ def microseconds(run, calls=200, repeats=5):
 
 
 def overheads(rounds=8):
-    """{what: microseconds a call}, the least of so many rounds: a shared machine is at times slower for seconds."""
+    """{name: microseconds per call}, the least of several rounds, because a shared machine can be slower for seconds."""
     runs = calls()
-    return {what: min(times) for what, times in zip(runs, zip(*([microseconds(run) for run in runs.values()] for _ in range(rounds))))}
+    return {key: min(times) for key, times in zip(runs, zip(*([microseconds(run) for run in runs.values()] for _ in range(rounds))))}
 
 
 def calls():
-    """{what: a function of nothing that calls it}"""
+    """{name: a function without arguments that makes the call}"""
     from comfyui_svdquant.cuda import group_error, kernel_loader, ops
     from comfyui_svdquant.quant.layers import layout
     from comfyui_svdquant.quant.layers.linear import operands
@@ -78,12 +79,12 @@ def calls():
     free, take = torch.cuda.caching_allocator_delete, torch._C._cuda_cudaCachingAllocator_raw_alloc
     found["an allocation without a tensor"] = lambda: free(take(2000, stream))
     launch = kernel_loader.kernel(group_error.SOURCE, group_error.ENTRY, (), x.device).launcher((1,), (group_error.THREADS,), 7)
-    found["a launch"] = functools.partial(launch, 0, 0, 0, 0, 0, 0, 1)  # of no groups: it reads nothing
+    found["a launch"] = functools.partial(launch, 0, 0, 0, 0, 0, 0, 1)  # K is 0, so that it reads nothing
     return found
 
 
 def prepare(how, act_bits):
-    """Seconds from the imports' end until every kernel is ready, one after the other or by ops.warm_up's threads."""
+    """Seconds from the end of the imports until every kernel is ready, built one after the other or by ops.warm_up's threads."""
     from comfyui_svdquant.cuda import ops
     from comfyui_svdquant.cuda.choose import W4A16
 
@@ -99,7 +100,7 @@ def prepare(how, act_bits):
 
 
 def compile_times(act_bits):
-    """{what: seconds} by new processes: an empty cache in threads, the same once more, an empty cache one after the other."""
+    """{name: seconds} in new processes: an empty cache in threads, then the full cache, then an empty cache one after the other."""
     found = {}
     for how in ("threads", "serial"):
         with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +117,7 @@ def compile_times(act_bits):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="measure compile times instead")
-    parser.add_argument("--act-bits", type=int, default=8, choices=(4, 8), help="of the layers to compile for")
+    parser.add_argument("--act-bits", type=int, default=8, choices=(4, 8), help="activation bits of the layers")
     parser.add_argument("--child", choices=("serial", "threads"), help=argparse.SUPPRESS)
     parser.add_argument("--out", help="a result file")
     args = parser.parse_args()

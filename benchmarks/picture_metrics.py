@@ -1,10 +1,10 @@
-"""How far a picture is from another: PSNR, SSIM, and what a mean over pictures is worth."""
+"""Distances between pictures: PSNR, SSIM, and the confidence interval of a mean over pictures."""
 
 import torch
 import torch.nn.functional as F
 
-LEAST_SQUARE = 1e-12  # a mean square below it counts as this: 120 dB stand for equal pictures
-WINDOW, SIGMA = 11, 1.5  # of SSIM, as its authors publish it
+LEAST_SQUARE = 1e-12  # lower bound of the mean square: equal pictures have 120 dB
+WINDOW, SIGMA = 11, 1.5  # SSIM's published window
 C1, C2 = 0.01**2, 0.03**2
 RESAMPLES = 10_000
 

@@ -1,13 +1,13 @@
-"""Pictures of the trained small FLUX, 4-bit against bf16, ours beside other recipes:
+"""Pictures of the trained small FLUX, 4-bit against bf16, with this pack's recipe and others:
 
     python benchmarks/pictures.py --comfyui ~/ComfyUI             every recipe
-    python benchmarks/pictures.py --comfyui ~/ComfyUI --knobs     ours by preset, rank, and what it calibrates on
+    python benchmarks/pictures.py --comfyui ~/ComfyUI --knobs     this pack's recipe by preset, rank and calibration
     python benchmarks/pictures.py --table FILE                    the Markdown table of a result file
 
-The model and its VAE are demo/tiny_flux, on ComfyUI's own FLUX; the pictures are drawn by ComfyUI's own sampler, euler, simple,
-cfg 1, picture i with seed 1000 + i, from captions that nobody calibrates on. All recipes calibrate on the same prompts, steps and seed.
-4-bit layers are computed as cuda/reference.py defines them, so that every recipe's scales count as they are; with CUDA, one more
-row has ours through the kernels. The result file is written after every row; --resume goes on with one.
+The model and its VAE are demo/tiny_flux, on ComfyUI's own FLUX. ComfyUI's own sampler draws the pictures: euler, simple, cfg 1, picture i
+with seed 1000 + i, from captions on which no recipe is calibrated. All recipes calibrate on the same prompts, steps and seed. 4-bit
+layers run through cuda/reference.py, so that every recipe's scales are used exactly. With CUDA, one more row runs this pack's recipe
+through the kernels. The result file is written after every row, and --resume continues it.
 """
 
 import argparse
@@ -28,15 +28,15 @@ from machine import ROOT, description, load_pack
 from picture_metrics import interval, latent_error, psnr, ssim
 
 SIDE = 24  # latents; 192 pixels
-FIRST_SEED = 1000  # of the pictures; calibration's noise has those from 0 on
+FIRST_SEED = 1000  # seed of the first picture; calibration uses the seeds from 0 on
 CALIBRATION_CAPTIONS, PICTURE_CAPTIONS = 1, 2  # seeds of the two lists of captions
-MOST_CALIBRATION = 16  # prompts, that no picture is drawn from
+MOST_CALIBRATION = 16  # calibration prompts, from which no picture is drawn
 BASE, OURS = "DeepCompressor default", "ours: best"
 GPTQ, NARROW, MODULATED = "DeepCompressor + GPTQ", ", single blocks' branches half as wide", ", modulation layers as ours"
 FLOOR = ("bf16, another attention kernel", "bf16, batches an eighth as large", "bf16, other arithmetic")
-EQUAL = 119  # dB: what PSNR's own bound leaves of equal pictures
+EQUAL = 119  # dB: pictures with more are equal, since PSNR is bounded
 BITS = {"w4a4": 4, "w4a8": 8}
-# tokens: for each input of a layer, that GPTQ and the refit go by; propagate: on what of the blocks before it a block is watched
+# tokens: tokens per input channel of a layer for GPTQ and the refit; propagate: the earlier blocks' outputs on which a block is calibrated
 KNOBS = {"preset": ("data-free", "fast", "best", "slow"), "rank": (16, 32, 64, 128), "prompts": (1, 2, 4, 8, 16),
          "steps": (1, 2, 4, 8, 20), "tokens": (1, 2, 4, 16), "propagate": ("exact", "quantized")}
 
@@ -50,7 +50,7 @@ def captions(count, seed, taken=()):
 
 
 def enter_comfy(folder, device):
-    """Make ComfyUI, the pack and the demo's modules importable. Once a process: the pack would be loaded anew."""
+    """Make ComfyUI, the pack and the demo's modules importable. Call it once per process, since it loads the pack."""
     sys.path.append(str(ROOT / "demo"))
     from host import launch
     from tiny_flux import host
@@ -65,7 +65,7 @@ def enter_comfy(folder, device):
 
 
 class Studio:
-    """The bf16 model, what it draws, and how others' pictures compare."""
+    """The bf16 model, its pictures, and the comparison of other pictures with them."""
 
     def __init__(self, args):
         import comfy.model_management
@@ -85,7 +85,7 @@ class Studio:
         self.pictures = self.develop(self.latents)
 
     def draw(self, patcher, batch=None):
-        """(n, 16, SIDE, SIDE) latents as FLUX sees them, one a caption, `batch` at a time."""
+        """(n, 16, SIDE, SIDE) latents as FLUX sees them, one per caption, `batch` at a time."""
         import comfy.sample
 
         from tiny_flux import words
@@ -107,24 +107,24 @@ class Studio:
         return torch.cat([train.decode(self.vae, part.to(self.device)) for part in latents.split(self.args.batch)])
 
     def compare(self, latents):
-        """{"psnr", "ssim", "latent_error": [a picture]} against bf16."""
+        """{"psnr", "ssim", "latent_error": [value of each picture]} against bf16."""
         pictures = self.develop(latents)
         return {"psnr": psnr(pictures, self.pictures).tolist(), "ssim": ssim(pictures, self.pictures).tolist(),
                 "latent_error": latent_error(latents, self.latents).tolist()}
 
-    def judge(self, twin, by_kernels=False):
+    def judge(self, quantized_model, by_kernels=False):
         """{"w4a4", "w4a8": compare(...)} of a 4-bit model."""
         from comfyui_svdquant.quant.layers.preparation import set_act_bits
 
         found = {}
         with nullcontext() if by_kernels else by_definition():
             for key, bits in BITS.items():
-                set_act_bits(twin.model.diffusion_model, bits)
-                found[key] = self.compare(self.draw(twin))
+                set_act_bits(quantized_model.model.diffusion_model, bits)
+                found[key] = self.compare(self.draw(quantized_model))
         return found
 
     def calibration(self, prompts):
-        """What quantize takes: conditioning and latent."""
+        """The conditioning and the latent for quantize."""
         from tiny_flux import words
 
         entries = [[context, {"pooled_output": pooled}] for context, pooled in map(words.encode, self.known[:prompts])]
@@ -133,8 +133,8 @@ class Studio:
 
 @contextmanager
 def by_definition():
-    """Within it, 4-bit layers run through cuda/reference.py wherever they are: the int8 kernels round others' scales to multiples of
-    the row's smallest, which ours are already."""
+    """A context in which 4-bit layers run through cuda/reference.py on any device. The int8 kernels would round scales to multiples of a
+    row scale, which this pack's scales are already and others' are not."""
     from comfyui_svdquant.cuda import ops
 
     on_gpu, ops.on_gpu = ops.on_gpu, lambda x: False
@@ -148,7 +148,7 @@ def by_definition():
 
 
 def noise_floor(studio, *names):
-    """bf16 against bf16 that is computed otherwise: PyTorch's attention or plain products, smaller batches, another arithmetic."""
+    """bf16 against bf16 computed differently: with another attention kernel, smaller batches or another arithmetic."""
     from comfy.ldm.modules import attention
     from comfyui_svdquant.quant.host import loader, weights
 
@@ -166,8 +166,8 @@ def noise_floor(studio, *names):
 
 
 def others(studio, *names, narrow=False, modulated=False):
-    """Rows of others' recipes, each with the seconds of those before it, whose findings it may use. narrow: as by_recipes; modulated:
-    with W4A16 layers of our preset best, in place of plainly rounded ones."""
+    """Rows of the other recipes. A row's time includes the rows before it, whose results it may use. narrow: as in by_recipes; modulated:
+    the W4A16 layers come from the preset best instead of round-to-nearest."""
     import model_recipes
     import recipes
     from comfyui_svdquant.quant.host import calibrate
@@ -179,18 +179,18 @@ def others(studio, *names, narrow=False, modulated=False):
     chosen = [recipes.OTHERS[name] for name in plain]
     around = ("best", entries, latent, args.calibration_steps) if modulated else ("naive",)
     made = model_recipes.by_recipes(chosen, studio.patcher, inputs, args.rank, around, narrow)
-    for name, recipe, (twin, took) in zip(names, plain, made):
+    for name, recipe, (quantized_model, took) in zip(names, plain, made):
         seconds += took
-        cost = {"seconds": seconds, "megabytes": model_recipes.megabytes(twin)}
+        cost = {"seconds": seconds, "megabytes": model_recipes.megabytes(quantized_model)}
         with recipes.activations(recipe):
-            rows[name] = cost | studio.judge(twin)
+            rows[name] = cost | studio.judge(quantized_model)
         if name == BASE:
-            rows[BASE + recipes.OUR_CODES] = cost | studio.judge(twin)
+            rows[BASE + recipes.OUR_CODES] = cost | studio.judge(quantized_model)
     return rows
 
 
 def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, exceptions="", **changes):
-    """A row as the node makes it, or with `changes` to the recipe's fields; with CUDA, `OURS` through the kernels too."""
+    """A row of the node's recipe, or with `changes` to its fields. With CUDA, `OURS` also runs through the kernels."""
     import model_recipes
     from comfyui_svdquant.quant.host import quantize
     from comfyui_svdquant.quant.quantizer import presets
@@ -198,12 +198,12 @@ def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, excep
     args = studio.args
     recipe = replace(presets.make_recipe(preset, rank or args.rank, exceptions), **changes)
     entries, latent = studio.calibration(prompts or args.calibration_prompts)
-    (twin, _), seconds = model_recipes.timed(quantize.quantize, studio.patcher, recipe, entries, latent,
+    (quantized_model, _), seconds = model_recipes.timed(quantize.quantize, studio.patcher, recipe, entries, latent,
                                              steps or args.calibration_steps, 0, model_recipes.Silent())
-    cost = {"seconds": seconds, "megabytes": model_recipes.megabytes(twin)}
-    rows = {name: cost | studio.judge(twin)}
+    cost = {"seconds": seconds, "megabytes": model_recipes.megabytes(quantized_model)}
+    rows = {name: cost | studio.judge(quantized_model)}
     if name == OURS and studio.device.type == "cuda":
-        rows[f"{OURS}, by the kernels"] = cost | studio.judge(twin, by_kernels=True)
+        rows[f"{OURS}, by the kernels"] = cost | studio.judge(quantized_model, by_kernels=True)
     return rows
 
 
@@ -231,7 +231,7 @@ def knob_jobs(args):
 
 
 def start_worker(args):
-    """What a process of many does once: take its share of the threads."""
+    """Initialize one process of several: limit its threads to its part of the cores."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     enter_comfy(args.comfyui, args.device)
     work.args = args
@@ -243,12 +243,12 @@ def studio_of_process():
 
 
 def work(job):
-    """{name: result} of one job, on this process's Studio; of one that fails, its traceback on stderr and nothing."""
+    """{name: result} of one job on this process's Studio. A failing job prints its traceback to stderr and returns nothing."""
     function, names, settings = job
     try:
         with torch.inference_mode():
             return function(studio_of_process(), *names, **settings)
-    except Exception:  # the device's time is short: the other rows go on
+    except Exception:  # the other rows continue
         traceback.print_exc()
         return {}
 
@@ -276,7 +276,7 @@ def gain(found, name, base, bits=("w4a4", "w4a4")):
 
 
 def in_order(found):
-    """The rows as the table has them: the floor, others, ours; or the knobs in their order."""
+    """The rows in the table's order: the noise of bf16, other recipes, this pack's recipes; or the knobs."""
     first = ["bf16", "naive", "SmoothQuant", "SVDQuant", BASE, GPTQ, "ours: data-free", "ours: fast", OURS, "ours",
              "defaults", "preset", "rank", "prompts", "steps", "tokens", "propagate"]
 
@@ -288,7 +288,7 @@ def in_order(found):
 
 
 def cell(found, name, key, measure, base):
-    """What the table says of a row with 4-bit or 8-bit activations (key)."""
+    """The table's cells of a row with 4-bit or 8-bit activations (key)."""
     values = found[name].get(key)
     if values is None:
         return ""
@@ -300,8 +300,8 @@ def cell(found, name, key, measure, base):
 
 
 def table(found):
-    """The results as Markdown: means over the pictures, and how sure the difference to DeepCompressor's default at W4A4 is, or of
-    knobs the difference to the defaults."""
+    """The results as Markdown: means over the pictures, and the interval of the difference to DeepCompressor's default at W4A4, or for
+    knobs to the defaults."""
     knobs = any(name.rpartition(" ")[0] in KNOBS for name in found)
     base = "defaults" if knobs else BASE
     columns = ([("w4a4", "psnr"), ("w4a4", "gain"), ("w4a4", "latent_error"), ("w4a8", "psnr")] if knobs else
@@ -320,7 +320,7 @@ def table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH)")
-    parser.add_argument("--knobs", action="store_true", help="ours by preset, rank, and what it calibrates on")
+    parser.add_argument("--knobs", action="store_true", help="this pack's recipe by preset, rank and calibration")
     parser.add_argument("--prompts", type=int, default=32, help="pictures")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at a time")
@@ -348,8 +348,8 @@ def run(args):
     enter_comfy(args.comfyui, args.device)
     machine = torch.cuda.get_device_name().replace("NVIDIA ", "").split()[0].lower() if args.device == "cuda" else "cpu"
     path = args.out or ROOT / "benchmarks" / "results" / f"pictures{'_knobs' if args.knobs else ''}_{machine}.json"
-    told = {key: value for key, value in vars(args).items() if key not in ("comfyui", "out", "resume", "table")}
-    record = description() | {"arguments": told, "results": {}}
+    arguments = {key: value for key, value in vars(args).items() if key not in ("comfyui", "out", "resume", "table")}
+    record = description() | {"arguments": arguments, "results": {}}
     if args.resume and os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             record["results"] = json.load(file)["results"]

@@ -1,11 +1,11 @@
-"""FLUX.1-dev at full size, quantized in the graph:  python benchmarks/quantize_full.py --comfyui ~/ComfyUI
+"""Quantize FLUX.1-dev at full size, as in the graph:  python benchmarks/quantize_full.py --comfyui ~/ComfyUI
 
-The model has random weights that keep activations of ordinary size, and lies in host memory in bf16, as a loader leaves it. It is
-quantized by the function that the node calls, from random conditioning; then it is saved to a temporary folder. Prints and writes
-seconds a stage, the peaks of GPU and host memory, the file's size and the errors, to benchmarks/results/quantize_full_<device>.json.
+The model has random weights that keep activations at ordinary sizes, in bf16 in host memory, as after a loader. The node's own function
+quantizes it from random conditioning, and it is saved to a temporary folder. The script prints the seconds per stage, the peaks of GPU
+and host memory, the file's size and the errors, and writes them to benchmarks/results/quantize_full_<device>.json.
 
---vram-gb has ComfyUI and PyTorch do with that much GPU memory. --blocks D,S quantizes a model of D double and S single blocks, and
-tells what all 19 and 38 would take; --hidden 256 --size 64 and the like make it small enough for a CPU.
+--vram-gb limits ComfyUI and PyTorch to that much GPU memory. --blocks D,S quantizes a model of D double and S single blocks, and
+estimates the time of all 19 and 38; --hidden 256 --size 64 and the like make it small enough for a CPU.
 """
 
 import argparse
@@ -24,12 +24,12 @@ import torch
 from flux_step import DEV, random_
 from machine import ROOT, description, load_pack
 
-CONTEXT_BYTES = 5e8  # of the GPU's memory, that CUDA itself takes and PyTorch's limit does not count
+CONTEXT_BYTES = 5e8  # GPU memory that CUDA itself uses and PyTorch's limit does not count
 BLOCKS = {"double": DEV["depth"], "single": DEV["depth_single_blocks"]}
 
 
 class Stages:
-    """Seconds by stage and kind of block, and the peaks of GPU memory by stage. A stage's time is without that of the stages inside."""
+    """Seconds by stage and kind of block, and the peaks of GPU memory by stage. A stage's time excludes the stages inside it."""
 
     def __init__(self):
         self.seconds, self.kind = {}, "rest"
@@ -38,7 +38,7 @@ class Stages:
         self.last = time.perf_counter()
 
     def switch(self):
-        """Count what was since the last switch to what is running."""
+        """Add the time and memory since the last switch to the running stage."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             for peaks, found in ((self.allocated, torch.cuda.max_memory_allocated()), (self.reserved, torch.cuda.max_memory_reserved())):
@@ -60,12 +60,12 @@ class Stages:
             self.running.pop()
 
     def set_kind(self, name):
-        """name: of a block, or of a layer in it; "rest" is what belongs to none."""
+        """name: a block's name, or that of a layer in it; "rest" is everything outside the blocks."""
         self.switch()
         self.kind = name.split("_")[0] if "_blocks." in name else "rest"
 
     def time(self, owner, name, label):
-        """Have every call of owner.name counted as `label`."""
+        """Count every call of owner.name as `label`."""
         original = getattr(owner, name)
 
         @functools.wraps(original)
@@ -83,8 +83,8 @@ class Stages:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def watch_stages(stages):
-    """Time the parts of the pipeline, and note the kind of the block that is worked on."""
+def time_stages(stages):
+    """Time the parts of the pipeline, and record the kind of the current block."""
     from comfyui_svdquant.quant.checkpoint import native
     from comfyui_svdquant.quant.host import calibrate, checks, quantize, resume
     from comfyui_svdquant.quant.quantizer import calibration, gptq, lowrank, pipeline
@@ -122,7 +122,7 @@ def watch_stages(stages):
 
 @contextmanager
 def context_exit(entered):
-    """A context that has been entered already, left at the end of this one."""
+    """A context that exits another context, which is entered already."""
     try:
         yield
     except BaseException:
@@ -133,10 +133,10 @@ def context_exit(entered):
 
 
 class HostMemory:
-    """The largest resident set of this process by stage, above what it was with the model and the conditioning there; looked at
-    20 times a second.
+    """The largest resident set of this process in each stage, above its size after the model and the conditioning were made. It is
+    sampled 20 times a second.
 
-    peaks: {label: (bytes above those at the start, how many of them are mapped from files, such as libraries' code)}
+    peaks: {label: (bytes above the start, of which bytes mapped from files, such as libraries' code)}
     """
 
     def __init__(self, stages):
@@ -144,19 +144,19 @@ class HostMemory:
 
         self.process, self.stages, self.peaks, self.done = psutil.Process(), stages, {}, threading.Event()
         self.before = self.now()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread = threading.Thread(target=self.sample, daemon=True)
         self.thread.start()
 
     def now(self):
         info = self.process.memory_info()
-        return info.rss, getattr(info, "shared", 0)  # Linux tells it
+        return info.rss, getattr(info, "shared", 0)  # only Linux reports shared memory
 
     def look(self):
         above = tuple(now - before for now, before in zip(self.now(), self.before))
         label = self.stages.running[-1]
         self.peaks[label] = max(self.peaks.get(label, (0, 0)), above)
 
-    def watch(self):
+    def sample(self):
         while not self.done.wait(0.05):
             self.look()
 
@@ -169,7 +169,7 @@ class HostMemory:
 
 
 class Progress:
-    """What the node shows, as lines."""
+    """The node's progress as lines of text."""
 
     def __init__(self):
         self.began = self.last = time.perf_counter()
@@ -190,7 +190,7 @@ class Progress:
 
 
 def enter_comfyui(folder, vram_gb):
-    """Import ComfyUI with the options that a user of that much GPU memory would start it with."""
+    """Import ComfyUI with the options of a user who has that much GPU memory."""
     options = ["main.py"]
     if not torch.cuda.is_available():
         options += ["--cpu"]
@@ -224,7 +224,7 @@ def new_model(hidden, depth, depth_single):
     newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     config = {"image_model": "flux", **DEV, "hidden_size": hidden, "num_heads": hidden // 128, "depth": depth,
               "depth_single_blocks": depth_single, **newer}
-    # Of a FLUX, detection goes by the configuration alone; what it looks at beside it does not exist here.
+    # Detection of a FLUX reads only the configuration; there are no tensors here.
     model_config = comfy.model_detection.model_config_from_unet_config(config, {})
     model_config.set_inference_dtype(torch.bfloat16, None)
     model = model_config.get_model({}, "", device=torch.device("meta"))
@@ -236,14 +236,14 @@ def new_model(hidden, depth, depth_single):
 
 
 def conditioning(prompts, tokens):
-    """Random conditioning in the form of a text encode node's."""
+    """Random conditioning in the form of a text encode node's output."""
     g = torch.Generator().manual_seed(0)
     return [[torch.randn(1, tokens, DEV["context_in_dim"], generator=g),
              {"pooled_output": torch.randn(1, DEV["vec_in_dim"], generator=g), "guidance": 3.5}] for _ in range(prompts)]
 
 
 def save(patcher, folder):
-    """Save as the node does; the file's bytes."""
+    """Save as the node does. Returns the file's size in bytes."""
     from comfyui_svdquant.quant.checkpoint import native
     from comfyui_svdquant.quant.host import build
 
@@ -282,7 +282,7 @@ def measure(args):
     prompts, recipe = conditioning(args.prompts, args.text_tokens), presets.make_recipe(args.preset, args.rank)
     stages = Stages()
     memory = HostMemory(stages)
-    watch_stages(stages)
+    time_stages(stages)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         quantized, records = quantize.quantize(patcher, recipe, prompts, latent, args.steps, 0, Progress(),
@@ -302,7 +302,7 @@ def measure(args):
         result |= {"gpu_gb_allocated": max(stages.allocated.values()) / 1e9, "gpu_gb_reserved": max(stages.reserved.values()) / 1e9,
                    "gpu_gb_allocated_by_stage": {label: peak / 1e9 for label, peak in stages.allocated.items()}}
     if depths != BLOCKS:
-        # What is done once a model goes by its size, in blocks.
+        # The time of work that is done once per model grows with its number of blocks.
         factors = {kind: BLOCKS[kind] / depths[kind] for kind in BLOCKS}
         result["stages_of_all_blocks"] = stages.by_label(factors | {"rest": sum(BLOCKS.values()) / sum(depths.values())})
         result["seconds_of_all_blocks_with_saving"] = sum(result["stages_of_all_blocks"].values())
@@ -312,20 +312,20 @@ def measure(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", required=True, help="ComfyUI's folder")
-    parser.add_argument("--vram-gb", type=float, default=12, help="of GPU memory to do with; 0: all that there is")
+    parser.add_argument("--vram-gb", type=float, default=12, help="limit of GPU memory in GB; 0: none")
     parser.add_argument("--blocks", type=lambda text: tuple(map(int, text.split(","))), default=tuple(BLOCKS.values()),
                         help="double and single blocks, such as 1,2")
     parser.add_argument("--preset", default="best")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--text-tokens", type=int, default=512, help="of each prompt")
+    parser.add_argument("--text-tokens", type=int, default=512, help="text tokens of each prompt")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--size", type=int, default=1024, help="pixels of the square pictures drawn while watching")
+    parser.add_argument("--size", type=int, default=1024, help="side in pixels of the pictures drawn for calibration")
     parser.add_argument("--hidden", type=int, default=DEV["hidden_size"], help="width of the model, a multiple of 128")
     parser.add_argument("--out", help="the result file; benchmarks/results/quantize_full_<device>.json")
     args = parser.parse_args()
     arguments = {name: value for name, value in vars(args).items() if name not in ("comfyui", "out")}
-    result = {"arguments": arguments}  # the run takes long enough for the checkout to move on
+    result = {"arguments": arguments}  # recorded now, since the checkout may change during the run
     enter_comfyui(args.comfyui, args.vram_gb)
     load_pack()
     result |= description()

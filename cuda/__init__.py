@@ -1,1 +1,1 @@
-"""How SVDQuant is computed: the 4-bit format, every op as mathematics, and the ops that the model calls."""
+"""The arithmetic of SVDQuant: the 4-bit format, every op in plain PyTorch, and the CUDA kernels behind the ops that a model calls."""

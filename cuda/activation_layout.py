@@ -1,20 +1,20 @@
 """The activation layout: how the quantize kernels store a token's codes, so that every GEMM reads them without shuffling.
 
-Weights stay in their natural order (quant/layout.py), so that a model in memory is the model in the file. A kernel's lane q
-(0..3 of the four that share a weight row) reads whole 16- or 8-byte words of that row, and the columns in those words are not the
-columns that the tensor core's lane q holds. A dot product doesn't depend on the order of its columns, so the activation's codes are
-stored in the order in which the weights come out of their words. Each storage has an order of its own within a block of 128 columns:
+Weights keep their natural order (quant/layers/layout.py), so that a model in memory equals the model in its file. Four lanes of a kernel
+share a weight row, and lane q = 0..3 of them reads whole 16- or 8-byte words of the row. These words hold other columns than the tensor
+core expects in lane q. A dot product doesn't depend on the order of its columns, so the activation's codes are stored in the order in
+which the weights come out of their words. Each storage has its own order within a block of 128 columns:
 
     storage       position p of the block              holds column                  a scale for each
     INT8          32 s + 16 h + 4 q + b                32 q + 8 s + 2 b + h          token (and part), s 0..3
     INT4_BYTES    64 j + 32 s + 16 h + 4 q + b         64 j + 16 q + 8 s + 2 b + h   group of 64 columns, j and s 0..1
     INT4_NIBBLES  64 j + 32 h + 8 q + t                64 j + 16 q + 8 h + t         group of 64 columns, t 0..7
 
-with b = 0..3, h = 0..1, q = 0..3. s counts MMA steps of 32, h their halves, 4 q + b the bytes of a fragment's row: low nibbles
-(even columns) of a word are one fragment register, its high nibbles (odd columns) the other.
+with b = 0..3, h = 0..1, q = 0..3. s counts MMA steps of 32 columns, h the halves of a step, and 4 q + b the bytes of a fragment's row.
+The low nibbles of a word (even columns) form one fragment register, the high nibbles (odd columns) the other.
 
-A tensor in this layout is (blocks, rows, bytes of a block): any run of tokens is one contiguous piece a block, ready for a bulk copy
-into shared memory, and already swizzled as wgmma and ldmatrix want it there. In pieces of 16 bytes:
+A tensor in this layout is (blocks, rows, bytes of a block). Any run of tokens is one contiguous piece of each block, ready for a bulk
+copy into shared memory, and already swizzled as wgmma and ldmatrix read it. In pieces of 16 bytes:
 
     128-byte rows (codes of a byte each)           piece c of row r lies at c ^ (r & 7)
      64-byte rows (nibbles; 32 ranks of lora_act)  piece c of row r lies at c ^ ((r >> 1) & 3)
@@ -27,17 +27,17 @@ from enum import IntEnum
 
 import torch
 
-BLOCK = 128       # columns of a block of codes
-RANK_BLOCK = 32   # ranks of a block of the LoRA branch's activation
+BLOCK = 128       # columns in a block of codes
+RANK_BLOCK = 32   # ranks in a block of the LoRA branch's activation
 ROWS = 16         # rows are padded to a multiple of this
 
 
 class CodeStorage(IntEnum):
-    """How the codes of an activation are stored. The numbers are the kernels' own."""
+    """How the codes of an activation are stored. The kernels use the same numbers (common.cuh)."""
 
-    INT8 = 0          # 8-bit codes, one scale a token and part
-    INT4_BYTES = 1    # 4-bit codes in a byte each, one scale a token and group: for tensor cores without int4
-    INT4_NIBBLES = 2  # 4-bit codes, two to a byte, one scale a token and group: for tensor cores with int4
+    INT8 = 0          # 8-bit codes, one scale per token and part
+    INT4_BYTES = 1    # 4-bit codes, one to a byte, one scale per token and group: for tensor cores without int4
+    INT4_NIBBLES = 2  # 4-bit codes, two to a byte, one scale per token and group: for tensor cores with int4
 
 
 def padded(count, multiple):
@@ -48,7 +48,7 @@ def _order(column_of):
     return torch.tensor([column_of(p) for p in range(BLOCK)])
 
 
-# ORDER[storage][p] is the column at position p.
+# ORDER[storage][p] is the column at position p of a block.
 ORDER = {
     CodeStorage.INT8: _order(lambda p: 32 * (p // 4 % 4) + 8 * (p // 32) + 2 * (p % 4) + p // 16 % 2),
     CodeStorage.INT4_BYTES: _order(lambda p: 64 * (p // 64) + 16 * (p // 4 % 4) + 8 * (p // 32 % 2) + 2 * (p % 4) + p // 16 % 2),
@@ -57,7 +57,7 @@ ORDER = {
 
 
 def _swizzled(data):
-    """(blocks, rows, 64 or 128 bytes) uint8 with its 16-byte pieces in place; its own inverse."""
+    """Swizzle the 16-byte pieces of (blocks, rows, 64 or 128) uint8. The function is its own inverse."""
     blocks, rows, width = data.shape
     row = torch.arange(rows, device=data.device).unsqueeze(1)
     piece = torch.arange(width // 16, device=data.device)
@@ -84,7 +84,7 @@ def lay_out_codes(codes, storage):
 
 
 def read_codes(data, storage, shape):
-    """The inverse of lay_out_codes: (M, K) int8. Nibbles are 0..15: whether they have a sign is known to the reader alone."""
+    """The inverse of lay_out_codes: (M, K) int8. Nibbles come back as 0..15, because the layout doesn't record whether they are signed."""
     order = ORDER[storage].to(data.device)
     blocks = torch.empty(*data.shape[:2], BLOCK, dtype=torch.int8, device=data.device)
     unswizzled = _swizzled(data.view(torch.uint8))

@@ -9,13 +9,13 @@ from . import kernel_loader, runtime
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "awq.cu", "awq"
-ROWS = 32         # of W a CTA, awq.cu's
-WARPS = 4         # a CTA, awq.cu's
-TILES = (1, 4)    # a CTA has 8 * tiles tokens
+ROWS = 32         # rows of W per CTA, as in awq.cu
+WARPS = 4         # warps per CTA, as in awq.cu
+TILES = (1, 4)    # a CTA computes 8 * tiles tokens
 
 
 def fastest_tiles(m):
-    """Of TILES, for m tokens: each CTA reads its weights once for all of its tokens."""
+    """The fastest of TILES for m tokens. A CTA reads its weights once for all its tokens."""
     return 1 if m <= 8 else 4
 
 
@@ -30,14 +30,14 @@ def _defines(dtype, tiles):
 
 @functools.lru_cache(maxsize=256)
 def launcher(tiles, m, n, dtype, device):
-    """A function of the kernel's arguments as ints, for m tokens; tiles: of TILES."""
+    """A function that launches the kernel for m tokens; its arguments are the kernel's, as ints. tiles: one of TILES."""
     kernel = kernel_loader.kernel(SOURCE, ENTRY, _defines(dtype, tiles), device)
     return kernel.launcher((-(-n // ROWS), -(-m // (8 * tiles))), (32 * WARPS,), 10, pdl=True)
 
 
 @functools.lru_cache(maxsize=256)
 def _prepared(tiles, shape, n, dtype, device):
-    """launcher's function for an x of this shape, and one that allocates y."""
+    """The launcher for an x of this shape, and a function that allocates y."""
     *leading, k = shape
     return launcher(tiles, math.prod(leading), n, dtype, device), runtime.allocator((*leading, n), dtype, device)
 
@@ -46,7 +46,7 @@ def linear(tiles, x, weight, weight_scale, weight_zeros, bias):
     """As reference.awq_linear, on a GPU: x (..., K) bf16 or fp16 -> (..., N) in x.dtype.
 
     weight (N, K/2) int8, weight_scale and weight_zeros (K/64, N) and bias (N,) or None in x.dtype; N a multiple of 16.
-    tiles: of TILES. Meant for few tokens: the weights are read once for each 8 * tiles of them. Raises ValueError for other K and N.
+    tiles: one of TILES. Made for few tokens: every 8 * tiles tokens read the weights once. Raises ValueError for other K and N.
     """
     k, n, dtype = x.shape[-1], weight.shape[0], x.dtype
     if k % GROUP_SIZE or n % 16 or weight.shape[1] * 2 != k:
@@ -60,7 +60,7 @@ def linear(tiles, x, weight, weight_scale, weight_zeros, bias):
     else:
         x = x.reshape(m, k)
         stride = x.stride(0)
-    if x.stride(-1) != 1 or stride % 8 or x.data_ptr() % 16:  # it reads 16 bytes at a time
+    if x.stride(-1) != 1 or stride % 8 or x.data_ptr() % 16:  # the kernel reads 16 bytes at a time
         x, stride = x.clone(memory_format=torch.contiguous_format), k
     if not dtype == weight_scale.dtype == weight_zeros.dtype or bias is not None and bias.dtype != dtype:
         weight_scale, weight_zeros, bias = (t if t is None else t.to(dtype) for t in (weight_scale, weight_zeros, bias))
@@ -73,5 +73,5 @@ def linear(tiles, x, weight, weight_scale, weight_zeros, bias):
 
 
 def _readable(tensor):
-    """The tensor, contiguous from a multiple of 16 bytes on: itself, but for a view of something else."""
+    """The tensor itself, or a copy where it isn't contiguous or isn't aligned to 16 bytes."""
     return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)

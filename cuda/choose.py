@@ -1,7 +1,7 @@
-"""Which kernels compute a layer on a GPU. Nothing else decides it.
+"""The one place that chooses the kernels for a layer on a GPU.
 
-choose() is a pure function of the layer's sizes, the GPU's generation and its number of multiprocessors, so that it can be looked at and
-tested for every GPU without one. The modules of the kernels have the cost models that it compares their tiles and plans by.
+choose() is a pure function of the layer's sizes, the GPU's generation and its number of multiprocessors, so that every GPU's choice can be
+tested without that GPU. Each kernel's module holds the cost model by which choose() compares its tiles or plans.
 """
 
 from typing import NamedTuple, Optional
@@ -12,62 +12,62 @@ from . import awq, gemm_mma, gemm_wgmma, quantize_activation
 from .activation_layout import CodeStorage
 from .int4 import GROUP_SIZE
 
-OUTPUTS = 16       # the kernels compute a multiple of so many outputs
-RANKS = 16         # the kernels' LoRA branches have a multiple of so many ranks
-GELU_COLUMNS = 64  # go through GELU together: a warp's rows of the weight in gemm_mma.cu, a warpgroup's in gemm_wgmma.cu
-W4A16 = 16         # a Layer's act_bits where the activation is not quantized
+OUTPUTS = 16       # the kernels compute outputs in multiples of this
+RANKS = 16         # the kernels compute ranks of the LoRA branch in multiples of this
+GELU_COLUMNS = 64  # columns that get GELU together: a warp's weight rows in gemm_mma.cu, a warpgroup's in gemm_wgmma.cu
+W4A16 = 16         # act_bits of a Layer whose activation is not quantized
 
 
 class Layer(NamedTuple):
-    """A packed linear layer and its number of tokens: all that the choice of its kernels depends on."""
+    """A packed linear layer and its number of tokens: everything that determines the choice of kernels."""
 
     m: int                      # tokens
     n: int                      # outputs
     k: int                      # inputs
-    rank: int                   # of the LoRA branch
+    rank: int                   # ranks of the LoRA branch
     unsigned_from: int          # as in LayerOperands
-    act_bits: int               # 4 or 8 of an SVDQuant layer, or W4A16
-    dtype: torch.dtype          # of x and of the layer's floats
+    act_bits: int               # 4 or 8 for an SVDQuant layer, or W4A16
+    dtype: torch.dtype          # dtype of x and of the layer's floats
     gelu_from: Optional[int] = None  # as in LayerOperands
 
 
 class MLP(NamedTuple):
-    """Two SVDQuant layers with 4-bit activations and a GELU between them, to run as one."""
+    """Two SVDQuant layers with 4-bit activations and a GELU between them, which run as one."""
 
     first: Layer
     second: Layer
 
 
 class LinearKernels(NamedTuple):
-    """An SVDQuant layer: quantize, then a GEMM."""
+    """The kernels of an SVDQuant layer: quantize, then a GEMM."""
 
-    storage: CodeStorage       # of the activation's codes
-    plans: tuple               # quantize_activation.Plan, the fastest first; the GPU itself decides which of them fits
-    wgmma: bool                # the GEMM is gemm_wgmma's, else gemm_mma's
-    tile: object               # of gemm_wgmma.STAGES, or a gemm_mma.Tile
-    rank: int                  # ranks of the kernels' LoRA branch: the layer's padded to 16, or 0 where the branch is added behind the GEMM
-    gelu_from: Optional[int]   # that of the kernels; None also where GELU comes after them
-    whole: bool                # the two launches are the whole layer, with its operands as they are
+    storage: CodeStorage       # storage of the activation's codes
+    plans: tuple               # of quantize_activation.Plan, the fastest first; the first one that fits on the GPU runs
+    wgmma: bool                # True: gemm_wgmma computes the GEMM; False: gemm_mma does
+    tile: object               # a key of gemm_wgmma.STAGES, or a gemm_mma.Tile
+    rank: int                  # ranks that the kernels compute: the layer's, padded to 16, or 0 where cuBLAS adds the branch after the GEMM
+    gelu_from: Optional[int]   # as the GEMM takes it; None also where PyTorch applies GELU after the GEMM
+    whole: bool                # the two launches compute the whole layer, from its operands as they are
 
 
 class AWQKernel(NamedTuple):
-    """A W4A16 layer: one launch."""
+    """The kernel of a W4A16 layer: one launch."""
 
-    tiles: int  # of awq.TILES
+    tiles: int  # one of awq.TILES
 
 
 class MLPKernels(NamedTuple):
-    """An MLP's two layers in four launches (mlp.py)."""
+    """The kernels of an MLP: two layers in four launches (mlp.py)."""
 
-    storage: CodeStorage        # of both activations' codes
-    plans: tuple                # of the first layer's quantize
-    tile: gemm_mma.Tile         # of the first layer's GEMM
-    second_tile: gemm_mma.Tile  # of the second layer's
+    storage: CodeStorage        # storage of both activations' codes
+    plans: tuple                # plans of the first layer's quantize kernel
+    tile: gemm_mma.Tile         # tile of the first layer's GEMM
+    second_tile: gemm_mma.Tile  # tile of the second layer's GEMM
 
 
 def choose(layer, target, sms):
-    """The kernels for a Layer or an MLP on a GPU of a Target with `sms` multiprocessors: LinearKernels, AWQKernel or MLPKernels; None for
-    a Layer that the reference has to compute, and for an MLP that has to run as two layers."""
+    """The kernels for a Layer or an MLP on a GPU of a Target with `sms` multiprocessors: LinearKernels, AWQKernel or MLPKernels. None if
+    the reference must compute the Layer, or if the MLP must run as two layers."""
     if isinstance(layer, MLP):
         return _choose_mlp(layer, target, sms)
     if not layer.m or layer.k % GROUP_SIZE or layer.n % OUTPUTS or layer.n * layer.k >= gemm_mma.MAX_WEIGHTS:
@@ -81,7 +81,7 @@ def _choose_linear(layer, target, sms):
     wgmma = storage == CodeStorage.INT8 and target.wgmma and gemm_wgmma.takes(k, unsigned_from)
     ranks = rank + -rank % RANKS
     if wgmma and ranks > gemm_wgmma.MAX_RANK:
-        ranks, gelu_from = 0, None  # the branch is added behind the GEMM, and GELU comes after it
+        ranks, gelu_from = 0, None  # cuBLAS adds the branch after the GEMM, and GELU follows the branch
     elif gelu_from is not None and gelu_from % GELU_COLUMNS:
         gelu_from = None
     if wgmma:
@@ -106,7 +106,7 @@ def _choose_mlp(layers, target, sms):
 
 
 def code_storage(act_bits, target):
-    """How the GEMMs of a Target want codes of 4 or 8 bits."""
+    """The CodeStorage in which the GEMMs of a Target read codes of 4 or 8 bits."""
     if act_bits == 8:
         return CodeStorage.INT8
     return CodeStorage.INT4_NIBBLES if target.native_int4 else CodeStorage.INT4_BYTES

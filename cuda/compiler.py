@@ -1,8 +1,8 @@
 """CUDA source to machine code: NVRTC -> cubin -> disk cache. kernel_loader.py loads it, runtime.py launches it.
 
 NVRTC is called through ctypes rather than by CuPy's RawModule: CuPy can't name sm_90a (wgmma) before CUDA 12.9, and compiling
-without CuPy lets the tests look at the machine code where there is no GPU. It is not loaded before the first kernel is asked for.
-The sources need no CUDA headers: what they share is in kernels/*.cuh.
+without CuPy lets the tests look at the machine code where there is no GPU. The library is loaded with the first kernel.
+The sources include no CUDA headers, only kernels/*.cuh.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from . import targets
 from .errors import KernelsUnavailable
 
 SOURCES = Path(__file__).with_name("kernels")
-CACHE_VARIABLE = "SVDQUANT_CACHE_DIR"  # where compiled kernels are kept, in place of the user's cache folder
+CACHE_VARIABLE = "SVDQUANT_CACHE_DIR"  # environment variable that replaces the user's cache folder
 OUT_OF_MEMORY = 1  # NVRTC_ERROR_OUT_OF_MEMORY
 OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
 
@@ -39,11 +39,11 @@ class Compiled(NamedTuple):
 
 
 class Nvrtc:
-    """The functions of one NVRTC library that are used here."""
+    """The functions of one NVRTC library that this module uses."""
 
     def __init__(self, path):
         path = str(path)
-        if os.path.dirname(path):  # its builtins library is found by name once it is loaded
+        if os.path.dirname(path):  # NVRTC finds its builtins library by name, but only if it is already loaded
             for builtins in Path(path).parent.glob("nvrtc-builtins64_*.dll"):
                 ctypes.CDLL(str(builtins))
         self.library = ctypes.CDLL(path)
@@ -61,7 +61,7 @@ class Nvrtc:
 
     @functools.cached_property
     def architectures(self):
-        """Compute capabilities that it compiles for, as integers such as 89."""
+        """Compute capabilities that this NVRTC compiles for, as integers such as 89."""
         count = ctypes.c_int()
         self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
         numbers = (ctypes.c_int * count.value)()
@@ -69,7 +69,9 @@ class Nvrtc:
         return tuple(numbers)
 
     def compile(self, name, source, headers, options):
-        """Compile `source` (str) with `headers` {include name: text} to a Compiled; raises with the compiler's log."""
+        """Compile `source` (str) with `headers` {include name: text} to a Compiled.
+
+        Raises KernelsUnavailable with the compiler's log, or MemoryError."""
         program = ctypes.c_void_p()
         texts = (ctypes.c_char_p * len(headers))(*(text.encode() for text in headers.values()))
         names = (ctypes.c_char_p * len(headers))(*(header.encode() for header in headers))
@@ -105,11 +107,11 @@ def cuda_major():
 
 
 def nvrtc_package():
-    return "nvidia-cuda-nvrtc" if cuda_major() >= 13 else "nvidia-cuda-nvrtc-cu12"  # a PyTorch for CUDA 11 takes that too
+    return "nvidia-cuda-nvrtc" if cuda_major() >= 13 else "nvidia-cuda-nvrtc-cu12"  # PyTorch for CUDA 11 uses this one too
 
 
 def nvrtc_candidates():
-    """Where NVRTC may be, best first: PyTorch's own or its packages', a toolkit's, the system's."""
+    """Paths where NVRTC may be, best first: in PyTorch or NVIDIA's packages, in a CUDA toolkit, in the system."""
     folders = [Path(torch.__file__).parent / "lib"]
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations if spec else None) or ():
@@ -122,7 +124,7 @@ def nvrtc_candidates():
     found = [path for path in found if "builtins" not in path.name and ".alt." not in path.name]
     majors = sorted((12, 13), key=lambda major: major != cuda_major())
     system = [f"nvrtc64_{major}0_0.dll" if os.name == "nt" else f"libnvrtc.so.{major}" for major in majors]
-    # PyTorch's generation first: a driver may know the machine code of its own generation, not that of the next.
+    # PyTorch's CUDA generation comes first: a driver may not load machine code of a newer CUDA generation than its own.
     return [path for major in majors for path in found if _major(path.name) == major] + system
 
 
@@ -134,7 +136,7 @@ def _major(name):
 
 @functools.cache
 def nvrtc():
-    """The NVRTC of this machine; raises KernelsUnavailable where there is none."""
+    """This machine's NVRTC. Raises KernelsUnavailable if there is none."""
     for path in nvrtc_candidates():
         try:
             library = Nvrtc(path)
@@ -151,7 +153,7 @@ def nvrtc():
 
 
 def _compilable(arch):
-    """`arch`, or its nearest older sibling where this NVRTC doesn't know it."""
+    """`arch`, or the nearest older architecture of its family if this NVRTC doesn't know it."""
     found = targets.compiled_arch(arch, nvrtc().architectures)
     if found is None:
         raise KernelsUnavailable(f"NVRTC {version_text(nvrtc().version)} can't compile for this GPU ({arch}). A newer one is "
@@ -170,12 +172,12 @@ def _headers():
 
 
 def compile_source(source, defines, arch):
-    """Compile kernels/`source` with -D `defines` ((name, value), ...) for `arch`; needs no GPU. Returns a Compiled."""
+    """Compile kernels/`source` with -D `defines` ((name, value), ...) for `arch` to a Compiled. This needs no GPU."""
     return nvrtc().compile(source, _source_text(source), _headers(), _options(defines, arch))
 
 
 def compile_cubin(source, defines, arch):
-    """The machine code of kernels/`source`, from the disk cache where it is there."""
+    """The machine code of kernels/`source`, from the disk cache if it has it."""
     key = _key(source, defines, arch)
     path = cache_folder() / f"{Path(source).stem}-{arch}-{key[:32]}.cubin"
     cubin = _read(path)
@@ -189,8 +191,8 @@ def compile_cubin(source, defines, arch):
 
 
 def complaints(messages):
-    """The lines of a compiler's log that tell of a kernel slower than it was written: spills, serialized wgmma. (C7519 is a fence that it
-    adds where one is needed.)"""
+    """The lines of a compiler's log that report a kernel slower than its source intends: spills and serialized wgmma. C7519 is left out:
+    it only reports that the compiler added a fence where one is needed."""
     return [line.strip() for line in messages.splitlines()
             if re.search(r"[1-9]\d* bytes (stack frame|spill)|\bC75(?!19)\d\d\b|serialized", line)]
 
@@ -200,7 +202,7 @@ def _options(defines, arch):
 
 
 def _key(source, defines, arch):
-    """A digest of everything that decides the machine code."""
+    """A digest of everything that determines the machine code."""
     everything = (source, _source_text(source), tuple(_headers().items()), _options(defines, arch), nvrtc().version)
     return hashlib.sha256(repr(everything).encode()).hexdigest()
 
@@ -209,7 +211,7 @@ def _key(source, defines, arch):
 
 
 def cache_folder():
-    """Where compiled kernels are kept: SVDQUANT_CACHE_DIR, or a folder of ours where the platform keeps caches."""
+    """The folder of compiled kernels: SVDQUANT_CACHE_DIR, or comfyui-svdquant/kernels in the platform's cache folder."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder).expanduser()
     if os.name == "nt":
@@ -222,7 +224,7 @@ def cache_folder():
 
 
 def _read(path):
-    """The cubin of a cache entry: its SHA-256, then itself. None where there is none, or it isn't what was written."""
+    """The cubin of a cache entry, which is the cubin's SHA-256 and the cubin. None if the entry is missing or damaged."""
     try:
         entry = path.read_bytes()
     except OSError:
@@ -232,7 +234,7 @@ def _read(path):
 
 
 def _write(path, cubin):
-    """All or nothing: other processes see no entry or a whole one. A cache that can't be written costs time, no more."""
+    """Write a cache entry atomically: other processes see no entry or a whole one. A cache that can't be written only costs time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
@@ -240,8 +242,8 @@ def _write(path, cubin):
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(cubin).digest() + cubin)
             os.replace(temporary, path)
-        except OSError:  # on Windows also when another process reads the entry that it has just written
+        except OSError:  # Windows also refuses while another process reads the entry
             os.unlink(temporary)
             raise
     except OSError as error:
-        log.debug("The compiled kernel %s was not kept: %s", path, error)
+        log.debug("The compiled kernel %s was not cached: %s", path, error)

@@ -1,4 +1,4 @@
-"""The import of CuPy, which loads the kernels' machine code. It takes a second, and comes with the first kernel that is asked for."""
+"""The import of CuPy, which loads the kernels' machine code. It takes a second, so it waits for the first kernel."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ def cupy_package():
 
 
 def load_cupy():
-    """Import CuPy, 13 or newer and for CUDA; raises KernelsUnavailable with what to install."""
+    """Import CuPy 13 or newer for CUDA. Raises KernelsUnavailable, which names the package to install."""
     install = f"Install it into ComfyUI's Python: pip install {cupy_package()}"
     try:
         with _nvidias_cuda():
@@ -36,7 +36,7 @@ def load_cupy():
         raise KernelsUnavailable(f"The CUDA kernels need CuPy for CUDA; this one is for ROCm. {install}")
     try:
         cupy.cuda.runtime.runtimeGetVersion()
-    except Exception as error:  # CuPy loads the runtime of its own generation, PyTorch brought that of another
+    except Exception as error:  # CuPy is built for one CUDA generation, and PyTorch came with the runtime of another
         raise KernelsUnavailable(f"CuPy {cupy.__version__} does not fit this PyTorch, which is built for CUDA "
                                  f"{torch.version.cuda} ({_first_line(error)}). {install}") from error
     return cupy
@@ -44,8 +44,9 @@ def load_cupy():
 
 @contextlib.contextmanager
 def _nvidias_cuda():
-    """CuPy 14 imports NVIDIA's package `cuda`, which our folder hides where the repository is on the path (`python -m` run in it)."""
-    if sys.modules.get("cupy"):  # nothing to import; other threads look at the path too
+    """Let `import cuda` find NVIDIA's package, which CuPy 14 imports. This pack's cuda/ hides it if the repository is on sys.path, as after
+    `python -m` in the repository."""
+    if sys.modules.get("cupy"):  # it is imported already, and other threads read sys.path too
         yield
         return
     folder, path = Path(__file__).resolve().parent, sys.path[:]

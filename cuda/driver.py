@@ -1,4 +1,4 @@
-"""The CUDA driver by ctypes. Its library is not loaded before the first kernel is asked for."""
+"""The CUDA driver through ctypes. Its library is loaded with the first kernel."""
 
 import ctypes
 import functools
@@ -10,16 +10,16 @@ from . import targets
 from .errors import KernelsUnavailable
 
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
-# Statuses of loading a kernel that are the same the next time: the GPU, the driver and the machine code don't go together. All others
-# may be another program's or another kernel's doing. CUDA_ERROR_INVALID_VALUE (more shared memory than the GPU has), STUB_LIBRARY,
-# INSUFFICIENT_DRIVER (of the CUDA runtime), INVALID_IMAGE, NO_BINARY_FOR_GPU, INVALID_PTX, UNSUPPORTED_PTX_VERSION, NOT_FOUND,
-# NOT_SUPPORTED, SYSTEM_DRIVER_MISMATCH
+# Statuses with which loading a kernel always fails again, because the GPU, the driver and the machine code don't fit together. Another
+# program or another kernel may cause any other status. In order: CUDA_ERROR_INVALID_VALUE (more shared memory than the GPU has),
+# STUB_LIBRARY, INSUFFICIENT_DRIVER (for the CUDA runtime), INVALID_IMAGE, NO_BINARY_FOR_GPU, INVALID_PTX, UNSUPPORTED_PTX_VERSION,
+# NOT_FOUND, NOT_SUPPORTED, SYSTEM_DRIVER_MISMATCH.
 PERMANENT = (1, 34, 35, 200, 209, 218, 222, 500, 801, 803)
-OLDEST_WITH_GRAPHS = 12030  # CUDA 12.3: its graphs can hold programmatic dependent launches
+OLDEST_WITH_GRAPHS = 12030  # CUDA 12.3, whose graphs can hold programmatic dependent launches
 
 
 class DriverError(RuntimeError):
-    """A call of the CUDA driver failed. status: the driver's number for the error."""
+    """A call of the CUDA driver failed. status: the driver's error number."""
 
     def __init__(self, message, status):
         super().__init__(message)
@@ -28,19 +28,19 @@ class DriverError(RuntimeError):
 
 @functools.cache
 def driver():
-    """The CUDA driver's library. Raises KernelsUnavailable where there is none, or one older than CUDA 12."""
+    """The CUDA driver's library. Raises KernelsUnavailable if there is none, or if it is older than CUDA 12."""
     try:
         library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError as error:
         raise KernelsUnavailable(f"The CUDA kernels need NVIDIA's driver ({error}).") from error
-    if not hasattr(library, "cuTensorMapEncodeTiled"):  # it came with 12.0
+    if not hasattr(library, "cuTensorMapEncodeTiled"):  # this function is new in 12.0
         raise KernelsUnavailable("The CUDA kernels need an NVIDIA driver for CUDA 12 or newer. Update the driver.")
-    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4  # so that it takes ints
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4  # ctypes then accepts ints as pointers
     return library
 
 
 def check(name, status):
-    """Raise the error of a call of the driver's function `name`: torch.OutOfMemoryError or DriverError; nothing for status 0."""
+    """Raise the error that the driver's function `name` returned, as torch.OutOfMemoryError or DriverError. Status 0 is success."""
     if status == 0:
         return
     text = ctypes.c_char_p()
@@ -52,7 +52,7 @@ def check(name, status):
 
 
 def ensure_context():
-    """Give this thread a context, which the driver's functions need. PyTorch makes one in the threads that use the GPU."""
+    """Give this thread a CUDA context, which the driver's functions need. PyTorch only makes one in threads in which it uses the GPU."""
     context = ctypes.c_void_p()
     check("cuCtxGetCurrent", driver().cuCtxGetCurrent(ctypes.byref(context)))
     if not context:
@@ -68,7 +68,7 @@ def set_function_attribute(function, attribute, value):
 
 @functools.cache
 def has_dependent_launch(index):
-    """Whether kernels on this device may start while the one before them ends, inside CUDA graphs too."""
+    """Whether a kernel on this device may start while the previous one ends, also inside CUDA graphs."""
     version = ctypes.c_int()
     check("cuDriverGetVersion", driver().cuDriverGetVersion(ctypes.byref(version)))
     return version.value >= OLDEST_WITH_GRAPHS and targets.for_device(torch.device("cuda", index)).dependent_launch

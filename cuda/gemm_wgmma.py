@@ -9,12 +9,12 @@ from .activation_layout import BLOCK, ROWS, padded
 
 SOURCE, ENTRY = "gemm_wgmma.cu", "gemm"
 PAIR = 2  # CTAs of a cluster: they share their tokens, or a tile's K
-MAX_RANK = 128  # the LoRA branch's blocks lie in the ring all at once
-# (weight rows, tokens, CTAs that share K) of a tile -> stages of its ring, as many as fit.
+MAX_RANK = 128  # all blocks of the LoRA branch must fit in the ring at once
+# {a tile's (weight rows, tokens, CTAs that share K): stages of its ring, as many as fit}
 STAGES = {(192, 192, 1): 4, (192, 128, 1): 6, (192, 64, 1): 9, (128, 256, 1): 4, (128, 192, 1): 5, (128, 128, 1): 7, (128, 64, 1): 12,
           (192, 128, 2): 5, (192, 64, 2): 9, (128, 128, 2): 7, (128, 64, 2): 12}
 
-# {tokens of a tile: clocks that a block's MMAs wait}, by clock64: short MMAs don't cover their weights' way through the registers.
+# {tokens of a tile: clocks that a block's MMAs wait}, measured by clock64. Short MMAs don't hide the expansion of their weights.
 WAITS = {64: 410, 128: 205, 192: 70, 256: 40}
 
 
@@ -25,7 +25,7 @@ def _defines(tile, dtype, gelu):
 
 
 def variants():
-    """Every (source, entry, defines) that `launcher` may ask for."""
+    """Every (source, entry, defines) that `launcher` may compile."""
     return [(SOURCE, ENTRY, _defines(tile, dtype, gelu))
             for tile in STAGES for dtype in (torch.bfloat16, torch.float16) for gelu in (False, True)]
 
@@ -36,8 +36,8 @@ def slice_of(tile):
 
 
 def shared_bytes(tile):
-    """Shared memory of a CTA: the ring, the transposed outputs, the other CTA's sums, the tokens' and rows' factors, the barriers (see
-    the kernel)."""
+    """Bytes of a CTA's shared memory: the ring, the transposed outputs, the other CTA's sums, the tokens' and rows' factors, the barriers,
+    as in gemm_wgmma.cuh."""
     rows, tokens, split = tile
     warpgroups, out = rows // 64, tokens // split
     slices = min(2 * slice_of(tile), out) * 128
@@ -47,7 +47,7 @@ def shared_bytes(tile):
 
 
 def count_tiles(tile, m, n):
-    """Tiles of clusters: of two CTAs' tiles side by side along the weight rows, or of one tile that two CTAs share."""
+    """The number of cluster tiles. A cluster computes two tiles side by side along the weight rows, or one tile whose K its CTAs share."""
     rows, tokens, split = tile
     return -(-m // tokens) * -(-n // (rows * PAIR // split))
 
@@ -55,9 +55,9 @@ def count_tiles(tile, m, n):
 def fastest_tile(m, n, k, sms, unsigned_from):
     """The tile with the least time: waves of clusters times the time of a tile, in the clocks of an H100's tensor cores.
 
-    A block of 128 columns takes as long as its MMAs, their waits, and something for the bytes that come in (power, more than time).
-    A tile has its outputs to finish; a shared one has its sums to exchange too.
-    Of 16 shapes and up to 11 tiles it finds the fastest or one within 1 %, but for one of 23 waves, where runs disagree.
+    The time of a block of 128 columns is that of its MMAs, of their waits, and a term for the bytes loaded, which cost power more than
+    time. A tile then finishes its outputs, and a shared tile also exchanges its sums.
+    For 15 of 16 measured shapes the choice among up to 11 tiles is within 1 % of the fastest. The other has 23 waves, and its timings vary.
     """
     def time(tile):
         rows, tokens, split = tile
@@ -70,21 +70,22 @@ def fastest_tile(m, n, k, sms, unsigned_from):
 
 
 def divisible(k, unsigned_from):
-    """Whether two CTAs may share a tile's K. A layer of two parts is not divided: the first part's sum is rounded as a whole."""
+    """Whether two CTAs may share a tile's K. Not if a layer has two parts: the first part's sum is rounded whole."""
     return k > BLOCK and not border(k, unsigned_from)
 
 
 def border(k, unsigned_from):
-    """The block where the second of two parts begins; 0 where there is one part."""
+    """The block where the second of two parts begins; 0 if there is one part."""
     return unsigned_from // BLOCK if 0 < unsigned_from < k else 0
 
 
 @functools.lru_cache(maxsize=1024)
 def launcher(tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, pdl=False):
-    """A function of the addresses of (y, act, act_scale, lora_act, lora_act_scale, weight, weight_scale, row_scale, proj_up, bias).
+    """A function that launches the kernel. Its arguments are the addresses of (y, act, act_scale, lora_act, lora_act_scale, weight,
+    weight_scale, row_scale, proj_up, bias).
 
-    tile: of STAGES. gelu_from: the first column of y that goes through GELU, a multiple of 64; None if none does.
-    pdl: the kernel may start while the kernel before it ends, which must not be one that writes the layer's own tensors.
+    tile: one of STAGES. gelu_from: the first column of y that gets GELU, a multiple of 64; None if none does.
+    pdl: the kernel may start while the previous kernel ends. The previous kernel must not write the layer's own tensors.
     """
     gelu = gelu_from is not None
     if not divisible(k, unsigned_from):
@@ -97,15 +98,16 @@ def launcher(tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, 
 
 
 def takes(k, unsigned_from):
-    """Whether the border between a layer's two parts, if it has two, lies between two blocks."""
+    """Whether the kernel takes this layer: a border between two parts must lie between two blocks."""
     return unsigned_from == k or unsigned_from % BLOCK == 0
 
 
 def gemm(tile, q, operands, m, out=None):
     """The layer's output (m, N), in weight_scale's dtype, from its quantized activation.
 
-    tile: of STAGES; q: a Quantized of int8 codes; operands: the layer's LayerOperands with a row_scale, at most MAX_RANK ranks and a
-    gelu_from in multiples of 64; out: y, to be written. All tensors begin at a multiple of 16 bytes. Raises ValueError for more ranks.
+    tile: one of STAGES; q: a Quantized of int8 codes; operands: the layer's LayerOperands with a row_scale, at most MAX_RANK ranks and a
+    gelu_from in multiples of 64; out: the tensor to write y to. All tensors begin at a multiple of 16 bytes. Raises ValueError for more
+    ranks.
     """
     n, k, rank = operands.weight.shape[0], 2 * operands.weight.shape[1], operands.proj_up.shape[1]
     if rank > MAX_RANK:

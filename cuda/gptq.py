@@ -3,29 +3,29 @@
 from . import kernel_loader, targets
 
 SOURCE, ENTRY = "gptq.cu", "gptq_block"
-COLUMNS = 128  # at most, of a block; gptq.cu's
-WARPS = 16  # a CTA, gptq.cu's
+COLUMNS = 128  # the most in a block, as in gptq.cu
+WARPS = 16  # warps per CTA, as in gptq.cu
 SHARED = COLUMNS * COLUMNS * 4  # the block's piece of the Cholesky factor
 
 
 def variants():
-    """What `round_block` may ask the compiler for: (source, entry, defines)."""
+    """Every (source, entry, defines) that `round_block` may compile."""
     return [(SOURCE, ENTRY, ())]
 
 
 def available(weight):
-    """Whether the kernel runs where `weight` is."""
+    """Whether the kernel runs on weight's device."""
     return kernel_loader.has_kernel(SOURCE, ENTRY, weight.device, SHARED)
 
 
 def round_block(weight, pending, steps, inverse, groups, lower, codes):
-    """Round a block of columns from its last to its first. Each aims at weight + pending / its diagonal of `lower`, and what it
-    loses is pending for those before it.
+    """Round a block of columns from its last to its first. A column's target is weight + pending / its diagonal entry of `lower`, and its
+    error times its row of `lower` is added to the pending error of the columns before it.
 
     weight, pending: (N, B) float32, B at most 128 and a multiple of 64; steps: (N, G) float32; inverse: 1 / steps, 0 where the step is
     0; groups: (B,) int32, each column's group; lower: (B, B) float32, contiguous; codes: (N, B) int8, filled. weight, pending and codes
-    are columns of wider matrices whose rows begin at multiples of 16 bytes. Returns lost, (N, B) float32: weight less what the codes
-    stand for; `pending` is left as it is.
+    are columns of wider matrices whose rows begin at multiples of 16 bytes. Returns lost, (N, B) float32: weight minus its
+    dequantized codes. `pending` itself does not change.
     """
     n, b = weight.shape
     lost = weight.new_empty(n, b)

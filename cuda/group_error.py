@@ -1,28 +1,28 @@
-"""Launch of kernels/group_error.cu: what rounding leaves of each group of a weight, the inner part of the search for scales."""
+"""Launch of kernels/group_error.cu: the rounding error of each group of a weight, the inner step of the search for scales."""
 
 from . import kernel_loader, targets
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "group_error.cu", "group_error"
-THREADS = 256  # a CTA, group_error.cu's
-CTAS = 8  # an SM
+THREADS = 256  # threads per CTA, as in group_error.cu
+CTAS = 8  # CTAs per SM
 
 
 def variants():
-    """What `group_error` may ask the compiler for: (source, entry, defines)."""
+    """Every (source, entry, defines) that `group_error` may compile."""
     return [(SOURCE, ENTRY, ())]
 
 
 def available(weight):
-    """Whether the kernel runs where `weight` is."""
+    """Whether the kernel runs on weight's device."""
     return kernel_loader.has_kernel(SOURCE, ENTRY, weight.device)
 
 
 def group_error(groups, steps, energy):
-    """Sum over each group of energy * (weight - code * step)^2. groups: (N, G, 64) float32 in one piece; steps: (N, G), not 0;
+    """Sum over each group of energy * (weight - code * step)^2. groups: (N, G, 64) float32, contiguous; steps: (N, G), not 0;
     energy: (G, 64). Returns (N, G) float32."""
     if groups.shape[-1] != GROUP_SIZE or not groups.is_contiguous():
-        raise ValueError(f"The kernel needs whole groups of {GROUP_SIZE} in one piece; these are {tuple(groups.shape)} with strides "
+        raise ValueError(f"The kernel needs contiguous groups of {GROUP_SIZE}; these are {tuple(groups.shape)} with strides "
                          f"{groups.stride()}.")
     steps, energy = steps.contiguous(), energy.contiguous()
     error, device = groups.new_empty(steps.shape), groups.device

@@ -1,4 +1,4 @@
-"""Four-bit codes: the one definition of their range, their place in a byte, and the GELU shift.
+"""Four-bit codes: the one definition of their range, their position in a byte, and the GELU shift.
 
 Two codes share a byte along K, the even column in the low nibble:
 
@@ -14,7 +14,7 @@ GROUP_SIZE = 64  # columns of K that share one scale
 SIGNED_MIN, SIGNED_MAX = -8, 7
 UNSIGNED_MAX = 15
 INT8_MAX = 127
-# tanh-GELU never goes below -0.17; this shift makes its output non-negative, so that all 16 codes are of use.
+# tanh-GELU never goes below -0.17; this shift makes its output non-negative, so that all 16 unsigned codes are used.
 GELU_SHIFT = 0.171875
 
 

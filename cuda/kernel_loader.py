@@ -1,4 +1,4 @@
-"""Machine code on a device: compiler.py's cubins become kernels that runtime.py launches."""
+"""Load the cubins of compiler.py onto a device, as kernels that runtime.py launches."""
 
 import functools
 import logging
@@ -13,12 +13,12 @@ from .runtime import Kernel
 
 log = logging.getLogger(__name__)
 
-PORTABLE_CLUSTER = 8  # CTAs; a kernel of larger clusters has to say that it wants them
-STATIC_SHARED = 48 << 10  # bytes; a kernel with more dynamic shared memory has to say so
-MAX_DYNAMIC_SHARED_SIZE, NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 8, 14  # of CUfunction_attribute
+PORTABLE_CLUSTER = 8  # CTAs; a kernel with larger clusters needs a function attribute
+STATIC_SHARED = 48 << 10  # bytes; a kernel with more dynamic shared memory needs a function attribute
+MAX_DYNAMIC_SHARED_SIZE, NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 8, 14  # values of CUfunction_attribute
 
-_kernels = {}  # {what was asked for: Kernel, or the KernelsUnavailable that building it ended in}
-_locks = {}    # {the same: the lock of whoever builds it}; others build other kernels meanwhile
+_kernels = {}  # {kernel()'s arguments: Kernel, or the KernelsUnavailable that its build raised}
+_locks = {}    # {kernel()'s arguments: a lock}, so that threads build different kernels at the same time
 _importing = threading.Lock()
 
 
@@ -26,8 +26,8 @@ def kernel(source, entry, defines, device, shared=0):
     """The kernel `entry` of kernels/`source`, compiled with `defines` for `device` and loaded there.
 
     defines: ((name, int or str), ...); shared: bytes of dynamic shared memory.
-    Raises KernelsUnavailable where the kernel can never be had, the second time at once. Other errors are raised as they are and not
-    remembered: PyTorch's OutOfMemoryError, or the driver's where something else has failed on the device.
+    Raises KernelsUnavailable if the kernel can never be built or loaded here; a second call raises at once. Other errors may be temporary
+    and are not cached: PyTorch's OutOfMemoryError, or a driver error that something else on the device caused.
     """
     index = device.index
     key = source, entry, defines, torch.cuda.current_device() if index is None else index, shared
@@ -38,12 +38,12 @@ def kernel(source, entry, defines, device, shared=0):
             if built is None:
                 built = _kernels[key] = _build(*key)
     if isinstance(built, KernelsUnavailable):
-        raise KernelsUnavailable(str(built))  # a new one: one raised again keeps every caller's frame, and the tensors in it
+        raise KernelsUnavailable(str(built))  # a new one, since raising the same one again keeps callers' tensors alive
     return built
 
 
 def has_kernel(source, entry, device, shared=0):
-    """Whether kernel() gives this one without defines; False on the CPU. Says once why it can't be had on a GPU."""
+    """Whether kernel() has this kernel, built without defines; False on the CPU. Logs the reason once if a GPU can't have it."""
     if device.type != "cuda" or torch.version.hip:
         return False
     try:
@@ -60,7 +60,7 @@ def _warn_once(message):
 
 
 def _build(source, entry, defines, index, shared):
-    """A Kernel, or a KernelsUnavailable; raises errors that may not occur the next time."""
+    """A Kernel, or a KernelsUnavailable. Raises errors that may be temporary."""
     try:
         with _importing:
             cupy, _ = load_cupy(), driver.driver()
@@ -70,7 +70,7 @@ def _build(source, entry, defines, index, shared):
             return Kernel(function.ptr, index, shared, driver.has_dependent_launch(index), function)
     except KernelsUnavailable as error:
         return error
-    except Exception as error:  # the driver's errors have no common class in all versions of CuPy, but all have its status
+    except Exception as error:  # CuPy's versions have no common class of driver errors, but all their errors have the driver's status
         if getattr(error, "status", None) not in driver.PERMANENT:
             raise
         log.debug("%s", source, exc_info=True)
@@ -78,7 +78,7 @@ def _build(source, entry, defines, index, shared):
 
 
 def _function(cupy, cubin, entry, shared, large_clusters):
-    """CuPy's function of the cubin's kernel, which keeps the module loaded."""
+    """The cubin's kernel as CuPy's function, which keeps the module loaded."""
     module = cupy.cuda.function.Module()
     _load(module, cubin)
     function = module.get_function(entry)
@@ -90,8 +90,8 @@ def _function(cupy, cubin, entry, shared, large_clusters):
 
 
 def _load(module, cubin):
-    """Load a cubin into a CuPy module, if need be into the memory that PyTorch holds and doesn't use. Raises PyTorch's OutOfMemoryError
-    where that isn't enough."""
+    """Load a cubin into a CuPy module. If the device is out of memory, PyTorch's unused cached memory is freed first. Raises PyTorch's
+    OutOfMemoryError if that isn't enough."""
     for last in (False, True):
         try:
             return module.load(cubin)

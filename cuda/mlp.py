@@ -1,11 +1,11 @@
-"""Two linears with a GELU between them, in 4-bit activations: the first one's GEMM ends with the second one's codes (kernels/next.cuh),
-so that the hidden states are never in memory.
+"""Two linear layers with a GELU between them and 4-bit activations. The first layer's GEMM ends with the second layer's codes
+(kernels/next.cuh), so that the hidden states are never in memory.
 
-    x -> quantize.cu -> gemm_mma.cu: GELU, codes and scales; of the LoRA branch, a partial sum for each tile's columns
+    x -> quantize.cu -> gemm_mma.cu: GELU, codes and scales; a partial sum of the LoRA branch for each tile's columns
                         partial_sums.cu: adds up the partial sums
                         gemm_mma.cu -> y
 
-In 8 bits that does not pay: a token's scale is known after the last of the first layer's columns (benchmarks/NOTES.md).
+8-bit activations gain nothing: a token's scale is known only after the first layer's last column (benchmarks/NOTES.md).
 """
 
 import functools
@@ -21,7 +21,7 @@ from .operands import LayerOperands
 
 PARTIAL_SUMS, PARTIAL_SUMS_ENTRY, PARTIAL_SUMS_THREADS = "partial_sums.cu", "add_partial_sums", 128
 
-LAYER = LayerOperands._fields[:6]  # of LayerOperands.tensors
+LAYER = LayerOperands._fields[:6]  # the names of LayerOperands.tensors
 
 
 def numbered(names, number):
@@ -30,7 +30,7 @@ def numbered(names, number):
 
 TENSORS = ("x", "y", *numbered(LAYER, "1"), *numbered(LAYER, "2"))
 CONSTANTS = {"nothing": 0}
-# Each kernel's arguments, by the names of TENSORS, of CONSTANTS and of what the kernels leave to each other.
+# Each kernel's arguments, as names of TENSORS, of CONSTANTS and of the work memory (_Launches.work).
 QUANTIZE = ("x", "smooth1", "proj_down1", "act1", "act_scale1", "lora_act1", "lora_act_scale1")
 FIRST = ("nothing", "act1", "act_scale1", "lora_act1", "lora_act_scale1", "weight1", "weight_scale1", "nothing", "proj_up1", "bias1",
          "act2", "act_scale2", "partial_sums", "smooth2", "proj_down2")
@@ -41,15 +41,15 @@ SECOND = ("y", "act2", "act_scale2", "lora_act2", "lora_act_scale2", "weight2", 
 def svdquant_mlp(x, first, second):
     """second(GELU(first(x))) with 4-bit activations: (..., K) -> (..., N) in x.dtype.
 
-    first, second: LayerOperands with act_bits 4, the first's with gelu_from 0; GELU is tanh's. The codes between the layers are those of
-    ops.svdquant_linear twice, to the bit; so is everything else where there are no such kernels.
+    first, second: LayerOperands with act_bits 4; the first has gelu_from 0, the tanh-GELU. The codes between the layers equal those of two
+    ops.svdquant_linear calls to the bit. Without such kernels the op is these two calls.
     """
     if ops.plain(x):
         return _mlp(x, first, second)
     return _mlp_op(x, first.tensors, second.tensors, first.unsigned_from, second.unsigned_from)
 
 
-# The schema is written out, since PyTorch 2.5 doesn't find lists of Optionals in collections.abc's annotations.
+# The schema is written out because PyTorch 2.5 can't infer a list of Optionals from annotations with collections.abc.
 @torch.library.custom_op("svdquant::mlp", mutates_args=(), schema=(
     "(Tensor x, Tensor?[] first, Tensor?[] second, SymInt first_unsigned_from, SymInt second_unsigned_from) -> Tensor"))
 def _mlp_op(x, first, second, first_unsigned_from, second_unsigned_from):
@@ -70,7 +70,7 @@ def _mlp(x, first, second):
 
 
 def fused(x, first, second, kernels=None):
-    """As svdquant_mlp on a GPU, or None where its layers have to run one after the other. kernels: MLPKernels in place of choose()'s."""
+    """As svdquant_mlp on a GPU, or None if the layers must run one after the other. kernels: MLPKernels that replace choose()'s."""
     dtype = x.dtype
     if not dtype == first.weight_scale.dtype == second.weight_scale.dtype or not x.is_contiguous() or x.data_ptr() % 16:
         return None
@@ -78,7 +78,7 @@ def fused(x, first, second, kernels=None):
     try:
         launches = _launches(x.numel() // k, k, hidden, n, first_rank, second_rank, first.unsigned_from, second.unsigned_from, dtype,
                              x.device, kernels)
-    except KernelsUnavailable:  # the layers say so
+    except KernelsUnavailable:  # the layers' own calls log the reason
         return None
     if launches is None:
         return None
@@ -88,30 +88,30 @@ def fused(x, first, second, kernels=None):
 
 
 def layers(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype):
-    """choose.MLP of two layers, K -> hidden -> N, and m tokens."""
+    """The choose.MLP of two layers, K -> hidden -> N, for m tokens."""
     return choose.MLP(choose.Layer(m, hidden, k, first_rank, first_unsigned_from, 4, dtype, 0),
                       choose.Layer(m, n, hidden, second_rank, second_unsigned_from, 4, dtype))
 
 
 def launch(launches, x, y, first, second):
-    """Run _Launches on x (..., K), contiguous, and y (..., N)."""
+    """Run _Launches on a contiguous x (..., K), into y (..., N)."""
     product = quantize_activation.multiplied(x.view(-1, x.shape[-1]), first.proj_down) if launches.multiply else ()
     launches.run(*map(runtime.address, (*product, x, y, *first.tensors, *second.tensors)))
 
 
 @torch.compiler.assume_constant_result
 def pays(device):
-    """Whether a model's two layers should be one on `device`. On the CPU the result is the same either way."""
+    """Whether fusing two layers is faster on `device`. True on the CPU, where both ways give the same result."""
     if device.type != "cuda":
         return True
     try:
         return targets.for_device(device).fused_mlp
-    except KernelsUnavailable:  # a GPU that is too old; the layers say so
+    except KernelsUnavailable:  # the GPU is too old; the layers' calls log it
         return False
 
 
 def prepare(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, device):
-    """Compile and load the kernels that svdquant_mlp of such layers will ask for, with a contiguous x (m, k)."""
+    """Compile and load the kernels that svdquant_mlp needs for such layers and a contiguous x (m, k)."""
     sizes = m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype
     if _launches(*sizes, device, None) is None:
         for layer in layers(*sizes):
@@ -119,16 +119,16 @@ def prepare(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, secon
 
 
 class _Launches(NamedTuple):
-    """The launches of two layers."""
+    """The launches of two fused layers."""
 
-    run: Callable    # all of them, of the addresses of multiplied()'s product and of TENSORS
-    work: dict       # {name: bytes} of what the kernels leave to each other
-    multiply: bool   # x @ proj_down of the first layer by cuBLAS; otherwise there is no product
+    run: Callable    # runs all launches; takes the addresses of multiplied()'s product, if any, and of TENSORS
+    work: dict       # {name: bytes} of the kernels' work memory
+    multiply: bool   # cuBLAS computes the first layer's x @ proj_down; if False, there is no product
 
 
 @functools.lru_cache(maxsize=1024)
 def _launches(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype, device, kernels):
-    """The _Launches of layers()' layers, or None where the kernels don't take them. kernels: as in fused."""
+    """The _Launches of layers()' MLP, or None if the kernels don't take it. kernels: as in fused."""
     mlp = layers(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second_unsigned_from, dtype)
     kernels = kernels or ops.chosen(mlp, device)
     if kernels is None:
@@ -160,8 +160,7 @@ def add_defines(dtype, ranks):
 
 
 def variants(storage, target):
-    """Variants (source, entry, defines) that stand for all that a GPU compiles for this: the largest tile, which has the fewest registers
-    to spare, with the most ranks."""
+    """The (source, entry, defines) that need the most registers, for the tests of machine code: the largest tile, with the most ranks."""
     found = []
     for dtype in target.dtypes:
         defines = gemm_mma.defines_of(storage, gemm_mma.next_tiles_of(storage)[0], target, dtype, next_ranks=gemm_mma.NEXT_RANKS)

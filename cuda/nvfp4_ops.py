@@ -1,4 +1,4 @@
-"""The op of an NVFP4 layer as a torch.library custom op: one call a layer, opaque to torch.compile."""
+"""The NVFP4 layer as a torch.library custom op: one call per layer, opaque to torch.compile."""
 
 from typing import Optional
 
@@ -13,7 +13,7 @@ def nvfp4_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_scale_2
                  smooth: Tensor, bias: Optional[Tensor]) -> Tensor:
     """One SVDQuant layer in NVFP4, (..., K) -> (..., N) in x.dtype; arguments as in nvfp4.nvfp4_linear.
 
-    On a GPU it is computed in x's 16 bits, with the matrix products of the hardware; elsewhere in float32.
+    On a GPU it computes in x's 16-bit dtype, elsewhere in float32.
     """
     in_16_bits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
     return nvfp4.nvfp4_linear(x, weight, weight_scale, weight_scale_2, proj_down, proj_up, smooth, bias,

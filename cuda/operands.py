@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class LayerOperands(NamedTuple):
-    """What a layer computes with, besides its input x (..., K): its tensors and its constants.
+    """A layer's tensors and constants: everything it computes with besides its input x (..., K).
 
-    N outputs, R the rank, G = K / 64 groups. The floats are 16-bit and share a dtype.
+    N outputs, R the rank, G = K / 64 groups. The float tensors are 16-bit and share a dtype.
     """
 
     weight: Tensor                       # (N, K/2) int8, packed 4-bit codes (int4.py)
@@ -17,12 +17,12 @@ class LayerOperands(NamedTuple):
     proj_up: Tensor                      # (N, R)
     smooth: Tensor                       # (K,), the divisor of x
     bias: Optional[Tensor]               # (N,)
-    unsigned_from: int                   # the first column of x that is a GELU's output; K if none is
-    act_bits: int = 4                    # 4 or 8, of the activation's codes
-    row_scale: Optional[Tensor] = None   # (N,) float32, row_scales.row_scale of the layer; the kernels need it for act_bits 8
-    gelu_from: Optional[int] = None      # the first output to which the layer itself applies GELU; None if there is none
+    unsigned_from: int                   # first column of x that is a GELU's output; K if there is none
+    act_bits: int = 4                    # bits of the activation's codes: 4 or 8
+    row_scale: Optional[Tensor] = None   # (N,) float32, from row_scales.row_scale; the kernels need it for act_bits 8
+    gelu_from: Optional[int] = None      # first output column to which the layer itself applies GELU; None if there is none
 
     @property
     def tensors(self):
-        """The tensors but for row_scale: weight, weight_scale, proj_down, proj_up, smooth, bias."""
+        """The stored tensors: weight, weight_scale, proj_down, proj_up, smooth, bias."""
         return self[:6]

@@ -1,7 +1,7 @@
-"""The ops that a quantized model calls, as torch.library custom ops: one call a layer, opaque to torch.compile.
+"""The ops that a quantized model calls, as torch.library custom ops: one call per layer, opaque to torch.compile.
 
-On a CUDA device they run the kernels that choose() names, elsewhere the reference, which also takes over, with one warning, where the
-kernels can't be had.
+On a CUDA device an op runs the kernels that choose() returns, elsewhere the reference. If the kernels are unavailable, the op logs one
+warning and runs the reference.
 """
 
 import functools
@@ -30,20 +30,20 @@ _dynamo_traces, _dispatch_modes = torch.compiler.is_dynamo_compiling, torch._C._
 
 @torch.compiler.assume_constant_result
 def best_act_bits(device):
-    """4 or 8: the activations' bits that `act_bits` 0 stands for on `device`. 4 on the CPU, as SVDQuant is published."""
+    """The activation bits, 4 or 8, that `act_bits` 0 selects on `device`. 4 on the CPU, as in the SVDQuant paper."""
     if device.type != "cuda" or torch.version.hip:
         return 4
     try:
         return targets.for_device(device).default_act_bits
-    except KernelsUnavailable:  # a GPU that is too old; the layers say so
+    except KernelsUnavailable:  # the GPU is too old; the layers' calls log it
         return 8
 
 
 def svdquant_linear(x, operands):
     """One SVDQuant layer, (..., K) -> (..., N) in x.dtype.
 
-    operands: LayerOperands, on x's device. With act_bits 8 a GPU needs their row_scale, and computes with group scales that are integer
-    multiples of it. Any gelu_from will do; multiples of choose.GELU_COLUMNS are the GEMM's.
+    operands: LayerOperands, on x's device. With act_bits 8 a GPU needs their row_scale, and rounds the group scales to
+    integer multiples of it. If gelu_from is a multiple of choose.GELU_COLUMNS, the GEMM applies GELU itself.
     """
     return _svdquant_linear(x, operands) if plain(x) else _svdquant_op(x, *operands)
 
@@ -54,13 +54,13 @@ def awq_linear(x, weight, weight_scale, weight_zeros, bias):
 
 
 def plain(x):
-    """Whether nobody traces: then the dispatcher, a third of a layer's time on the CPU, has nothing to add."""
-    # An export traces with tensors of a class of their own.
+    """Whether nothing traces this call, so that it may skip the dispatcher, which costs a third of a layer's time on the host."""
+    # torch.export traces with its own tensor subclass.
     return type(x) in PLAIN and not _dynamo_traces() and not _dispatch_modes()
 
 
 def on_gpu(x):
-    """Whether x is on a device that may have the kernels."""
+    """Whether x is on a device for which the kernels exist."""
     return x.is_cuda and not torch.version.hip
 
 
@@ -90,17 +90,17 @@ def _awq_linear(x, weight, weight_scale, weight_zeros, bias):
 
 @functools.lru_cache(maxsize=64)
 def compute_dtype(dtype, layers, device):
-    """The 16-bit type that the kernels on `device` compute a layer in, for x in `dtype` and the layer's floats in `layers`: x's type, or
-    the layer's where x is float32; fp16 where the GPU has no other."""
+    """The 16-bit type in which the kernels on `device` compute a layer, for x in `dtype` and the layer's floats in `layers`: x's type, or
+    the layer's type if x is float32; fp16 if the GPU has no other."""
     computed = targets.for_device(device).dtypes
     return computed[0] if len(computed) == 1 else dtype if dtype in computed else layers
 
 
 def computed_in(dtype, x, run):
-    """run(x), of x in `dtype`, in x.dtype.
+    """run(x), computed in `dtype` and returned in x.dtype.
 
-    Where fp16 stands for a wider type, as it does on Turing, numbers beyond its range become its largest, as they do in ComfyUI's own
-    fp16 models, and a token with NaN or Inf is NaN.
+    Where fp16 replaces a wider type, as on Turing, numbers beyond its range become its largest number, as in ComfyUI's own fp16 models.
+    A token with NaN or Inf becomes NaN.
     """
     if x.dtype == dtype:
         return run(x)
@@ -121,10 +121,10 @@ class _Launches(NamedTuple):
 
     quantize: runtime.Launcher  # quantize_activation.launcher's
     gemm: runtime.Launcher      # gemm_wgmma.launcher's or gemm_mma.launcher's
-    varying: tuple              # the names of the kernels' arguments that change from call to call
-    work: dict                  # {name: bytes} of what the first launch leaves to the second
-    run: Callable               # both launches, of the addresses of `varying` and of CONSTANT
-    multiply: bool              # x @ proj_down by cuBLAS first, which takes the place of proj_down
+    varying: tuple              # names of the kernels' arguments that change from call to call
+    work: dict                  # {name: bytes} of the first launch's outputs
+    run: Callable               # runs both launches; takes the addresses of `varying` and of CONSTANT
+    multiply: bool              # cuBLAS first computes x @ proj_down, which the kernel takes instead of proj_down
 
 
 FLOATS = ("weight_scale", "proj_down", "proj_up", "smooth", "bias")
@@ -135,8 +135,8 @@ GEMM = ("y", "act", "act_scale", "lora_act", "lora_act_scale", "weight", "weight
 
 @functools.lru_cache(maxsize=1024)
 def _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, stride, device):
-    """The _Launches of a choose.Layer, for x with rows `stride` elements apart; None where two launches on its operands as they are
-    aren't the layer. The Layer's fields are arguments of their own: making one takes a tenth of a call."""
+    """The _Launches of a choose.Layer, for x with rows `stride` elements apart; None if two launches on the operands as they are don't
+    compute the layer. The Layer's fields are separate arguments because making a Layer costs a tenth of a call."""
     kernels = chosen(Layer(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from), device)
     if kernels is None or not kernels.whole:
         return None
@@ -157,7 +157,7 @@ def _both(first, second, work, names, constants=()):
 
 
 def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, *, device):
-    """Compile and load the kernels of a layer of choose.Layer's sizes, with a contiguous x."""
+    """Compile and load the kernels of a layer with a contiguous x; arguments as in choose.Layer."""
     layer = Layer(m, n, k, rank, unsigned_from, act_bits, compute_dtype(dtype, dtype, device), gelu_from)
     if act_bits != W4A16:
         _launches(*layer, k, device)
@@ -166,18 +166,18 @@ def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, *, de
 
 
 def warm_up(layers, device, others=()):
-    """Compile and load in threads, beside the caller's next steps, the kernels that these layers will ask for. A kernel that can't be had
-    is left out: the layer's first call says why.
+    """Compile and load the kernels of these layers in threads, while the caller goes on. A kernel that is unavailable is skipped: the
+    layer's first call logs the reason.
 
     layers: [as choose.Layer, or without gelu_from], with contiguous inputs; device: a CUDA device with its index; others: functions that
-    do the same for more than a layer, and take longest. Returns the threads' futures.
+    prepare more than a layer. They take longest and so start first. Returns the threads' futures.
     """
     def attempt(job):
-        if not threading.main_thread().is_alive():  # the program ends: don't let it wait
+        if not threading.main_thread().is_alive():  # the program is ending and must not wait for this
             return
         try:
             job()
-        except Exception:  # the layer that needs the kernel meets the error again, and says so
+        except Exception:  # the layer that needs the kernel raises the error again
             log.debug("warm-up of %s", job, exc_info=True)
 
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="svdquant-compiler")
@@ -188,7 +188,7 @@ def warm_up(layers, device, others=()):
 
 
 def _by_kernels(x, operands):
-    """The layer by two launches, as most are; None where choose() leaves it to the reference."""
+    """Compute the layer by two launches, or in steps; None if choose() leaves it to the reference."""
     weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from = operands
     dtype, (*leading, k), (n, rank) = x.dtype, x.shape, proj_up.shape
     m, stride, source = x.numel() // k, k, x.data_ptr()
@@ -202,7 +202,7 @@ def _by_kernels(x, operands):
     launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, stride, x.device) if readable else None
     if launches is None:
         return _in_steps(x, operands)
-    y = x.new_empty(*leading, n)  # a size in a tuple takes PyTorch half as long again
+    y = x.new_empty(*leading, n)  # a size in a tuple takes PyTorch 1.5 times as long
     product = quantize_activation.multiplied(x.reshape(m, k), proj_down) if launches.multiply else ()
     launches.run(source, y.data_ptr(), *map(runtime.address, product),
                  *map(runtime.address, (proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias)))
@@ -210,12 +210,12 @@ def _by_kernels(x, operands):
 
 
 def cached_launch(x, operands):
-    """svdquant_linear for one layer and inputs like x, with everything looked up: launch(x, weight_scale, proj_down, addresses), or None
-    where the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a row_scale.
+    """svdquant_linear for one layer and inputs of x's shape, with all look-ups done: launch(x, weight_scale, proj_down, addresses), or
+    None if the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a row_scale.
 
-    launch takes an x that is plain() and has the same shape, the present tensors of the layer, and the addresses of CONSTANT's. While those
-    are the same, so is the tensors' device: host and devices share one space of addresses. It returns y, or None where anything has
-    changed.
+    launch takes a plain() x of the same shape, the layer's current tensors, and the current addresses of the tensors of CONSTANT. It
+    returns y, or None if anything has changed. Equal addresses also mean equal devices, because the host and all devices share one
+    address space.
     """
     weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from = operands
     dtype, index, (*leading, k), (n, rank) = x.dtype, x.get_device(), x.shape, proj_up.shape
@@ -224,17 +224,17 @@ def cached_launch(x, operands):
     m = x.numel() // k
     try:
         launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, k, x.device)
-    except KernelsUnavailable:  # svdquant_linear says so
+    except KernelsUnavailable:  # svdquant_linear logs the reason
         return None
     if launches is None:
         return None
-    there = tuple(map(runtime.address, (proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias)))
-    run = _both(launches.quantize, launches.gemm, launches.work, launches.varying, zip(CONSTANT, there))
+    known = tuple(map(runtime.address, (proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias)))
+    run = _both(launches.quantize, launches.gemm, launches.work, launches.varying, zip(CONSTANT, known))
     multiply, allocated = launches.multiply, runtime.allocator((*leading, n), dtype, x.device)
 
     def launch(x, weight_scale, proj_down, addresses):
         source = x.data_ptr()
-        if (addresses != there or x.dtype is not dtype or weight_scale.dtype is not dtype or x.get_device() != index or source % 16
+        if (addresses != known or x.dtype is not dtype or weight_scale.dtype is not dtype or x.get_device() != index or source % 16
                 or not x.is_contiguous()):
             return None
         y = allocated()
@@ -249,7 +249,8 @@ def cached_launch(x, operands):
 
 
 def _in_steps(x, operands):
-    """The same in every case: other dtypes, ranks that one GEMM doesn't take, an x that the kernels can't read; None as in _by_kernels."""
+    """Compute the layer also for other dtypes, for ranks that one GEMM doesn't take, and for an x that the kernels can't read in place;
+    None as in _by_kernels."""
     k, (n, rank) = x.shape[-1], operands.proj_up.shape
     dtype = compute_dtype(x.dtype, operands.weight_scale.dtype, x.device)
     kernels = chosen(Layer(x.numel() // k, n, k, rank, operands.unsigned_from, operands.act_bits, dtype, operands.gelu_from), x.device)
@@ -262,8 +263,8 @@ def _in_steps(x, operands):
 
 def _steps_in_one_dtype(x, operands, kernels):
     tokens, (proj_down, proj_up) = x.reshape(-1, x.shape[-1]), (operands.proj_down, operands.proj_up)
-    m, rank, behind = tokens.shape[0], proj_up.shape[1], kernels.rank == 0
-    if behind:
+    m, rank, branch_after = tokens.shape[0], proj_up.shape[1], kernels.rank == 0
+    if branch_after:
         down, up = proj_down[:, :0], proj_up[:, :0]
     else:
         down, up = (pad(t, (0, kernels.rank - rank)) for t in (proj_down, proj_up)) if kernels.rank != rank else (proj_down, proj_up)
@@ -273,7 +274,7 @@ def _steps_in_one_dtype(x, operands, kernels):
         y = gemm_wgmma.gemm(kernels.tile, q, fused, m)
     else:
         y = gemm_mma.gemm(kernels.storage, kernels.tile, q, fused, m)
-    if behind and rank:
+    if branch_after and rank:
         y.addmm_(tokens @ proj_down, proj_up.t())
     if kernels.gelu_from is None:
         reference.activated(y, operands.gelu_from)
@@ -285,7 +286,7 @@ def warn_once(message):
     log.warning("%s Until then quantized layers run through PyTorch, which is many times slower.", message)
 
 
-# The schemas of torch.library are flat. The arguments are those of LayerOperands, in its order.
+# torch.library's schemas are flat: the arguments are LayerOperands' fields, in its order.
 
 
 @torch.library.custom_op("svdquant::linear", mutates_args=())

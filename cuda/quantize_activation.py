@@ -1,7 +1,7 @@
 """Kernel 1 of a linear: the activation's codes and scales, and the LoRA branch's x @ proj_down, in one pass over x.
 
-kernels/quantize_registers.cu is for int8 codes on GPUs with clusters, as long as a cluster's registers hold its tokens; kernels/quantize.cu
-is for everything else. This module has the shapes of the kernels' outputs, the plans of how x is cut up for a GPU, and the launch.
+kernels/quantize_registers.cu makes int8 codes on GPUs with clusters, if a cluster's registers hold its tokens; kernels/quantize.cu does
+everything else. This module has the shapes of the kernels' outputs, the plans that divide x among a GPU's CTAs, and the launch.
 """
 
 import functools
@@ -14,18 +14,18 @@ from . import kernel_loader, runtime
 from .activation_layout import BLOCK, RANK_BLOCK, ROWS, CodeStorage, padded
 from .int4 import GROUP_SIZE
 
-DEPTH = 4         # blocks of x under way, quantize.cu's
-REGISTERS_RANKS = 64  # the most that quantize_registers.cu multiplies with
-FILLED = 0.75     # a plan of clusters that stay needs at least this share of the CTAs it counts with; else another plan is the faster
-PEAK = 2.0**14    # an fp16 lora_act is scaled down to stay below
+DEPTH = 4         # blocks of x in flight, as in quantize.cu
+REGISTERS_RANKS = 64  # the most ranks that quantize_registers.cu computes
+FILLED = 0.75     # a persistent plan needs this fraction of its estimated resident CTAs; with fewer, another plan is faster
+PEAK = 2.0**14    # an fp16 lora_act is scaled down to stay below this
 
 
 class Quantized(NamedTuple):
-    """A quantized activation, as the GEMMs take it. Mp is M padded to 16, G = K / 64; rows from M on hold zeros.
+    """A quantized activation, the GEMMs' input. Mp is M padded to 16, G = K / 64; rows from M on hold zeros.
 
-    act: the codes in the activation layout. act_scale: float32; INT8: (2, Mp), one scale for the columns before `unsigned_from` and one
-    for those from it on; else (G, Mp). lora_act: (x @ proj_down) / lora_act_scale in the activation layout; lora_act_scale: (Mp,)
-    float32, powers of two, ones in bf16. Both are None at rank 0.
+    act: the codes in the activation layout. act_scale: float32; for INT8 (2, Mp), one scale for the columns before `unsigned_from` and one
+    for the others; else (G, Mp). lora_act: (x @ proj_down) / lora_act_scale in the activation layout. lora_act_scale: (Mp,) float32,
+    powers of two, ones in bf16. Both are None at rank 0.
     """
 
     act: torch.Tensor
@@ -42,7 +42,7 @@ def quantize(x, smooth, proj_down, unsigned_from, storage, plans):
     """
     m, k = x.shape
     rank = proj_down.shape[1]
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # rows are read in pieces of 16 bytes
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # the kernel reads rows in pieces of 16 bytes
         x = x.clone(memory_format=torch.contiguous_format)
     launch, plan = launcher(m, k, rank, x.stride(0), unsigned_from, storage, plans, x.dtype, x.device)
     q = [None if o is None else torch.empty(o[0], dtype=o[1], device=x.device) for o in outputs(m, k, rank, storage, x.dtype)]
@@ -55,7 +55,7 @@ def quantize(x, smooth, proj_down, unsigned_from, storage, plans):
 
 
 def outputs(m, k, ranks, storage, dtype):
-    """(shape, dtype) of each tensor of a Quantized; None in place of those that rank 0 lacks."""
+    """(shape, dtype) of each tensor of a Quantized; None for those that rank 0 lacks."""
     rows, blocks = padded(m, ROWS), -(-k // BLOCK)
     nibbles = storage == CodeStorage.INT4_NIBBLES
     act = ((blocks, rows, BLOCK // 2), torch.uint8) if nibbles else ((blocks, rows, BLOCK), torch.int8)
@@ -66,19 +66,19 @@ def outputs(m, k, ranks, storage, dtype):
 
 
 def output_bytes(m, k, ranks, storage, dtype):
-    """The bytes of each of outputs(); 0 where there is none."""
+    """The size in bytes of each of outputs(); 0 for None."""
     return [math.prod(output[0]) * output[1].itemsize if output else 0 for output in outputs(m, k, ranks, storage, dtype)]
 
 
-# The arguments of the kernel that multiplied()'s tensors replace, where the plan leaves x @ proj_down to cuBLAS.
+# The kernel's arguments that multiplied()'s tensors replace, if the plan leaves x @ proj_down to cuBLAS.
 PRODUCT = {torch.bfloat16: ("proj_down",), torch.float16: ("proj_down", "lora_act_scale")}
 
 
 def multiplied(x, proj_down):
-    """x @ proj_down / lora_act_scale (M, R) by cuBLAS, and in fp16 lora_act_scale (Mp,); bf16's ones are written by the kernel."""
+    """x @ proj_down / lora_act_scale (M, R) by cuBLAS, and in fp16 lora_act_scale (Mp,). In bf16 the kernel writes its ones."""
     if x.dtype == torch.bfloat16:
         return x @ proj_down,
-    lora_act = x.float() @ proj_down.float()  # tf32 has fp16's 11 significant bits: it loses none of them
+    lora_act = x.float() @ proj_down.float()  # tf32 is exact here: it has fp16's 11 significant bits
     peak = lora_act.abs().amax(dim=-1)
     scale = torch.exp2(torch.ceil(torch.log2(peak / PEAK))).clamp(min=1)
     scale = torch.where(peak.isfinite(), scale, torch.ones_like(scale))
@@ -87,17 +87,17 @@ def multiplied(x, proj_down):
 
 @functools.lru_cache(maxsize=1024)
 def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, pdl=False):
-    """(a function of the addresses of (x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale), the Plan that it runs), for
-    inputs of this shape with rows `stride` elements apart. Where the Plan has fewer ranks than `rank`, x @ proj_down takes proj_down's
-    place.
+    """(a function that launches the kernel, the Plan that it runs), for inputs of this shape with rows `stride` elements apart.
 
-    plans: of plans_for, the fastest first. The first one whose clusters fit on the GPU is taken; ValueError where none is.
+    The function takes the addresses of (x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale). If the Plan has fewer ranks than
+    `rank`, x @ proj_down replaces proj_down.
+    plans: of plans_for, the fastest first; the first one whose clusters fit on the GPU runs. Raises ValueError if none fits.
     """
     for plan in plans:
         kernel = kernel_loader.kernel(*variant(dtype, storage, plan), device, plan.shared)
         if plan.ctas == 1:
             break
-        # How many clusters fit differs from one GPU to the next: not all have all of their multiprocessors, and some lend a few.
+        # GPUs of one model can hold different numbers of clusters, since their disabled multiprocessors differ.
         fit = kernel.active_clusters(plan.ctas, plan.threads) * plan.ctas
         if fit and (not plan.loop or fit >= min(plan.grid, FILLED * plan.fits)):
             if plan.loop:
@@ -109,23 +109,23 @@ def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, p
     return kernel.launcher((plan.grid,), (plan.threads,), 7, sizes, pdl), plan
 
 
-# --- How x is cut up -------------------------------------------------------------------------------------------------
+# --- The plans -------------------------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
-    """How x is cut up."""
+    """How x is divided among CTAs and their shared memory."""
 
-    ranks: int    # that the kernel multiplies with: all of the layer's, or 0
+    ranks: int    # ranks that the kernel computes: all of the layer's, or 0
     tiles: int    # a CTA has 16 * tiles tokens at a time
-    ctas: int     # of a cluster: they share the columns
+    ctas: int     # CTAs of a cluster, which share the columns
     slots: int    # quantize.cu: blocks of x in shared memory
     kept: int     # quantize.cu: blocks of 1 / smooth in shared memory
     shared: int   # bytes of shared memory
-    grid: int     # CTAs in all
-    threads: int  # of a CTA
-    warps: int    # quantize_registers.cu: warps of a CTA that hold x; 0: the plan is quantize.cu's
-    loop: bool    # quantize_registers.cu: the clusters stay, and take one run of tokens after the other
-    fits: int     # with `loop`: CTAs that should fit on the GPU at once
+    grid: int     # number of CTAs
+    threads: int  # threads of a CTA
+    warps: int    # quantize_registers.cu: warps of a CTA that hold x; 0: the plan is for quantize.cu
+    loop: bool    # quantize_registers.cu: clusters are persistent and loop over runs of tokens
+    fits: int     # with `loop`: estimated CTAs that fit on the GPU at once
 
 
 def variant(dtype, storage, plan):
@@ -140,18 +140,18 @@ def variant(dtype, storage, plan):
 def plans_for(m, k, rank, storage, target, sms, registers=None, tiles=None, ctas=None, loop=None):
     """The Plans for a GPU of a Target with `sms` multiprocessors, the fastest first, as a tuple.
 
-    registers, tiles, ctas, loop: restrict them to plans of quantize_registers.cu or of quantize.cu, with so many tiles, clusters of so
-    many CTAs, clusters that stay or don't. Raises ValueError where there is none.
+    registers, tiles, ctas, loop: restrict the plans to quantize_registers.cu (True) or quantize.cu (False), to this number of tiles, to
+    clusters of this many CTAs, to persistent clusters or others. Raises ValueError if no plan is left.
     """
     plans, clusters = [], target.max_cluster > 1
     if not registers and loop is None:
         ranks = rank if rank <= target.quantize_ranks else 0
-        # Without clusters the tokens alone have to make enough CTAs, so tiles are small there, but for the ranks that need two.
+        # Without clusters only the tokens are divided among CTAs. Small tiles then make enough CTAs; more than 64 ranks need two tiles.
         heights = (tiles,) if tiles else (1, 2) if clusters else (2,) if ranks > 64 else (1,)
         plans += [tile_plan(m, k, ranks, storage, target, sms, height, size)
                   for height in heights for size in (1, 2, 4, 8) if ctas in (None, size)]
     if registers is not False and storage == CodeStorage.INT8 and clusters:
-        # Of the sizes of clusters that were measured, those that are the fastest for some shape.
+        # Of the measured cluster sizes, these are the fastest for some shape.
         for ranks in {0, rank if rank <= REGISTERS_RANKS else 0}:
             sizes = (ctas,) if ctas else (2, 6, 8, 16) if target.max_cluster >= 16 and ranks > RANK_BLOCK else (2, 6, 8)
             plans += [registers_plan(m, k, ranks, target, sms, height, size, loop)
@@ -163,56 +163,56 @@ def plans_for(m, k, rank, storage, target, sms, registers=None, tiles=None, ctas
     return tuple(plan for _, plan in sorted(plans))
 
 
-# Plans are compared by the microseconds that they would take on an H100, where the constants were measured.
+# The time of a plan is an estimate in microseconds on an H100, where the constants were measured.
 
 
 def room(sms, ctas):
-    """How many multiprocessors clusters of `ctas` can use. A cluster lies within one of the GPU's groups of up to 18 multiprocessors, so
-    that clusters of more than two CTAs leave some of them idle."""
+    """How many multiprocessors clusters of `ctas` CTAs can use. A cluster runs within one GPC, a group of up to 18 multiprocessors, so that
+    clusters of more than two CTAs leave some multiprocessors idle."""
     return sms if ctas <= 2 else sms * 10 // 11 // ctas * ctas
 
 
 def multiplied_time(m, k):
-    """x @ proj_down by cuBLAS."""
+    """The time of x @ proj_down by cuBLAS."""
     return 5 + m * k * 2 / 2.7e6
 
 
 def most_warps(ranks):
-    """How many warps of quantize_registers.cu find the registers that they need on a multiprocessor."""
+    """How many warps of quantize_registers.cu fit in a multiprocessor's registers."""
     return 16 if ranks <= RANK_BLOCK else 12
 
 
 def resident_ctas(warps, ranks):
-    """How many CTAs of so many warps quantize_registers.cu asks for on a multiprocessor."""
+    """How many CTAs of this many warps quantize_registers.cu wants on a multiprocessor."""
     return min(4, max(1, most_warps(ranks) // warps))
 
 
 def registers_plan(m, k, ranks, target, sms, tiles, ctas, loop):
-    """(time, Plan) with x in registers, or None where it doesn't fit. loop: None to decide by the number of tokens."""
+    """(time, Plan) of quantize_registers.cu, or None if x doesn't fit. loop: None to decide by the number of tokens."""
     blocks, cover = -(-k // BLOCK), -(-m // (16 * tiles))
     warps = -(-blocks // ctas)
     communication_warp = int(tiles == 1)
     if tiles > 2 or not 1 < ctas <= blocks or warps + communication_warp > most_warps(ranks):
         return None
-    if ranks > RANK_BLOCK:  # the sums of a first product can't take the place of proj_down, which a second one needs
+    if ranks > RANK_BLOCK:  # a first product's sums can't overwrite proj_down, which a second product needs
         if loop is False:
             return None
         loop = True
     resident = resident_ctas(warps + communication_warp, ranks)
     loop = cover > room(sms * resident, ctas) // ctas if loop is None else loop
-    if tiles > (1 if loop else target.register_tiles):  # a loop has x twice
+    if tiles > (1 if loop else target.register_tiles):  # a loop holds two tiles of x
         return None
     shared = registers_bytes(tiles, ctas, warps, padded(ranks, RANK_BLOCK), loop)
     resident = min(resident, target.shared_per_sm // (shared + 1024))  # CTAs on a multiprocessor
     fits = room(sms * resident, ctas) // ctas
     if not fits:
         return None
-    # A round takes the longer of two times: the chain from x to its maxima, to the other CTAs and back to codes, or the transfer of x and
-    # the codes. CTAs of fewer than four warps gain nothing. CTAs on one multiprocessor drift apart: one's loads fill another's waits, and
-    # the last round is less idle. Clusters that don't stay come in waves. Loads arrive in the L1, of which little is left beside the
-    # largest shared memory.
-    share, waves = max(warps, 4), -(-cover // fits)
-    chain = 0.5 + 0.17 * share if not ranks else 1.2 + 0.2 * share if ranks <= RANK_BLOCK else 2.1 + 0.15 * share
+    # A round takes the longer of two times: the latency from x over the maxima and the other CTAs to codes, or the transfer of x and the
+    # codes. Fewer than four warps per CTA aren't faster than four. CTAs on one multiprocessor drift apart, so that one's loads fill
+    # another's waits and the last round is less idle. Clusters that aren't persistent run in waves. Loads arrive in the L1 cache, which
+    # is small beside the largest shared memory.
+    busy_warps, waves = max(warps, 4), -(-cover // fits)
+    chain = 0.5 + 0.17 * busy_warps if not ranks else 1.2 + 0.2 * busy_warps if ranks <= RANK_BLOCK else 2.1 + 0.15 * busy_warps
     chain *= tiles * (0.86 + 0.14 * min(resident, -(-cover * ctas // sms)))
     memory = min(fits, cover) * 16 * tiles * k * 3 / (2.25e6 if resident == 1 else 2.6e6)
     memory *= 1.5 if resident * (shared + 1024) > target.shared_per_sm * 7 // 8 else 1
@@ -225,7 +225,7 @@ def registers_plan(m, k, ranks, target, sms, tiles, ctas, loop):
 
 
 def registers_bytes(tiles, ctas, warps, rank, loop):
-    """Shared memory of a CTA, in quantize_registers.cu's order: barriers, maxima, sums, 1 / smooth, proj_down, the warps' sums."""
+    """Bytes of a CTA's shared memory, in quantize_registers.cu's order: barriers, maxima, sums, 1 / smooth, proj_down, the warps' sums."""
     rows, buffers = 16 * tiles, 2 if loop else 1
     own_rows = -(-rows // ctas)
     received = ctas * (2 * rows + own_rows * rank) * 4
@@ -233,30 +233,30 @@ def registers_bytes(tiles, ctas, warps, rank, loop):
 
 
 def tile_plan(m, k, ranks, storage, target, sms, tiles, ctas):
-    """(time, Plan) of quantize.cu, or None where there are no such clusters."""
+    """(time, Plan) of quantize.cu, or None if there are no such clusters."""
     blocks, cover = -(-k // BLOCK), -(-m // (16 * tiles))
     if ctas > target.max_cluster or ctas > 1 and (ctas > blocks or not room(sms, ctas)):
         return None
-    share = -(-blocks // ctas)
+    own_blocks = -(-blocks // ctas)
     most = target.shared_per_cta
-    for_two = min(most, target.shared_per_sm // 2 - 1024)  # so that two CTAs share a multiprocessor: one loads while the other codes
+    for_two = min(most, target.shared_per_sm // 2 - 1024)  # with two CTAs on a multiprocessor, one loads while the other encodes
     if storage == CodeStorage.INT8:
-        # x waits for its scale. Blocks that don't fit are read a second time.
-        limit = for_two if tile_bytes(tiles, ranks, min(share, DEPTH), share) <= for_two else most
-        kept = share if tile_bytes(tiles, ranks, min(share, DEPTH), share) <= most else 1
-        slots = max(min(share, DEPTH), min(share, (limit - tile_bytes(tiles, ranks, 0, kept)) // (tiles * 16 * 256)))
+        # x stays in shared memory until its scale is known. Blocks that don't fit are read a second time.
+        limit = for_two if tile_bytes(tiles, ranks, min(own_blocks, DEPTH), own_blocks) <= for_two else most
+        kept = own_blocks if tile_bytes(tiles, ranks, min(own_blocks, DEPTH), own_blocks) <= most else 1
+        slots = max(min(own_blocks, DEPTH), min(own_blocks, (limit - tile_bytes(tiles, ranks, 0, kept)) // (tiles * 16 * 256)))
     else:
-        slots, kept = min(share, DEPTH), 1
+        slots, kept = min(own_blocks, DEPTH), 1
     shared = tile_bytes(tiles, ranks, slots, kept)
     resident = max(1, min({1: 3, 2: 2, 4: 1}[tiles], target.shared_per_sm // (shared + 1024)))
     waves = -(-ctas * cover // (resident * room(sms, ctas)))
     busy = min(resident, -(-ctas * cover // sms)) * tiles  # tiles of 16 rows that a multiprocessor works on
-    rereading = 1.5 if storage == CodeStorage.INT8 and slots < share else 1
-    time = 4 + waves * (2.6 + share * rereading * (0.28 + 0.26 * busy))
+    rereading = 1.5 if storage == CodeStorage.INT8 and slots < own_blocks else 1
+    time = 4 + waves * (2.6 + own_blocks * rereading * (0.28 + 0.26 * busy))
     return time, Plan(ranks, tiles, ctas, slots, kept, shared, cover * ctas, 128 * tiles, 0, False, 0)
 
 
 def tile_bytes(tiles, rank, slots, kept):
-    """Shared memory of a CTA: x, proj_down, 1 / smooth, maxima and scales, in quantize.cu's order."""
+    """Bytes of a CTA's shared memory: x, proj_down, 1 / smooth, maxima and scales, in quantize.cu's order."""
     rows = 16 * tiles
     return slots * rows * 256 + padded(rank, RANK_BLOCK) * 256 + kept * 512 + (8 + 2 + 2) * rows * 4

@@ -1,13 +1,13 @@
-"""Every op of SVDQuant in plain PyTorch: the oracle of the tests, and the path where there is no GPU kernel.
+"""Every op of SVDQuant in plain PyTorch: the tests' reference, and the path without GPU kernels.
 
 One linear layer (arXiv 2411.05007; tensor shapes as in comfy-kitchen's svdquant_w4a4):
 
     y = Q(x / smooth) Wq^T + (x proj_down) proj_up^T + bias
 
-Q quantizes each token on the fly. From column `unsigned_from` on, the input is the output of a GELU: it is shifted by
-0.171875 to be non-negative and coded without a sign; the layer's bias already holds the correction for the shift.
-`unsigned_from` is K for an ordinary layer, 0 for the second layer of an MLP, and between the two for a single block's
-linear2, whose input is [attention ; GELU]. The low-rank branch reads the raw x.
+Q quantizes each token at run time. From column `unsigned_from` on, the input is the output of a GELU: it is shifted by
+0.171875 to be non-negative, and its codes are unsigned. The layer's bias already holds the GELU shift correction.
+`unsigned_from` is K for an ordinary layer, 0 for the second layer of an MLP, and between the two for a layer whose input
+is [attention ; GELU]. The LoRA branch reads x without smoothing.
 
 M tokens, K inputs, N outputs, R the rank, G = K / 64 groups.
 """
@@ -17,12 +17,11 @@ from torch.nn.functional import gelu
 
 from .int4 import GELU_SHIFT, GROUP_SIZE, INT8_MAX, SIGNED_MAX, SIGNED_MIN, UNSIGNED_MAX, unpack_signed, unpack_unsigned
 
-PART_RATIO = 16  # at most, of a token's two int8 scales
+PART_RATIO = 16  # the largest ratio of a token's two int8 scales
 
 
 def scaled_codes(codes, scales):
-    """codes: (rows, K), scales: (rows, G), both in the dtype of the result. Returns (rows, K): what the codes stand
-    for."""
+    """Dequantize codes (rows, K) by scales (rows, G). Both are in the dtype of the result, (rows, K)."""
     return (codes.unflatten(-1, (-1, GROUP_SIZE)) * scales.unsqueeze(-1)).flatten(-2)
 
 
@@ -34,9 +33,9 @@ def dequantize_weight(weight, weight_scale, dtype=torch.float32):
 def activation_scales(groups, first_unsigned):
     """The scales of 4-bit activations. groups: (M, G, 64) smoothed, and shifted from group `first_unsigned` on. Returns (M, G).
 
-    A signed group's largest magnitude takes code -8, through a negative scale where it is a positive number: with steps an eighth
-    smaller than symmetric_scales', rounding leaves 22 % less of the noise's energy (normal, Laplace and Student-t groups alike, the
-    few numbers clipped at 7 included). A kernel pays one comparison a number for it, and the GEMM nothing.
+    A signed group's largest magnitude gets code -8; if that number is positive, the scale is negative. The steps are an eighth smaller
+    than those of symmetric_scales, which lowers the energy of the rounding error by 22 % for normal, Laplace and Student-t groups,
+    including the few numbers clipped at 7. The kernel makes one more comparison per number; the GEMM's cost doesn't change.
     """
     high, low = groups.amax(dim=-1), groups.amin(dim=-1)
     scales = torch.where(high >= -low, -high, -low) / -SIGNED_MIN
@@ -45,8 +44,8 @@ def activation_scales(groups, first_unsigned):
 
 
 def symmetric_scales(groups, first_unsigned):
-    """activation_scales as SVDQuant publishes them and other software computes them: codes -7..7, so that +max and -max are
-    treated alike. What comparisons with the others are made with."""
+    """activation_scales as SVDQuant publishes them and other software computes them: codes -7..7, symmetric for +max and -max.
+    Comparisons with other software use them."""
     scales = groups.abs().amax(dim=-1)
     scales[:, :first_unsigned] /= SIGNED_MAX
     scales[:, first_unsigned:] /= UNSIGNED_MAX
@@ -57,12 +56,12 @@ def quantize_activation(x, smooth, unsigned_from, act_bits=4, dtype=torch.float3
     """Smooth and quantize each token.
 
     x: (M, K) float; smooth: (K,) float, the divisor; unsigned_from: int, a multiple of 64.
-    act_bits 4: activation_scales, a scale per token and group of 64; signed codes -8..7, or 0..15 from `unsigned_from` on.
-    act_bits 8: a scale per token and part (the columns before and from `unsigned_from`); codes -127..127. The smaller part's scale
-    is at least a 16th of the other's, so that a kernel can carry integer sums of the one over to the units of the other.
+    act_bits 4: activation_scales, one scale per token and group of 64; signed codes -8..7, or 0..15 from `unsigned_from` on.
+    act_bits 8: one scale per token and part (the columns before and from `unsigned_from`); codes -127..127. The smaller of a token's
+    two scales is at least a 16th of the other, so that a kernel can convert integer sums from one scale to the other.
     Returns codes (M, K) as whole numbers in `dtype`, and scales (M, G) in `dtype`.
 
-    NaN and Inf in a token turn that token's scale, and so its output, into NaN: they stay visible.
+    A NaN or Inf in a token makes its scale, and so its output, NaN: the error stays visible.
     """
     shifted = x.to(dtype)
     if unsigned_from < x.shape[-1]:
@@ -82,7 +81,7 @@ def quantize_activation(x, smooth, unsigned_from, act_bits=4, dtype=torch.float3
         scales = activation_scales(groups, first_unsigned)
         high, low = torch.full_like(scales[:1], SIGNED_MAX), torch.full_like(scales[:1], SIGNED_MIN)
         high[:, first_unsigned:], low[:, first_unsigned:] = UNSIGNED_MAX, 0
-    # A group of zeros keeps the scale 0; dividing by 1 instead gives codes of 0, not 0 / 0.
+    # A group of zeros keeps the scale 0. Dividing by 1 instead of 0 makes its codes 0, not NaN.
     divisor = torch.where(scales == 0, torch.ones_like(scales), scales).unsqueeze(-1)
     codes = (groups / divisor).round()
     codes = torch.minimum(torch.maximum(codes, low.unsqueeze(-1)), high.unsqueeze(-1))
@@ -90,7 +89,7 @@ def quantize_activation(x, smooth, unsigned_from, act_bits=4, dtype=torch.float3
 
 
 def activated(y, gelu_from):
-    """y (..., N), from column `gelu_from` on as its GELU, written in place; None: nowhere."""
+    """Apply GELU in place to the columns of y (..., N) from `gelu_from` on; None: to no column. Returns y."""
     if gelu_from is not None:
         columns = y[..., gelu_from:]
         columns.copy_(gelu(columns, approximate="tanh"))
@@ -112,7 +111,7 @@ def svdquant_linear(x, operands, dtype=torch.float32):
 
 
 def dequantize_awq(weight, weight_scale, weight_zeros, dtype=torch.float32):
-    """weight: (N, K/2) int8 holding codes 0..15; weight_scale, weight_zeros: (G, N). Returns (N, K) in `dtype`.
+    """weight: (N, K/2) int8, codes 0..15; weight_scale, weight_zeros: (G, N). Returns (N, K) in `dtype`.
 
     W = (code - 8) * scale + zero, the rule of ComfyUI's awq_w4a16.
     """

@@ -1,7 +1,7 @@
-"""The launch of loaded kernels, one or several at a time.
+"""Launch loaded kernels, one or several at a time.
 
-A launch is one call of the driver by ctypes. CuPy's own launch looks at the type of each argument every time, and can't say that a kernel
-may start while the one before it ends.
+A launch is one call of the driver through ctypes. CuPy's own launch checks the type of each argument every time, and doesn't support
+programmatic dependent launch, with which a kernel starts while the previous one ends.
 """
 
 import ctypes
@@ -19,24 +19,24 @@ from .errors import KernelsUnavailable
 log = logging.getLogger(__name__)
 
 NO_SUCH_CLUSTERS = (1, 801, 912)  # CUDA_ERROR_INVALID_VALUE, NOT_SUPPORTED, INVALID_CLUSTER_SIZE
-_CONFIG = "=7I4xqqI4x"  # CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, how many of them
-_STREAM = 32  # the offset of the stream in it
-ALIGNMENT = 256  # bytes, of each part of a chain's work memory
+_CONFIG = "=7I4xqqI4x"  # CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, number of attributes
+_STREAM = 32  # offset of the stream in _CONFIG
+ALIGNMENT = 256  # bytes; each part of a chain's work memory begins at a multiple of it
 
-# PyTorch's own short cuts, none of which a PyTorch without CUDA has.
+# PyTorch's internal fast paths. A PyTorch without CUDA has none of them.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # ten times as fast as torch.cuda.current_stream
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # torch.cuda.current_device, without the check that CUDA is initialized
-_take = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", None)  # both together half of what a tensor takes
+_take = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", None)  # together with _give in half the time of a tensor
 _give = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_delete", None)
-_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # torch.empty_strided for Inductor's code, in half the time
+_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # Inductor's torch.empty_strided, in half the time
 
 # {CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, padding, 1 in a union of 64 bytes}
 _PDL = ctypes.create_string_buffer(struct.pack("=I4xI60x", 6, 1))
 
 
 class Boxes(NamedTuple):
-    """A contiguous (rows, columns) matrix of 2-byte elements in the GPU's memory, which a kernel's copy engine moves by boxes of
-    (box_rows, box_columns), swizzled by 128 bytes in shared memory. The columns are a multiple of 8, a box's at most 64."""
+    """A contiguous (rows, columns) matrix of 2-byte elements in device memory. The copy engine moves boxes of (box_rows, box_columns),
+    swizzled by 128 bytes in shared memory. columns is a multiple of 8, box_columns at most 64."""
 
     rows: int
     columns: int
@@ -48,16 +48,16 @@ class Boxes(NamedTuple):
 def _tensor_map(boxes):
     """A CUtensorMap of Boxes at address 0.
 
-    The format of its 128 bytes is not documented. On Hopper the first eight are the address, which is verified here: raises
-    KernelsUnavailable where they are not.
+    The format of its 128 bytes is not documented. On Hopper the first eight are the address, which this function verifies. Raises
+    KernelsUnavailable if they are not.
     """
     sizes, strides = (ctypes.c_uint64 * 2)(boxes.columns, boxes.rows), (ctypes.c_uint64 * 1)(2 * boxes.columns)
     box, steps = (ctypes.c_uint32 * 2)(boxes.box_columns, boxes.box_rows), (ctypes.c_uint32 * 2)(1, 1)
     memory = ctypes.create_string_buffer(128 + 64)
-    begin = -ctypes.addressof(memory) % 64  # where the driver may write it
+    begin = -ctypes.addressof(memory) % 64  # the driver wants a multiple of 64 bytes
 
     def encode(address):
-        status = driver.driver().cuTensorMapEncodeTiled(  # 1: 16-bit unsigned, in 2 dimensions; 0: no interleaving; 3: 128 bytes' swizzle
+        status = driver.driver().cuTensorMapEncodeTiled(  # 1: uint16; 2 dimensions; 0: no interleaving; 3: swizzle by 128 bytes
             ctypes.byref(memory, begin), 1, 2, ctypes.c_void_p(address), sizes, strides, box, steps, 0, 3, 0, 0)
         driver.check("cuTensorMapEncodeTiled", status)
         return memory[begin:begin + 128]
@@ -70,10 +70,10 @@ def _tensor_map(boxes):
 
 
 class _LaunchBuffer:
-    """A thread's memory for the launches of a chain, in this order: their CUlaunchConfigs, the ints, 8 bytes each, their tensor maps, and
-    for each kernel the addresses of its parameters.
+    """A thread's memory for the launches of a chain. In order: the CUlaunchConfigs, the ints of 8 bytes each, the tensor maps, and for each
+    kernel the addresses of its parameters.
 
-    Of an int's 8 bytes the driver takes as many as the parameter has: all of a pointer, or the low 4.
+    The driver reads as many of an int's 8 bytes as the parameter has: all 8 for a pointer, the low 4 for an int.
     """
 
     __slots__ = ("bytes", "values", "maps", "stream", "work", "parts", "calls")
@@ -90,7 +90,7 @@ class _LaunchBuffer:
         self.bytes = ctypes.create_string_buffer(written, pointed + 8 * count)
         begin, self.maps, calls = ctypes.addressof(self.bytes), [], []
         for step, (launcher, arguments) in enumerate(steps):
-            slots = [*map(order.index, arguments), *range(own, own + len(launcher.sizes))]  # of the parameters among the ints
+            slots = [*map(order.index, arguments), *range(own, own + len(launcher.sizes))]  # indices of the parameters among the ints
             own += len(launcher.sizes)
             parameters = [begin + self.values + 8 * slot for slot in slots]
             if launcher.boxes:
@@ -106,25 +106,26 @@ class _LaunchBuffer:
         self.stream = self.work = 0
 
     def set_stream(self, stream):
-        """Launch on this stream from now on. Most calls come on the same one as the call before."""
+        """Launch on this stream from now on. Most calls use the same stream as the previous call."""
         for step in range(len(self.calls)):
             struct.pack_into("=q", self.bytes, step * struct.calcsize(_CONFIG) + _STREAM, stream)
         self.stream = stream
 
     def set_work(self, begin):
-        """Have the chain's work memory at this address from now on. Most times the allocator gives the block that it got back before."""
+        """Place the chain's work memory at this address from now on. The allocator usually returns the same block each time."""
         first, offsets = self.parts
         struct.pack_into(f"={len(offsets)}q", self.bytes, first, *(0 if offset is None else begin + offset for offset in offsets))
         self.work = begin
 
 
 def chain(names, *steps, work=(), constants=()):
-    """A function of ints, the `names`, that launches kernels of one device one after the other on PyTorch's current stream of that device.
+    """A function that launches kernels of one device one after the other on PyTorch's current stream of that device. It takes ints, one
+    for each of `names`.
 
-    work: {name: bytes} of memory that is the chain's own while the kernels run; a name of 0 bytes stands for the address 0.
-    constants: {name: int}, the same in every call. steps: (Launcher, the names of its kernel's first arguments); a name that stands
-    twice is the first of names, work and constants.
-    Everything that doesn't change from call to call is written once a thread.
+    work: {name: bytes} of memory for the chain while the kernels run; a name with 0 bytes has address 0.
+    constants: {name: int}, equal in every call. steps: (Launcher, names of its kernel's first arguments), each in names, work or
+    constants, which are searched in this order.
+    Each thread writes everything that doesn't change from call to call once.
     """
     index, launch, threads = steps[0][0].kernel.index, driver.driver().cuLaunchKernelEx, threading.local()
     pack, pack_address = struct.Struct(f"={len(names)}q").pack_into, struct.Struct("=q").pack_into
@@ -153,13 +154,13 @@ def chain(names, *steps, work=(), constants=()):
                     driver.check("cuLaunchKernelEx", status)
         finally:
             if begin:
-                _give(begin)  # to be used again after the kernels, by what the stream does then
+                _give(begin)  # the stream's later work may reuse it after the kernels
 
     return run
 
 
 def laid_out(work):
-    """({name: offset in one allocation, None for 0 bytes}, the bytes of the allocation) of {name: bytes}."""
+    """Lay out {name: bytes} in one allocation: ({name: offset, or None for 0 bytes}, bytes of the allocation)."""
     offsets, end = {}, 0
     for name, size in work.items():
         offsets[name] = end if size else None
@@ -168,7 +169,7 @@ def laid_out(work):
 
 
 def allocator(shape, dtype, device):
-    """A function without arguments that gives a new contiguous tensor on the device, which has an index."""
+    """A function without arguments that returns a new contiguous tensor. The device has an index."""
     fresh, short = functools.partial(torch.empty, shape, dtype=dtype, device=device), _empty
     if device.type != "cuda" or short is None:
         return fresh
@@ -181,7 +182,7 @@ def allocator(shape, dtype, device):
 
 
 class Launcher:
-    """A kernel with its grid, block and last arguments. `launcher(*ints)`, its first ones, launches it."""
+    """A kernel with its grid, its block and its last arguments. `launcher(*ints)` launches it with these first arguments."""
 
     __slots__ = ("kernel", "head", "attributes", "sizes", "boxes", "run")
 
@@ -198,7 +199,7 @@ class Launcher:
 
 
 def address(tensor):
-    """The address of a tensor as a kernel takes it, 0 for None."""
+    """The address of a tensor as a kernel takes it; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -206,7 +207,7 @@ class Kernel:
     """A kernel on one device. `kernel(grid, block, *args)` launches it on PyTorch's current stream of that device.
 
     args: tensors on the device (their addresses), None (a null pointer) and ints.
-    A launch allocates nothing on the device and waits for nothing, so that CUDA graphs can record it.
+    A launch neither allocates on the device nor synchronizes, so that CUDA graphs can record it.
     """
 
     __slots__ = ("function", "index", "shared", "dependent", "owner")
@@ -214,21 +215,21 @@ class Kernel:
     def __init__(self, function, index, shared, dependent=False, owner=None):
         self.function = function
         self.index = index
-        self.shared = shared        # bytes of dynamic shared memory of a block
-        self.dependent = dependent  # whether the device knows programmatic dependent launch
+        self.shared = shared        # bytes of dynamic shared memory of a CTA
+        self.dependent = dependent  # whether the device has programmatic dependent launch
         self.owner = owner          # CuPy's function, which keeps the module loaded
 
     def __call__(self, grid, block, *args, pdl=False):
         self.launcher(grid, block, len(args), pdl=pdl)(*(arg if type(arg) is int else address(arg) for arg in args))
 
     def active_clusters(self, ctas, threads):
-        """How many clusters of `ctas` CTAs with `threads` threads the device holds at once; 0 also where it has no such clusters."""
+        """How many clusters of `ctas` CTAs with `threads` threads the device holds at once; 0 if it has no such clusters."""
         cluster = ctypes.create_string_buffer(struct.pack("=I4x3I52x", 4, ctas, 1, 1))  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         config = ctypes.create_string_buffer(
             struct.pack(_CONFIG, ctas, 1, 1, threads, 1, 1, self.shared, 0, ctypes.addressof(cluster), 1))
         count = ctypes.c_int()
         with torch.cuda.device(self.index):
-            driver.ensure_context()  # a thread of warm_up's may have waited while another loaded the kernel
+            driver.ensure_context()  # a warm_up thread may have waited while another thread loaded the kernel
             status = driver.driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), ctypes.c_void_p(self.function), config)
         if status in NO_SUCH_CLUSTERS:
             log.debug("cuOccupancyMaxActiveClusters failed with %s for clusters of %s CTAs", status, ctas)
@@ -237,10 +238,10 @@ class Kernel:
         return count.value
 
     def launcher(self, grid, block, count, sizes=(), pdl=False, boxes=None):
-        """A Launcher: a function of the kernel's first `count` arguments, ints, for one shape many times.
+        """A Launcher for many calls with one shape. It takes the kernel's first `count` arguments as ints.
 
         sizes: the arguments that follow, ints.
-        pdl: let it start while the kernel before it ends. The kernel must then wait_for_previous_grid() (common.cuh).
-        boxes: the Boxes whose address the first int is. The kernel's first argument is then a TensorMap (hopper.cuh).
+        pdl: the kernel may start while the previous one ends. It must then call wait_for_previous_grid() (common.cuh).
+        boxes: Boxes at the address that is the first int. The kernel's first argument is then a TensorMap (hopper.cuh).
         """
         return Launcher(self, grid, block, count, sizes, pdl, boxes)

@@ -1,6 +1,6 @@
-"""What each GPU generation has, one row a compute capability. A new generation is one row here, and a kernel if it needs one.
+"""The properties of each GPU generation, one row per compute capability. A new generation is one new row, and a kernel if it needs one.
 
-This is the only place that compares compute capabilities: everything else asks a Target for the property that it needs.
+Only this module compares compute capabilities. All other code asks a Target for the property that it needs.
 """
 
 import functools
@@ -17,22 +17,22 @@ class Target:
     """A GPU generation."""
 
     number: int             # compute capability: 89 for 8.9
-    shared_per_sm: int      # bytes of shared memory of an SM
-    shared_per_cta: int     # bytes of shared memory that one CTA may have
-    bf16: bool              # computes in bf16; without it in fp16 alone
-    async_copies: bool      # cp.async; without it a GEMM prefetches through registers into the other of two stages
-    native_int4: bool       # 4-bit MMAs; elsewhere ptxas emulates each in 200 instructions
+    shared_per_sm: int      # bytes of shared memory per SM
+    shared_per_cta: int     # bytes of shared memory that a CTA may use
+    bf16: bool              # the kernels compute in bf16 too; otherwise only in fp16
+    async_copies: bool      # cp.async; without it a GEMM prefetches through registers into two stages
+    native_int4: bool       # 4-bit MMAs; without them ptxas emulates each MMA in 200 instructions
     wgmma: bool             # gemm_wgmma.cu runs, for int8 codes
-    max_cluster: int        # CTAs of the largest cluster; 1: there are no clusters
-    dependent_launch: bool  # programmatic dependent launch: a kernel may start while the one before it ends
-    quantize_ranks: int     # quantize.cu multiplies with so many ranks; cuBLAS takes more of them, or is faster with more
-    register_tiles: int     # quantize_registers.cu: 16-token tiles of a CTA for which ptxas finds registers; 0: it needs clusters
-    default_act_bits: int   # 4 where 4-bit MMAs are fast. A100 and Orin have them, but rescaling each group takes longer than they do
-    fused_mlp: bool         # mlp.py pays. Where 4-bit codes are bytes it doesn't: an H100 takes 1893 us for 1601 (benchmarks/NOTES.md)
+    max_cluster: int        # CTAs of the largest cluster; 1: no clusters
+    dependent_launch: bool  # programmatic dependent launch: a kernel may start while the previous one ends
+    quantize_ranks: int     # the most ranks that quantize.cu computes; cuBLAS computes larger branches, or is faster for them
+    register_tiles: int     # quantize_registers.cu: 16-token tiles per CTA that fit in registers; 0: no clusters, which it needs
+    default_act_bits: int   # 4 if 4-bit MMAs are fast. On A100 and Orin the rescaling of each group takes longer than the MMAs
+    fused_mlp: bool         # mlp.py is faster. With 4-bit codes in bytes it isn't: 1893 us against 1601 on an H100 (benchmarks/NOTES.md)
 
     @property
     def arch(self):
-        """The architecture to compile for, such as "sm_89". wgmma exists in sm_90a alone, machine code that no other GPU runs."""
+        """The architecture to compile for, such as "sm_89". wgmma exists only in sm_90a, whose machine code no other GPU runs."""
         return f"sm_{self.number}{'a' if self.wgmma else ''}"
 
     @property
@@ -63,9 +63,9 @@ OLDEST = min(TARGETS)
 def for_capability(capability):
     """The Target of a compute capability such as (9, 0). Raises KernelsUnavailable for GPUs older than Turing.
 
-    A GPU without a row is taken for its nearest older one, which is safe because what one generation has the next keeps, with these
-    exceptions: wgmma, which is Hopper's alone, and shared memory, of which it is given the least that any GPU since Ampere has. Its
-    activations get 8 bits, which is fast on every GPU.
+    A GPU without a row gets the properties of the nearest older one, since a generation keeps what the previous one has. Exceptions:
+    only Hopper has wgmma; shared memory has the smallest size of any GPU since Ampere; clusters have at most 8 CTAs; activations get 8
+    bits, which is fast on every GPU.
     """
     number = 10 * capability[0] + capability[1]
     if number < OLDEST:
@@ -85,7 +85,7 @@ def _for_index(index):
 
 
 def for_device(device):
-    """The Target of a CUDA device; raises KernelsUnavailable as for_capability does."""
+    """The Target of a CUDA device. Raises KernelsUnavailable as for_capability does."""
     index = torch.device(device).index
     return _for_index(torch.cuda.current_device() if index is None else index)
 
@@ -97,8 +97,8 @@ def multiprocessors(device):
 
 
 def compiled_arch(arch, numbers):
-    """The architecture to compile for in place of `arch`, by a compiler that knows only these compute capabilities: itself, or the
-    nearest older one of its family, whose machine code it runs (a 12.0's runs on a 12.1); None where there is none."""
+    """The architecture that a compiler which knows only these compute capabilities can use for `arch`: `arch` itself, or the nearest older
+    one of its family, whose machine code also runs (12.0's runs on 12.1). None if there is none."""
     number = int(re.fullmatch(r"sm_(\d+)[af]?", arch)[1])
     if number in numbers:
         return arch

@@ -1,11 +1,11 @@
-"""Compose the contact sheet: a row of pictures for each model, PSNR against the first row under each of the others."""
+"""Compose the contact sheet: a row of pictures for each model, with the PSNR against the first row under each picture of the others."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-GAP, MARGIN, LABEL = 14, 28, 190  # pixels between pictures, around the sheet, of the column with the models' names
+GAP, MARGIN, LABEL = 14, 28, 190  # pixels: between pictures, around the sheet, width of the column of the models' names
 PAPER, INK, FAINT = "white", "#1a1a1a", "#6b6b6b"
 
 
@@ -54,7 +54,7 @@ def text_table(rows: list[Row], captions: list[str]) -> str:
 
 
 def compose(rows: list[Row], captions: list[str]) -> Image.Image:
-    """The sheet as a picture; every row has one picture for each caption, all of one size."""
+    """The sheet as a picture. Every row has one picture for each caption, and all pictures have one size."""
     width, height = rows[0].pictures[0].size
     title, head, body = (ImageFont.load_default(size) for size in (26, 19, 15))
     words = [wrap(caption, body, width) for caption in captions]

@@ -1,4 +1,4 @@
-"""The demo itself, run by run.py in the environment that it needs: the workflow in, the contact sheet out."""
+"""The demo's main program, which run.py runs in the prepared environment: it runs the workflow and writes the contact sheet."""
 
 import argparse
 import json
@@ -101,7 +101,7 @@ def collect_rows(server: Server, prompt: dict, outputs: dict) -> list[contact_sh
 
 
 def model_size(base: Path, name: str) -> int:
-    """Bytes of the model file behind a row."""
+    """Bytes of a row's model file."""
     file = "tiny_flux.safetensors" if name == "bf16" else f"tiny_flux_{name}.safetensors"
     return (base / "models" / "diffusion_models" / file).stat().st_size
 

@@ -1,11 +1,11 @@
-"""What every test can count on: the pack under the name `comfyui_svdquant`, and a real ComfyUI to import.
+"""The setup of every test: the pack under the name `comfyui_svdquant`, and a real ComfyUI to import.
 
-ComfyUI is the one of COMFYUI_PATH or of .comfyui (`make test` puts it there). Its classes run in this process as its main.py
-would run them with --cpu (unless there is a CUDA device) and a base folder of our own. Where there is no ComfyUI, tests/nodes,
-tests/host and tests/quant/host and tests/benchmarks are left out and the rest runs.
+ComfyUI comes from COMFYUI_PATH or from .comfyui, where `make test` puts it. Its classes run in this process as its main.py would run
+them with --cpu (unless there is a CUDA device) and a temporary base folder. Without a ComfyUI, tests/nodes, tests/host,
+tests/quant/host and tests/benchmarks are skipped, and the others run.
 
-With `-n auto --dist loadfile` files run side by side, in up to four processes that share the cores; where there is a GPU in one, since
-its tests take times and memory.
+With `-n auto --dist loadfile` files run in parallel, in up to four processes that share the cores. On a machine with a GPU they run in
+one process, since the GPU's tests measure time and memory.
 """
 
 import importlib.util
@@ -22,20 +22,20 @@ from host import launch, setup
 
 CORES = os.cpu_count() or 1
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-if WORKERS > 1:  # before anything imports torch. Servers that tests start take it over
+if WORKERS > 1:  # before anything imports torch; servers that tests start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))
 
 if importlib.util.find_spec("hypothesis"):  # only some of the tests need it
     from hypothesis import settings
 
-    # The same cases in each run; `--hypothesis-profile=default` tries others.
+    # Every run has the same cases; `--hypothesis-profile=default` tries others.
     settings.register_profile("fixed", derandomize=True)
     settings.load_profile("fixed")
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = setup.locate()
 HAS_COMFY = (HOST.comfy / "main.py").is_file()
-# `python -m pytest` puts this folder on the path, where our cuda/ would hide the `cuda` package that CuPy imports.
+# `python -m pytest` puts the repository on the path, where its cuda/ hides the `cuda` package that CuPy imports.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 BASE = Path(tempfile.mkdtemp(prefix="svdquant-tests-"))
 
@@ -43,7 +43,7 @@ collect_ignore_glob = [] if HAS_COMFY else ["nodes/*", "host/*", "quant/host/*",
 
 
 def load_pack() -> None:
-    """Import the repository as a package; ComfyUI does it the same way, under the folder's path as a name."""
+    """Import the repository as a package, as ComfyUI does under the folder's path as the name."""
     spec = importlib.util.spec_from_file_location("comfyui_svdquant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -51,7 +51,7 @@ def load_pack() -> None:
 
 
 def enter_comfy() -> None:
-    """Make `import comfy...` and `import folder_paths` work here, with the options that a server of ours gets."""
+    """Make `import comfy...` and `import folder_paths` work here, with the options of the tests' servers."""
     import torch
 
     launch.enter(HOST.comfy, "--base-directory", str(BASE), *([] if torch.cuda.is_available() else ["--cpu"]))
@@ -69,7 +69,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests whose marker needs what this machine hasn't."""
+    """Deselect tests whose marker needs something that this machine lacks."""
     import torch
 
     lacking = {"gpu": not torch.cuda.is_available(), "newer": "COMFYUI_NEWER_PATH" not in os.environ}
@@ -92,7 +92,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
-    """Each of the processes has deselected the same tests."""
+    """All processes have deselected the same tests."""
     node.config.stash[DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", {})
 
 
@@ -113,7 +113,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture
 def inference_mode() -> Iterator[None]:
-    """ComfyUI runs every node so."""
+    """ComfyUI runs every node in inference mode."""
     import torch
 
     with torch.inference_mode():

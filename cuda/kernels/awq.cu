@@ -1,30 +1,30 @@
-// y = x W^T + bias with W = (code - 8) * scale + zero: 4-bit weights, 16-bit activations (W4A16), a scale and a zero a group of 64.
+// y = x W^T + bias with W = (code - 8) * scale + zero: 4-bit weights, 16-bit activations (W4A16), a scale and a zero per group of 64.
 //
-// FLUX's modulation layers: one token a picture and megabytes of weights, so all that counts is that the weights stream. Tensor
-// cores do the sums, because at 8 tokens the CUDA cores would take longer than the memory: the weights are the MMA's A operand
-// (16 rows), the tokens its B operand (8 columns, those beyond M zero). Within a group the weights are the integers code - 8,
-// exact in 16 bits; fp32 scales each group's sum:
+// It runs modulation layers, which have one token per image and megabytes of weights, so the reading of the weights takes the time.
+// Tensor cores compute the sums, because at 8 tokens the CUDA cores would be slower than the memory. The weights are the MMA's A
+// operand (16 rows) and the tokens its B operand (8 columns; those beyond M are zero). Within a group the weights are the integers
+// code - 8, exact in 16 bits, and each group's sum is scaled in fp32:
 //
 //   y[m, n] = sum over groups of  scale[g, n] * (sum over k of (code - 8) x[m, k])  +  zero[g, n] * (sum over k of x[m, k])
 //
-// The second sum is an MMA with ones: it lands in the registers where it is wanted, and the tensor cores are idle anyway.
+// The second sum is an MMA with ones. Its result is in the right registers, and the tensor cores have time to spare.
 //
 //   CTA   ROWS rows of W, 8 * TILES tokens; blockIdx.x the rows, blockIdx.y the tokens
-//   warp  chunks of 4 groups, warp, warp + WARPS, ...: 128 bytes of a row, whole lines of the memory. Each warp copies what it reads
-//         itself, so no warp waits for another before the end, where their sums are added in the order of the warps.
-//   lane  with r = lane / 4 and q = lane % 4: of each group columns 16 q .. 16 q + 15 of rows 2 r and 2 r + 1 of each 16 (MMA rows r
+//   warp  chunks of 4 groups: number warp, warp + WARPS, ... A chunk has 128 bytes of each row, a whole memory line. A warp copies its
+//         own chunks, so that no warp waits for another before the end, where the warps' sums are added in order.
+//   lane  with r = lane / 4 and q = lane % 4: columns 16 q .. 16 q + 15 of each group, of rows 2 r and 2 r + 1 of each 16 (MMA rows r
 //         and r + 8) and of tokens r + 8 t
 //
-// A warp's ring in shared memory has DEPTH slots of one chunk, all of them under way as soon as the kernel starts. Small CTAs, so that
-// all of them are resident at once and none waits for another: at N = 18432 an SM of an H100 has 8.7 of them and 160 KB under way.
+// A warp's ring in shared memory has DEPTH slots of one chunk each. The copies of all slots start with the kernel. The CTAs are small,
+// so that all of them are resident at once: with 18432 rows, an SM of an H100 has 8.7 of them, and 160 KB in flight.
 //
-//   bytes      0 ..       128 bytes of codes a row; their 32 bytes of group g lie in slot g ^ (row / 2 % 4), so that the 8-byte reads
-//                         of 16 lanes (4 rows of a group) are 128 bytes of different banks
-//   bytes CODES ..        a group's scales of the rows, then its zeros, and so on for the other groups
+//   bytes      0 ..       128 bytes of codes per row; the 32 bytes of group g are in slot g ^ (row / 2 % 4), so that the 8-byte reads
+//                         of 16 lanes (4 rows of a group) hit different banks
+//   bytes CODES ..        for each group, the rows' scales and then the rows' zeros
 //
 // The order of the columns in an MMA is free as long as A and B agree: MMA j of a group takes lane q's columns
 //   j, j + 4 (A registers 0, 1 and B register 0)  and  j + 8, j + 12 (A registers 2, 3 and B register 1)
-// since nibbles four apart come out of a word with one shift and one mask.
+// since one shift and one mask extract nibbles four apart from a word.
 
 #include "common.cuh"
 
@@ -41,7 +41,7 @@
 #define DEPTH 2
 #endif
 #ifndef RESIDENT
-#define RESIDENT 5  // CTAs of an SM
+#define RESIDENT 5  // CTAs per SM
 #endif
 #ifndef UNROLL
 #define UNROLL 1
@@ -53,11 +53,11 @@ constexpr int TOKENS = 8 * TILES;
 constexpr int ROW_TILES = ROWS / 16;
 constexpr int CHUNK = 4;  // groups
 constexpr int CODES = ROWS * CHUNK * 32, SLOT = CODES + CHUNK * ROWS * 4;  // bytes
-constexpr int PITCH = ROWS + 4;  // floats between the tokens of a warp's sums
+constexpr int PITCH = ROWS + 4;  // floats from one token of a warp's sums to the next
 constexpr int RING = WARPS * DEPTH * SLOT, SUMS = WARPS * TOKENS * PITCH * 4;
 
-// Codes `shift` / 4 and `shift` / 4 + 4 of a word, less 8, as two 16-bit floats. A nibble in the low mantissa bits of 128 (bf16)
-// or 1024 (fp16) adds its value; the subtraction is exact. nibbles: 0x000f000f, in a register.
+// Codes `shift` / 4 and `shift` / 4 + 4 of a word, minus 8, as two 16-bit floats. A nibble in the low mantissa bits of 128 (bf16)
+// or 1024 (fp16) adds its value, and the subtraction is exact. nibbles: 0x000f000f, in a register.
 DEVICE u32 weights(u32 word, int shift, u32 nibbles) {
 #if HALF
   u32 biased = (word >> shift) & nibbles | 0x64006400u, d;
@@ -69,14 +69,14 @@ DEVICE u32 weights(u32 word, int shift, u32 nibbles) {
   return d;
 }
 
-// A lane's part of the copies of a warp's chunks into the warp's ring. Of a chunk's codes it copies 16 bytes of every fourth row; the
-// first ROWS lanes copy 16 bytes of scales or of zeros. Data beyond K or N become zeros, which add nothing.
+// A lane's part of copying chunks into its warp's ring. It copies 16 bytes of codes of every fourth row. The first ROWS lanes also copy
+// 16 bytes of scales or of zeros. Data beyond K or N become zeros, which add nothing.
 struct Fetcher {
   const u8* codes;
   const u16* scales;
   u32 ring, to_codes;
   int first_row, scale_row, scale_group, groups, N, K;
-  int next, next_slot;  // the first group and the slot of the chunk to be copied next
+  int next, next_slot;  // the first group of the chunk to copy next, and its slot
 
   DEVICE Fetcher(const u8* weight, const u16* weight_scale, const u16* weight_zeros, u32 ring, int first_row, int groups, int N, int K)
       : ring(ring), first_row(first_row), groups(groups), N(N), K(K) {
@@ -107,18 +107,18 @@ struct Fetcher {
   }
 };
 
-// The fragments of a group of 8 tokens, from columns 16 q .. 16 q + 15 of one of them, two a word.
+// A group's fragments of 8 tokens, from columns 16 q .. 16 q + 15 of the lane's token, two per word.
 DEVICE void arrange_tokens(u32 (&b)[4][2], const uint4 (&v)[2]) {
   const u32 word[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    const u32 pick = j % 2 ? 0x7632 : 0x5410;  // the upper or the lower halves of two words
+    const u32 pick = j % 2 ? 0x7632 : 0x5410;  // the upper or the lower 16 bits of two words
     b[j][0] = __byte_perm(word[j / 2], word[j / 2 + 2], pick);
     b[j][1] = __byte_perm(word[j / 2 + 4], word[j / 2 + 6], pick);
   }
 }
 
-// The fragments of a group of 16 rows, from the lane's 16 codes of its even and of its odd row.
+// A group's fragments of 16 rows, from the lane's 16 codes of its even row and of its odd row.
 DEVICE void expand_weights(u32 (&a)[4][4], uint2 even, uint2 odd, u32 nibbles) {
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -159,8 +159,8 @@ DEVICE void multiply_group(float (&acc)[ROW_TILES][TILES][4], const u32 (&b)[TIL
   }
 }
 
-// The warps' sums, added up in the order of the warps, to y. acc[0] and acc[1] are tokens 2 q and 2 q + 1 of row 2 r, acc[2] and acc[3]
-// of row 2 r + 1. The sums take the ring's memory.
+// Adds the warps' sums in the order of the warps, and stores y. acc[0] and acc[1] are tokens 2 q and 2 q + 1 of row 2 r, acc[2] and acc[3]
+// those of row 2 r + 1. The sums reuse the ring's memory.
 DEVICE void add_and_store(u16* y, const float (&acc)[ROW_TILES][TILES][4], u8* memory, const u16* bias, int first_row, int first_token,
                           int M, int N, int warp, int r, int q) {
   __syncthreads();
@@ -203,12 +203,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES == 1 ? RESIDENT :
 #pragma unroll
   for (int slot = 0; slot < DEPTH; slot++) fetcher.fetch_next();
 
-  // Columns 16 q .. 16 q + 15 of a group's tokens. Beyond M they are zeros; beyond K those of the group before.
+  // Columns 16 q .. 16 q + 15 of a group's tokens: zeros beyond M, and beyond K those of the previous group.
   const char* token = (const char*)(x + (size_t)(first_token + r) * x_stride + warp * (CHUNK * 64) + 16 * q);
   uint4 v[TILES][2] = {};
 
   float acc[ROW_TILES][TILES][4] = {};
-  // Constants that the compiler must not know, or it loads them again for every use: K is a multiple of 64.
+  // The compiler must not recognize these constants, or it reloads them for every use. K is a multiple of 64.
   const u32 nothing = K & 63, nibbles = 0x000f000fu | nothing << 4, one = HALF ? 0x3c003c00u : 0x3f803f80u;
   const u32 ones[4] = {one | nothing, one | nothing << 1, one | nothing << 2, one | nothing << 3};
 

@@ -1,4 +1,4 @@
-// From x to codes, for both kernels that quantize an activation. CODES is the CodeStorage (common.cuh).
+// The encoding of x, for both kernels that quantize an activation. CODES is a CodeStorage (common.cuh).
 #pragma once
 #include "group.cuh"
 
@@ -14,8 +14,8 @@ DEVICE float max_of_run(uint4 x, const float (&even)[4], const float (&odd)[4], 
   return m;
 }
 
-// Which of a block's runs of 8 columns is the i-th of those whose codes make up piece `lane` of a row of the activation layout. In bytes
-// a piece is the even or the odd columns of four runs, in nibbles half a piece is all columns of two runs.
+// Piece `lane` of a row of the activation layout holds the codes of several runs of 8 columns; this is the index of the i-th such run in
+// its block. With codes in bytes, a piece holds the even or the odd columns of four runs. With nibbles, half a piece holds two runs.
 DEVICE int run_of(int lane, int i) {
   const int pair = lane >> 1;
   if (CODES == INT8) return 4 * i + pair;
@@ -24,9 +24,9 @@ DEVICE int run_of(int lane, int i) {
 
 constexpr int RUNS = CODES == INT4_NIBBLES ? 2 : 4;
 
-// Encodes one row's 16 columns, by lane 0..7 of the row's eight, from its runs of x, to `target`, the row in the activation layout.
+// Encodes 16 columns of a row, from runs of x to `target`, the row in the activation layout. Eight lanes encode a row.
 //     inverse, keep   int8: 1 / scale of each run; ~0, or 0 if the row is NaN
-//     scale           4 bits: written by one lane for each group of 64; null where there is no such group or row
+//     scale           4 bits: one lane writes it for each group of 64; null if there is no such group or row
 DEVICE void encode_row(const uint4 (&x)[RUNS], u32 smooth, int lane, int row, bool real, const float (&shift)[RUNS],
                        const float (&inverse)[RUNS], u32 keep, bool is_unsigned, float* scale, char* target) {
   const int half = lane & 1;
@@ -70,10 +70,10 @@ DEVICE void encode_row(const uint4 (&x)[RUNS], u32 smooth, int lane, int row, bo
   }
 }
 
-// The scale of a row's part from its largest value. One division by 127 would bring a CALL.
+// The scale of a row's part from its largest value. A division by 127 would compile to a CALL.
 DEVICE float part_scale(float m) { return m < TINY ? 0 : m * (1 / 127.f); }
 
-// Keeps the scales of a row's two parts within a factor of 16, so that the GEMM can carry one part's sum over to the other's scale.
+// Keeps the scales of a row's two parts within a factor of 16, so that the GEMM can convert one part's sum to the other's scale.
 DEVICE void tie_parts(float (&s)[2]) {
   const float first = s[0];
   s[0] = fmaxf(s[0], s[1] * (1 / 16.f)), s[1] = fmaxf(s[1], first * (1 / 16.f));

@@ -1,7 +1,7 @@
-// The vocabulary of all kernels: the 16-bit types, and PTX under names; hopper.cuh has the instructions that sm_90 adds. It needs no CUDA
-// headers, since NVRTC finds none on a user's machine.
+// The vocabulary of all kernels: the 16-bit types and named PTX instructions. hopper.cuh has the instructions that sm_90 adds. No CUDA
+// headers are included, because NVRTC finds none on a user's machine.
 //
-// -DHALF=1 makes the 16-bit type of a kernel fp16, otherwise it is bf16. A u32 holds two of them, the first in the low half.
+// With -DHALF=1 the 16-bit type of a kernel is fp16, otherwise bf16. A u32 holds two of them, the first in its low 16 bits.
 #pragma once
 
 #ifndef HALF
@@ -19,14 +19,14 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// How an activation's codes are stored: the values of -DCODES. The Python module of the activation layout has the orders of the columns.
+// How an activation's codes are stored, the values of -DCODES. activation_layout.py defines the orders of the columns.
 enum CodeStorage {
-  INT8 = 0,         // 8-bit codes, a scale a token and part of the columns, INTEGER order
-  INT4_BYTES = 1,   // 4-bit codes, a byte each, a scale a token and group of 64 columns, GROUP order: for tensor cores without int4
-  INT4_NIBBLES = 2  // the same codes, two a byte, NIBBLE order
+  INT8 = 0,         // 8-bit codes, one scale per token and part of the columns
+  INT4_BYTES = 1,   // 4-bit codes, one per byte, one scale per token and group of 64 columns: for tensor cores without int4
+  INT4_NIBBLES = 2  // the same codes, two per byte: for tensor cores with int4
 };
 
-constexpr float MAGIC = 12582912.f;  // 1.5 x 2^23: adding it leaves round(v) in a float's low bits, two's complement
+constexpr float MAGIC = 12582912.f;  // 1.5 x 2^23: v + MAGIC has round(v) in its low bits, in two's complement
 
 constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -42,7 +42,7 @@ DEVICE float to_float(u16 x) {
 #endif
 }
 
-// The first of a word's two numbers. bf16 is the upper half of a float, so that each is one instruction.
+// The first of a word's two numbers. bf16 is the upper 16 bits of a float, so that either conversion is one instruction.
 DEVICE float low_float(u32 word) {
 #if HALF
   float f;
@@ -69,7 +69,7 @@ DEVICE float2 to_float2(u32 word) {
 #endif
 }
 
-// Rounds to nearest even; what is too large for fp16 becomes Inf, which shows.
+// Rounds to nearest even. A number too large for fp16 becomes Inf, so that the overflow is visible.
 DEVICE u16 from_float(float f) {
   u16 x;
 #if HALF
@@ -94,21 +94,21 @@ DEVICE u32 from_float2(float first, float second) {
 #endif
 }
 
-// Within 2 units in the last place; an exact division is a call with a slow path.
+// Within 2 units in the last place. An exact division would be a call with a slow path.
 DEVICE float divide(float a, float b) {
   float ratio;
   asm("div.full.f32 %0, %1, %2;" : "=f"(ratio) : "f"(a), "f"(b));
   return ratio;
 }
 
-// 1 / x to one unit in the last place, of denormal numbers too; the operator / would be a call for the rare cases.
+// 1 / x to one unit in the last place, also for denormal numbers. The operator / would make a call for rare cases.
 DEVICE float reciprocal(float x) {
   float r;
   asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 
-// The same in one instruction: denormal numbers count as zero.
+// 1 / x in one instruction, which takes denormal numbers for zero.
 DEVICE float reciprocal_ftz(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -120,9 +120,9 @@ DEVICE float power_inverse(float power) { return __uint_as_float(0x7f000000u - _
 
 // --- Programmatic dependent launch, sm_90 and newer -------------------------------------------------------------------
 
-// A kernel launched with pdl=True may start while the one before it ends. Before this it must touch no memory of others: not even its
-// weights, which the kernel before may have written; after it everything is as in an ordinary launch, whose wait returns at once. (The
-// second kernel of a layer does read its weights: the first one has waited before it let the second start, and writes none.)
+// A kernel launched with pdl=True may start while the previous kernel ends. Before this wait it must not touch memory that another kernel
+// may write, which includes its weights. In an ordinary launch the wait returns at once. (The second kernel of a layer reads its weights
+// earlier. That is safe: the first kernel has waited before it lets the second one start, and it writes no weights.)
 DEVICE void wait_for_previous_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -131,7 +131,7 @@ DEVICE void wait_for_previous_grid() {
 
 // --- Global memory ----------------------------------------------------------------------------------------------------
 
-// 16 bytes that are read once: they pass L1 by.
+// Loads 16 bytes that are read only once, bypassing L1.
 DEVICE uint4 load_once16(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -203,7 +203,7 @@ DEVICE void store_shared16(u32 address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// --- cp.async, sm_80 and newer; on sm_75 an ordinary copy, which has no groups to wait for ----------------------------
+// --- cp.async, sm_80 and newer; sm_75 copies synchronously and has no groups to wait for -------------------------------
 
 // Copies 16 bytes, or writes 16 zero bytes where `valid` is false (the source is then not read).
 DEVICE void cp_async16(u32 shared, const void* global, bool valid = true) {
@@ -224,7 +224,7 @@ DEVICE void cp_async_commit() {
 #endif
 }
 
-// Until at most `pending` of this thread's groups are under way.
+// Waits until at most `pending` of this thread's groups are in flight.
 template <int pending> DEVICE void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
@@ -240,7 +240,7 @@ DEVICE void ldmatrix4(u32 (&d)[4], u32 address) {
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
 }
 
-// The same, each matrix transposed.
+// ldmatrix, each matrix transposed.
 DEVICE void ldmatrix4_transposed(u32 (&d)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
@@ -251,7 +251,7 @@ DEVICE void ldmatrix4_transposed(u32 (&d)[4], u32 address) {
 //   b[0..1]  column g; rows 2 q, 2 q + 1 of the first eight, of the last eight
 //   c[0..3]  (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1)
 DEVICE void mma_16816(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-#if __CUDA_ARCH__ < 800  // Turing's is half as deep
+#if __CUDA_ARCH__ < 800  // Turing's MMA has half of this K
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b[0]));
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
@@ -267,15 +267,15 @@ DEVICE void mma_16816(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 
 // --- Barriers and bulk copy ------------------------------------------------------------------------------------------
 
-// A barrier of so many of the CTA's threads, whole warps; 0 is __syncthreads()'s.
+// A barrier for this many of the CTA's threads, in whole warps. Barrier 0 is __syncthreads()'s.
 DEVICE void barrier_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-// The same for warps that don't wait for the others.
+// Arrives at the barrier without waiting.
 DEVICE void barrier_named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // mbarriers and bulk copies: sm_90 and newer.
 
-// How many of a warp's lanes report at an mbarrier what the warp has done. racecheck, one of compute-sanitizer's tools, takes an arrival
-// for that of its own lane only, and so wants all of them.
+// How many lanes of a warp arrive at an mbarrier when the warp is done. compute-sanitizer's racecheck counts an arrival only for its own
+// lane, and so needs all lanes to arrive.
 #ifdef ALL_LANES_ARRIVE
 constexpr int ARRIVALS = 32;
 #else
@@ -286,28 +286,28 @@ DEVICE void mbarrier_init(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes freshly initialized barriers visible to the copy engine; then comes a __syncthreads().
+// Makes newly initialized barriers visible to the copy engine. A __syncthreads() must follow.
 DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Shared memory written by ordinary stores becomes visible to wgmma and the copy engine.
+// Makes ordinary stores to shared memory visible to wgmma and the copy engine.
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 DEVICE void mbarrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives, and lets the phase wait for `bytes` of bulk copies or st.async too.
+// Arrives, and makes the phase also wait for `bytes` of bulk copies or st.async.
 DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits for the end of the phase of this parity; a barrier begins in phase 0, and the phase before it counts as ended.
+// Waits for the end of the phase with this parity. A barrier begins in phase 0, and the phase before that counts as ended.
 DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
   asm volatile("{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra wait;\n}"
                ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// An mbarrier by its address in shared memory, and several, 8 bytes apart: full[stage].wait(parity).
+// An mbarrier, by its address in shared memory; and several mbarriers, 8 bytes apart: full[stage].wait(parity).
 struct Barrier {
   u32 address;
 
@@ -323,9 +323,9 @@ struct Barriers {
   DEVICE Barrier operator[](int i) const { return {first + 8 * i}; }
 };
 
-// Copies `bytes` (a multiple of 16, both addresses too) to shared memory, counted by the barrier.
+// Copies `bytes` to shared memory; the barrier counts them. `bytes` and both addresses are multiples of 16.
 DEVICE void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
-#if __CUDA_ARCH__ >= 1000  // sm_120 makes a system call of the form for clusters; CUDA before 12.8 doesn't know the other
+#if __CUDA_ARCH__ >= 1000  // the .cluster form is a system call on sm_120; CUDA before 12.8 doesn't know the .cta form
   asm volatile("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
 #else

@@ -1,36 +1,36 @@
-// The second kernel of an SVDQuant layer through mma.sync: y = outer_scale (acc + lora_act proj_up^T) + bias, where acc is the product of
-// the 4-bit weights with the activation's codes over outer_scale. For sm_75 .. sm_89, sm_100 and sm_120; Hopper has gemm_wgmma.cu.
+// The second kernel of an SVDQuant layer, with mma.sync: y = outer_scale (acc + lora_act proj_up^T) + bias. acc is the product of the 4-bit
+// weights and the activation, divided by outer_scale. It serves all GPUs; on Hopper, gemm_wgmma.cu takes int8 codes instead.
 //
 // CODES         activation                                   MMA                       scales
-// INT8          int8 codes, a scale a token (two, if the     s8: weights expanded,     group scale = integer x row_scale: int32 sums
+// INT8          int8 codes, a scale per token (two if the    s8: expanded weights      group scale = integer x row_scale: int32 sums
 //               columns have two parts)                      times their integer       over all of K, scaled once at the end
-// INT4_BYTES    4-bit codes in bytes, a scale a group        s8: weights expanded      both group scales, in fp32, every 64 columns
-// INT4_NIBBLES  4-bit codes, a scale a group                 s4 x s4 or s4 x u4        the same
+// INT4_BYTES    4-bit codes in bytes, a scale per group      s8: expanded weights      both group scales, in fp32, every 64 columns
+// INT4_NIBBLES  4-bit codes, a scale per group               s4 x s4 or s4 x u4        as INT4_BYTES
 //
-// The weights are the MMA's rows (A), the tokens its columns (B). A warp has 64 weight rows x TILES x 8 tokens, and which of its weight
-// rows is which row of an MMA is free: lane (g, q) gets the rows 8 g .. 8 g + 7 of the 64, as row g (even ones) and g + 8 (odd ones) of
-// the four MMAs. So its group scales are 16 contiguous bytes, and so are its outputs of a token in y: no shuffles, no detour through
-// shared memory.
+// The weights are the MMA's rows (A), the tokens its columns (B). A warp has 64 weight rows x TILES x 8 tokens, and may assign its weight
+// rows to the MMA's rows in any order. Lane (g, q) has the rows 8 g .. 8 g + 7 of the 64, the even ones as row g and the odd ones as row
+// g + 8 of the four MMAs. Then its group scales are 16 contiguous bytes, and so are its outputs of a token in y: they need neither
+// shuffles nor shared memory.
 //
 //                 TOKEN_WARPS x TILES x 8 tokens      a stage of the ring:  X   tokens x 64 or 128 B   activation layout, as in memory
 //                +--------+--------+-- - -                                  W   rows x 64 B            128 columns of weights
 //             64 | warp 0 | warp 2 |                                        WS  2 x rows               the two groups' 16-bit scales
 //   ROW_WARPS    +--------+--------+-- - -                                  XS  2 x tokens             the two groups' fp32 scales
-//             64 | warp 1 | warp 3 |          after the K blocks, the LoRA branch's blocks of 32 ranks go through the same ring:
-//                +--------+--------+-- - -    lora_act as X (64 B rows), proj_up as W. Both happen to be 64 B a row.
+//             64 | warp 1 | warp 3 |          after the K blocks, the LoRA branch's blocks of 32 ranks pass through the same ring:
+//                +--------+--------+-- - -    lora_act as X, proj_up as W. Both have rows of 64 B.
 //
 // W in a stage, for each warp's 64 rows: [row % 8][piece c][slot], 16 bytes each, slot = (row / 8) ^ swizzle(c). In one phase of a
-// shared-memory read the lanes want 4 rows 8 apart and 2 pieces (8 bytes a lane), or 2 rows and 4 pieces (16 bytes a lane), or all 8
-// rows and one piece (ldmatrix): the swizzle 0, 4, 2, 6 spreads each of these over all banks, and the copies' writes too.
+// shared-memory read the lanes access 4 rows 8 apart and 2 pieces (8 bytes per lane), or 2 rows and 4 pieces (16 bytes per lane), or all
+// 8 rows and one piece (ldmatrix). The swizzle 0, 4, 2, 6 distributes each of these, and the copies' writes, over all banks.
 //
-// Int to float costs nothing but an FFMA that is needed anyway. The MMA starts from C = 0x4B400000, the bits of MAGIC = 1.5 x 2^23, so
-// its integer result v is, read as a float, MAGIC + v. Then fma(MAGIC + v, s, -MAGIC s) = v s, and no rounding happens: MAGIC s needs 2
-// bits more than the 16-bit scale s, v s needs 13 + 11. A second FFMA multiplies by the token's scale and accumulates: 8 FFMAs for the
-// 4 sums of an MMA, and one rounding a group.
+// The conversion from int to float is part of an FFMA that is needed anyway. The MMA starts from C = 0x4B400000, the bits of MAGIC =
+// 1.5 x 2^23, so that its integer result v, read as a float, is MAGIC + v. Then fma(MAGIC + v, s, -MAGIC s) = v s. This is exact: MAGIC s
+// needs 2 bits more than the 16-bit scale s, and v s needs 13 + 11. A second FFMA multiplies by the token's scale and accumulates. An
+// MMA's 4 sums take 8 FFMAs, with one rounding per group.
 //
-// With NEXT, GELU(y) is the next layer's input, and the tile ends as next.cuh has it.
+// With NEXT, GELU(y) is the next layer's input, and next.cuh is the tile's epilogue.
 //
-// The roles: gemm_mma_fetch.cuh fills the ring, gemm_mma_multiply.cuh works on a stage, and the epilogue is here or in next.cuh.
+// The roles: gemm_mma_fetch.cuh fills the ring, gemm_mma_multiply.cuh computes a stage, and the epilogue is here or in next.cuh.
 
 #include "gelu.cuh"
 #include "gemm_mma.cuh"
@@ -40,20 +40,20 @@
 #include "next.cuh"
 #endif
 
-// The first of the lane's two tokens in its warp's token tile t, within the CTA's tile.
+// The first of the lane's two tokens in its warp's token tile t, relative to the CTA's tile.
 DEVICE int token_of(int token_warp, int q, int t) { return (token_warp * TILES + t) * 8 + 2 * q; }
 
-// --- Before the main loop: what the end needs -------------------------------------------------------------------------
+// --- Before the main loop: tables for the epilogue --------------------------------------------------------------------
 
-// Constants by way of shared memory. Those that the compiler knows it moves into registers again and again: the magic's quadruple for
-// every MMA, INT8's mask for every other LOP3. What it has read it keeps.
+// Constants that the kernel reads from shared memory. The compiler would move known constants into registers again for every use: four
+// MAGICs for every MMA, INT8's mask for every second LOP3. It keeps values that it has loaded.
 DEVICE void write_constants(u8* memory) {
   const int thread = threadIdx.x;
   if (thread < 4) ((u32*)(memory + CONSTANTS))[thread] = CODES == INT8 ? 0x0f0f0f0f : MAGIC_BITS;
 }
 
-// For each token the inner scale, acc's factor within the parentheses, the outer scale, the factor around them, and INT8's ratio of the
-// first part's scale to the second's.
+// For each token: the inner scale, which multiplies acc within the parentheses; the outer scale, which multiplies the parentheses; and
+// INT8's ratio of the first part's scale to the second's.
 DEVICE void write_token_scales(float* tables, const float* act_scale, const float* outer_scale, int m0, int padded_m, Steps steps) {
   for (int i = threadIdx.x; i < TOKENS; i += THREADS) {
     const int token = min(m0 + i, padded_m - 1);
@@ -65,7 +65,7 @@ DEVICE void write_token_scales(float* tables, const float* act_scale, const floa
       if (steps.two_parts) {
         const float first = act_scale[token];
         ratio = last == 0.f ? 0.f : divide(first, last);
-        inner *= first - first;  // NaN if it is NaN or infinite, otherwise zero ...
+        inner *= first - first;  // NaN if first is NaN or infinite, otherwise zero
         inner = power_inverse(outer) + inner;
       }
       inner *= last;
@@ -85,7 +85,7 @@ DEVICE void write_row_inverses(u8* memory, const float* row_scale, int n0, int n
 
 // --- The main loop ----------------------------------------------------------------------------------------------------
 
-// From units of the first part's scale to units of the second's.
+// Converts sums from units of the first part's scale to units of the second's.
 DEVICE void change_units(int (&sums)[4][TILES][4], u32 shared, int token_warp, int q) {
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
@@ -97,7 +97,7 @@ DEVICE void change_units(int (&sums)[4][TILES][4], u32 shared, int token_warp, i
   }
 }
 
-// INT8: int32 sums over all columns.
+// INT8: int32 sums over all of K.
 DEVICE void multiply_columns(int (&sums)[4][TILES][4], Ring& ring, Steps steps, int border, int groups, u32 shared, u32 w_words,
                              u32 ws_lane, u32 x_lane, int row_warp, int token_warp, int lane, int g, int q) {
   const bool two_parts = border > 0 && border < groups;
@@ -114,7 +114,7 @@ DEVICE void multiply_columns(int (&sums)[4][TILES][4], Ring& ring, Steps steps, 
   }
 }
 
-// Four bits: fp32 sums of the groups' products, scaled.
+// 4 bits: fp32 sums of the groups' scaled products.
 DEVICE void multiply_columns(float (&acc)[4][TILES][4], Ring& ring, Steps steps, u32 shared, u32 w_lane, u32 ws_lane, int token_row,
                              u32 rank_lane) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
@@ -122,12 +122,12 @@ DEVICE void multiply_columns(float (&acc)[4][TILES][4], Ring& ring, Steps steps,
   __syncthreads();
   const uint4 magic_words = load_shared16(shared + CONSTANTS);
   const int magic[4] = {(int)magic_words.x, (int)magic_words.y, (int)magic_words.z, (int)magic_words.w};
-  const u32 w_words = w_lane + (q >> 1) * 128 + ((g ^ swizzle(q >> 1)) << 4) + (q & 1) * 8;  // group 0; 1 is two pieces on
+  const u32 w_words = w_lane + (q >> 1) * 128 + ((g ^ swizzle(q >> 1)) << 4) + (q & 1) * 8;  // group 0; group 1 is two pieces further
   const u32 x_lane = X_ROW == RANK_ROW ? rank_lane : X + token_row * 128 + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
   const u32 xs_lane = XS + (token_warp * (TILES / 2) * 4 + q) * 16;
   for (int step = 0; step < steps.columns; step++) {
     ring.wait_for_stage(step);
-    // Unrolled, INT4_BYTES would need more registers than there are, but for sm_90's compiler.
+    // Unrolled, INT4_BYTES would spill registers, except on sm_90.
 #pragma unroll (CODES == INT4_BYTES && __CUDA_ARCH__ != 900 ? 1 : 2)
     for (int half = 0; half < 2; half++) {
       const int group = 2 * step + half;
@@ -143,7 +143,7 @@ DEVICE void multiply_columns(float (&acc)[4][TILES][4], Ring& ring, Steps steps,
 
 // --- The epilogue -----------------------------------------------------------------------------------------------------
 
-// Into the parentheses: acc over outer_scale.
+// Scales acc into units of 1 / outer_scale, for the sum in the parentheses.
 DEVICE void apply_inner_scale(float (&acc)[4][TILES][4], u32 shared, int token_warp, int q) {
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
@@ -155,7 +155,7 @@ DEVICE void apply_inner_scale(float (&acc)[4][TILES][4], u32 shared, int token_w
   }
 }
 
-// The same of INT8's sums, with the rows' scales that the loop left out. lane_row: of the lane's eight weight rows the first.
+// INT8: scales the int32 sums also by the row scales, which the main loop leaves out. lane_row: the first of the lane's eight weight rows.
 DEVICE void apply_inner_scale(float (&acc)[4][TILES][4], const int (&sums)[4][TILES][4], u32 shared, const float* row_scale, int lane_row,
                               int n, int token_warp, int q) {
 #pragma unroll
@@ -183,7 +183,7 @@ DEVICE void load_bias(float (&offset)[8], const u16* bias, int lane_row) {
   }
 }
 
-// y = acc outer_scale + offset, 16 bytes of each token.
+// Stores y = acc outer_scale + offset, 16 bytes of each token.
 DEVICE void store_outputs(u16* y, const float (&acc)[4][TILES][4], const float (&offset)[8], const float* outer_scale, int m0, int m, int n,
                           int lane_row, bool activated, int token_warp, int q) {
 #pragma unroll
@@ -208,23 +208,23 @@ DEVICE void store_outputs(u16* y, const float (&acc)[4][TILES][4], const float (
 // --- The kernel -------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-gemm(u16* __restrict__ y,                    // (m, n); with NEXT nothing
+gemm(u16* __restrict__ y,                    // (m, n); unused with NEXT
      const u8* __restrict__ act,             // (blocks, padded m, X_ROW) codes, in the activation layout
      const float* __restrict__ act_scale,    // INT8: (2, padded m), otherwise (k / 64, padded m)
-     const u8* __restrict__ lora_act,        // (rank blocks, padded m, 64) 16-bit numbers, in the activation layout
-     const float* __restrict__ outer_scale,  // (padded m), lora_act's: powers of two, or null for ones
+     const u8* __restrict__ lora_act,        // (rank blocks, padded m, 64 bytes) 16-bit numbers, in the activation layout
+     const float* __restrict__ outer_scale,  // (padded m), lora_act_scale: powers of two, or null for ones
      const u8* __restrict__ weight,          // (n, k / 2)
      const u16* __restrict__ weight_scale,   // (k / 64, n)
      const float* __restrict__ row_scale,    // INT8: (n)
-     const u8* __restrict__ proj_up,         // (n, rank) of 16-bit numbers
+     const u8* __restrict__ proj_up,         // (n, rank) 16-bit numbers
      const u16* __restrict__ bias,           // (n) or null
 #ifdef NEXT
-     u8* next_act, float* next_scale, float* next_sums, const u16* next_smooth, const u8* next_proj_down,  // of a struct Next
+     u8* next_act, float* next_scale, float* next_sums, const u16* next_smooth, const u8* next_proj_down,  // as in struct Next
 #endif
      int m, int n, int k, int rank,
-     int unsigned_from                       // the second part of the columns, unsigned codes in int4; k where there is none
+     int unsigned_from                       // first column of the second part, with unsigned 4-bit codes; k if there is none
 #if GELU
-     , int gelu_from                         // y's column, a multiple of 64, from which on it is gelu(y)
+     , int gelu_from                         // first column of y that gets GELU, a multiple of 64
 #endif
 #ifdef NEXT
      , int next_rank, int next_unsigned_from
@@ -247,9 +247,9 @@ gemm(u16* __restrict__ y,                    // (m, n); with NEXT nothing
   write_token_scales(tables, act_scale, outer_scale, tile.m0, padded_m, steps);
 
   const u32 w_lane = W + row_warp * 4096, ws_lane = WS + (row_warp * 64 + 8 * g) * 2;
-  const int token_row = token_warp * TILES * 8 + (lane >> 4) * 8 + (lane & 7);  // ldmatrix: two tiles, halves 0 and 1 of each
+  const int token_row = token_warp * TILES * 8 + (lane >> 4) * 8 + (lane & 7);  // ldmatrix: halves 0 and 1 of two token tiles
   const u32 rank_lane = X + token_row * RANK_ROW + (((lane >> 3 & 1) ^ (lane >> 1 & 3)) << 4);
-  const int lane_row = tile.n0 + row_warp * 64 + 8 * g;  // of the lane's eight weight rows the first
+  const int lane_row = tile.n0 + row_warp * 64 + 8 * g;  // the first of the lane's eight weight rows
   float acc[4][TILES][4] = {};
   if constexpr (CODES == INT8) {
     const u32 w_words = w_lane + q * 128 + ((g ^ swizzle(q)) << 4), x_lane = X + token_row * 128;
@@ -275,7 +275,7 @@ gemm(u16* __restrict__ y,                    // (m, n); with NEXT nothing
                   {next_act, next_scale, next_sums, next_smooth, next_proj_down, next_rank, next_unsigned_from});
 #else
 #if GELU
-  const bool activated = lane_row >= gelu_from;  // all lanes' rows of the warp, or none
+  const bool activated = lane_row >= gelu_from;  // the same for all rows of the warp
 #else
   constexpr bool activated = false;
 #endif

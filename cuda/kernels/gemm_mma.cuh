@@ -1,12 +1,12 @@
-// The tile of gemm_mma.cu: its sizes, its shared memory, and the steps in which it goes through the columns. The other gemm_mma_*.cuh are
-// the kernel's roles.
+// The tile of gemm_mma.cu: its sizes, its shared memory, and its steps through the columns. The other gemm_mma_*.cuh files are the
+// kernel's roles.
 //
 // -D: CODES         a CodeStorage (common.cuh)
 //     HALF          1 for fp16, else bf16
 //     ROW_WARPS, TOKEN_WARPS, TILES, STAGES   as in the picture in gemm_mma.cu
-//     GELU          1: y's columns from gelu_from on are gelu(y)
-//     NEXT          defined in 4 bits alone: the kernel ends with the next layer's codes (next.cuh); that layer's rank, padded to 32
-//     SHARED_BYTES  what the host reserves
+//     GELU          1: GELU applies to y's columns from gelu_from on
+//     NEXT          only for 4-bit codes: the kernel ends with the next layer's codes (next.cuh); the next layer's rank, padded to 32
+//     SHARED_BYTES  bytes of shared memory that the host reserves
 #pragma once
 #include "common.cuh"
 #include "imma.cuh"
@@ -14,14 +14,14 @@
 constexpr int ROWS = 64 * ROW_WARPS;             // weight rows of a tile
 constexpr int TOKENS = 8 * TILES * TOKEN_WARPS;  // tokens of a tile
 constexpr int THREADS = 32 * ROW_WARPS * TOKEN_WARPS;
-constexpr int BAND = 16;                         // token tiles that are worked on side by side
+constexpr int BAND = 16;                         // token tiles of a band, see Tile
 
-// Bytes of a row in a stage: a token's codes of 128 columns, a weight row's, and 32 ranks of either in 16 bits.
+// Bytes per row in a stage: a token's codes of 128 columns, a weight row's codes, and 32 16-bit ranks of either.
 constexpr int X_ROW = CODES == INT4_NIBBLES ? 64 : 128;
 constexpr int W_ROW = 64;
 constexpr int RANK_ROW = 64;
 
-// Shared memory: the ring, as offsets within a stage, ...
+// Shared memory begins with the ring; these are the offsets within a stage.
 constexpr int X = 0;
 constexpr int W = X + TOKENS * X_ROW;
 constexpr int WS = W + ROWS * W_ROW;
@@ -32,25 +32,25 @@ constexpr int NEXT_SHARED = (TOKENS + NEXT) * ROWS * 2;
 #else
 constexpr int NEXT_SHARED = 0;
 #endif
-// ... and behind the ring, or behind the data that take its memory at the end:
+// These offsets follow the ring, or next.cuh's data, which reuse the ring's memory:
 constexpr int TABLES = STAGES * STAGE > NEXT_SHARED ? STAGES * STAGE : NEXT_SHARED;  // [3][TOKENS] float: inner scale, outer scale, ratio
-constexpr int CONSTANTS = TABLES + 3 * TOKENS * 4;                                   // [4] words, see write_constants
+constexpr int CONSTANTS = TABLES + 3 * TOKENS * 4;                                   // [4] words of write_constants
 constexpr int INVERSES = CONSTANTS + 16;                                             // INT8: [ROWS] float, 1 / row_scale
 constexpr int SHARED = INVERSES + (CODES == INT8 ? ROWS * 4 : 0);
 static_assert(SHARED == SHARED_BYTES, "the host reserves what the kernel uses");
 
-// Pieces of 16 bytes that each thread copies in a step.
+// 16-byte pieces that each thread copies per step.
 constexpr int X_PIECES = TOKENS * X_ROW / 16 / THREADS;
 constexpr int W_PIECES = ROWS * W_ROW / 16 / THREADS;
 static_assert(TILES % 2 == 0 && X_PIECES > 0 && W_PIECES > 0, "every thread copies the same number of pieces");
 
-constexpr int MAGIC_BITS = 0x4B400000;  // of MAGIC
+constexpr int MAGIC_BITS = 0x4B400000;  // the bits of MAGIC
 
-// Piece c of a weight row lies in slot (row / 8) ^ swizzle(c).
+// Piece c of a weight row is in slot (row / 8) ^ swizzle(c).
 DEVICE int swizzle(int piece) { return (piece & 1) << 2 | (piece & 2); }
 
-// The first token and the first weight row of the CTA's tile. Tiles go down the tokens first, in bands: the CTAs at work share few weight
-// rows and few tokens, which stay in L2.
+// The first token and the first weight row of the CTA's tile. The order of the tiles runs along the tokens first, in bands, so that the
+// running CTAs read few different weight rows and tokens, which stay in L2.
 struct Tile {
   int m0, n0;
 
@@ -62,14 +62,14 @@ struct Tile {
   }
 };
 
-// A step is a block of 128 columns, or of 32 ranks. INT8's columns may have two parts whose border lies within a block. The lanes' words
-// are of one group each, so that such a block takes two steps, and in each of them the other part's integers are zero.
+// A step is a block of 128 columns, or of 32 ranks. INT8's columns may have two parts whose border lies within a block. Such a block takes
+// two steps, and in each step the integers of the other part's group are zero. This works because a lane's word belongs to one group.
 struct Steps {
-  int groups, border;  // groups of 64 columns in all, and in the first part
+  int groups, border;  // groups of 64 columns: all, and those of the first part
   bool two_parts;      // INT8: whether the parts have scales of their own
-  int border_step;     // the first of the second part
+  int border_step;     // the first step of the second part
   int twice;           // 1 if a block takes two steps, else 0
-  int columns, count;  // how many steps go through columns, and how many there are with the ranks'
+  int columns, count;  // the number of steps over columns, and of all steps including the ranks'
 
   DEVICE Steps(int groups, int border, int rank) : groups(groups), border(border) {
     two_parts = CODES == INT8 && border > 0 && border < groups;

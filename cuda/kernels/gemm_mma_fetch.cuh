@@ -1,9 +1,9 @@
-// The way of gemm_mma.cu's operands from global to shared memory: which bytes a thread brings, and the ring of stages that it fills.
+// The copies of gemm_mma.cu's operands from global to shared memory: the bytes that a thread copies, and the ring of stages that it fills.
 #pragma once
 #include "gemm_mma.cuh"
 
-// The bytes that this thread copies in a step: pieces of 16 bytes of X and W, perhaps one of WS, perhaps two tokens' scales. Registers are
-// what this kernel is short of, so that all sources are 32-bit offsets in bytes from a kernel's argument.
+// The bytes that this thread copies in a step: 16-byte pieces of X and W, in some threads a piece of WS and two tokens' scales. To save
+// registers, all sources are 32-bit byte offsets from a kernel argument.
 struct Fetcher {
   const u8* act;
   const float* act_scale;
@@ -13,12 +13,12 @@ struct Fetcher {
   const u8* proj_up;
   int n, k, rank, padded_m, m0, n0;
   Steps steps;
-  int w_piece, w_row;               // of this thread's first piece of W
-  u32 w_target;                     // its offset in a stage
+  int w_piece, w_row;               // piece and row of this thread's first piece of W
+  u32 w_target;                     // the offset of that piece in a stage
   u32 weight_source[W_PIECES];
   u32 ws_source;
   u32 xs_source, xs_target;
-  int x_rows;                       // of the tile's tokens, those that exist
+  int x_rows;                       // tokens of the tile that exist
 
   DEVICE Fetcher(const u8* act, const float* act_scale, const u8* lora_act, const u8* weight, const u16* weight_scale, const u8* proj_up,
                  int n, int k, int rank, int padded_m, Tile tile, Steps steps)
@@ -34,29 +34,29 @@ struct Fetcher {
     if constexpr (CODES != INT8) {
       const int xs_group = thread / (TOKENS / 2), xs_pair = thread % (TOKENS / 2);
       xs_source = (xs_group * padded_m + min(m0 + 2 * xs_pair, padded_m - 2)) * 4;
-      // Lane q's tokens of two neighbouring tiles side by side: 16 bytes for one load.
+      // Lane q's tokens of two neighbouring tiles are side by side, so that one 16-byte load reads them.
       xs_target = XS + xs_group * TOKENS * 4 + (xs_pair / 8 * 4 + xs_pair % 4) * 16 + xs_pair / 4 % 2 * 8;
     }
     x_rows = min(padded_m - m0, TOKENS);
   }
 
-  // The offset of this thread's i-th piece of W in a matrix whose rows have `pitch` bytes.
+  // The source offset of this thread's i-th piece of W, in a matrix with rows of `pitch` bytes.
   DEVICE u32 w_source(int i, int pitch) const {
     const int row = n0 + w_row + i * (THREADS / 4), column = w_piece * 16;
     return (u32)(min(row, n - 1) * pitch + column);
   }
 
-  // Its offset in a stage. 64 rows on is the next warp's part; 32 rows on, the other half of the slots of the same.
+  // The offset of that piece in a stage. 64 rows further is the next warp's part; 32 rows further is the same part with other slots.
   DEVICE u32 w_offset(int i) const { return THREADS == 256 ? w_target + i * 4096 : w_target ^ i * 64; }
 
-  // copy(piece, bytes, target, source, valid) for everything that the thread brings in a step, to the stage at `stage`.
+  // Calls copy(piece, bytes, target, source, valid) for every piece that the thread copies in a step to the stage at `stage`.
   template <class Copy> DEVICE void for_each_piece(int step, const int columns, u32 stage, Copy copy) const {
     const int thread = threadIdx.x;
     const bool branch = step >= columns;
     const int block = step - (branch ? columns : CODES != INT8 || step < steps.border_step ? 0 : steps.twice);
     const u32 x_target = stage + thread * 16;
     const int rank_pitch = rank * 2, ws_pitch = n * 4;
-    auto copy_scales = [&](bool both, int block_tokens) {  // of both groups, or of the first
+    auto copy_scales = [&](bool both, int block_tokens) {  // for both groups, or only for the first
       if (thread < (both ? ROWS / 4 : ROWS / 8))
         copy(W_PIECES + X_PIECES, 16, x_target + WS, (const u8*)weight_scale + (u32)(ws_source + block * ws_pitch), true);
       if constexpr (CODES != INT8) {
@@ -64,7 +64,7 @@ struct Fetcher {
           copy(W_PIECES + X_PIECES + 1, 8, stage + xs_target, (const u8*)act_scale + (u32)(xs_source + block_tokens * 8), true);
       }
     };
-    if (!branch && x_rows == TOKENS && 2 * block + 1 < steps.groups) {  // all of a tile and both groups: nothing to be careful about
+    if (!branch && x_rows == TOKENS && 2 * block + 1 < steps.groups) {  // a full tile and both groups: no piece needs a check
 #pragma unroll
       for (int i = 0; i < W_PIECES; i++) copy(i, 16, stage + w_offset(i), weight + (u32)(weight_source[i] + block * W_ROW), true);
       const int block_tokens = block * padded_m;
@@ -90,20 +90,20 @@ struct Fetcher {
   }
 };
 
-// The ring of stages. A step waits for its stage, works on it, and moves on to the next:
+// The ring of stages. A step waits for its stage, computes on it, and advances to the next one:
 //
-//     start();  for each step { wait_for_stage(step);  work on `stage`;  advance(step); }
+//     start();  for each step { wait_for_stage(step);  compute on `stage`;  advance(step); }
 struct Ring {
   const Fetcher& fetcher;
-  const u32 shared;  // the first stage
-  u32 stage;         // this step's
+  const u32 shared;  // address of the first stage
+  u32 stage;         // offset of this step's stage
 
   DEVICE Ring(const Fetcher& fetcher, u32 shared) : fetcher(fetcher), shared(shared), stage(shared) {}
 
   DEVICE u32 next_stage() const { return stage == shared + (STAGES - 1) * STAGE ? shared : stage + STAGE; }
   DEVICE u32 previous_stage() const { return stage == shared ? shared + (STAGES - 1) * STAGE : stage - STAGE; }
 
-#if TURING  // There are no asynchronous copies: loads come before the step's arithmetic, the stores to shared memory after it.
+#if TURING  // Turing has no asynchronous copies: loads come before the step's arithmetic, stores to shared memory after it.
   static_assert(STAGES == 2, "the stage at work and the next one");
   uint4 held[W_PIECES + X_PIECES + 2];
 
@@ -154,7 +154,7 @@ struct Ring {
     for (int step = 0; step < STAGES - 1; step++) fetch(step, stage + step * STAGE);
   }
 
-  // One barrier a step: after it, this step's data is there for all, and everybody is done with the stage of the step before, which is
+  // One barrier per step. After it, this step's data are visible to all threads, and no thread reads the previous step's stage, which is
   // filled next.
   DEVICE void wait_for_stage(int step) {
     cp_async_wait<STAGES - 2>();

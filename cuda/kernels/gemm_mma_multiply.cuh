@@ -1,13 +1,13 @@
-// The arithmetic of gemm_mma.cu: a stage's weights and tokens, from shared memory through the tensor cores into a warp's accumulators.
+// The arithmetic of gemm_mma.cu: it multiplies a stage's weights and tokens into a warp's accumulators.
 //
-// acc[i][t][e] is the i-th MMA of 16 weight rows with the t-th of 8 tokens: e as in imma.cuh's d.
+// acc[i][t][e] belongs to the i-th 16 weight rows and the t-th 8 tokens; e is the index of imma.cuh's d.
 #pragma once
 #include "gemm_mma.cuh"
 #include "imma.cuh"
 
 constexpr u32 ALL_8 = 0x08080808, ALL_128 = 0x80808080;
 
-// The eight weight rows' scales of a lane.
+// The scales of a lane's eight weight rows.
 DEVICE void load_scales(float (&scale)[8], u32 address) {
   uint4 v = load_shared16(address);
   u32 word[4] = {v.x, v.y, v.z, v.w};
@@ -19,7 +19,7 @@ DEVICE void load_scales(float (&scale)[8], u32 address) {
   }
 }
 
-// Two token tiles' fragments for one MMA step: the pieces of the halves 0 and 1 of each.
+// The fragments of two token tiles for one MMA step: the pieces of halves 0 and 1 of each tile.
 DEVICE void load_tokens(u32 (&b)[2][2], u32 address) {
   u32 d[4];
   ldmatrix4(d, address);
@@ -28,14 +28,14 @@ DEVICE void load_tokens(u32 (&b)[2][2], u32 address) {
 
 // --- INT8: int32 sums over all of K -----------------------------------------------------------------------------------
 
-// Four codes times their group's integer as int8. u = code + 8 is 0..15 and the integer -15..16, so no byte of u i + (128 - 8 i) leaves
-// 0..255, and flipping bit 7 of each takes the 128 off again. low_nibbles is 0x0f0f0f0f.
+// Four codes times their group's integer i, as int8. u = code + 8 is 0..15 and i is -15..16, so that every byte of u i + (128 - 8 i) is in
+// 0..255. Flipping bit 7 of each byte then subtracts 128. low_nibbles is 0x0f0f0f0f.
 DEVICE u32 times_integer(u32 nibbles, u32 low_nibbles, u32 integer, u32 offset) {
   return (((nibbles & low_nibbles) ^ ALL_8) * integer + offset) ^ ALL_128;
 }
 
-// All 128 columns of a block: four MMA steps. Word s of a lane's 16 bytes of a row is step s; all of them are columns of one group.
-// live: whether the lane's group counts in this step.
+// Multiplies the 128 columns of a block in four MMA steps. Word s of a lane's 16 bytes of a row belongs to step s, and all 16 bytes are
+// columns of one group. live: whether the lane's group is part of this step.
 DEVICE void multiply_block(int (&acc)[4][TILES][4], u32 shared, u32 inverses, u32 w, u32 ws, u32 x, int lane, bool live) {
   const u32 low_nibbles = load_shared4(shared + CONSTANTS);
   u32 word[8][4], integer[8], offset[8];
@@ -52,7 +52,7 @@ DEVICE void multiply_block(int (&acc)[4][TILES][4], u32 shared, u32 inverses, u3
   }
 #pragma unroll
   for (int s = 0; s < 4; s++) {
-    __syncwarp();  // not for the lanes but for the compiler, which would fetch further ahead than there are registers for
+    __syncwarp();  // stops the compiler from loading further ahead than registers allow
     u32 a[4][4];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -74,19 +74,19 @@ DEVICE void multiply_block(int (&acc)[4][TILES][4], u32 shared, u32 inverses, u3
   }
 }
 
-// --- Four bits: both group scales every 64 columns --------------------------------------------------------------------
+// --- 4 bits: both group scales every 64 columns -----------------------------------------------------------------------
 
-constexpr int MMA_STEPS = CODES == INT4_NIBBLES ? 1 : 2;  // of a group
-constexpr int HEIGHT = CODES == INT4_NIBBLES ? 4 : 2;     // 16 rows each that are worked on together: what the registers hold
+constexpr int MMA_STEPS = CODES == INT4_NIBBLES ? 1 : 2;  // MMA steps per group
+constexpr int HEIGHT = CODES == INT4_NIBBLES ? 4 : 2;     // runs of 16 rows that are computed together, as many as fit in registers
 
-// The fragments of weight row j of those that are worked on together, from the group's 8 bytes of the lane in row `row` of the warp's.
+// The fragments of the j-th weight row computed together, from the lane's 8 bytes of the group in the warp's row `row`.
 DEVICE void load_weights(u32 (&a)[MMA_STEPS][HEIGHT][4], u32 w, int row, int j) {
   if constexpr (CODES == INT4_NIBBLES) {
-    // One load of 8 bytes would put side by side what the MMA wants two registers apart; ^ rather than + lest the compiler join them.
+    // An 8-byte load would fill adjacent registers, but the MMA needs them two apart. ^ keeps the compiler from joining the loads.
     a[0][j / 2][j % 2] = load_shared4(w + row * 512);
     a[0][j / 2][j % 2 + 2] = load_shared4((w ^ 4) + row * 512);
   } else {
-    // A code in the upper half of its byte is 16 times the code as int8: the inner scale takes the 16 off.
+    // A code in the upper four bits of its byte is 16 times the code as int8. The inner scale divides by 16.
     const uint2 v = load_shared8(w + row * 512);
     a[0][j / 2][j % 2] = v.x << 4 & 0xf0f0f0f0;
     a[0][j / 2][j % 2 + 2] = v.x & 0xf0f0f0f0;
@@ -95,7 +95,7 @@ DEVICE void load_weights(u32 (&a)[MMA_STEPS][HEIGHT][4], u32 w, int row, int j) 
   }
 }
 
-// One group of 64 columns. x: the lane's row of the first ldmatrix; w: the lane's 8 bytes of the row 8 g.
+// Multiplies one group of 64 columns. x: the lane's row of the first ldmatrix; w: the lane's 8 bytes of row 8 g.
 template <bool x_unsigned>
 DEVICE void multiply_group(float (&acc)[4][TILES][4], u32 w, u32 ws, u32 x, u32 xs, const int (&magic)[4]) {
   float scale[8];
@@ -111,7 +111,7 @@ DEVICE void multiply_group(float (&acc)[4][TILES][4], u32 w, u32 ws, u32 x, u32 
     }
 #pragma unroll
     for (int t = 0; t < TILES; t += 2) {
-      __syncwarp();  // not for the lanes but for the compiler, which would fetch further ahead than there are registers for
+      __syncwarp();  // stops the compiler from loading further ahead than registers allow
       u32 b[MMA_STEPS][2][2];
 #pragma unroll
       for (int s = 0; s < MMA_STEPS; s++) load_tokens(b[s], (x ^ s * 32) + t * 8 * X_ROW);
@@ -141,7 +141,7 @@ DEVICE void multiply_group(float (&acc)[4][TILES][4], u32 w, u32 ws, u32 x, u32 
 
 // --- The LoRA branch --------------------------------------------------------------------------------------------------
 
-// One block of 32 ranks. up, lora_act: the lane's rows for ldmatrix, as swizzled pieces of the block's first half.
+// Multiplies one block of 32 ranks. up, lora_act: the lane's rows for ldmatrix, as swizzled pieces of the block's first half.
 DEVICE void multiply_branch(float (&acc)[4][TILES][4], u32 up, u32 lora_act, int lane) {
 #pragma unroll
   for (int s = 0; s < 2; s++) {

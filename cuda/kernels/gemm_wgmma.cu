@@ -1,26 +1,26 @@
 // The second kernel of an SVDQuant layer on Hopper: y = outer_scale (s c W4 X8^T + proj_up lora_act^T) + bias, transposed on its way out.
 //
-// A CTA is two or three consumer warpgroups of 64 weight rows and one producer warpgroup; its tile is ROWS x TOKENS tokens, and it goes
-// from tile to tile (one CTA an SM). Weights travel packed: 4 bits from device memory to registers, where two instructions make int8 of
-// four of them, scaled by their group's integer: w8 = i (code), |w8| <= 128. So the int32 sums run over all of K with nothing to do
-// between two wgmma, and the row's float scale c and the token's s are applied once, at the end.
+// A CTA is two or three consumer warpgroups of 64 weight rows and one producer warpgroup. There is one CTA per SM, which loops over tiles
+// of ROWS weight rows x TOKENS tokens. Weights stay packed in 4 bits from device memory to registers, where two instructions expand four
+// of them to int8 and multiply by their group's integer: w8 = i code, |w8| <= 128. The int32 sums run over all of K without any work
+// between two wgmmas, and the row's float scale c and the token's scale s are applied once, at the end.
 //
-//           tokens (B, shared memory)                     one stage of the ring:   X  TOKENS x 128 B   codes, INTEGER order, swizzled
-//          +----------------+                                                      W  ROWS x 64 B      two codes a byte, natural order
+//           tokens (B, shared memory)                     one stage of the ring:   X  TOKENS x 128 B   codes, activation layout
+//          +----------------+                                                      W  ROWS x 64 B      two codes per byte, natural order
 //   64     | warpgroup 0    |  A: weights, registers                               S  2 x ROWS         the two groups' 16-bit scales
-//   64     | warpgroup 1    |                             after the K blocks, the branch's blocks of 32 ranks go through the same ring:
+//   64     | warpgroup 1    |                             after the K blocks, the branch's blocks of 32 ranks use the same ring:
 //   64     | warpgroup 2    |                                                      X  TOKENS x 64 B    lora_act, 16 bit, swizzled
 //          +----------------+                                                      W  ROWS x 64 B      proj_up, 16 bit, swizzled
 //
-// CLUSTER 2: two CTAs side by side along the weight rows need the same tokens; each fetches half of them for both.
-// SPLIT 2: two CTAs share a tile's K. At the end each sends the other its int32 sums of half of the tile's tokens, and finishes its own
-// half; integer sums come out the same in any order.
+// CLUSTER 2: two CTAs side by side along the weight rows need the same tokens. Each CTA fetches half of them for both.
+// SPLIT 2: two CTAs share a tile's K. At the end each sends its int32 sums of half of the tile's tokens, and finishes the other half.
+// Integer sums are the same in any order.
 //
-// What the end of a tile needs (the tokens' and rows' factors, bias) comes with the tile's first block, into one of two buffers. The
-// consumers touch no global memory but y.
+// The operands of the epilogue (the tokens' and rows' factors, bias) come with the tile's first block, into one of two buffers. The
+// consumers access no global memory except y.
 //
-// The order of the codes is the activation layout's: lane q of a weight row reads bytes 16 q .. 16 q + 15 of its 64, which are 32
-// columns of one group. Word s of the four is MMA step s: its low nibbles fill registers 0 and 1, its high nibbles 2 and 3.
+// The activation layout gives the order of the codes: lane q of a weight row reads bytes 16 q .. 16 q + 15 of the row's 64, which are 32
+// columns of one group. Word s of these four belongs to MMA step s. Its low nibbles fill registers 0 and 1, its high nibbles 2 and 3.
 //
 // The roles: gemm_wgmma_fetch.cuh is the producer, gemm_wgmma_multiply.cuh the consumers' main loop; their epilogue is here.
 
@@ -29,14 +29,14 @@
 #include "gemm_wgmma_fetch.cuh"
 #include "gemm_wgmma_multiply.cuh"
 
-// What a consumer's lane needs for the outputs of a tile.
+// A consumer lane's operands for the epilogue of a tile.
 struct Epilogue {
-  u32 factors;                                // the tile's buffer of them
-  float scale_a, scale_b, bias_a, bias_b;     // of the lane's two rows
-  bool activated;                             // whether GELU applies to the warpgroup's rows: all of them, or none
+  u32 factors;                                // address of the tile's buffer of factors
+  float scale_a, scale_b, bias_a, bias_b;     // scales and biases of the lane's two rows
+  bool activated;                             // whether GELU applies to the warpgroup's rows
 };
 
-// The sums of a slice of the tokens as floats.
+// Converts the sums of a slice of the tokens to floats.
 DEVICE void scale_slice(float (&begun)[SLICE / 2], const int (&d)[TOKENS / 2], int slice, const Epilogue& e, int q) {
 #pragma unroll
   for (int t = 0; t < SLICE / 8; t++) {
@@ -55,8 +55,8 @@ DEVICE void scale_slice(float (&begun)[SLICE / 2], const int (&d)[TOKENS / 2], i
   }
 }
 
-// A slice's outputs, in 16 bits and transposed, to shared memory at `target`. Row = token, 128 bytes of 64 outputs, its 16-byte pieces
-// swizzled as the copy engine has it.
+// Stores a slice's outputs, in 16 bits and transposed, to shared memory at `target`. A row is a token's 64 outputs, 128 bytes, with its
+// 16-byte pieces swizzled as the copy engine reads them.
 DEVICE void pack_slice(u32 target, const float (&ended)[SLICE / 2], int slice, const Epilogue& e, int warp, int lane, int q) {
 #pragma unroll
   for (int pair = 0; pair < SLICE / 16; pair++) {
@@ -81,14 +81,14 @@ DEVICE void pack_slice(u32 target, const float (&ended)[SLICE / 2], int slice, c
   }
 }
 
-// Waits until the branch's blocks are there; proj_up was copied by threads, and wgmma reads it.
+// Waits for the branch's blocks. The fence makes proj_up, which threads have copied, visible to wgmma.
 DEVICE void wait_for_ranks(const SharedBarriers& barriers, RingPosition position, int blocks) {
   for (int block = 0; block < blocks; block++, position.next()) barriers.full[position.stage].wait(position.parity);
   fence_proxy_async();
 }
 
-// The end of a tile, a slice of the tokens at a time: its sums become floats, the branch's product is added to them, and the copy engine
-// stores them. Where registers suffice (AHEAD), the product runs while the slice before is packed.
+// The epilogue of a tile, for one slice of the tokens at a time: it converts the sums to floats, adds the branch's product, and the copy
+// engine stores the result. If registers suffice (AHEAD), the product runs while the previous slice is packed.
 DEVICE void store_tile(const TensorMap* y, const int (&d)[TOKENS / 2], const Epilogue& e, u32 shared, const SharedBarriers& barriers,
                        RingPosition& position, const Problem& p, const Tile& tile, int m0, int n0, u32 store, u32 half, u32 cta,
                        int warpgroup, int warp, int thread, int lane, int q) {
@@ -109,9 +109,9 @@ DEVICE void store_tile(const TensorMap* y, const int (&d)[TOKENS / 2], const Epi
     if (slice == SLICES - 1) {
       if (lane < ARRIVALS) (e.factors == shared + FACTORS ? barriers.used[0] : barriers.used[1]).arrive();
       for (int block = 0; block < p.rank_blocks; block++, position.next()) release(barriers.empty[position.stage], cta);
-      if (tile.last(p)) cluster_arrive();  // no CTA is without a tile
+      if (tile.last(p)) cluster_arrive();  // every CTA has at least one tile
     }
-    if (thread == 0) bulk_stores_wait_read();  // the slice before, whose memory the next one takes
+    if (thread == 0) bulk_stores_wait_read();  // the next slice reuses the memory of the previous one
     barrier_named(1 + warpgroup, 128);
     if (thread == 0) {
       fence_proxy_async();
@@ -119,23 +119,23 @@ DEVICE void store_tile(const TensorMap* y, const int (&d)[TOKENS / 2], const Epi
     }
     if (AHEAD && step < SLICES) wgmma_wait<0>();
   }
-  if (SLICES % 2) {  // the next tile begins with the same half of the memory
+  if (SLICES % 2) {  // the next tile begins with the same buffer
     if (thread == 0) bulk_stores_wait_read();
     barrier_named(1 + warpgroup, 128);
   }
 }
 
-// A consumer warpgroup: from the ring to y.
+// A consumer warpgroup: it multiplies the ring's stages and stores y.
 DEVICE void consume(const TensorMap* y, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p, int border,
                     int gelu_from, u32 cta, int warpgroup) {
   take_registers<CONSUMER_REGISTERS>();
   cluster_wait();
   const u32 half = cta / CLUSTER;
   const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
-  const int row = warpgroup * 64 + warp * 16 + g;       // of the tile; the lane's other row is 8 below
+  const int row = warpgroup * 64 + warp * 16 + g;       // in the tile; the lane's other row is row + 8
   const u32 store = shared + STORES + warpgroup * STORE_BYTES;
   const u32 w = shared + X_BYTES + row * 64 + q * 16, s = shared + SCALES + (q >> 1) * (ROWS * 2) + row * 2;
-  // 1 / row_scale, as registers are short: where nobody but this warp writes its first two tokens' outputs, at the end of the tile.
+  // To save registers, 1 / row_scale is in shared memory, where only this warp later writes its first two tokens' outputs.
   const u32 inverse = store + warp * 32 + g * 4;
   u32 factors = shared + FACTORS, sums_parity = 0;
   for (Tile tile(p); tile.exists(p); tile.next(p)) {
@@ -158,7 +158,7 @@ DEVICE void consume(const TensorMap* y, u32 shared, const SharedBarriers& barrie
 
     const int m0 = tile.m0(), n0 = tile.n0(cta);
     u32 rows = factors;
-    asm volatile("" : "+r"(rows));  // the address anew: kept from the tile's beginning, it would be a register too many
+    asm volatile("" : "+r"(rows));  // computes the address again, since keeping it would cost a register
     rows += ROW_SCALE + row * 4;
     Epilogue e;
     e.factors = factors;
@@ -176,17 +176,17 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
      const char* __restrict__ act,              // (blocks, padded_m, 128) int8 codes, in the activation layout
      const float* __restrict__ act_scale,       // (2, padded_m)
      const char* __restrict__ lora_act,         // (rank_blocks, padded_m, 32) 16-bit numbers, in the activation layout
-     const float* __restrict__ outer_scale,     // (padded_m), lora_act's: powers of two, or null; not looked at in bf16, whose are ones
+     const float* __restrict__ outer_scale,     // (padded_m), lora_act_scale: powers of two, or null for ones; not read in bf16
      const char* __restrict__ weight,           // (n, k / 2)
      const u16* __restrict__ weight_scale,      // (k / 64, n)
      const float* __restrict__ row_scale,       // (n)
      const char* __restrict__ proj_up,          // (n, rank)
      const u16* __restrict__ bias,              // (n) or null
      int m, int padded_m, int n, int k, int rank,
-     int border,                                // the block at which the second part of the columns begins; 0: one part
+     int border,                                // the block where the second part of the columns begins; 0: there is one part
      int part                                   // the row of act_scale that the last part uses
 #if GELU
-     , int gelu_from                            // y's column, a multiple of 64, from which on it is gelu(y)
+     , int gelu_from                            // first column of y that gets GELU, a multiple of 64
 #endif
     ) {
 #if !GELU
@@ -210,5 +210,5 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
   else
     consume(&y, shared, barriers, position, p, border, gelu_from, cta, warpgroup);
   if (warpgroup < CONSUMERS && threadIdx.x % 128 == 0) bulk_stores_wait_read();  // the last stores still read shared memory
-  cluster_wait();  // nobody leaves while another may still arrive at its barriers
+  cluster_wait();  // no CTA exits while another may still arrive at its barriers
 }

@@ -1,35 +1,35 @@
-// The tile of gemm_wgmma.cu: its sizes, its shared memory and barriers, and the tiles that a CTA goes through.
+// The tile of gemm_wgmma.cu: its sizes, its shared memory and barriers, and the tiles over which a CTA loops.
 //
 // -D: HALF            1 for fp16, else bf16
-//     ROWS, TOKENS    of a tile;  STAGES of the ring
+//     ROWS, TOKENS    weight rows and tokens of a tile;  STAGES of the ring
 //     CLUSTER, SPLIT  two CTAs share their tokens, or their K
-//     GELU            1: y's columns from gelu_from on are gelu(y)
+//     GELU            1: GELU applies to y's columns from gelu_from on
 #pragma once
 #include "common.cuh"
 #include "hopper.cuh"
 
-constexpr int CONSUMERS = ROWS / 64;            // warpgroups
+constexpr int CONSUMERS = ROWS / 64;            // consumer warpgroups
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int W_BYTES = ROWS * 64;
 constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
-constexpr int S_BYTES = 2 * ROWS * 2;           // kept apart, so that X stays on 1024 bytes
+constexpr int S_BYTES = 2 * ROWS * 2;           // apart from the stages, so that X is aligned to 1024 bytes
 constexpr int RING = STAGES * STAGE_BYTES;
 constexpr int OUT = TOKENS / SPLIT;             // tokens whose outputs a CTA finishes
 constexpr int SLICE = OUT < 64 ? OUT : 64;      // tokens that a warpgroup transposes and stores at a time
 constexpr int SLICES = OUT / SLICE;
-constexpr int AHEAD = TOKENS == 192 && ROWS == 192 ? 0 : 1;  // slices whose registers fit beside the accumulators, but one
+constexpr int AHEAD = TOKENS == 192 && ROWS == 192 ? 0 : 1;  // slices of the branch's product that may run ahead, as registers allow
 constexpr int SLICE_BYTES = SLICE * 128;
-constexpr int STORE_BYTES = (SLICES == 1 ? 1 : 2) * SLICE_BYTES;  // two: one is written while the copy engine reads the other
-constexpr int SUM_BYTES = SPLIT == 1 ? 0 : OUT * 64 * 4;  // of a warpgroup, from the CTA that has the rest of K
-// Factors of a tile, as offsets: OUT each of the last part's scale, the first's, lora_act's; ROWS each of row_scale and bias.
+constexpr int STORE_BYTES = (SLICES == 1 ? 1 : 2) * SLICE_BYTES;  // two slices: one is written while the copy engine reads the other
+constexpr int SUM_BYTES = SPLIT == 1 ? 0 : OUT * 64 * 4;  // a warpgroup's sums from the CTA with the other part of K
+// Offsets of a tile's factors: OUT scales each of the last part, of the first part and of lora_act; ROWS each of row_scale and bias.
 constexpr int LAST = 0, FIRST = OUT * 4, OUTER = 2 * OUT * 4, ROW_SCALE = 3 * OUT * 4, BIAS = ROW_SCALE + ROWS * 4;
 constexpr int FACTOR_BYTES = BIAS + ROWS * 2;
-constexpr int STORES = RING;                    // on 1024 bytes too: the copy engine swizzles by the address
+constexpr int STORES = RING;                    // aligned to 1024 bytes, since the copy engine swizzles by the address
 constexpr int SCALES = STORES + CONSUMERS * STORE_BYTES;
 constexpr int SUMS = SCALES + STAGES * S_BYTES;
 constexpr int FACTORS = SUMS + CONSUMERS * SUM_BYTES;
 constexpr int BARRIERS = FACTORS + 2 * FACTOR_BYTES;
-// A lane's registers at the launch are 128 (four warpgroups) or 168 (three); what the producers give is what the consumers may take.
+// A thread starts with 128 registers (four warpgroups) or 168 (three). The consumers may take as many as the producers release.
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS == (CONSUMERS == 3 ? 4 * 128 : 3 * 168), "the CTA's registers");
 static_assert(BARRIERS + 16 * STAGES + 16 + 16 * CONSUMERS <= 232448, "more shared memory than an SM has");
@@ -48,9 +48,9 @@ struct RingPosition {
 
 // The barriers, in their order in shared memory.
 struct SharedBarriers {
-  Barriers full, empty;       // [STAGES] a stage is filled, is read
+  Barriers full, empty;       // [STAGES] a stage is filled; a stage is read
   Barriers used;              // [2] a buffer of factors is read
-  Barriers summed, sendable;  // [CONSUMERS] the other CTA's sums are here; the other CTA has read those that it got
+  Barriers summed, sendable;  // [CONSUMERS] the other CTA's sums have arrived; the other CTA has read the sums sent to it
 
   DEVICE SharedBarriers(u32 shared) {
     full = {shared + BARRIERS}, empty = {full.first + 8 * STAGES}, used = {empty.first + 8 * STAGES};
@@ -59,7 +59,7 @@ struct SharedBarriers {
 
   DEVICE void init() const {
     for (int s = 0; s < STAGES; s++) {
-      full[s].init(128 + 1);  // the producers' copies, and the one that announces the bulk copy
+      full[s].init(128 + 1);  // the producers' copies, and the thread that starts the bulk copy
       empty[s].init(CONSUMERS * 4 * CLUSTER * ARRIVALS);
     }
     for (int i = 0; i < 2; i++) used[i].init(CONSUMERS * 4 * ARRIVALS);
@@ -76,7 +76,7 @@ struct Problem {
   int rank_blocks, token_tiles, row_tiles;
 };
 
-// A tile of a cluster's. They go down the tokens first: the CTAs at work share few weight rows, and the activation stays in L2.
+// A tile. The order of the tiles runs along the tokens first: the running CTAs read few weight rows, and the activation stays in L2.
 struct Tile {
   int token, row, token_step, row_step;
 

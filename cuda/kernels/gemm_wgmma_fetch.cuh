@@ -1,8 +1,8 @@
-// The producer warpgroup of gemm_wgmma.cu: all that comes from device memory to shared memory.
+// The producer warpgroup of gemm_wgmma.cu, which copies everything from device memory to shared memory.
 #pragma once
 #include "gemm_wgmma.cuh"
 
-// The kernel's arguments that it reads, see there.
+// The kernel's arguments that the producers read, as in gemm_wgmma.cu.
 struct Operands {
   const char* act;
   const float* act_scale;
@@ -16,13 +16,13 @@ struct Operands {
   int padded_m, n, k, rank, border, part;
 };
 
-// A producer thread's part of W's blocks: 16 bytes of every 32nd row, from the same column of each block.
+// A producer thread's part of W's blocks: 16 bytes of every 32nd row, at the same column of each block.
 struct Rows {
   const char* source;
-  u32 step;   // bytes from one of its rows to the next
-  int count;  // of its rows that exist
-  int bytes;  // that its rows have from its column of the first block on
-  u32 offset; // of the first row's bytes in the block
+  u32 step;   // bytes from one of the thread's rows to the next
+  int count;  // the thread's rows that exist
+  int bytes;  // bytes of a row from the thread's column of the first block on
+  u32 offset; // offset of the first row's bytes in the block
 
   DEVICE Rows(const void* matrix, int row_bytes, int n0, int n, bool swizzled) {
     const int thread = threadIdx.x & 127, row = n0 + (thread >> 2), column = (thread & 3) * 16;
@@ -38,7 +38,7 @@ struct Rows {
     bytes -= blocks * 64;
   }
 
-  // The next block; what is outside the matrix becomes zeros.
+  // Copies the next block. Bytes outside the matrix become zeros.
   DEVICE void fetch(u32 target) {
 #pragma unroll
     for (int i = 0; i < ROWS / 32; i++)
@@ -48,14 +48,14 @@ struct Rows {
   }
 };
 
-// Threads 0 .. 47 of the producers: the two groups' scales, 8 rows each.
+// Producer threads 0 .. 47 copy the two groups' scales, 8 rows each.
 DEVICE void fetch_scales(u32 target, const u16* scales, int block, int n0, int n, int groups) {
   const int thread = threadIdx.x & 127, second = thread >= ROWS / 8, piece = thread - second * (ROWS / 8), group = 2 * block + second;
   if (thread < ROWS / 4)
     cp_async16(target + thread * 16, scales + (size_t)group * n + n0 + piece * 8, group < groups && n0 + piece * 8 < n);
 }
 
-// The factors of a tile's tokens and rows; what there is none of becomes zero.
+// Copies the factors of a tile's tokens and rows. Missing ones become zero.
 DEVICE void fetch_factors(u32 target, const float* act_scale, int last, bool two, const float* outer_scale, const float* row_scale,
                           const u16* bias, int m0, int padded_m, int n0, int n) {
   const int thread = threadIdx.x & 127, token = m0 + thread * 4;
@@ -69,7 +69,7 @@ DEVICE void fetch_factors(u32 target, const float* act_scale, int last, bool two
   if (thread < ROWS / 8) cp_async16(target + BIAS + thread * 16, bias + n0 + thread * 8, bias && n0 + thread * 8 < n);
 }
 
-// `rows` tokens of a block in the activation layout, which is one contiguous piece of memory.
+// Copies `rows` tokens of a block in the activation layout, one contiguous piece of memory.
 DEVICE void fetch_tokens(u32 target, const char* source, size_t row_bytes, int rows, Barrier full, u32 cta) {
   full.arrive_expect(rows * row_bytes);
 #if CLUSTER == 1
@@ -81,7 +81,7 @@ DEVICE void fetch_tokens(u32 target, const char* source, size_t row_bytes, int r
 #endif
 }
 
-// The weights of the first stages don't wait for the kernel before, which makes the tokens. Returns how many blocks.
+// Copies the weights of the first stages before the previous kernel, which makes the tokens, has ended. Returns the number of blocks.
 DEVICE int fetch_early_weights(const Operands& from, u32 shared, const Problem& p, int n0) {
   int early = 0;
   Rows rows(from.weight, from.k / 2, n0, from.n, false);
@@ -94,7 +94,7 @@ DEVICE int fetch_early_weights(const Operands& from, u32 shared, const Problem& 
   return early;
 }
 
-// The blocks of K of a tile, of which the first `early` have their weights already. Returns how many of the next tile's have.
+// Copies a tile's blocks of K; the first `early` blocks have their weights already. Returns that number for the next tile.
 DEVICE int fetch_columns(const Operands& from, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p, int m0,
                           int n0, int early, u32 cta) {
   Rows rows(from.weight, from.k / 2, n0, from.n, false);
@@ -117,7 +117,7 @@ DEVICE int fetch_columns(const Operands& from, u32 shared, const SharedBarriers&
   return early;
 }
 
-// The LoRA branch's blocks of ranks.
+// Copies the LoRA branch's blocks of ranks.
 DEVICE void fetch_ranks(const Operands& from, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p,
                         int out_m0, int n0, u32 cta) {
   Rows rows(from.proj_up, from.rank * 2, n0, from.n, true);

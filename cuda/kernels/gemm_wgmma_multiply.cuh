@@ -1,9 +1,9 @@
-// The consumers' arithmetic in gemm_wgmma.cu: from a stage to a warpgroup's accumulators, and between the CTAs that share K.
+// The consumers' arithmetic in gemm_wgmma.cu: the products of a stage, and the exchange of sums between CTAs that share K.
 #pragma once
 #include "gemm_wgmma.cuh"
 #include "wgmma.cuh"
 
-// A warp has read a stage. It tells the stage's producers, those of both CTAs where the CTAs share their tokens.
+// A warp that has read a stage releases it to the producers, to those of both CTAs if the CTAs share their tokens.
 DEVICE void release(Barrier empty, u32 cta) {
   int lane = threadIdx.x & 31;
 #if CLUSTER == 1
@@ -16,24 +16,24 @@ DEVICE void release(Barrier empty, u32 cta) {
 }
 
 #if HALF
-// Two tokens' outer scales; 1 where there are no ranks.
+// Two tokens' outer scales; 1 if there are no ranks.
 DEVICE float2 load_outer_scales(u32 address) {
   const float2 pair = load_shared_float2(address);
   return make_float2(pair.x != 0.f ? pair.x : 1.f, pair.y != 0.f ? pair.y : 1.f);
 }
 #endif
 
-// 1 / x, and 0 of 0.
+// 1 / x, or 0 for 0.
 DEVICE float inverse_or_zero(float x) { return x != 0.f ? reciprocal_ftz(x) : 0.f; }
 
-// Four codes times their group's integer i as int8, twice: of the low nibbles and of the high ones. u = code + 8 is 0..15, so no byte of
-// u i + (128 - 8 i) leaves 0..255 for i in -15..16, and turning bit 7 of each takes the 128 off again.
+// Four codes times their group's integer i, as int8, of the low nibbles and of the high nibbles. u = code + 8 is 0..15, so that for i in
+// -15..16 every byte of u i + (128 - 8 i) is in 0..255. Flipping bit 7 of each byte then subtracts 128.
 DEVICE void expand(u32 word, u32 multiplier, u32 offset, u32& even, u32& odd) {
 #if SPLIT == 1
   word ^= 0x88888888;
   even = ((word & 0x0f0f0f0f) * multiplier + offset) ^ 0x80808080;
   odd = (((word >> 4) & 0x0f0f0f0f) * multiplier + offset) ^ 0x80808080;
-#else  // ptxas makes other instructions of this; small tiles, which wait for them, were 3 % faster
+#else  // ptxas compiles this form differently, and small tiles, which wait for it, were 3 % faster
   even = ((word & 0x0f0f0f0f ^ 0x08080808) * multiplier + offset) ^ 0x80808080;
   odd = ((word >> 4 & 0x0f0f0f0f ^ 0x08080808) * multiplier + offset) ^ 0x80808080;
 #endif
@@ -55,16 +55,17 @@ struct Weights {
     offset_j = 0x80808080u - 0x08080808u * j;
   }
 
-  // The scale at s as a multiple of the row's c. A float of this size counts in ones: its last bits are the rounded integer.
+  // The scale at s as a multiple of the row's c. A float near 1.5 x 2^23 has a unit in the last place of 1, so that its low bits are the
+  // rounded integer.
   static DEVICE u32 integer(u32 s, float inverse) {
     return __float_as_int(fmaf(to_float(load_shared2(s)), inverse, 12582912.f)) - 0x4b400000;
   }
 };
 
-// One MMA step: d += 32 columns' weights (a of row g, b of row g + 8) times the tokens'. Three may be running while the next expands.
+// One MMA step: d += 32 columns' weights (a of row g, b of row g + 8) times the tokens. Three steps may run while the next expands.
 DEVICE void multiply(int (&d)[TOKENS / 2], u32 a, u32 b, const Weights& w, u64 tokens) {
   u32 fragment[4];
-  wgmma_wait<3>();  // the registers of four steps ago are free
+  wgmma_wait<3>();  // frees the registers of four steps ago
   expand(a, w.i, w.offset_i, fragment[0], fragment[2]);
   expand(b, w.j, w.offset_j, fragment[1], fragment[3]);
   wgmma_fence();
@@ -72,7 +73,7 @@ DEVICE void multiply(int (&d)[TOKENS / 2], u32 a, u32 b, const Weights& w, u64 t
   wgmma_commit();
 }
 
-// y (64 rows x SLICE tokens) += proj_up lora_act^T over all the branch's blocks, left running.
+// y (64 rows x SLICE tokens) += proj_up lora_act^T over all blocks of the branch. Returns while it runs.
 DEVICE void multiply_branch(float (&y)[SLICE / 2], u32 shared, int warpgroup, int slice, RingPosition position, int blocks) {
   wgmma_fence();
 #pragma unroll 1
@@ -85,10 +86,10 @@ DEVICE void multiply_branch(float (&y)[SLICE / 2], u32 shared, int warpgroup, in
   wgmma_commit();
 }
 
-// The stage before the ring's position.
+// The stage before the ring's current position.
 DEVICE int previous_stage(const RingPosition& position) { return position.stage ? position.stage - 1 : STAGES - 1; }
 
-// d += the blocks begin .. end of K, at least one. w, s: this lane's bytes of the first stage's weights and scales.
+// d += the products of blocks begin .. end of K, at least one. w, s: this lane's bytes of the first stage's weights and scales.
 DEVICE void multiply_columns(int (&d)[TOKENS / 2], u32 shared, const SharedBarriers& barriers, RingPosition& position, int begin, int end,
                              u32 w, u32 s, u32 inverse, u32 cta) {
   Weights weights;
@@ -100,7 +101,7 @@ DEVICE void multiply_columns(int (&d)[TOKENS / 2], u32 shared, const SharedBarri
     multiply(d, weights.a.x, weights.b.x, weights, tokens);
     multiply(d, weights.a.y, weights.b.y, weights, tokens + 2);
     multiply(d, weights.a.z, weights.b.z, weights, tokens + 4);
-    wgmma_wait<3>();  // all of the block before is multiplied
+    wgmma_wait<3>();  // the previous block's products are complete
     if (block > begin) release(barriers.empty[previous_stage(position)], cta);
     multiply(d, weights.a.w, weights.b.w, weights, tokens + 6);
     position.next();
@@ -113,8 +114,8 @@ DEVICE void multiply_columns(int (&d)[TOKENS / 2], u32 shared, const SharedBarri
   release(barriers.empty[previous_stage(position)], cta);
 }
 
-// From units of the first part's scale to units of the second's. They are within a factor of 16 (codes.cuh), so the sums stay within
-// 32 bits; their rounding is half a unit of the product's last place.
+// Converts sums from units of the first part's scale to units of the second's. The scales are within a factor of 16 (codes.cuh), so that
+// the sums fit 32 bits. The rounding error is half a unit in the product's last place.
 DEVICE void change_units(int (&d)[TOKENS / 2], u32 factors, int q) {
 #pragma unroll
   for (int t = 0; t < TOKENS / 8; t++)
@@ -127,7 +128,7 @@ DEVICE void change_units(int (&d)[TOKENS / 2], u32 factors, int q) {
     }
 }
 
-// Two CTAs that share K: each sends the other its sums of the tokens that the other finishes, and adds those that it gets to its own.
+// For two CTAs that share K: each sends its sums of the tokens that the other finishes, and adds the sums that it receives.
 DEVICE void exchange_sums(int (&d)[TOKENS / 2], u32 shared, const SharedBarriers& barriers, u32 parity, u32 half, u32 cta, int warpgroup,
                           int thread, int lane) {
   const u32 sums = SUMS + warpgroup * SUM_BYTES + thread * 16, other = cta ^ CLUSTER;

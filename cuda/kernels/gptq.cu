@@ -1,9 +1,9 @@
-// GPTQ's inner loop (quant/gptq.py has the mathematics): a block of B columns of the weight, rounded from the last to the first.
-// Column i aims at  w_i + p_i / C_ii,  takes the nearest code, and adds its error e_i times C_ij to the p_j of the columns before.
+// GPTQ's inner loop (the mathematics is in quant/quantizer/gptq.py): it rounds a block of B columns of the weight, from last to first.
+// Column i gets the code nearest to  w_i + p_i / C_ii.  Its error e_i times C_ij is then added to p_j of the columns j before it.
 //
-// Rows don't know of each other, columns wait for one another: a warp takes a row, and a lane four neighbouring columns, in
-// registers. A step is one lane's rounding, a shuffle of its error to all, and four multiply-adds a lane. C is in shared memory;
-// the warp reads 512 bytes of a row of it at a time, and its zeros above the diagonal make the columns that are done no exception.
+// Rows are independent, and columns depend on each other. A warp has a row, and a lane holds four neighbouring columns in registers.
+// A step is the rounding in one lane, a shuffle of its error to all lanes, and four multiply-adds per lane. C is in shared memory, and
+// the warp reads 512 bytes of a row of it at a time. Its zeros above the diagonal leave the finished columns unchanged.
 //
 //   CTA   16 warps; each takes the rows  warp, warp + warps of the grid, ...
 
@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) gptq_block(
     const float* __restrict__ weight,   // (N, B), rows weight_stride floats apart; B at most 128, a multiple of 4
     const float* __restrict__ pending,  // (N, B), rows pending_stride floats apart
     const float* __restrict__ steps,    // (N, groups_a_row)
-    const float* __restrict__ inverse,  // (N, groups_a_row), 1 / steps: a division is a subroutine
+    const float* __restrict__ inverse,  // (N, groups_a_row), 1 / steps, because a division is a subroutine call
     const int* __restrict__ groups,     // (B,)
     const float* __restrict__ lower,    // (B, B)
     const float* __restrict__ turned,   // (B,), 1 / the diagonal of lower
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) gptq_block(
   __syncthreads();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = 4 * lane;
-  const bool mine = first < B;  // with B = 64 half of the lanes have nothing
+  const bool mine = first < B;  // with B = 64 half of the lanes have no columns
   float scale[4] = {};
   int group[4] = {};
   if (mine)

@@ -1,19 +1,19 @@
-// What rounding to 4 bits leaves of groups of 64 weights under given steps: the sum of energy * (weight - code * step)^2. The search for
-// scales asks it twenty times of every group; in PyTorch that is eight passes over the weight each time, here it is one.
+// The 4-bit rounding error of groups of 64 weights with given steps: the sum of energy * (weight - code * step)^2. The search for scales
+// computes it twenty times for every group. PyTorch needs eight passes over the weight each time, this kernel one.
 //
-//   16 lanes a group, four neighbouring weights each; the sum goes through the lanes in a fixed order.
+// 16 lanes have a group, with four neighbouring weights each. The lanes' sums are added in a fixed order.
 
 constexpr int THREADS = 256;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) group_error(
     const float4* __restrict__ weight,   // (count, 64)
     const float* __restrict__ steps,     // (count,)
-    const float* __restrict__ inverse,   // (count,), 1 / steps: a division is a subroutine
+    const float* __restrict__ inverse,   // (count,), 1 / steps, because a division is a subroutine call
     const float4* __restrict__ energy,   // (groups_a_row, 64)
     float* __restrict__ error,           // (count,)
     int count, int groups_a_row) {
   const int lane = threadIdx.x % 16;
-  const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;  // the lanes of this group: the other's may be done
+  const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;  // this group's lanes; the other group's may have left the loop
   for (int group = (blockIdx.x * THREADS + threadIdx.x) / 16; group < count; group += gridDim.x * (THREADS / 16)) {
     const float4 w = weight[group * 16 + lane], e = energy[group % groups_a_row * 16 + lane];
     const float step = steps[group], per_step = inverse[group];

@@ -1,9 +1,9 @@
-// PTX of sm_90 and newer, beside common.cuh's barriers and copies: clusters of CTAs, registers that move between warps, stmatrix.
+// PTX of sm_90 and newer: clusters of CTAs, register reallocation, stmatrix. common.cuh has the barriers and copies.
 #pragma once
 #include "common.cuh"
 
-// Arrives at the barrier that lies at the same address in another CTA of the cluster. It frees a buffer and publishes nothing, so the
-// default scope will do; a cluster's would flush L1 each time.
+// Arrives at the barrier at the same address in another CTA of the cluster. The arrival frees a buffer and publishes no data, so that the
+// default scope suffices. Cluster scope would flush L1 each time.
 DEVICE void mbarrier_arrive_at(u32 barrier, u32 cta) {
   asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(cta) : "memory");
@@ -14,7 +14,7 @@ DEVICE void mbarrier_arrive_after_copies(u32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// bulk_copy to the same address in every CTA of the mask; each one's own barrier counts the bytes.
+// bulk_copy to the same address in every CTA of the mask. Each CTA's own barrier counts the bytes.
 DEVICE void bulk_copy_multicast(u32 shared, const void* global, u32 bytes, u32 barrier, u16 ctas) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
                  ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"(ctas) : "memory");
@@ -23,7 +23,7 @@ DEVICE void bulk_copy_multicast(u32 shared, const void* global, u32 bytes, u32 b
 // The driver's description of a tensor in memory, for the copy engine.
 struct __align__(64) TensorMap { u64 words[16]; };
 
-// A box of the map's tensor from shared memory, its first corner at (column, row); what lies outside the tensor is left out.
+// Stores a box from shared memory to the map's tensor, at (column, row). The part outside the tensor is not stored.
 DEVICE void bulk_store_box(const TensorMap* map, int column, int row, u32 shared) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;"
                  ::"l"(map), "r"(column), "r"(row), "r"(shared) : "memory");
@@ -38,18 +38,18 @@ DEVICE u32 cluster_rank() {
   return rank;
 }
 
-// The barrier of all the cluster's threads, in two halves. What was written before the first is visible to the others after the second.
+// The barrier of all threads of the cluster, in two steps. Writes before the arrival are visible to the others after the wait.
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-// The first half where the others need to see nothing but fresh mbarriers, which are fenced. A releasing arrival would wait for all stores.
+// An arrival that publishes only new mbarriers, which are already fenced. A releasing arrival would wait for all stores.
 DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 
-// Moves registers between the warpgroups of a CTA; the number is of a thread. `inc` waits until another has given enough.
+// Move registers between the warpgroups of a CTA; the count is per thread. `inc` waits until other warpgroups have released enough.
 template <int registers> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
 template <int registers> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
 
-// The address in another CTA of the cluster that corresponds to this one's.
+// The cluster address of this address in another CTA of the cluster.
 DEVICE u32 cluster_address(u32 shared, u32 cta) {
   u32 remote;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(cta));
@@ -69,7 +69,7 @@ DEVICE float4 load_remote_float4(u32 remote) {
   return v;
 }
 
-// 4 or 16 bytes to another CTA, counted by its barrier. Both addresses are cluster_address's.
+// Stores 4 or 16 bytes to another CTA, whose barrier counts them. Both addresses come from cluster_address.
 DEVICE void store_async(u32 remote, float v, u32 remote_barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
                ::"r"(remote), "f"(v), "r"(remote_barrier) : "memory");
@@ -85,7 +85,7 @@ DEVICE void store_async(u32 remote, int4 v, u32 remote_barrier) {
                ::"r"(remote), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(remote_barrier) : "memory");
 }
 
-// Four 8 x 8 matrices of 16 bit, transposed on their way; lane 8 i + r gives the address of matrix i's row r.
+// Stores four 8 x 8 matrices of 16-bit elements, transposed. Lane 8 i + r has the address of row r of matrix i.
 DEVICE void stmatrix4_transposed(u32 address, const u32* d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");

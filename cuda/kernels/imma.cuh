@@ -1,4 +1,4 @@
-// Integer MMAs of 16 weight rows by 8 tokens: Ampere's instructions, or four of Turing's, which are a quarter of their size.
+// Integer MMAs of 16 weight rows by 8 tokens: one Ampere instruction, or four Turing instructions of a quarter of its size.
 //
 // With g = lane / 4 and q = lane % 4:
 //   a[0..3]  rows g, g + 8, g, g + 8; the lane's 4 bytes of the first half of the columns, the first, the last, the last
@@ -8,7 +8,7 @@
 #include "common.cuh"
 
 #ifndef TURING
-#define TURING (__CUDA_ARCH__ < 800)  // 1 elsewhere: Turing's path, to test it on a newer GPU
+#define TURING (__CUDA_ARCH__ < 800)  // -DTURING=1 tests Turing's path on a newer GPU
 #endif
 
 #define IMMA_16(shape, types)                                                                                    \

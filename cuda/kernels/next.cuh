@@ -1,11 +1,11 @@
-// The epilogue of a gemm_mma.cu tile whose output, GELU(y), only the next layer reads. Instead of y it stores the codes and scales that
-// quantize.cu would make of y, to the bit, and this tile's partial sum of the branch's x @ proj_down. x is GELU(y) in 16 bits.
+// The epilogue of a gemm_mma.cu tile whose output, GELU(y), only the next layer reads. Instead of y, the epilogue stores the codes and
+// scales of x = GELU(y) in 16 bits, equal to quantize.cu's to the bit, and this tile's partial sum of the LoRA branch's x @ proj_down.
 //
-// A warp's 64 rows are a group of the next layer's columns. Lane (g, q) has columns 8 g .. 8 g + 7 of a token: in either order of
-// codes they are whole words of its row in the activation layout.
+// A warp's 64 rows are one group of the next layer's columns. Lane (g, q) has columns 8 g .. 8 g + 7 of a token. In both 4-bit storages
+// the codes of these columns are whole words of the token's row in the activation layout.
 //
 //     x in shared memory:  a token has ROWS / 8 pieces of 8 columns, piece c at c ^ (token & 7)
-//     proj_down's rows:    32 ranks after another; row k has its 4 pieces of 8 ranks at piece ^ (k / 2 % 4)
+//     proj_down's rows:    a slab for each 32 ranks; row k has its 4 pieces of 8 ranks at piece ^ (k / 2 % 4)
 #pragma once
 #include "gelu.cuh"
 #include "gemm_mma.cuh"
@@ -16,9 +16,9 @@ static_assert(!TURING, "a tile's epilogue needs more shared memory than Turing h
 struct Next {
   u8* act;              // (n / 128, padded m, 64 or 128) codes, in the activation layout
   float* act_scale;     // (n / 64, padded m)
-  float* partial_sums;  // (n / ROWS, padded m, NEXT): for partial_sums.cu to add up
+  float* partial_sums;  // (n / ROWS, padded m, NEXT), which partial_sums.cu adds up
   const u16* smooth;    // (n)
-  const u8* proj_down;  // (n, rank) of 16-bit numbers
+  const u8* proj_down;  // (n, rank) 16-bit numbers
   int rank;             // at most NEXT
   int unsigned_from;    // from this column on codes are 0..15
 };
@@ -26,7 +26,7 @@ struct Next {
 constexpr int NEXT_DOWN = TOKENS * ROWS * 2;  // proj_down's offset in shared memory
 
 DEVICE void fetch_proj_down(u32 shared, const Next& next, int n0) {
-  constexpr int PIECES = NEXT / 8;  // of a row
+  constexpr int PIECES = NEXT / 8;  // pieces of a row
 #pragma unroll
   for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
     const int index = threadIdx.x + i * THREADS, row = index / PIECES, piece = index % PIECES;
@@ -36,7 +36,7 @@ DEVICE void fetch_proj_down(u32 shared, const Next& next, int n0) {
   cp_async_commit();
 }
 
-// The codes of a token's eight columns, and by one lane the scale of its group.
+// Stores the codes of a token's eight columns. One lane stores the scale of the group.
 DEVICE void store_codes(const u32 (&x)[4], const float (&inverse)[8], bool is_unsigned, int g, int token, int group, int m, int padded_m,
                         const Next& next) {
   const float shift = is_unsigned ? SHIFT : 0;
@@ -62,7 +62,7 @@ DEVICE void store_codes(const u32 (&x)[4], const float (&inverse)[8], bool is_un
   }
 }
 
-// x @ proj_down for the tile's columns. A warp has 16 tokens, and all ranks or, where there are more warps than tokens, a part of them.
+// x @ proj_down for the tile's columns. A warp has 16 tokens and all ranks, or some ranks if there are more such warps than tokens.
 DEVICE void multiply_proj_down(u32 shared, const Next& next, int m0, int n0, int m, int padded_m) {
   constexpr int TOKEN_TILES = TOKENS / 16, RANK_TILES = NEXT / 8 / (THREADS / 32 / TOKEN_TILES);
   static_assert(RANK_TILES * (THREADS / 32) == TOKEN_TILES * NEXT / 8 && RANK_TILES % 2 == 0, "two tiles of ranks come at once");
@@ -95,13 +95,13 @@ DEVICE void multiply_proj_down(u32 shared, const Next& next, int m0, int n0, int
   }
 }
 
-// acc, offset, outer_scale: y = acc outer_scale + offset, as in gemm_mma.cu.
+// y = acc outer_scale + offset, as in gemm_mma.cu.
 DEVICE void finish_for_next(const float (&acc)[4][TILES][4], const float (&offset)[8], const float* outer_scale, u32 shared, int m0, int n0,
                             int m, const Next& next) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int row_warp = warp % ROW_WARPS, token_warp = warp / ROW_WARPS, padded_m = (m + 15) / 16 * 16;
   const int group = n0 / 64 + row_warp;
-  __syncthreads();  // everybody is done with the ring, whose memory this takes
+  __syncthreads();  // all warps are done with the ring, whose memory the epilogue reuses
   fetch_proj_down(shared, next, n0);
   const bool is_unsigned = group * 64 >= next.unsigned_from;
   const uint4 s = *(const uint4*)(next.smooth + group * 64 + 8 * g);

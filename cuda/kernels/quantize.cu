@@ -2,40 +2,40 @@
 //
 //     x (M, K) 16 bit  ->  act             codes of (x + shift) / smooth / scale, in the activation layout
 //                          act_scale       float32
-//                          lora_act        x @ proj_down / lora_act_scale, x's dtype, in the activation layout
+//                          lora_act        x @ proj_down / lora_act_scale, in x's dtype and the activation layout
 //                          lora_act_scale  (Mp) float32
 //
 // A CTA takes ROWS tokens; a cluster of CTAS of them shares the columns of the same tokens:
 //
 //              K: blocks of 128 columns
 //            +-----------+-----------+-----------+-----------+
-//     ROWS   |   CTA 0   |   CTA 1   |   CTA 2   |   CTA 3   |    partial x @ proj_down and row maxima are summed up
+//     ROWS   |   CTA 0   |   CTA 1   |   CTA 2   |   CTA 3   |    partial x @ proj_down and row maxima are combined
 //     tokens |           |           |           |           |    in the cluster's shared memory, CTA by CTA: no atomics
 //            +-----------+-----------+-----------+-----------+
 //
-// An int8 code needs the largest value of its whole row, so x waits in shared memory until that is known, and device memory is
-// read once. Where a CTA's part is larger than its shared memory, the middle of it is read again (it is in L2 by then). 4-bit
-// codes, with a scale for each group of 64 columns, are written as x comes by.
+// An int8 code needs the largest value of its whole row. Shared memory keeps x until that value is known, so that device memory is
+// read once. If a CTA's part is larger than its shared memory, the middle of the part is read again, from L2. 4-bit codes have a
+// scale for each group of 64 columns, and are written in the same pass.
 //
 // -D: HALF 1 for fp16, else bf16
 //     CODES a CodeStorage (common.cuh)
-//     RANKS 0..128, a multiple of 32: the branch's rank, padded; 0 also where the branch was multiplied elsewhere
+//     RANKS 0..128, a multiple of 32: the branch's rank, padded; 0 also if cuBLAS computes the branch
 //     TILES ROWS / 16: 1, 2, 4;  CTAS 1..8
 #include "codes.cuh"
 #include "quantize.cuh"
 
 constexpr int ROWS = 16 * TILES;
 constexpr int THREADS = 128 * TILES;
-constexpr int SPANS = 4;                      // of 32 columns in a block
-constexpr int DEPTH = 4;                      // blocks of x on their way to shared memory
+constexpr int SPANS = 4;                      // spans of 32 columns in a block
+constexpr int DEPTH = 4;                      // blocks of x in flight to shared memory
 constexpr int BLOCK_BYTES = ROWS * 256;       // x: 128 columns of all rows
-constexpr int SLAB_BYTES = 128 * RANKS * 2;   // proj_down: 128 rows. Later float (ROWS, RANKS), the sums, which are no larger
+constexpr int SLAB_BYTES = 128 * RANKS * 2;   // proj_down: 128 rows. The float sums (ROWS, RANKS), which are no larger, reuse it
 constexpr int RANK_TILES = RANKS / 8;
 constexpr int SLAB_ROW = RANK_TILES > 0 ? RANK_TILES : 1;  // pieces of 8 ranks
-constexpr int SLAB_PIECES = RANKS * 16 / THREADS;  // 16-byte pieces of a slab that each thread brings
+constexpr int SLAB_PIECES = RANKS * 16 / THREADS;  // 16-byte pieces of a slab that each thread copies
 
-// How 4 MULTI warps divide x @ proj_down of MULTI tiles and a block: by ranks and by columns. With many ranks, proj_down is read for
-// two tiles at once, and a warp has sums for part of the ranks only: registers, and the bandwidth of shared memory.
+// 4 MULTI warps divide x @ proj_down of MULTI tiles and a block by ranks and by columns. With many ranks, proj_down is read once for
+// two tiles, which saves shared-memory bandwidth, and a warp has sums of only some ranks, which saves registers.
 constexpr int MULTI = RANKS > 64 && TILES > 1 ? 2 : 1;
 constexpr int RANK_SPLIT = RANKS > 64 ? (RANKS == 128 ? 2 * MULTI : 2) : 1;
 constexpr int COLUMN_SPLIT = 4 * MULTI / RANK_SPLIT;
@@ -44,16 +44,16 @@ constexpr int WARP_RANK_TILES = RANK_TILES / RANK_SPLIT;
 static_assert(WARP_SPANS * MULTI == RANK_SPLIT, "of the warps with the same x, each takes the maxima of one tile and span");
 
 constexpr int LORA_THREADS = 4 * ROWS / CTAS > 32 ? 4 * ROWS / CTAS : 32;
-constexpr int CTAS_PER_SM = TILES == 4 || RANKS > 64 ? 1 : 2;  // at least so many should find registers
+constexpr int CTAS_PER_SM = TILES == 4 || RANKS > 64 ? 1 : 2;  // the least number of CTAs for which registers should suffice
 
-// The shared-memory plan, as addresses. `kept` is the number of blocks of reciprocals: all of the CTA's, or 1.
+// The addresses of the shared-memory plan. `kept` is the number of blocks of 1 / smooth: all of the CTA's, or 1.
 struct SharedPlan {
   u32 x;            // [slots] blocks
   u32 slab;         // [RANKS / 32][128 rows][4 pieces]
   u32 smooth;       // [kept][16 runs of 8 columns][4 even, 4 odd] float, 1 / smooth
   u32 warp_max;     // [2 parts][SPANS][ROWS] float
-  u32 row_max;      // [2 parts][ROWS] float, of this CTA
-  u32 row_inverse;  // [ROWS][2 parts] float, 1 / scale; NaN where the row has one
+  u32 row_max;      // [2 parts][ROWS] float, this CTA's maxima
+  u32 row_inverse;  // [ROWS][2 parts] float, 1 / scale; NaN if the row has a NaN
   DEVICE SharedPlan(u32 base, int slots, int kept) {
     x = base;
     slab = x + slots * BLOCK_BYTES;
@@ -64,21 +64,21 @@ struct SharedPlan {
   }
 };
 
-// The first and last blocks of x have slots of their own, those between pass through the last DEPTH slots.
+// The first and the last blocks of x have their own slots; the blocks between pass through the last DEPTH slots.
 DEVICE int slot_of(int block, int slots) {
   const int own = slots - DEPTH;
   return block < own ? block : own + ((block - own) & (DEPTH - 1));
 }
 
-// x: row r has its 16 pieces of 8 columns at piece ^ 4 (r & 1), so that two rows of four neighbouring pieces meet all banks.
+// x: row r has its 16 pieces of 8 columns at piece ^ 4 (r & 1), so that four neighbouring pieces of two rows cover all banks.
 DEVICE u32 x_offset(int row, int piece) { return row * 256 + ((piece ^ (row & 1) << 2) << 4); }
 
-// slab: 32 ranks after another; row k has its 4 pieces of 8 ranks at piece ^ (k / 8 % 4): ldmatrix takes k = 8 L + {0, 1}, L = 0..3.
+// slab: runs of 32 ranks; row k has its 4 pieces of 8 ranks at piece ^ (k / 8 % 4): ldmatrix takes k = 8 L + {0, 1}, L = 0..3.
 DEVICE u32 slab_offset(int row, int piece) {
   return (((piece >> 2) * 128 + row) * 4 + (piece & 3 ^ row >> 3 & 3)) << 4;
 }
 
-// The sums: tile c of 8 ranks lies at c ^ (row & 3).
+// The sums: tile c of 8 ranks is at c ^ (row & 3).
 DEVICE u32 sum_offset(int row, int tile) { return (row * RANKS + ((tile ^ row & 3) << 3)) << 2; }
 
 // The kernel's arguments, and this CTA's part of them.
@@ -89,21 +89,21 @@ struct Work {
   int M, K, R, stride, unsigned_from, slots, kept;
   SharedPlan at;
   int padded;        // M padded to 16
-  int rank;          // of the CTA in its cluster
-  int first_row;     // of its tokens
-  int first, count;  // its blocks of columns
+  int rank;          // the CTA's rank in its cluster
+  int first_row;     // the CTA's first token
+  int first, count;  // the CTA's blocks of columns
 
   DEVICE u32 x_block(int block) const { return at.x + slot_of(block, slots) * BLOCK_BYTES; }
   DEVICE u32 smooth_block(int block) const { return at.smooth + (kept > 1 ? block : 0) * 512; }
 };
 
-// A lane's part of the work. In the MMAs, lane g * 4 + L has rows g and g + 8 of 16, and of each 32 columns 8 L .. 8 L + 7: 16 bytes at
-// once. Which columns a fragment's register stands for is free, as long as proj_down's rows are taken in the same order.
+// A lane's part of the work. In the MMAs, lane g * 4 + L has rows g and g + 8 of 16, and columns 8 L .. 8 L + 7 of each 32: one read of
+// 16 bytes. A fragment's registers may hold any columns, as long as proj_down's rows have the same order.
 struct Lane {
   int lane, g, L;
-  int first_tile, rank_part, column_part;  // the warp's tiles of 16 rows, its ranks, its columns of a block
-  int max_row, max_span;                   // the rows and the span whose maxima it takes
-  int row_lane, row, token;                // encoding: eight lanes a row, each one 16 bytes of its codes, so that a warp writes whole lines
+  int first_tile, rank_part, column_part;  // the warp's tiles of 16 rows, its ranks, and its columns of a block
+  int max_row, max_span;                   // the row and the span of which the lane takes maxima
+  int row_lane, row, token;                // for encoding: eight lanes per row, each with 16 bytes of codes, which write whole lines
 
   DEVICE Lane(int warp, int lane, int first_row) : lane(lane) {
     g = lane / 4, L = lane % 4;
@@ -115,7 +115,7 @@ struct Lane {
 
 // --- From global to shared memory -------------------------------------------------------------------------------------
 
-// x of a block, by cp.async.
+// Copies a block of x by cp.async.
 DEVICE void fetch_x(const Work& w, int block) {
   const int thread = threadIdx.x;
 #pragma unroll
@@ -127,7 +127,7 @@ DEVICE void fetch_x(const Work& w, int block) {
   }
 }
 
-// proj_down and smooth come through registers, two blocks ahead: they are in L2, which under load is further than one.
+// proj_down and smooth pass through registers, two blocks ahead. They come from L2, whose latency under load exceeds the time of one block.
 struct Prefetched {
   uint4 slab[SLAB_PIECES > 0 ? SLAB_PIECES : 1];
   u32 smooth;
@@ -144,7 +144,7 @@ DEVICE void prefetch(Prefetched& to, const Work& w, int block) {
   }
 }
 
-// 1 / smooth of a block. A column beyond K has 0, and so codes of 0.
+// Stores 1 / smooth of a block. A column beyond K gets 0, and so codes of 0.
 DEVICE void store_smooth(u32 bits, const Work& w, int block) {
   const int thread = threadIdx.x;
   const float s = low_float(bits), r = (w.first + block) * 128 + thread < w.K ? reciprocal(s) : 0;
@@ -164,7 +164,7 @@ DEVICE void store_prefetched(const Prefetched& from, const Work& w, int block) {
 
 // --- Codes ------------------------------------------------------------------------------------------------------------
 
-// Encodes `block`: its rows' x from shared memory or, for the blocks first_again .. end_again, from global memory again.
+// Encodes `block`, from x in shared memory. Blocks first_again .. end_again read x again from global memory.
 DEVICE void encode(const Work& w, const Lane& me, int block, int first_again, int end_again, const float (&inverse)[2], u32 keep) {
   const bool again = block >= first_again && block < end_again;
   const int row_lane = me.row_lane, row = me.row, token = me.token;
@@ -208,7 +208,7 @@ DEVICE void update_maxima(Maxima& row_max, uint4 a, uint4 b, const Work& w, int 
   row_max[1][0] = max_abs(row_max[1][0], part ? of_a : 0), row_max[1][1] = max_abs(row_max[1][1], part ? of_b : 0);
 }
 
-// sums += a span's columns of x times proj_down.
+// sums += x @ proj_down over a span of columns.
 DEVICE void multiply_span(Sums& sums, const uint4 (&a)[MULTI], const uint4 (&b)[MULTI], const Work& w, int span, const Lane& me) {
 #pragma unroll
   for (int step = 0; step < 2; step++) {
@@ -254,7 +254,7 @@ DEVICE void process_block(Prefetched& arrived, Sums& sums, Maxima& row_max, cons
   cp_async_commit();
 }
 
-// --- The CTA's sums and maxima, in shared memory ----------------------------------------------------------------------
+// --- The CTA's sums and maxima in shared memory -----------------------------------------------------------------------
 
 DEVICE void store_maxima(const Maxima& row_max, const Work& w, const Lane& me) {
 #pragma unroll
@@ -297,9 +297,9 @@ DEVICE void merge_maxima(unsigned char* memory, const Work& w) {
   *(float*)(memory + (w.at.row_max - w.at.x) + thread * 4) = w.first_row + row < w.M ? m : 0;
 }
 
-// --- The cluster's ----------------------------------------------------------------------------------------------------
+// --- The cluster's sums and scales ------------------------------------------------------------------------------------
 
-// A row's scales, from the maxima of all CTAs; one CTA stores them.
+// Computes a row's scales from the maxima of all CTAs. One CTA stores them.
 DEVICE void finish_scales(unsigned char* memory, const Work& w) {
   const int thread = threadIdx.x;
   float m[2], s[2];
@@ -323,7 +323,7 @@ DEVICE void finish_scales(unsigned char* memory, const Work& w) {
   }
 }
 
-// The CTA finishes every CTAS-th row, four lanes a row, each a piece of 8 ranks of every 32. index: of a lane among all that do.
+// Finishes every CTAS-th row. A row has four lanes, each with a piece of 8 of every 32 ranks. index: the lane's index among all of them.
 DEVICE void finish_lora_act(u16* lora_act, float* lora_act_scale, const Work& w, int index, int L) {
   const int row = index / 4 * CTAS + w.rank;
   float value[RANKS / 32 + 1][8] = {};
@@ -346,7 +346,7 @@ DEVICE void finish_lora_act(u16* lora_act, float* lora_act_scale, const Work& w,
   peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
   peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
   if (peak >= 16384 && finite(peak)) {
-    const int exponent = (__float_as_int(peak) >> 23) - 13;  // of the power of two that brings it below 2^14
+    const int exponent = (__float_as_int(peak) >> 23) - 13;  // exponent of the power of two that scales peak below 2^14
     scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
   }
 #endif
@@ -363,7 +363,7 @@ DEVICE void finish_lora_act(u16* lora_act, float* lora_act_scale, const Work& w,
   }
 }
 
-// int8: all blocks, once their rows' scales are known.
+// int8: encodes all blocks, once the rows' scales are known.
 DEVICE void encode_all(const unsigned char* memory, const Work& w, const Lane& me) {
   const int thread = threadIdx.x;
   const float2 pair = *(const float2*)(memory + (w.at.row_inverse - w.at.x) + me.row * 8);
@@ -386,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     const u16* smooth,      // (K)
     const u16* proj_down,   // (K, R); RANKS 0: x @ proj_down, (M, R)
     char* act,              // (K blocks, Mp, 128), nibbles (K blocks, Mp, 64)
-    float* act_scale,       // int8: (2 parts, Mp), else (K / 64, Mp)
+    float* act_scale,       // int8: (2 parts, Mp); else (K / 64, Mp)
     u16* lora_act,          // (R blocks of 32, Mp, 32)
     float* lora_act_scale,  // (Mp)
     int M, int K, int R, int stride,
@@ -435,11 +435,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
   if (CODES == INT8 && thread < ROWS) finish_scales(memory, w);
   if (RANKS && thread >= THREADS - LORA_THREADS)
     finish_lora_act(lora_act, lora_act_scale, w, thread - (THREADS - LORA_THREADS), me.L);
-  if constexpr (CTAS > 1) cluster_arrive();  // this CTA has read what it wants of the others
+  if constexpr (CTAS > 1) cluster_arrive();  // this CTA has read the other CTAs' shared memory
   else __syncthreads();
   if (CODES == INT8) {
     if (CTAS > 1) __syncthreads();
     encode_all(memory, w, me);
   }
-  if constexpr (CTAS > 1) cluster_wait();  // the others have read what they want of this one
+  if constexpr (CTAS > 1) cluster_wait();  // the other CTAs have read this one's
 }

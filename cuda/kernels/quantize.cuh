@@ -1,4 +1,4 @@
-// What the kernels that quantize have in common: numbers, the LoRA branch's activation, and a cluster's shared memory.
+// Common parts of the kernels that quantize: numbers, the LoRA branch's activation, and a cluster's shared memory.
 // HALF=1: x is fp16, else bf16.
 #pragma once
 #include "common.cuh"
@@ -6,7 +6,7 @@
 
 // --- Numbers ---------------------------------------------------------------------------------------------------------
 
-// Which of the two it takes differs from lane to lane: `high` is 0 or 1.
+// The first (high = 0) or the second (high = 1) of a word's two numbers, where `high` differs between lanes.
 DEVICE float either_float(u32 word, u32 high) {
 #if HALF
   return low_float(word >> (16 * high));
@@ -15,40 +15,40 @@ DEVICE float either_float(u32 word, u32 high) {
 #endif
 }
 
-// max(a, |b|), NaN if one of them is: a NaN in x has to reach the scale. (fmaxf would drop it.)
+// max(a, |b|), or NaN if one of them is NaN, because a NaN in x must reach the scale. fmaxf would drop it.
 DEVICE float max_abs(float a, float b) {
 #if __CUDA_ARCH__ >= 800
   float m;
   asm("{\n.reg .f32 t;\nabs.f32 t, %2;\nmax.NaN.f32 %0, %1, t;\n}" : "=f"(m) : "f"(a), "f"(b));
   return m;
 #else
-  // Of numbers without a sign, the bits are in the order of the values, and NaNs come last.
+  // The bits of non-negative floats have the order of the values, and NaNs come last.
   return __int_as_float(max(__float_as_int(a), __float_as_int(b) & 0x7fffffff));
 #endif
 }
 
-// Is it neither Inf nor NaN? (a >= 0)
+// Whether a >= 0 is neither Inf nor NaN.
 DEVICE bool finite(float a) { return a < __int_as_float(0x7f800000); }
 
 // --- Data movement ---------------------------------------------------------------------------------------------------
 
-// The next kernel may begin to start, if it was launched so; it still waits for this one's end before it reads what this one writes. Its
-// weights it may read at once: that the kernels before this one have ended, this one has waited for.
+// Lets the next kernel start, if it has programmatic dependent launch. It waits for this kernel's end before it reads its outputs.
+// It may read its weights at once, because this kernel has waited for the end of all previous kernels.
 DEVICE void let_next_grid_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// value += eight floats that begin at a multiple of 16 bytes.
+// value += eight floats at an address that is a multiple of 16.
 DEVICE void add_eight(float (&value)[8], const float* from) {
   const float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
   value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
   value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
 }
 
-// A row's sums of the LoRA branch to the activation layout: `piece` of PIECES neighbouring lanes, which have 8 ranks each. fp16's are
-// scaled down to stay below 2^14, bf16 has float's range.
+// Stores a row's sums of the LoRA branch in the activation layout. PIECES neighbouring lanes have 8 ranks each; this is lane `piece`. In
+// fp16 the sums are scaled to stay below 2^14; bf16 has float's range.
 template <int PIECES>
 DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool exists, int M, int padded, u16* lora_act,
                            float* lora_act_scale) {
@@ -75,8 +75,8 @@ DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool exi
   }
 }
 
-// A branch that was multiplied elsewhere: rows first, first + step, .. of the (M, R) matrix to the activation layout. Of bf16, whose range
-// is float's, lora_act_scale is 1; fp16's has been found already. This is `thread` of the `threads` that share the work.
+// For a branch that cuBLAS has multiplied: stores rows first, first + step, .. of the (M, R) matrix in the activation layout. In bf16,
+// lora_act_scale is 1; in fp16 it exists already. This is `thread` of `threads`, which share the work.
 DEVICE void copy_lora_act(const u16* rows, u16* lora_act, float* lora_act_scale, int M, int padded, int R, int first, int step,
                           int count, int thread, int threads) {
   const int pieces = (R + 31) / 32 * 4;
@@ -99,7 +99,7 @@ DEVICE void copy_lora_act(const u16* rows, u16* lora_act, float* lora_act_scale,
 #endif
 
 #ifdef CTAS
-// The address in CTA `cta` of the byte that lies at `address` in this one, and loads from there.
+// The address in CTA `cta` that corresponds to `address` in this CTA; and loads from such addresses.
 DEVICE u32 address_in(u32 cta, u32 address) {
   if constexpr (CTAS == 1) return address;
   else return cluster_address(address, cta);

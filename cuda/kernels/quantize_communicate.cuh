@@ -1,8 +1,8 @@
-// The communication warp of quantize_registers.cu: a warp of its own, or the last of the workers.
+// The communication warp of quantize_registers.cu: a separate warp, or the last worker warp.
 #pragma once
 #include "quantize_registers.cuh"
 
-// A tile's row maxima, of all this CTA's warps, to all CTAs of the cluster.
+// Sends a tile's row maxima over this CTA's warps to all CTAs of the cluster.
 DEVICE void send_maxima(const Work& w, int tile, int slot, int lane) {
   const int first_row = tile * ROWS, row_max = ROW_MAX + slot * MAX_BYTES;
   w.barrier(WARP_MAX_READY).wait(slot);
@@ -20,7 +20,7 @@ DEVICE void send_maxima(const Work& w, int tile, int slot, int lane) {
   }
 }
 
-// The sums of all this CTA's warps, to the CTAs that finish the rows, by `threads` threads of which this is `index`.
+// Sends the sums over this CTA's warps to the CTAs that finish the rows. This is thread `index` of `threads`.
 DEVICE void send_sums(const Work& w, int slot, int index, int threads) {
 #pragma unroll 1
   for (int i = index; i < ROWS * QUADS; i += threads) {
@@ -36,7 +36,7 @@ DEVICE void send_sums(const Work& w, int slot, int index, int threads) {
   }
 }
 
-// A tile's scales, by the first CTA of the cluster.
+// Stores a tile's scales; the first CTA of the cluster does this.
 DEVICE void store_scales(const Work& w, int first_row, int row_max, int lane) {
 #pragma unroll 1
   for (int row = lane; w.rank == 0 && row < ROWS; row += 32) {
@@ -58,7 +58,7 @@ DEVICE void store_scales(const Work& w, int first_row, int row_max, int lane) {
   }
 }
 
-// lora_act of the rows that this CTA finishes. PIECES lanes a row, each a piece of 8 ranks.
+// Stores lora_act of the rows that this CTA finishes. A row has PIECES lanes with 8 ranks each.
 DEVICE void add_and_store_lora_act(const Work& w, int first_row, int slot, int lane) {
   const int piece = lane % PIECES;
 #pragma unroll 1
@@ -75,13 +75,13 @@ DEVICE void add_and_store_lora_act(const Work& w, int first_row, int slot, int l
   }
 }
 
-// The scales and lora_act of a tile, once all CTAs' maxima and sums are here.
+// Stores the scales and lora_act of a tile, once all CTAs' maxima and sums have arrived.
 DEVICE void finish(const Work& w, int tile, int slot, int parity, int lane) {
   const int first_row = tile * ROWS, row_max = ROW_MAX + slot * MAX_BYTES;
   if (!RANKS && w.R > 0)
     copy_lora_act(w.proj_down, w.lora_act, w.lora_act_scale, w.M, w.padded, w.R, first_row + w.rank, CTAS, w.own_rows, lane, 32);
   w.max_ready(slot).wait(parity);
-  if (LOOP && lane == 0) w.max_ready(slot).arrive_expect(MAX_BYTES);  // for the round after the next
+  if (LOOP && lane == 0) w.max_ready(slot).arrive_expect(MAX_BYTES);  // for the round after next
   store_scales(w, first_row, row_max, lane);
   if (RANKS) {
     w.sums_ready(slot).wait(parity);
@@ -91,7 +91,7 @@ DEVICE void finish(const Work& w, int tile, int slot, int parity, int lane) {
   __syncwarp();
 }
 
-// All of a communication warp of its own.
+// The loop of a separate communication warp.
 DEVICE void communicate(const Work& w, int cluster, int clusters, int tiles, int lane) {
   cluster_wait();
 #pragma unroll 1

@@ -1,9 +1,9 @@
-// Kernel 1 of a linear, for int8 codes, where thread blocks form clusters: the same outputs as quantize.cu's, with x in registers. Device
-// memory is read once, and nothing of x passes through shared memory.
+// Kernel 1 of a linear, for int8 codes on GPUs with clusters. It has quantize.cu's outputs and keeps x in registers: device memory is read
+// once, and x doesn't pass through shared memory.
 //
-// A warp takes ROWS tokens and one block of 128 columns. Lane g * 4 + L has, of rows g, g + 8, .., the 16 bytes at columns 32 s + 8 L of
-// each span s: the MMA's fragments, and, once coded, two whole pieces of the activation layout. A CTA is WARPS such warps
-// and a communication warp; a cluster of CTAS of them shares the columns of the same tokens:
+// A warp has ROWS tokens and one block of 128 columns. Lane g * 4 + L has 16 bytes at columns 32 s + 8 L of each span s, of rows g, g + 8,
+// .. These are the MMA's fragments, and their codes are two whole pieces of the activation layout. A CTA has WARPS such warps and a
+// communication warp. A cluster of CTAS CTAs shares the columns of the same tokens:
 //
 //              warp 0   warp 1   ..         CTA 1
 //            +--------+--------+--------+--------+--------+
@@ -11,19 +11,19 @@
 //     tokens | columns|        |        |        |        |    the one that finishes the row; a barrier at the target counts them
 //            +--------+--------+--------+--------+--------+
 //
-// With few tokens there is a cluster for each ROWS of them. With many (LOOP) as many clusters as fit stay on the GPU, and each takes tokens
-// after tokens; its part of proj_down and of 1 / smooth stays in shared memory:
+// With few tokens there is a cluster for each ROWS tokens. With many tokens (LOOP) there are only as many clusters as fit on the GPU, and
+// each loops over tiles t. Its part of proj_down and of 1 / smooth stays in shared memory:
 //
-//     workers             load t + 1 | maxima of t | product of t | codes of t
+//     worker warps        load t + 1 | maxima of t | product of t | codes of t
 //     communication warp  send maxima of t | add and send the warps' sums of t | scales and lora_act of t
 //
-// In a loop two warps add up their sums in one slot before, since shared memory is short: it is taken from the L1, where x arrives.
+// In a loop, two warps first add their sums in one slot. This saves shared memory, which is taken from the L1 cache, where x arrives.
 //
-// What a round receives lies in one of two slots, in turns. A CTA sends a round's maxima only after its communication warp has finished the
-// round before, and encodes only with all CTAs' maxima: so when data come for a slot, everybody has read the slot's old data.
+// Rounds receive their data in two slots alternately. A CTA sends a round's maxima only after its communication warp has finished the
+// previous round, and encodes only with all CTAs' maxima. So when new data arrive in a slot, all its old data have been read.
 //
-// -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32 or, with LOOP, 64: the branch's rank, padded;  CTAS 2..16 in a cluster
-//     WARPS at least the CTA's blocks;  LOOP 1: clusters that stay;  TILES ROWS / 16: 1, without LOOP also 2
+// -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32 or, with LOOP, 64: the branch's rank, padded;  CTAS 2..16 per cluster
+//     WARPS at least the CTA's blocks;  LOOP 1: persistent clusters;  TILES ROWS / 16: 1, without LOOP also 2
 #include "quantize_communicate.cuh"
 #include "quantize_registers.cuh"
 
@@ -32,11 +32,11 @@ typedef uint4 Rows[TILES][2][4];  // x of a lane: [tile][rows g, g + 8][span]
 // A worker warp's block of columns, and this lane's part of it.
 struct Lane {
   int warp, lane, g, L;
-  int columns;         // the first of the block
-  bool exists, both;   // of the block's halves of 64 columns the first is there, or both
+  int columns;         // first column of the block
+  bool exists, both;   // whether the block's first 64 columns exist; whether all 128 do
   u32 slab;            // the warp's rows of proj_down
-  u32 inverse_smooth;  // its columns' 1 / smooth
-  int warp_sums;       // the slot of its sums
+  u32 inverse_smooth;  // 1 / smooth of the warp's columns
+  int warp_sums;       // the slot of the warp's sums
 
   // 1 / smooth of the even and the odd columns of a lane's run of a span.
   DEVICE void load_inverse_smooth(float (&even)[4], float (&odd)[4], int span) const {
@@ -97,7 +97,7 @@ DEVICE void find_maxima(const Rows& a, const Work& w, const Lane& me) {
   float row_max[TILES][2][2] = {};  // [tile][half][part]
 #pragma unroll
   for (int span = 0; span < 4; span++) {
-    if (span == 2) __syncwarp();  // ptxas would load all of 1 / smooth at once, and spill
+    if (span == 2) __syncwarp();  // otherwise ptxas loads all of 1 / smooth at once, and spills
     float even[4], odd[4];
     me.load_inverse_smooth(even, odd, span);
     const bool part = me.columns + span * 32 >= w.unsigned_from;
@@ -128,7 +128,7 @@ DEVICE void find_maxima(const Rows& a, const Work& w, const Lane& me) {
 
 typedef float Sums[TILES][4][4];
 
-// sums += x times 32 ranks of proj_down, those of `pass`. own: the lane's offset in the slab for ldmatrix.
+// sums += x times the 32 ranks of proj_down of this pass. own: the lane's offset in the slab for ldmatrix.
 DEVICE void multiply(Sums& sums, const Rows& a, const Lane& me, u32 own, int pass) {
 #pragma unroll
   for (int span = 0; span < 4; span++)
@@ -148,7 +148,7 @@ DEVICE void multiply(Sums& sums, const Rows& a, const Lane& me, u32 own, int pas
       }
 }
 
-// The warp's sums to its slot, `mine` of this lane; `adds`: to those that the warp before has left.
+// Stores the warp's sums in its slot, at this lane's offset `mine`. adds: adds them to the sums of the previous warp.
 DEVICE void store_sums(const Sums& sums, const Work& w, const Lane& me, int mine, bool adds) {
 #pragma unroll
   for (int t = 0; t < TILES; t++)
@@ -165,20 +165,20 @@ DEVICE void store_sums(const Sums& sums, const Work& w, const Lane& me, int mine
 DEVICE void multiply_proj_down(const Rows& a, const Work& w, const Lane& me, int round, int slot) {
   const int lane = me.lane;
   int warp = me.warp;
-  asm volatile("" : "+r"(warp));  // the barriers' conditions anew in each round: kept, they would be registers too many
+  asm volatile("" : "+r"(warp));  // computes the barriers' conditions again in each round, to save registers
   if (round == 0) {
     cp_async_wait<0>();
     __syncwarp();
   }
   const u32 own = slab_offset(8 * (lane % 8 / 2) + 2 * (lane / 8 & 1) + lane % 2, lane / 16);
-  const bool adds = LOOP && warp % 2;  // to the sums that the warp before has left
+  const bool adds = LOOP && warp % 2;  // odd warps add to the previous warp's sums
 #pragma unroll
-  for (int pass = 0; pass < RANKS / 32; pass++) {  // registers don't suffice for more ranks
+  for (int pass = 0; pass < RANKS / 32; pass++) {  // registers suffice for 32 ranks
     Sums sums = {};
     multiply(sums, a, me, own, pass);
     if (!LOOP && pass == RANKS / 32 - 1) __syncwarp();  // all lanes have read the slab
     if (LOOP && pass == 0 && round > 0) w.barrier(WARP_SUMS_READ).wait(slot ^ 1);
-    int mine = sum_offset(me.g, 4 * pass) + 8 * me.L;  // anew in each round
+    int mine = sum_offset(me.g, 4 * pass) + 8 * me.L;  // computed again in each round, to save a register
     asm volatile("" : "+r"(mine));
     const int pair = 1 + pass * SUM_SLOTS + warp / 2;
     if (adds) barrier_named(pair, 64);
@@ -189,7 +189,7 @@ DEVICE void multiply_proj_down(const Rows& a, const Work& w, const Lane& me, int
 
 // --- Codes ------------------------------------------------------------------------------------------------------------
 
-// The inverses of a lane's rows' scales, and ~0 or, for rows of zeros' codes, 0.
+// Loads 1 / scale of a lane's rows. keep is ~0, or 0 for rows whose codes must be 0.
 DEVICE void load_scales(float (&inverse)[TILES][2][2], u32 (&keep)[TILES][2], const Work& w, const Lane& me, int first_row, int row_max) {
   const int K = w.K, unsigned_from = w.unsigned_from;
   const bool tied = 0 < unsigned_from && unsigned_from < K;
@@ -238,7 +238,7 @@ DEVICE void encode_span(Codes& codes, const Rows& a, const Work& w, const Lane& 
     }
 }
 
-// A row's codes to the activation layout. A lane gives one of its pieces for one of the row beside: eight lanes then store a whole line.
+// Stores a row's codes in the activation layout. Lanes of adjacent rows exchange a piece, so that eight lanes store a whole line.
 DEVICE void store_row(u32 (&c)[2][4], const Work& w, const Lane& me, int block, int token, bool exists) {
   const bool odd_row = me.g & 1;
 #pragma unroll
@@ -261,7 +261,7 @@ DEVICE void encode(const Rows& a, const Work& w, const Lane& me, int first_row, 
                    const u32 (&keep)[TILES][2]) {
   Codes codes;
   int block = me.columns / 128;
-  asm volatile("" : "+r"(block));  // its offset is computed anew in each round: it would be a register too many
+  asm volatile("" : "+r"(block));  // computes the offset again in each round, to save a register
 #pragma unroll
   for (int span = 0; span < 4; span++) encode_span(codes, a, w, me, span, inverse, keep);
 #pragma unroll
@@ -273,7 +273,7 @@ DEVICE void encode(const Rows& a, const Work& w, const Lane& me, int first_row, 
     }
 }
 
-// x as floats would take twice the registers: ptxas keeps it from the maxima on, unless it is another x for all that it knows.
+// Makes ptxas treat x as a new value. Otherwise it keeps x as floats from the maxima on, which take twice the registers.
 DEVICE void hide_x(Rows& a, int tile) {
   const u32 zero = __shfl_sync(~0u, tile, 0) ^ tile;
 #pragma unroll
@@ -285,7 +285,7 @@ DEVICE void hide_x(Rows& a, int tile) {
 
 // --- The kernel -------------------------------------------------------------------------------------------------------
 
-// One tile, whose x is in `a`.
+// Processes one tile, whose x is in `a`.
 DEVICE void process_tile(Rows& a, const Work& w, const Lane& me, int tile, int round, int thread) {
   const int first_row = tile * ROWS, slot = round & 1, parity = round >> 1 & 1;
   const int row_max = ROW_MAX + slot * MAX_BYTES;
@@ -338,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
                own_rows, own_rows * RANKS * 4 * (u32)CTAS};
   if (thread == 0) w.init_barriers();
   __syncthreads();
-  cluster_arrive_relaxed();  // the others have to see the barriers, which are fenced
+  cluster_arrive_relaxed();  // other CTAs must see the barriers, which are fenced
   wait_for_previous_grid();
   let_next_grid_start();
   if (OWN_COMMUNICATION_WARP && warp == WARPS) {

@@ -61,7 +61,7 @@ template <int pending> DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// What shared memory at `address` holds: rows of 128 or 64 bytes, swizzled as wide, atoms of 8 rows one after another.
+// The descriptor of rows of 128 or 64 bytes in shared memory at `address`, swizzled over that width, in consecutive atoms of 8 rows.
 template <int row_bytes> DEVICE u64 wgmma_descriptor(u32 address) {
   const u64 swizzle = row_bytes == 128 ? 1 : 2, atom = 8 * row_bytes;
   return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (atom >> 4) << 32 | swizzle << 62;

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from comfy_api.latest import ComfyExtension, io
 
-# This folder is linked into custom_nodes, so the neighbour is found from where the link leads.
+# custom_nodes has a link to this folder, so the neighbouring folder is found from the link's target.
 WORDS = Path(__file__).resolve().parents[1] / "tiny_flux" / "words.py"
 
 

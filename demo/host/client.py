@@ -1,4 +1,4 @@
-"""Talk to a running ComfyUI server: post a prompt, follow it, fetch what it made."""
+"""Talk to a running ComfyUI server: post a prompt, follow its progress, fetch its outputs."""
 
 import asyncio
 import json
@@ -49,11 +49,11 @@ class Client:
         return self.get("/object_info")
 
     def picture(self, image: dict) -> bytes:
-        """The file behind one entry of an output's `images`."""
+        """The file of one entry of an output's `images`."""
         return self.fetch("/view?" + urllib.parse.urlencode(image))
 
     def interrupt(self) -> None:
-        """What the Cancel button does: stop the prompt that is running."""
+        """Stop the running prompt, as the Cancel button does."""
         urllib.request.urlopen(urllib.request.Request(self.url + "/interrupt", method="POST"), timeout=60).close()
 
     def post(self, prompt: dict, progress: Progress | None = None) -> dict:
@@ -81,7 +81,7 @@ class Client:
 
 
 async def follow(socket: aiohttp.ClientWebSocketResponse, prompt_id: str, progress: Progress) -> None:
-    """Read events until the server is done with the prompt, outputs filed and all; raise what went wrong in it."""
+    """Read events until the server has finished the prompt and stored its outputs; raise the prompt's error."""
     failure = None
     async for message in socket:
         if message.type != aiohttp.WSMsgType.TEXT:  # previews

@@ -1,8 +1,7 @@
-"""Run ComfyUI's main.py, as it is, as a child of the demo or the tests:  python launch.py FOLDER ARGS...
+"""Run ComfyUI's unchanged main.py as a child process of the demo or the tests:  python launch.py FOLDER ARGS...
 
-`enter` makes ComfyUI's modules importable in the process that calls it. Before either, torchvision and torchaudio are made importable
-where their native halves do not fit the installed torch. The process of main.py ends when the one that started it ends, however that
-happens.
+`enter` makes ComfyUI's modules importable in the calling process. Both first make torchvision and torchaudio importable if their
+native libraries do not fit the installed torch. The process of main.py ends whenever its parent process ends.
 """
 
 import importlib.abc
@@ -17,7 +16,7 @@ from pathlib import Path
 
 
 def torch_has_cuda() -> bool:
-    """Whether the installed torch is a CUDA build; read without importing torch, which main.py wants to do itself."""
+    """Whether the installed torch is a CUDA build; read without importing torch, which main.py must import itself."""
     version = Path(importlib.util.find_spec("torch").origin).with_name("version.py")
     return runpy.run_path(str(version))["cuda"] is not None
 
@@ -42,11 +41,11 @@ def define_torchvision_ops() -> None:
     operators = torch.library.Library("torchvision", "DEF")
     operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    define_torchvision_ops.kept = operators  # a Library takes its operators with it when it is collected
+    define_torchvision_ops.kept = operators  # the operators disappear when the Library is collected
 
 
 class Absent(type):
-    """Stands for one object of a package that is not installed, whose full name is `wanted`. Importing it, naming its attributes and
+    """A stand-in for one object, with the full name `wanted`, of a package that is not installed. Importing it, naming its attributes and
     deriving classes from it work, as ComfyUI's modules do at start; calling it or such a class raises ImportError."""
 
     def __getattr__(cls, name: str) -> "Absent":
@@ -59,13 +58,13 @@ class Absent(type):
 
 def absent(wanted: str) -> Absent:
     name = wanted.rpartition(".")[2]
-    if name.startswith("__"):  # Python and libraries ask so for what an object can do: nothing
+    if name.startswith("__"):  # Python and libraries look up an object's abilities this way: it has none
         raise AttributeError(wanted)
     return Absent(name, (), {"wanted": wanted})
 
 
 class AbsentPackage(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds `package` and whatever submodule of it is asked for; each is a module of Absent objects."""
+    """Finds `package` and all its submodules; each is a module of Absent objects."""
 
     def __init__(self, package: str):
         self.package = package
@@ -79,7 +78,7 @@ class AbsentPackage(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def define_torchaudio() -> None:
-    """Make torchaudio importable where there is none: ComfyUI imports it at start and uses it in audio models only."""
+    """Make torchaudio importable if it is not installed: ComfyUI imports it at start and uses it only in audio models."""
     if importlib.util.find_spec("torchaudio") is None:
         sys.meta_path.append(AbsentPackage("torchaudio"))
 
@@ -104,12 +103,12 @@ def enter(folder: Path, *options: str) -> None:
 def end_with_parent() -> None:
     """End this process once its standard input, a pipe from the parent, is closed."""
 
-    def watch():
+    def wait_for_end():
         while os.read(sys.stdin.fileno(), 1):
             pass
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 def main() -> None:

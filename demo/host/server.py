@@ -13,18 +13,18 @@ from host.client import Client
 from host.setup import ROOT, Host
 
 LAUNCH = Path(__file__).with_name("launch.py")
-PACK = "ComfyUI-SVDQuant"  # the folder name under custom_nodes, as a user has it
+PACK = "ComfyUI-SVDQuant"  # a user's folder name under custom_nodes
 DEMO_NODES = "svdquant-demo"
 TINY = {"diffusion_models": "tiny_flux.safetensors", "vae": "tiny_vae.safetensors"}
-FIRST_VISIT_DONE = '{"Comfy.TutorialCompleted": true}'  # else the page opens with the Templates dialog
+FIRST_VISIT_DONE = '{"Comfy.TutorialCompleted": true}'  # otherwise the page opens the Templates dialog
 
 
 class ServerError(RuntimeError):
-    """ComfyUI did not come up."""
+    """ComfyUI did not start."""
 
 
 class Server:
-    """A ComfyUI server as a context manager; `client` talks to it, `log()` is what it printed so far.
+    """A ComfyUI server as a context manager; `client` talks to it, and `log()` is its output so far.
 
     base: folder for its models, custom nodes, input, output and user settings; made if missing.
     arguments: further options for main.py.
@@ -46,7 +46,7 @@ class Server:
                                             cwd=self.base, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
         try:
             self.wait_until_up()
-        except BaseException:  # an interrupt of the wait must not leave the server behind either
+        except BaseException:  # an interrupt while waiting must also end the server
             self.stop()
             raise
         return self
@@ -56,7 +56,7 @@ class Server:
 
     def command(self) -> list[str]:
         base = str(self.base)
-        # The database has its own option: by default it lies in the checkout, whatever the base folder is.
+        # The database has its own option: its default path is in the checkout, whatever the base folder is.
         database = "sqlite:///" + (self.base / "user" / "comfyui.db").as_posix()
         return [str(self.host.python), str(LAUNCH), str(self.host.comfy), "--listen", "127.0.0.1", "--port", str(self.port),
                 "--base-directory", base, "--database-url", database, "--disable-auto-launch", *device_options(),
@@ -115,7 +115,7 @@ def furnish(base: Path) -> None:
 
 
 def link_folder(link: Path, target: Path) -> None:
-    """Make `link` lead to `target`: a symbolic link, or on Windows, where those need a privilege, a junction."""
+    """Link `link` to `target`: a symbolic link, or a junction on Windows, where symbolic links need a privilege."""
     if os.path.lexists(link):
         if link.exists() and os.path.samefile(link, target):
             return

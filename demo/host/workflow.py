@@ -1,7 +1,7 @@
-"""Turn a workflow as the browser saves it into a prompt as the server takes it, with the server's own /object_info.
+"""Convert a workflow in the browser's format to a prompt in the server's format, with the server's own /object_info.
 
 The browser's format lists nodes with positional widget values, and links in a table. The server wants, per node, its class
-and its inputs by name. What the page does with muted nodes, bypassed nodes and reroutes is done here too.
+and its inputs by name. Muted nodes, bypassed nodes and reroutes have the same effect as in the page.
 """
 
 ALWAYS, MUTED, BYPASSED = 0, 2, 4  # a node's `mode`
@@ -47,7 +47,7 @@ def specs(info: dict) -> dict:
 
 
 def widget_values(node: dict, info: dict) -> dict:
-    """{input name: value} out of a node's positional widget values; they are there for linked inputs too."""
+    """{input name: value} from a node's positional widget values, which exist for linked inputs too."""
     values = node.get("widgets_values", [])
     if isinstance(values, dict):
         return dict(values)
@@ -66,7 +66,7 @@ def widget_values(node: dict, info: dict) -> dict:
 
 
 def find_source(link: int | None, nodes: dict, links: dict) -> tuple[int, int] | None:
-    """(node id, output slot) that feeds a link, through reroutes and bypassed nodes; None where nothing does."""
+    """(node id, output slot) that feeds a link, through reroutes and bypassed nodes; None if nothing does."""
     while link is not None:
         node_id, slot = links[link]
         node = nodes[node_id]
@@ -82,7 +82,7 @@ def find_source(link: int | None, nodes: dict, links: dict) -> tuple[int, int] |
 
 
 def problems(prompt: dict, object_info: dict) -> list[str]:
-    """What the server would not accept in a prompt, or would quietly change; model files may be missing."""
+    """The parts of a prompt that the server would refuse or silently change; model files may be missing."""
     found = []
     for node_id, node in prompt.items():
         info = object_info[node["class_type"]]
@@ -104,7 +104,7 @@ def problems(prompt: dict, object_info: dict) -> list[str]:
 
 
 def bad_value(value, kind: str, options: dict) -> str | None:
-    """What is wrong with a widget's value, or None."""
+    """The error in a widget's value, or None."""
     if kind in ("INT", "FLOAT"):
         if isinstance(value, bool) or not isinstance(value, int if kind == "INT" else (int, float)):
             return f"is {value!r}, not a number"

@@ -12,7 +12,7 @@ FLUX_CONFIG = {
     "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 6, "context_in_dim": words.CONTEXT_DIM,
     "vec_in_dim": words.POOLED_DIM, "qkv_bias": True, "guidance_embed": True, "theta": 10000,
 }
-LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159     # comfy.latent_formats.Flux; undone in the VAE, so FLUX sees its raw latents
+LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159     # comfy.latent_formats.Flux; the VAE undoes them, so FLUX sees its raw latents
 
 
 def find_comfyui(path: str | None = None) -> str:
@@ -28,7 +28,7 @@ def find_comfyui(path: str | None = None) -> str:
 
 
 def operations():
-    """ComfyUI's layers; the LayerNorms work on a copy, since the blocks then add to their input in place."""
+    """ComfyUI's layers. The LayerNorms copy their input, since the blocks later add to it in place."""
     import comfy.ops
 
     class Trainable(comfy.ops.disable_weight_init):

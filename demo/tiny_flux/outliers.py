@@ -1,20 +1,20 @@
-"""Channel rescaling that leaves FLUX's function alone and gives its activations outliers like those of the real model.
+"""Channel rescaling that keeps FLUX's function and gives its activations outliers like those of the real model.
 
-A few channels of the 12 B FLUX are many times larger than the rest after adaLN, which is what smoothing and the low-rank branch
-are for. A network this small, trained for minutes, has hardly any; here a channel's activations are multiplied by a power of two and
-the columns of the weights that read it divided by the same, so every product, and with it the picture, stays what it was.
+A few channels of the 12 B FLUX are many times larger than the rest after adaLN; smoothing and the low-rank branch exist for them. A
+network this small, trained for minutes, has hardly any. This module multiplies a channel's activations by a power of two and divides
+the weights' columns that read it by the same, so that every product, and so the picture, stays the same.
 """
 
 import torch
 
-# Three channels of 256 get 8 times as large, which makes them 7 to 19 times the median channel; the layer benchmark gives the
-# inputs after adaLN a few of 6 to 25 times. With ten of 8 or 16 times, plain rounding leaves no picture at all.
+# Three channels of 256 become 8 times as large, which is 7 to 19 times the median channel. The layer benchmark's inputs after adaLN have
+# a few channels of 6 to 25 times. With ten channels of 8 or 16 times, naive rounding leaves no picture at all.
 SHARE = 0.01
 STRENGTHS = (8.0,)
 
 
 def _factors(channels, generator, share, strengths):
-    """(channels,) powers of two: strengths on a share of the channels, 1 elsewhere."""
+    """(channels,) powers of two: `strengths` on a fraction of the channels, 1 elsewhere."""
     factors = torch.ones(channels)
     picked = torch.randperm(channels, generator=generator)[:round(channels * share)]
     factors[picked] = torch.tensor(strengths)[torch.randint(len(strengths), picked.shape, generator=generator)]
@@ -26,7 +26,7 @@ def _rows(tensor, factors):
 
 
 def _scale_modulated(sd, mod, index, consumer, factors):
-    """x (1 + scale) + shift becomes c times that: shift c, 1 + scale c; the consumer's columns are divided by c.
+    """Multiply x (1 + scale) + shift by c, through shift and scale, and divide the consumer's columns by c.
 
     mod holds chunks of h rows (shift, scale, gate, ...); index is the shift's chunk.
     """
@@ -48,7 +48,7 @@ def _scale_values(sd, producer, consumer, factors):
 
 
 def add_outliers(state, seed=0, share=SHARE, strengths=STRENGTHS):
-    """A float32 copy of FLUX's state dict that computes the same with outlier channels before each block's linears."""
+    """A float32 copy of FLUX's state dict with the same function, and with outlier channels before each block's linears."""
     sd = {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
     generator = torch.Generator().manual_seed(seed)
     hidden = sd["img_in.weight"].shape[0]

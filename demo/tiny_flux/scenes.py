@@ -1,6 +1,6 @@
 """The pictures the small FLUX learns from: one to three lit shapes on a shaded ground, drawn from signed distances.
 
-`sample` throws the dice and writes the caption, `draw` renders. Both work on whole batches, on any device; lengths are
+`sample` draws random scenes with their captions, and `draw` renders them. Both work on whole batches, on any device; lengths are
 fractions of the picture's side, x to the right and y down.
 """
 
@@ -27,7 +27,7 @@ GROUND_VALUES = torch.tensor((
 HIDDEN = (("white", "white"), ("white", "cream"), ("black", "black"), ("black", "navy"),    # (colour, ground): not drawn,
           ("pink", "rose"), ("cyan", "sky"), ("blue", "navy"))                              # the shape would hardly show
 
-# shapes whose outline repeats every 1/n turn: n, radius of the outer vertex, radius half a sector on, turn, lift
+# shapes whose outline repeats n times per turn: n, radius of the outer vertex, radius half a sector further, rotation, lift
 POLYGONS = {
     "square": (4, 1.2, 1.2 * math.cos(math.pi / 4), math.pi / 4, 0.0),
     "triangle": (3, 1.2, 0.6, 0.0, 0.22),
@@ -52,7 +52,7 @@ class Scenes:
         return [words.sentence(ids) for ids in self.words]
 
     def where(self, keep: torch.Tensor, other: "Scenes") -> "Scenes":
-        """Of each pair of scenes this one where keep (n,), else the other."""
+        """The scenes of self where keep (n,) is true, and those of the other elsewhere."""
         def choose(a, b):
             return torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, b)
         return Scenes(*(choose(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
@@ -80,7 +80,7 @@ def _vocabulary(phrases, device):
 
 
 def _scene(n, generator, objects):
-    """n scenes of as many objects each."""
+    """n scenes, each with the given number of objects."""
     device = generator.device
     present = torch.arange(OBJECTS, device=device) < objects
     sizes = _pick(generator, (n, OBJECTS), 3 if objects < 3 else 2)
@@ -126,8 +126,8 @@ def _in_a_row(generator, radii):
     reach = REACH * radii
     count = (radii > 0).sum(dim=1, keepdim=True)
     slack = 1 - 2 * MARGIN - 2 * reach.sum(dim=1, keepdim=True)
-    shares = _uniform(generator, n, OBJECTS + 1, low=0.25) * (torch.arange(OBJECTS + 1, device=device) <= count)
-    gaps = slack * shares / shares.sum(dim=1, keepdim=True)
+    weights = _uniform(generator, n, OBJECTS + 1, low=0.25) * (torch.arange(OBJECTS + 1, device=device) <= count)
+    gaps = slack * weights / weights.sum(dim=1, keepdim=True)
     along = MARGIN + (gaps[:, :-1] + 2 * reach).cumsum(dim=1) - reach
     backwards = (relation % 2 == 1)[:, None]
     along = torch.where(backwards, 1 - along, along)
@@ -163,7 +163,7 @@ def _caption(generator, objects, sizes, colours, shapes, phrase, ground):
 def _distances(shapes, x, y):
     """Signed distances (n, k, h, w) of unit shapes (n, k) at x to the right, y up; negative inside.
 
-    Distances are those to the nearest outline's line: exact on the outline, which is what antialiasing needs.
+    Distances are those to the nearest outline's line: exact on the outline, where antialiasing needs them.
     """
     r = torch.hypot(x, y)
     ax, ay = x.abs(), y.abs()
@@ -232,7 +232,7 @@ def _ground(scenes, x, y):
 
 
 def _shadows(d, size, offset=0.028, blur=0.035):
-    """(n, 1, h, w): how much of the light the objects take, seen from below right."""
+    """(n, 1, h, w): the fraction of light that the objects block, in soft shadows to their lower right."""
     by = round(offset * size)
     moved = F.pad(d, (by, 0, by, 0), mode="replicate")[..., :size, :size]
     fall = (0.5 - moved / (2 * blur)).clamp(0, 1)

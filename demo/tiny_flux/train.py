@@ -1,4 +1,4 @@
-"""Trains the small FLUX and its VAE on pictures from scenes.py and saves what ComfyUI loads.
+"""Trains the small FLUX and its VAE on pictures from scenes.py and saves files that ComfyUI loads.
 
     python -m demo.tiny_flux.train --comfyui ~/ComfyUI --out demo/tiny_flux
 
@@ -30,11 +30,11 @@ SHEET = (
     "medium blue cross top on cream", "large green moon left on gray",
     "small white circle below large red ring on black", "red heart and blue heart on white")
 LATENT_NOISE = 0.03     # std of the noise the decoder learns to draw through
-CAPTION_DROP = 0.05     # share of captions shown empty, so that cfg above 1 has something to compare with
+CAPTION_DROP = 0.05     # fraction of captions left empty, so that cfg above 1 has an unconditional prediction
 
 
 class Budget:
-    """How far a stage has got, from 0 to 1: by steps where a number is given, by seconds otherwise."""
+    """The progress of a stage from 0 to 1: by steps if their number is given, by seconds otherwise."""
 
     def __init__(self, seconds, steps=None):
         self.seconds, self.steps, self.step, self.start = seconds, steps, 0, time.perf_counter()
@@ -86,7 +86,7 @@ class Trainer:
     def _log(self, step):
         mean = torch.stack(self.recent).mean().item()
         self.recent.clear()
-        if not math.isfinite(mean):  # nothing after it would be worth its seconds
+        if not math.isfinite(mean):  # training can't recover from it
             raise RuntimeError(f"The loss is {mean} at step {step}; try again, or with --no-compile.")
         self.history.append([step, round(mean, 5)])
         if step % (10 * self.log_every) == 0 or step == self.log_every:
@@ -188,7 +188,7 @@ def initialize_flux(flux):
 
 
 def copy_streams(block_class):
-    """Makes a block work on copies of its streams: ComfyUI's blocks add to them in place, which autograd cannot undo."""
+    """Makes a block work on copies of its streams: ComfyUI's blocks add to them in place, which autograd does not allow."""
     original = block_class.forward
 
     def forward(self, *args, **kwargs):
@@ -216,7 +216,7 @@ def encode_pool(vae, source, args):
 
 
 def flow_loss(flux, latents, captions):
-    """MSE of the velocity noise - latents, at logit-normal times; guidance is random, so FLUX learns not to mind it."""
+    """MSE of the velocity noise - latents, at logit-normal times; guidance is random, so that FLUX learns to ignore it."""
     n, device = len(latents), latents.device
     captions = captions * (torch.rand(n, 1, device=device) >= CAPTION_DROP)
     context, pooled = words.embed(captions)

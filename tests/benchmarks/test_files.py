@@ -1,4 +1,4 @@
-"""benchmarks/files.py at a small size: every file that it makes loads and converts, and its tables and its result file are whole."""
+"""benchmarks/files.py at a small size: all its files load and convert, and its tables and its result file are complete."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from host import setup
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADS = ["ours", "Nunchaku INT4", "Nunchaku NVFP4"]
-LIBRARIES_GB = 0.05  # what PyTorch's threads and buffers take now and then, of which a file of 10 MB doesn't tell
+LIBRARIES_GB = 0.05  # memory of PyTorch's threads and buffers, which is independent of the file's size
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's count of a process's memory")
@@ -26,7 +26,7 @@ def test_the_benchmark_of_files(tmp_path):
     assert found["files"]["Nunchaku NVFP4"] > found["files"]["Nunchaku INT4"] > 0.005
     for load in found["loading"].values():
         assert load["warm_s"] > 0 and load["cold_s"] > 0
-        # No second copy of the model: what was the most at any time, above what is left.
+        # There is no second copy of the model: the peak is near the final memory.
         assert load["peak_gb"] - load["end_gb"] < 0.5 * found["files"]["Nunchaku INT4"] + LIBRARIES_GB
     assert all(row["s"] > 0 and row["peak_gb"] < found["files"]["ours"] + LIBRARIES_GB for row in found["converting"].values())
     assert all(f"| {name} |" in done.stdout for name in (*LOADS, *found["converting"]))

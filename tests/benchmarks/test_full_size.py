@@ -1,4 +1,4 @@
-"""benchmarks/quantize_full.py at the size of a toy: that it runs, and that its figures are what they say they are."""
+"""benchmarks/quantize_full.py at a small size: it runs, and its figures are consistent."""
 
 import json
 import subprocess
@@ -25,12 +25,12 @@ def test_every_stage_has_its_time(result):
     assert abs(sum(stages.values()) - result["seconds_with_saving"]) < 0.5, "nothing is counted twice or left out"
 
 
-def test_the_whole_model_is_told_from_a_few_blocks(result):
+def test_the_whole_models_time_is_estimated_from_a_few_blocks(result):
     whole = result["stages_of_all_blocks"]
     assert 19 * result["stages"]["refit"] < whole["refit"] * 1.01 < 19.5 * result["stages"]["refit"], "1 of 19 and 2 of 38 blocks"
 
 
-def test_what_it_says_of_the_model(result):
+def test_its_facts_about_the_model(result):
     assert result["errors"]["svdquant_w4a4"]["layers"] == 8 + 2 and result["errors"]["awq_w4a16"]["layers"] == 2 + 2 + 4
     assert result["errors"]["svdquant_w4a4"]["mean"] < 0.8 * result["errors"]["svdquant_w4a4"]["mean_of_plain_rounding"]
     assert 0.25 < result["file_gb"] / result["model_gb"] < 0.8 and result["host_gb_above_the_model"] > 0

@@ -1,4 +1,4 @@
-"""Others' recipes on a whole FLUX, and the pictures that it draws."""
+"""The recipes of model_recipes.py on a whole FLUX, and its pictures."""
 
 from argparse import Namespace
 
@@ -47,17 +47,17 @@ def test_naive_rounding_is_our_preset_naive(studio):
     calls = calibrate.record_trajectory(studio.patcher, entries, latent, 1, 0, model_recipes.Silent())
     inputs = model_recipes.layer_inputs(studio.patcher, calls)
     assert {tuple(x.shape) for x in inputs.values()} == {(144, 256), (144, 1024), (16, 256), (16, 1024), (160, 256), (160, 1280)}
-    (twin, _), = model_recipes.by_recipes([recipes.naive], studio.patcher, inputs, 16)
+    (quantized_model, _), = model_recipes.by_recipes([recipes.naive], studio.patcher, inputs, 16)
     preset, _ = quantize.quantize(studio.patcher, presets.make_recipe("naive", 16), None, None, 1, 0, model_recipes.Silent())
-    ours, theirs = (model.model.diffusion_model.state_dict() for model in (preset, twin))
+    ours, theirs = (model.model.diffusion_model.state_dict() for model in (preset, quantized_model))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
 
 
 def test_recipes_run_one_after_the_other_on_the_same_part(studio):
-    """Then DeepCompressor's two recipes search once. Where there are two branches, one of twice the rank stands for them; narrow
-    ones have half of that."""
+    """DeepCompressor's two recipes then search once. One branch of twice the rank replaces two branches; narrow branches have half
+    of that."""
     seen = []
 
     def recipe(layer, rank):
@@ -80,19 +80,19 @@ def test_recipes_run_one_after_the_other_on_the_same_part(studio):
 def test_four_bits_are_farther_from_bf16_than_bf16_computed_otherwise(studio):
     floor = pictures.noise_floor(studio, *pictures.FLOOR)
     row = pictures.others(studio, "naive rounding")["naive rounding"]
-    # Of two pictures bf16's own noise was 39 to 52 dB, as the machine's kernels had it; naive rounding's is ten times as large.
+    # The noise of bf16 in two pictures was 39 to 52 dB on different machines; that of naive rounding is ten times as large.
     noise = min(pictures.mean(f["w4a4"]["psnr"]) for f in floor.values())
     assert 5 < pictures.mean(row["w4a4"]["psnr"]) < 32 < noise, f"{row['w4a4']['psnr']} dB, bf16 otherwise {noise} dB"
     assert pictures.mean(row["w4a8"]["latent_error"]) < pictures.mean(row["w4a4"]["latent_error"])
     assert 6 < row["megabytes"] < 8
 
 
-def test_nobody_calibrates_on_the_pictures_captions(studio):
+def test_no_recipe_calibrates_on_the_pictures_captions(studio):
     assert len(set(studio.captions)) == 2 and len(set(studio.known)) == pictures.MOST_CALIBRATION
     assert not set(studio.captions) & set(studio.known)
 
 
-def test_each_knob_is_turned_alone():
+def test_each_knob_changes_alone():
     jobs = pictures.knob_jobs(Namespace(rank=32, calibration_prompts=8, calibration_steps=8))
     names = [name for _, names, _ in jobs for name in names]
     assert len(set(names)) == len(names) == 1 + sum(len(values) - 1 for values in pictures.KNOBS.values())

@@ -1,4 +1,4 @@
-"""The pictures' measures, against values that are known otherwise."""
+"""The metrics of pictures, against known values."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_ssim_of_two_grays_is_its_luminance_term():
 
 
 def test_ssim_of_one_window_by_its_definition():
-    """A picture as large as the window has one position: weighted moments, in Python's own numbers."""
+    """A picture as large as the window has one position, so that SSIM is a formula of weighted moments."""
     x, y = (random_pictures(1, 11, seed)[:, :1] for seed in (1, 2))
     weights = [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)]
     total = sum(map(sum, weights))

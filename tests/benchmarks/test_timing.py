@@ -1,4 +1,4 @@
-"""Times are of work: a capture in which nothing was launched is an error."""
+"""A capture in which nothing was launched is an error, since its time would be meaningless."""
 
 import warnings
 from contextlib import contextmanager
@@ -7,13 +7,13 @@ import machine
 import pytest
 import torch
 
-# PyTorch's, of 2.0 to 2.13.
+# PyTorch's warning from 2.0 to 2.13.
 EMPTY = "The CUDA Graph is empty. This usually means that the graph was attempted to be captured on wrong device or stream."
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list:
-    """What a stand-in for torch.cuda.graph takes for launches; without any it warns at its end, as PyTorch does."""
+    """The list of launches in a fake torch.cuda.graph, which warns at its end if the list is empty, as PyTorch does."""
     made = []
 
     @contextmanager
@@ -43,7 +43,7 @@ def test_other_warnings_pass_through(launches):
 
 
 @pytest.mark.gpu
-def test_what_pytorch_says_of_an_empty_graph_is_noticed():
+def test_pytorchs_warning_of_an_empty_graph_is_recognized():
     x = torch.zeros(8, device="cuda")
     assert machine.graph_time(lambda: x.add_(1)) > 0
     with pytest.raises(RuntimeError, match="Nothing was launched"):

@@ -12,7 +12,7 @@ from torch.nn.functional import gelu
 
 @dataclass
 class Int8Case:
-    """Operands of the int8 GEMM, and what is expected of it."""
+    """Operands of the int8 GEMM, and its expected output."""
 
     q: Quantized
     operands: LayerOperands
@@ -21,18 +21,18 @@ class Int8Case:
     bound: torch.Tensor  # (M, N) float64: the largest error that the kernel's arithmetic allows
 
     def gelu_from(self, column):
-        """The operands, with a GELU from a column on."""
+        """The LayerOperands, with GELU from column `gelu_from` on."""
         return self.operands._replace(gelu_from=column)
 
 
 def output_rounding(dtype):
-    """Half a unit in the last place, relative."""
+    """The largest relative rounding error of the type: half a unit in the last place."""
     return 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
 
 
 def activated(exact, bound, gelu_from, dtype):
-    """(exact, bound) of the same product with GELU from a column on: that is nowhere steeper than 1.13, and the kernels' within 2^-12 |x|
-    before the one rounding."""
+    """(exact, bound) with GELU from a column on. GELU's slope is at most 1.13, and the kernels' error before rounding is at
+    most 2^-12 |x|."""
     x = exact[:, gelu_from:]
     y, sums = gelu(x, approximate="tanh"), bound[:, gelu_from:] - output_rounding(dtype) * x.abs()
     after = 1.13 * sums + 1.01 * 2.0**-12 * x.abs() + output_rounding(dtype) * y.abs() * 1.01
@@ -40,12 +40,13 @@ def activated(exact, bound, gelu_from, dtype):
 
 
 def all_numbers(dtype):
-    """(65536,): every number of a 16-bit type, as often NaN as it has ways to say so."""
+    """(65536,): every number of a 16-bit type, with all its NaNs."""
     return torch.arange(-2**15, 2**15, device="cuda").to(torch.int16).view(dtype)
 
 
 def int8_case(m, n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, device="cuda", seed=0, scale=1.0):
-    """All codes and integers occur; token scales over two octaves, the parts' within a factor of 16. scale: of all tokens."""
+    """A case with all codes and integers, token scales over two octaves, and the parts' scales within a factor of 16. scale: a factor of
+    all token scales."""
     g = torch.Generator(device).manual_seed(seed)
 
     def uniform(*shape):
@@ -71,7 +72,7 @@ def int8_case(m, n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16
     exact = x @ w.t() + branch + (0 if bias is None else bias.double())
     sizes = x.abs() @ w.abs().t() + lora_act_scale[:m, None].double() * (lora_act.double().abs() @ up.double().abs().t()) + 4
     bound = output_rounding(dtype) * exact.abs() * 1.01 + 2e-7 * sizes
-    if 0 < unsigned_from < k:  # the first part's sum is rounded to the second's units
+    if 0 < unsigned_from < k:  # the first part's sum is rounded to units of the second part's scale
         bound = bound + 0.51 * act_scale[1, :m, None].double() * row_scale.double()
     q = Quantized(lay_out_codes(codes, CodeStorage.INT8), act_scale, lay_out_lora_act(lora_act) if rank else None,
                   lora_act_scale if rank else None)

@@ -1,22 +1,22 @@
-"""The two launches of a layer where there is no GPU: x's device passes for an H100, and what the kernels would get is written down."""
+"""Fake launches of a layer without a GPU: x's device passes for an H100, and the kernels' arguments are recorded."""
 
 import contextlib
 
 import torch
 from comfyui_svdquant.cuda import gemm_mma, gemm_wgmma, kernel_loader, ops, quantize_activation, runtime, targets
 
-WORK = 1 << 40  # where the chains' own memory is
+WORK = 1 << 40  # the address of the chains' work memory
 
 
 def recorder(note, length):
-    """In place of runtime.chain: note({name: address} with all names, the steps) for each call of a chain of so many kernels."""
+    """A replacement for runtime.chain: each call of a chain of `length` kernels calls note({name: address}, the steps)."""
     def chain(names, *steps, work=(), constants=()):
         offsets, _ = runtime.laid_out(dict(work))
         at = dict(constants) | {name: 0 if offset is None else WORK + offset for name, offset in offsets.items()}
 
         def run(*values):
             if len(steps) == length:
-                note(at | dict(reversed([*zip(names, values, strict=True)])), steps)  # of a name that stands twice, the first
+                note(at | dict(reversed([*zip(names, values, strict=True)])), steps)  # the first address of a name counts
         return run
 
     return chain
@@ -24,7 +24,7 @@ def recorder(note, length):
 
 @contextlib.contextmanager
 def recorded(monkeypatch):
-    """Yields a list of {name: address} that grows by one with each call of a layer."""
+    """Yields a list to which each call of a layer appends its {name: address}."""
     calls = []
     caches = ops._launches, ops.chosen, quantize_activation.launcher, gemm_mma.launcher, gemm_wgmma.launcher
     for cache in caches:
@@ -47,7 +47,7 @@ def addresses(**tensors):
 
 
 def aligned(tensor):
-    """A copy that begins at a multiple of 16 bytes, which the CPU's allocator doesn't promise everywhere."""
+    """A copy that begins at a multiple of 16 bytes, which the CPU's allocator doesn't guarantee."""
     copy = torch.empty(tensor.numel() + 8, dtype=tensor.dtype)
     begin = -copy.data_ptr() % 16 // copy.element_size()
     return copy[begin:begin + tensor.numel()].view(tensor.shape).copy_(tensor)

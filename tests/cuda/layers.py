@@ -1,4 +1,4 @@
-"""Random layers for the tests of the ops, and the tokens that they get."""
+"""Random layers for the tests of the ops, and random tokens."""
 
 import torch
 from comfyui_svdquant.cuda import int4, quantize_activation, reference, row_scales, targets
@@ -18,7 +18,7 @@ def random_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16
 
 
 def with_row_scale(layer):
-    """The layer in 8 bits, with the row_scale that its kernels need."""
+    """The layer with 8-bit activations, and with the row_scale that its kernels need."""
     return layer._replace(act_bits=8, row_scale=row_scales.row_scale(layer.weight_scale))
 
 
@@ -27,13 +27,13 @@ def on_cuda(layer):
 
 
 def plans_here(m, k, rank, storage, **cut):
-    """quantize_activation.plans_for the GPU of this machine."""
+    """quantize_activation.plans_for this machine's GPU."""
     device = torch.device("cuda", torch.cuda.current_device())
     return quantize_activation.plans_for(m, k, rank, storage, targets.for_device(device), targets.multiprocessors(device), **cut)
 
 
 def random_input(m, k, dtype=torch.float32, outliers=True, seed=1):
-    """Tokens with a few channels forty times as large as the rest, as FLUX's are."""
+    """Tokens with a few channels forty times as large as the rest, like FLUX's."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=g)
     if outliers:
@@ -42,7 +42,8 @@ def random_input(m, k, dtype=torch.float32, outliers=True, seed=1):
 
 
 def decided(x, layer):
-    """(M,) which tokens have no code so near the border of two that float32 may round it the other way. x: (M, K), of 16-bit numbers."""
+    """(M,) bool: tokens without a value so near the border of two codes that float32 may round it differently.
+    x: (M, K), 16-bit numbers."""
     codes, scales = reference.quantize_activation(x, layer.smooth, layer.unsigned_from, layer.act_bits, torch.float64)
     shift = int4.GELU_SHIFT * (torch.arange(x.shape[1], device=x.device) >= layer.unsigned_from)
     exact = ((x.double() + shift) / layer.smooth.double()).unflatten(-1, (-1, int4.GROUP_SIZE)) / scales.unsqueeze(-1)
@@ -50,7 +51,7 @@ def decided(x, layer):
 
 
 def check_in_graphs(model, x):
-    """model(x) as one graph of torch.compile and in a CUDA graph: the same bits, which it returns."""
+    """Check that model(x) has the same bits as one graph of torch.compile and in a CUDA graph. Returns them."""
     expected = model(x)
     assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
     graph = torch.cuda.CUDAGraph()

@@ -1,12 +1,12 @@
 """Every kernel and mode once, on small shapes, for NVIDIA's compute-sanitizer:  python tests/cuda/sanitize.py [--tools memcheck ...]
 
 Without --tools the cases run plainly, and are compared with the reference. With it the script runs itself under each tool and prints its
-summary; compute-sanitizer (of the CUDA toolkit) has to be on the PATH. Tensors are made and compared on the CPU and allocated one by one,
-so that the tools watch our kernels only, and see the end of each tensor.
+summary; compute-sanitizer (of the CUDA toolkit) must be on the PATH. Tensors are made and compared on the CPU and allocated one by one, so
+that the tools check only this pack's kernels, and detect accesses beyond a tensor's end.
 
-What the tools don't know is not shown to them. initcheck doesn't see what the copy engine stores, nor cuBLAS with it: outputs are filled
-with NaN before, and x @ proj_down is multiplied on the CPU where cuBLAS would. racecheck takes an arrival at an mbarrier for that of one
-lane only: all lanes arrive (ALL_LANES_ARRIVE in common.cuh), in place of one for its warp.
+The script works around two limits of the tools. initcheck doesn't see stores of the copy engine, which cuBLAS uses too: outputs are filled
+with NaN first, and the CPU computes x @ proj_down in place of cuBLAS. racecheck counts an arrival at an mbarrier only for its own lane:
+all lanes of a warp arrive (ALL_LANES_ARRIVE in common.cuh) instead of one.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHAPES = [  # M, N, K, R, unsigned_from
     (1, 16, 64, 0, 64), (37, 80, 192, 32, 192), (70, 208, 384, 128, 0), (33, 400, 640, 32, 128), (45, 96, 704, 64, 64),
     (20, 48, 12288, 32, 0)]
 AWQ = [(1, 48, 320), (8, 64, 3072), (11, 80, 448)]  # M, N, K
-ERROR = 4e-3  # test_ops_gpu.py's, and some for fewer outputs
+ERROR = 4e-3  # larger than in test_ops_gpu.py, since there are fewer outputs
 
 
 def load_pack():
@@ -38,9 +38,9 @@ def load_pack():
     spec.loader.exec_module(module)
 
 
-def watched():
-    """Have memory allocated and written where the tools see it: the chains' work memory by itself, which PyTorch's allocator doesn't do
-    when it is asked for no tensor; an output's first values and x @ proj_down by what initcheck knows."""
+def expose_allocations():
+    """Make the tools see every allocation and write. Work memory becomes a tensor, since PyTorch's allocator hides raw allocations; outputs
+    get initial values and x @ proj_down is copied to the GPU, in ways that initcheck recognizes."""
     from comfyui_svdquant.cuda import quantize_activation, runtime
 
     held, new_empty, multiplied = {}, torch.Tensor.new_empty, quantize_activation.multiplied
@@ -51,7 +51,7 @@ def watched():
         return tensor.data_ptr()
 
     runtime._take, runtime._give = take, held.pop
-    torch.Tensor.new_empty = lambda x, *size: new_empty(x, *size).fill_(torch.nan)  # y is made so
+    torch.Tensor.new_empty = lambda x, *size: new_empty(x, *size).fill_(torch.nan)  # the ops allocate y with new_empty
     quantize_activation.multiplied = lambda x, proj_down: to_gpu(multiplied(x.cpu(), proj_down.cpu()))
 
 
@@ -60,7 +60,7 @@ def to_gpu(tensors):
 
 
 def cuts(storage, m, k, rank):
-    """How each of the quantize kernels may cut up x, and the plans for it."""
+    """The plans of each quantize kernel, as (name, plans)."""
     from layers import plans_here
 
     registers = [dict(registers=True, tiles=1, loop=False), dict(registers=True, tiles=2, loop=False), dict(registers=True, loop=True)]
@@ -72,7 +72,7 @@ def cuts(storage, m, k, rank):
 
 
 def svdquant_cases():
-    """(name, y, what the reference says)"""
+    """(name, y, the reference's output)"""
     from comfyui_svdquant.cuda import gemm_mma, gemm_wgmma, ops, quantize_activation, reference, targets
     from comfyui_svdquant.cuda.activation_layout import CodeStorage
     from layers import on_cuda, random_input, random_layer, with_row_scale
@@ -89,7 +89,7 @@ def svdquant_cases():
             operands = on_cuda(operands)
             name = f"M={m} N={n} K={k} R={rank} from {split}, {act_bits} bits"
             yield name, ops.svdquant_linear(there, operands), expected
-            # What the device's own path doesn't take: the other GEMM, and each of the tiles.
+            # Kernels that choose() doesn't take on this device: the other GEMM, and all tiles.
             for storage in (CodeStorage.INT8,) if act_bits == 8 else (CodeStorage.INT4_BYTES, CodeStorage.INT4_NIBBLES):
                 for cut, plans in cuts(storage, m, k, rank):
                     q = quantize_activation.quantize(there, operands.smooth, operands.proj_down, split, storage, plans)
@@ -113,7 +113,7 @@ def awq_cases():
 
 
 def mlp_cases():
-    """Both layers of an MLP in one pass, in every tile; expected is what they give one after the other."""
+    """Both layers of an MLP in one pass, with every tile, against the two layers one after the other."""
     from comfyui_svdquant.cuda import gemm_mma, mlp, ops
     from comfyui_svdquant.cuda.activation_layout import CodeStorage
     from layers import on_cuda, random_input, random_layer
@@ -129,7 +129,7 @@ def mlp_cases():
 
 
 def run_cases():
-    """Number of wrong cases."""
+    """Run all cases and return the number of wrong ones."""
     wrong = 0
     for cases in (awq_cases(), svdquant_cases(), mlp_cases()):
         for name, y, expected in cases:
@@ -140,7 +140,7 @@ def run_cases():
 
 
 def run_tool(tool, seconds):
-    """Whether the tool found nothing. Its report is printed where it did."""
+    """Whether the tool found nothing. If it found errors, its report is printed."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", "--print-limit", "1000", "--show-backtrace", "no",
                sys.executable, __file__, "--lines", *(["--all-lanes"] if tool == "racecheck" else [])]
     try:
@@ -167,7 +167,7 @@ def main():
     if args.tools:
         raise SystemExit(not all([run_tool(tool, args.seconds) for tool in args.tools]))
     load_pack()
-    watched()
+    expose_allocations()
     from comfyui_svdquant.cuda import compiler
 
     compiler.OPTIONS += ("-lineinfo",) * args.lines + ("-DALL_LANES_ARRIVE",) * args.all_lanes

@@ -1,4 +1,4 @@
-"""Kernels taken apart: the machine code that ptxas makes of a variant, read from its log and from nvdisasm. Needs no GPU."""
+"""The machine code of a kernel variant, read from ptxas's log and from nvdisasm. This needs no GPU."""
 
 import functools
 import importlib.util
@@ -19,7 +19,7 @@ MMA = r"[HIQ]G?MMA"
 
 @functools.cache
 def nvdisasm():
-    """Path of nvdisasm, from the PATH or NVIDIA's Python package; None where it is not installed."""
+    """Path of nvdisasm, from the PATH or NVIDIA's Python package; None if it is not installed."""
     if found := shutil.which("nvdisasm"):
         return found
     spec = importlib.util.find_spec("nvidia")
@@ -30,7 +30,7 @@ def nvdisasm():
 
 
 def missing():
-    """Why kernels can't be taken apart here, or None."""
+    """Why kernels can't be disassembled here, or None."""
     try:
         compiler.nvrtc()
     except KernelsUnavailable as error:
@@ -58,7 +58,7 @@ class Listing:
     log: str      # ptxas's
 
     def count(self, pattern, span=None):
-        """How many instructions have an opcode that begins with the pattern, in the range `span` or everywhere."""
+        """How many instructions in the range `span`, or everywhere, have an opcode that begins with the pattern."""
         begin, end = span or (0, len(self.instructions))
         return sum(bool(re.match(pattern, i.opcode)) for i in self.instructions[begin:end])
 
@@ -70,20 +70,20 @@ class Listing:
                 yield begin, end + 1
 
     def subroutines(self):
-        """The calls that run. A call of a plain label is a jump, and __cuda_sm70_...sync is for warps that have diverged."""
+        """The real calls. A call of a plain label is a jump, and only diverged warps call __cuda_sm70_...sync."""
         return [i for i in self.instructions if i.opcode.startswith("CALL")
                 and not re.search(r"\(\.L_|__cuda_sm70_\w*sync", i.operands)]
 
     def main_loop(self, mma=MMA):
-        """The innermost loop with the most `mma`: the one that the kernel spends its time in. None where no loop has any."""
+        """The innermost loop with the most `mma`, which takes most of the kernel's time. None if no loop has any."""
         loops = [loop for loop in self.loops() if self.count(mma, loop)]
         inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
         return max(inner, key=lambda loop: self.count(mma, loop), default=None)
 
     def slots(self, mma=MMA, avoid=None):
-        """Instructions for each `mma` on the longest way through the main loop; `avoid`: opcodes that it doesn't pass."""
+        """Instructions per `mma` on the longest path through the main loop; `avoid`: opcodes that the path must not contain."""
         begin, end = self.main_loop(mma)
-        ways = {end: (0, 0)}  # {index: (instructions, MMAs) from there to the end of the loop}, None where no way leads there
+        ways = {end: (0, 0)}  # {index: (instructions, MMAs) from there to the end of the loop, or None without a path}
         for index in reversed(range(begin, end)):
             instruction = self.instructions[index]
             target = self.target(instruction)
@@ -96,7 +96,7 @@ class Listing:
         return ways[begin][0] / ways[begin][1]
 
     def target(self, instruction):
-        """Index that a branch goes to, or None."""
+        """Index of a branch's target, or None."""
         label = re.search(r"\.L_\w+", instruction.operands) if instruction.opcode.startswith("BRA") else None
         return self.labels.get(label[0]) if label else None
 
@@ -110,18 +110,18 @@ class Listing:
 
     @property
     def static_shared(self):
-        """Bytes of shared memory that the kernel declares; what the launch adds comes on top."""
+        """Bytes of static shared memory, without the dynamic shared memory of the launch."""
         return self.number(r"(\d+) bytes smem")
 
 
 @functools.cache
 def listing(source, entry, defines, arch):
-    """Compile a variant as compiler.kernel would, and take it apart."""
+    """Compile a variant as compiler.py does, and disassemble it."""
     return take_apart(compiler.compile_source(source, defines, arch), entry)
 
 
 def disassembly(cubin, entry, *options):
-    """nvdisasm's lines of the kernel `entry`, with the subroutines that ptxas put behind it."""
+    """nvdisasm's lines of the kernel `entry`, including the subroutines that ptxas put after it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)

@@ -90,7 +90,7 @@ def described(variant):
 
 
 def differences(lines, before):
-    """Messages about lines of "arch source entry defines sha256 instructions registers" that are not those of the file `before`."""
+    """Messages about lines "arch source entry defines sha256 instructions registers" that differ from the file `before`."""
     old = {line.rsplit(" ", 3)[0]: line.split(" ")[4:] for line in before.read_text().splitlines()}
     for line in lines:
         name, values = line.rsplit(" ", 3)[0], line.split(" ")[4:]

@@ -1,4 +1,4 @@
-"""The activation layout's orders and swizzles: inverses of each other, and the words that a lane reads give the columns that it multiplies.
+"""The activation layout: reading inverts laying out, and a lane's words hold the columns that the lane multiplies.
 """
 
 import pytest
@@ -27,14 +27,14 @@ def test_the_lora_branchs_activation_is_read_back(shape):
 
 
 def fragments(words):
-    """(..., words) of 4 packed bytes -> the fragment registers in their turn: low nibbles, high nibbles, word by word."""
+    """(..., words) of 4 packed bytes -> the fragment registers in order: low nibbles and high nibbles of each word."""
     byte = words.view(torch.uint8)
     return torch.stack((byte & 15, byte >> 4), dim=-2)  # (..., word, half, byte)
 
 
 @pytest.mark.parametrize("storage, lane_bytes", [(CodeStorage.INT8, 16), (CodeStorage.INT4_BYTES, 8)])
 def test_words_of_a_natural_row_meet_their_columns(storage, lane_bytes):
-    """The codes that lane q expands from its words are, column by column, those at lane q's position of the MMA step in the layout."""
+    """The codes that lane q expands from its words have the columns at lane q's positions of the MMA step in the layout."""
     codes = torch.randint(0, 16, (1, 128))
     natural = int4.pack(codes).view(torch.uint8)
     placed = codes[0, ORDER[storage]]  # position -> code

@@ -30,11 +30,11 @@ def random_case(m, n, k, dtype=torch.bfloat16, seed=0, bias=True):
 
 
 def excess(y, x, weight, scale, zeros, bias):
-    """(M, N): the error as a part of what is allowed: half a unit of the result's last place for the last rounding, and 2^-18
-    of the terms' absolute sum for fp32's."""
+    """(M, N): the error relative to its bound, which is half a unit in the result's last place for the last rounding, plus 2^-18 of the
+    terms' absolute sum for the fp32 sums."""
     dense = reference.dequantize_awq(weight, scale, zeros, torch.float64)
     exact = x.double() @ dense.t() + (0 if bias is None else bias.double())
-    # The kernel adds (code - 8) scale and the zero apart: two terms a weight.
+    # The kernel adds (code - 8) scale and the zero separately: two terms per weight.
     parts = (reference.dequantize_awq(weight, scale, torch.zeros_like(zeros), torch.float64).abs()
              + zeros.double().abs().t().repeat_interleave(64, dim=1))
     bound = exact.abs() * torch.finfo(x.dtype).eps / 2 * 1.01 + x.double().abs() @ parts.t() * 2**-18 + 2**-24
@@ -42,7 +42,7 @@ def excess(y, x, weight, scale, zeros, bias):
 
 
 def linear(x, *layer):
-    """By the tiles that choose() takes."""
+    """The kernel with choose()'s tiles."""
     return awq.linear(awq.fastest_tiles(x.numel() // x.shape[-1]), x, *layer)
 
 
@@ -64,7 +64,7 @@ def test_tokens(m, dtype, monkeypatch):
 @pytest.mark.parametrize("n, k", [(16, 64), (48, 128), (16, 448), (160, 512), (64, 576), (32, 3072), (32, 3136), (16, 8192),
                                   (18432, 3072), (9216, 3072)])
 def test_shapes(n, k, monkeypatch):
-    """Fewer groups than warps, a group more than a ring holds, FLUX's."""
+    """Shapes with fewer groups than warps, with one group more than a ring holds, and FLUX's."""
     poisoned(monkeypatch)
     for m in (1, 5):
         for bias in (True, False):
@@ -74,7 +74,7 @@ def test_shapes(n, k, monkeypatch):
 @pytest.mark.parametrize("tiles", awq.TILES)
 @pytest.mark.parametrize("m", [1, 8, 17, 40])
 def test_variants_agree(m, tiles):
-    """Which variant computes a token, and beside which others, doesn't change its bits."""
+    """A token's bits depend neither on the variant nor on the other tokens."""
     x, *layer = random_case(m, 64, 640)
     y = check(x, *layer, run=functools.partial(awq.linear, tiles))
     alone = torch.cat([linear(x[i : i + 1], *layer) for i in range(m)])
@@ -89,7 +89,7 @@ def test_same_bits_again():
 
 
 def test_one_wrong_value_fails():
-    """The bound is tight enough to see one group's scale or zero of one row off by 5 %, or one nibble."""
+    """The bound is tight enough to detect a scale or a zero of one group of one row that is off by 5 %, or one wrong nibble."""
     x, weight, scale, zeros, bias = random_case(8, 64, 640, torch.float16)
     zeros[3, 5] = 0.1
     for spoil in ("nothing", "scale", "zero", "nibble"):
@@ -117,7 +117,7 @@ def test_nan_and_inf_stay_in_their_rows(bad, dtype):
 
 
 def test_extremes():
-    """Zeros give the bias, denormals and large values pass; what fp16 can't hold becomes Inf."""
+    """Zeros give the bias, denormals and large values are computed, and a result beyond fp16 becomes Inf."""
     x, weight, scale, zeros, bias = random_case(6, 64, 640, torch.float16)
     x[0] = 0
     x[1] *= 2**-24
@@ -172,7 +172,7 @@ def test_other_stream():
 
 
 def test_bandwidth():
-    """Time and GB/s at FLUX's shapes, each call with weights that are not in L2, recorded in a CUDA graph; and a copy's."""
+    """Time and GB/s at FLUX's shapes in a CUDA graph, with weights that are not in L2; and those of a copy."""
     print()
     source, target = torch.empty(2, 1 << 28, dtype=torch.uint8, device="cuda")
     copy = 2 * source.numel() / graph_seconds([lambda: target.copy_(source)])
@@ -188,6 +188,6 @@ def test_bandwidth():
 
 
 def graph_seconds(calls):
-    """Seconds a call, of all of them recorded back to back in one CUDA graph."""
-    turn = itertools.cycle(calls)
-    return graph_time(lambda: next(turn)(), len(calls)) / 1e6
+    """Seconds per call, with all calls recorded back to back in one CUDA graph."""
+    cycle = itertools.cycle(calls)
+    return graph_time(lambda: next(cycle)(), len(calls)) / 1e6

@@ -1,4 +1,4 @@
-"""Which kernels a layer gets on which GPU, and that the tests of the machine code see all of them."""
+"""The kernels that choose() returns for each GPU, and that the tests of machine code cover all of them."""
 
 import pytest
 import torch
@@ -39,15 +39,16 @@ def test_hoppers_gemm_takes_borders_between_blocks(unsigned_from, wgmma):
     ({"rank": 128}, 128, None, True), ({"rank": 136, "gelu_from": 64}, 0, None, False), ({"rank": 121}, 128, None, False),
     ({"rank": 160, "unsigned_from": 64, "gelu_from": 0}, 160, 0, True), ({"rank": 160, "act_bits": 4}, 160, None, True),
     ({"dtype": FP32}, 32, None, False)])
-def test_what_two_launches_do_not_do(changes, rank, gelu_from, whole):
-    """Ranks are padded to 16; more than Hopper's GEMM takes come after it; so does GELU then, and from columns that no warp begins with."""
+def test_the_parts_that_the_gemm_leaves_to_pytorch(changes, rank, gelu_from, whole):
+    """Ranks are padded to 16. cuBLAS adds ranks that Hopper's GEMM doesn't take after it, and PyTorch then applies GELU; so it does from
+    columns at which no warp begins."""
     kernels = choose(layer(**changes), *H100)
     assert (kernels.rank, kernels.gelu_from, kernels.whole) == (rank, gelu_from, whole)
 
 
 @pytest.mark.parametrize("changes", [{"m": 0}, {"k": 96}, {"n": 72}, {"n": 1 << 20, "k": 1 << 13}])
 @pytest.mark.parametrize("act_bits", [4, 8, W4A16])
-def test_what_the_reference_computes(act_bits, changes):
+def test_layers_that_the_reference_computes(act_bits, changes):
     assert choose(layer(act_bits=act_bits, **changes), *H100) is None
 
 
@@ -75,14 +76,14 @@ def modes(target):
 @pytest.mark.parametrize(("number", "storages", "wgmma"), [
     (75, {INT8, INT4_NIBBLES}, False), (89, {INT8, INT4_NIBBLES}, False), (90, {INT8, INT4_BYTES}, True), (103, {INT8, INT4_BYTES}, False),
     (110, {INT8, INT4_BYTES}, False), (121, {INT8, INT4_BYTES}, False)])
-def test_all_that_may_be_chosen_is_looked_at(number, storages, wgmma):
-    """Hopper's int8 layers with a border within a block of columns take gemm_mma.cu, too."""
+def test_the_variants_cover_every_storage(number, storages, wgmma):
+    """Hopper's int8 layers with a border within a block of columns also use gemm_mma.cu."""
     assert modes(TARGETS[number]) == (storages, wgmma)
 
 
 @pytest.mark.parametrize("number", TARGETS)
-def test_what_a_layer_gets_is_looked_at(number):
-    """Layers other than those that the variants are found with."""
+def test_the_variants_cover_other_layers(number):
+    """The variants also cover layers that were not used to find them."""
     target = TARGETS[number]
     storages, wgmma = modes(target)
     for m in (1, 333, 2048):

@@ -1,4 +1,4 @@
-"""The kernel compiler without a GPU: the disk cache, what its keys hold, every message."""
+"""The kernel compiler without a GPU: the disk cache, its keys, and every message."""
 
 import logging
 import subprocess
@@ -14,12 +14,12 @@ PROBE = '#include "probe.cuh"\nextern "C" __global__ void probe(int* p) { *p = V
 WRITER = """
 import sys, types
 from pathlib import Path
-sys.modules["torch"] = types.SimpleNamespace(dtype=None)  # its import takes seconds, and the cache has no use for it
+sys.modules["torch"] = types.SimpleNamespace(dtype=None)  # its import takes seconds, and the cache doesn't need it
 sys.modules["kernels"] = package = types.ModuleType("kernels")
 package.__path__ = [str(Path(sys.argv[1]).parent)]
 from kernels import compiler
 path = Path(sys.argv[2])
-for turn in range(200):
+for _ in range(200):
     compiler._write(path, bytes([int(sys.argv[3])]) * 50_000)
     entry = compiler._read(path)
     assert entry is not None and len(entry) == 50_000 and len(set(entry)) == 1, "a torn entry"
@@ -38,7 +38,7 @@ needs_nvrtc = pytest.mark.skipif(nvrtc_or_none() is None, reason="NVRTC is not i
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    """A kernels folder and a cache of their own."""
+    """A temporary folder of kernels, and a temporary cache."""
     folder = tmp_path / "kernels"
     folder.mkdir()
     (folder / "probe.cu").write_text(PROBE)
@@ -57,7 +57,7 @@ def forget():
 
 
 class FakeNvrtc:
-    """Counts its compilations; the machine code is what it was asked for."""
+    """Counts its compilations; the machine code is the text of the request."""
 
     def __init__(self, version=(13, 0), architectures=(75, 80, 86, 89, 90, 100, 120)):
         self.version, self.architectures, self.calls = version, architectures, 0
@@ -77,15 +77,15 @@ def fake(monkeypatch):
 # --- The disk cache ---------------------------------------------------------------------------------------------------
 
 
-def test_second_time_from_disk(sources, fake):
+def test_a_second_compilation_reads_the_disk_cache(sources, fake):
     first = compiler.compile_cubin("probe.cu", (("VALUE", 1),), "sm_89")
     assert compiler.compile_cubin("probe.cu", (("VALUE", 1),), "sm_89") == first
     assert fake.calls == 1
     assert [path.suffix for path in compiler.cache_folder().iterdir()] == [".cubin"]
 
 
-def test_what_the_key_holds(sources, fake):
-    """Source, headers, definitions, architecture, NVRTC: a change of any is another kernel."""
+def test_the_cache_key(sources, fake):
+    """A change of source, headers, definitions, architecture or NVRTC is another kernel."""
     def compiled():
         forget()
         compiler.compile_cubin("probe.cu", (("VALUE", 1),), "sm_89")
@@ -123,7 +123,7 @@ def test_cache_that_cannot_be_written(sources, fake, tmp_path, monkeypatch):
 
 
 def test_several_processes(tmp_path):
-    """Four processes write and read one entry: each reads a whole one every time, and no temporary file stays."""
+    """Four processes write and read one entry. Each always reads a whole entry, and no temporary file stays."""
     path = tmp_path / "cache" / "entry.cubin"
     command = [sys.executable, "-c", WRITER, compiler.__file__, str(path)]
     writers = [subprocess.Popen([*command, str(number)]) for number in range(4)]
@@ -199,7 +199,7 @@ def test_complaints():
     assert [line[:20] for line in compiler.complaints(messages)] == ["ptxas         .    1", "ptxas info    : (C75"]
 
 
-# --- What NVRTC makes of it -------------------------------------------------------------------------------------------
+# --- With NVRTC -------------------------------------------------------------------------------------------------------
 
 
 @needs_nvrtc

@@ -1,4 +1,4 @@
-"""The import of CuPy: the message where it is missing or doesn't fit, and the `cuda` package that it imports."""
+"""The import of CuPy: the messages if it is missing or doesn't fit, and the `cuda` package that it imports."""
 
 import importlib.metadata
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(cupy_import.__file__).parents[1]
 
 
 def test_nothing_of_it_is_imported_with_the_pack():
-    """CuPy's import takes a second, and it is of no use on a CPU."""
+    """CuPy's import takes a second, and a CPU doesn't need it."""
     code = "import sys; from cuda import ops; print('cupy' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
 
@@ -28,7 +28,7 @@ def test_no_cupy(monkeypatch):
 
 
 def fake_cupy(version="14.2.0", is_hip=False, runtime_version=lambda: 13000):
-    """The part of CuPy that load_cupy reads, as modules."""
+    """Modules with the part of CuPy that load_cupy reads."""
     cupy, cuda, function = (types.ModuleType(name) for name in ("cupy", "cupy.cuda", "cupy.cuda.function"))
     cupy.__version__, cupy.__path__, cuda.__path__ = version, [], []
     cupy.cuda, cuda.function = cuda, function
@@ -70,13 +70,13 @@ def cupy():
 
 
 def test_cupy_from_the_repository(cupy):
-    """`python -m benchmarks...` has the repository on its path, where `import cuda` finds our package."""
+    """`python -m benchmarks...` has the repository on its path, where `import cuda` finds this pack's cuda/."""
     code = "import sys; from cuda import cupy_import; print(cupy_import.load_cupy().__version__, sys.path[0] == '')"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == [cupy.__version__, "True"]
 
 
 def test_no_driver(cupy):
-    """Where CuPy finds no driver, the message is still ours."""
+    """If CuPy finds no driver, the pack's own error is raised."""
     if torch.cuda.is_available():
         pytest.skip("There is a driver")
     assert isinstance(kernel_loader._build("awq.cu", "awq", (), 0, 0), KernelsUnavailable)

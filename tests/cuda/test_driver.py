@@ -1,4 +1,4 @@
-"""The CUDA driver by ctypes, and what of it is remembered."""
+"""The CUDA driver through ctypes, and its cached properties."""
 
 import types
 

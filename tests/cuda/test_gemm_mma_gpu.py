@@ -46,7 +46,7 @@ PATHS += [Path(storage, tile, True, torch.float16) for storage in (INT8, INT4_NI
 SHAPES = [
     (1, 16, 64, 0, 64, False),
     (16, 128, 128, 16, 128, True),
-    (37, 80, 192, 48, 64, True),         # a border within a block, half a block at the end, half a block of ranks
+    (37, 80, 192, 48, 64, True),         # a border within a block, half a block of columns at the end, half a block of ranks
     (129, 272, 448, 32, 192, False),
     (300, 144, 640, 128, 0, True),
     (513, 400, 1088, 0, 512, True),
@@ -57,7 +57,7 @@ SHAPES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    """All kernels at once, on as many cores as there are."""
+    """Compile all kernels in parallel."""
     target = targets.for_device(DEVICE)
     defines = [gemm_mma.defines_of(p.storage, p.tile, target, p.dtype, p.turing, gelu) for p in PATHS for gelu in (False, True)]
     with ThreadPoolExecutor() as pool:
@@ -66,7 +66,7 @@ def compiled():
 
 @dataclass
 class Case:
-    """A layer and its quantized activation as plain matrices, on the GPU; float64 but for what the kernel gets as it is."""
+    """A layer and its quantized activation as plain matrices on the GPU; float64 except for the kernel's own operands."""
 
     codes: torch.Tensor          # (M, K)
     act_scale: torch.Tensor      # (G, M) float32; int8: (2, M)
@@ -85,7 +85,7 @@ class Case:
                        lora_act_scale=self.lora_act_scale[rows])
 
     def operands(self, gelu_from=None):
-        """The LayerOperands of the GEMM, which doesn't look at proj_down and smooth."""
+        """The LayerOperands of the GEMM, which doesn't read proj_down and smooth."""
         k, rank = self.codes.shape[1], self.up.shape[1]
         down, smooth = self.up.new_empty(k, rank), self.up.new_empty(k)
         return LayerOperands(int4.pack(self.weight), self.weight_scale, down, self.up, smooth, self.bias, self.unsigned_from,
@@ -122,7 +122,7 @@ def padded_rows(vectors):
 
 
 def run(path, case, gelu_from=None):
-    """y (M, N), out of a poisoned buffer whose margins have to stay as they are."""
+    """y (M, N), from a poisoned buffer whose margins must not change."""
     (m, _), (n, _), margin = case.codes.shape, case.weight.shape, 4096
     buffer = torch.full((m * n + 2 * margin,), float("nan"), dtype=path.dtype, device=DEVICE)
     y = buffer[margin:-margin].view(m, n)
@@ -136,7 +136,7 @@ def run(path, case, gelu_from=None):
 
 
 def exact(path, case, gelu_from=None):
-    """y in float64, and how far from it a correct kernel may be."""
+    """y in float64, and the error bound of a correct kernel."""
     k = case.codes.shape[1]
     groups = k // 64
     scale = case.act_scale.double()
@@ -154,7 +154,7 @@ def exact(path, case, gelu_from=None):
     roundings = up.shape[1] + 8 + (0 if path.storage == INT8 else groups)
     half_ulp = 2.0**-8 if path.dtype == torch.bfloat16 else 2.0**-11  # of y, relative
     bound = half_ulp * y.abs() + roundings * 2.0**-23 * size
-    if path.storage == INT8 and 0 < case.unsigned_from < k:  # the border's rounding to a whole number
+    if path.storage == INT8 and 0 < case.unsigned_from < k:  # the rounding of the first part's sum at the border
         bound += 0.51 * scale[-1][:, None] * case.row_scale.double()
     return (y, bound) if gelu_from is None else activated(y, bound, gelu_from, path.dtype)
 
@@ -183,7 +183,7 @@ def test_gelu_from_a_column_on(path, shape, gelu_from):
 
 @pytest.mark.parametrize("path", [Path(INT8, LARGE, None, torch.bfloat16), Path(INT8, MEDIUM, None, torch.float16)], ids=str)
 def test_gelu_of_every_number(path):
-    """As the bias beside a product of zeros."""
+    """Each number is a bias, added to a product of zeros."""
     case = random_case(path, 1, 65536, 64, 0, 64, False)
     case.codes.zero_()
     case.bias = all_numbers(path.dtype)
@@ -207,7 +207,7 @@ def test_a_token_does_not_see_its_neighbours(path):
 def test_nan_stays_in_its_row(path, row, gelu_from):
     case = random_case(path, 130, 144, 256, 16, 128, True)
     clean = run(path, case, gelu_from)
-    case.act_scale[:1, row] = torch.nan  # of the first group, or the first part
+    case.act_scale[:1, row] = torch.nan  # scale of the first group, or of the first part
     case.codes[row] = 0
     y = run(path, case, gelu_from)
     others = torch.arange(130, device=DEVICE) != row
@@ -230,7 +230,7 @@ def test_fp16_overflow_shows(path):
 
 @pytest.mark.parametrize("storage", CodeStorage, ids=lambda storage: storage.name)
 def test_more_tokens_than_a_band_and_a_flux_layer(storage):
-    """Several bands of tiles, and M = 4608 with the tile that the host chooses."""
+    """Several bands of tiles, and M = 4608 with choose()'s tile."""
     chosen = gemm_mma.fastest_tile(gemm_mma.tiles_of(targets.for_device(DEVICE)), targets.multiprocessors(DEVICE), 4608, 3072)
     for m, n, k, tile in ((6000, 272, 128, SMALL), (4608, 3072, 3072, chosen) if storage != INT4_NIBBLES else (4608, 384, 256, LARGE)):
         path = Path(storage, tile, None, torch.bfloat16)
@@ -242,7 +242,7 @@ def test_more_tokens_than_a_band_and_a_flux_layer(storage):
 
 def test_shapes_that_do_not_fit_are_refused():
     path = Path(INT8, SMALL, None, torch.bfloat16)
-    case = random_case(path, 20, 32, 192, 16, 192, False)  # a scale a part, where int4 has one a group
+    case = random_case(path, 20, 32, 192, 16, 192, False)  # a scale per part, while int4 has one per group
     q = Quantized(lay_out_codes(case.codes, INT4_BYTES), padded_rows(case.act_scale), None, None)
     with pytest.raises(ValueError, match="activation is"):
         gemm_mma.gemm(INT4_BYTES, SMALL, q, case.operands(), 20)

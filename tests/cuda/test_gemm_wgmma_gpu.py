@@ -1,4 +1,4 @@
-"""Hopper's int8 GEMM against float64: int32 sums are exact, so what remains is float32 rounding and that of the output."""
+"""Hopper's int8 GEMM against float64. Its int32 sums are exact, so that only float32 rounding and the output's rounding remain."""
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() 
 SHAPES = [  # M, N, K, R, unsigned_from
     (1, 16, 64, 0, None), (192, 192, 128, 32, None), (37, 80, 192, 16, None), (200, 400, 320, 48, 0), (513, 1040, 1024, 128, None),
     (130, 384, 640, 32, 128), (300, 208, 1536, 32, 1024), (1000, 3072, 3072, 32, None), (257, 768, 192, 112, None), (7, 576, 4096, 64, 0),
-    (70, 416, 320, 48, None), (3000, 6144, 256, 48, 128)]  # of the last, a CTA has several tiles of any size
+    (70, 416, 320, 48, None), (3000, 6144, 256, 48, 128)]  # for the last shape, a CTA has several tiles of any size
 
 
 def gemm(case, operands=None, tile=None, out=None):
-    """The kernel on a case, by the fastest tile or another one."""
+    """The kernel on a case, with the fastest tile or another one."""
     operands = operands or case.operands
     n, k = operands.weight.shape[0], 2 * operands.weight.shape[1]
     tile = tile or gemm_wgmma.fastest_tile(case.m, n, k, targets.multiprocessors(operands.weight.device), operands.unsigned_from)
@@ -41,8 +41,8 @@ def test_is_float64s_product(m, n, k, rank, unsigned_from, tile):
     case = int8_case(m, n, k, rank, unsigned_from, bias=n != 80, dtype=torch.float16 if n in (400, 6144) else torch.bfloat16, seed=m)
     y = torch.full((m, n), torch.nan, dtype=case.operands.weight_scale.dtype, device="cuda")
     check(case, gemm(case, tile=tile, out=y))
-    again = torch.full_like(y, torch.nan)
-    assert torch.equal(y, gemm(case, tile=tile, out=again)), "two runs differ"
+    second_run = torch.full_like(y, torch.nan)
+    assert torch.equal(y, gemm(case, tile=tile, out=second_run)), "two runs differ"
 
 
 @pytest.mark.parametrize("tile", gemm_wgmma.STAGES, ids=str)
@@ -57,13 +57,13 @@ def test_gelu_from_a_column_on(m, n, k, rank, unsigned_from, gelu_from, tile):
     y = gemm(case, case.gelu_from(gelu_from), tile, torch.full_like(plain, torch.nan))
     check(case, y)
     assert torch.equal(y[:, :gelu_from], plain[:, :gelu_from])
-    again = torch.full_like(y, torch.nan)
-    assert torch.equal(y, gemm(case, case.gelu_from(gelu_from), tile, again)), "two runs differ"
+    second_run = torch.full_like(y, torch.nan)
+    assert torch.equal(y, gemm(case, case.gelu_from(gelu_from), tile, second_run)), "two runs differ"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gelu_of_every_number(dtype):
-    """As the bias beside a product of zeros."""
+    """Each number is a bias, added to a product of zeros."""
     case = int8_case(1, 65536, 64, 0, dtype=dtype, scale=0.0)
     case.operands = case.operands._replace(bias=all_numbers(dtype), gelu_from=0)
     x = case.operands.bias.double()[None]

@@ -24,7 +24,7 @@ def test_gives_the_codes_of_the_plain_loop(n, k, monkeypatch):
     assert torch.equal(codes, gptq.gptq_round(weight, found, factor)), "two runs differ"
     monkeypatch.setattr(kernel, "available", lambda weight: False)
     plain = gptq.gptq_round(weight, found, factor)
-    # A sum in another order puts a target that lies on the edge between two codes on its other side, and the columns after it follow.
+    # A sum in another order can move a target across the border between two codes, which also changes the columns after it.
     unequal = float((codes != plain).float().mean())
     assert unequal < 2e-3, f"{unequal:.2%} of the codes differ"
 

@@ -1,4 +1,4 @@
-"""The kernel of the search for scales on a GPU, against plain PyTorch in float64, and what the search finds with it."""
+"""The kernel of the search for scales against plain PyTorch in float64, and the search with the kernel against the search without it."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_is_the_error_of_rounding(n, k):
     assert torch.equal(error, kernel.group_error(weight, steps, energy)), "two runs differ"
     codes = (weight.double() / steps.double().unsqueeze(-1)).round().clamp(-8, 7)
     exact = ((codes * steps.double().unsqueeze(-1) - weight.double()).square() * energy).sum(-1)
-    # A weight on the edge between two codes loses as much with either.
+    # A weight on the border between two codes has the same error with either.
     assert float((error - exact).norm() / exact.norm()) < 1e-5
 
 
@@ -30,4 +30,4 @@ def test_the_search_finds_the_same_scales_with_it(integer, monkeypatch):
     found = group_scales.search(weight, energy, torch.bfloat16, integer)
     monkeypatch.setattr(kernel, "available", lambda weight: False)
     plain = group_scales.search(weight, energy, torch.bfloat16, integer)
-    assert float((found != plain).float().mean()) < 0.01, "two candidates that leave the same may change places, no more"
+    assert float((found != plain).float().mean()) < 0.01, "only candidates with equal errors may differ"

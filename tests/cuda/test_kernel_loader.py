@@ -1,4 +1,4 @@
-"""From machine code to kernels without a GPU: what is asked for again, what is remembered, and what is said."""
+"""The loading of kernels without a GPU: which failures are cached, which are retried, and the messages."""
 
 import contextlib
 import types
@@ -10,8 +10,8 @@ from comfyui_svdquant.cuda import driver, kernel_loader
 from comfyui_svdquant.cuda.errors import KernelsUnavailable
 
 
-def test_failure_is_remembered(monkeypatch):
-    """A linear that can't have its kernel asks for it at every call: the reason is found once."""
+def test_a_failure_is_cached(monkeypatch):
+    """A linear whose kernel is unavailable asks for it at every call, but the reason is determined once."""
     builds = []
 
     def build(*key):
@@ -32,11 +32,11 @@ def test_failure_is_remembered(monkeypatch):
     while inputs:
         assert layer(inputs.pop()) == "no CuPy"
     assert len(builds) == 1
-    assert not any(x() is not None for x in left), "what is remembered holds no caller's tensors"
+    assert not any(x() is not None for x in left), "the cached failure holds no caller's tensors"
 
 
 class LoadError(RuntimeError):
-    """As CuPy raises the driver's."""
+    """A driver error as CuPy raises it."""
 
     def __init__(self, status):
         self.status = status
@@ -45,7 +45,7 @@ class LoadError(RuntimeError):
 @pytest.mark.parametrize(("failures", "error", "emptied"), [
     ([], None, 0), ([2], None, 1), ([2, 2], torch.OutOfMemoryError, 1), ([209], LoadError, 0), ([2, 209], LoadError, 1)])
 def test_a_gpu_whose_memory_is_full(monkeypatch, failures, error, emptied):
-    """PyTorch gives back what it holds and doesn't use; then there is room, or it is PyTorch's own error."""
+    """PyTorch's unused memory is freed. If that isn't enough, PyTorch's own OutOfMemoryError is raised."""
     calls = []
 
     class Module:
@@ -62,7 +62,7 @@ def test_a_gpu_whose_memory_is_full(monkeypatch, failures, error, emptied):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU with everything but a kernel: {"load": what loading one does}."""
+    """A GPU with everything except a kernel: {"load": the function that loads it}."""
     does = {"load": lambda: None}
 
     def function(*args):
@@ -91,16 +91,16 @@ def raising(error):
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"),
-    LoadError(700),  # an illegal address in somebody else's kernel, which every later call meets
+    LoadError(700),  # an illegal address in another kernel, which every later call reports
     LoadError(719),  # a launch failure of the same kind
     LoadError(46),   # the device is busy
     LoadError(999),
     driver.DriverError("cuFuncSetAttribute failed", 700),
-    RuntimeError("CUDA error: an illegal memory access was encountered"),  # PyTorch's
+    RuntimeError("CUDA error: an illegal memory access was encountered"),  # PyTorch's form of the error
     MemoryError(),
 ])
-def test_an_error_of_something_else_is_raised_as_it_is_and_not_remembered(gpu, error):
-    """The next call may find it gone; that the kernels can't be had at all would be a wrong message, for the life of the process."""
+def test_a_temporary_error_is_raised_unchanged_and_not_cached(gpu, error):
+    """The next call may succeed. A message that the kernels are unavailable would be wrong, and would last until the process ends."""
     gpu["load"] = raising(error)
     for _ in range(2):
         with pytest.raises(type(error)) as raised:
@@ -112,19 +112,19 @@ def test_an_error_of_something_else_is_raised_as_it_is_and_not_remembered(gpu, e
 
 @pytest.mark.parametrize("error", [*map(LoadError, driver.PERMANENT), driver.DriverError("cuFuncSetAttribute failed", 1),
                                    KernelsUnavailable("no NVRTC")])
-def test_what_stays_as_it_is_is_remembered(gpu, error):
+def test_a_permanent_error_is_cached(gpu, error):
     gpu["load"] = raising(error)
     with pytest.raises(KernelsUnavailable, match="no NVRTC" if isinstance(error, KernelsUnavailable) else "did not load the kernel awq"):
         kernel_loader.kernel(*WANTED)
-    gpu["load"] = lambda: pytest.fail("asked again")
+    gpu["load"] = lambda: pytest.fail("the loader retried")
     with pytest.raises(KernelsUnavailable):
         kernel_loader.kernel(*WANTED)
 
 
 @pytest.mark.parametrize(("shared", "defines", "expected"), [
     (0, (), []), (48 << 10, (("CTAS", 8),), []), (99 << 10, (), [(0x77, 8, 99 << 10)]), (0, (("CTAS", 16),), [(0x77, 14, 1)])])
-def test_what_a_kernel_has_to_say_it_wants(monkeypatch, shared, defines, expected):
-    """More shared memory than the usual, and larger clusters."""
+def test_function_attributes_of_large_kernels(monkeypatch, shared, defines, expected):
+    """More dynamic shared memory than the default, and larger clusters."""
     set_attributes = []
 
     def attribute(function, name, value):

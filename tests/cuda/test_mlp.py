@@ -1,4 +1,4 @@
-"""The op of an MLP's two layers: the reference's two underneath, opaque to torch.compile, its launches wired as they should be."""
+"""The op of an MLP's two layers: its results, its graph under torch.compile, and the arguments of its launches."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def one_by_one(x, first, second):
 
 
 def flat(first, second):
-    """The op's arguments behind x."""
+    """The op's arguments after x."""
     return first.tensors, second.tensors, first.unsigned_from, second.unsigned_from
 
 
@@ -51,7 +51,7 @@ def test_one_graph_under_torch_compile():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Two GPU's functions on the CPU: ({name: address}, the steps of its chain) of each call."""
+    """A fake GPU: a list of ({name: address}, the steps of the chain), one for each call."""
     calls = []
     mlp._launches.cache_clear()
     with recorded(monkeypatch), pytest.MonkeyPatch.context() as patch:
@@ -63,14 +63,14 @@ def launched(monkeypatch):
 
 @pytest.fixture
 def patch(launched):
-    """As monkeypatch, and undone before `launched` is."""
+    """A monkeypatch that is undone before `launched` is."""
     with pytest.MonkeyPatch.context() as patch:
         yield patch
 
 
 @pytest.mark.parametrize(("m", "first_rank", "second_rank"), [(37, 16, 32), (1000, 0, 64), (5, 160, 16)])
-def test_what_the_kernels_get(launched, m, first_rank, second_rank):
-    """Every tensor's address in its place, and parts of the workspace that are as large as what is written there."""
+def test_the_kernels_arguments(launched, m, first_rank, second_rank):
+    """Every argument is the right tensor's address, and each part of the work memory is as large as its contents."""
     first, second = layers(first_rank, second_rank, bias=m != 37)
     x = aligned(random_input(m, K, torch.bfloat16)).view(1, m, K)
     y = mlp.svdquant_mlp(x, first, second)
@@ -99,8 +99,8 @@ def test_what_the_kernels_get(launched, m, first_rank, second_rank):
 @pytest.mark.parametrize(("number", "options"), [
     (75, {}), (89, {"second_rank": 80}), (89, {"second_rank": 0}), (89, {"second_rank": 24}), (89, {"first_rank": 24}),
     (89, {"hidden": 320})])
-def test_what_the_kernels_do_not_take(launched, patch, number, options):
-    """Then it is two layers one after the other; here they are written down."""
+def test_layers_that_the_kernels_do_not_take(launched, patch, number, options):
+    """Then two layers run one after the other, and the test records them."""
     calls = []
     patch.setattr(targets, "for_device", lambda device: targets.TARGETS[number])
     patch.setattr(ops, "svdquant_linear", lambda x, operands: calls.append(operands) or x)
@@ -111,7 +111,7 @@ def test_what_the_kernels_do_not_take(launched, patch, number, options):
 
 @pytest.mark.parametrize("options", [{}, {"second_rank": 80}])
 def test_prepared_kernels_are_all_that_is_asked_for(launched, patch, options):
-    """Of an MLP that the kernels take, and of one whose layers run one after the other."""
+    """For an MLP that the kernels take, and for one whose layers run one after the other."""
     asked, kernel = [], kernel_loader.kernel
     patch.setattr(kernel_loader, "kernel", lambda *args: asked.append(args[:3]) or kernel(*args))
     first, second = layers(**options)

@@ -1,4 +1,4 @@
-"""An MLP's two layers in one pass: the codes between them are those of the layers one after the other, to the bit.
+"""An MLP's two layers in one pass. The codes between them equal those of the two layers run one after the other, to the bit.
 
 Hopper has no 4-bit MMA; its compiler emulates one, so that the paths of sm_80 .. sm_89 run here as well.
 """
@@ -53,19 +53,19 @@ class Case:
         return self.x, self.first, self.second
 
     def sizes(self):
-        """As mlp.layers() takes them."""
+        """The sizes, in mlp.layers()'s order."""
         (m, k), (hidden, rank), (n, second_rank) = self.x.shape, self.first.proj_up.shape, self.second.proj_up.shape
         return m, k, hidden, n, rank, second_rank, self.first.unsigned_from, self.second.unsigned_from, self.x.dtype
 
 
 def kernels_of(path, case):
-    """choose.MLPKernels for a path that needn't be the device's own."""
+    """choose.MLPKernels for a path that may be another GPU's."""
     chosen = ops.chosen(mlp.layers(*case.sizes()), DEVICE)
     return chosen._replace(storage=path.storage, tile=path.tile)
 
 
 def random_case(m, k, hidden, n, first_rank, second_rank, unsigned_from, dtype=torch.bfloat16):
-    """The hidden states have a few loud columns, and are some units large. Without a bias where N is 96."""
+    """A case whose hidden states have a few outlier columns. It has no bias if N is 96."""
     first = random_layer(hidden, k, first_rank, bias=n != 96, dtype=dtype, seed=m, gelu_from=0)
     second = random_layer(n, hidden, second_rank, unsigned_from, n != 96, dtype, seed=m + 1)
     first.weight_scale[:, ::50] *= 8
@@ -73,7 +73,7 @@ def random_case(m, k, hidden, n, first_rank, second_rank, unsigned_from, dtype=t
 
 
 def run(path, case):
-    """(y, the second layer's Quantized), out of poisoned memory whose margins have to stay as they are."""
+    """(y, the second layer's Quantized), from poisoned memory whose margins must not change."""
     x, first, second = case.args()
     m, _, hidden, n, _, second_rank, *_ = case.sizes()
     dtype, margin = x.dtype, 4096
@@ -96,7 +96,7 @@ def run(path, case):
 
 
 def layer_by_layer(path, case):
-    """(hidden states (M, hidden), what the second layer's quantize kernel makes of them), by the kernels of two layers."""
+    """(hidden states (M, hidden), their Quantized), computed by the kernels of two layers."""
     hidden = gemm(path, quantized(path, case.x, case.first), case.first, case.x.shape[0])
     return hidden, quantized(path, hidden, case.second)
 
@@ -118,7 +118,7 @@ def bits(tensor):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    """All kernels at once, on as many cores as there are."""
+    """Compile all kernels in parallel."""
     target = targets.for_device(DEVICE)
     wanted = [(mlp.PARTIAL_SUMS, mlp.add_defines(dtype, ranks)) for dtype in (torch.bfloat16, torch.float16) for ranks in (32, 64)]
     for path in PATHS:
@@ -136,10 +136,10 @@ def test_is_the_two_layers(path, shape):
     case = random_case(*shape, path.dtype)
     y, q = run(path, case)
     hidden, expected = layer_by_layer(path, case)
-    assert torch.equal(bits(q.act), bits(expected.act)), f"{int((bits(q.act) != bits(expected.act)).sum())} bytes of codes are others"
+    assert torch.equal(bits(q.act), bits(expected.act)), f"{int((bits(q.act) != bits(expected.act)).sum())} bytes of codes differ"
     assert torch.equal(bits(q.act_scale), bits(expected.act_scale))
 
-    # The branch: sums in another order than quantize.cu's, within that test's bound of float64.
+    # The branch's sums have another order than quantize.cu's, and the same error bound against float64 as in that kernel's test.
     m, down = hidden.shape[0], case.second.proj_down
     rows = read_lora_act(q.lora_act, (q.lora_act.shape[1], 32 * q.lora_act.shape[0]))
     assert (rows[m:] == 0).all() and (rows[:, down.shape[1]:] == 0).all() and (q.lora_act_scale[m:] == 0).all()
@@ -155,12 +155,13 @@ def test_is_the_two_layers(path, shape):
     assert torch.equal(bits(y), bits(behind))
     error = relative_error(y, reference.svdquant_linear(hidden.double(), second, torch.float64))
     assert error < BF16, f"relative error {error:.2e}"
-    again = run(path, case)
-    assert torch.equal(bits(y), bits(again[0])) and all(torch.equal(bits(a), bits(b)) for a, b in zip(q, again[1])), "two runs differ"
+    second_run = run(path, case)
+    assert torch.equal(bits(y), bits(second_run[0])), "two runs differ"
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(q, second_run[1])), "two runs differ"
 
 
 def test_fp16s_branch_is_scaled_down():
-    """Where x @ proj_down is beyond fp16."""
+    """x @ proj_down exceeds the range of fp16."""
     path = Path(NIBBLES, WIDE, torch.float16)
     case = random_case(77, 128, 512, 64, 16, 32, 0, torch.float16)
     down = case.second.proj_down
@@ -210,7 +211,7 @@ def test_a_token_does_not_see_its_neighbours():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_op(dtype):
-    """As the device has it, with what was chosen here: against two layers, of which only the branch's rounding is another."""
+    """The op with choose()'s kernels against two layers, from which only the rounding of the branch differs."""
     case = random_case(300, 1024, 3072, 768, 32, 32, 0, dtype)
     x, first, second = case.args()
     assert mlp.fused(*case.args()) is not None
@@ -222,7 +223,7 @@ def test_the_op(dtype):
     assert relative_error(y.view(300, 768), two) < BF16 and relative_error(y.view(300, 768), exact) < BF16
 
 
-def test_what_falls_back_is_the_two_layers():
+def test_the_fallback_is_the_two_layers():
     for shape in ((70, 128, 320, 64, 16, 32, 0), (70, 128, 256, 64, 16, 128, 0), (70, 128, 256, 64, 16, 0, 0)):
         x, first, second = random_case(*shape).args()
         assert mlp.fused(x, first, second) is None
@@ -243,7 +244,7 @@ def test_in_one_graph_in_a_cuda_graph_and_on_a_stream():
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(1_000_000)  # what reads too early reads zeros
+        torch.cuda._sleep(1_000_000)  # a kernel that reads too early reads zeros
         late = torch.zeros_like(x)
         late.copy_(x)
         y = model(late)
@@ -254,7 +255,7 @@ def test_in_one_graph_in_a_cuda_graph_and_on_a_stream():
 @pytest.mark.parametrize("pays", [None, True])
 @pytest.mark.parametrize("act_bits", [0, 4])
 def test_a_models_mlp_in_one_graph(act_bits, pays, monkeypatch):
-    """With what the device chooses, and with the choice of others'."""
+    """The device's own choice gives one graph, and so does other GPUs' choice."""
     if pays:
         monkeypatch.setattr(mlp, "pays", lambda device: pays)
     k, hidden, n = 256, 512, 128

@@ -1,4 +1,4 @@
-"""NVFP4: codes against comfy-kitchen's and against those that Nunchaku's packer was given, the layer against float64."""
+"""NVFP4: codes against comfy-kitchen's and against the inputs of Nunchaku's packer, and the layer against float64."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def activation(x, smooth):
 
 
 def exact(x, weight, scale, second, down, up, smooth, bias):
-    """The layer in float64, element by element where the format says so."""
+    """The layer in float64, with the format's rounding of each element."""
     byte = weight.view(torch.uint8).long()
     codes = torch.stack((byte & 15, byte >> 4), dim=-1).flatten(1)
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)[codes]
@@ -63,7 +63,7 @@ def test_codes_and_scales_are_exact_in_16_bits(dtype):
     assert torch.equal(dense.double(), scale.double().t() * torch.tensor(nvfp4.VALUES, dtype=torch.float64))
 
 
-def test_the_codes_that_nunchaku_packed_mean_what_it_was_given():
+def test_nunchakus_codes_decode_to_its_inputs():
     v = load_file(VECTORS)
     dense = nvfp4.dequantize_weight(int4.pack(v["in.weight_code"]), v["in.wscales"].t().to(torch.float8_e4m3fn),
                                     v["in.wcscales"].float().unsqueeze(0), torch.float64)
@@ -83,8 +83,8 @@ def test_float32_is_float64_to_rounding(monkeypatch, blocks, chunk):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_what_a_gpu_computes_is_16_bits_from_float64(dtype, bound):
-    """Rounded to 16 bits: the dense weight, the product, the branch and y, each by half of `bound` at most."""
+def test_16_bit_results_are_close_to_float64(dtype, bound):
+    """The dequantized weight, the product, the branch and y are rounded to 16 bits, each by at most half of `bound`."""
     tensors, x = layer(5, dtype), random_input(64, K, dtype)
     error = relative_error(nvfp4.nvfp4_linear(x, *tensors, dtype=dtype), exact(x, *tensors))
     assert error < bound, f"relative error {error:.2e}"
@@ -100,7 +100,7 @@ def test_the_bounds_catch_a_wrong_scale_and_a_swapped_byte():
         assert relative_error(nvfp4.nvfp4_linear(x, *wrong), right) > 1e-5, i
 
 
-def test_zeros_extremes_and_what_is_not_finite():
+def test_zeros_extremes_and_values_that_are_not_finite():
     smooth = torch.ones(64)
     x = torch.zeros(4, 64)
     x[1] = 1e-6  # a scale below e4m3's smallest is 0, as in Nunchaku
@@ -114,7 +114,7 @@ def test_zeros_extremes_and_what_is_not_finite():
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):
     *tensors, last = layer()
-    # Not test_schema, which compares the inputs before and after: PyTorch can't compare float8.
+    # test_schema is left out: it compares the inputs before and after, and PyTorch can't compare float8.
     torch.library.opcheck(nvfp4_ops.nvfp4_linear, (random_input(5, K, torch.bfloat16), *tensors, last if bias else None),
                           test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
 

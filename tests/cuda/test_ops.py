@@ -1,4 +1,4 @@
-"""The custom ops: registered rightly, opaque to torch.compile, and the reference underneath."""
+"""The custom ops: their registration, their graphs under torch.compile, and their results against the reference."""
 
 import itertools
 
@@ -54,12 +54,12 @@ def test_one_graph_under_torch_compile():
     assert torch.equal(compiled(x), model(x))
 
 
-def test_nobody_is_passed_by():
-    """Whoever traces sees the op and not what is in it: torch.export, and modes of the dispatcher."""
+def test_tracers_see_the_op():
+    """torch.export and dispatch modes see the op, not the operations inside it."""
     layer, x = random_layer(96, 128, 16), random_input(5, 128)
 
     class Model(torch.nn.Module):
-        def __init__(self):  # PyTorch 2.5 exports no tensors from elsewhere
+        def __init__(self):  # PyTorch 2.5 can't export tensors that aren't the module's
             super().__init__()
             for i, tensor in enumerate(layer.tensors):
                 self.register_buffer(f"tensor{i}", tensor)
@@ -101,7 +101,7 @@ FLUX = [  # N, K, unsigned_from, gelu_from of FLUX.1's linears
     (75, 30, 64), (80, 108, 163), (86, 16, 99), (86, 82, 99), (87, 16, 163), (89, 24, 99), (89, 128, 99), (90, 132, 227), (100, 148, 227),
     (103, 148, 227), (110, 20, 227), (120, 36, 99), (120, 170, 99), (121, 48, 99)])
 def test_every_gpu_runs_fluxs_layers_by_two_launches(monkeypatch, number, sms, most_shared):
-    """From laptops on, in both types, with 4 and 8 bits: a plan, and shared memory that the GPU has."""
+    """Every GPU, both types, 4 and 8 bits: there is a plan, and it fits in the GPU's shared memory."""
     with recorded(monkeypatch), pytest.MonkeyPatch.context() as patch:
         patch.setattr(targets, "for_device", lambda device: targets.TARGETS[number])
         patch.setattr(targets, "multiprocessors", lambda device: sms)
@@ -114,13 +114,13 @@ def test_every_gpu_runs_fluxs_layers_by_two_launches(monkeypatch, number, sms, m
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp16_in_place_of_a_wider_type(dtype):
-    """Numbers beyond its range become its largest; NaN and Inf are seen, in their own rows."""
+    """Numbers beyond fp16's range become its largest number; NaN and Inf stay visible in their own rows."""
     x = torch.tensor([[1, 2], [-3e4, 7e4], [torch.nan, 1], [1, -torch.inf], [1e30, -1e30]], dtype=dtype)
     y = ops.computed_in(torch.float16, x, lambda x: 2 * x)
     largest = torch.finfo(torch.float16).max
     assert y.dtype == dtype and y[[2, 3]].isnan().all()
     assert torch.equal(y[[0, 1, 4]], torch.tensor([[2, 4], [-6e4, largest], [largest, -largest]]).to(dtype).clamp(-largest, largest))
-    assert ops.computed_in(torch.float16, x.half(), lambda x: 2 * x)[1, 1].isinf(), "a model in fp16 has guards of its own"
+    assert ops.computed_in(torch.float16, x.half(), lambda x: 2 * x)[1, 1].isinf(), "a model in fp16 has its own guards"
     assert torch.equal(ops.computed_in(torch.bfloat16, x, lambda x: x)[4], x[4].bfloat16().to(dtype)), "as wide a type"
 
 
@@ -142,8 +142,8 @@ def test_kernels_are_prepared_in_the_type_that_they_compute_in(monkeypatch, numb
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("rank", [0, 32, 128])
-def test_what_the_kernels_get(monkeypatch, rank, act_bits):
-    """The addresses of everything, by the first call and by a cached launch; each part of the workspace where no other is."""
+def test_the_kernels_arguments(monkeypatch, rank, act_bits):
+    """The first call and a cached launch pass the right addresses, and the parts of the work memory don't overlap."""
     m, n, k = 37, 208, 256
     layer = random_layer(n, k, rank, bias=rank != 32, act_bits=act_bits)._replace(row_scale=torch.rand(n) if act_bits == 8 else None)
     x = aligned(random_input(m, k, torch.bfloat16)).view(1, m, k)
@@ -166,7 +166,7 @@ def test_what_the_kernels_get(monkeypatch, rank, act_bits):
 
 
 def test_8_bits_on_a_gpu_need_a_row_scale(monkeypatch):
-    """It is the layer's to find, once: an op that looked for it would do so in every call of a graph. On the CPU it isn't used."""
+    """The layer computes it once; an op would compute it in every call of a graph. The CPU doesn't use it."""
     layer, x = random_layer(208, 256, 32, act_bits=8), aligned(random_input(37, 256, torch.bfloat16))
     ops.svdquant_linear(x, layer)
     with recorded(monkeypatch) as calls, pytest.raises(ValueError, match="needs its row_scale"):

@@ -1,4 +1,4 @@
-"""The ops on a GPU: the kernels one after the other, against the reference in float64."""
+"""The ops on a GPU against the reference in float64."""
 
 import threading
 
@@ -13,14 +13,14 @@ from .layers import check_in_graphs, decided, on_cuda, random_input, random_laye
 
 pytestmark = pytest.mark.gpu
 
-BF16 = 3e-3  # the output's rounding, 1.7e-3 of evenly spread values, that of the branch's activation, and codes on the edge
+BF16 = 3e-3  # rounding of the output (1.7e-3 for uniform values) and of the branch's activation, and codes that round differently
 SHAPES = [  # M, N, K, R, unsigned_from
     (1, 16, 64, 0, None), (37, 80, 192, 16, None), (200, 400, 384, 48, 0), (513, 1040, 1024, 128, None), (130, 384, 640, 24, 128),
     (300, 208, 1536, 160, 1024), (64, 192, 320, 32, 192)]
 
 
 def integer_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, seed=0, act_bits=4):
-    """A random layer on the GPU with integer group scales, as our quantizer writes them."""
+    """A random layer on the GPU with group scales that are integer multiples of a row scale, as the quantizer writes them."""
     layer = random_layer(n, k, rank, unsigned_from, bias, dtype, seed)
     g = torch.Generator().manual_seed(seed)
     row = torch.randint(8, 16, (n,), generator=g) * 2.0**-11
@@ -29,7 +29,7 @@ def integer_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat1
 
 
 def in_threads(work, count):
-    """work(0), work(1), ... side by side, each in a thread of its own."""
+    """Run work(0), work(1), ... at the same time, each in its own thread."""
     threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
     for thread in threads:
         thread.start()
@@ -57,7 +57,7 @@ def test_is_the_references_product(m, n, k, rank, unsigned_from, dtype, act_bits
     (384, 32, 0, torch.bfloat16), (384, 128, 128, torch.float16), (384, 160, 128, torch.bfloat16), (208, 16, 80, torch.bfloat16),
     (192, 0, 64, torch.float32), (192, 24, 192, torch.bfloat16)])
 def test_gelu_from_a_column_on(n, rank, gelu_from, dtype, act_bits):
-    """In the kernel where it can be, else behind it."""
+    """The kernel applies GELU if it can; otherwise PyTorch applies it after the kernel."""
     stored = torch.bfloat16 if dtype == torch.float32 else dtype
     layer, x = integer_layer(n, 256, rank, None, n != 208, stored, act_bits=act_bits), random_input(70, 256, dtype, seed=n).cuda()
     activated = layer._replace(gelu_from=gelu_from)
@@ -108,15 +108,15 @@ def test_in_threads_with_streams_of_their_own(act_bits):
     def work(i):
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream), torch.inference_mode():
-            for turn in range(20):
-                torch.cuda._sleep(100_000)  # what reads too early reads the turn before
-                x = inputs[i] * 2**turn
+            for step in range(20):
+                torch.cuda._sleep(100_000)  # a kernel that reads too early reads the previous step's values
+                x = inputs[i] * 2**step
                 results[i].append(ops.svdquant_linear(x, layers[i]))
         stream.synchronize()
 
     layers = [integer_layer(192 + 16 * i, 256, 32, seed=i, act_bits=act_bits) for i in range(4)]
     inputs = [random_input(64 + 16 * i, 256, torch.bfloat16, seed=i).cuda() for i in range(4)]
-    expected = [[ops.svdquant_linear(x * 2**turn, layer) for turn in range(20)] for x, layer in zip(inputs, layers)]
+    expected = [[ops.svdquant_linear(x * 2**step, layer) for step in range(20)] for x, layer in zip(inputs, layers)]
     torch.cuda.synchronize()
     results = [[] for _ in layers]
     in_threads(work, 4)
@@ -135,7 +135,7 @@ def module_of(n, k, rank, act_bits, seed=0):
 
 
 def by_the_op(module, x):
-    """What a layer gives that remembers nothing."""
+    """The output of the layer's op, without a cached launch."""
     p = {name: None if p is None else p.cuda() for name, p in module._parameters.items()}
     row_scale = row_scales.row_scale(p["weight_scale"]) if module.act_bits == 8 else None
     return ops.svdquant_linear(x, linear.operands(p, p["bias"], module.spec.unsigned_from, module.act_bits, row_scale, module.gelu_from))
@@ -143,7 +143,7 @@ def by_the_op(module, x):
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_a_layer_with_gelu_and_loras(act_bits):
-    """LoRAs come and go; what they add is added before the GELU."""
+    """LoRAs are added and removed, and their output is added before the GELU."""
     module, x = module_of(384, 256, 32, act_bits), random_input(70, 256, torch.bfloat16).cuda()
     plain = module(x)
     added = LoRABranch([LowRank((64, 320), (0, 256), torch.randn(256, 4), torch.randn(4, 256) / 16)]).cuda()
@@ -187,7 +187,7 @@ def test_a_layer_that_changes_between_two_calls(act_bits, rank, change):
     filler = [torch.full((1 << 16,), 0x7FC0, dtype=torch.int16, device="cuda") for _ in range(64)]  # NaN where freed memory was
     for _ in range(3):
         assert all(torch.equal(module(x), by_the_op(module, x)) for x in inputs)
-    assert all(map(torch.equal, kept[0] + kept[1] + kept[2], expected * 3)), "what was given out has changed"
+    assert all(map(torch.equal, kept[0] + kept[1] + kept[2], expected * 3)), "an earlier output has changed"
     del filler
     half, x = inputs[0].float(), torch.zeros(70, 512, dtype=torch.bfloat16, device="cuda")
     x[:, 128:384] = inputs[0]
@@ -196,29 +196,29 @@ def test_a_layer_that_changes_between_two_calls(act_bits, rank, change):
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_one_layer_in_threads(act_bits):
-    """They share what the layer remembers, not the memory of a launch; each has a stream and two shapes."""
+    """The threads share the layer's cached launches but not a launch's memory. Each has its own stream and two shapes."""
     def work(i):
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream), torch.inference_mode():
-            for turn in range(100):
-                x = inputs[i][turn % 2] * 2 ** (turn % 5)
+            for step in range(100):
+                x = inputs[i][step % 2] * 2 ** (step % 5)
                 results[i].append(module(x))
         stream.synchronize()
 
     module = module_of(192, 256, 32, act_bits)
     inputs = [[random_input(m + i, 256, torch.bfloat16, seed=i).cuda() for m in (16, 64)] for i in range(4)]
-    expected = [[by_the_op(module, pair[turn % 2] * 2 ** (turn % 5)) for turn in range(10)] for pair in inputs]
+    expected = [[by_the_op(module, pair[step % 2] * 2 ** (step % 5)) for step in range(10)] for pair in inputs]
     torch.cuda.synchronize()
     results = [[] for _ in inputs]
     in_threads(work, 4)
     for i in range(4):
-        assert len(results[i]) == 100 and all(torch.equal(y, expected[i][turn % 10]) for turn, y in enumerate(results[i])), f"thread {i}"
+        assert len(results[i]) == 100 and all(torch.equal(y, expected[i][step % 10]) for step, y in enumerate(results[i])), f"thread {i}"
 
 
 @pytest.mark.parametrize("rank", [32, 128])
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_a_layer_in_cuda_graphs_and_compiled(act_bits, rank):
-    """A layer that has run before, recorded twice, replayed while it runs outside as well."""
+    """A layer that has run before is recorded twice, and replayed while it also runs outside the graph."""
     module = module_of(192, 256, rank, act_bits)
     with torch.inference_mode():
         x = random_input(70, 256, torch.bfloat16).cuda()
@@ -239,8 +239,8 @@ def test_a_layer_in_cuda_graphs_and_compiled(act_bits, rank):
 
 @pytest.mark.parametrize("rank", [0, 32, 128])
 @pytest.mark.parametrize("act_bits", [4, 8])
-def test_what_lay_in_work_memory_is_not_seen(act_bits, rank, monkeypatch):
-    """Nor is anything written beside it; the layer's first call, one that repeats it, and the op's."""
+def test_old_contents_of_work_memory_have_no_effect(act_bits, rank, monkeypatch):
+    """Nothing is written outside it either: by the layer's first call, by a cached launch, and by the op."""
     module, x, margin, taken = module_of(192, 256, rank, act_bits), random_input(70, 256, torch.bfloat16).cuda(), 4096, []
 
     def take(size, stream):
@@ -259,7 +259,7 @@ def test_what_lay_in_work_memory_is_not_seen(act_bits, rank, monkeypatch):
 @pytest.mark.parametrize("rank", [32, 128])
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_a_layer_of_a_model_in_fp16(act_bits, rank):
-    """Stored in bf16, held in fp16: what a call that converts everything gives, and nothing to look up for the next one."""
+    """A layer stored in bf16 and held in fp16 equals a call that converts everything, and its next call uses a cached launch."""
     module, x = module_of(192, 256, rank, act_bits), random_input(70, 256, torch.float16).cuda()
     expected = by_the_op(module, x)
     preparation.compute_in(module, torch.float16, x.device)
@@ -271,7 +271,7 @@ def test_a_layer_of_a_model_in_fp16(act_bits, rank):
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_layers_output_is_all_that_stays(inference):
-    """Of a first call and of one that repeats it; a tensor like any other of PyTorch's."""
+    """A first call and a cached launch leave no other memory, and the output is an ordinary PyTorch tensor."""
     module, x = module_of(192, 256, 32, 8), random_input(70, 256, torch.bfloat16).cuda().view(2, 35, 256)
     module(x)
     with torch.inference_mode(inference):
@@ -285,7 +285,7 @@ def test_a_layers_output_is_all_that_stays(inference):
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_behind_a_copy_in_a_cuda_graph(act_bits):
-    """A copy is no kernel, and the layer's first one, which may start early, has to wait for it all the same."""
+    """The layer's first kernel may start early, but must also wait for a copy, which is no kernel."""
     module, x = module_of(192, 256, 32, act_bits), random_input(1 << 16, 256, torch.bfloat16).cuda()
     source, copied = x.clone(), torch.zeros_like(x)
     with torch.inference_mode():
@@ -314,7 +314,7 @@ def test_a_layer_on_another_device_than_the_current():
 
 
 def test_warm_up():
-    """The kernels are there afterwards, and what can't be had is not an error."""
+    """Warm-up builds the kernels, and an unavailable kernel is not an error."""
     device = torch.device("cuda", torch.cuda.current_device())
     layers = [(70, 192, 256, 32, 256, act_bits, torch.bfloat16) for act_bits in (4, 8)]
     for future in ops.warm_up([*layers, (1, 64, 128, 0, 128, W4A16, torch.bfloat16), (70, 192, 256, 7, 256, 8, torch.float64)], device):

@@ -18,12 +18,12 @@ from .layers import plans_here
 pytestmark = pytest.mark.gpu
 
 INT8, INT4_BYTES, INT4_NIBBLES = CodeStorage
-TINY = 2.0**-100  # the kernel counts a maximum below this as zero
+TINY = 2.0**-100  # the kernel takes a maximum below this for zero
 POISON = 0x5A
 
 
 def random_case(m, k, rank, dtype=torch.bfloat16, seed=0):
-    """x with a few loud channels, smooth over six octaves, proj_down: on the GPU."""
+    """x with a few outlier channels, smooth over six octaves, and proj_down, on the GPU."""
     g = torch.Generator("cuda").manual_seed(seed + m + k)
     x = torch.randn(m, k, generator=g, device="cuda")
     x[:, torch.randperm(k, generator=g, device="cuda")[: max(1, k // 50)]] *= 40
@@ -33,7 +33,7 @@ def random_case(m, k, rank, dtype=torch.bfloat16, seed=0):
 
 
 def poisoned(monkeypatch):
-    """Make torch.empty hand out memory whose every byte is wrong: NaN where it is float."""
+    """Make torch.empty return memory in which every byte is wrong; floats are NaN."""
     empty = torch.empty
 
     def filled(*args, **kwargs):
@@ -45,13 +45,13 @@ def poisoned(monkeypatch):
 
 
 def quantize(x, smooth, down, unsigned_from, storage, **cut):
-    """The kernel by the fastest plan, or by one that cuts x up in another way."""
+    """The kernel with the fastest plan, or with a plan that `cut` selects."""
     plans = plans_here(*x.shape, down.shape[1], storage, **cut)
     return quantize_activation.quantize(x, smooth, down, unsigned_from, storage, plans)
 
 
 def expected(x, smooth, unsigned_from, storage):
-    """float64: (v, what is coded; scales (M, G) as the kernel's contract has them; the codes' range)."""
+    """In float64: (the values to encode, the scales (M, G) of the kernel's contract, the codes' range)."""
     m, k = x.shape
     _, scales = reference.quantize_activation(x, smooth, unsigned_from, 8 if storage == INT8 else 4, torch.float64)
     shift = (torch.arange(k, device=x.device) >= unsigned_from).double() * GELU_SHIFT
@@ -69,7 +69,7 @@ def expected(x, smooth, unsigned_from, storage):
 
 
 def read_back(result, shape, unsigned_from, storage):
-    """(codes (M, K) float64, scales (M, G), the padding: everything that no token owns)."""
+    """(codes (M, K) float64, scales (M, G), all padding)."""
     m, k = shape
     got = read_codes(result.act, storage, (result.act.shape[1], 128 * result.act.shape[0]))
     if storage == INT4_NIBBLES:
@@ -84,7 +84,7 @@ def read_back(result, shape, unsigned_from, storage):
 
 
 def check(x, smooth, down, unsigned_from, storage, **cut):
-    """Every output against float64. Returns the result."""
+    """Check every output against float64. Returns the result."""
     m, k = x.shape
     rank = down.shape[1]
     result = quantize(x, smooth, down, unsigned_from, storage, **cut)
@@ -93,21 +93,21 @@ def check(x, smooth, down, unsigned_from, storage, **cut):
     for rest in padding:
         assert (rest == 0).all(), "padding that isn't 0"
 
-    # A NaN or Inf: the scale is NaN, of the group or, with one scale a row, of the row. Codes are 0.
+    # A NaN or Inf makes the scale of its group, or of its row if a row has one scale, NaN. The codes are 0.
     broken = ~scales.isfinite()
     if storage == INT8:
         broken = broken.any(dim=1, keepdim=True).expand_as(broken)
     assert torch.equal(got_scales.isnan(), broken), "NaN scales are not where x has a NaN or Inf"
-    # Where the largest and the smallest value are as large but for float32's rounding, either may be the one that is -8.
+    # If the largest and the smallest value have equal magnitudes up to float32 rounding, either may get code -8.
     groups = v.view(m, -1, 64)
     tied = ((groups.amax(dim=-1) + groups.amin(dim=-1)).abs() < 1e-6 * groups.abs().amax(dim=-1)) & (storage != INT8)
     scales = torch.where(tied & (got_scales == -got_scales.abs() * scales.sign()), -scales, scales)
-    # Rounded twice: the largest value (x / smooth: a sum, a reciprocal of 1 ulp, a product) and its product with 1 / 127.
+    # Two roundings: of the largest value (x / smooth is a sum, a reciprocal of 1 ulp and a product), and of its product with 1 / 127.
     off = ((got_scales - scales).abs() / scales.abs().clamp(min=1e-300)).masked_fill(broken | (scales == 0), 0)
     assert off.max() < 5e-7, f"scales are off by {off.max():.2e}"
     assert (got_scales[scales == 0] == 0).all(), "the scale of zeros isn't 0"
 
-    # float32 arithmetic moves v / scale by some 5e-7 of itself, at most 127: a code is the nearest but for near ties.
+    # float32 changes v / scale, which is at most 127, by about 5e-7 of itself: a code is the nearest one except near ties.
     width = broken.repeat_interleave(64, dim=1)
     divisor = scales.repeat_interleave(64, dim=1)
     q = torch.where(divisor == 0, 0.0, v / torch.where(divisor == 0, 1.0, divisor))
@@ -129,7 +129,7 @@ def check(x, smooth, down, unsigned_from, storage, **cut):
         assert (scale == 1).all()
     got, exact = rows[:m, :rank].double() * scale, x.double() @ down.double()
     size = x.double().abs() @ down.double().abs()
-    # Half a unit in the last place of the 16 bits, fp16's smallest step, and float32 sums (of K terms, one lost is 2^-14 of them).
+    # Half a unit in the last place of 16 bits, fp16's smallest step, and float32 sums (one lost term of K is 2^-14 of them).
     bound = exact.abs() * (2.0**-8 if x.dtype == torch.bfloat16 else 2.0**-11) + size * 2.0**-18
     bound = bound + (scale * 2.0**-25 if x.dtype == torch.float16 else 1e-38)
     sound = x.isfinite().all(dim=1)
@@ -156,7 +156,7 @@ CASES = [
     (77, 3072, 128, 512, 2, 4, torch.float16),
     (50, 12288, 32, 0, 2, 8, torch.bfloat16),
     (40, 15360, 32, 3072, 2, 8, torch.bfloat16),
-    (24, 15360, 32, 3072, 1, 1, torch.bfloat16),   # int8: more than fits in shared memory
+    (24, 15360, 32, 3072, 1, 1, torch.bfloat16),   # int8: x exceeds shared memory
     (48, 14976, 16, None, 4, 1, torch.bfloat16),
     (9, 4160, 32, 4096, 1, 8, torch.float16),
 ]
@@ -205,7 +205,7 @@ def test_is_float64s(m, k, rank, unsigned_from, tiles, ctas, dtype, storage, mon
 
 @pytest.mark.parametrize(("m", "k", "rank", "unsigned_from", "tiles", "ctas", "loop", "dtype"), REGISTERS_CASES)
 def test_registers_is_float64s(m, k, rank, unsigned_from, tiles, ctas, loop, dtype, monkeypatch):
-    """Twice, to the same bits: what a cluster's CTAs send each other may come in any order."""
+    """Two runs have the same bits, although a cluster's CTAs receive each other's data in any order."""
     if targets.for_device("cuda").max_cluster == 1:
         pytest.skip("clusters came with Hopper")
     poisoned(monkeypatch)
@@ -219,7 +219,7 @@ def test_registers_is_float64s(m, k, rank, unsigned_from, tiles, ctas, loop, dty
 
 @pytest.mark.parametrize("rank", [32, 128])
 def test_little_shared_memory(rank, monkeypatch):
-    """As on other GPUs: x doesn't stay, nor does 1 / smooth."""
+    """As on other GPUs, shared memory holds neither all of x nor all of 1 / smooth."""
     small = replace(targets.for_device("cuda"), shared_per_sm=72 << 10, shared_per_cta=71 << 10)
     monkeypatch.setattr(targets, "for_device", lambda device: small)
     poisoned(monkeypatch)
@@ -227,7 +227,7 @@ def test_little_shared_memory(rank, monkeypatch):
     check(*random_case(40, 12288, rank), 8192, INT8, registers=False, tiles=2, ctas=1)
 
 
-# How int8 may be cut: quantize.cu, and the forms of quantize_registers.cu.
+# The plans of int8: quantize.cu, and the forms of quantize_registers.cu.
 CUTS = [dict(registers=False), dict(registers=True, tiles=1, loop=False), dict(registers=True, tiles=2, loop=False),
         dict(registers=True, loop=True)]
 STORAGE_CUTS = [(INT4_BYTES, {}), (INT4_NIBBLES, {}), *((INT8, cut) for cut in CUTS)]
@@ -249,7 +249,7 @@ def test_special_rows(storage, cut, dtype, monkeypatch):
     x[7, 64:128] = 0
     x[8, 511] = -torch.inf
     x[9] = -GELU_SHIFT
-    x[10] = torch.finfo(dtype).max / (1024 if dtype == torch.bfloat16 else 1)  # times 1 / smooth it has to fit float32
+    x[10] = torch.finfo(dtype).max / (1024 if dtype == torch.bfloat16 else 1)  # its product with 1 / smooth must fit float32
     x[11] = -torch.finfo(dtype).max / 1024
     x[12] = torch.finfo(dtype).smallest_normal
     x[20, 0] = torch.nan
@@ -274,7 +274,7 @@ def test_strided_rows(storage):
 @pytest.mark.parametrize("storage", CodeStorage, ids=lambda storage: storage.name)
 @pytest.mark.parametrize(("m", "k", "rank"), [(300, 3072, 32), (4096, 1536, 32), (4608, 3072, 32), (64, 12288, 128)])
 def test_same_bits(m, k, rank, storage):
-    """Twice the same, and a token's outputs don't depend on where in the batch it is."""
+    """Two runs have the same bits, and a token's outputs don't depend on its position in the batch."""
     x, smooth, down = random_case(m, k, rank)
     first = quantize(x, smooth, down, k // 2, storage)
     for _ in range(5):
@@ -302,30 +302,30 @@ SHAPES = [(4096, 3072), (4608, 3072), (1024, 3072), (512, 3072), (256, 3072), (6
 
 
 def microseconds(calls):
-    """Of a call, of all of them recorded back to back in one CUDA graph."""
-    turn = itertools.cycle(calls)
-    return graph_time(lambda: next(turn)(), len(calls))
+    """Microseconds per call, with all calls recorded back to back in one CUDA graph."""
+    cycle = itertools.cycle(calls)
+    return graph_time(lambda: next(cycle)(), len(calls))
 
 
 def copy_bandwidth():
-    """Bytes a microsecond of a large device-to-device copy, reads and writes counted."""
+    """Bytes per microsecond of a large device-to-device copy, reads and writes together."""
     a, b = torch.empty(2, 1 << 28, dtype=torch.uint8, device="cuda")
     return 2 * a.numel() / microseconds([lambda: b.copy_(a)] * 4)
 
 
 def timing(m, k, rank, storage, copy, **cut):
-    """(us, share of the copy bandwidth) of one call; inputs and outputs rotate past the L2."""
+    """(us, fraction of the copy bandwidth) of one call; inputs and outputs rotate through more memory than L2."""
     sets = max(3, min(40, int(4e8 / (3 * m * k)) + 1))
     xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
     _, smooth, down = random_case(1, k, rank)
-    kept = []  # outputs stay alive, so that every call writes to memory of its own
+    kept = []  # outputs stay alive, so that every call writes to its own memory
     us = microseconds([lambda x=x: kept.append(quantize(x, smooth, down, k, storage, **cut)) for x in xs])
     moved = xs[0].nbytes + sum(t.nbytes for t in kept[-1] if t is not None) + down.nbytes
     return us, moved / us / copy
 
 
 def form(plan):
-    """A plan as text: quantize_registers.cu's loops, or is there once for each tile; or quantize.cu's number of slots."""
+    """A plan as text: whether quantize_registers.cu loops, or quantize.cu's number of slots."""
     how = ("loop" if plan.loop else "once") if plan.warps else f"{plan.slots} slots"
     return f"{how} T{plan.tiles} C{plan.ctas}"
 
@@ -345,7 +345,7 @@ def test_timing():
 
 
 def test_timing_of_other_cuts():
-    """What the plan is chosen from: int8."""
+    """The times of all plans for int8."""
     if targets.for_device("cuda").max_cluster == 1:
         pytest.skip("there is only one without clusters")
     copy = copy_bandwidth()

@@ -1,4 +1,4 @@
-"""How quantize_activation.py cuts up x, without a GPU: every shape has a plan that fits, and FLUX's shapes have the plans that were
+"""The plans of quantize_activation.py, without a GPU: every shape has a plan that fits, and FLUX's shapes have the plans that were
 measured to be the fastest."""
 
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def fastest(m, k, rank, storage, number, sms, **cut):
     return quantize_activation.plans_for(m, k, rank, storage, TARGETS[number], sms, **cut)[0]
 
 
-@pytest.mark.parametrize(("number", "sms"), [*SMS.items(), (90, 16), (90, 6), (120, 8)])  # the last: slices of one
+@pytest.mark.parametrize(("number", "sms"), [*SMS.items(), (90, 16), (90, 6), (120, 8)])  # the last ones are slices of a GPU
 def test_every_shape_has_a_plan_that_fits(number, sms):
     for m in (1, 16, 77, 512, 4096, 4608, 65536):
         for k in (64, 128, 192, 1088, 3072, 12224, 12288, 15360, 15424, 30720):
@@ -41,14 +41,14 @@ def test_the_fastest_on_hopper(m, k, rank, loop, tiles, ctas):
     assert plan.warps and plan.ranks == rank and (plan.loop, plan.tiles, plan.ctas) == (loop, tiles, ctas)
 
 
-def test_what_cublas_multiplies():
-    """More than 64 ranks; more than 32 in 4 bits, or where shared memory has no room for proj_down."""
+def test_branches_that_cublas_multiplies():
+    """Branches of more than 64 ranks; of more than 32 in 4 bits, or if proj_down doesn't fit in shared memory."""
     for m, k, rank, storage, number in ((4096, 3072, 128, INT8, 90), (4096, 3072, 64, INT4_BYTES, 90), (4096, 15360, 64, INT8, 120)):
         assert fastest(m, k, rank, storage, number, SMS[number]).ranks == 0
 
 
-def test_what_stays_with_quantize_cu():
-    """4 bits, no clusters, a block of columns, more than a cluster has registers for, and those for which ptxas spills."""
+def test_plans_of_quantize_cu():
+    """4 bits, no clusters, a single block of columns, more columns than a cluster's registers hold, and forms for which ptxas spills."""
     for m, k, rank, storage, number in ((4096, 3072, 32, INT4_BYTES, 90), (4096, 3072, 32, INT8, 89), (16, 64, 0, INT8, 90),
                                         (100, 16448, 0, INT8, 90)):
         assert not fastest(m, k, rank, storage, number, 132).warps
@@ -63,7 +63,7 @@ def test_what_stays_with_quantize_cu():
 @pytest.mark.parametrize(("fit", "ctas", "grid"), [
     ({16: 7, 8: 15, 6: 18, 2: 66}, 16, 112), ({16: 5, 8: 14, 6: 18, 2: 66}, 8, 112), ({}, 1, None)])
 def test_clusters_that_a_gpu_has_no_room_for(fit, ctas, grid, monkeypatch):
-    """As on a part of one, or one with smaller groups of multiprocessors: the next plan is taken."""
+    """A slice of a GPU, or a GPU with smaller GPCs: the next plan is taken."""
     kernel = SimpleNamespace(active_clusters=lambda size, threads: fit.get(size, 0), launcher=lambda grid, *args: grid[0])
     monkeypatch.setattr(quantize_activation.kernel_loader, "kernel", lambda *args: kernel)
 

@@ -1,4 +1,4 @@
-"""The reference against somebody else's implementation of the same contract, and against itself in float64.
+"""The reference against comfy-kitchen's implementation of the same contract, and against itself in float64.
 
 comfy-kitchen's eager backend computes svdquant_w4a4 and awq_w4a16 from the same tensors. Given float32 tensors it
 takes the same steps in another order, so the two agree to rounding; one wrong scale or swapped nibble is 1e-3 and more. Its 4-bit
@@ -77,7 +77,7 @@ def test_the_bound_catches_one_wrong_scale_and_one_swapped_byte():
 
 
 def test_a_split_layer_is_its_two_parts_added():
-    """linear2's contract: columns before unsigned_from as a signed layer, the rest as an unsigned one."""
+    """The columns before unsigned_from are a signed layer, the others an unsigned one."""
     layer, x = random_layer(64, 320, 16, unsigned_from=128), random_input(9, 320)
     whole = reference.svdquant_linear(x, layer)
     signed = reference.svdquant_linear(x[:, :128], LayerOperands(
@@ -90,7 +90,7 @@ def test_a_split_layer_is_its_two_parts_added():
 
 
 def test_eight_bits_are_closer_than_four():
-    """The same weights: all that is left between the two is the activation's rounding, 16 times finer."""
+    """With equal weights only the activation's rounding differs, which is 16 times finer."""
     layer, x = random_layer(128, 256, 0, bias=False), random_input(64, 256, outliers=False)
     exact = x / layer.smooth.float() @ reference.dequantize_weight(layer.weight, layer.weight_scale).t()
     four, eight = (relative_error(reference.svdquant_linear(x, layer._replace(act_bits=bits)), exact) for bits in (4, 8))
@@ -114,12 +114,12 @@ def test_the_activations_leave_a_fifth_less_noise_than_the_published_ones(monkey
     monkeypatch.setattr(reference, "activation_scales", reference.symmetric_scales)
     published = reference.scaled_codes(*reference.quantize_activation(x, torch.ones(256), 256))
     ratio = float((ours - x).square().sum() / (published - x).square().sum())
-    assert 0.74 < ratio < 0.82, f"{ratio:.3f} of the published noise; (7/8)^2 = 0.766 but for what is clipped"
+    assert 0.74 < ratio < 0.82, f"{ratio:.3f} of the published noise; (7/8)^2 = 0.766 without the clipping"
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_stay_in_their_row_and_are_seen(bad, act_bits):
+def test_nan_and_inf_stay_in_their_row_and_are_visible(bad, act_bits):
     layer, x = random_layer(32, 128, 16, act_bits=act_bits), random_input(6, 128)
     clean = reference.svdquant_linear(x, layer)
     x[2, 70] = bad

@@ -1,4 +1,4 @@
-"""The launch of loaded kernels without a GPU: the bytes that a launch hands to the driver."""
+"""The launch of loaded kernels without a GPU: the bytes that a launch passes to the driver."""
 
 import contextlib
 import ctypes
@@ -13,7 +13,7 @@ from comfyui_svdquant.cuda.errors import KernelsUnavailable
 
 
 class FakeDriver:
-    """Reads what a launch hands to the driver, as the driver would: {config's fields}, its attributes' bytes, the parameters."""
+    """Reads a launch as the driver would: {config's fields}, its attributes' bytes, the parameters."""
 
     def __init__(self, parameters, status=0):
         self.calls, self.parameters, self.status = [], parameters, status
@@ -37,7 +37,7 @@ class FakeDriver:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """A Kernel on a device that isn't there, and the driver that it calls."""
+    """A Kernel on a fake device, and the fake driver that it calls."""
     driver = FakeDriver([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int])
     monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
     monkeypatch.setattr(runtime, "_current_device", lambda: 0)
@@ -83,7 +83,7 @@ def test_a_chain(launches, monkeypatch):
 
 
 class FakeAllocator:
-    """Gives what it is told to; writes down what was taken, and given back after how many launches."""
+    """Returns given addresses; records each allocation, and after how many launches it was freed."""
 
     def __init__(self, driver, monkeypatch):
         self.driver, self.next, self.log = driver, 0, []
@@ -96,7 +96,7 @@ class FakeAllocator:
 
 
 def test_work_memory(launches, monkeypatch):
-    """A chain's own memory is taken on the launches' stream and given back behind the last one, or the one that failed."""
+    """A chain's work memory is allocated on the launches' stream, and freed after the last launch or the one that failed."""
     kernel, driver = launches
     allocator = FakeAllocator(driver, monkeypatch)
     one = kernel.launcher((1,), (32,), 4, (5,))
@@ -125,7 +125,7 @@ def test_no_work_memory(launches, monkeypatch):
 
 
 def test_allocator(monkeypatch):
-    """On the current device by PyTorch's short cut, on another, or where that isn't there, in the common way."""
+    """PyTorch's fast path allocates on the current device; torch.empty does on another device, or without the fast path."""
     made, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, device, **named: made.append(device) or empty(*args, device="meta", **named))
     monkeypatch.setattr(runtime, "_current_device", lambda: 1)
@@ -141,17 +141,17 @@ def test_allocator(monkeypatch):
 
 
 class FakeMaps:
-    """cuTensorMapEncodeTiled: a map's 128 bytes have the address first, as on Hopper, or elsewhere."""
+    """cuTensorMapEncodeTiled, whose 128 bytes begin with the address, as on Hopper, or have it elsewhere (`offset`)."""
 
-    def __init__(self, place=0):
-        self.place, self.calls = place, []
+    def __init__(self, offset=0):
+        self.offset, self.calls = offset, []
 
     def __call__(self, memory, kind, dimensions, address, sizes, strides, box, steps, *modes):
         begin = ctypes.cast(memory, ctypes.c_void_p).value
         assert begin % 64 == 0 and dimensions == 2 and modes == (0, 3, 0, 0), "128 bytes' swizzle, no interleaving"
         self.calls.append((kind, *sizes, *strides, *box, *steps))
         ctypes.memset(begin, 0xAB, 128)
-        ctypes.c_uint64.from_address(begin + self.place).value = address.value
+        ctypes.c_uint64.from_address(begin + self.offset).value = address.value
         return 0
 
 
@@ -164,7 +164,7 @@ def maps(launches):
 
 
 def test_a_tensor_map(launches, maps):
-    """In place of an address the kernel gets a map of the matrix that begins there; the other kernel of the chain, the address."""
+    """The kernel with boxes gets a map of the matrix at an address; the chain's other kernel gets the address."""
     kernel, driver = launches
     boxes = runtime.Boxes(rows=7, columns=48, box_rows=32, box_columns=64)
     mapped, plain = kernel.launcher((1,), (32,), 2, (5,), boxes=boxes), kernel.launcher((1,), (32,), 2, (6,))
@@ -184,15 +184,15 @@ def test_a_tensor_map(launches, maps):
 
 
 def test_another_format_of_tensor_maps(launches, maps):
-    """The address is written over the map's first bytes: where the driver has it elsewhere, there are no kernels."""
+    """The launch writes the address into the map's first bytes. If the driver has it elsewhere, the kernels are unavailable."""
     kernel, _ = launches
-    maps.place = 8
+    maps.offset = 8
     with pytest.raises(KernelsUnavailable, match="format of tensor maps: the tensor's address is not where it was. Update"):
         kernel.launcher((1,), (32,), 1, boxes=runtime.Boxes(1, 64, 32, 64))
 
 
 def test_on_another_device(launches, monkeypatch):
-    """PyTorch's current device is the kernel's while it is launched, and its stream that device's."""
+    """During a launch, PyTorch's current device is the kernel's, and the stream is that device's."""
     kernel, driver = launches
     kernel.index, current = 3, [0]
 
@@ -222,7 +222,7 @@ def test_a_launch_that_fails(launches):
 
 
 def test_launches_from_threads(launches):
-    """Threads that launch at once, each with its own arguments: none gets another's."""
+    """Threads that launch at the same time never get each other's arguments."""
     kernel, driver = launches
     run = kernel.launcher((1,), (32,), 5)
     threads = [threading.Thread(target=lambda i=i: [run(i, i, i, i, i) for _ in range(1000)]) for i in range(1, 5)]
@@ -234,7 +234,7 @@ def test_launches_from_threads(launches):
 
 
 def test_a_thread_without_a_context(launches, monkeypatch):
-    """The driver's functions need a context, which PyTorch makes in the threads that call it."""
+    """The driver's functions need a context, which PyTorch makes only in threads that call it."""
     kernel, driver = launches
     made, clusters = [], []
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
@@ -253,7 +253,7 @@ def test_a_thread_without_a_context(launches, monkeypatch):
 
 @pytest.mark.parametrize("status", [801, 912])
 def test_a_driver_that_knows_no_clusters(launches, monkeypatch, status):
-    """There is a plan without them."""
+    """The launcher then uses a plan without clusters."""
     kernel, driver = launches
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     driver.cuOccupancyMaxActiveClusters = lambda count, function, config: status
@@ -261,7 +261,7 @@ def test_a_driver_that_knows_no_clusters(launches, monkeypatch, status):
 
 
 def test_an_error_of_something_else_is_no_lack_of_clusters(launches, monkeypatch):
-    """An illegal address, of a kernel that ran before: the plan without clusters would only fail later, and be remembered."""
+    """An illegal address in an earlier kernel must be raised: the plan without clusters would only fail later, and would be cached."""
     kernel, driver = launches
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     driver.cuOccupancyMaxActiveClusters = lambda count, function, config: 700

@@ -1,4 +1,4 @@
-"""The trained small FLUX, opened by the pack's loader and sampled by ComfyUI, draws what captions say."""
+"""The trained small FLUX, opened by the pack's loader and sampled by ComfyUI, draws its captions."""
 
 import importlib.util
 from pathlib import Path
@@ -37,13 +37,13 @@ def draw():
 
 
 def colour_at(picture, x, y):
-    """Mean colour (3,) of 13 x 13 pixels around a place given in fractions of the side."""
+    """Mean colour (3,) of 13 x 13 pixels around a position in fractions of the side."""
     row, column = round(y * scenes.SIZE), round(x * scenes.SIZE)
     return picture[row - 6:row + 7, column - 6:column + 7].mean(dim=(0, 1))
 
 
 def middle_of(picture, colour):
-    """x of the middle of the pixels of a colour, as a fraction of the side; NaN where there are none."""
+    """Mean x of a colour's pixels, as a fraction of the side; NaN if there are none."""
     near = (picture - scenes.COLOUR_VALUES[words.COLOURS.index(colour)]).norm(dim=2) < 0.3
     return (near.nonzero()[:, 1].float().mean() / scenes.SIZE).item()
 
@@ -56,7 +56,7 @@ def middle_of(picture, colour):
 def test_an_object_lies_where_the_caption_says_in_its_colour(draw, caption, place, opposite):
     picture = draw(caption)
     colour, ground = words.COLOURS.index(caption.split()[1]), words.GROUNDS.index(caption.split()[-1])
-    # Bevel and shade change a colour by less than 0.25 in all; an object and its ground here are at least 0.8 apart.
+    # Bevel and shade change a colour by less than 0.25 in total; an object's colour here differs from its ground's by at least 0.8.
     assert (colour_at(picture, *place) - scenes.COLOUR_VALUES[colour]).norm() < 0.25
     assert (colour_at(picture, *opposite) - scenes.GROUND_VALUES[ground]).norm() < 0.25
 

@@ -74,7 +74,7 @@ def test_an_unknown_word_is_named_with_the_vocabulary():
 
 
 def random_flux(seed=0):
-    """A FLUX of the small configuration with weights at random, modulations and last layer too."""
+    """A FLUX of the small configuration with random weights, including modulations and the last layer."""
     torch.manual_seed(seed)
     flux = host.new_flux()
     for name, parameter in flux.named_parameters():

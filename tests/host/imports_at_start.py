@@ -13,7 +13,7 @@ NOT_AT_START = ("tests", "tests-unit", "script_examples", "custom_nodes", "input
 
 
 def wanted(tree: Path) -> dict[tuple[str, str | None], str]:
-    """{(module, name in it or None): a file that imports it}, of other packages alone."""
+    """{(module, name in it or None): a file that imports it}, for other packages only."""
     own = {path.stem for folder in (tree, tree / "comfy") for path in folder.iterdir()}  # ComfyUI's nodes.py puts both on the path
     found = {}
     for path in sorted(tree.rglob("*.py")):
@@ -36,7 +36,7 @@ def failure(module: str, name: str | None) -> str | None:
         found = importlib.import_module(module)
         if name not in (None, "*") and not hasattr(found, name):
             importlib.import_module(f"{module}.{name}")
-    except Exception as error:  # whatever an import raises keeps ComfyUI from starting
+    except Exception as error:  # any exception in an import keeps ComfyUI from starting
         return f"{type(error).__name__}: {error}"
 
 

@@ -1,4 +1,4 @@
-"""Downloading, loading, drawing and inspecting in a real server, which asks a Hub on the loopback."""
+"""Downloading, loading, drawing and inspecting in a real server, with a Hub on the loopback."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def own_server(hub, tmp_path_factory):
-    """A server of its own: HF_ENDPOINT is read once, when it starts to use the Hub."""
+    """A separate server, since HF_ENDPOINT is read once, at the first use of the Hub."""
     base = tmp_path_factory.mktemp("hub-server")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(base / "hf"), "HF_TOKEN": "hf_secret"}.items():
@@ -97,7 +97,7 @@ def test_cancel_keeps_what_has_come_and_the_next_run_goes_on(client, own_server,
 
 
 def test_what_was_downloaded_and_deleted_is_downloaded_again(client, own_server, hub):
-    """The same workflow: ComfyUI runs its nodes once, and again where their file is gone."""
+    """For an unchanged workflow ComfyUI runs these nodes once, and again if their file is missing."""
     prompt = base_prompt() | pictures("model", "again") | {"download": download("again_" + NAME)}
     prompt["model"]["inputs"]["model_name"] = ["download", 0]
     del prompt["quantized"]
@@ -116,7 +116,7 @@ def test_what_was_downloaded_and_deleted_is_downloaded_again(client, own_server,
     ({"filename": TINY["diffusion_models"], "file": f"sub/{NAME}"}, None),
 ])
 def test_one_sentence_or_a_file_that_is_there(client, hub, changes, says):
-    """The last: the same file is there under another name, and is used."""
+    """In the last case the same file exists under another name, and is used."""
     if says is None:
         client.post({"download": download(**changes)})
         assert hub.gets == []

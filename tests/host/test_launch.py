@@ -1,4 +1,4 @@
-"""A ComfyUI starts here, this one and a newer one: what its modules import is installed, or stood in for."""
+"""The pinned ComfyUI and a newer one start here: every package that their modules import is installed or has a stand-in."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ IMPORTS = Path(__file__).with_name("imports_at_start.py")
 
 @pytest.fixture
 def newer(monkeypatch: pytest.MonkeyPatch) -> setup.Host:
-    """The host of COMFYUI_NEWER_PATH; nothing is written into its checkout."""
+    """The host of COMFYUI_NEWER_PATH, into whose checkout nothing is written."""
     host = setup.locate({"COMFYUI_PATH": os.environ["COMFYUI_NEWER_PATH"]})
     assert host.python.exists(), f"make its environment first: COMFYUI_PATH={host.comfy} python demo/host/setup.py"
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", setup.variables(host)["PYTHONPYCACHEPREFIX"])
@@ -28,7 +28,7 @@ def host(request: pytest.FixtureRequest) -> setup.Host:
     return setup.locate() if request.param == "this" else request.getfixturevalue("newer")
 
 
-def test_what_comfyui_imports_at_start_is_there(host):
+def test_comfyuis_imports_at_start_are_installed(host):
     missing = subprocess.check_output([str(host.python), str(IMPORTS), str(host.comfy)], text=True, env=setup.variables(host))
     assert missing.splitlines() == []
 
@@ -44,7 +44,7 @@ def test_a_newer_comfyui_starts_with_the_pack(newer, tmp_path):
 
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package `absent` that is not installed, stood in for."""
+    """A stand-in for a package `absent` that is not installed."""
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, launch.AbsentPackage("absent")])
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "absent"]:
@@ -66,6 +66,6 @@ def test_an_absent_package_imports_in_any_form(absent):
     assert not hasattr(absent, "__version__") and not isinstance(1, Thing)
 
 
-def test_only_the_absent_package_is_stood_in_for(absent):
+def test_only_the_absent_package_has_a_stand_in(absent):
     with pytest.raises(ModuleNotFoundError):
         import absent_too  # noqa: F401

@@ -34,7 +34,7 @@ def template(client: Client, folder: str, name: str) -> dict:
 
 
 def base_prompt(steps: int = 1, seed: int = 0) -> dict:
-    """Words, latent, VAE, the bf16 model and its naive 4-bit twin; small and quick."""
+    """A small, fast prompt: words, latent, VAE, the bf16 model, and the model in naive 4 bits."""
     return {
         "words": {"class_type": "SVDQuantDemoWords", "inputs": {"text": CAPTIONS}},
         "latent": {"class_type": "EmptySD3LatentImage", "inputs": {"width": PIXELS, "height": PIXELS, "batch_size": 1}},
@@ -55,7 +55,7 @@ def save(model: str, filename: str, overwrite: bool = False) -> dict:
 
 
 def pictures(model: str, prefix: str) -> dict:
-    """Sampler, decoder and SaveImage behind a model node; the outputs are under the id of the last, `prefix`."""
+    """Sampler, decoder and SaveImage behind a model node; the outputs have the id `prefix` of the last node."""
     sampling = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     links = {"model": [model, 0], "positive": ["words", 0], "negative": ["words", 0], "latent_image": ["latent", 0]}
     return {
@@ -196,7 +196,7 @@ def test_an_existing_file_is_left_alone_unless_asked(server: Server):
 
 
 def test_what_was_saved_and_deleted_is_saved_again(server: Server):
-    """The same workflow: ComfyUI runs its nodes once, and again where their file is gone."""
+    """For an unchanged workflow ComfyUI runs these nodes once, and again if their file is missing."""
     prompt = base_prompt(seed=3) | {"saved": save("quantized", "again"), "loaded": {
         "class_type": "SVDQuantLoadModel", "inputs": {"model_name": ["saved", 0], "compute_dtype": "auto"}}} | pictures("loaded", "again")
     path = server.base / "models" / "diffusion_models" / "again.safetensors"

@@ -1,4 +1,4 @@
-"""Choosing the host: the packaged ComfyUI, somebody's checkout, somebody's interpreter."""
+"""The choice of the host: the packaged ComfyUI, a user's checkout, a user's interpreter."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def test_a_checkout_gets_an_environment_of_its_own(checkout):
     assert host.python.parents[1].parent == setup.STATE
 
 
-def test_torch_and_its_kin_stay_as_we_pin_them(checkout):
+def test_torch_and_packages_built_against_it_keep_their_pins(checkout):
     assert setup.checkout_requirements(checkout) == ["torchsde", "av>=14"]
 
 
@@ -49,7 +49,7 @@ def test_a_folder_without_comfyui_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The interpreter of a virtual environment that is made of that one file."""
+    """The interpreter of a virtual environment that contains only this file."""
     python = setup.venv_python(tmp_path / "venv")
     monkeypatch.setattr(setup, "make_venv", lambda folder: (python.parent.mkdir(parents=True), python.touch()))
     return python

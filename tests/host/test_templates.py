@@ -1,4 +1,4 @@
-"""The templates that users get: they look right in the list, fit the server's nodes, and run."""
+"""The users' templates: their entries in the list, their fit with the server's nodes, and their runs."""
 
 import io
 import json
@@ -19,13 +19,13 @@ GRAPHS = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")
 CAPTIONS = "small red circle left of large blue star on white\nlarge yellow moon above small green square on navy"
 DEMO = json.loads((ROOT / "demo" / "custom_node" / "workflows" / "SVDQuant_demo.json").read_text(encoding="utf-8"))
 TITLE = 30  # pixels above a node's position
-# Pixels that the newer of the page's two ways to draw nodes ("Nodes 2.0") takes for each part; the older one takes less.
+# Pixels of each part of a node in the page's newer renderer ("Nodes 2.0"); the older one takes less.
 MARGINS, SLOT, WIDGET, MULTILINE = 24, 24, 32, 68
-PACK_NAME = 24  # the line that names a node's pack, if that is not ComfyUI
-MISSING_FILE = 28  # the line under a loader whose file is not there yet
-# Text that comes while a node runs is no widget of its schema; PreviewAny's has a switch beside it.
+PACK_NAME = 24  # the line with the name of a node's pack, unless it is ComfyUI
+MISSING_FILE = 28  # the line under a loader whose file is missing
+# Text that a node shows after its run is no widget of its schema; PreviewAny's text also has a switch.
 SHOWN_TEXT = {"SVDQuantLoadModel": 64, "SVDQuantQuantizeModel": 64, "PreviewAny": 104}
-SIDE = 64  # of the pictures that the tests draw
+SIDE = 64  # pixels per side of the tests' pictures
 
 pytestmark = pytest.mark.server
 
@@ -99,7 +99,7 @@ def test_model_links_name_a_chosen_file_and_a_known_folder(graph, server):
 
 
 def least_height(node: dict, info: dict) -> int:
-    """Pixels that all of a node's slots, widgets and shown text take, below its title."""
+    """Height in pixels of a node's slots, widgets and shown text, below its title."""
     slots, widgets = 0, 0
     for kind, options in workflow.specs(info).values():
         if kind not in workflow.WIDGETS or options.get("forceInput"):
@@ -111,7 +111,7 @@ def least_height(node: dict, info: dict) -> int:
 
 
 def box(node: dict, object_info: dict) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of a node with its title. The page draws a node that is stored too low as high as it has to be."""
+    """Left, top, right, bottom of a node with its title. The page enlarges a node whose stored height is too small."""
     (x, y), (width, height) = node["pos"], node["size"]
     if node["type"] not in workflow.NOTES:
         height = max(height, least_height(node, object_info[node["type"]]))
@@ -147,12 +147,12 @@ def test_every_step_is_in_a_group(graph, object_info):
 def test_a_node_that_shows_text_is_stored_with_room_for_it(layout, object_info):
     for node in layout["nodes"]:
         if node["type"] in SHOWN_TEXT:
-            least = least_height({**node, "properties": {}}, object_info[node["type"]])  # as when no file is missing
+            least = least_height({**node, "properties": {}}, object_info[node["type"]])  # the height if no file is missing
             assert node["size"][1] >= least, node.get("title", node["type"])
 
 
 def shrunk(graph: dict, object_info: dict) -> dict:
-    """The template's prompt for the tiny model: its files, its words in place of text encoders, few steps, small pictures."""
+    """The template's prompt for the tiny model: with its files, its words node in place of text encoders, few steps, small pictures."""
     prompt = workflow.to_prompt(graph, object_info)
     encoders = {number for number, node in prompt.items() if node["class_type"] == "CLIPTextEncode"}
     for number, node in list(prompt.items()):
@@ -169,7 +169,7 @@ def shrunk(graph: dict, object_info: dict) -> dict:
             inputs.update(width=SIDE, height=SIDE)
         if "steps" in inputs:
             inputs["steps"] = 2
-        # The words node gives its conditioning as a list to map over, then as one; an encoder's only output is the latter.
+        # The words node's outputs are a list of conditionings and one conditioning; a text encoder's only output is the latter.
         inputs = node["inputs"]
         inputs.update({name: [value[0], 1] for name, value in inputs.items() if isinstance(value, list) and value[0] in encoders})
     assert workflow.problems(prompt, object_info) == []
@@ -183,7 +183,7 @@ def pictures(server: Server, outputs: dict) -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def quantized(server: Server, object_info: dict):
-    """Outputs of the quantizing template; its saved file is there as long as the tests of this module run."""
+    """Outputs of the quantizing template. Its saved file exists while the tests of this module run."""
     saved = server.base / "models" / "diffusion_models" / "flux1-dev-svdquant.safetensors"
     yield server.client.post(shrunk(GRAPHS["Quantize_FLUX1"], object_info))
     saved.unlink()
@@ -192,7 +192,7 @@ def quantized(server: Server, object_info: dict):
 def test_the_quantizing_template_runs_as_it_is(server, quantized):
     drawn = pictures(server, quantized)
     assert [picture.size for picture in drawn] == [(SIDE, SIDE)] * 2
-    assert drawn[0].tobytes() != drawn[1].tobytes(), "the 4-bit model drew the very bytes of the 16-bit one"
+    assert drawn[0].tobytes() != drawn[1].tobytes(), "the 4-bit model drew the same bytes as the 16-bit one"
     assert any("W4A4" in text for output in quantized.values() for text in output.get("text", []))
 
 

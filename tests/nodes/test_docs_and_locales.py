@@ -1,4 +1,4 @@
-"""The help pages and the translations name what the nodes really have."""
+"""The help pages and the translations match the nodes' inputs and outputs."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""SVDQuant Download Model against a Hub on the loopback: the file lands where the other nodes look for it."""
+"""SVDQuant Download Model against a Hub on the loopback: the file goes into the folder in which the other nodes search."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""SVDQuant Load Model reads a file's header and descriptions once, and needs nothing of the quantizer's pipeline."""
+"""SVDQuant Load Model reads a file's header and descriptions once, and does not import the quantizer's pipeline."""
 
 import io
 import os
@@ -38,7 +38,7 @@ def file(request):
 
 
 class Reads(io.BufferedReader):
-    """A file that notes which bytes are read of it."""
+    """A file that records which of its bytes are read."""
 
     noted = []
 
@@ -68,7 +68,7 @@ def test_the_header_and_each_description_are_read_once(monkeypatch, file):
 
 
 def test_the_node_does_not_import_the_quantizers_pipeline():
-    """Loading is what everybody does; the pipeline, its report and its pictures are for those who quantize."""
+    """Every user loads models, but only some quantize: loading must not import the pipeline, its report and its chart."""
     program = ("import sys, conftest, comfyui_svdquant.nodes.load_model\n"
                "conftest.pytest_unconfigure()\n"
                "print([name for name in sorted(sys.modules) if name.startswith('comfyui_svdquant.quant.quantizer.')])")

@@ -1,4 +1,4 @@
-"""The name that a node gives out is the name of the file that it wrote: ComfyUI's search for it ends there."""
+"""The name that a node returns leads ComfyUI's search to the file that the node has written."""
 
 import os
 import re
@@ -27,7 +27,7 @@ DATA = safetensors()
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """A function that makes ComfyUI search its own two folders, in a place of the test's, and those of a yaml file's lines."""
+    """A function that makes ComfyUI search its own two folders, below a temporary folder, and those of a yaml file's lines."""
     own = [str(tmp_path / "models" / name) for name in ("unet", "diffusion_models")]
     for folder in own:
         os.makedirs(folder)
@@ -60,8 +60,8 @@ def test_new_models_go_into_the_first_folder(folders, lines, folder):
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("twin") / "twin.safetensors")
+def quantized_model(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("quantized_model") / "quantized_model.safetensors")
     native.save(path, *packed_flux(), {"preset": "data-free"}, "flux")
     return loader.load_model(path)
 
@@ -71,34 +71,34 @@ def twin(tmp_path_factory):
     (("is_default: true", "diffusion_models: flux/"), "models/diffusion_models"), (("diffusion_models: flux/",), "extra/flux"),
 ])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_save_refuses_a_name_that_another_folder_has(folders, twin, lines, other, overwrite):
+def test_save_refuses_a_name_that_another_folder_has(folders, quantized_model, lines, other, overwrite):
     base = folders(*lines)
     write_flux(base / other / "x.safetensors", depth_single=1)
     with pytest.raises(ValueError, match=f"There is a x.safetensors in {re.escape(str(base / other))} already, and ComfyUI opens only one"):
-        SVDQuantSaveModel.execute(twin, "x", overwrite)
+        SVDQuantSaveModel.execute(quantized_model, "x", overwrite)
     assert len(list(base.rglob("x.safetensors*"))) == 1
 
 
 @pytest.mark.parametrize("lines", [(), ("is_default: true", "unet: models/unet/"), ("is_default: true", "diffusion_models: flux/")])
-def test_what_save_wrote_load_and_inspect_open(folders, twin, lines):
+def test_what_save_wrote_load_and_inspect_open(folders, quantized_model, lines):
     base = folders(*lines)
     (base / "models" / "unet" / "y.safetensors").mkdir()  # a folder is not found
     for name in ("x", "deep/x", "y"):
-        name = SVDQuantSaveModel.execute(twin, name, False).result[0]
+        name = SVDQuantSaveModel.execute(quantized_model, name, False).result[0]
         assert folder_paths.get_full_path("diffusion_models", name) == os.path.join(target_folder(), name)
         loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
-        assert all(torch.equal(tensor, loaded.model.state_dict()[key]) for key, tensor in twin.model.state_dict().items())
+        assert all(torch.equal(tensor, loaded.model.state_dict()[key]) for key, tensor in quantized_model.model.state_dict().items())
         assert "SVDQuant layout" in SVDQuantInspect.execute(name).result[0]
-    SVDQuantSaveModel.execute(twin, "x", True)
+    SVDQuantSaveModel.execute(quantized_model, "x", True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a permission there")
-def test_two_names_for_one_folder_are_one(folders, twin):
+def test_two_names_for_one_folder_are_one(folders, quantized_model):
     base = folders()
     (base / "models" / "unet").rmdir()
     (base / "models" / "unet").symlink_to(base / "models" / "diffusion_models")
     for overwrite in (False, True):
-        assert SVDQuantSaveModel.execute(twin, "x", overwrite).result[0] == "x.safetensors"
+        assert SVDQuantSaveModel.execute(quantized_model, "x", overwrite).result[0] == "x.safetensors"
 
 
 @pytest.fixture

@@ -65,19 +65,19 @@ def test_every_input_and_output_says_what_it_is(node):
 
 
 def test_load_quantize_save_load():
-    twin, report, chart, data = quantize()
+    quantized_model, report, chart, data = quantize()
     lines = report.splitlines()
     assert "preset data-free, rank 16" in lines[0] and "x smaller" in lines[0]
     layers = [line.split()[1] for line in lines if line.startswith("| ") and "." in line.split()[1]]
-    assert set(layers) == set(twin.packed_layers()) and "double_blocks.0.img_attn.qkv" in layers
+    assert set(layers) == set(quantized_model.packed_layers()) and "double_blocks.0.img_attn.qkv" in layers
     assert [layer["name"] for layer in json.loads(data)["layers"]] == layers
     assert chart.shape[0] == 1 and chart.shape[3] == 3 and 0 <= chart.min() < 0.3 and 0.9 < chart.max() <= 1
-    name = SVDQuantSaveModel.execute(twin, "out/tiny_4bit", False).result[0]
+    name = SVDQuantSaveModel.execute(quantized_model, "out/tiny_4bit", False).result[0]
     assert name == os.path.join("out", "tiny_4bit.safetensors")
     loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
-    assert loaded.recipe == json.loads(json.dumps(twin.recipe)) and len(loaded.recipe["layers"]) == len(layers)
+    assert loaded.recipe == json.loads(json.dumps(quantized_model.recipe)) and len(loaded.recipe["layers"]) == len(layers)
     assert loaded.source == "tiny_flux.safetensors"
-    state, again = twin.model.state_dict(), loaded.model.state_dict()
+    state, again = quantized_model.model.state_dict(), loaded.model.state_dict()
     assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
     with pytest.raises(CheckpointError, match="exists already"):
         SVDQuantSaveModel.execute(loaded, "out/tiny_4bit", False)
@@ -85,14 +85,14 @@ def test_load_quantize_save_load():
 
 
 def test_exceptions_keep_layers_in_16_bits_or_give_them_rank():
-    twin, report, *_ = quantize(exceptions="single_blocks.5.*\n*.linear2 = 64, *txt_mlp.? = 48")
-    specs = {name: layer.spec for name, layer in twin.packed_layers().items()}
+    quantized_model, report, *_ = quantize(exceptions="single_blocks.5.*\n*.linear2 = 64, *txt_mlp.? = 48")
+    specs = {name: layer.spec for name, layer in quantized_model.packed_layers().items()}
     assert not any(name.startswith("single_blocks.5.") for name in specs) and "single_blocks.5" not in report
     assert specs["single_blocks.0.linear2"].rank == 64 and specs["double_blocks.0.txt_mlp.2"].rank == 48
-    assert specs["single_blocks.0.linear1"].rank == 2 * specs["double_blocks.0.img_mlp.2"].rank == 32  # two layers in one
-    name = SVDQuantSaveModel.execute(twin, "exceptions", True).result[0]
+    assert specs["single_blocks.0.linear1"].rank == 2 * specs["double_blocks.0.img_mlp.2"].rank == 32  # linear1 is two layers in one
+    name = SVDQuantSaveModel.execute(quantized_model, "exceptions", True).result[0]
     again = SVDQuantLoadModel.execute(name, "auto").result[0].model.state_dict()
-    assert all(torch.equal(tensor, again[key]) for key, tensor in twin.model.state_dict().items())
+    assert all(torch.equal(tensor, again[key]) for key, tensor in quantized_model.model.state_dict().items())
     for wrong in ("single_blocks.99.*", "*.linear2 = much", "*.linear2 = 7"):
         with pytest.raises(ValueError, match="No layer is called|can't be read|not possible"):
             quantize(exceptions=wrong)
@@ -100,7 +100,7 @@ def test_exceptions_keep_layers_in_16_bits_or_give_them_rank():
 
 @pytest.mark.parametrize(("progress", "folder"), [("temp", folder_paths.get_temp_directory), ("output", folder_paths.get_output_directory),
                                                   ("off", None)])
-def test_a_cancelled_run_leaves_its_progress_where_it_was_told_to(monkeypatch, progress, folder):
+def test_a_cancelled_run_leaves_its_progress_in_the_chosen_folder(monkeypatch, progress, folder):
     kept = [Path(place()) / "svdquant_progress" for place in (folder_paths.get_temp_directory, folder_paths.get_output_directory)]
     done = []
 
@@ -186,14 +186,14 @@ def test_the_embedded_model_has_the_documented_size():
 
 
 def test_saving_beside_a_clone_that_is_loaded_with_a_lora(tmp_path):
-    """Clones share their weights: a LoRA that another one has loaded onto a 16-bit layer must not end up in the file."""
-    twin, *_ = quantize()
-    own = twin.model.diffusion_model.img_in.weight.clone()
-    patched = twin.clone()
+    """Clones share their weights: a LoRA that another clone has loaded onto a 16-bit layer must not be in the file."""
+    quantized_model, *_ = quantize()
+    own = quantized_model.model.diffusion_model.img_in.weight.clone()
+    patched = quantized_model.clone()
     assert patched.add_patches({"diffusion_model.img_in.weight": ("diff", (torch.ones_like(own, dtype=torch.float32),))}, 1.0)
     patched.patch_model(patched.load_device)
-    assert not torch.equal(twin.model.diffusion_model.img_in.weight, own)
-    name = SVDQuantSaveModel.execute(twin, "clean", True).result[0]
+    assert not torch.equal(quantized_model.model.diffusion_model.img_in.weight, own)
+    name = SVDQuantSaveModel.execute(quantized_model, "clean", True).result[0]
     patched.unpatch_model(patched.offload_device)
     loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
     assert torch.equal(loaded.model.diffusion_model.img_in.weight, own)
@@ -203,42 +203,42 @@ def test_saving_beside_a_clone_that_is_loaded_with_a_lora(tmp_path):
 
 @pytest.mark.parametrize("layout", ["native", "nunchaku"])
 def test_saving_a_model_that_computes_in_another_type(layout):
-    """Its file is the one of the model as it was quantized."""
-    twin, *_ = quantize()
+    """Its file equals that of the model in the dtype in which it was quantized."""
+    quantized_model, *_ = quantize()
     files = []
     for name in ("stored", "held"):
-        name = SVDQuantSaveModel.execute(twin, f"{layout}_{name}", True, layout).result[0]
+        name = SVDQuantSaveModel.execute(quantized_model, f"{layout}_{name}", True, layout).result[0]
         files.append(load_file(folder_paths.get_full_path_or_raise("diffusion_models", name)))
-        for layer in twin.packed_layers().values():
+        for layer in quantized_model.packed_layers().values():
             for p in layer.parameters():
                 p.data = p.data.half() if p.dtype == torch.bfloat16 else p.data
-    assert twin.model.diffusion_model.single_blocks[0].linear1.weight_scale.dtype == torch.float16
+    assert quantized_model.model.diffusion_model.single_blocks[0].linear1.weight_scale.dtype == torch.float16
     stored, held = files
     assert stored.keys() == held.keys()
     for name, tensor in stored.items():
         assert tensor.dtype == held[name].dtype
-        assert torch.allclose(tensor.float(), held[name].float(), rtol=0, atol=2**-25), "fp16 holds what is below 2^-17 to so much"
+        assert torch.allclose(tensor.float(), held[name].float(), rtol=0, atol=2**-25), "fp16's error below 2^-17"
         assert "scale" not in name or torch.equal(tensor, held[name])
 
 
 def test_saving_in_nunchakus_layout_and_back():
-    """Codes, scales and branches survive the way there and back; modulation layers are rounded once."""
-    twin, *_ = quantize(exceptions="*.linear? = 16")  # one rank for all layers, as Nunchaku has it
-    name = SVDQuantSaveModel.execute(twin, "theirs", True, "nunchaku").result[0]
+    """Codes, scales and branches don't change; modulation layers are rounded once."""
+    quantized_model, *_ = quantize(exceptions="*.linear? = 16")  # one rank for all layers, as Nunchaku has it
+    name = SVDQuantSaveModel.execute(quantized_model, "theirs", True, "nunchaku").result[0]
     loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
-    assert loaded.recipe == json.loads(json.dumps(twin.recipe)) and loaded.source == "tiny_flux.safetensors"
-    inside = {key: layer.spec for key, layer in twin.packed_layers().items() if "_blocks." in key}
+    assert loaded.recipe == json.loads(json.dumps(quantized_model.recipe)) and loaded.source == "tiny_flux.safetensors"
+    inside = {key: layer.spec for key, layer in quantized_model.packed_layers().items() if "_blocks." in key}
     assert {key: layer.spec for key, layer in loaded.packed_layers().items()} == inside
-    # Nunchaku has the layers outside the blocks in 16 bits: as what they stand for here.
-    outside = {key: layer for key, layer in twin.packed_layers().items() if key not in inside}
+    # Nunchaku has the layers outside the blocks in 16 bits: here as their dequantized weights.
+    outside = {key: layer for key, layer in quantized_model.packed_layers().items() if key not in inside}
     assert len(outside) == 4
     for key, layer in outside.items():
         dense = loaded.model.diffusion_model.get_submodule(key)
         assert torch.equal(dense.weight, layer.dense("cpu").bfloat16()) and torch.equal(dense.bias, layer.bias)
     theirs = loaded.model.state_dict()
-    state = {key: tensor for key, tensor in twin.model.state_dict().items() if not any(f".{name}." in key for name in outside)}
+    state = {key: tensor for key, tensor in quantized_model.model.state_dict().items() if not any(f".{name}." in key for name in outside)}
     unequal = {key for key in state if not torch.equal(state[key], theirs[key])}
-    # Modulation layers alone: Nunchaku adds 1 to a part of their bias, and rounds their zeros, in 16 bits.
+    # Only modulation layers differ: Nunchaku adds 1 to a part of their bias, and rounds their zeros, in 16 bits.
     assert all("mod" in key and key.endswith((".bias", ".weight_zeros")) for key in unequal)
     again = SVDQuantLoadModel.execute(SVDQuantSaveModel.execute(loaded, "ours", True, "native").result[0], "auto").result[0]
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in again.model.state_dict().items())
@@ -248,10 +248,10 @@ def test_saving_in_nunchakus_layout_and_back():
 
 
 def test_nunchakus_layout_gives_all_layers_the_largest_rank():
-    twin, *_ = quantize(exceptions="*.linear2 = 48")
-    name = SVDQuantSaveModel.execute(twin, "ranks", True, "nunchaku").result[0]
+    quantized_model, *_ = quantize(exceptions="*.linear2 = 48")
+    name = SVDQuantSaveModel.execute(quantized_model, "ranks", True, "nunchaku").result[0]
     layers = SVDQuantLoadModel.execute(name, "auto").result[0].packed_layers()
-    for key, layer in twin.packed_layers().items():
+    for key, layer in quantized_model.packed_layers().items():
         if "_blocks." not in key:
             continue  # Nunchaku has it in 16 bits
         spec = layers[key].spec
@@ -262,16 +262,16 @@ def test_nunchakus_layout_gives_all_layers_the_largest_rank():
             assert all(torch.equal(ours, theirs[:, : ours.shape[1]]) and not theirs[:, ours.shape[1]:].any() for ours, theirs in pairs)
 
 
-def test_what_nunchakus_layout_has_no_place_for_is_told():
-    twin, *_ = quantize(exceptions="single_blocks.5.linear1")
+def test_a_model_that_nunchakus_layout_cannot_hold_is_refused():
+    quantized_model, *_ = quantize(exceptions="single_blocks.5.linear1")
     with pytest.raises(CheckpointError, match="Layer single_blocks.5.linear1 is not in 4 bits, which Nunchaku's layout"):
-        SVDQuantSaveModel.execute(twin, "refused", True, "nunchaku")
+        SVDQuantSaveModel.execute(quantized_model, "refused", True, "nunchaku")
     assert not (FOLDER / "refused.safetensors").exists()
 
 
 @pytest.fixture
 def with_card():
-    """The embedded model under another name, with a card."""
+    """The embedded model under another name, with a model card."""
     path = FOLDER / "carded.safetensors"
     card = {"modelspec.title": "Tiny", "modelspec.author": "somebody", "modelspec.license": "CC0", "modelspec.hash_sha256": "0x12"}
     save_file(load_file(FOLDER / "tiny_flux.safetensors"), path, metadata=card)
@@ -279,17 +279,17 @@ def with_card():
 
 
 @pytest.mark.parametrize("layout", ["native", "nunchaku"])
-def test_a_saved_model_tells_where_it_comes_from(with_card, layout):
+def test_a_saved_model_names_its_source(with_card, layout):
     model = SVDQuantLoadModel.execute(with_card.name, "auto").result[0]
     saved = SVDQuantSaveModel.execute(quantize(model=model)[0], "from_card", True, layout).result[0]
     saved = SVDQuantSaveModel.execute(SVDQuantLoadModel.execute(saved, "auto").result[0], "from_card_again", True, layout).result[0]
     report, data = SVDQuantInspect.execute(saved).result
-    told = json.loads(data)
-    assert told["source"] == with_card.name and told["model"]["hidden_size"] == 256
-    card = told["card"]
+    facts = json.loads(data)
+    assert facts["source"] == with_card.name and facts["model"]["hidden_size"] == 256
+    card = facts["card"]
     assert (card["title"], card["author"], card["licence"], card["source's tensor hash"]) == ("Tiny (SVDQuant)", "somebody", "CC0", "0x12")
-    assert told["recipe"]["preset"] == "data-free" and told["recipe"]["calibration"] == {"prompts": 0}
-    assert told["errors"]["svdquant_w4a4"]["layers"] > 0 and "error of svdquant_w4a4: mean" in report
+    assert facts["recipe"]["preset"] == "data-free" and facts["recipe"]["calibration"] == {"prompts": 0}
+    assert facts["errors"]["svdquant_w4a4"]["layers"] > 0 and "error of svdquant_w4a4: mean" in report
     assert "licence: CC0" in report.splitlines()
 
 
@@ -325,13 +325,13 @@ def test_inspect_refuses_what_load_refuses(change, says, quantized):
 
 @pytest.mark.parametrize("error", [CheckpointError("x"), HubError("x")])
 def test_comfyui_shows_an_error_under_a_short_name(error):
-    """Its pop-up has three lines for the name and the sentence."""
+    """ComfyUI's pop-up has three lines for the error's name and message."""
     assert execution.full_type_name(type(error)) == type(error).__name__
 
 
 def test_overwrite_replaces_quantized_models_alone():
-    """The 16-bit model that another one was made from is not lost, and neither is any other file."""
-    twin, *_ = quantize()
+    """The 16-bit source model and all other files are not overwritten."""
+    quantized_model, *_ = quantize()
     save_file({"a": torch.zeros(1)}, FOLDER / "other.safetensors")
     save_file({"a.qweight": torch.zeros(1)}, FOLDER / "awq.safetensors")
     (FOLDER / "notes.safetensors").write_text("no model")
@@ -340,23 +340,23 @@ def test_overwrite_replaces_quantized_models_alone():
         before = file.read_bytes()
         for overwrite in (True, False):
             with pytest.raises(CheckpointError, match=f"{name}.safetensors exists already and is no quantized model .* choose another"):
-                SVDQuantSaveModel.execute(twin, name, overwrite)
+                SVDQuantSaveModel.execute(quantized_model, name, overwrite)
         assert file.read_bytes() == before
     (FOLDER / "folder.safetensors").mkdir()
     for overwrite in (True, False):
         with pytest.raises(CheckpointError, match="folder.safetensors is a folder; choose another filename"):
-            SVDQuantSaveModel.execute(twin, "folder", overwrite)
+            SVDQuantSaveModel.execute(quantized_model, "folder", overwrite)
     (FOLDER / "folder.safetensors").rmdir()
     for layout in ("native", "nunchaku", "native"):
-        SVDQuantSaveModel.execute(twin, "replaced", True, layout)
+        SVDQuantSaveModel.execute(quantized_model, "replaced", True, layout)
     path = FOLDER / "replaced.safetensors"
-    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in load_file(path).items()}, path)  # as comfy-kitchen has it
-    SVDQuantSaveModel.execute(twin, "replaced", True)
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in load_file(path).items()}, path)  # in comfy-kitchen's naming
+    SVDQuantSaveModel.execute(quantized_model, "replaced", True)
     assert "svdquant.version" in read_header(str(path)).metadata
 
 
-def test_a_quantized_model_that_comfyuis_own_node_saved_is_told():
-    """As it did before the patcher refused that: the layers' tensors, and no word of what they are."""
+def test_a_quantized_model_that_comfyuis_own_node_saved_is_recognized():
+    """Such a file, which the patcher now refuses to write, has the layers' tensors without their descriptions."""
     tensors = quantize()[0].model.diffusion_model.state_dict()
     save_file({f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}, FOLDER / "lost.safetensors")
     for read in (lambda: SVDQuantLoadModel.execute("lost.safetensors", "auto"), lambda: SVDQuantInspect.execute("lost.safetensors")):
@@ -373,4 +373,4 @@ def test_inspect_shows_no_text_of_the_file_before(monkeypatch):
         SVDQuantInspect.execute("empty.safetensors")
     assert said == ["tiny_flux.safetensors", report, "empty.safetensors"]
     first, second = (SVDQuantInspect.fingerprint_inputs("tiny_flux.safetensors") for _ in range(2))
-    assert first != second, "ComfyUI would take the report from its cache and leave the other file's text on the node"
+    assert first != second, "ComfyUI would use its cache and show the other file's text on the node"

@@ -1,4 +1,4 @@
-"""Nodes that write run again where their file is gone or is another one, and only there."""
+"""Nodes that write files run again if their file is missing or was replaced, and only then."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ DATA = safetensors()
 
 
 class Cache:
-    """What ComfyUI does with a node: run it unless its inputs and its fingerprint are those of an earlier run. It forgets nothing."""
+    """ComfyUI's cache: it runs a node unless its inputs and its fingerprint equal those of any earlier run."""
 
     def __init__(self, node, linked=()):
         self.node, self.linked, self.results = node, ("model" if node is SVDQuantSaveModel else None, *linked), {}
@@ -48,15 +48,15 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("twins") / "twin.safetensors")
+def quantized_models(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("quantized_models") / "quantized_model.safetensors")
     native.save(path, *packed_flux(), {"preset": "data-free"}, "flux")
     return [loader.load_model(path) for _ in range(2)]
 
 
 @pytest.fixture
 def saves(monkeypatch):
-    """The paths that models are written to."""
+    """The paths to which models are written."""
     paths, save = [], native.save
     monkeypatch.setattr(native, "save", lambda path, *args: paths.append(path) or save(path, *args))
     return paths
@@ -64,46 +64,46 @@ def saves(monkeypatch):
 
 @pytest.mark.parametrize("linked", [(), ("filename",)])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_save_runs_again_where_its_file_is_gone(folder, twins, saves, linked, overwrite):
-    cache, inputs = Cache(SVDQuantSaveModel, linked), {"model": twins[0], "filename": "sub/x", "overwrite": overwrite}
+def test_save_runs_again_where_its_file_is_gone(folder, quantized_models, saves, linked, overwrite):
+    cache, inputs = Cache(SVDQuantSaveModel, linked), {"model": quantized_models[0], "filename": "sub/x", "overwrite": overwrite}
     path = folder / "sub" / "x.safetensors"
     for times in (1, 2):
         assert cache.queue(**inputs) and path.is_file()
-        assert not cache.queue(**inputs) and len(saves) == times, "what it wrote itself is no reason to write it again"
+        assert not cache.queue(**inputs) and len(saves) == times, "its own file is no reason to run again"
         path.unlink()
     assert cache.queue(**inputs)
 
 
-def test_save_runs_again_where_its_file_was_replaced(folder, twins, saves):
-    cache, inputs = Cache(SVDQuantSaveModel), {"model": twins[0], "filename": "x", "overwrite": True}
+def test_save_runs_again_where_its_file_was_replaced(folder, quantized_models, saves):
+    cache, inputs = Cache(SVDQuantSaveModel), {"model": quantized_models[0], "filename": "x", "overwrite": True}
     cache.queue(**inputs)
     native.save(str(folder / "x.safetensors"), *packed_flux(), {"preset": "other"}, "flux", True)
     assert cache.queue(**inputs) and "other" not in read_header(str(folder / "x.safetensors")).metadata["svdquant.recipe"]
     inputs["overwrite"] = False
-    assert cache.queue(**inputs) and len(saves) == 3, "inputs have changed, and the file is this very model's"
+    assert cache.queue(**inputs) and len(saves) == 3, "the inputs have changed, although the file is this model's"
     native.save(str(folder / "x.safetensors"), *packed_flux(), {"preset": "other"}, "flux", True)
     with pytest.raises(CheckpointError, match="exists already"):
         cache.queue(**inputs)
 
 
-def test_two_workflows_that_save_under_one_name(folder, twins, saves):
-    """The second one's file is not taken for the first one's when that is queued again."""
+def test_two_workflows_that_save_under_one_name(folder, quantized_models, saves):
+    """When the first workflow is queued again, the second workflow's file is not taken for its own."""
     cache = Cache(SVDQuantSaveModel)
-    first, second = ({"model": twin, "filename": "x", "overwrite": True} for twin in twins)
+    first, second = ({"model": quantized_model, "filename": "x", "overwrite": True} for quantized_model in quantized_models)
     for inputs, times in ((first, 1), (second, 2), (first, 3)):
         cache.queue(**inputs)
-        cache.queue(**inputs)  # may run, as it does after another workflow, and writes nothing
+        cache.queue(**inputs)  # may run after another workflow, but writes nothing
         assert not cache.queue(**inputs) and len(saves) == times
 
 
-def test_another_layout_is_another_file(twins, saves):
-    cache, inputs = Cache(SVDQuantSaveModel), {"model": twins[0], "filename": "x", "overwrite": True}
+def test_another_layout_is_another_file(quantized_models, saves):
+    cache, inputs = Cache(SVDQuantSaveModel), {"model": quantized_models[0], "filename": "x", "overwrite": True}
     cache.queue(**inputs, layout="native")
     assert cache.queue(**inputs, layout="nunchaku") and len(saves) == 1
 
 
-def test_a_file_that_another_folder_puts_before_it_is_told(folder, twins):
-    cache, inputs = Cache(SVDQuantSaveModel), {"model": twins[0], "filename": "x", "overwrite": False}
+def test_a_file_of_the_same_name_in_an_earlier_folder_is_reported(folder, quantized_models):
+    cache, inputs = Cache(SVDQuantSaveModel), {"model": quantized_models[0], "filename": "x", "overwrite": False}
     cache.queue(**inputs)
     os.link(folder / "x.safetensors", folder.parent / "x.safetensors")
     os.replace(folder.parent / "x.safetensors", folder.parent / "unet" / "x.safetensors")

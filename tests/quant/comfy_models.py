@@ -1,4 +1,4 @@
-"""What the tests of models in a real ComfyUI share: a small random FLUX, quantizing it, sampling with it, saving it."""
+"""Helpers for the tests of models in a real ComfyUI: make a small random FLUX, quantize it, sample with it, save it."""
 
 import comfy.sample
 import torch

@@ -1,4 +1,4 @@
-"""A small FLUX in a real ComfyUI, in 16 bits and in 4, for the tests that put LoRAs and ControlNets on both."""
+"""A small FLUX in a real ComfyUI, in 16 bits and in 4, for the tests that apply LoRAs and ControlNets to both."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def flux_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def native_file(flux_file, tmp_path_factory):
-    """The same model quantized, in our layout."""
+    """The same model quantized, in this pack's layout."""
     from .comfy_models import quantized, save
 
     with torch.inference_mode():
@@ -32,8 +32,8 @@ def pair_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     path = write_flux(folder / "flux.safetensors", depth_single=1)
     with torch.inference_mode():
-        twin, _ = quantize.quantize(loader.load_model(path), presets.make_recipe("data-free", 16), None, None, 2, 0, Progress())
-        return path, save(twin, folder / "flux_4bit.safetensors")
+        quantized_model, _ = quantize.quantize(loader.load_model(path), presets.make_recipe("data-free", 16), None, None, 2, 0, Progress())
+        return path, save(quantized_model, folder / "flux_4bit.safetensors")
 
 
 def load(path):
@@ -48,13 +48,13 @@ def plain(pair_files):
 
 
 @pytest.fixture
-def twin(pair_files):
+def quantized_model(pair_files):
     return load(pair_files[1])
 
 
 @pytest.fixture(scope="session")
 def drift(pair_files):
-    """How far 4 bits are from 16 bits in a sampled latent."""
+    """The relative error of a 4-bit model's sampled latent to that of the 16-bit model."""
     from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
     from .comfy_models import sample

@@ -1,4 +1,4 @@
-"""Headers of models that are no FLUX.1, by rule: the names and shapes that their makers gave to the first block and around it."""
+"""Headers of models other than FLUX.1, made by rule: the published names and shapes of the first block and of the layers around it."""
 
 
 def linear(name, n, k):
@@ -10,7 +10,7 @@ def linears(*entries):
 
 
 def unet(width, context, label=None):
-    """Of Stability AI's UNets, as in a whole checkpoint."""
+    """The header of a Stability AI UNet in a whole checkpoint."""
     prefix = "model.diffusion_model."
     block = f"{prefix}input_blocks.4.1.transformer_blocks.0"
     entries = {f"{prefix}input_blocks.0.0.weight": (width, 4, 3, 3), f"{prefix}input_blocks.0.0.bias": (width,),
@@ -69,7 +69,7 @@ def lora(form, width=3072, rank=16):
     return entries
 
 
-# What each is called in the refusal: the header's {name: shape}.
+# {name in the message: the header's {tensor: shape}}.
 FOREIGN = {
     "SD 1.5": ("a Stable Diffusion or SDXL UNet", unet(320, 768)),
     "SDXL": ("a Stable Diffusion or SDXL UNet", unet(320, 2048, 2816)),

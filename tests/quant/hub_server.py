@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on the loopback: it speaks as much of the API as a download needs, and misbehaves on demand."""
+"""A small Hugging Face Hub on the loopback: it has the part of the API that a download needs, and fails on demand."""
 
 import hashlib
 import json

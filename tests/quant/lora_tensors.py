@@ -1,4 +1,4 @@
-"""What the tests of LoRAs share: random ones for the small FLUX, and what a layer that carries them computes."""
+"""Helpers for the tests of LoRAs: random LoRAs for the small FLUX, and the weight of a layer that carries them."""
 
 import copy
 
@@ -10,7 +10,7 @@ from comfyui_svdquant.quant.quantizer.metrics import relative_error
 RANK = 4
 LINEAR1, LINEAR2, QKV, FC1, FC2, MOD = ("single_blocks.0.linear1", "single_blocks.0.linear2", "double_blocks.0.img_attn.qkv",
                                         "double_blocks.0.img_mlp.0", "double_blocks.0.txt_mlp.2", "double_blocks.0.img_mod.lin")
-ROUNDING = 0.005  # of two bf16 factors
+ROUNDING = 0.005  # relative rounding error of two bf16 factors
 MARGIN = 1.15
 
 
@@ -20,7 +20,7 @@ def shapes(patcher):
 
 
 def random(*shape, seed=0):
-    # A seed for each shape and place, so that no two factors of a LoRA are alike.
+    # Each shape and side has its own seed, so that no two factors of a LoRA are equal.
     g = torch.Generator().manual_seed(hash((shape, seed)) % 2**31)
     return torch.randn(*shape, generator=g)
 
@@ -46,7 +46,7 @@ def generic(*layers, alpha=None, **options):
 
 
 def load_lora(patcher, tensors, strength=1.0):
-    """What LoraLoader and LoraLoaderModelOnly do."""
+    """Add a LoRA as LoraLoader and LoraLoaderModelOnly do."""
     return comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0)[0]
 
 
@@ -58,7 +58,7 @@ def loaded(patcher):
 
 
 def without_gelu(patcher):
-    """The patcher, its packed layers linear: none applies a GELU to its output."""
+    """The patcher with linear packed layers: none applies a GELU to its output."""
     for layer in patcher.packed_layers().values():
         layer.gelu_from = None
     return patcher
@@ -69,7 +69,7 @@ def layer_of(patcher, name):
 
 
 def effective(layer):
-    """(N, K) float32: the weight that a layer computes with, its LoRA branch included."""
+    """(N, K) float32: a layer's effective weight, including its LoRA branch."""
     weight = layer.dense("cpu")
     if layer.lora_branch is None:
         return weight
@@ -81,7 +81,7 @@ def effective(layer):
 
 
 def change(patcher, name):
-    """(‖what the layer's weight changed by, against ComfyUI's own dense arithmetic‖ / ‖that‖, the dense change)."""
+    """(relative error of the change of the layer's weight to ComfyUI's own dense arithmetic, the dense change)."""
     layer, key = layer_of(patcher, name), f"diffusion_model.{name}.weight"
     dense = layer.dense("cpu")
     exact = comfy.lora.calculate_weight(patcher.patches[key], dense.clone(), key) - dense

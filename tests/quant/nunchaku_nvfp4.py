@@ -1,4 +1,4 @@
-"""A small FLUX.1 as a Nunchaku NVFP4 file, which nothing of ours writes: quantized and packed here, by the documented formulas."""
+"""A small FLUX.1 as a Nunchaku NVFP4 file, which the pack doesn't write: this module quantizes and packs it by the documented formulas."""
 
 import json
 
@@ -21,7 +21,7 @@ QUANTIZATION = {"method": "svdquant", "rank": RANK,
 
 
 def scale_places(n, k):
-    """(N, K/16): where in the file's bytes the scale of a row and a group lies; section 2.3 of the format's description."""
+    """(N, K/16): the offset of the scale of a row and a group in the file's bytes; section 2.3 of the format's description."""
     row, group = torch.arange(n).unsqueeze(1), torch.arange(k // 16).unsqueeze(0)
     tile = row // 128 * (k // 64) + group // 4
     return ((tile * 8 + row % 8) * 4 + row % 32 // 8) * 16 + row % 128 // 32 * 4 + group % 4

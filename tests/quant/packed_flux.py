@@ -1,4 +1,4 @@
-"""A small FLUX.1, quantized without a ComfyUI: tensors, specs and configuration as a checkpoint's writer takes them."""
+"""A small FLUX.1, quantized without ComfyUI: tensors, specs and configuration for a checkpoint's writer."""
 
 import torch
 from comfyui_svdquant.quant.families.flux1 import FAMILY

@@ -4,12 +4,12 @@ import torch
 
 from .random_flux import flux_tensors
 
-OUTSIDE = ("time_in.", "vector_in.", "guidance_in.", "final_layer.adaLN_modulation.")  # that FLUX.1 has and Chroma has not
+OUTSIDE = ("time_in.", "vector_in.", "guidance_in.", "final_layer.adaLN_modulation.")  # FLUX.1's layers that Chroma lacks
 NETWORK, NETWORK_WIDTH, NETWORK_LAYERS, NETWORK_INPUTS = "distilled_guidance_layer", 96, 2, 64
 
 
 def chroma_tensors(hidden=256, depth=1, depth_single=2, dtype=torch.bfloat16):
-    """{name: tensor} of a random Chroma whose activations stay of order one."""
+    """{name: tensor} of a random Chroma whose activations stay at order one."""
     flux = flux_tensors(dtype, hidden=hidden, depth=depth, depth_single=depth_single)
     found = {name: tensor for name, tensor in flux.items() if "mod.lin" not in name and "modulation.lin" not in name
              and not name.startswith(OUTSIDE)}

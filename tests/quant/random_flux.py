@@ -30,7 +30,7 @@ def flux_shapes(hidden=256, depth=1, depth_single=2, in_channels=16, context=wor
 
 
 def flux_tensors(dtype=torch.bfloat16, **changes):
-    """{name: tensor} of a random FLUX.1 whose activations stay of order one; changes: as flux_shapes takes them."""
+    """{name: tensor} of a random FLUX.1 whose activations stay at order one; changes: as in flux_shapes."""
     g = torch.Generator().manual_seed(0)
 
     def tensor(name, shape):

@@ -50,7 +50,7 @@ def same(file, model):
 
 
 def take_descriptions(tensors, prefix=""):
-    """Remove every X.comfy_quant and return them as the metadata have them."""
+    """Remove every X.comfy_quant and return them in the form of the metadata."""
     keys = [name for name in tensors if name.endswith(".comfy_quant")]
     layers = {prefix + key.removesuffix(".comfy_quant"): layout.decode_conf(bytes(tensors.pop(key))) for key in keys}
     return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
@@ -86,7 +86,7 @@ def test_descriptions_in_both_places(ours, model, tmp_path):
     (LINEAR2, {"act_unsigned_from": 256}, "has its first unsigned column at 256, where a FLUX.1 has it at 128"),
 ])
 def test_inputs_that_are_coded_otherwise_than_the_familys(model, tmp_path, listed, name, changes, says):
-    """Codes for signed inputs, multiplied with unsigned ones, gave a picture 20 % off in silence."""
+    """Codes for signed inputs, multiplied with unsigned ones, would silently give a picture with an error of 20 %."""
     tensors, specs, _ = model
     tensors = dict(tensors)
     described = {layer: spec.conf() for layer, spec in specs.items()}
@@ -127,7 +127,7 @@ def test_other_formats_beside_ours_are_named(ours, tmp_path):
 
 
 def tile(tensors, layer, parts=("weight", "weight_scale", "weight_proj_up")):
-    """Pack a layer's tensors as the tables of comfy_kitchen.py say, by index."""
+    """Pack a layer's tensors by index, after the tables in comfy_kitchen.py."""
     (n, half), rank = tensors[f"{layer}.weight"].shape, tensors[f"{layer}.weight_proj_up"].shape[1]
     rows = torch.arange(n).view(n // 128, 32, 4)  # tile, line, row within the line
     if "weight" in parts:
@@ -148,7 +148,7 @@ def test_tensors_packed_in_tiles(ours, model, tmp_path, parts):
     tile(tensors, "single_blocks.0.linear1", parts)
     file = opened(write(tmp_path / "tiles.safetensors", tensors))
     same(file, model)
-    assert file.prefix is None  # its tensors can't be mapped as they are
+    assert file.prefix is None  # its tensors can't be mapped directly
 
 
 def test_tiles_are_comfy_kitchens():
@@ -171,7 +171,7 @@ def test_both_forms_at_once_convert_to_both_layouts(ours, model, tmp_path):
         convert.convert(source, str(tmp_path / f"{to}.safetensors"), to)
         read = dict(reader.open_file(read_header(str(tmp_path / f"{to}.safetensors"))).tensors())
         unequal = {name for name in model[0] if not torch.equal(read[name], model[0][name])}
-        # Nunchaku's modulation layers hold their bias plus one, and their zeros otherwise, in 16 bits.
+        # Nunchaku's modulation layers hold their bias plus one, and differently defined zeros, in 16 bits.
         assert all("mod" in name for name in unequal) if to == "nunchaku" else not unequal
 
 
@@ -190,9 +190,9 @@ def test_other_shapes_of_codes_are_refused(ours, tmp_path, shape, says):
 
 
 def by_comfy_quants(model, tensors, layer, basis):
-    """A layer as comfy-quants' documentation of the format has it."""
+    """A layer as in comfy-quants' documentation of the format."""
     conf = {"format": "svdquant_w4a4", "act_unsigned": model[1][layer].unsigned_from == 0, "layout": "kitchen_tile_packed_w4a4"}
-    tensors[f"{layer}.weight_scale"] = model[0][f"{layer}.weight_scale"]  # in place of ours as integers
+    tensors[f"{layer}.weight_scale"] = model[0][f"{layer}.weight_scale"]  # replaces the integers of this pack's format
     tensors.pop(f"{layer}.weight_scale_2", None)
     smooth, down = (tensors.pop(f"{layer}.weight_{part}") for part in ("smooth_factor", "proj_down"))
     if basis != "raw":
@@ -215,7 +215,7 @@ def test_comfy_quants_names(ours, model, tmp_path):
 
 
 def test_a_branch_that_reads_what_is_smoothed(ours, model, tmp_path):
-    """Taken for one that reads x, it would draw another picture in silence."""
+    """If the branch were taken to read x, it would silently draw another picture."""
     tensors = load_file(ours)
     by_comfy_quants(model, tensors, QKV, "post_smoothing")
     read = dict(opened(write(tmp_path / "smoothed.safetensors", tensors)).tensors())

@@ -1,4 +1,4 @@
-"""Checkpoints from one layout into another, on disk."""
+"""Conversions of checkpoints between layouts, on disk."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_a_converted_file_is_what_the_writer_writes(files, tmp_path, source, to)
     target, seen = tmp_path / "out.safetensors", []
     convert.convert(str(files[source]), str(target), to, progress=lambda *counts: seen.append(counts))
     expected, found = load_file(files[to]), load_file(target)
-    if to == "native":  # as layers have them: a conversion leaves scales in 16 bits that the writer of a whole model makes integers
+    if to == "native":  # a conversion keeps scales in 16 bits, which the writer of a whole model stores as integers
         expected, found = (dict(native.open_file(read_header(str(path))).tensors()) for path in (files[to], target))
     assert expected.keys() == found.keys()
     unequal = {name for name in expected if not torch.equal(expected[name], found[name])}
@@ -86,7 +86,7 @@ def test_a_name_that_no_list_of_models_shows_is_refused(files, tmp_path):
 
 
 def command(program, *arguments, options=(), **streams):
-    """(exit status, what it wrote to stderr)."""
+    """(exit status, stderr)."""
     done = subprocess.run([sys.executable, *options, str(ROOT / program), *map(str, arguments)], text=True,
                           **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | streams)
     return done.returncode, done.stderr
@@ -94,9 +94,9 @@ def command(program, *arguments, options=(), **streams):
 
 def test_the_command(files, tmp_path):
     arguments = files["native"], tmp_path / "out.safetensors", "--to", "nunchaku"
-    assert command("convert.py", *arguments) == (0, ""), "no progress where nobody watches"
-    status, told = command("convert.py", *arguments)
-    assert status == 1 and told.startswith("convert: out.safetensors exists already")
+    assert command("convert.py", *arguments) == (0, ""), "no progress without a terminal"
+    status, output = command("convert.py", *arguments)
+    assert status == 1 and output.startswith("convert: out.safetensors exists already")
 
 
 def test_a_terminal_shows_progress(files, tmp_path):
@@ -104,11 +104,11 @@ def test_a_terminal_shows_progress(files, tmp_path):
     ours, theirs = pty.openpty()
     try:
         assert command("convert.py", files["native"], tmp_path / "out.safetensors", "--to", "nunchaku", stderr=theirs) == (0, None)
-        told = os.read(ours, 1 << 16).decode()
+        output = os.read(ours, 1 << 16).decode()
     finally:
         os.close(ours)
         os.close(theirs)
-    assert told.count("100 %") == 1 and told.endswith("100 %\r\n"), told
+    assert output.count("100 %") == 1 and output.endswith("100 %\r\n"), output
 
 
 @pytest.mark.parametrize(("program", "rest"), [("convert.py", ("out.safetensors", "--to", "native")), ("inspect_model.py", ())])
@@ -118,14 +118,14 @@ def test_what_is_no_file_gets_a_sentence(tmp_path, program, rest):
     for path in (tmp_path / "none.safetensors", tmp_path / "file" / "in.safetensors"):
         assert command(program, path, *rest) == (1, f"{called}: There is no file {path}; check its name and its folder.\n")
     assert command(program, tmp_path, *rest) == (1, f"{called}: {tmp_path} is a folder; name a .safetensors file.\n")
-    if os.name != "nt":  # where such a file is just not there
+    if os.name != "nt":  # Windows reports such a file as missing
         too_long = f"{'n' * 300}.safetensors"
-        status, told = command(program, too_long, *rest)
-        assert status == 1 and told.startswith(f"{called}: {too_long} can't be read: ") and "Errno" not in told
+        status, output = command(program, too_long, *rest)
+        assert status == 1 and output.startswith(f"{called}: {too_long} can't be read: ") and "Errno" not in output
 
 
 @pytest.mark.parametrize("program", ["convert.py", "inspect_model.py"])
-def test_a_python_without_pytorch_is_told_which_one_to_take(program):
-    status, told = command(program, "in.safetensors", options=["-E", "-S"])
-    assert status == 1 and told.count("\n") == 1
-    assert "this Python has no " in told and "run it with ComfyUI's Python" in told
+def test_a_python_without_pytorch_gets_a_message_that_names_the_right_one(program):
+    status, output = command(program, "in.safetensors", options=["-E", "-S"])
+    assert status == 1 and output.count("\n") == 1
+    assert "this Python has no " in output and "run it with ComfyUI's Python" in output

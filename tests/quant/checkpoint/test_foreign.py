@@ -1,5 +1,5 @@
-"""Files that ComfyUI would read wrongly without a word, and relatives that share FLUX.1's names: refused in one sentence that says what
-they are, before anything is loaded; and the names under which a FLUX.1 lies in files of others."""
+"""Files that ComfyUI would silently read wrongly, and relatives with FLUX.1's names: each is refused by name in one sentence, before
+anything is loaded. Also the prefixes under which other programs store a FLUX.1."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def renamed(prefix):
 
 
 def with_(**parts):
-    """Other tensors in layer QKV."""
+    """A change that replaces the tensors of layer QKV."""
     return lambda tensors: tensors | {f"{QKV}.{name}": tensor for name, tensor in parts.items()}
 
 
@@ -41,7 +41,7 @@ SCALED = torch.zeros(192, 64, dtype=torch.float8_e4m3fn)
 
 UNTOLD = "and no word of the format"
 
-# {what it is: (file's name, change of a FLUX.1 with 3 blocks of each kind, what the sentence says)}
+# {kind of file: (file's name, change of a FLUX.1 with 3 blocks of each kind, text in the message)}
 REFUSED = {
     "a double block is missing": ("a.safetensors", without("double_blocks.1."), "has double_blocks.2 and no double_blocks.1;"),
     "a single block is missing": ("a.safetensors", without("single_blocks.0."), "has single_blocks.2 and no single_blocks.0;"),
@@ -87,7 +87,7 @@ def test_described_weights_are_left_to_comfyui(tmp_path, change, metadata):
     ("double_blocks.0.img_mlp.gate_proj.weight", "an Ovis-Image model"), ("context_embedder_norm.weight", "an Ovis-Image model"),
     ("time_embed.timestep_embedder.linear_1.weight", "a LongCat-Image model"),
 ])
-def test_relatives_are_told_by_their_names(tmp_path, key, what):
+def test_relatives_are_recognized_by_their_names(tmp_path, key, what):
     diffusers = {name: torch.ones(2, 2) for name in ("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight")}
     for tensors in (flux_tensors(hidden=64), diffusers):
         header = header_of(tmp_path / "a.safetensors", tensors | {key: torch.ones(2)})

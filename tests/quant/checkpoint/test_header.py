@@ -61,13 +61,13 @@ def test_a_pickle_is_named_as_one(tmp_path):
     (b"<!DOCTYPE html>\n<html lang=en>", "is a web page"), (b"\xef\xbb\xbf \n<html>\n<body>", "is a web page"),
     (b"GGUF\x03\0\0\0\xff\xff", "is not a safetensors file, whatever its name says"),
 ])
-def test_a_download_that_went_wrong_is_told(tmp_path, content, says):
+def test_a_failed_download_is_reported(tmp_path, content, says):
     path = tmp_path / "flux.safetensors"
     path.write_bytes(content)
     assert says in refusal(path) and "download" in refusal(path) and "choose a .safetensors" not in refusal(path)
 
 
-def test_a_file_of_another_kind_is_not_told_to_be_damaged(tmp_path):
+def test_a_file_of_another_kind_is_not_called_damaged(tmp_path):
     (tmp_path / "flux.gguf").write_bytes(b"GGUF\x03\0\0\0\xff\xff")
     assert refusal(tmp_path / "flux.gguf") == "flux.gguf is not a safetensors file; choose a .safetensors FLUX model."
 
@@ -84,7 +84,7 @@ def test_a_tensor_of_no_elements_is_read(tmp_path):
 @pytest.mark.parametrize(("name", "stored"), [("float8_e8m0fnu", "F8_E8M0"), ("float8_e4m3fnuz", "F8_E4M3FNUZ"), ("uint16", "U16"),
                                               ("uint64", "U64"), ("complex64", "C64"), ("float4_e2m1fn_x2", "F4")])
 def test_newer_types(tmp_path, name, stored):
-    """Those of scales and codes, as other programs write them."""
+    """The types of other programs' scales and codes."""
     dtype = getattr(torch, name, None)
     if dtype is None:
         assert stored not in DTYPES | PAIRS, "this PyTorch has none"
@@ -141,7 +141,7 @@ def test_a_header_of_100_gigabytes_is_not_read(tmp_path):
 @given(st.data())
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutated_bytes_are_refused_or_read_but_never_crash(good, tmp_path, data):
-    """A flipped byte may leave a header that is still true of the file; then what it says must fit the file."""
+    """A flipped byte may leave a header that still describes the file; then its contents must fit the file."""
     raw = bytearray(good.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))

@@ -1,4 +1,4 @@
-"""What a file is told to be, from its header, and what a saved file tells of itself and of its source."""
+"""Inspection of a file from its header, and the metadata of a saved file about itself and its source."""
 
 import json
 import math
@@ -51,18 +51,18 @@ def no_weights(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["native", "nunchaku"])
-def test_what_is_told_of_a_quantized_file(files, model, no_weights, name):
+def test_the_facts_about_a_quantized_file(files, model, no_weights, name):
     path = files / f"{name}.safetensors"
-    told = json.loads(json.dumps(inspect(path)))
-    assert (told["file"], told["bytes"]) == (path.name, path.stat().st_size)
-    assert told["format"] == ("SVDQuant layout, INT4" if name == "native" else "Nunchaku layout, INT4")
-    assert told["model"] == model[2] and told["source"] == "flux1.safetensors"
-    assert sum(told["bytes_by_kind"].values()) == sum(told["bytes_by_dtype"].values()) == data_bytes(path)
-    assert told["bytes_by_kind"]["4-bit codes"] == sum(
+    facts = json.loads(json.dumps(inspect(path)))
+    assert (facts["file"], facts["bytes"]) == (path.name, path.stat().st_size)
+    assert facts["format"] == ("SVDQuant layout, INT4" if name == "native" else "Nunchaku layout, INT4")
+    assert facts["model"] == model[2] and facts["source"] == "flux1.safetensors"
+    assert sum(facts["bytes_by_kind"].values()) == sum(facts["bytes_by_dtype"].values()) == data_bytes(path)
+    assert facts["bytes_by_kind"]["4-bit codes"] == sum(
         tensor.numel() for key, tensor in model[0].items() if key.endswith(".weight") and key.removesuffix(".weight") in model[1])
-    assert told["layers"]["awq_w4a16"]["count"] == 4 and told["layers"]["svdquant_w4a4_split"] == {"count": 2, "ranks": {"16": 2}}
-    assert told["recipe"]["calibration"]["prompts"] == 8 and "layers" not in told["recipe"]
-    errors = told["errors"]["svdquant_w4a4"]
+    assert facts["layers"]["awq_w4a16"]["count"] == 4 and facts["layers"]["svdquant_w4a4_split"] == {"count": 2, "ranks": {"16": 2}}
+    assert facts["recipe"]["calibration"]["prompts"] == 8 and "layers" not in facts["recipe"]
+    errors = facts["errors"]["svdquant_w4a4"]
     assert errors["layers"] == 3 and errors["median"] == 0.08 and errors["largest"] == 0.12
     assert math.isclose(errors["mean"], 0.09) and math.isclose(errors["mean_of_plain_rounding"], 0.18)
     assert list(errors["worst"]) == ["double_blocks.0.img_mlp.2", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"]
@@ -86,18 +86,18 @@ def test_the_text(files):
 
 def test_other_kinds_of_files(files, tmp_path, no_weights):
     save_file(flux_tensors(), tmp_path / "plain.safetensors")
-    told = inspect(tmp_path / "plain.safetensors")
-    assert told["format"] == "a FLUX.1 that is not quantized" and list(told["bytes_by_kind"]) == ["everything else"]
-    assert inspection.text(told).splitlines()[-1].startswith("stored as: bfloat16 ") and "sizes:" not in inspection.text(told)
+    facts = inspect(tmp_path / "plain.safetensors")
+    assert facts["format"] == "a FLUX.1 that is not quantized" and list(facts["bytes_by_kind"]) == ["everything else"]
+    assert inspection.text(facts).splitlines()[-1].startswith("stored as: bfloat16 ") and "sizes:" not in inspection.text(facts)
     path = tmp_path / "svdq-fp4.safetensors"
     write_nvfp4(path)
-    told = inspect(path)
-    assert told["format"] == "Nunchaku layout, NVFP4" and sum(told["bytes_by_kind"].values()) == data_bytes(path)
+    facts = inspect(path)
+    assert facts["format"] == "Nunchaku layout, NVFP4" and sum(facts["bytes_by_kind"].values()) == data_bytes(path)
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(files / "native.safetensors").items()}
     save_file(tensors, tmp_path / "kitchen.safetensors")
-    told = inspect(tmp_path / "kitchen.safetensors")
-    assert told["format"] == "comfy-kitchen layout, INT4" and told["errors"] == {} and told["card"] == {}
-    assert told["bytes_by_kind"] == inspect(files / "native.safetensors")["bytes_by_kind"]
+    facts = inspect(tmp_path / "kitchen.safetensors")
+    assert facts["format"] == "comfy-kitchen layout, INT4" and facts["errors"] == {} and facts["card"] == {}
+    assert facts["bytes_by_kind"] == inspect(files / "native.safetensors")["bytes_by_kind"]
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="other.safetensors is no FLUX.1"):
         inspect(tmp_path / "other.safetensors")
@@ -105,21 +105,21 @@ def test_other_kinds_of_files(files, tmp_path, no_weights):
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_quantized_model_that_another_node_saved_is_no_16_bit_one(model, tmp_path, no_weights, prefix):
-    """ComfyUI's ModelSave writes the tensors alone; what says how layers are packed is in no tensor of the MODEL."""
+    """ComfyUI's ModelSave writes only tensors; the descriptions of packed layers are in no tensor of the MODEL."""
     assert not any(name.endswith(layout.QUANT_KEY) for name in model[0])
     save_file({prefix + name: tensor for name, tensor in model[0].items()}, tmp_path / "bare.safetensors")
     with pytest.raises(CheckpointError, match=r"^bare.safetensors has layers in 4 bits .* SVDQuant Save Model\.$"):
         inspect(tmp_path / "bare.safetensors")
 
 
-def test_the_two_files_of_an_older_nunchaku_model_are_told_as_one(files, tmp_path):
+def test_the_two_files_of_an_older_nunchaku_model_are_one_model(files, tmp_path):
     tensors = load_file(files / "nunchaku.safetensors")
     blocks = {name: tensor for name, tensor in tensors.items() if "transformer_blocks." in name}
     save_file(blocks, tmp_path / "transformer_blocks.safetensors")
     save_file({name: t for name, t in tensors.items() if name not in blocks}, tmp_path / "unquantized_layers.safetensors")
-    told = inspect(tmp_path / "transformer_blocks.safetensors")
-    assert told["bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert told["bytes_by_kind"] == inspect(files / "nunchaku.safetensors")["bytes_by_kind"]
+    facts = inspect(tmp_path / "transformer_blocks.safetensors")
+    assert facts["bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert facts["bytes_by_kind"] == inspect(files / "nunchaku.safetensors")["bytes_by_kind"]
 
 
 @pytest.mark.parametrize("recipe", [
@@ -130,9 +130,9 @@ def test_the_two_files_of_an_older_nunchaku_model_are_told_as_one(files, tmp_pat
 def test_what_a_file_says_of_itself_may_be_anything(model, tmp_path, recipe):
     path = tmp_path / "odd.safetensors"
     native.save(str(path), *model, recipe, "flux\x1b[31m", source_card={"modelspec.author": "a\nb"})
-    told = inspect(path)
-    text = inspection.text(told)
-    assert told["errors"] == {} and "\x1b" not in text and "author: a\N{REPLACEMENT CHARACTER}b" in text
+    facts = inspect(path)
+    text = inspection.text(facts)
+    assert facts["errors"] == {} and "\x1b" not in text and "author: a\N{REPLACEMENT CHARACTER}b" in text
 
 
 # --- the card ------------------------------------------------------------------------------------------------------

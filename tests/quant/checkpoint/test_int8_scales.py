@@ -1,4 +1,4 @@
-"""Files whose group scales are integers times one float a row: exact to the bit, half as large, and refused where they are not sound."""
+"""Files whose group scales are integers times one float per row: exact to the bit, half as large, and refused if invalid."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def bits(tensor):
 
 
 def integer_scales(groups, rows, dtype, seed=0, low=-15, high=16):
-    """(G, N) products of integers low..high and one float a row of four significant bits, none of them -0."""
+    """(G, N) products of integers low..high and one float per row with four significant bits, none of them -0."""
     g = torch.Generator().manual_seed(seed)
     i = torch.randint(low, high + 1, (groups, rows), generator=g)
     c = torch.randint(8, 16, (rows,), generator=g) * 2.0 ** torch.randint(-14, -8, (rows,), generator=g)
@@ -35,7 +35,7 @@ def integer_scales(groups, rows, dtype, seed=0, low=-15, high=16):
 
 
 def free(scale):
-    """Scales that are no integer multiples of one float a row."""
+    """Scales that are not integer multiples of one float per row."""
     return scale + (torch.rand(scale.shape, generator=torch.Generator().manual_seed(0)) * scale.float()).to(scale.dtype)
 
 
@@ -70,10 +70,10 @@ def changed(index, value):
 
 @pytest.mark.parametrize("change", [
     changed((9, 700), float("nan")), changed((9, 700), float("inf")), changed((slice(None), 700), float("inf")),
-    changed((9, 700), -0.0),  # which is no 0 * c to the bit
+    changed((9, 700), -0.0),  # -0 is no 0 * c to the bit
     changed((slice(None), 700), torch.arange(1, 18) / 1024),  # 17 of them
     changed((slice(None), 700), torch.arange(-16, 1) / 1024), lambda scale: scale.copy_(free(scale)),
-    changed((16, 700), 3.0),  # the largest, of which the others are no 16ths
+    changed((16, 700), 3.0),  # the new largest scale; the others are no multiples of a 16th of it
 ])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_what_is_no_product_is_seen_in_one_row_of_many(dtype, change):
@@ -86,8 +86,8 @@ def test_what_is_no_product_is_seen_in_one_row_of_many(dtype, change):
 
 def test_fp16_where_the_float_of_a_row_underflows():
     i = torch.tensor([[16], [5], [1]])
-    assert int8_scales.find_row_scale((i * 2.0**-24).half()) is not None  # the smallest number of all
-    assert int8_scales.find_row_scale((i * (9 * 2.0**-26)).half()) is None  # 2.25 times it, rounded
+    assert int8_scales.find_row_scale((i * 2.0**-24).half()) is not None  # fp16's smallest number
+    assert int8_scales.find_row_scale((i * (9 * 2.0**-26)).half()) is None  # 2.25 times the smallest number, rounded
     assert int8_scales.find_row_scale(torch.tensor([[9 * 4608.0], [4608.0]]).half()) is None  # 16 * c is not finite
 
 
@@ -96,7 +96,7 @@ def test_fp16_where_the_float_of_a_row_underflows():
 
 @pytest.fixture(scope="module")
 def model():
-    """Negative integers and a row of zeros; one layer in fp16, one of free scales."""
+    """A model with negative integers and a row of zeros; one layer is in fp16, one has free scales."""
     tensors, specs, config = packed_flux(depth_single=2)
     tensors[f"{LINEAR2}.weight_scale"][:, 5] = 0
     tensors[f"{LINEAR2}.weight_scale"][::2, 7] *= -1
@@ -116,7 +116,7 @@ def path(model, tmp_path_factory):
 
 
 def version_1(model, path, recipe=None):
-    """The file as it was written before there were int8 scales."""
+    """The file as written before int8 scales existed."""
     tensors, specs, config = model
     infos = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     native.save_stream(str(path), infos, tensors.items(), specs, config, recipe or {"preset": "data-free"}, "flux")
@@ -168,7 +168,7 @@ def test_files_of_version_1(model, path, tmp_path, monkeypatch):
     tensors = {name: free(tensor) if name.endswith("weight_scale") else tensor for name, tensor in model[0].items()}
     native.save(str(tmp_path / "free.safetensors"), tensors, *model[1:], {}, "flux")
     assert read_header(str(tmp_path / "free.safetensors")).metadata["svdquant.version"] == "1"
-    monkeypatch.setattr(native, "VERSION", 1)  # the readers of then: they open both, and refuse the new one by its number
+    monkeypatch.setattr(native, "VERSION", 1)  # an old reader opens version 1, and refuses version 2 by its number
     for name in ("old", "free"):
         native.open_file(read_header(str(tmp_path / f"{name}.safetensors")))
     with pytest.raises(CheckpointError, match="ours.safetensors has SVDQuant format version 2, and this pack reads up to 1; update"):
@@ -176,7 +176,7 @@ def test_files_of_version_1(model, path, tmp_path, monkeypatch):
 
 
 def test_conversions_read_the_scales(path, model, tmp_path):
-    """Through Nunchaku's layout and back; and under comfy-kitchen's names alone."""
+    """Through Nunchaku's layout and back, and with only comfy-kitchen's names."""
     tensors = {name: tensor.bfloat16() if name.startswith(QKV) and tensor.is_floating_point() else tensor
                for name, tensor in model[0].items()}
     specs = model[1] | {QKV: replace(model[1][QKV], dtype=torch.bfloat16)}
@@ -193,7 +193,7 @@ def test_conversions_read_the_scales(path, model, tmp_path):
                 assert torch.equal(bits(read[f"{name}.weight_scale"]), bits(tensors[f"{name}.weight_scale"])), name
 
 
-def test_inspection_tells_of_them(path, model, tmp_path):
+def test_inspection_lists_them(path, model, tmp_path):
     old = version_1(model, tmp_path / "old.safetensors")
     new, before = (inspection.inspect(read_header(str(file))) for file in (path, old))
     linears = sum(spec.format != layout.AWQ for spec in model[1].values())

@@ -1,4 +1,4 @@
-"""Nunchaku's FLUX.1 files: what we write is read back as it was, by us and by the documented formulas."""
+"""Nunchaku's FLUX.1 files: a written file is read back unchanged, by this pack and by the documented formulas."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def rewritten(source, path, change=lambda tensors: None, metadata=None):
 
 
 def same(file, model):
-    """Every tensor as it was written; zeros of modulation layers within a rounding."""
+    """Check that every tensor equals the written one; zeros of modulation layers up to a rounding."""
     tensors, specs, _ = model
     read = dict(file.tensors())
     assert file.specs == specs and read.keys() == tensors.keys() == file.shapes.keys()
@@ -80,7 +80,7 @@ def test_written_and_read_is_the_identity(written, model):
 
 
 def test_read_and_written_is_the_identity_to_the_byte(written, tmp_path):
-    """Also of a branch a half: files that Nunchaku's own tools make share nothing between two halves."""
+    """This includes files with one branch per half, as Nunchaku's own tools write them."""
     g = torch.Generator().manual_seed(1)
 
     def own_branches(tensors):
@@ -99,7 +99,7 @@ def test_read_and_written_is_the_identity_to_the_byte(written, tmp_path):
 
 
 def test_a_branch_a_half_is_the_sum_of_the_halves(written, tmp_path):
-    """linear1 and linear2 with the branches of their halves, against the halves one by one."""
+    """linear1 and linear2 with the branches of their halves equal the separate halves."""
     g = torch.Generator().manual_seed(2)
     path = rewritten(written, tmp_path / "theirs.safetensors", lambda tensors: tensors.update(
         {name: torch.randn(t.shape, generator=g).to(t.dtype) for name, t in tensors.items() if "lora_" in name}))
@@ -119,7 +119,7 @@ def test_a_branch_a_half_is_the_sum_of_the_halves(written, tmp_path):
 
 
 def dense(tensors, part, shifted):
-    """Section 2.8 of the format's description, by index arithmetic of its own, in float64: (W, b)."""
+    """Section 2.8 of the format's description, by separate index arithmetic in float64: (W, b)."""
     qweight, smooth = tensors[f"{part}.qweight"], tensors[f"{part}.smooth"].double()
     n_total, k_total = qweight.shape[0], qweight.shape[1] * 2
     n, k = torch.arange(n_total).unsqueeze(1), torch.arange(k_total).unsqueeze(0)
@@ -170,7 +170,7 @@ def test_what_we_wrote_means_the_same_by_the_documented_formulas(tmp_path, rank)
 
 
 def test_modulation_layers_by_the_documented_formulas(written, model):
-    """w = code * s + z of each interleaved row is our (code - 8) * s + z', but for the 16-bit rounding of z."""
+    """w = code * s + z of each interleaved row is this pack's (code - 8) * s + z', up to the 16-bit rounding of z."""
     tensors, theirs = model[0], load_file(written)
     name, part, chunks = "single_blocks.0.modulation.lin", "single_transformer_blocks.0.norm.linear", 3
     words = theirs[f"{part}.qweight"].flatten().view(torch.int16).int() & 0xFFFF
@@ -255,7 +255,8 @@ def test_very_old_files_without_a_branch(written, tmp_path):
 
 
 def test_modulation_layers_in_16_bits(written, model, tmp_path):
-    """nunchaku-lite reads files that leave them as they were: rows in diffusers' order, which is ours, and no 1 in the bias."""
+    """nunchaku-lite reads files with unconverted modulation layers: rows in diffusers' order, which is this pack's, and
+    no 1 in the bias."""
     ours, theirs = "double_blocks.0.txt_mod.lin", "transformer_blocks.0.norm1_context.linear"
     dense = {"weight": torch.randn(6 * 128, 128).bfloat16(), "bias": torch.randn(6 * 128).bfloat16()}
 
@@ -290,7 +291,7 @@ def test_what_nunchakus_loader_reads(written):
                      "smooth": ((512,), bf16), "smooth_orig": ((512,), bf16), "lora_down": ((512, 16), bf16),
                      "lora_up": ((128, 16), bf16)}
     assert header.tensors["single_transformer_blocks.1.norm.linear.wscales"].shape == (16, 384)
-    # 34 tensors a single block, 68 a double one and 20 outside, as published files have.
+    # 34 tensors per single block, 68 per double block and 20 outside, as in published files.
     assert len(header.tensors) == 68 + 2 * 34 + 20
 
 
@@ -359,7 +360,7 @@ def test_metadata_of_other_models_and_damaged_metadata(written, tmp_path, metada
         opened(path)
 
 
-def test_what_has_no_place_in_nunchakus_layout_is_told(model, tmp_path):
+def test_a_model_that_nunchakus_layout_cannot_hold_is_refused(model, tmp_path):
     tensors, specs, config = model
 
     def refusal(specs, tensors=tensors):
@@ -381,7 +382,7 @@ def test_what_has_no_place_in_nunchakus_layout_is_told(model, tmp_path):
 
 
 def test_a_model_without_branches(model, tmp_path):
-    """Of the preset naive; Nunchaku's layers have a branch each, of zeros."""
+    """The preset naive has no branches; in Nunchaku's layout each layer then has a branch of zeros."""
     tensors, specs, config = model
     bare = {name: replace(spec, rank=0) for name, spec in specs.items()}
     tensors = {name: tensor[:, :0].contiguous() if name.endswith(("proj_down", "proj_up")) else tensor for name, tensor in tensors.items()}
@@ -417,7 +418,7 @@ def with_header(path, entries, metadata):
 
 @st.composite
 def mutations(draw):
-    """(index of a tensor, what is done to it, with what)."""
+    """(index of a tensor, kind of change, value)."""
     kind = draw(st.sampled_from(("drop", "rename", "dtype", "shape", "extra", "metadata")))
     value = {"drop": st.none(), "rename": st.sampled_from(("", "x", "transformer_blocks.0.qkv_proj.qweight",
                                                                       "transformer_blocks.9999.a.b")),
@@ -458,7 +459,7 @@ def test_mutated_headers_are_refused_or_describe_a_whole_model(written, written_
     except CheckpointError as error:
         assert "mutated.safetensors" in str(error) and "\n" not in str(error)
     else:
-        # What is still a whole model has every tensor in the shape that its layers say.
+        # A header that is still accepted has every tensor in the shape that its layers require.
         for name, spec in file.specs.items():
             assert all(file.shapes[f"{name}.{part}"] == shape for part, (shape, _) in spec.tensors().items())
         assert {name: tuple(info.shape) for name, info in header.tensors.items() if name.endswith("qweight")} == {

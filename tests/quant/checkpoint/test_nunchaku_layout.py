@@ -43,7 +43,7 @@ def test_all_sixteen_codes_survive():
 
 
 def test_a_shifted_layer_by_the_documented_formulas():
-    """W = Wq / smooth + up down, and the bias holds the shift, in float64 against the layer it was made from."""
+    """W = Wq / smooth + up down, and the bias holds the GELU shift correction, in float64 against the source layer."""
     v = vectors("int4_convert_shifted")
     packed, scales = order.unpack_codes(v["out.qweight"]), order.unpack_scales(v["out.wscales"])
     smooth, bias = order.unpack_vector(v["out.smooth"]).double(), order.unpack_vector(v["out.bias"]).double()
@@ -55,9 +55,9 @@ def test_a_shifted_layer_by_the_documented_formulas():
     # The codes are those of in.weight, the residual in the smoothed domain.
     step = v["in.scale"].double().repeat_interleave(64, dim=1)
     assert ((quantized - v["in.weight"].double()) / step).abs().max() < 0.52
-    # in.bias already lacks shift * W of the whole weight; the packer gave back the branch's part, which reads the raw x.
-    folded = v["in.bias"].double() + int4.GELU_SHIFT * (up @ down.sum(dim=0, keepdim=True).t()).squeeze(1)
-    assert float(v["in.shift"]) == int4.GELU_SHIFT and (bias - folded).abs().max() < 2**-7
+    # in.bias already lacks shift * W of the whole weight; the packer adds the branch's part again, which reads x without the shift.
+    expected_bias = v["in.bias"].double() + int4.GELU_SHIFT * (up @ down.sum(dim=0, keepdim=True).t()).squeeze(1)
+    assert float(v["in.shift"]) == int4.GELU_SHIFT and (bias - expected_bias).abs().max() < 2**-7
 
 
 @pytest.mark.parametrize(("name", "chunks"), [("awq_adanorm_zero_oc384_ic256", 6), ("awq_adanorm_single_oc192_ic256", 3)])
@@ -72,7 +72,7 @@ def test_a_modulation_layer_both_ways(name, chunks):
     # Half a step of rounding, plus bf16's rounding of 7 s (in the file) and of z + 8 s (here).
     assert steps.abs().max() < 0.5 + 7 * 2**-8 + 2**-8
     diff = ours["bias"].double() - v["in.bias"].double()
-    assert diff.abs().max() <= 2**-8 * (v["in.bias"].double().abs().max() + 1)  # 1 was added in bf16, and taken off
+    assert diff.abs().max() <= 2**-8 * (v["in.bias"].double().abs().max() + 1)  # 1 was added in bf16, and subtracted again
     again = order.pack_awq(*(ours[part] for part in ("weight", "weight_scale", "weight_zeros", "bias")), chunks)
     assert again.keys() == theirs.keys()
     for part, tensor in again.items():
@@ -80,7 +80,7 @@ def test_a_modulation_layer_both_ways(name, chunks):
 
 
 def test_rounding_of_the_zeros_is_far_below_a_step():
-    """Our w = (code - 8) s + z' against their w = code s + z: the step's share that the 16-bit z' costs."""
+    """This pack's w = (code - 8) s + z' against Nunchaku's w = code s + z: the error of the 16-bit z' as a fraction of a step."""
     theirs = parts(vectors("awq_adanorm_zero_oc384_ic256"), "out.")
     ours = order.unpack_awq(theirs["qweight"], theirs["wscales"], theirs["wzeros"], theirs["bias"], 6)
     scale, zeros = theirs["wscales"][:4].double(), theirs["wzeros"][:4].double()
@@ -125,7 +125,7 @@ def test_arrays_of_several_blocks_from_memory_and_from_a_file(tmp_path, monkeypa
 
 
 def test_large_arrays_by_the_table_of_the_description():
-    """The places of 100 groups and of three tiles, by index arithmetic of its own."""
+    """The positions of 100 groups and of three tiles, by separate index arithmetic."""
     codes, _ = random_array("codes", 3)
     n, k = torch.arange(384).unsqueeze(1), torch.arange(0, 6400, 8).unsqueeze(0)
     word = ((n // 128 * 100 + k // 64) * 8 + n % 128 // 16) * 8 + n % 8
@@ -150,7 +150,7 @@ def test_a_file_that_is_cut_off_while_it_is_read(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unpacking_is_vectorized(kind):
-    """Calls from Python, of which there are some for a block and none for a row or a word."""
+    """Counts Python calls: there are some per block, and none per row or word."""
     array, unpack = random_array(kind, 24)
     calls = 0
 
@@ -169,16 +169,16 @@ def test_unpacking_is_vectorized(kind):
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's count of a process's memory")
 @pytest.mark.parametrize(("kind", "size"), [("codes", 100), ("scales", 800), ("modulation", 200)])
 def test_no_memory_but_the_results_is_needed(tmp_path, monkeypatch, kind, size):
-    monkeypatch.setattr(order, "BLOCK", 1 << 17)  # of which there are several at a time
-    array, unpack = random_array(kind, size)  # so large that it never is memory that was there before
+    monkeypatch.setattr(order, "BLOCK", 1 << 17)  # several blocks are in memory at a time
+    array, unpack = random_array(kind, size)  # too large for memory that was freed before
     found, nbytes = stored(tmp_path / "x.safetensors", array), array.nbytes
-    unpack(random_array(kind, 3)[0])  # tables
+    unpack(random_array(kind, 3)[0])  # makes the tables, which are cached
     del array
 
     def memory(key):
         return int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) << 10
 
-    Path("/proc/self/clear_refs").write_text("5")  # the most that it has had until now is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
     before = memory("VmRSS")
     result = unpack(found)
     assert nbytes > 32 << 20 and result.nbytes == nbytes and memory("VmHWM") - before < nbytes + (6 << 20)

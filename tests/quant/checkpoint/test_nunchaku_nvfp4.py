@@ -1,4 +1,4 @@
-"""Nunchaku's NVFP4 files: read as documented, whatever their form, kept as they are in ours, and refused where damaged."""
+"""Nunchaku's NVFP4 files: read as documented in all their forms, stored unchanged in this pack's layout, and refused if damaged."""
 
 import json
 import os
@@ -24,7 +24,7 @@ BLOCK = "single_transformer_blocks.0"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(the file, the 16-bit model that it was made of)."""
+    """(the file, its 16-bit source model)."""
     path = tmp_path_factory.mktemp("nunchaku") / "svdq-fp4_r16-flux.safetensors"
     return path, write_nvfp4(path)
 
@@ -38,7 +38,7 @@ def read(path):
 
 
 def dense(tensors, name):
-    """(N, K) float64 of a layer of ours."""
+    """(N, K) float64: the dequantized weight of a layer of this pack."""
     p = {part: tensors[f"{name}.{part}"] for part in ("weight", "weight_scale", "weight_scale_2", "weight_smooth_factor",
                                                       "weight_proj_up", "weight_proj_down")}
     quantized = nvfp4.dequantize_weight(p["weight"], p["weight_scale"], p["weight_scale_2"], torch.float64)
@@ -78,10 +78,10 @@ def test_every_layer_is_the_one_that_was_quantized(model):
     for name in names:
         weight, spec = plain[f"{name}.weight"].double(), file.specs[name]
         error = float((dense(tensors, name) - weight).norm() / weight.norm())
-        # e2m1 against a normal distribution in groups of 16; one matrix's second scale on another would show as 1.
+        # e2m1's error on a normal distribution in groups of 16; another matrix's second scale would give an error of 1.
         assert error < 0.12, f"{name}: {error:.3f}"
         assert spec.unsigned_from == spec.in_features
-        # Nothing is folded into the bias of a layer behind a GELU.
+        # The bias of a layer that reads a GELU has no shift correction.
         assert torch.equal(tensors[f"{name}.bias"], plain[f"{name}.bias"]), name
 
 
@@ -97,7 +97,7 @@ def test_the_second_scales_of_each_matrix(model):
 
 
 @pytest.mark.parametrize("change", [lambda tensors: None, rename_v2])
-def test_without_metadata_the_float8_tensors_tell(model, tmp_path, change):
+def test_without_metadata_the_float8_tensors_identify_the_format(model, tmp_path, change):
     path = rewritten(model[0], tmp_path / "model.safetensors", change, metadata={})
     before, after = read(model[0]), read(path)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -134,7 +134,7 @@ def test_very_old_files_without_second_scales_and_branches(model, tmp_path):
 
 @pytest.mark.parametrize("kind", ["wtscale", "wcscales", "lora_"])
 def test_one_layer_without_its_second_scale_or_branch_has_lost_it(model, tmp_path, kind):
-    """Read as 1 and as no branch, they gave a picture up to 96 % off in silence."""
+    """Missing ones, read as 1 and as no branch, would silently give a picture with an error of up to 96 %."""
     def strip(tensors):
         layer = next(name for name in tensors if kind in name.rpartition(".")[2]).rpartition(".")[0]
         for name in [name for name in tensors if name.startswith(f"{layer}.{kind}")]:
@@ -156,7 +156,7 @@ def test_converted_to_our_layout_and_read_back_it_is_the_same_to_the_bit(model, 
     conf = layout.decode_conf(second.header.read_bytes("single_blocks.0.linear2.comfy_quant"))
     assert (conf["format"], conf["group_size"], conf["rank"]) == ("svdquant_nvfp4", 16, 2 * RANK)
     packed = sum(t.nbytes for name, t in after.items() if name.startswith("single_blocks.0.linear1.weight") and "proj" not in name)
-    assert packed < 0.6 * 7 * 128 * 128  # bytes a weight: it stays packed
+    assert packed < 0.6 * 7 * 128 * 128  # bytes per weight: it stays packed
 
 
 def test_nunchakus_int4_layout_is_refused(model, tmp_path):
@@ -262,7 +262,7 @@ def published(nvfp4, rank=32, h=3072):
 
 @pytest.mark.parametrize(("nvfp4", "count", "nbytes"), [(False, 2604, 6_767_999_104), (True, 2908, 7_038_360_136)])
 def test_the_header_of_a_published_flux(tmp_path, nvfp4, count, nbytes):
-    """Its data a hole: nothing but the header and the few bytes that are compared is read."""
+    """The file's data is a hole: only the header and the few compared bytes are read."""
     entries = published(nvfp4)
     path = with_header(tmp_path / "svdq.safetensors", entries, {"model_class": "NunchakuFluxTransformer2dModel"})
     header = read_header(str(path))

@@ -1,4 +1,4 @@
-"""What a user is told where a file can't be written: one sentence, with the remedy that helps, and nothing left behind."""
+"""A file that can't be written: one sentence with the right remedy, and no temporary file left."""
 
 import errno
 import os
@@ -69,7 +69,7 @@ def test_trouble_of_the_disk_has_a_remedy_of_its_own(tmp_path, monkeypatch, code
     assert ("free some space" in message) == (code in (errno.ENOSPC, errno.EDQUOT)) and os.listdir(tmp_path) == []
 
 
-def test_little_room_is_told_in_numbers_that_can_be_read(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_in_readable_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(write.shutil, "disk_usage", lambda folder: SimpleNamespace(free=400_000))
     assert "it needs 0.0 MB and the disk has 0.4 MB free" in refusal(tmp_path / "x.safetensors")
     assert [write.size_text(count) for count in (12_000_000, 999_000_000, 1_500_000_000)] == ["12.0 MB", "999.0 MB", "1.50 GB"]
@@ -79,7 +79,7 @@ def test_little_room_is_told_in_numbers_that_can_be_read(tmp_path, monkeypatch):
 
 
 def write_meanwhile(path, overwrite, meanwhile, value=1.0):
-    """Write a file whose only tensor is full of `value`; meanwhile() is called when half of the work is done."""
+    """Write a file whose only tensor is filled with `value`; meanwhile() is called after half of the work."""
     def tensors():
         yield "a", torch.full((1000,), value)
         meanwhile()
@@ -96,7 +96,7 @@ def values(path):
 
 @pytest.fixture(params=[True, False], ids=["hard links", "no hard links"])
 def links(request, monkeypatch):
-    """On a file system with hard links, and on one without."""
+    """Both kinds of file systems: with hard links and without."""
     def link(source, target):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM), source, None, target)
 
@@ -117,11 +117,11 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
 @pytest.mark.usefixtures("links")
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_writer_with_the_same_process_id_writes_a_file_of_its_own(tmp_path, overwrite):
-    """As in another container on the same folder."""
+    """Two containers can have the same process id and write to the same folder."""
     path = tmp_path / "x.safetensors"
     if overwrite:
         write_meanwhile(path, True, lambda: write_meanwhile(path, True, lambda: None, 2.0))
-        assert values(path) == {1.0}, "the last one's, and nothing else"
+        assert values(path) == {1.0}, "the last writer's file"
     else:
         with pytest.raises(CheckpointError, match="exists already"):
             write_meanwhile(path, False, lambda: write_meanwhile(path, False, lambda: None, 2.0))
@@ -168,7 +168,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 def test_what_killed_saves_left_goes_and_nothing_else(tmp_path):
-    """A day later, so that it is nobody's; a download goes on where it stopped, however old."""
+    """After a day, when no process can be writing it. A download's file stays, since a download resumes at any age."""
     old = time.time() - write.STALE_SECONDS - 60
     stale = ["x.safetensors.0123456789abcd.saving", "other.SFT.aaaaaaaaaaaaaa.saving"]
     kept = ["x.safetensors.0123456789abcdef.part", "notes.saving", "x.safetensors.0123456789abcd.saving.bak", "x.0123456789abcd.saving",

@@ -1,4 +1,4 @@
-"""Downloads from a Hub on the loopback: whole and checked, or one sentence; the login goes nowhere else."""
+"""Downloads from a Hub on the loopback: a complete, verified file or one sentence; the login is sent to no other host."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ REPOSITORY, FILE = "owner/flux", "sub/flux_4bit.safetensors"
 
 
 class Watch:
-    """What a node gives a download: it notes what it is told, and cancels when `stop` is set."""
+    """A node's progress object for a download: it records its calls, and cancels when `stop` is set."""
 
     def __init__(self):
         self.said, self.points, self.stop = [], [], threading.Event()
@@ -44,13 +44,13 @@ def use(monkeypatch):
     """A function that makes huggingface_hub ask the server at a URL, with a login."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # of 10 MB, which is written at once
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # default 10 MB; a chunk is written at once
     forget_sessions()
     return partial(use_endpoint, monkeypatch)
 
 
 def forget_sessions():
-    """Before 1.0 a session is on line, or not, for good."""
+    """huggingface_hub before 1.0 caches whether a session is offline."""
     getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
 
 
@@ -76,7 +76,7 @@ def refusal(*args, **kwargs):
     return message
 
 
-def test_a_file_arrives_whole_with_its_size_told_first(server, tmp_path):
+def test_a_file_arrives_whole_and_its_size_is_reported_first(server, tmp_path):
     watch = fetch(tmp_path)
     assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
     assert watch.said[0].startswith("flux.safetensors: 0.2 MB from owner/flux at 01234567; the disk has ")
@@ -107,7 +107,7 @@ def test_a_cut_connection_is_gone_on_with(server, tmp_path):
 
 
 def test_a_download_that_breaks_off_goes_on_next_time(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # of huggingface_hub between its tries
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between its tries
     server.cuts = [70_000] + [0] * 50
     assert "can't be reached for sub/flux_4bit.safetensors" in refusal(tmp_path)
     part, = os.listdir(tmp_path)
@@ -127,7 +127,7 @@ def test_cancel_stops_at_once_and_keeps_what_has_come(server, tmp_path):
     assert time.monotonic() - before < 10
     server.hold.set()
     part, = os.listdir(tmp_path)
-    time.sleep(0.5)  # what still arrives is not written
+    time.sleep(0.5)  # data that still arrive are not written
     kept = (tmp_path / part).read_bytes()
     assert part.endswith(".part") and kept == DATA[: len(kept)] and len(kept) < len(DATA)
     server.hold = None
@@ -214,7 +214,7 @@ PAGE = f"https://huggingface.co/{REPOSITORY}"
     ((REPOSITORY, f"{PAGE}/blob/main/{FILE}", "main"), (REPOSITORY, FILE, "main")),
     ((f"http://hf.co/{REPOSITORY}/blob/main/{FILE}", FILE, "main"), (REPOSITORY, FILE, "main")),
 ])
-def test_the_address_of_a_page_tells_names(given, found):
+def test_the_address_of_a_page_gives_the_names(given, found):
     assert hub.names(*given) == found
     hub.check_names(*found)
 
@@ -275,7 +275,7 @@ def test_offline_is_one_sentence(use, tmp_path, monkeypatch):
     assert "HF_HUB_OFFLINE forbids" in refusal(tmp_path)
 
 
-def test_no_room_is_told_before_anything_is_fetched(server, tmp_path):
+def test_too_little_disk_space_is_reported_before_the_download(server, tmp_path):
     server.size = 10**17
     assert "it needs 100000000.00 GB and the disk has" in refusal(tmp_path)
     assert os.listdir(tmp_path) == [] and server.gets == []
@@ -338,14 +338,14 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(server, tmp_path, other, 
         (tmp_path / "flux.safetensors").unlink()
         gets = len(server.gets)
         fetch(tmp_path)
-        assert len(server.gets) == gets, "what had come was whole, and is used"
+        assert len(server.gets) == gets, "the downloaded file was complete, and is used"
     assert outcomes[0] is watch or says
     assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_second_download_waits_for_the_first(server, tmp_path, cancelled):
-    """Two that append to one file would damage it; the second one is cancelled as fast as the first."""
+    """Two downloads that append to one file would damage it. The second can be cancelled as fast as the first."""
     server.hold, outcomes, watches = threading.Event(), [], (Watch(), Watch())
     threads = [in_thread(lambda: fetch(tmp_path, watches[0]), outcomes)]
     assert server.halfway.wait(20)

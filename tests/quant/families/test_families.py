@@ -1,4 +1,4 @@
-"""What every family's declaration has to be, and that nobody else knows what stands in one."""
+"""The rules for every family's declaration, and that no other code contains a family's names or sizes."""
 
 import re
 from pathlib import Path
@@ -11,13 +11,13 @@ from ..random_chroma import chroma_tensors
 from ..random_flux import flux_shapes
 
 ROOT = Path(__file__).resolve().parents[3]
-# Folders whose code serves any family. The tests, the demo and the benchmarks have models of their own.
+# Folders whose code serves any family. The tests, the demo and the benchmarks have their own models.
 FAMILY_FREE = ("quant", "cuda", "nodes", "convert.py", "inspect_model.py")
 SHAPES = {"FLUX.1": flux_shapes(), "Chroma": {name: tuple(tensor.shape) for name, tensor in chroma_tensors().items()}}
 
 
 def words():
-    """Names of blocks, of layers and of other modules that are a family's, and sizes that are FLUX.1's."""
+    """A family's names of blocks, layers and other modules, and FLUX.1's sizes."""
     found = {"3072", "12288", "15360", "21504", "9216"}
     for family in families.FAMILIES:
         found |= {family.image_model} - {"flux", "chroma"}  # also words of prose

@@ -1,4 +1,4 @@
-"""Which settings of a MODEL hold its diffusion model, and so can't be carried over to the quantized one."""
+"""Settings of a MODEL that hold its diffusion model, and so can't be carried over to the quantized model."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ def closure(held):
 
 def late_closure(held):
     def function():
-        return later  # not assigned while it is on the MODEL
+        return later  # not assigned while the closure is on the MODEL
 
     if held is None:
         later = 1
@@ -124,7 +124,7 @@ def test_methods_and_weights_reach_their_module(held):
     assert carried.reaches({"x": closure([held(other)])}, list(model.modules())) is None
 
 
-def test_the_way_is_told_in_words():
+def test_the_path_is_described_in_words():
     model = Model()
     found = {"its model_function_wrapper": functools.partial(closure(State(model)), 1)}
     assert carried.reaches(found, [model]) == "its model_function_wrapper (its function) (its variable held).previous"
@@ -142,7 +142,7 @@ def test_the_walk_ends():
 
 
 def step_cache(patcher, diffusion_model):
-    """As TeaCache does it: a wrapper that puts another forward into the diffusion model while it is called."""
+    """A wrapper that replaces the diffusion model's forward during a call, as TeaCache does."""
     cached = patcher.clone()
 
     def wrapper(apply_model, arguments):
@@ -218,10 +218,11 @@ def test_the_source_is_collected_where_it_is_not_reached(pair_files):
     patched = placed("attachment")(patched, Model())
     carried.check_carried(patched)
     source = weakref.ref(patched.model.diffusion_model)
-    twin, _ = quantize.quantize(patched, presets.make_recipe("data-free", 16), None, None, 2, 0, Progress())
+    quantized_model, _ = quantize.quantize(patched, presets.make_recipe("data-free", 16), None, None, 2, 0, Progress())
     del patched
     gc.collect()
-    assert source() is None and twin.get_attachment("cache") and twin.get_wrappers(WrappersMP.DIFFUSION_MODEL, "cache")
+    assert source() is None and quantized_model.get_attachment("cache")
+    assert quantized_model.get_wrappers(WrappersMP.DIFFUSION_MODEL, "cache")
 
 
 def test_a_step_cache_is_refused_before_the_run(plain):

@@ -1,4 +1,4 @@
-"""Chroma, the second family: all that FLUX.1 has, on a small random model in the real host."""
+"""Chroma, the second family: FLUX.1's features on a small random model in a real ComfyUI."""
 
 import comfy.ldm.chroma.model
 import comfy.model_base
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 def prompts(count=2, width=CONTEXT):
-    """Chroma's text encoder, T5 alone, has no pooled output."""
+    """Chroma's only text encoder, T5, has no pooled output."""
     g = torch.Generator().manual_seed(1)
     return [[torch.randn(1, 12, width, generator=g), {"pooled_output": None}] for _ in range(count)]
 
@@ -100,9 +100,9 @@ def test_a_lora_has_its_effect_and_goes_without_a_trace(pair):
 def test_inspect_knows_it(pair, file, tmp_path):
     saved = save(pair[1], tmp_path / "chroma_4bit.safetensors")
     for path in (file, saved):
-        told = inspection.inspect(read_header(path))
-        assert told["family"] == "Chroma" and told["model"] == build.stored_config(pair[1].model)
-        assert "Chroma: 1 double and 2 single blocks, hidden size 256, 64 channels in" in inspection.text(told).splitlines()
+        facts = inspection.inspect(read_header(path))
+        assert facts["family"] == "Chroma" and facts["model"] == build.stored_config(pair[1].model)
+        assert "Chroma: 1 double and 2 single blocks, hidden size 256, 64 channels in" in inspection.text(facts).splitlines()
 
 
 def test_what_does_not_fit_it_is_refused_in_a_sentence(pair, file, tmp_path):

@@ -1,4 +1,4 @@
-"""torch.compile of a model that comes fresh from the loader: nothing but the ops of its layers gets into the graph."""
+"""torch.compile of a newly loaded model: only the ops of its layers are in the graph."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from ..comfy_models import sample
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
-NODES_A_LAYER = 4  # the op, the look-ups of its operands and a cast at most; the search for row scales had 1,531
+NODES_A_LAYER = 4  # at most the op, the look-ups of its operands and a cast; the search for row scales would have 1,531
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def fresh_dynamo():
 
 
 def plain_attention(patcher):
-    """ComfyUI's attention for the CPU looks at the free memory, which breaks a graph; PyTorch's own doesn't."""
+    """ComfyUI's attention for the CPU reads the free memory, which breaks the graph; PyTorch's doesn't."""
     patcher = patcher.clone()
     patcher.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *args, **kwargs: attention_pytorch(
         *args, **kwargs)
@@ -62,7 +62,7 @@ def test_a_graph_has_one_op_a_layer(pair_files, act_bits):
     more = calls(graphs) - calls(plain_graphs)
     assert more <= NODES_A_LAYER * (w4a4 + w4a16), f"{more} nodes more than the 16-bit model's graph"
     eager = sample(plain_attention(loader.load_model(pair_files[1], act_bits=act_bits)))
-    assert torch.equal(estimate, eager), "the bits of the model that is not compiled"
+    assert torch.equal(estimate, eager), "the same bits as without torch.compile"
     assert float((estimate - exact).norm() / exact.norm()) < 0.3
 
 
@@ -71,7 +71,7 @@ def layers_of(patcher):
 
 
 def test_row_scales_are_there_when_a_layer_gets_its_weights(pair_files):
-    """After loading, moves and another state dict; in another type they are found anew."""
+    """They are kept after loading, moves and another state dict; in another dtype they are computed again."""
     patcher = loader.load_model(pair_files[1], act_bits=8)
     before = [layer._row_scale for layer in layers_of(patcher)]
     assert all(before)

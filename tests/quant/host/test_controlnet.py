@@ -1,4 +1,4 @@
-"""The ControlNets that ComfyUI runs on FLUX.1, on a quantized one: random ones in every form of file that its loader knows."""
+"""ControlNets on a quantized FLUX.1: random ones in every file format that ComfyUI's loader knows."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 @pytest.fixture(autouse=True)
 def heads_of_any_width(monkeypatch):
-    """ComfyUI before 0.9 takes every FLUX for one of 24 heads, which a ControlNet of reduced size is not."""
+    """ComfyUI before 0.9 assumes 24 heads in every FLUX, which a ControlNet of reduced size doesn't have."""
     detect = comfy.model_detection.detect_unet_config
 
     def detect_heads(*args, **kwargs):
@@ -35,7 +35,7 @@ def heads_of_any_width(monkeypatch):
 
 
 def transformer(depth_single=0):
-    """The part of a ControlNet that is a FLUX.1 of fewer blocks."""
+    """The part of a ControlNet that is a FLUX.1 with fewer blocks."""
     return {name: t for name, t in flux_tensors(hidden=HIDDEN, depth=2, depth_single=depth_single).items()
             if not name.startswith("final_layer")}
 
@@ -45,7 +45,7 @@ def linear(name, n, k, size=1.0, seed=0):
 
 
 def residuals(prefix, count, leaf="", size=0.7):
-    """The layers that a ControlNet's residuals go through, zero before training."""
+    """The layers of a ControlNet's residuals, which are zero before training."""
     return {k: t for i in range(count) for k, t in linear(f"{prefix}.{i}{leaf}", HIDDEN, HIDDEN, size, seed=i).items()}
 
 
@@ -70,7 +70,7 @@ def mistoline():
 
 
 def diffusers(tensors):
-    """The names of diffusers for those of a FLUX.1; q, k and v apart."""
+    """diffusers' names in place of FLUX.1's, with separate q, k and v."""
     names = comfy.utils.flux_to_diffusers({"depth": 2, "depth_single_blocks": 1, "hidden_size": HIDDEN})
     renamed = {}
     for theirs, ours in names.items():
@@ -110,30 +110,30 @@ def controlled(form, strength=0.8, count=1, start=0.0, end=1.0):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_controlnet_does_what_it_does_to_the_16_bit_model(plain, twin, drift, caplog, form):
+def test_a_controlnet_does_what_it_does_to_the_16_bit_model(plain, quantized_model, drift, caplog, form):
     cond = controlled(form)
     assert "missing" not in caplog.text
-    before, exact = sample(twin), sample(plain, cond=cond)
-    assert relative_error(sample(plain), exact) > 2 * drift, "the ControlNet does next to nothing here"
-    error = relative_error(sample(twin, cond=cond), exact)
+    before, exact = sample(quantized_model), sample(plain, cond=cond)
+    assert relative_error(sample(plain), exact) > 2 * drift, "the ControlNet has too small an effect here"
+    error = relative_error(sample(quantized_model, cond=cond), exact)
     assert error < drift, f"4 bits against 16 bits: {error:.3f} with the ControlNet, {drift:.3f} without it"
-    assert torch.equal(sample(twin), before)
+    assert torch.equal(sample(quantized_model), before)
 
 
-def test_a_union_of_controls_and_a_lora(plain, twin, drift):
-    """Two ControlNets one after the other, each for its part of the steps, on a model with a LoRA."""
-    tensors = generic(*shapes(twin).items())
+def test_a_union_of_controls_and_a_lora(plain, quantized_model, drift):
+    """Two ControlNets, each for a part of the steps, on a model with a LoRA."""
+    tensors = generic(*shapes(quantized_model).items())
     cond = controlled("union", 0.5, end=0.6)
     (_, extras), = cond
     extras["control"].set_previous_controlnet(controlled("XLabs", 0.7, start=0.2)[0][1]["control"])
     exact = sample(load_lora(plain, tensors), cond=cond)
     assert relative_error(sample(load_lora(plain, tensors)), exact) > drift
-    assert relative_error(sample(load_lora(twin, tensors), cond=cond), exact) < drift
+    assert relative_error(sample(load_lora(quantized_model, tensors), cond=cond), exact) < drift
 
 
 def test_a_model_is_calibrated_under_a_controlnet(tmp_path):
-    """Quantizing with the ControlNet on the prompts: the residuals are there when the blocks are replayed."""
+    """With a ControlNet on the prompts, the replay of the blocks has its residuals."""
     plain = loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1))
-    twin, _ = quantized(plain, conditioning=controlled("union", count=2))
+    quantized_model, _ = quantized(plain, conditioning=controlled("union", count=2))
     cond = controlled("union")
-    assert relative_error(sample(twin, cond=cond), sample(plain, cond=cond)) < 0.2
+    assert relative_error(sample(quantized_model, cond=cond), sample(plain, cond=cond)) < 0.2

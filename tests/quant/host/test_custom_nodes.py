@@ -1,4 +1,4 @@
-"""What custom nodes do to a FLUX MODEL, in our words, on a MODEL in 4 bits: named by the technique."""
+"""The techniques of custom nodes for FLUX MODELs, reimplemented here, on a MODEL in 4 bits."""
 
 import copy
 
@@ -38,7 +38,7 @@ def layer(patcher, name):
 
 
 class DoubledSingle(torch.nn.Module):
-    """A block made of another's parts, with something added to the attention, as IP-Adapters have it."""
+    """A block made of another block's parts, with an addition to the attention, as in IP-Adapters."""
 
     def __init__(self, block):
         super().__init__()
@@ -72,7 +72,7 @@ def another_class(patcher):
 
 
 def forward_of_its_own(patcher):
-    """As step caches have it: the blocks' part of an earlier call is used again."""
+    """A step cache: it reuses the blocks' output of an earlier call."""
     patched = patcher.clone()
     model, residuals = patcher.model.diffusion_model, []
     forward = model.forward_orig
@@ -88,44 +88,44 @@ def forward_of_its_own(patcher):
 
 @pytest.mark.parametrize("technique", [blocks_of_its_own, another_class, forward_of_its_own])
 @pytest.mark.parametrize("lora", [False, True])
-def test_does_what_it_does_to_the_16_bit_model(plain, twin, drift, technique, lora):
-    before = sample(twin)
-    exact, quantized = (sample(technique(with_lora(patcher) if lora else patcher)) for patcher in (plain, twin))
+def test_does_what_it_does_to_the_16_bit_model(plain, quantized_model, drift, technique, lora):
+    before = sample(quantized_model)
+    exact, quantized = (sample(technique(with_lora(patcher) if lora else patcher)) for patcher in (plain, quantized_model))
     effect = relative_error(exact, sample(with_lora(plain) if lora else plain))
     error = relative_error(quantized, exact)
     assert error < 2 * drift and effect > 0.02, (error, drift, effect)
-    assert torch.equal(sample(twin), before)
+    assert torch.equal(sample(quantized_model), before)
 
 
-def test_a_deep_copy_keeps_its_lora(plain, twin):
+def test_a_deep_copy_keeps_its_lora(plain, quantized_model):
     try:
         copy.deepcopy(plain)
     except TypeError:
         pytest.skip("this ComfyUI can't copy a MODEL of any kind")
-    patched = with_lora(twin)
-    before, expected = sample(twin), sample(patched)
+    patched = with_lora(quantized_model)
+    before, expected = sample(quantized_model), sample(patched)
     assert torch.equal(sample(copy.deepcopy(patched)), expected)
-    assert torch.equal(sample(twin), before)
+    assert torch.equal(sample(quantized_model), before)
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", ".single_blocks.0"])
-def test_a_lora_stays_where_a_module_is_compiled_in_its_place(twin, name):
-    """With torch.compile as an object patch the modules' names are longer; ComfyUI loses the LoRA of a 16-bit model there."""
-    patched = with_lora(twin)
+def test_a_lora_stays_where_a_module_is_compiled_in_its_place(quantized_model, name):
+    """With torch.compile as an object patch the modules' names are longer, and ComfyUI loses a 16-bit model's LoRA."""
+    patched = with_lora(quantized_model)
     target = f"diffusion_model{name}"
     patched.add_object_patch(target, torch.compile(patched.get_model_object(target), backend="eager"))
     comfy.model_management.load_models_gpu([patched])
-    single = layer(twin, LINEAR1)
+    single = layer(quantized_model, LINEAR1)
     assert single.lora_branch is not None
     patched.detach()
     assert single.lora_branch is None
 
 
 def own_partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-    """A loading that goes through the layers itself, as those that spread a model over devices do."""
+    """A load function that iterates over the layers itself, as nodes that spread a model over devices do."""
     self.unpatch_model(self.offload_device, unpatch_weights=True)
     self.patch_model(load_weights=False)
     for *_, name, module, _parameters in self._load_list():
@@ -137,13 +137,13 @@ def own_partially_load(self, device_to, extra_memory=0, force_patch_weights=Fals
     return 0
 
 
-def test_a_lora_stays_where_others_load_the_layers(twin, monkeypatch):
-    patched = with_lora(twin)
-    before, expected = sample(twin), sample(patched)
+def test_a_lora_stays_where_others_load_the_layers(quantized_model, monkeypatch):
+    patched = with_lora(quantized_model)
+    before, expected = sample(quantized_model), sample(patched)
     comfy.model_management.unload_all_models()
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "partially_load", own_partially_load)
     assert torch.equal(sample(patched), expected)
-    assert torch.equal(sample(twin), before)
+    assert torch.equal(sample(quantized_model), before)
     assert torch.equal(sample(patched), expected)
 
 
@@ -151,7 +151,7 @@ def test_a_lora_stays_where_others_load_the_layers(twin, monkeypatch):
 
 
 def hung_into(patcher):
-    """Modules and a forward that a node sets on the diffusion model itself, and never takes away."""
+    """Modules and a forward that a node sets on the diffusion model itself and never removes."""
     model = patcher.model.diffusion_model
     model.faces = torch.nn.ModuleList([torch.nn.Linear(HIDDEN, HIDDEN)])
     model.double_blocks[0].processor = torch.nn.Linear(4, 4)
@@ -164,16 +164,16 @@ def compiled_in_its_place(patcher):
 
 
 @pytest.mark.parametrize("technique", [hung_into, compiled_in_its_place])
-def test_is_not_saved(twin, pair_files, tmp_path, technique):
+def test_is_not_saved(quantized_model, pair_files, tmp_path, technique):
     expected = sample(load(pair_files[1]))
-    technique(twin)
-    tensors, path = stored_tensors(twin), str(tmp_path / "saved.safetensors")
-    native.save(path, tensors, {name: module.spec for name, module in twin.packed_layers().items()},
-                build.stored_config(twin.model), twin.recipe, twin.source)
+    technique(quantized_model)
+    tensors, path = stored_tensors(quantized_model), str(tmp_path / "saved.safetensors")
+    native.save(path, tensors, {name: module.spec for name, module in quantized_model.packed_layers().items()},
+                build.stored_config(quantized_model.model), quantized_model.recipe, quantized_model.source)
     assert torch.equal(sample(load(path)), expected)
 
 
-def test_a_model_that_lacks_something_is_not_saved(twin):
-    twin.model.diffusion_model.single_blocks[0] = torch.nn.Identity()
+def test_a_model_that_lacks_something_is_not_saved(quantized_model):
+    quantized_model.model.diffusion_model.single_blocks[0] = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"has single_blocks\.0\..*; load the MODEL again"):
-        stored_tensors(twin)
+        stored_tensors(quantized_model)

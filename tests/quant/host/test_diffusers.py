@@ -1,4 +1,4 @@
-"""A FLUX.1 in 16 bits in diffusers' naming, where q, k and v lie apart: the model that it is in ComfyUI's, or one sentence."""
+"""A 16-bit FLUX.1 in diffusers' naming, with separate q, k and v: the same model as in ComfyUI's naming, or a refusal."""
 
 import comfy.utils
 import pytest
@@ -54,7 +54,7 @@ def test_it_is_the_model_that_it_is_in_comfyuis_naming(tmp_path, changes):
     ("transformer_blocks.0.ff.net.2.bias", "double_blocks.0.img_mlp.2.bias"),
 ])
 def test_a_missing_tensor_is_named(tmp_path, missing, named):
-    """ComfyUI would load what is left, with whatever lies in memory in the place of the rest."""
+    """ComfyUI would load the other tensors, with uninitialized memory in place of the missing one."""
     tensors = diffusers_tensors()
     del tensors[missing]
     assert f"lacks tensor {named or missing}" in refusal(tmp_path / "model.safetensors", tensors)

@@ -1,5 +1,5 @@
-"""Quantized files with headers that lie and bodies that do not fit, opened as SVDQuant Load Model opens them: one sentence, or a model
-that has every tensor the file names, as the file says it. Nothing is allocated for what isn't there."""
+"""Quantized files with false headers and bodies that do not fit, opened as SVDQuant Load Model opens them: one sentence, or a model with
+every tensor of the file, as the file describes it. Nothing is allocated for missing data."""
 
 import json
 import os
@@ -30,7 +30,7 @@ NEEDED = 12 * 4 + 3 * 4 + 6 + 20  # tensors of Nunchaku's file: its linears, mod
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """One model in each form that is read, as {form: (entries, metadata)} of its header."""
+    """One model in each supported form, as {form: (entries, metadata)} of its header."""
     folder, model = tmp_path_factory.mktemp("models"), packed_flux()
     scale = model[0][f"{QKV}.weight_scale"]  # one layer of free scales beside those of integers
     scale += torch.rand(scale.shape, generator=torch.Generator().manual_seed(0)).mul(scale).to(scale.dtype)
@@ -74,7 +74,7 @@ def write(path, entries, metadata, lie=lambda header, size: size):
 
 
 def opened(path):
-    """The state dict of the model that a file is loaded as, None where it is refused in one sentence."""
+    """The state dict of the loaded model, or None if the file is refused in one sentence."""
     try:
         model = loader.load_model(str(path)).model
     except CheckpointError as error:
@@ -85,7 +85,7 @@ def opened(path):
 
 
 def agrees(state, entries, form):
-    """Whether a loaded model has what the file says, all of it and nothing else."""
+    """Whether a loaded model has exactly the file's tensors."""
     if form == "nunchaku":  # under other names and in another order; test_nunchaku.py compares the shapes
         needed = {name for name in entries if not name.endswith((".smooth_orig", ".lora_down", ".lora_up"))}
         return len(needed) == NEEDED
@@ -214,7 +214,7 @@ def test_metadata_that_lie(files, tmp_path, metadata, says):
 
 
 def test_a_file_of_100_gigabytes_that_is_a_hole_costs_nothing(files, tmp_path):
-    """Whole and consistent, but for one tensor that no FLUX.1 has in that shape."""
+    """The file is complete and consistent, except for one tensor in a shape that no FLUX.1 has."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name in (f"{QKV}.weight", "img_in.weight", "txt_in.bias", QKV + DESCRIPTION):
         entries = {key: list(value) for key, value in files["native"][0].items()}
@@ -271,7 +271,7 @@ VALUES = {
 
 @st.composite
 def mutations(draw):
-    """(index of a tensor, what is done to it, with what)."""
+    """(index of a tensor, kind of change, value)."""
     kind = draw(st.sampled_from(sorted(VALUES)))
     return draw(st.integers(0, 10**6)), kind, draw(VALUES[kind])
 
@@ -324,12 +324,12 @@ def test_mutated_files_are_refused_or_are_what_they_say(files, tmp_path, form, c
     entries = {name: list(value) for name, value in files[form][0].items()}
     metadata, lies = dict(files[form][1]), []
     for change in changes:
-        if (told := mutate(entries, metadata, *change)) is not None:
-            lies.append(told)
+        if (distort := mutate(entries, metadata, *change)) is not None:
+            lies.append(distort)
 
     def all_lies(header, size):
-        for told in lies:
-            size = told(header, size)
+        for distort in lies:
+            size = distort(header, size)
         return size
 
     path = write(tmp_path / "mutated.safetensors", entries, metadata, all_lies)
@@ -343,20 +343,20 @@ def test_mutated_files_are_refused_or_are_what_they_say(files, tmp_path, form, c
     except CheckpointError as error:
         assert state is None, error
     else:
-        assert state is not None, "Inspect accepts what Load refuses"
+        assert state is not None, "Inspect accepts a file that Load refuses"
 
 
 @given(kind=st.sampled_from(sorted(FOREIGN)), changes=st.lists(mutations(), min_size=1, max_size=4))
 @settings(FUZZ, max_examples=600)
 def test_mutated_files_of_other_models_are_refused(tmp_path, kind, changes):
-    """Gigabytes that are holes: what is allocated for one of them would show."""
+    """The files have gigabytes of holes, for which any allocation would show."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     entries, metadata = {name: ["BF16", list(shape), None] for name, shape in FOREIGN[kind][1].items()}, {}
-    lies = [told for change in changes if entries and (told := mutate(entries, metadata, *change)) is not None]
+    lies = [distort for change in changes if entries and (distort := mutate(entries, metadata, *change)) is not None]
 
     def all_lies(header, size):
-        for told in lies:
-            size = told(header, size)
+        for distort in lies:
+            size = distort(header, size)
         return size
 
     path = write(tmp_path / "mutated.safetensors", entries, metadata, all_lies)

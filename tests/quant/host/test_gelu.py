@@ -1,4 +1,4 @@
-"""GELUs of a model in a real ComfyUI that its 4-bit layers take over, and those that they leave alone."""
+"""The GELUs of a model in a real ComfyUI: those that 4-bit layers apply themselves, and those that they don't."""
 
 import gc
 import weakref
@@ -44,27 +44,27 @@ def handed_back(patcher):
 
 
 def test_the_layers_apply_what_only_they_feed(native_file):
-    twin = loader.load_model(native_file)
-    model = twin.model.diffusion_model
+    quantized_model = loader.load_model(native_file)
+    model = quantized_model.model.diffusion_model
     assert taken(model) == TAKEN and not gelus(model)
-    y, apart = sample(twin), handed_back(twin)
+    y, apart = sample(quantized_model), handed_back(quantized_model)
     assert len(gelus(model)) == len(TAKEN)
     error = float((y - sample(apart)).norm() / y.norm())
     assert error < (0.05 if torch.cuda.is_available() else 1e-3), f"relative error of the latent {error:.2e}"
 
 
 def test_quantizing_takes_nothing_from_the_16_bit_model(flux_file):
-    """Not even where its blocks run with their finished layers in 4 bits meanwhile."""
+    """This holds also while its blocks run with their finished layers in 4 bits."""
     patcher = loader.load_model(flux_file)
     before, recipe = sample(patcher), replace(presets.make_recipe("fast", 16), propagate="quantized")
-    twin, _ = quantize.quantize(patcher, recipe, prompts(), LATENT, 2, 0, Progress())
-    assert taken(twin.model.diffusion_model) == TAKEN and not gelus(twin.model.diffusion_model)
+    quantized_model, _ = quantize.quantize(patcher, recipe, prompts(), LATENT, 2, 0, Progress())
+    assert taken(quantized_model.model.diffusion_model) == TAKEN and not gelus(quantized_model.model.diffusion_model)
     assert not taken(patcher.model.diffusion_model) and len(gelus(patcher.model.diffusion_model)) == len(TAKEN)
     assert torch.equal(sample(patcher), before)
 
 
 def test_a_layer_in_another_ones_place(native_file, flux_file):
-    """A packed layer goes on with the GELU of the packed one before it; in a 16-bit model nothing is taken over."""
+    """A new packed layer also applies the GELU of the packed layer that it replaces; a layer of a 16-bit model applies none."""
     for path, expected in ((native_file, TAKEN), (flux_file, {})):
         model = loader.load_model(path).model.diffusion_model
         for name in TAKEN:
@@ -74,7 +74,7 @@ def test_a_layer_in_another_ones_place(native_file, flux_file):
 
 
 def test_a_dropped_model_is_gone_at_once(native_file):
-    """Its gigabytes would be in the next one's way, if they waited for the garbage collector."""
+    """The next model may need its memory before the garbage collector runs."""
     gc.collect()
     gc.disable()
     try:
@@ -89,7 +89,7 @@ def test_a_dropped_model_is_gone_at_once(native_file):
 
 
 def gated(block):
-    """As blocks of newer models are: one more part beside the MLP's."""
+    """A block as in newer models, with one more part beside the MLP's."""
     block.linear1.out_features += block.mlp_hidden_dim
 
 

@@ -1,4 +1,4 @@
-"""Memory that glibc would keep."""
+"""Freed memory that glibc would keep is returned to the system."""
 
 import platform
 import subprocess
@@ -7,8 +7,8 @@ import sys
 import pytest
 from comfyui_svdquant.quant.host import heap
 
-# Holes of 100 KB between pieces that stay, which are as large: smaller ones would lie in holes from before, and the heap's end would go
-# back by itself.
+# Holes of 100 KB between pieces of the same size that stay. Smaller pieces would fit into older holes, and glibc returns the heap's end
+# by itself.
 CODE = """
 import re, runpy, sys, torch
 give_back = runpy.run_path(sys.argv[1])["give_back"]

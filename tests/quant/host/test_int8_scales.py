@@ -1,4 +1,4 @@
-"""Files with int8 scales in ComfyUI: the same model, of which the scales are computed and all else stays mapped."""
+"""Files with int8 scales in ComfyUI: the same model, with computed scales while all other tensors stay mapped."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 def mappings(path):
-    """[(first address, end)] of what this process has mapped of a file."""
+    """[(first address, end)] of this process's mappings of a file."""
     with open("/proc/self/maps") as lines:
         ranges = [line.split(maxsplit=5)[0].split("-") for line in lines if line.rstrip("\n").endswith(str(path))]
     return [(int(first, 16), int(end, 16)) for first, end in ranges]
@@ -24,18 +24,18 @@ def mappings(path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's list of mapped files")
 def test_only_the_scales_are_in_memory_of_their_own(pair_files):
-    twin = loader.load_model(pair_files[1])
+    quantized_model = loader.load_model(pair_files[1])
     packed = native.open_file(read_header(pair_files[1]))
-    assert packed.computed == {f"{name}.weight_scale" for name, layer in twin.packed_layers().items() if layer.spec.rank}
-    state, ranges = twin.model.diffusion_model.state_dict(), mappings(pair_files[1])
+    assert packed.computed == {f"{name}.weight_scale" for name, layer in quantized_model.packed_layers().items() if layer.spec.rank}
+    state, ranges = quantized_model.model.diffusion_model.state_dict(), mappings(pair_files[1])
     own = {name for name, tensor in state.items() if not any(first <= tensor.data_ptr() < end for first, end in ranges)}
     assert own == packed.computed
     assert all(state[name].untyped_storage().nbytes() == state[name].nbytes for name in own)
 
 
 def test_a_loaded_model_draws_and_saves_the_same(pair_files, tmp_path):
-    twin = loader.load_model(pair_files[1])
-    again = save(twin, tmp_path / "again.safetensors")
+    quantized_model = loader.load_model(pair_files[1])
+    again = save(quantized_model, tmp_path / "again.safetensors")
     first, second = load_file(pair_files[1]), load_file(again)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     packed = native.open_file(read_header(again))
@@ -44,7 +44,7 @@ def test_a_loaded_model_draws_and_saves_the_same(pair_files, tmp_path):
                        packed.source)
     before = loader.load_model(str(tmp_path / "before.safetensors"))
     assert read_header(str(tmp_path / "before.safetensors")).metadata["svdquant.version"] == "1"
-    assert torch.equal(sample(before), sample(twin))
+    assert torch.equal(sample(before), sample(quantized_model))
 
 
 def test_values_that_are_no_scales_end_a_load_in_a_sentence(pair_files, tmp_path):

@@ -1,4 +1,4 @@
-"""LoRAs on a quantized FLUX, through what ComfyUI's own LoRA nodes call: names, strengths, layers and refusals."""
+"""LoRAs on a quantized FLUX, through the functions of ComfyUI's own LoRA nodes: names, strengths, layers and refusals."""
 
 import comfy.lora
 import pytest
@@ -67,7 +67,7 @@ def diffusers(prefix, rename=lambda name: name, **suffixes):
 
 
 def xlabs(_):
-    """As XLabs and USO write them; ComfyUI knows them by the last blocks of a full-size model."""
+    """XLabs' and USO's naming, which ComfyUI recognizes by the last blocks of a full-size model."""
     sizes = {"double_blocks.0.processor.qkv_lora1": (3, 1), "double_blocks.0.processor.qkv_lora2": (3, 1),
              "double_blocks.0.processor.proj_lora1": (1, 1), "double_blocks.0.processor.proj_lora2": (1, 1),
              "single_blocks.0.processor.qkv_lora": (3, 1), "single_blocks.0.processor.proj_lora": (1, 5)}
@@ -86,14 +86,14 @@ STYLES = {
 
 
 @pytest.mark.parametrize(("style", "strength"), list(zip(STYLES, (1.0, -1.0, 1.5, -0.7, 0.7, 2.0, -2.0))))
-def test_a_lora_in_every_naming_works_as_on_the_16_bit_model(plain, twin, drift, style, strength):
-    tensors, count = STYLES[style](shapes(twin))
-    with_lora = load_lora(twin, tensors, strength)
+def test_a_lora_in_every_naming_works_as_on_the_16_bit_model(plain, quantized_model, drift, style, strength):
+    tensors, count = STYLES[style](shapes(quantized_model))
+    with_lora = load_lora(quantized_model, tensors, strength)
     assert sum(map(len, with_lora.patches.values())) == count
     assert with_lora.patches.keys() == load_lora(plain, tensors, strength).patches.keys()
     exact = sample(load_lora(plain, tensors, strength))
     error = relative_error(sample(with_lora), exact)
-    assert relative_error(sample(plain), exact) > drift / 2, "the LoRA does next to nothing here"
+    assert relative_error(sample(plain), exact) > drift / 2, "the LoRA has too small an effect here"
     assert error < MARGIN * drift, f"4 bits against 16 bits: {error:.3f} with the LoRA, {drift:.3f} without it"
     loaded(with_lora)
     for name in with_lora.packed_layers():
@@ -102,11 +102,11 @@ def test_a_lora_in_every_naming_works_as_on_the_16_bit_model(plain, twin, drift,
 
 
 @pytest.mark.parametrize("name", [LINEAR1, LINEAR2, QKV, FC1, FC2, MOD])
-def test_each_layer_adds_what_float64_says(twin, name):
-    n, k = shapes(twin)[name]
-    patched = load_lora(twin, generic((name, (n, k)), alpha=3), 0.8)
+def test_each_layer_adds_what_float64_says(quantized_model, name):
+    n, k = shapes(quantized_model)[name]
+    patched = load_lora(quantized_model, generic((name, (n, k)), alpha=3), 0.8)
     x = random(5, k)
-    before = layer_of(loaded(without_gelu(twin)), name)(x)
+    before = layer_of(loaded(without_gelu(quantized_model)), name)(x)
     after = layer_of(loaded(patched), name)(x)
     up, down = (t.double() for t in factors(n, k))
     assert relative_error((after - before).double(), 0.8 * 3 / RANK * x.double() @ down.t() @ up.t()) < ROUNDING
@@ -115,31 +115,31 @@ def test_each_layer_adds_what_float64_says(twin, name):
 # --- strength, removal, stacks -------------------------------------------------------------------------------------
 
 
-def test_strength_0_and_removal_restore_the_picture_to_the_bit(twin):
-    before, state = sample(twin), {name: t.clone() for name, t in twin.model.state_dict().items()}
-    tensors = generic(*shapes(twin).items())
-    assert torch.equal(sample(load_lora(twin, tensors, 0.0)), before)
-    patched = load_lora(twin, tensors)
+def test_strength_0_and_removal_restore_the_picture_to_the_bit(quantized_model):
+    before, state = sample(quantized_model), {name: t.clone() for name, t in quantized_model.model.state_dict().items()}
+    tensors = generic(*shapes(quantized_model).items())
+    assert torch.equal(sample(load_lora(quantized_model, tensors, 0.0)), before)
+    patched = load_lora(quantized_model, tensors)
     assert relative_error(sample(patched), before) > 0.1
-    packed = {f"diffusion_model.{name}" for name in twin.packed_layers()}
-    assert all(torch.equal(t, state[name]) for name, t in twin.model.state_dict().items() if name.rpartition(".")[0] in packed)
-    assert torch.equal(sample(twin), before)
-    assert all(torch.equal(t, state[name]) for name, t in twin.model.state_dict().items())
-    assert not any(layer.lora_branch for layer in twin.packed_layers().values())
+    packed = {f"diffusion_model.{name}" for name in quantized_model.packed_layers()}
+    assert all(torch.equal(t, state[name]) for name, t in quantized_model.model.state_dict().items() if name.rpartition(".")[0] in packed)
+    assert torch.equal(sample(quantized_model), before)
+    assert all(torch.equal(t, state[name]) for name, t in quantized_model.model.state_dict().items())
+    assert not any(layer.lora_branch for layer in quantized_model.packed_layers().values())
 
 
-def test_stacks(twin):
-    tensors, other = generic(*shapes(twin).items()), generic(*shapes(twin).items(), rank=2, alpha=1)
-    before = sample(twin)
-    assert relative_error(sample(load_lora(load_lora(twin, tensors, 1.0), tensors, -1.0)), before) < 0.02
-    both = loaded(load_lora(load_lora(twin, tensors, 1.0), other, -0.5))
+def test_stacks(quantized_model):
+    tensors, other = generic(*shapes(quantized_model).items()), generic(*shapes(quantized_model).items(), rank=2, alpha=1)
+    before = sample(quantized_model)
+    assert relative_error(sample(load_lora(load_lora(quantized_model, tensors, 1.0), tensors, -1.0)), before) < 0.02
+    both = loaded(load_lora(load_lora(quantized_model, tensors, 1.0), other, -0.5))
     for name in both.packed_layers():
         assert change(both, name)[0] < ROUNDING
         (term,) = layer_of(both, name).lora_branch.terms  # all of a layer's ranks in one product
         assert term.up.shape[1] == RANK + 2
 
 
-def test_fp16_scales_keep_small_factors_out_of_the_subnormals(twin):
+def test_fp16_scales_keep_small_factors_out_of_the_subnormals(quantized_model):
     layer = Operations.packed(layout.svdquant_spec(HIDDEN, HIDDEN, 16, HIDDEN, True, torch.float16)).to_empty(device="cpu")
     up, down = factors(HIDDEN, HIDDEN)
     adapter = comfy.lora.weight_adapter.LoRAAdapter(set(), (up * 1e-4, down * 10, 1e-3, None, None, None))
@@ -155,35 +155,35 @@ def test_fp16_scales_keep_small_factors_out_of_the_subnormals(twin):
 @pytest.mark.parametrize("parts", [("to_k",), ("to_q", "to_v"), ("to_q", "to_k", "to_v")])
 @pytest.mark.parametrize(("prefix", "name"), [("transformer.transformer_blocks.0.attn", QKV),
                                               ("transformer.single_transformer_blocks.0.attn", LINEAR1)])
-def test_some_of_q_k_v(twin, parts, prefix, name):
+def test_some_of_q_k_v(quantized_model, parts, prefix, name):
     tensors = {}
     for i, part in enumerate(parts):
         tensors |= named(f"{prefix}.{part}", HIDDEN, HIDDEN, i, rank=RANK + 2 * i)
-    patched = load_lora(twin, tensors)
+    patched = load_lora(quantized_model, tensors)
     x = random(3, HIDDEN)
-    before, after = (layer_of(loaded(p), name)(x).split(HIDDEN, dim=-1) for p in (twin, patched))
+    before, after = (layer_of(loaded(p), name)(x).split(HIDDEN, dim=-1) for p in (quantized_model, patched))
     assert change(patched, name)[0] < ROUNDING
     touched = {("to_q", "to_k", "to_v").index(part) for part in parts}
     assert {i for i, (a, b) in enumerate(zip(after, before)) if not torch.equal(a, b)} == touched
-    # A LoRA on k alone costs the memory of k alone.
+    # A LoRA on k alone only needs memory for k.
     assert layer_of(patched, name).lora_branch.nbytes() == sum(2 * (RANK + 2 * i) * 2 * HIDDEN for i in range(len(parts)))
 
 
-def test_columns_of_linear2(twin):
+def test_columns_of_linear2(quantized_model):
     key = f"diffusion_model.{LINEAR2}.weight"
     up, down = factors(HIDDEN, 4 * HIDDEN)
     adapter = comfy.lora.weight_adapter.LoRAAdapter(set(), (up, down, None, None, None, None))
-    patched = twin.clone()
+    patched = quantized_model.clone()
     assert patched.add_patches({(key, (1, HIDDEN, 4 * HIDDEN)): adapter}) == [(key, (1, HIDDEN, 4 * HIDDEN))]
     assert change(loaded(patched), LINEAR2)[0] < ROUNDING
     assert not change(patched, LINEAR2)[1][:, :HIDDEN].any()
 
 
 @pytest.mark.parametrize("name", [FC1, FC2, MOD])
-def test_one_layer_alone(plain, twin, drift, name):
-    tensors = generic((name, shapes(twin)[name]))
+def test_one_layer_alone(plain, quantized_model, drift, name):
+    tensors = generic((name, shapes(quantized_model)[name]))
     exact = sample(load_lora(plain, tensors))
-    assert relative_error(sample(load_lora(twin, tensors)), exact) < MARGIN * drift
+    assert relative_error(sample(load_lora(quantized_model, tensors)), exact) < MARGIN * drift
 
 
 # --- biases and unpacked layers ------------------------------------------------------------------------------------
@@ -191,22 +191,22 @@ def test_one_layer_alone(plain, twin, drift, name):
 
 @pytest.mark.parametrize("name", [FC1, FC2, MOD])
 @pytest.mark.parametrize("lowvram", [False, True])
-def test_bias_differences(twin, name, lowvram):
-    n, k = shapes(twin)[name]
-    patched = load_lora(twin, {f"diffusion_model.{name}.diff_b": random(n)}, 0.5)
+def test_bias_differences(quantized_model, name, lowvram):
+    n, k = shapes(quantized_model)[name]
+    patched = load_lora(quantized_model, {f"diffusion_model.{name}.diff_b": random(n)}, 0.5)
     assert patched.patches.keys() == {f"diffusion_model.{name}.bias"}
     x = random(3, k)
-    before = layer_of(loaded(without_gelu(twin)), name)(x)
+    before = layer_of(loaded(without_gelu(quantized_model)), name)(x)
     patched.unpatch_model(patched.offload_device)
     patched.patch_model(patched.load_device, lowvram_model_memory=1 if lowvram else 0)
     layer = layer_of(patched, name)
     assert bool(layer.bias_function) is lowvram
     assert relative_error(layer(x) - before, 0.5 * random(n).expand(3, n)) < 0.02
-    assert torch.equal(layer_of(loaded(twin), name)(x), before)
+    assert torch.equal(layer_of(loaded(quantized_model), name)(x), before)
 
 
 def control_lora(plain):
-    """As FLUX-tools have it: every layer's factors, biases too, the norms, and img_in for twice the channels."""
+    """A LoRA like FLUX-tools': factors and biases of every layer, the norms, and img_in with twice the channels."""
     tensors = {}
     for i, (name, t) in enumerate(plain.model.diffusion_model.state_dict().items()):
         if name.endswith(".weight") and t.ndim == 2:
@@ -219,43 +219,44 @@ def control_lora(plain):
     return tensors
 
 
-def test_flux_tools_loras_widen_img_in(plain, twin, drift):
+def test_flux_tools_loras_widen_img_in(plain, quantized_model, drift):
     tensors = control_lora(plain)
-    before = sample(twin)
-    exact, y = sample(load_lora(plain, tensors)), sample(load_lora(twin, tensors))
-    assert twin.model.diffusion_model.img_in.weight.shape == (HIDDEN, 128)
+    before = sample(quantized_model)
+    exact, y = sample(load_lora(plain, tensors)), sample(load_lora(quantized_model, tensors))
+    assert quantized_model.model.diffusion_model.img_in.weight.shape == (HIDDEN, 128)
     assert relative_error(y, exact) < MARGIN * drift
-    assert torch.equal(sample(twin), before)
-    assert twin.model.diffusion_model.img_in.weight.shape == (HIDDEN, 64)
+    assert torch.equal(sample(quantized_model), before)
+    assert quantized_model.model.diffusion_model.img_in.weight.shape == (HIDDEN, 64)
 
 
 # --- what can't be done --------------------------------------------------------------------------------------------
 
 
-def test_refusals_say_why(plain, twin):
+def test_refusals_say_why(plain, quantized_model):
     def refused(match, act):
         with pytest.raises(ValueError, match=match) as caught:
             act()
         assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
-    refused("belongs to another model", lambda: load_lora(twin, generic((FC1, (512, 512)))))
-    refused("belongs to another model", lambda: load_lora(twin, {f"diffusion_model.{FC1}.lokr_w1": random(2, 2),
+    refused("belongs to another model", lambda: load_lora(quantized_model, generic((FC1, (512, 512)))))
+    refused("belongs to another model", lambda: load_lora(quantized_model, {f"diffusion_model.{FC1}.lokr_w1": random(2, 2),
                                                                  f"diffusion_model.{FC1}.lokr_w2": random(5, 5)}))
     refused("can't run on a model in 4 bits",
-            lambda: sample(load_lora(twin, {f"diffusion_model.{FC1}.diff": random(5, 5)})))
-    refused("can't run on a model in 4 bits", lambda: sample(load_lora(twin, {
+            lambda: sample(load_lora(quantized_model, {f"diffusion_model.{FC1}.diff": random(5, 5)})))
+    refused("can't run on a model in 4 bits", lambda: sample(load_lora(quantized_model, {
         f"diffusion_model.{FC1}.hada_w1_a": random(7, 2), f"diffusion_model.{FC1}.hada_w1_b": random(2, 9),
         f"diffusion_model.{FC1}.hada_w2_a": random(7, 2), f"diffusion_model.{FC1}.hada_w2_b": random(2, 9)})))
-    refused("quantize the result", lambda: twin.clone().add_patches(plain.get_key_patches("diffusion_model."), 0.5, 0.5))
-    refused("only be added to", lambda: load_lora(twin, {f"diffusion_model.{FC2}.bias.set_weight": random(HIDDEN)}))
-    refused("weight_scale", lambda: twin.clone().add_patches({f"diffusion_model.{FC1}.weight_scale": ("diff", (random(4, 1024),))}))
-    refused("function of its own", lambda: twin.clone().add_weight_wrapper(f"diffusion_model.{FC1}.weight", lambda w: w))
-    assert torch.isfinite(sample(twin)).all()
+    refused("quantize the result", lambda: quantized_model.clone().add_patches(plain.get_key_patches("diffusion_model."), 0.5, 0.5))
+    refused("only be added to", lambda: load_lora(quantized_model, {f"diffusion_model.{FC2}.bias.set_weight": random(HIDDEN)}))
+    patch = {f"diffusion_model.{FC1}.weight_scale": ("diff", (random(4, 1024),))}
+    refused("weight_scale", lambda: quantized_model.clone().add_patches(patch))
+    refused("function of its own", lambda: quantized_model.clone().add_weight_wrapper(f"diffusion_model.{FC1}.weight", lambda w: w))
+    assert torch.isfinite(sample(quantized_model)).all()
 
 
-def test_merging_a_quantized_model_into_a_16_bit_one(plain, twin):
-    """Model Merge nodes with the 16-bit model first: the dense form of the packed weights, their LoRA included."""
-    source = load_lora(twin, generic((FC2, shapes(twin)[FC2])))
+def test_merging_a_quantized_model_into_a_16_bit_one(plain, quantized_model):
+    """Model Merge nodes with the 16-bit model first merge the dequantized weights, including their LoRA."""
+    source = load_lora(quantized_model, generic((FC2, shapes(quantized_model)[FC2])))
     merged = plain.clone()
     for key, patch in source.get_key_patches("diffusion_model.").items():
         merged.add_patches({key: patch}, 1.0, 0.0)
@@ -266,5 +267,5 @@ def test_merging_a_quantized_model_into_a_16_bit_one(plain, twin):
         loaded(merged)
 
 
-def test_every_packed_layer_is_one_of_ours(twin):
-    assert all(isinstance(layer, PackedLinear) for layer in twin.packed_layers().values()) and len(shapes(twin)) == 17
+def test_every_packed_layer_is_one_of_ours(quantized_model):
+    assert all(isinstance(layer, PackedLinear) for layer in quantized_model.packed_layers().values()) and len(shapes(quantized_model)) == 17

@@ -55,7 +55,7 @@ def adapter_tensors(what, n, k):
     }[what]
 
 
-# {what: (kind as the log calls it, the error allowed)}; an SVD that keeps 99 % of the energy is off by 10 %.
+# {adapter: (its name in the log, the error bound)}; an SVD that keeps 99 % of the energy has an error of 10 %.
 KINDS = {
     "LoKr": ("LoKr", ROUNDING), "LoKr of low rank": ("LoKr", ROUNDING), "DoRA": ("LoRA with DoRA", ROUNDING),
     "LoHa": ("LoHa", 0.1), "LoKr with DoRA": ("LoKr with DoRA", 0.1), "DoRA over inputs": ("LoRA with DoRA", 0.1),
@@ -66,11 +66,11 @@ KINDS = {
 
 @pytest.mark.parametrize("name", [LINEAR1, FC2, MOD])
 @pytest.mark.parametrize("what", KINDS)
-def test_other_adapters(twin, caplog, what, name):
+def test_other_adapters(quantized_model, caplog, what, name):
     kind, allowed = KINDS[what]
-    n, k = shapes(twin)[name]
+    n, k = shapes(quantized_model)[name]
     tensors = {f"diffusion_model.{name}.{part}": t.contiguous() for part, t in adapter_tensors(what, n, k).items()}
-    patched = load_lora(twin, tensors, 0.7)
+    patched = load_lora(quantized_model, tensors, 0.7)
     with caplog.at_level(logging.INFO):
         loaded(patched)
     error, exact = change(patched, name)
@@ -85,24 +85,24 @@ def test_other_adapters(twin, caplog, what, name):
 
 
 @pytest.mark.parametrize("name", [LINEAR1, FC2, LINEAR2, MOD])
-def test_a_gain_scales_the_weight_and_nothing_of_the_bias(twin, name):
-    """In the layers behind a GELU, the stored bias also holds W times the shift, which has to scale with W."""
-    n, k = shapes(twin)[name]
-    patched = twin.clone()
-    patched.add_patches({f"diffusion_model.{name}.weight": (None,)}, 0.0, 0.5)  # what scales weights and adds nothing
+def test_a_gain_scales_the_weight_and_nothing_of_the_bias(quantized_model, name):
+    """In layers that read a GELU, the stored bias also holds the GELU shift correction, which scales with W."""
+    n, k = shapes(quantized_model)[name]
+    patched = quantized_model.clone()
+    patched.add_patches({f"diffusion_model.{name}.weight": (None,)}, 0.0, 0.5)  # a patch that scales the weight and adds nothing
     x = random(64, k)
-    spec = layer_of(twin, name).spec
+    spec = layer_of(quantized_model, name).spec
     x[:, spec.unsigned_from:] = torch.nn.functional.gelu(x[:, spec.unsigned_from:], approximate="tanh")
-    before = layer_of(loaded(without_gelu(twin)), name)(x).double()
+    before = layer_of(loaded(without_gelu(quantized_model)), name)(x).double()
     layer = layer_of(loaded(patched), name)
     bias = layer.bias.double() - layer.gelu_shift_correction("cpu").double()
     assert relative_error(layer(x).double(), 0.5 * (before - bias) + bias) < ROUNDING
 
 
-def test_stacks_of_different_kinds(twin):
-    """Each patch sees the weight that those before it have made, as ComfyUI's own arithmetic has it."""
-    n, k = shapes(twin)[FC1]
-    patched = twin
+def test_stacks_of_different_kinds(quantized_model):
+    """Each patch applies to the weight that the earlier patches have made, as in ComfyUI's own arithmetic."""
+    n, k = shapes(quantized_model)[FC1]
+    patched = quantized_model
     for what in ("LoKr", "DoRA", "difference", "OFT"):
         tensors = {f"diffusion_model.{FC1}.{part}": t.contiguous() for part, t in adapter_tensors(what, n, k).items()}
         patched = load_lora(patched, tensors, 0.5)
@@ -110,9 +110,9 @@ def test_stacks_of_different_kinds(twin):
     assert change(loaded(patched), FC1)[0] < 0.1
 
 
-def test_another_strength_needs_no_other_svd(twin, monkeypatch):
-    n, k = shapes(twin)[FC1]
+def test_another_strength_needs_no_other_svd(quantized_model, monkeypatch):
+    n, k = shapes(quantized_model)[FC1]
     tensors = {f"diffusion_model.{FC1}.{part}": t for part, t in adapter_tensors("LoHa", n, k).items()}
-    loaded(load_lora(twin, tensors, 1.0))
-    monkeypatch.setattr(lora, "truncated_svd", lambda difference: pytest.fail("decomposed again"))
-    assert change(loaded(load_lora(twin, tensors, -0.3)), FC1)[0] < 0.1 + ROUNDING
+    loaded(load_lora(quantized_model, tensors, 1.0))
+    monkeypatch.setattr(lora, "truncated_svd", lambda difference: pytest.fail("a second SVD"))
+    assert change(loaded(load_lora(quantized_model, tensors, -0.3)), FC1)[0] < 0.1 + ROUNDING

@@ -12,9 +12,10 @@ from ..lora_tensors import FC1, LINEAR1, MARGIN, QKV, RANK, generic, layer_of, l
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
-def test_clones_share_one_model(twin, pair_files):
-    first, second = (generic(*shapes(twin).items(), **options) for options in ({}, {"rank": 2, "size": 0.3}))
-    patchers = [twin, load_lora(twin, first), load_lora(twin, second), load_lora(load_lora(twin, first), second, -1.0)]
+def test_clones_share_one_model(quantized_model, pair_files):
+    first, second = (generic(*shapes(quantized_model).items(), **options) for options in ({}, {"rank": 2, "size": 0.3}))
+    one, other = (load_lora(quantized_model, tensors) for tensors in (first, second))
+    patchers = [quantized_model, one, other, load_lora(one, second, -1.0)]
     alone = []
     for loras in ((), ((first, 1.0),), ((second, 1.0),), ((first, 1.0), (second, -1.0))):
         patcher = loader.load_model(pair_files[1])
@@ -25,9 +26,9 @@ def test_clones_share_one_model(twin, pair_files):
         assert torch.equal(sample(patchers[i]), alone[i]), i
 
 
-def test_a_lora_survives_offloading(twin):
-    tensors = generic(*shapes(twin).items())
-    patched = load_lora(twin, tensors | {f"diffusion_model.{FC1}.diff_b": random(4 * HIDDEN)})
+def test_a_lora_survives_offloading(quantized_model):
+    tensors = generic(*shapes(quantized_model).items())
+    patched = load_lora(quantized_model, tensors | {f"diffusion_model.{FC1}.diff_b": random(4 * HIDDEN)})
     whole = sample(patched)
     patched.unpatch_model(patched.offload_device)
     patched.patch_model(patched.load_device, lowvram_model_memory=patched.model_size() // 2)
@@ -41,24 +42,24 @@ def test_a_lora_survives_offloading(twin):
     assert torch.equal(sample(patched), whole)
 
 
-def test_lora_branches_are_counted_as_memory(twin):
-    size = twin.model_size()
-    patched = load_lora(twin, generic(*shapes(twin).items()))
-    added = sum(2 * RANK * (n + k) for n, k in shapes(twin).values())
+def test_lora_branches_are_counted_as_memory(quantized_model):
+    size = quantized_model.model_size()
+    patched = load_lora(quantized_model, generic(*shapes(quantized_model).items()))
+    added = sum(2 * RANK * (n + k) for n, k in shapes(quantized_model).values())
     assert patched.model_size() == patched.clone().model_size() == patched.clone().clone().model_size() == size + added
     loaded(patched)
     assert sum(layer.lora_branch.nbytes() for layer in patched.packed_layers().values()) == added
     assert patched.loaded_size() == size + added
-    assert twin.model_size() == size
-    # Nothing is set aside for patching packed weights in 32 bits.
+    assert quantized_model.model_size() == size
+    # No memory is reserved for patching packed weights in 32 bits.
     offload, = (entry[0] for entry in patched._load_list() if entry[2] == f"diffusion_model.{LINEAR1}")
-    offload_without, = (entry[0] for entry in twin.clone()._load_list() if entry[2] == f"diffusion_model.{LINEAR1}")
+    offload_without, = (entry[0] for entry in quantized_model.clone()._load_list() if entry[2] == f"diffusion_model.{LINEAR1}")
     assert offload == offload_without
 
 
-def test_a_failing_load_leaves_no_lora_branch(twin, monkeypatch):
-    before = sample(twin)
-    patched = load_lora(twin, generic(*shapes(twin).items()))
+def test_a_failing_load_leaves_no_lora_branch(quantized_model, monkeypatch):
+    before = sample(quantized_model)
+    patched = load_lora(quantized_model, generic(*shapes(quantized_model).items()))
     layers = iter(range(5))
     build_branch = lora.build
 
@@ -71,11 +72,11 @@ def test_a_failing_load_leaves_no_lora_branch(twin, monkeypatch):
     with pytest.raises(MemoryError):
         sample(patched)
     monkeypatch.undo()
-    assert torch.equal(sample(twin), before)
+    assert torch.equal(sample(quantized_model), before)
 
 
-def test_the_lora_branch_is_traced_into_one_graph(twin):
-    patched = loaded(load_lora(twin, generic((LINEAR1, shapes(twin)[LINEAR1]), (FC1, shapes(twin)[FC1]))))
+def test_the_lora_branch_is_traced_into_one_graph(quantized_model):
+    patched = loaded(load_lora(quantized_model, generic((LINEAR1, shapes(quantized_model)[LINEAR1]), (FC1, shapes(quantized_model)[FC1]))))
     for name in (LINEAR1, FC1, QKV):
         layer = layer_of(patched, name)
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
@@ -87,7 +88,7 @@ def test_the_lora_branch_is_traced_into_one_graph(twin):
 
 
 def hooked(tensors, strength=1.0, keyframes=()):
-    """prompts(1) with what Create Hook LoRA and Create Hook Keyframe make."""
+    """prompts(1) with the hooks of Create Hook LoRA and Create Hook Keyframe."""
     hooks = comfy.hooks.create_hook_lora(tensors, strength, 0)
     if keyframes:
         group = comfy.hooks.HookKeyframeGroup()
@@ -97,32 +98,32 @@ def hooked(tensors, strength=1.0, keyframes=()):
     return comfy.hooks.set_hooks_for_conditioning(prompts(1), hooks)
 
 
-def test_a_hook_lora_does_what_the_lora_does(twin):
-    tensors = generic(*shapes(twin).items()) | {f"diffusion_model.{FC1}.diff_b": random(4 * HIDDEN)}
-    before, expected = sample(twin), sample(load_lora(twin, tensors, 0.6))
-    assert torch.equal(sample(twin, cond=hooked(tensors, 0.6)), expected)
-    assert torch.equal(sample(twin), before)
+def test_a_hook_lora_does_what_the_lora_does(quantized_model):
+    tensors = generic(*shapes(quantized_model).items()) | {f"diffusion_model.{FC1}.diff_b": random(4 * HIDDEN)}
+    before, expected = sample(quantized_model), sample(load_lora(quantized_model, tensors, 0.6))
+    assert torch.equal(sample(quantized_model, cond=hooked(tensors, 0.6)), expected)
+    assert torch.equal(sample(quantized_model), before)
     # On top of a LoRA on the MODEL.
-    other = generic((LINEAR1, shapes(twin)[LINEAR1]))
-    both = sample(load_lora(load_lora(twin, other), tensors, 0.6))
-    assert torch.equal(sample(load_lora(twin, other), cond=hooked(tensors, 0.6)), both)
-    assert torch.equal(sample(twin), before)
+    other = generic((LINEAR1, shapes(quantized_model)[LINEAR1]))
+    both = sample(load_lora(load_lora(quantized_model, other), tensors, 0.6))
+    assert torch.equal(sample(load_lora(quantized_model, other), cond=hooked(tensors, 0.6)), both)
+    assert torch.equal(sample(quantized_model), before)
 
 
-def test_hook_schedules(plain, twin):
-    tensors = generic(*shapes(twin).items())
+def test_hook_schedules(plain, quantized_model):
+    tensors = generic(*shapes(quantized_model).items())
     schedule = [(1.0, 0.0), (0.2, 0.5)]
-    before, y = sample(twin, steps=4), sample(twin, steps=4, cond=hooked(tensors, 1.0, schedule))
+    before, y = sample(quantized_model, steps=4), sample(quantized_model, steps=4, cond=hooked(tensors, 1.0, schedule))
     exact = sample(plain, steps=4, cond=hooked(tensors, 1.0, schedule))
     assert relative_error(y, exact) < MARGIN * relative_error(before, sample(plain, steps=4))
-    assert relative_error(y, sample(load_lora(twin, tensors), steps=4)) > 0.01
-    assert torch.equal(sample(twin, steps=4), before)
+    assert relative_error(y, sample(load_lora(quantized_model, tensors), steps=4)) > 0.01
+    assert torch.equal(sample(quantized_model, steps=4), before)
 
 
-def test_two_prompts_with_hooks_of_their_own(plain, twin, drift):
-    """One LoRA branch after the other within a step, kept for the next step."""
-    first, second = generic(*shapes(twin).items()), generic(*shapes(twin).items(), rank=2)
-    before = sample(twin)
-    y, exact = (sample(p, cond=hooked(first) + hooked(second, -0.5) + prompts(1)) for p in (twin, plain))
+def test_two_prompts_with_hooks_of_their_own(plain, quantized_model, drift):
+    """The LoRA branches alternate within a step, and are kept for the next step."""
+    first, second = generic(*shapes(quantized_model).items()), generic(*shapes(quantized_model).items(), rank=2)
+    before = sample(quantized_model)
+    y, exact = (sample(p, cond=hooked(first) + hooked(second, -0.5) + prompts(1)) for p in (quantized_model, plain))
     assert relative_error(y, exact) < MARGIN * drift
-    assert torch.equal(sample(twin), before) and not twin.model.svdquant_unhooked
+    assert torch.equal(sample(quantized_model), before) and not quantized_model.model.svdquant_unhooked

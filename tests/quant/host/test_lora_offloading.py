@@ -34,9 +34,9 @@ def with_biases(patcher, seed):
 
 
 @pytest.fixture
-def loras(plain, twin):
+def loras(plain, quantized_model):
     """The last one patches every weight, bias and norm, and widens img_in."""
-    return with_biases(twin, 1), with_biases(twin, 2), control_lora(plain)
+    return with_biases(quantized_model, 1), with_biases(quantized_model, 2), control_lora(plain)
 
 
 def clones(patcher, loras):
@@ -45,14 +45,14 @@ def clones(patcher, loras):
 
 
 def hooked(patcher, tensors):
-    """Hooks as Create Hook LoRA makes them, registered as a sampler does it."""
+    """Hooks as from Create Hook LoRA, registered as by a sampler."""
     group = comfy.hooks.create_hook_lora(tensors, 0.5, 0)
     patcher.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
     return group
 
 
 def in_effect(patcher):
-    """{key: float32 tensor} of the parameters outside packed weights as the next call uses them, and the weights of two packed layers."""
+    """{key: float32 tensor}: the parameters outside packed weights as the next call uses them, and the weights of two packed layers."""
     found = {}
     for name, module in patcher.model.diffusion_model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
@@ -69,7 +69,7 @@ def differences(found, expected):
 
 
 def put_on(patcher, budget, current):
-    """As ComfyUI's load_models_gpu and its LoadedModel do it with `budget` bytes for weights."""
+    """Load like ComfyUI's load_models_gpu and LoadedModel, with `budget` bytes for weights."""
     if current is not None and current is not patcher:
         current.detach(unpatch_all=False)
     patcher.partially_load(patcher.load_device, budget - patcher.loaded_size() or 0.1)
@@ -80,9 +80,9 @@ def put_on(patcher, budget, current):
 ROUNDINGS = 0.008
 
 
-def test_histories_of_budgets_end_as_a_load_of_the_whole_model(pair_files, twin, loras):
-    original = {name: tensor.clone() for name, tensor in stored_tensors(twin).items()}
-    patchers, fresh, expected = clones(twin, loras), clones(load(pair_files[1]), loras), {}
+def test_histories_of_budgets_end_as_a_load_of_the_whole_model(pair_files, quantized_model, loras):
+    original = {name: tensor.clone() for name, tensor in stored_tensors(quantized_model).items()}
+    patchers, fresh, expected = clones(quantized_model, loras), clones(load(pair_files[1]), loras), {}
 
     def whole(which, hook):
         if (which, hook) not in expected:
@@ -101,12 +101,12 @@ def test_histories_of_budgets_end_as_a_load_of_the_whole_model(pair_files, twin,
             event = dice.choice(["draw", "draw", "draw with a hook", "make room", "save"])
             if event == "save":
                 history.append(event)
-                assert all(torch.equal(tensor, original[name]) for name, tensor in stored_tensors(twin).items()), (seed, history)
+                assert all(torch.equal(tensor, original[name]) for name, tensor in stored_tensors(quantized_model).items()), (seed, history)
             elif event == "make room" and current is not None:
                 history.append((event, room := dice.randrange(current.model_size())))
                 current.partially_unload(current.offload_device, room)
             elif event.startswith("draw"):
-                which, budget = dice.choice([0, 1, 1, 2, 3]), int(dice.uniform(0, 1.3) * twin.model_size())
+                which, budget = dice.choice([0, 1, 1, 2, 3]), int(dice.uniform(0, 1.3) * quantized_model.model_size())
                 history.append((event, which, budget))
                 current = put_on(patchers[which], budget, current)
                 hook = event.endswith("hook")
@@ -119,16 +119,16 @@ def test_histories_of_budgets_end_as_a_load_of_the_whole_model(pair_files, twin,
                 if off[worst] > ROUNDINGS:
                     wrong.append(f"{seed}: {worst} is {off[worst]:.1%} off after {history}")
                     break
-        twin.detach()
-        assert all(torch.equal(tensor, original[name]) for name, tensor in stored_tensors(twin).items()), (seed, history)
+        quantized_model.detach()
+        assert all(torch.equal(tensor, original[name]) for name, tensor in stored_tensors(quantized_model).items()), (seed, history)
     assert not wrong, "\n".join([f"{len(wrong)} of {HISTORIES}", *wrong])
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5])
-def test_img_in_is_widened_where_it_is_offloaded(twin, loras, monkeypatch, part):
-    """ComfyUI decides by its width which channels the model is given."""
-    patcher = clones(twin, loras)[3]
-    expected, without = sample(patcher), sample(twin)
+def test_img_in_is_widened_where_it_is_offloaded(quantized_model, loras, monkeypatch, part):
+    """ComfyUI selects the model's input channels by img_in's width."""
+    patcher = clones(quantized_model, loras)[3]
+    expected, without = sample(patcher), sample(quantized_model)
     patcher.detach()
     monkeypatch.setattr(comfy.model_management, "load_models_gpu",
                         lambda *args, **kwargs: put_on(patcher, int(part * patcher.model_size()), None))

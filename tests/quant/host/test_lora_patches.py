@@ -1,4 +1,4 @@
-"""ComfyUI's patches as SVDQuant reads them: the parts of adapters by name, forms that have changed, and patches that can't be applied."""
+"""How SVDQuant reads ComfyUI's patches: the parts of adapters by name, unknown forms, and patches that can't be applied."""
 
 import logging
 
@@ -30,10 +30,10 @@ NAMED = {"LoKr": ("w1", "lokr_w1"), "LoKr of low rank": ("w2_b", "lokr_w2_b"), "
 
 
 @pytest.mark.parametrize("what", NAMED)
-def test_the_names_are_those_of_the_tensors_in_a_file(twin, what):
+def test_the_names_are_those_of_the_tensors_in_a_file(quantized_model, what):
     part, suffix = NAMED[what]
     tensors = adapter_tensors(what, N, K)
-    (entry,) = fc1_lora(twin, tensors).patches[f"diffusion_model.{FC1}.weight"]
+    (entry,) = fc1_lora(quantized_model, tensors).patches[f"diffusion_model.{FC1}.weight"]
     patch = patches.patch_of(entry)
     assert patches.kind(patch.value) == KINDS[what][0]
     assert torch.equal(getattr(patches.parts(patch.value), part), tensors[suffix])
@@ -41,13 +41,13 @@ def test_the_names_are_those_of_the_tensors_in_a_file(twin, what):
 
 @pytest.mark.parametrize("adapter", [LoRAAdapter(set(), (*factors(N, K), None, None, None, None, None)),
                                      LoKrAdapter(set(), (random(8, 8), random(N // 8, K // 8)))])
-def test_adapters_of_another_form_are_refused_in_words(twin, adapter):
-    """As a newer ComfyUI may have them."""
-    before = sample(twin)
+def test_adapters_of_another_form_are_refused_in_words(quantized_model, adapter):
+    """A newer ComfyUI may have such adapters."""
+    before = sample(quantized_model)
     known = len(patches.PARTS[adapter.name]._fields)
     with pytest.raises(ValueError, match=rf"has {len(adapter.weights)} parts, and SVDQuant knows {known} \([^\n]+\); update ComfyUI-S"):
-        twin.clone().add_patches({f"diffusion_model.{FC1}.weight": adapter})
-    assert torch.equal(sample(twin), before)
+        quantized_model.clone().add_patches({f"diffusion_model.{FC1}.weight": adapter})
+    assert torch.equal(sample(quantized_model), before)
 
 
 # --- patches that ComfyUI can't apply ------------------------------------------------------------------------------
@@ -61,26 +61,26 @@ def test_adapters_of_another_form_are_refused_in_words(twin, adapter):
     (adapter_tensors("LoKr", N, K) | {"dora_scale": random(7, 1)}, "belongs to another model"),
     (adapter_tensors("DoRA over inputs", N, K) | {"dora_scale": random(1, 7)}, "belongs to another model"),
 ])
-def test_a_patch_that_comfyui_only_logs_is_an_error(twin, tensors, why):
-    """Also where the log is off."""
-    before, patched = sample(twin), fc1_lora(twin, tensors)
+def test_a_patch_that_comfyui_only_logs_is_an_error(quantized_model, tensors, why):
+    """It is an error even if logging is disabled."""
+    before, patched = sample(quantized_model), fc1_lora(quantized_model, tensors)
     logging.disable(logging.CRITICAL)
     try:
         with pytest.raises(ValueError, match=f"^A LoRA or weight patch for [^\n]+{why}[^\n]*\\.$"):
             loaded(patched)
     finally:
         logging.disable(logging.NOTSET)
-    assert torch.equal(sample(twin), before)
+    assert torch.equal(sample(quantized_model), before)
 
 
 @pytest.mark.parametrize("what", ["LoHa", "difference", "OFT", "GLoRA"])
-def test_a_patch_that_changes_nothing_is_none(twin, what):
+def test_a_patch_that_changes_nothing_is_none(quantized_model, what):
     tensors = {part: torch.zeros_like(tensor) for part, tensor in adapter_tensors(what, N, K).items()}
-    assert torch.equal(sample(fc1_lora(twin, tensors)), sample(twin))
+    assert torch.equal(sample(fc1_lora(quantized_model, tensors)), sample(quantized_model))
 
 
-def test_a_warning_of_somebody_elses_is_none(twin, monkeypatch):
-    """The thread that builds a LoRA branch may log for other reasons."""
+def test_a_warning_of_somebody_elses_is_none(quantized_model, monkeypatch):
+    """The thread that builds a LoRA branch may log other warnings."""
     calculate = comfy.lora.calculate_weight
 
     def chatty(*args, **kwargs):
@@ -88,16 +88,16 @@ def test_a_warning_of_somebody_elses_is_none(twin, monkeypatch):
         return calculate(*args, **kwargs)
 
     monkeypatch.setattr(comfy.lora, "calculate_weight", chatty)
-    assert change(loaded(fc1_lora(twin, adapter_tensors("LoHa", N, K))), FC1)[0] < 0.1
+    assert change(loaded(fc1_lora(quantized_model, adapter_tensors("LoHa", N, K))), FC1)[0] < 0.1
 
 
 # --- taking patches key by key -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hook", [False, True])
-def test_adding_patches_key_by_key_walks_no_more_than_comfyuis_own_patcher(plain, twin, monkeypatch, hook):
-    """Some loaders do; at FLUX.1's depth a walk more for each of 308 keys took 4.7 s."""
-    patched = load_lora(twin, generic(*shapes(twin).items()))
+def test_adding_patches_key_by_key_walks_no_more_than_comfyuis_own_patcher(plain, quantized_model, monkeypatch, hook):
+    """Some loaders add patches this way; at FLUX.1's depth one more walk for each of 308 keys took 4.7 s."""
+    patched = load_lora(quantized_model, generic(*shapes(quantized_model).items()))
     added = {key: patches.patch_of(entries[0]).value for key, entries in patched.patches.items()}
     walks = []
 
@@ -105,7 +105,7 @@ def test_adding_patches_key_by_key_walks_no_more_than_comfyuis_own_patcher(plain
         own = getattr(torch.nn.Module, name)
 
         def method(self, *args, **kwargs):
-            if self in (plain.model, plain.model.diffusion_model, twin.model, twin.model.diffusion_model):
+            if self in (plain.model, plain.model.diffusion_model, quantized_model.model, quantized_model.model.diffusion_model):
                 walks.append(name)
             return own(self, *args, **kwargs)
 
@@ -114,7 +114,7 @@ def test_adding_patches_key_by_key_walks_no_more_than_comfyuis_own_patcher(plain
     for name in ("named_modules", "named_parameters", "state_dict"):
         counted(name)
     counts = []
-    for patcher in (twin.clone(), plain.clone()):
+    for patcher in (quantized_model.clone(), plain.clone()):
         walks.clear()
         for key, value in added.items():
             if hook:

@@ -1,4 +1,4 @@
-"""What a change of a LoRA's strength costs on layers of FLUX.1's own width, and that a GPU's bits come back when it is taken off."""
+"""The time of a change of a LoRA's strength on layers of FLUX.1's width, and that a GPU's output is restored to the bit without it."""
 
 import time
 
@@ -20,13 +20,14 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 HIDDEN, RANK = 3072, 32
 STRENGTHS = (0.9, -0.4, 0.3, 0.8)
-# Of processor time, for the 13 packed layers of a block of each kind; unpacking and packing one of them takes longer.
+# Processor time for the 13 packed layers of a block of each kind; unpacking and packing one of them takes longer.
 MILLISECONDS = 13 * 20
 
 
 @pytest.fixture(scope="module")
 def wide_file(tmp_path_factory):
-    """A quantized FLUX.1 with a block of each kind in full width, its weights a hole: no disk, and no memory until it is computed with."""
+    """A quantized FLUX.1 with a block of each kind in full width. Its weights are a hole in the file,
+    without disk space, or memory until they are used."""
     shapes, entries = flux_shapes(hidden=HIDDEN, depth=1, depth_single=1), {}
     for name, shape in shapes.items():
         layer, _, leaf = name.rpartition(".")
@@ -40,36 +41,36 @@ def wide_file(tmp_path_factory):
 
 
 def put_on(patcher):
-    """What a sampler does before its first step."""
+    """Load the patcher as a sampler does before its first step."""
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     return patcher
 
 
-def changes(twin, tensors, clock):
+def changes(quantized_model, tensors, clock):
     """Milliseconds by `clock` from one strength to the next, for each of STRENGTHS."""
-    put_on(load_lora(twin, tensors, 1.0))
+    put_on(load_lora(quantized_model, tensors, 1.0))
     taken = []
     for strength in STRENGTHS:
-        patched = load_lora(twin, tensors, strength)
+        patched = load_lora(quantized_model, tensors, strength)
         start = clock()
         put_on(patched)
         taken.append((clock() - start) * 1e3)
-    put_on(twin)
+    put_on(quantized_model)
     return taken
 
 
 def test_a_change_of_strength_costs_milliseconds(wide_file):
-    twin = loader.load_model(wide_file)
-    tensors = generic(*shapes(twin).items(), rank=RANK)
-    where = {name: parameter.data_ptr() for name, parameter in twin.model.diffusion_model.named_parameters()}
-    taken = changes(twin, tensors, time.thread_time)
+    quantized_model = loader.load_model(wide_file)
+    tensors = generic(*shapes(quantized_model).items(), rank=RANK)
+    where = {name: parameter.data_ptr() for name, parameter in quantized_model.model.diffusion_model.named_parameters()}
+    taken = changes(quantized_model, tensors, time.thread_time)
     assert min(taken) < MILLISECONDS, f"{taken} ms"
-    # The layers' own tensors are those that were loaded: nothing was unpacked, or packed again.
-    assert where == {name: parameter.data_ptr() for name, parameter in twin.model.diffusion_model.named_parameters()}
-    branch = layer_of(put_on(load_lora(twin, tensors, 0.25)), LINEAR1).lora_branch
+    # The layers' own tensors are the loaded ones: nothing was unpacked and packed again.
+    assert where == {name: parameter.data_ptr() for name, parameter in quantized_model.model.diffusion_model.named_parameters()}
+    branch = layer_of(put_on(load_lora(quantized_model, tensors, 0.25)), LINEAR1).lora_branch
     assert branch.nbytes() == 2 * RANK * (7 * HIDDEN + HIDDEN)
-    put_on(twin)
-    assert not any(layer.lora_branch for layer in twin.packed_layers().values())
+    put_on(quantized_model)
+    assert not any(layer.lora_branch for layer in quantized_model.packed_layers().values())
 
 
 @pytest.mark.gpu
@@ -78,23 +79,23 @@ def test_on_a_gpu_a_change_of_strength_costs_milliseconds(wide_file):
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    twin = loader.load_model(wide_file)
-    taken = changes(twin, generic(*shapes(twin).items(), rank=RANK), clock)
+    quantized_model = loader.load_model(wide_file)
+    taken = changes(quantized_model, generic(*shapes(quantized_model).items(), rank=RANK), clock)
     print(f"a change of strength: {', '.join(f'{ms:.1f}' for ms in taken)} ms for a block of each kind, rank {RANK}")
     assert min(taken) < MILLISECONDS, f"{taken} ms"
-    assert all(parameter.is_cuda for parameter in twin.model.diffusion_model.parameters())
+    assert all(parameter.is_cuda for parameter in quantized_model.model.diffusion_model.parameters())
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_lora_goes_on_changes_and_comes_off_to_the_bit(plain, twin, drift):
-    tensors = generic(*shapes(twin).items(), rank=RANK)
-    before = sample(twin)
-    state = {name: tensor.cpu() for name, tensor in twin.model.state_dict().items()}
-    assert all(layer.weight.is_cuda for layer in twin.packed_layers().values())
+def test_on_a_gpu_a_lora_goes_on_changes_and_comes_off_to_the_bit(plain, quantized_model, drift):
+    tensors = generic(*shapes(quantized_model).items(), rank=RANK)
+    before = sample(quantized_model)
+    state = {name: tensor.cpu() for name, tensor in quantized_model.model.state_dict().items()}
+    assert all(layer.weight.is_cuda for layer in quantized_model.packed_layers().values())
     for strength in (1.0, -0.5):
-        patched = load_lora(twin, tensors, strength)
+        patched = load_lora(quantized_model, tensors, strength)
         y, exact = sample(patched), sample(load_lora(plain, tensors, strength))
         assert torch.equal(sample(patched), y)
         assert relative_error(y, before) > drift and relative_error(y, exact) < 1.3 * drift
-    assert torch.equal(sample(twin), before)
-    assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in twin.model.state_dict().items())
+    assert torch.equal(sample(quantized_model), before)
+    assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in quantized_model.model.state_dict().items())

@@ -1,4 +1,4 @@
-"""Quantizing a MODEL whose LoRA widens img_in, as FLUX.1 Canny's and Depth's do: the quantized model has the width that was drawn with."""
+"""Quantizing a MODEL whose LoRA widens img_in, as FLUX.1 Canny's and Depth's do: the quantized model has the widened img_in."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 def controlled(seed=7):
-    """A prompt with the picture that the control LoRA follows, as InstructPixToPixConditioning puts it there."""
+    """A prompt with the control LoRA's picture, as from InstructPixToPixConditioning."""
     ((prompt, extras),) = prompts(1)
     return [[prompt, extras | {"concat_latent_image": 50 * random(1, 16, 8, 8, seed=seed)}]]
 
@@ -33,35 +33,35 @@ def quantized(patcher, preset="data-free"):
 def test_a_control_lora_is_baked_in(plain, drift, preset, loaded_before):
     patched = load_lora(plain, control_lora(plain))
     exact, other = (sample(patched, cond=controlled(seed)) for seed in (7, 8))
-    assert relative_error(other, exact) > 2 * drift, "the control does next to nothing here"
+    assert relative_error(other, exact) > 2 * drift, "the control has too small an effect here"
     if not loaded_before:
         patched.detach()
-    twin = quantized(patched, preset)
-    assert twin.model.diffusion_model.img_in.weight.shape == (HIDDEN, 128)
-    assert relative_error(sample(twin, cond=controlled()), exact) < MARGIN * drift
+    quantized_model = quantized(patched, preset)
+    assert quantized_model.model.diffusion_model.img_in.weight.shape == (HIDDEN, 128)
+    assert relative_error(sample(quantized_model, cond=controlled()), exact) < MARGIN * drift
     patched.detach()
     assert plain.model.diffusion_model.img_in.weight.shape == (HIDDEN, 64)
 
 
 def test_its_file_says_the_width_and_loads_to_the_bit(plain, tmp_path):
-    twin, path = quantized(load_lora(plain, control_lora(plain))), tmp_path / "canny.safetensors"
-    config = build.stored_config(twin.model)
+    quantized_model, path = quantized(load_lora(plain, control_lora(plain))), tmp_path / "canny.safetensors"
+    config = build.stored_config(quantized_model.model)
     assert config["in_channels"] == 32 and build.stored_config(plain.model)["in_channels"] == 16
-    specs = {name: layer.spec for name, layer in twin.packed_layers().items()}
-    native.save(str(path), stored_tensors(twin), specs, config, twin.recipe, twin.source)
+    specs = {name: layer.spec for name, layer in quantized_model.packed_layers().items()}
+    native.save(str(path), stored_tensors(quantized_model), specs, config, quantized_model.recipe, quantized_model.source)
     again = load(str(path))
-    state = twin.model.state_dict()
+    state = quantized_model.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
-    assert torch.equal(sample(again, cond=controlled()), sample(twin, cond=controlled()))
+    assert torch.equal(sample(again, cond=controlled()), sample(quantized_model, cond=controlled()))
     wider = load_lora(again, {"diffusion_model.img_in.reshape_weight": torch.tensor([HIDDEN, 384])}
                       | named("diffusion_model.img_in", HIDDEN, 384))
     assert torch.isfinite(sample(wider)).all()
 
 
 def test_a_copy_for_another_device_has_the_width(plain):
-    twin = quantized(load_lora(plain, control_lora(plain)))
-    copied = build.copied(twin.model, twin.backup)
-    assert torch.equal(sample(copied, cond=controlled()), sample(twin, cond=controlled()))
+    quantized_model = quantized(load_lora(plain, control_lora(plain)))
+    copied = build.copied(quantized_model.model, quantized_model.backup)
+    assert torch.equal(sample(copied, cond=controlled()), sample(quantized_model, cond=controlled()))
 
 
 @pytest.mark.parametrize(("layer", "shape"), [("txt_in", (HIDDEN, 256)), ("double_blocks.0.img_attn.qkv", (3 * HIDDEN, 512)),

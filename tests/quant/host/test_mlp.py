@@ -1,4 +1,4 @@
-"""A model's MLPs in a real ComfyUI, each one op while nothing but its layers is to run."""
+"""A model's MLPs in a real ComfyUI: each is one op as long as nothing else must run between its layers."""
 
 import comfy.model_management
 import pytest
@@ -20,14 +20,14 @@ APART = 0.045 if torch.cuda.is_available() else 0
 
 @pytest.fixture
 def fused(monkeypatch):
-    """The weights of fc1 of every call of the op."""
+    """The fc1 weight of every call of the op."""
     calls, op = [], packed_mlp.mlp.svdquant_mlp
     monkeypatch.setattr(packed_mlp.mlp, "svdquant_mlp", lambda x, first, second: calls.append(first.weight) or op(x, first, second))
     return calls
 
 
 def one_by_one(patcher):
-    """sample(patcher), its MLPs' layers one after the other."""
+    """sample(patcher) with the MLPs' layers run one after the other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed_mlp.PackedMLP, "fuses", lambda mlp, device: False)
         return sample(patcher)
@@ -39,35 +39,36 @@ def mlps(patcher):
     return block.img_mlp, block.txt_mlp
 
 
-def test_a_model_runs_the_op_and_looks_as_it_did(plain, twin, fused):
-    preparation.set_act_bits(twin.model, 4)
-    assert [name for name, _ in twin.model.named_modules()] == [name for name, _ in plain.model.named_modules()]
-    assert all(isinstance(mlp, torch.nn.Sequential) and isinstance(mlp[0], linear.SVDQuantLinear) for mlp in mlps(twin))
-    y = sample(twin)
-    assert {id(weight) for weight in fused} == {id(mlp[0].weight) for mlp in mlps(twin)} and len(fused) == 2 * STEPS
-    error = relative_error(one_by_one(twin), y)
+def test_a_model_runs_the_op_and_looks_as_it_did(plain, quantized_model, fused):
+    preparation.set_act_bits(quantized_model.model, 4)
+    assert [name for name, _ in quantized_model.model.named_modules()] == [name for name, _ in plain.model.named_modules()]
+    assert all(isinstance(mlp, torch.nn.Sequential) and isinstance(mlp[0], linear.SVDQuantLinear) for mlp in mlps(quantized_model))
+    y = sample(quantized_model)
+    assert {id(weight) for weight in fused} == {id(mlp[0].weight) for mlp in mlps(quantized_model)} and len(fused) == 2 * STEPS
+    error = relative_error(one_by_one(quantized_model), y)
     assert error <= APART, f"relative error of the latent {error:.2e}"
-    assert torch.equal(sample(twin), y) and len(fused) == 4 * STEPS
+    assert torch.equal(sample(quantized_model), y) and len(fused) == 4 * STEPS
 
 
 @pytest.mark.parametrize(("name", "left"), [(FC1, 1), (FC2, 0)])
-def test_a_lora_on_one_layer_takes_its_mlp_apart_until_it_goes(twin, fused, name, left):
-    preparation.set_act_bits(twin.model, 4)
-    before = sample(twin)
-    patched = load_lora(twin, generic((name, shapes(twin)[name])))
+def test_a_lora_on_one_layer_takes_its_mlp_apart_until_it_goes(quantized_model, fused, name, left):
+    preparation.set_act_bits(quantized_model.model, 4)
+    before = sample(quantized_model)
+    patched = load_lora(quantized_model, generic((name, shapes(quantized_model)[name])))
     fused.clear()
     y = sample(patched)
-    assert {id(weight) for weight in fused} == {id(mlps(twin)[left][0].weight)} and len(fused) == STEPS
+    assert {id(weight) for weight in fused} == {id(mlps(quantized_model)[left][0].weight)} and len(fused) == STEPS
     assert not torch.equal(y, before) and relative_error(one_by_one(patched), y) <= APART
     fused.clear()
-    assert torch.equal(sample(twin), before) and len(fused) == 2 * STEPS
+    assert torch.equal(sample(quantized_model), before) and len(fused) == 2 * STEPS
 
 
-def test_offloaded_layers_with_a_patch_of_the_bias(twin, fused):
-    """Which the layers' own forward applies where they lie elsewhere."""
-    preparation.set_act_bits(twin.model, 4)
-    before = sample(twin)
-    patched = load_lora(twin, {f"diffusion_model.{FC1}.diff_b": random(4 * HIDDEN), f"diffusion_model.{FC2}.diff_b": random(HIDDEN)})
+def test_offloaded_layers_with_a_patch_of_the_bias(quantized_model, fused):
+    """The patch is applied by the layers' own forward if they are on another device."""
+    preparation.set_act_bits(quantized_model.model, 4)
+    before = sample(quantized_model)
+    biases = {f"diffusion_model.{FC1}.diff_b": random(4 * HIDDEN), f"diffusion_model.{FC2}.diff_b": random(HIDDEN)}
+    patched = load_lora(quantized_model, biases)
     whole = sample(patched)
     assert not torch.equal(whole, before)
     patched.unpatch_model(patched.offload_device)
@@ -75,12 +76,12 @@ def test_offloaded_layers_with_a_patch_of_the_bias(twin, fused):
     fused.clear()
     assert patched.model.model_lowvram and all(mlp[0].bias_function or mlp[2].bias_function for mlp in mlps(patched))
     assert torch.equal(sample(patched), whole) and len(fused) == 2 * STEPS
-    assert torch.equal(sample(twin), before)
+    assert torch.equal(sample(quantized_model), before)
 
 
-def test_cancel(twin, fused):
-    preparation.set_act_bits(twin.model, 4)
-    mlp, _ = mlps(twin)
+def test_cancel(quantized_model, fused):
+    preparation.set_act_bits(quantized_model.model, 4)
+    mlp, _ = mlps(quantized_model)
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         mlp(random(3, HIDDEN))
@@ -89,17 +90,16 @@ def test_cancel(twin, fused):
 
 @pytest.mark.gpu
 def test_on_a_gpu(pair_files, fused, monkeypatch):
-    """The kernels, also on a GPU whose model would not use them, with the present tensors of the layers; the two runs of each are equal to
-    the bit."""
+    """The kernels, also on a GPU for which they aren't chosen, read the layers' current tensors. Two runs are equal to the bit."""
     monkeypatch.setattr(packed_mlp.mlp, "pays", lambda device: True)
-    twin = loaded(loader.load_model(pair_files[1], act_bits=4))
-    for mlp in mlps(twin):
-        x = random(1, 77, HIDDEN).to(twin.load_device, torch.bfloat16)
+    quantized_model = loaded(loader.load_model(pair_files[1], act_bits=4))
+    for mlp in mlps(quantized_model):
+        x = random(1, 77, HIDDEN).to(quantized_model.load_device, torch.bfloat16)
         y = mlp(x)
         error = relative_error(y, torch.nn.Sequential(*mlp)(x))
         assert error < 3e-3 and torch.equal(mlp(x), y), f"relative error of an MLP {error:.2e}"
     fused.clear()
-    y, apart = sample(twin, cond=prompts(1)), one_by_one(twin)
-    assert len(fused) == 2 * STEPS and torch.equal(sample(twin), y), "two runs differ"
+    y, apart = sample(quantized_model, cond=prompts(1)), one_by_one(quantized_model)
+    assert len(fused) == 2 * STEPS and torch.equal(sample(quantized_model), y), "two runs differ"
     error = relative_error(y, apart)
     assert error < APART, f"relative error of the latent {error:.2e}"

@@ -41,8 +41,8 @@ def test_fp8_files_load_and_quantize(tmp_path):
     path = tmp_path / "flux_fp8.safetensors"
     save_file({name: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for name, t in tensors.items()}, path)
     patcher = loader.load_model(str(path))
-    y, (twin, _) = sample(patcher), quantized(patcher)
-    error = float((sample(twin) - y).norm() / y.norm())
+    y, (quantized_model, _) = sample(patcher), quantized(patcher)
+    error = float((sample(quantized_model) - y).norm() / y.norm())
     assert error < 0.3, f"4 bits against fp8: relative error {error:.3f}"
 
 
@@ -60,34 +60,35 @@ def test_quantizing_leaves_the_model_alone_and_stays_close(flux_file):
     patcher = loader.load_model(flux_file)
     before, weights = sample(patcher), {name: t.clone() for name, t in patcher.model.state_dict().items()}
     progress = Progress()
-    twin, records = quantized(patcher, progress=progress)
+    quantized_model, records = quantized(patcher, progress=progress)
     assert torch.equal(sample(patcher), before)
     assert all(torch.equal(weights[name], t) for name, t in patcher.model.state_dict().items())
     assert len(records) == 20 and len(progress.texts) == progress.steps == 20 + 2 * 2
-    # Nothing of it is outside FLUX's own classes: the same transformer, 4-bit layers in the places of 16-bit ones.
-    assert type(twin.model) is type(patcher.model) and type(twin.model.diffusion_model) is type(patcher.model.diffusion_model)
-    error = float((sample(twin) - before).norm() / before.norm())
+    # The model keeps FLUX's own classes: the same transformer, with 4-bit layers in place of 16-bit ones.
+    assert type(quantized_model.model) is type(patcher.model)
+    assert type(quantized_model.model.diffusion_model) is type(patcher.model.diffusion_model)
+    error = float((sample(quantized_model) - before).norm() / before.norm())
     assert 0.001 < error < 0.3, f"relative error of the latent {error:.3f}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_models_own_parameters_are_neither_learned_from_nor_shared(tmp_path, monkeypatch, dtype):
-    """In float32 nothing on the way to the quantizer copies the weights, in bf16 nothing on the way into the twin."""
+    """Nothing copies the weights before the quantizer in float32, or before the quantized model in bf16."""
     monkeypatch.setattr(smoothing, "EXPONENTS", (0.5,))
     patcher = loader.load_model(write_flux(tmp_path / "flux.safetensors", dtype=dtype, depth_single=1), dtype)
     parameters = dict(patcher.model.diffusion_model.named_parameters())
     (held,) = {p.dtype for p in parameters.values()}
     assert held in (dtype, torch.float32), "newer ComfyUI widens bf16 on the CPU"
     for p in parameters.values():
-        p.requires_grad_()  # as those of 0.3.75 are; newer ComfyUI's are not
+        p.requires_grad_()  # as in 0.3.75; in newer ComfyUIs they don't require gradients
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in parameters.items()}
     recipe = replace(presets.make_recipe("slow", 16), keep=("double_blocks.*", "*modulation.lin", "*_in.*"))
-    twin, records = quantize.quantize(patcher, recipe, prompts(), LATENT, 2, 0, Progress())
+    quantized_model, records = quantize.quantize(patcher, recipe, prompts(), LATENT, 2, 0, Progress())
     assert any(record.rank for record in records), "layers whose factors are learned"
     now = dict(patcher.model.diffusion_model.named_parameters())
     for name, p in parameters.items():
         assert now[name] is p and p.grad is None and p.requires_grad == before[name][0] and torch.equal(p, before[name][1]), name
-    assert not set(map(id, parameters.values())) & set(map(id, twin.model.diffusion_model.parameters()))
+    assert not set(map(id, parameters.values())) & set(map(id, quantized_model.model.diffusion_model.parameters()))
 
 
 @pytest.mark.parametrize("exceptions", ["*", "*_blocks.*, *_in.*layer\n*.adaLN_modulation.1\n* = 32"])
@@ -100,8 +101,8 @@ def test_exceptions_that_leave_nothing_are_refused_before_the_run(flux_file, exc
 
 def test_a_run_after_which_nothing_is_in_4_bits_has_a_report(flux_file):
     recipe = replace(presets.make_recipe("naive", 16), largest_error=0.0)
-    twin, records = quantize.quantize(loader.load_model(flux_file), recipe, None, None, 2, 0, Progress())
-    assert not twin.packed_layers() and len(records) == 20
+    quantized_model, records = quantize.quantize(loader.load_model(flux_file), recipe, None, None, 2, 0, Progress())
+    assert not quantized_model.packed_layers() and len(records) == 20
     assert report.text(records, recipe).startswith("SVDQuant, preset naive, rank 0: no layer came out in 4 bits")
 
 
@@ -133,7 +134,7 @@ def test_calibration_sees_the_lora_that_is_on_the_model(flux_file):
 
 
 def test_a_weight_is_taken_as_it_is_stored_while_comfyui_has_patches_in_it(flux_file):
-    """A LoRA counts once, and what a hook has put in for a part of the steps does not."""
+    """A LoRA counts once; a hook's patch for a part of the steps doesn't count."""
     patcher, name = loader.load_model(flux_file).clone(), "single_blocks.0.linear1.weight"
     key = f"diffusion_model.{name}"
     assert patcher.add_patches({key: ("diff", (torch.full((7 * HIDDEN, HIDDEN), 0.01),))}, 1.0) == [key]
@@ -150,10 +151,10 @@ def test_other_nodes_settings_come_along(flux_file):
     patcher.model_options["transformer_options"]["mark"] = 7
     sampling = patcher.get_model_object("model_sampling")
     patcher.add_object_patch("model_sampling", sampling)
-    twin, _ = quantized(patcher)
-    assert twin.model_options["transformer_options"]["mark"] == 7
-    assert twin.get_model_object("model_sampling") is sampling
-    assert isinstance(twin.clone(), SVDQuantModelPatcher) and twin.clone().recipe == twin.recipe
+    quantized_model, _ = quantized(patcher)
+    assert quantized_model.model_options["transformer_options"]["mark"] == 7
+    assert quantized_model.get_model_object("model_sampling") is sampling
+    assert isinstance(quantized_model.clone(), SVDQuantModelPatcher) and quantized_model.clone().recipe == quantized_model.recipe
 
 
 def test_cancelling_at_any_point_leaves_the_model_usable(flux_file):
@@ -172,11 +173,11 @@ def test_cancelling_at_any_point_leaves_the_model_usable(flux_file):
 
 @pytest.mark.parametrize("preset", ["fast", "naive"])
 def test_saved_and_reloaded_gives_the_same_latent_to_the_bit(flux_file, tmp_path, preset):
-    twin, _ = quantized(loader.load_model(flux_file), preset)
-    path = save(twin, tmp_path / "twin.safetensors")
-    assert torch.equal(sample(loader.load_model(path)), sample(twin))
+    quantized_model, _ = quantized(loader.load_model(flux_file), preset)
+    path = save(quantized_model, tmp_path / "quantized_model.safetensors")
+    assert torch.equal(sample(loader.load_model(path)), sample(quantized_model))
     assert os.path.getsize(path) < 0.45 * os.path.getsize(flux_file)
-    assert sorted(os.listdir(tmp_path)) == ["twin.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["quantized_model.safetensors"]
 
 
 def test_the_file_holds_the_documented_names(native_file):
@@ -191,13 +192,13 @@ def test_the_file_holds_the_documented_names(native_file):
 
 
 def test_an_existing_file_is_left_alone_unless_asked(native_file, flux_file, tmp_path):
-    twin = loader.load_model(native_file)
+    quantized_model = loader.load_model(native_file)
     path = tmp_path / "taken.safetensors"
     path.write_bytes(b"mine")
     with pytest.raises(CheckpointError, match="taken.safetensors exists already"):
-        save(twin, path)
+        save(quantized_model, path)
     assert path.read_bytes() == b"mine"
-    save(twin, path, overwrite=True)
+    save(quantized_model, path, overwrite=True)
     assert native.matches(read_header(str(path)))
 
 
@@ -205,14 +206,14 @@ def test_an_existing_file_is_left_alone_unless_asked(native_file, flux_file, tmp
 def test_a_full_disk_leaves_nothing_half_written(native_file, tmp_path, taken):
     """A file size limit stands for the full disk: the write fails in the middle of the data."""
     resource = pytest.importorskip("resource", reason="Windows has no file size limit to stand for a full disk")
-    twin, path = loader.load_model(native_file), tmp_path / "big.safetensors"
+    quantized_model, path = loader.load_model(native_file), tmp_path / "big.safetensors"
     if taken:
         path.write_bytes(b"mine")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(CheckpointError, match="Saving big.safetensors failed"):
-            save(twin, path, overwrite=True)
+            save(quantized_model, path, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == (["big.safetensors"] if taken else [])
@@ -220,26 +221,26 @@ def test_a_full_disk_leaves_nothing_half_written(native_file, tmp_path, taken):
 
 
 def test_comfyuis_own_node_refuses_a_quantized_model(native_file, flux_file, tmp_path):
-    """It would leave out what says how the layers are packed. A clone, with and without a LoRA, is refused too."""
-    twin, node = loader.load_model(native_file), ModelSave()
+    """Its file would lack the descriptions of the packed layers. A clone, with or without a LoRA, is refused too."""
+    quantized_model, node = loader.load_model(native_file), ModelSave()
     node.output_dir = str(tmp_path)
-    patched, key = twin.clone(), "diffusion_model.single_blocks.0.linear1.weight"
+    patched, key = quantized_model.clone(), "diffusion_model.single_blocks.0.linear1.weight"
     assert patched.add_patches({key: ("diff", (torch.ones(7 * HIDDEN, HIDDEN) / HIDDEN,))}, 1.0) == [key]
     before = sample(patched)
-    for model in (twin, twin.clone(), patched):
+    for model in (quantized_model, quantized_model.clone(), patched):
         with pytest.raises(ValueError, match="[^.]+; save it with SVDQuant Save Model\\.$"):
             node.save(model, "quantized")
     assert not list(tmp_path.rglob("*.safetensors")) and torch.equal(sample(patched), before)
-    save(twin, tmp_path / "twin.safetensors")
+    save(quantized_model, tmp_path / "quantized_model.safetensors")
     node.save(loader.load_model(flux_file), "plain")
     assert len(list(tmp_path.glob("plain*.safetensors"))) == 1
-    del twin.model.state_dict_for_saving  # which earlier versions of this pack did not have
-    node.save(twin, "bare")
+    del quantized_model.model.state_dict_for_saving  # earlier versions of this pack did not have it
+    node.save(quantized_model, "bare")
     (bare,) = tmp_path.glob("bare*.safetensors")
     assert "has layers in 4 bits" in refusal(bare)
 
 
-def test_too_little_room_is_told_before_writing(native_file, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_writing(native_file, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "SPARE_BYTES", 10**18)
     with pytest.raises(CheckpointError, match="There is no room to save"):
         save(loader.load_model(native_file), tmp_path / "big.safetensors")
@@ -434,20 +435,20 @@ def test_other_models_are_refused(flux_file):
 
 
 def test_the_patcher_knows_the_true_size(native_file):
-    twin = loader.load_model(native_file)
-    stored = sum(t.nbytes for t in twin.model.diffusion_model.state_dict().values())
-    sampling = sum(t.nbytes for t in twin.model.model_sampling.state_dict().values())
-    assert twin.model_size() == stored + sampling
+    quantized_model = loader.load_model(native_file)
+    stored = sum(t.nbytes for t in quantized_model.model.diffusion_model.state_dict().values())
+    sampling = sum(t.nbytes for t in quantized_model.model.model_sampling.state_dict().values())
+    assert quantized_model.model_size() == stored + sampling
     packed = native.open_file(read_header(native_file))
     assert stored == sum(torch.Size(shape).numel() * packed.dtypes[name].itemsize for name, shape in packed.shapes.items())
 
 
 def test_partial_loading_gives_the_same_picture(native_file):
-    """Low-VRAM mode: some layers stay where they are and bring their tensors along at each call."""
-    twin = loader.load_model(native_file)
-    whole = sample(twin)
-    twin.unpatch_model(twin.offload_device)
-    twin.patch_model(twin.load_device, lowvram_model_memory=twin.model_size() // 2)
-    assert torch.equal(sample(twin), whole)
-    twin.partially_unload(twin.offload_device, twin.model_size() // 2)
-    assert torch.equal(sample(twin), whole)
+    """In low-VRAM mode some layers stay offloaded, and each call copies their tensors to the device."""
+    quantized_model = loader.load_model(native_file)
+    whole = sample(quantized_model)
+    quantized_model.unpatch_model(quantized_model.offload_device)
+    quantized_model.patch_model(quantized_model.load_device, lowvram_model_memory=quantized_model.model_size() // 2)
+    assert torch.equal(sample(quantized_model), whole)
+    quantized_model.partially_unload(quantized_model.offload_device, quantized_model.model_size() // 2)
+    assert torch.equal(sample(quantized_model), whole)

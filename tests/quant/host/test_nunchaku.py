@@ -1,4 +1,4 @@
-"""Checkpoints that others made, in a real ComfyUI: Nunchaku's and comfy-kitchen's names against our own file."""
+"""Checkpoints in other layouts in a real ComfyUI: Nunchaku's and comfy-kitchen's names against this pack's own file."""
 
 import json
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """One model of ours, in both layouts."""
+    """One model in this pack's layout and in Nunchaku's."""
     folder, model = tmp_path_factory.mktemp("models"), packed_flux(hidden=256, depth_single=2)
     native.save(str(folder / "native.safetensors"), *model, RECIPE, "flux")
     nunchaku_writer.save(str(folder / "svdq-int4_r16-flux.safetensors"), *model, RECIPE, "flux")
@@ -62,7 +62,7 @@ def test_a_nunchaku_file_is_the_model_that_was_written(files):
 
 
 def test_a_nunchaku_file_saved_again_is_the_same_to_the_bit(files, tmp_path):
-    """Once the rounding is done it is done: a model read from Nunchaku's layout, saved as ours and as theirs again."""
+    """Rounding happens once: a file read from Nunchaku's layout, saved in this pack's and in Nunchaku's again, is the same."""
     first = loader.load_model(str(files[1]))
     specs = {name: layer.spec for name, layer in first.packed_layers().items()}
     tensors = {build.stored_name(first.model, name): tensor for name, tensor in state(first).items()}
@@ -110,7 +110,7 @@ def test_metadata_that_does_not_fit_the_tensors(files, tmp_path):
 
 
 def test_layers_that_do_not_fit_each_other(files, tmp_path):
-    """Each whole in itself, with a width that the model has no place for."""
+    """Each layer is complete, but has a width that doesn't fit the model."""
     def widen(tensors):
         part = "transformer_blocks.0.mlp_fc1"
         for leaf in ("qweight", "lora_up", "bias"):
@@ -134,7 +134,7 @@ def test_foreign_nunchaku_files_are_named(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("terse", [False, True])
 def test_files_under_comfy_kitchens_names(files, tmp_path, prefix, terse):
-    """Ours without its metadata; and `terse`, as short as the description of a layer may be."""
+    """This pack's file without its metadata; with `terse`, a layer's description is as short as allowed."""
     def change(tensors):
         for name in list(tensors):
             if terse and name.endswith(f".{layout.QUANT_KEY}"):

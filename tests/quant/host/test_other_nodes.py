@@ -65,21 +65,21 @@ def of(module, name, sampling=None, **options):
     of("perpneg", "PerpNeg", empty_conditioning=prompts(3)[2:]),
     pytest.param(lambda patcher: node("nag", "NAGuidance", model=patcher), {"cfg": 1.0}, id="NAGuidance", marks=newer),
 ])
-def test_a_node_has_the_effect_that_it_has_in_16_bits(plain, twin, apply, sampling):
-    before, exact_before = draw(twin, **sampling), draw(plain, **sampling)
-    after, exact = draw(apply(twin), **sampling), draw(apply(plain), **sampling)
+def test_a_node_has_the_effect_that_it_has_in_16_bits(plain, quantized_model, apply, sampling):
+    before, exact_before = draw(quantized_model, **sampling), draw(plain, **sampling)
+    after, exact = draw(apply(quantized_model), **sampling), draw(apply(plain), **sampling)
     moved = relative_error(exact, exact_before)
-    assert moved > 0.03 and abs(relative_error(after, before) - moved) < 0.1, "how far the node moves the picture"
+    assert moved > 0.03 and abs(relative_error(after, before) - moved) < 0.1, "the size of the node's effect on the picture"
     assert relative_error(after, exact) < 2 * relative_error(before, exact_before) + 0.02
-    assert torch.equal(draw(twin, **sampling), before), "nothing is left on the model that the node was given"
+    assert torch.equal(draw(quantized_model, **sampling), before), "nothing is left on the model that the node was given"
 
 
 # --- LoRAs beside the layers ---------------------------------------------------------------------------------------
 
 
 def by_hand(patcher, tensors):
-    """As ComfyUI's bypass LoRA does it, which older versions don't have: in the place of a layer's forward, and when it goes it leaves
-    there the one of the layer's class."""
+    """A bypass LoRA as in ComfyUI, for older versions that have none: it replaces a layer's forward, and when it is removed it leaves the
+    forward of the layer's class on the instance."""
     names = {key.removeprefix("diffusion_model.").rpartition(".lora_")[0] for key in tensors}
     own = {}
 
@@ -104,9 +104,9 @@ def by_comfyui(patcher, tensors):
 
 
 @pytest.mark.parametrize("bypass", [by_hand, pytest.param(by_comfyui, marks=newer)])
-def test_a_lora_beside_a_layer_comes_before_its_gelu(twin, bypass):
-    """And when it is gone the layer, and the op that an MLP is, are as they were."""
-    model, sizes = twin.model.diffusion_model, shapes(twin)
+def test_a_lora_beside_a_layer_comes_before_its_gelu(quantized_model, bypass):
+    """After its removal, the layer and the MLP's op are the same as before."""
+    model, sizes = quantized_model.model.diffusion_model, shapes(quantized_model)
     tensors = generic(*((name, sizes[name]) for name in (FC1, FC2, LINEAR1, QKV)))
     mlp, block, x = model.double_blocks[0].img_mlp, model.single_blocks[0], random(5, HIDDEN, seed=7)
 
@@ -119,22 +119,22 @@ def test_a_lora_beside_a_layer_comes_before_its_gelu(twin, bypass):
         patcher.unpatch_model(patcher.offload_device)
         return found
 
-    before = outputs(twin)
-    bypassed, loaded = outputs(bypass(twin, tensors)), outputs(load_lora(twin, tensors))
+    before = outputs(quantized_model)
+    bypassed, loaded = outputs(bypass(quantized_model, tensors)), outputs(load_lora(quantized_model, tensors))
     for beside, expected, without in zip(bypassed, loaded, before):
         assert relative_error(beside, expected) < 0.02 < 0.1 < relative_error(expected, without)
-    assert all(map(torch.equal, outputs(twin), before)) and mlp.fuses(x.device)
+    assert all(map(torch.equal, outputs(quantized_model), before)) and mlp.fuses(x.device)
 
 
-def test_a_lora_beside_the_layers_is_not_lost_in_a_file(twin):
-    bypassed = by_hand(twin, generic((FC1, shapes(twin)[FC1])))
+def test_a_lora_beside_the_layers_is_not_lost_in_a_file(quantized_model):
+    bypassed = by_hand(quantized_model, generic((FC1, shapes(quantized_model)[FC1])))
     with pytest.raises(ValueError, match="LoRAs or other weight patches on this 4-bit MODEL, which its file can't hold"):
         SVDQuantSaveModel.execute(bypassed, "bypassed", False)
 
 
-def test_what_hooks_a_layers_output_gets_the_linears(twin):
-    """A GELU is then the model's again, where it was."""
-    layer, between = layer_of(twin, FC1), twin.model.diffusion_model.double_blocks[0].img_mlp[1]
+def test_what_hooks_a_layers_output_gets_the_linears(quantized_model):
+    """The model then applies the GELU itself again."""
+    layer, between = layer_of(quantized_model, FC1), quantized_model.model.diffusion_model.double_blocks[0].img_mlp[1]
     x, seen = random(5, HIDDEN, seed=7), []
     activated = layer(x)
     handle = layer.register_forward_hook(lambda _module, _inputs, y: seen.append(y.clone()))
@@ -158,64 +158,64 @@ def other(path):
 
 
 @pytest.mark.parametrize("second", [0, 1], ids=["16 bits", "4 bits"])
-def test_layers_in_16_bits_can_be_merged(pair_files, plain, twin, second):
-    """ModelMergeFlux1's way: the ratio of what is to stay is 1, and packed layers have no other."""
+def test_layers_in_16_bits_can_be_merged(pair_files, plain, quantized_model, second):
+    """As in ModelMergeFlux1, layers that stay have ratio 1, which is the only ratio for packed layers."""
     ratios = {"": 1.0, "img_in.": 0.3, "txt_in.": 0.4}
     merged, exact = (node("model_merging", "ModelMergeBlocks", model1=model, model2=other(path), **ratios)
-                     for model, path in ((twin, pair_files[second]), (plain, pair_files[0])))
-    before, moved = draw(twin), relative_error(draw(exact), draw(plain))
+                     for model, path in ((quantized_model, pair_files[second]), (plain, pair_files[0])))
+    before, moved = draw(quantized_model), relative_error(draw(exact), draw(plain))
     assert moved > 0.1 and abs(relative_error(draw(merged), before) - moved) < 0.1
-    assert not any(merged.packed_at(key) for key in merged.patches) and torch.equal(draw(twin), before)
+    assert not any(merged.packed_at(key) for key in merged.patches) and torch.equal(draw(quantized_model), before)
 
 
 @pytest.mark.parametrize("name", MERGES)
 @pytest.mark.parametrize("second", [0, 1], ids=["16 bits", "4 bits"])
-def test_merging_into_packed_layers_is_refused(pair_files, twin, name, second):
-    before = draw(twin)
+def test_merging_into_packed_layers_is_refused(pair_files, quantized_model, name, second):
+    before = draw(quantized_model)
     with pytest.raises(ValueError, match="^[^.\n]+[^\n]+ merge the 16-bit models, then quantize the result\\.$"):
-        node("model_merging", name, model1=twin, model2=load(pair_files[second]), **MERGES[name])
-    assert torch.equal(draw(twin), before)
+        node("model_merging", name, model1=quantized_model, model2=load(pair_files[second]), **MERGES[name])
+    assert torch.equal(draw(quantized_model), before)
 
 
 # --- reading and training weights ----------------------------------------------------------------------------------
 
 
-def test_a_lora_is_extracted_from_differences_only(pair_files, plain, twin, tmp_path, monkeypatch):
+def test_a_lora_is_extracted_from_differences_only(pair_files, plain, quantized_model, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     with pytest.raises(ValueError, match="^The weights of this MODEL are packed in 4 bits, [^\n]+ ModelMergeSubtract [^\n]+\\.$"):
-        node("lora_extract", "LoraSave", filename_prefix="x", rank=8, lora_type="standard", model_diff=twin)
+        node("lora_extract", "LoraSave", filename_prefix="x", rank=8, lora_type="standard", model_diff=quantized_model)
     assert not list(tmp_path.rglob("*.safetensors"))
-    difference = node("model_merging", "ModelSubtract", model1=other(pair_files[0]), model2=twin, multiplier=1.0)
+    difference = node("model_merging", "ModelSubtract", model1=other(pair_files[0]), model2=quantized_model, multiplier=1.0)
     node("lora_extract", "LoraSave", filename_prefix="x", rank=8, lora_type="standard", model_diff=difference)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("bypass", [False, pytest.param(True, marks=newer)])
-def test_training_is_refused(twin, bypass):
-    before = draw(twin)
+def test_training_is_refused(quantized_model, bypass):
+    before = draw(quantized_model)
     options = {"bypass_mode": True} if bypass else {}
     with pytest.raises(ValueError, match="^A node, as those that train LoRAs do, [^\n]+; train on the 16-bit model, [^\n]+\\.$"):
-        node("train", "TrainLoraNode", model=twin, latents={"samples": torch.zeros(1, 16, 8, 8)}, positive=prompts(1), **options)
-    assert torch.equal(draw(twin), before)
+        node("train", "TrainLoraNode", model=quantized_model, latents={"samples": torch.zeros(1, 16, 8, 8)}, positive=prompts(1), **options)
+    assert torch.equal(draw(quantized_model), before)
 
 
 # --- a model of one's own for another device -----------------------------------------------------------------------
 
 
 @newer
-def test_a_copy_for_another_device_is_whole_and_shares_nothing(twin):
-    lora = load_lora(twin, generic((FC1, shapes(twin)[FC1]), ("img_in", (HIDDEN, 64))))
-    layer_of(twin, FC1).act_bits = 8
-    before, with_lora = draw(twin), draw(lora)
+def test_a_copy_for_another_device_is_whole_and_shares_nothing(quantized_model):
+    lora = load_lora(quantized_model, generic((FC1, shapes(quantized_model)[FC1]), ("img_in", (HIDDEN, 64))))
+    layer_of(quantized_model, FC1).act_bits = 8
+    before, with_lora = draw(quantized_model), draw(lora)
     for copied in (lora.clone(force_deepcopy=True), lora.deepclone_multigpu(torch.device("cpu"))):
-        assert not {p.data_ptr() for p in copied.model.parameters()} & {p.data_ptr() for p in twin.model.parameters()}
+        assert not {p.data_ptr() for p in copied.model.parameters()} & {p.data_ptr() for p in quantized_model.model.parameters()}
         assert torch.equal(draw(copied), with_lora) and layer_of(copied, FC1).act_bits == 8
-        assert torch.equal(draw(twin), before) and not torch.equal(with_lora, before)
+        assert torch.equal(draw(quantized_model), before) and not torch.equal(with_lora, before)
 
 
 @pytest.fixture
 def two_devices(monkeypatch):
-    """The CPU stands for both."""
+    """The CPU plays both devices."""
     devices = [torch.device("cpu"), torch.device("cpu", 0)]
     monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: devices)
 
@@ -223,28 +223,28 @@ def two_devices(monkeypatch):
 @newer
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.usefixtures("two_devices")
-def test_two_devices_share_the_work(twin, hooked):
-    """The prompt that has a hook's LoRA draws with it on either."""
+def test_two_devices_share_the_work(quantized_model, hooked):
+    """A prompt with a hook's LoRA uses it on either device."""
     import comfy.hooks
 
-    tensors = generic((FC1, shapes(twin)[FC1]), ("img_in", (HIDDEN, 64)), size=1.0)
+    tensors = generic((FC1, shapes(quantized_model)[FC1]), ("img_in", (HIDDEN, 64)), size=1.0)
 
     def drawn(patcher):
         return draw(patcher, hooks=comfy.hooks.create_hook_lora(dict(tensors), 1.0, 0.0) if hooked else None)
 
-    before, alone = draw(twin), drawn(twin)
-    split = node("multigpu", "MultiGPUCFGSplitNode", model=twin)
+    before, alone = draw(quantized_model), drawn(quantized_model)
+    split = node("multigpu", "MultiGPUCFGSplitNode", model=quantized_model)
     (clone,) = split.get_additional_models_with_key("multigpu")
-    assert clone.model is not twin.model
-    shared = drawn(split)  # positive and negative apart, so that roundings, and with them some codes, come out otherwise
+    assert clone.model is not quantized_model.model
+    shared = drawn(split)  # positive and negative prompts run separately, which changes roundings, and so some codes
     assert relative_error(shared, alone) < 0.1 and (relative_error(alone, before) > 0.3) is hooked
-    assert torch.equal(drawn(split), shared) and torch.equal(draw(twin), before)
+    assert torch.equal(drawn(split), shared) and torch.equal(draw(quantized_model), before)
 
 
 @newer
 @pytest.mark.usefixtures("two_devices")
 def test_a_model_on_two_devices_is_not_quantized(plain):
-    """The clone for the other device would stay in 16 bits, and nobody would watch it draw."""
+    """The clone for the other device would stay in 16 bits, and would not be calibrated."""
     with pytest.raises(ValueError, match="^This MODEL goes through MultiGPU CFG Split, [^\n]+ behind SVDQuant Quantize Model\\.$"):
         checks.check_extras(node("multigpu", "MultiGPUCFGSplitNode", model=plain))
     checks.check_extras(plain)

@@ -1,4 +1,4 @@
-"""4-bit MODELs in a ComfyUI that was started with options on types, attention or memory. Each set of options is a process of its own."""
+"""4-bit MODELs in a ComfyUI started with options for types, attention or memory. Each set of options has its own process."""
 
 import subprocess
 import sys
@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).with_name("draw_with_flags.py")
 ON_CPU = not torch.cuda.is_available()
 
-# Sets of options that a ComfyUI takes together. Types of storage, and places in memory, change nothing in a model that computes in
-# float32, as on the CPU; its attention rounds in another order under others.
+# Compatible sets of options. Storage types and memory options change nothing in a model that computes in float32, as on the CPU;
+# attention options change its order of rounding.
 SAME = """
 --fp8_e4m3fn-unet --supports-fp8-compute
 --fp8_e5m2-unet --fast
@@ -40,7 +40,7 @@ ON_GPU = """
 --disable-cuda-malloc
 """
 
-# What no test can draw with here, and what doesn't reach a diffusion model.
+# Options with which no test can draw here, and options without effect on a diffusion model.
 UNDRAWN = """
     --use-sage-attention --use-flash-attention --use-ck-attention --directml --oneapi-device-selector --disable-ipex-optimize
     --enable-triton-backend --disable-triton-backend --cuda-malloc
@@ -58,7 +58,7 @@ KNOWN = {option for action in comfy.cli_args.parser._actions for option in actio
 
 
 def sets(lines, allowed, *marks):
-    """Parameters for each set of options, of which those stay that this ComfyUI has: (options, what they may change, relatively)."""
+    """pytest parameters for each set of options that this ComfyUI has: (options, allowed relative change)."""
     for line in lines.replace("\n    ", " ").split("\n"):
         kept, keep = [], True
         for word in line.split():
@@ -75,7 +75,7 @@ def test_every_option_of_this_comfyui_is_drawn_with_or_named():
 
 @pytest.fixture(scope="module")
 def draw(pair_files, tmp_path_factory):
-    """Options -> {MODEL: latent} that draw_with_flags.py leaves under them."""
+    """A function: options -> {MODEL: latent} from draw_with_flags.py."""
     folder = tmp_path_factory.mktemp("flags")
     for name, path in zip(("flux", "flux_4bit"), pair_files):
         (folder / f"{name}.safetensors").hardlink_to(path)
@@ -95,7 +95,7 @@ def draw(pair_files, tmp_path_factory):
 @pytest.mark.parametrize(("options", "allowed"), [*sets(SAME, 0), *sets(NEARLY, 0.01), *sets(ON_GPU, 0, pytest.mark.gpu)])
 def test_4_bit_models_draw_under_it_as_without(draw, options, allowed):
     expected, found = draw(), draw(*options)
-    if not ON_CPU:  # the type in which the device computes may be another under them
+    if not ON_CPU:  # the options may change the device's compute dtype
         allowed += 2 * relative_error(found["plain"], expected["plain"])
     assert relative_error(found["loaded"], expected["loaded"]) <= allowed
     assert torch.equal(found["quantized"], found["reloaded"])

@@ -1,4 +1,4 @@
-"""Quantizing where the MODEL does not fit the device, memory runs out, the user cancels, or the power goes."""
+"""Quantizing when the MODEL does not fit the device, memory runs out, the user cancels, or the power fails."""
 
 import logging
 from dataclasses import replace
@@ -17,7 +17,7 @@ LAYERS = 20
 
 @pytest.fixture(scope="module", autouse=True)
 def few_candidates():
-    """Of smoothing factors: the search is most of a run's time, and not what is looked at here."""
+    """A stub of the search for smoothing factors, which takes most of a run's time and isn't tested here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smoothing, "EXPONENTS", (0.5,))
         yield
@@ -44,8 +44,8 @@ def expected(flux_file):
         return run(loader.load_model(flux_file))[0].model.state_dict()
 
 
-def same(twin, expected):
-    state = twin.model.state_dict()
+def same(quantized_model, expected):
+    state = quantized_model.model.state_dict()
     return state.keys() == expected.keys() and all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
@@ -63,7 +63,7 @@ def with_lora(patcher, strength=1.0):
 
 @pytest.mark.parametrize("cancel_at", [None, 4, 9, 17])
 def test_a_model_streamed_through_the_device_gives_the_same_bytes_and_stays_as_it_was(patcher, monkeypatch, cancel_at):
-    """Block by block, its LoRA applied on the way; afterwards its parameters are the very ones that they were."""
+    """Blocks are streamed with the LoRA applied; afterwards the model has its original parameter objects."""
     patched, before, there = with_lora(patcher), {name: p.clone() for name, p in patcher.model.named_parameters()}, {}
     resident = run(patched)[0].model.state_dict()
 
@@ -79,14 +79,14 @@ def test_a_model_streamed_through_the_device_gives_the_same_bytes_and_stays_as_i
         with pytest.raises(KeyboardInterrupt):
             run(patched, progress=Progress(cancel_at))
     if not there:
-        patched.detach()  # cancelled while it is sampled: ComfyUI has it loaded, LoRA and all
+        patched.detach()  # cancelled during sampling, when ComfyUI has loaded it with the LoRA
     assert all(torch.equal(p, before[name]) for name, p in patcher.model.named_parameters())
     assert all(p is there[name] for name, p in patcher.model.named_parameters() if there)
     assert not patched.backup
 
 
 def test_the_device_is_asked_for_a_block_at_a_time(patcher, monkeypatch):
-    """What lies on the device at once: what is outside the blocks, and one block."""
+    """At any time the device holds the layers outside the blocks, and one block."""
     there, most = [], []
     on_device = calibrate.on_device
 
@@ -114,7 +114,7 @@ def test_the_device_is_asked_for_a_block_at_a_time(patcher, monkeypatch):
 
 
 def failing(function, times, error):
-    """`function`, the first `times` calls of which raise."""
+    """`function`, whose first `times` calls raise."""
     left = [times]
 
     def run(*args, **kwargs):
@@ -131,11 +131,11 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("cu
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 @pytest.mark.parametrize("times", [1, 2])
-def test_running_out_of_memory_in_a_replay_steps_down_and_is_told(patcher, monkeypatch, caplog, expected, error, times):
+def test_running_out_of_memory_in_a_replay_steps_down_and_is_recorded(patcher, monkeypatch, caplog, expected, error, times):
     monkeypatch.setattr(calibration, "_replay", failing(calibration._replay, times, error))
-    twin, records = run(patcher)
-    assert same(twin, expected)
-    notes = twin.recipe["notes"]
+    quantized_model, records = run(patcher)
+    assert same(quantized_model, expected)
+    notes = quantized_model.recipe["notes"]
     assert len(notes) == times and notes[0] == ("The GPU ran out of memory at double_blocks.0: the states between the blocks went "
                                                 "to host memory.")
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == notes
@@ -144,9 +144,9 @@ def test_running_out_of_memory_in_a_replay_steps_down_and_is_told(patcher, monke
 
 def test_running_out_of_memory_in_a_layer_ends_on_the_cpu(patcher, monkeypatch, expected):
     monkeypatch.setattr(pipeline, "quantize_layer", failing(pipeline.quantize_layer, 2, OUT_OF_MEMORY[0]))
-    twin, _ = run(patcher)
-    assert same(twin, expected)
-    first, second = twin.recipe["notes"]
+    quantized_model, _ = run(patcher)
+    assert same(quantized_model, expected)
+    first, second = quantized_model.recipe["notes"]
     assert "the states between the blocks went to host memory" in first
     assert second == "The GPU has no room for double_blocks.0.img_mod.lin: the CPU quantizes it, which takes longer."
 
@@ -175,16 +175,16 @@ def test_states_and_statistics_leave_the_device_step_by_step():
 def test_a_layer_that_comes_out_too_bad_stays_in_16_bits_and_is_named(patcher, tmp_path):
     exact = {record.name: record.error for record in run(patcher)[1]}
     limit = sorted(exact.values())[-3]
-    twin, records = run(patcher, replace(RECIPE, largest_error=limit))
+    quantized_model, records = run(patcher, replace(RECIPE, largest_error=limit))
     worst = {name for name, error in exact.items() if error > limit}
-    assert len(worst) == 2 and exact.keys() - twin.packed_layers().keys() == worst
+    assert len(worst) == 2 and exact.keys() - quantized_model.packed_layers().keys() == worst
     assert {r.name for r in records if r.format == pipeline.KEPT} == worst
     for name in worst:
-        module = twin.model.diffusion_model.get_submodule(name)
+        module = quantized_model.model.diffusion_model.get_submodule(name)
         assert torch.equal(module.weight, patcher.model.diffusion_model.get_submodule(name).weight)
         assert any(warning.startswith(f"{name}: It stays in 16 bits: in 4 bits its error would be") for warning in report.warnings(records))
-    loaded = loader.load_model(save(twin, tmp_path / "twin.safetensors"))
-    assert torch.equal(sample(loaded), sample(twin))
+    loaded = loader.load_model(save(quantized_model, tmp_path / "quantized_model.safetensors"))
+    assert torch.equal(sample(loaded), sample(quantized_model))
 
 
 # --- interrupted runs ------------------------------------------------------------------------------------------------
@@ -209,17 +209,17 @@ def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(patcher, tmp_path
     quantize_layer = pipeline.quantize_layer
     monkeypatch.setattr(pipeline, "quantize_layer", lambda name, *args: layers.append(name) or quantize_layer(name, *args))
     progress = Progress()
-    twin, records = run(patcher, folder=folder, progress=progress)
+    quantized_model, records = run(patcher, folder=folder, progress=progress)
     hook.remove()
-    assert same(twin, expected)
+    assert same(quantized_model, expected)
     assert len(records) == LAYERS and len(progress.texts) == progress.steps
-    assert not folder.exists(), "what a finished run has kept goes"
+    assert not folder.exists(), "a finished run removes its progress"
     done = {"double_blocks.0": 10, "single_blocks.0": 3, "single_blocks.1": 3}
     assert len(layers) == LAYERS - sum(done.get(name, 0) for name in kept)
-    assert len(calls) == (4 if "trajectory" in kept else 8), "the sampling is played back without the model"
+    assert len(calls) == (4 if "trajectory" in kept else 8), "the recorded sampling is replayed without the model"
 
 
-def test_other_inputs_do_not_take_the_progress_up(patcher, tmp_path):
+def test_other_inputs_do_not_resume_the_progress(patcher, tmp_path):
     folder = tmp_path / "progress"
     interrupted(patcher, folder, 15)
     (conditioning, extras), other = prompts()
@@ -233,15 +233,15 @@ def test_other_inputs_do_not_take_the_progress_up(patcher, tmp_path):
     for model in (with_lora(patcher, 1.0), with_lora(patcher, 0.5)):
         before = len(list(folder.iterdir()))
         interrupted(model, folder, 7)
-        assert len(list(folder.iterdir())) == before + 1, "a LoRA and its strength count"
+        assert len(list(folder.iterdir())) == before + 1, "a LoRA and its strength are part of the key"
     patcher.model.diffusion_model.single_blocks[1].linear2.weight.data[5, 7] += 1e-3
     before = len(list(folder.iterdir()))
     interrupted(patcher, folder, 7)
-    assert len(list(folder.iterdir())) == before + 1, "each weight counts"
+    assert len(list(folder.iterdir())) == before + 1, "each weight is part of the key"
 
 
 @pytest.mark.parametrize("source", ["quant/quantizer/gptq.py", "cuda/reference.py", "cuda/kernels/gptq.cu", "cuda/kernels/common.cuh"])
-def test_another_version_of_the_pack_does_not_take_the_progress_up(patcher, tmp_path, monkeypatch, source):
+def test_another_version_of_the_pack_does_not_resume_the_progress(patcher, tmp_path, monkeypatch, source):
     monkeypatch.setattr(resume, "PACK", tmp_path)
     path = tmp_path / source
     path.parent.mkdir(parents=True)
@@ -254,12 +254,12 @@ def test_another_version_of_the_pack_does_not_take_the_progress_up(patcher, tmp_
 
 @pytest.mark.gpu
 def test_what_lies_on_the_gpu_is_kept(tmp_path):
-    """ComfyUI's --highvram leaves everything there."""
+    """With ComfyUI's --highvram all tensors stay on the GPU."""
     codes = torch.arange(6, dtype=torch.int8)
     with resume.Checkpoint(tmp_path, "key", 0) as kept:
         kept.save("block", {"codes": codes.cuda()}, [])
-    tensors, told = kept.load("block")
-    assert torch.equal(tensors["codes"], codes) and told == []
+    tensors, records = kept.load("block")
+    assert torch.equal(tensors["codes"], codes) and records == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
@@ -276,8 +276,8 @@ def test_a_damaged_or_foreign_file_is_ignored_with_one_line(patcher, tmp_path, c
         data = bytearray(next(folder.rglob("single_blocks.0.safetensors")).read_bytes().replace(b"key", b"kex"))
     path.write_bytes(data)
     caplog.clear()
-    twin, _ = run(patcher, folder=folder)
-    assert same(twin, expected)
+    quantized_model, _ = run(patcher, folder=folder)
+    assert same(quantized_model, expected)
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "double_blocks.0.safetensors is damaged, or that of another run; it is not used" in line
 
@@ -288,7 +288,7 @@ def test_a_full_disk_does_not_end_the_run(patcher, tmp_path, monkeypatch, caplog
     assert sum("the disk has too little room" in r.getMessage() for r in caplog.records) == 1
 
 
-def test_progress_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, caplog):
+def test_progress_that_cannot_be_written_is_logged_once(tmp_path, monkeypatch, caplog):
     def fails(_tensors):
         raise TypeError("no such bytes")
 
@@ -299,7 +299,7 @@ def test_progress_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, cap
     assert not kept.keeps and sum("is not kept" in r.getMessage() for r in caplog.records) == 1
 
 
-def test_what_can_not_be_told_apart_is_not_resumed(patcher, tmp_path):
+def test_a_model_that_can_not_be_compared_is_not_resumed(patcher, tmp_path):
     wrapped = patcher.clone()
     wrapped.set_model_unet_function_wrapper(lambda apply, args: apply(args["input"], args["timestep"], **args["c"]))
     with pytest.raises(KeyboardInterrupt):

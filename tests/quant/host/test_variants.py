@@ -1,5 +1,5 @@
 """Every FLUX.1 at reduced size, through ComfyUI's own nodes: loaded, quantized, saved, loaded and sampled, and the configuration
-read from the file. What shares FLUX.1's blocks and is not one is refused by name."""
+read from the file. Other models with FLUX.1's blocks are refused by name."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def redux(count, strength=2.0, strength_type="multiply"):
     encoder = comfy.ldm.flux.redux.ReduxImageEncoder(redux_dim=32, txt_in_features=CONTEXT)
     g = torch.Generator().manual_seed(6)
     encoder.load_state_dict({name: torch.randn(t.shape, generator=g) / t.shape[-1]**0.5 for name, t in encoder.state_dict().items()})
-    # 64 patches that look alike: of unlike ones, random attention would leave only their mean.
+    # 64 similar patches, since random attention would average different ones.
     seen = SimpleNamespace(last_hidden_state=torch.randn(1, 1, 32, generator=g).repeat(1, 64, 1))
     return StyleModelApply().apply_stylemodel(prompts(count), comfy.sd.StyleModel(encoder), seen, strength, strength_type)[0]
 
@@ -96,16 +96,16 @@ def test_loaded_quantized_saved_loaded_and_sampled(tmp_path, variant):
     plain = loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1, **changes))
     cond = conditioning(1)
     exact = sample(plain, cond=cond)
-    twin, records = quantized(plain, conditioning=conditioning(2))
-    assert len(records) == 16 + guidance  # its embedder has a layer
-    y = sample(twin, cond=cond)
+    quantized_model, records = quantized(plain, conditioning=conditioning(2))
+    assert len(records) == 16 + guidance  # guidance has one more layer in its embedder
+    y = sample(quantized_model, cond=cond)
     error = relative_error(y, exact)
     assert 0.001 < error < 0.3, f"{variant}: relative error of the latent {error:.3f}"
-    path = save(twin, tmp_path / "flux_4bit.safetensors")
+    path = save(quantized_model, tmp_path / "flux_4bit.safetensors")
     again = loader.load_model(path)
     assert torch.equal(sample(again, cond=cond), y)
     if conditioning is not plain_prompts:
-        # What the variant is about reaches the 4-bit model: its picture is the 16-bit model's with it, not the one without.
+        # The variant's own input affects the 4-bit model: its picture is that of the 16-bit model with the input, not without.
         without = sample(plain)
         assert error < 0.5 * relative_error(y, without) and relative_error(exact, without) > 0.1
     for patcher in (plain, again):
@@ -120,29 +120,29 @@ def test_loaded_quantized_saved_loaded_and_sampled(tmp_path, variant):
     assert torch.equal(again.get_model_object("model_sampling").sigmas, plain.get_model_object("model_sampling").sigmas)
 
 
-def test_the_variants_are_told_apart(tmp_path):
+def test_the_variants_are_distinguished(tmp_path):
     kinds = {variant: type(loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1, **VARIANTS[variant][0]))
                            .model.model_config).__name__ for variant in ("dev", "schnell", "Fill", "Canny and Depth")}
     assert kinds == {"dev": "Flux", "schnell": "FluxSchnell", "Fill": "FluxInpaint", "Canny and Depth": "Flux"}
 
 
 def test_several_reference_latents_of_other_sizes(tmp_path):
-    """Kontext with two pictures, at sizes of their own, one after the other in a batch of prompts."""
+    """Kontext with two pictures of different sizes, in a batch of prompts."""
     plain = loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1))
     cond = kontext(1)
     for height, width in ((4, 12), (6, 2)):
         cond = ReferenceLatent.execute(cond, {"samples": torch.randn(1, 16, height, width)})[0]
-    twin, records = quantized(plain, conditioning=cond + prompts(1))
+    quantized_model, records = quantized(plain, conditioning=cond + prompts(1))
     tokens = {record.name: record.tokens for record in records}
     assert tokens["double_blocks.0.img_attn.qkv"] == 2 * (16 + 16 + 12 + 3) + 2 * 16
-    assert relative_error(sample(twin, cond=cond), sample(plain, cond=cond)) < 0.3
+    assert relative_error(sample(quantized_model, cond=cond), sample(plain, cond=cond)) < 0.3
 
 
 # --- relatives -----------------------------------------------------------------------------------------------------
 
 
 def relative(kind, **changes):
-    """A MODEL of ComfyUI's class for a relative of FLUX.1 at reduced size; changes: of FLUX.1's own configuration."""
+    """A MODEL of ComfyUI's class for a relative of FLUX.1 at reduced size; changes: differences from FLUX.1's configuration."""
     config = {"in_channels": 16, "out_channels": 16, "vec_in_dim": None, "context_in_dim": CONTEXT, "hidden_size": HIDDEN, "mlp_ratio": 4.0,
               "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
               "qkv_bias": True, "guidance_embed": False, "image_model": "flux", "txt_ids_dims": [1, 2]}
@@ -153,7 +153,8 @@ def relative(kind, **changes):
 
 @pytest.mark.skipif(not hasattr(comfy.supported_models, "LongCatImage"), reason="this ComfyUI has neither")
 def test_longcat_and_ovis_are_refused_by_name():
-    """They run on FLUX.1's own class. Ovis' linear2 reads no GELU, which its unsigned codes would clip, and neither loads when saved."""
+    """They run on FLUX.1's own class. Unsigned codes would clip the input of Ovis' linear2, which is no GELU's, and neither could be
+    loaded again."""
     for name, model in (("LongCatImage", relative("LongCatImage")), ("Ovis-Image", relative("FluxSchnell", yak_mlp=True, txt_norm=True))):
         with pytest.raises(ValueError, match=f"this MODEL is {name}; connect one of those."):
             checks.check_model(model)
@@ -201,8 +202,8 @@ def mxfp8_file(path, listed=False):
 @pytest.mark.parametrize("listed", [False, True])
 def test_mxfp8_is_called_by_its_name(tmp_path, listed):
     path = mxfp8_file(tmp_path / "mx.safetensors", listed)
-    told = inspection.inspect(read_header(path))
-    assert told["format"] == "a FLUX.1 with layers in ComfyUI's format mxfp8" and "float8_e8m0fnu" in told["bytes_by_dtype"]
+    facts = inspection.inspect(read_header(path))
+    assert facts["format"] == "a FLUX.1 with layers in ComfyUI's format mxfp8" and "float8_e8m0fnu" in facts["bytes_by_dtype"]
     if "mxfp8" in getattr(quant_ops, "QUANT_ALGOS", {}):
         loader.load_model(path)
         return

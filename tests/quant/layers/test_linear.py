@@ -1,4 +1,4 @@
-"""The packed layers apart from any model: where their parameters are looked for, and what a warm-up asks for."""
+"""The packed layers without a model: the source of their parameters, and the kernels of a warm-up."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 from ...cuda.launches import addresses, aligned, recorded
 
 NAMES = {"weight": "weight", "weight_scale": "weight_scale", "weight_proj_down": "proj_down", "weight_proj_up": "proj_up",
-         "weight_smooth_factor": "smooth", "bias": "bias"}  # of the parameters, of the op's arguments
+         "weight_smooth_factor": "smooth", "bias": "bias"}  # {parameter: the op's argument}
 
 
 def filled(module):
@@ -35,7 +35,7 @@ def test_parameters_that_are_there_are_not_touched():
     module = linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, 128, 64, 16, 128), "cpu")
     here = module.at(torch.zeros(1, 128))
     assert all(here[name] is p for name, p in module._parameters.items()) and here.keys() == module._parameters.keys()
-    here["bias"] = None  # as ComfyUI's patches of an offloaded layer are put in
+    here["bias"] = None  # as ComfyUI sets an offloaded layer's patched tensors
     assert module.bias is not None
     elsewhere = module.at(torch.zeros(1, 128, device="meta"))
     assert {p.device.type for p in elsewhere.values()} == {"meta"} and list(elsewhere) == list(module._parameters)
@@ -46,7 +46,7 @@ def test_parameters_that_are_there_are_not_touched():
 @pytest.mark.parametrize(("dtype", "computed"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
                                                  (torch.float32, torch.bfloat16)])
 def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed):
-    """In the model's 16-bit dtype, or else in the layers'."""
+    """A warm-up uses the model's dtype if it has 16 bits, otherwise the layers'."""
     asked = []
     monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.append((list(layers), device, others)) or [])
     wide, split = (layout.svdquant_spec(k, 64, 16, 128, True, torch.bfloat16) for k in (128, 256))
@@ -67,7 +67,7 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed)
     (89, torch.float16, torch.float16), (89, torch.bfloat16, torch.bfloat16), (89, torch.float32, torch.bfloat16),
     (75, torch.bfloat16, torch.float16), (75, torch.float32, torch.float16), (None, torch.float16, torch.bfloat16)])
 def test_layers_in_the_models_type(module, monkeypatch, number, dtype, held):
-    """Codes stay codes, and nothing is lost on the way back; not for a GPU without kernels, and not on the CPU."""
+    """Codes don't change, and the conversion back is exact. Nothing is converted for a GPU without kernels, or on the CPU."""
     def for_device(device):
         if number is None:
             raise KernelsUnavailable("too old")
@@ -112,19 +112,19 @@ def moved(module, name):
 def test_the_kernels_get_the_present_parameters(module, monkeypatch, name, change):
     x, old = aligned(torch.randn(5, 256).bfloat16()), []
     with recorded(monkeypatch) as calls:
-        for turn in range(6):
-            if turn == 3:
-                old.append(getattr(module, name).data)  # so that its address is not used again
+        for step in range(6):
+            if step == 3:
+                old.append(getattr(module, name).data)  # kept, so that no new tensor gets its address
                 before = present(module)
                 change(module, name)
                 assert present(module) != before
             y = module(x)
-            assert len(calls) == turn + 1 and calls[-1].items() >= present(module).items()
+            assert len(calls) == step + 1 and calls[-1].items() >= present(module).items()
             assert calls[-1]["y"] == y.data_ptr() and calls[-1]["x"] == x.data_ptr()
 
 
 def test_the_second_call_looks_nothing_up(module, monkeypatch):
-    """Neither for the same shape nor for those seen before; settings, LoRA branches and patches of the bias are looked at."""
+    """A cached launch serves the same shape and earlier shapes; each call checks settings, LoRA branches and bias patches."""
     general, op = [], ops.svdquant_linear
     monkeypatch.setattr(ops, "svdquant_linear", lambda *args: general.append(args) or op(*args))
     one, two = (aligned(torch.randn(m, 256).bfloat16()) for m in (5, 6))
@@ -154,11 +154,11 @@ def test_the_second_call_looks_nothing_up(module, monkeypatch):
         for m in range(20, 20 + 2 * linear.SHAPES):
             module(aligned(torch.randn(m, 256).bfloat16()))
         assert len(module._launches) <= linear.SHAPES
-        assert len(calls) == 17 - 1 + 2 * linear.SHAPES  # one was float32, for which they are launched one by one
+        assert len(calls) == 17 - 1 + 2 * linear.SHAPES  # one input was float32, which has no cached launch
 
 
 def lora_branch(kind):
-    """Of 256 x 208: some terms, with a gain too, or none at all."""
+    """A LoRA branch of 256 x 208: some terms, terms with a gain, or none."""
     terms = [LowRank((64, 192), (0, 256), torch.randn(128, 4), torch.randn(4, 256))]
     return {"none": None, "terms": LoRABranch(terms), "gain": LoRABranch(terms, torch.rand(208) + 0.5, torch.randn(208))}[kind]
 
@@ -166,7 +166,7 @@ def lora_branch(kind):
 @pytest.mark.parametrize("kind", ["none", "terms", "gain"])
 @pytest.mark.parametrize("form", [layout.SVDQUANT, layout.AWQ])
 def test_gelu_comes_after_everything_else(form, kind):
-    """As a GELU behind the layer, but for the rounding between the two."""
+    """The layer's GELU equals a GELU after the layer, up to the rounding between the two."""
     made = linear.SVDQuantLinear if form == layout.SVDQUANT else linear.AWQLinear
     module = filled(made(layout.LayerSpec(form, 256, 208, 32 if form == layout.SVDQUANT else 0, 256), "cpu"))
     module.weight_scale.data.mul_(2.0**-6)
@@ -178,7 +178,7 @@ def test_gelu_comes_after_everything_else(form, kind):
 
 
 def test_gelu_is_the_kernels_unless_something_is_added(module, monkeypatch):
-    """Also when LoRAs come and go between calls that look nothing up."""
+    """This holds also when LoRAs are added and removed between cached launches."""
     after, x, activated = [], aligned(torch.randn(5, 256).bfloat16()), reference.activated
     monkeypatch.setattr(reference, "activated", lambda y, gelu_from: after.append(gelu_from) or activated(y, gelu_from))
     module.gelu_from = 128
@@ -192,7 +192,7 @@ def test_gelu_is_the_kernels_unless_something_is_added(module, monkeypatch):
 
 
 def test_copies_are_layers_of_their_own(module, monkeypatch):
-    """Of a layer that has run: by copy, and in a file."""
+    """Copies of a layer that has run: by copy, and through a file."""
     x = aligned(torch.randn(5, 256).bfloat16())
     with recorded(monkeypatch) as calls:
         module(x)
@@ -205,7 +205,7 @@ def test_copies_are_layers_of_their_own(module, monkeypatch):
 
 
 def test_row_scale_is_that_of_the_present_scales(module, monkeypatch):
-    """Found once for a parameter, however it is moved; anew for another one and for other contents."""
+    """Computed once per parameter, also if it is moved; again for another parameter or other contents."""
     found = []
     monkeypatch.setattr(linear.row_scales, "row_scale", lambda s, real=row_scales.row_scale: found.append(s) or real(s))
 
@@ -219,14 +219,14 @@ def test_row_scale_is_that_of_the_present_scales(module, monkeypatch):
     moved(module, "weight_scale")
     assert fresh()[0] == 0
     module.load_state_dict({name: 2 * p if name == "weight_scale" else p for name, p in module.state_dict().items()})
-    assert len(found) == 2 and fresh()[0] == 0, "found when the weights came"
+    assert len(found) == 2 and fresh()[0] == 0, "computed when the weights were loaded"
     module.weight_scale = torch.nn.Parameter(4 * module.weight_scale.data, requires_grad=False)
     assert fresh()[0] == 1 and fresh()[0] == 0
     assert torch.equal(fresh()[1], row_scales.row_scale(module.weight_scale))
 
 
 def test_made_in_inference_mode():
-    """As ComfyUI loads models: PyTorch doesn't count the writes to such parameters."""
+    """ComfyUI loads models in inference mode, where PyTorch doesn't count the writes to parameters."""
     with torch.inference_mode():
         module = filled(linear.SVDQuantLinear(layout.LayerSpec(layout.SVDQUANT, 256, 208, 32, 256), "cpu"))
         first = module.row_scale(module.weight_scale)

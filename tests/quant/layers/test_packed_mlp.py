@@ -1,4 +1,4 @@
-"""An MLP's two packed layers as one op, and all that has them run one after the other; apart from any model."""
+"""An MLP's two packed layers as one op, and every condition under which they run one after the other, without a model."""
 
 import copy
 import pickle
@@ -10,7 +10,7 @@ from comfyui_svdquant.quant.layers import layout, linear, packed_mlp, preparatio
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
 K, HIDDEN, N = 128, 256, 64
-SMALL = 2.0**-7  # of the scales, so that outputs are of order one
+SMALL = 2.0**-7  # factor of the scales, so that outputs are of order one
 
 
 def filled(module):
@@ -57,7 +57,7 @@ def test_which_gpus_run_it(monkeypatch, number, expected):
 
 
 def test_a_gpu_that_is_too_old(mlp, monkeypatch):
-    """It runs by PyTorch, layer by layer, and a warm-up has nothing to do."""
+    """PyTorch runs it layer by layer, and a warm-up does nothing."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (6, 1))
     device = torch.device("cuda", 7)
     assert not packed_mlp.mlp.pays(device) and not mlp.fuses(device)
@@ -87,17 +87,17 @@ def test_layers_that_lie_elsewhere_are_brought_to_the_input(mlp, monkeypatch, x)
 # --- one after the other -------------------------------------------------------------------------------------------
 
 
-def added(place, gain=False):
+def added(index, gain=False):
     def change(mlp):
-        n, k = mlp[place].out_features, mlp[place].in_features
+        n, k = mlp[index].out_features, mlp[index].in_features
         terms = [LowRank((0, n), (0, k), torch.randn(n, 4), torch.randn(4, k))]
-        mlp[place].lora_branch = LoRABranch(terms, torch.rand(n) + 0.5, torch.randn(n)) if gain else LoRABranch(terms)
-        return lambda: setattr(mlp[place], "lora_branch", None)
+        mlp[index].lora_branch = LoRABranch(terms, torch.rand(n) + 0.5, torch.randn(n)) if gain else LoRABranch(terms)
+        return lambda: setattr(mlp[index], "lora_branch", None)
     return change
 
 
-def hooked(place, register):
-    return lambda mlp: getattr(mlp[place], register)(lambda *_: None).remove
+def hooked(index, register):
+    return lambda mlp: getattr(mlp[index], register)(lambda *_: None).remove
 
 
 def hooked_everywhere(register):
@@ -105,31 +105,31 @@ def hooked_everywhere(register):
 
 
 def wrapped(mlp):
-    """As ComfyUI's bypass LoRA does it."""
+    """Replace a forward, as ComfyUI's bypass LoRA does."""
     forward = mlp[2].forward
     mlp[2].forward = lambda x: 2 * forward(x)
     return lambda: mlp[2].__dict__.pop("forward")
 
 
-def switched(*places):
+def switched(*indices):
     def change(mlp):
-        for place in places:
-            mlp[place].act_bits = 8
-        return lambda: [setattr(mlp[place], "act_bits", 4) for place in places]
+        for index in indices:
+            mlp[index].act_bits = 8
+        return lambda: [setattr(mlp[index], "act_bits", 4) for index in indices]
     return change
 
 
-def gelu(place, now):
+def gelu(index, now):
     def change(mlp):
-        before, mlp[place].gelu_from = mlp[place].gelu_from, now
-        return lambda: setattr(mlp[place], "gelu_from", before)
+        before, mlp[index].gelu_from = mlp[index].gelu_from, now
+        return lambda: setattr(mlp[index], "gelu_from", before)
     return change
 
 
-def exchanged(place, make):
+def exchanged(index, make):
     def change(mlp):
-        old, mlp[place] = mlp[place], make()
-        return lambda: mlp.__setitem__(place, old)
+        old, mlp[index] = mlp[index], make()
+        return lambda: mlp.__setitem__(index, old)
     return change
 
 
@@ -156,7 +156,7 @@ def longer(mlp):
 
 CHANGES = {
     "LoRA on fc1": added(0), "LoRA on fc2": added(2), "DoRA on fc1": added(0, gain=True), "DoRA on fc2": added(2, gain=True),
-    **{f"{register} of {place}": hooked(place, register) for place in range(3) for register in (
+    **{f"{register} of {index}": hooked(index, register) for index in range(3) for register in (
         "register_forward_hook", "register_forward_pre_hook")},
     "a hook of all": hooked_everywhere("register_module_forward_hook"),
     "a hook before all": hooked_everywhere("register_module_forward_pre_hook"),
@@ -198,7 +198,7 @@ def test_copies_and_parts(mlp, fused, x):
 
 
 def test_one_op_under_torch_compile(mlp, x):
-    """And two, once a LoRA is there."""
+    """The graph has two ops after a LoRA is added."""
     graphs = []
 
     def backend(graph, _inputs):
@@ -217,7 +217,7 @@ def test_one_op_under_torch_compile(mlp, x):
 @pytest.mark.parametrize(("act_bits", "dtype", "together"), [
     (4, torch.bfloat16, True), (8, torch.bfloat16, False), (4, torch.float16, True), (4, torch.float32, False)])
 def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, dtype, together):
-    """The op is for models in 16 bits, with layers that compute_in has taken there."""
+    """The op is for models in 16 bits whose layers compute_in has converted to that dtype."""
     asked, prepared = [], []
     monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.extend(layers) or [job() for job in others])
     monkeypatch.setattr(packed_mlp.mlp, "prepare", lambda *args: prepared.append(args))

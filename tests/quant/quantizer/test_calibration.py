@@ -1,4 +1,4 @@
-"""Streaming a model's blocks: each sees what it sees in an ordinary forward, and the model is left as it was."""
+"""Streaming a model's blocks: each block gets the same inputs as in an ordinary forward, and the model doesn't change."""
 
 import pytest
 import torch
@@ -46,13 +46,13 @@ def named_blocks(model):
 
 
 def pass_through(name):
-    """As families.Family.pass_through."""
+    """A block's states, as from families.Family.pass_through."""
     return (lambda img, txt, *args, **kwargs: (img, txt)) if name.startswith("double") else (lambda x, *args, **kwargs: x)
 
 
 @torch.no_grad()
 def test_what_two_calls_have_in_common_is_kept_once():
-    """The prompt of all the steps that are recorded of it: megabytes each, in host memory beside the model."""
+    """All recorded steps of a prompt share its conditioning, which takes megabytes of host memory."""
     model, txt = Model(), torch.randn(1, 3, 8)
     with calibration.recorded_calls(model, []) as calls:
         for scale in (0.5, 0.5, 2.0):
@@ -93,9 +93,9 @@ def test_every_block_is_seen_as_in_an_ordinary_forward():
         assert torch.allclose(found.spans()["rms"], inputs.square().mean(0).sqrt(), rtol=1e-5)
         assert torch.equal(found.sample().sort(0).values, inputs.sort(0).values)
     calls_to_lin = {"double_blocks": 2, "single_blocks": 1}
-    assert all(runs[name] == 2 * calls_to_lin[name.split(".")[0]] for name in runs), "each block runs once a call, no more"
+    assert all(runs[name] == 2 * calls_to_lin[name.split(".")[0]] for name in runs), "each block runs once per call"
     again = [model(*args, **kwargs) for args, kwargs in calls]
-    assert all(map(torch.equal, again, outputs)), "the model draws what it drew before"
+    assert all(map(torch.equal, again, outputs)), "the model's outputs don't change"
 
 
 def test_the_model_is_restored_when_calibration_is_cancelled():

@@ -1,4 +1,4 @@
-"""The smoothing factor learned by gradient: never worse than what it began with, and what it must get along with."""
+"""The smoothing factor learned by gradient: it is never worse than its start, and it handles degenerate inputs."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from comfyui_svdquant.quant.quantizer.calibration import InputStats
 
 
 def layer(n=192, k=256, seed=0, unsigned=False):
-    """(weight, inputs): every channel of a magnitude of its own, which no power of a span gets right."""
+    """(weight, inputs): every channel has its own magnitude, which no power of a span fits."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(n, k, generator=g) * torch.exp(0.5 * torch.randn(k, generator=g))
     x = torch.randn(700, k, generator=g) * torch.exp(torch.randn(k, generator=g))
@@ -31,7 +31,7 @@ def test_learning_improves_on_no_smoothing(seed, unsigned):
 
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_learning_is_never_worse_than_what_it_began_with(unsigned, monkeypatch):
-    """Also where every step leads away: then the start comes back untouched."""
+    """If every step is worse, the start is returned unchanged."""
     w, x = layer(unsigned=unsigned)
     start = smoothing.search(w, x, smoothing.spans(x), 16, unsigned, torch.bfloat16).factor
     found = learned(w, x, start, unsigned)
@@ -42,7 +42,7 @@ def test_learning_is_never_worse_than_what_it_began_with(unsigned, monkeypatch):
 
 
 def test_the_expected_error_is_near_the_measured_one():
-    """Round to nearest on independent inputs: its square, within a tenth."""
+    """For round-to-nearest on independent inputs, the squares agree within a tenth."""
     w, x = layer(256, 512)
     factor = smoothing.candidate(smoothing.spans(x)["rms"], smoothing.spans(w)["rms"], 0.5)
     basis = lowrank.orthonormal(lowrank.low_rank(w * factor, 16)[1])
@@ -53,7 +53,7 @@ def test_the_expected_error_is_near_the_measured_one():
 
 
 def test_what_only_fits_the_tokens_it_was_learned_from_is_not_kept():
-    """Tokens to learn from that are nothing like the ones to come: their factor is good for themselves alone."""
+    """The learning tokens differ from the held-out ones, so that their factor only fits themselves."""
     w, x = layer()
     g = torch.Generator().manual_seed(5)
     for i, stretch in enumerate(x.tensor_split(learned_smoothing.STRETCHES)):

@@ -1,4 +1,4 @@
-"""Codes that allow for the activation's rounding, against the definitions."""
+"""Codes that account for the activation's rounding, against the definitions."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 
 def inputs(m, k, seed):
-    """Correlated inputs, most of whose directions hardly move, as behind a trained layer."""
+    """Correlated inputs with little variance in most directions, as after a trained layer."""
     mix = torch.randn(k, k, generator=torch.Generator().manual_seed(9)) * torch.arange(1, k + 1).pow(-0.7)
     return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)) @ mix.t()
 
@@ -27,7 +27,7 @@ def test_activation_noise_is_what_the_reference_rounds_away(unsigned_from):
 
 
 def test_the_target_is_the_minimum_in_closed_form():
-    """Against float64 with explicit inverses; and no step away from it lowers what is left."""
+    """The target equals float64 with explicit inverses, and no step away from it lowers the error."""
     k = 96
     residual, x = torch.randn(8, k, generator=torch.Generator().manual_seed(0)), inputs(400, k, 1)
     loud = torch.rand(k, generator=torch.Generator().manual_seed(2)) * 0.1

@@ -1,4 +1,4 @@
-"""The report: its numbers, its warnings, its picture."""
+"""The report: its numbers, its warnings, its chart."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def test_the_summary_adds_up():
     assert report.summary(RECORDS) == "10 layers, 0.04 MB in 16 bits -> 0.01 MB (4.00x smaller)"
 
 
-def test_a_run_that_leaves_every_layer_in_16_bits_is_told_as_one():
+def test_a_run_that_leaves_every_layer_in_16_bits_is_reported_as_such():
     kept = [dataclasses.replace(r, format=pipeline.KEPT, rank=0, error=0.0, bytes_after=r.bytes_before) for r in RECORDS]
     for records in (kept, []):
         assert report.summary(records) == "no layer came out in 4 bits, and the model is as large as before"

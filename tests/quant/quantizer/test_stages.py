@@ -1,4 +1,4 @@
-"""The stages of the quantizer, each against what it must never be worse than."""
+"""The stages of the quantizer, each against a baseline that it must never be worse than."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_round_to_nearest_is_within_half_a_step(n, groups, seed, dtype):
     codes = rounding.round_to_nearest(w, scales)
     assert codes.min() >= -8 and codes.max() <= 7
     step = scales.float().t().repeat_interleave(64, dim=1)
-    # Half a step, and what the largest code loses when its scale is rounded down to 8 bits of mantissa.
+    # Half a step, plus the error of the largest code when its scale is rounded down to 8 bits of mantissa.
     assert ((codes * step - w).abs() <= step * (0.5 + 7 * 2**-8)).all()
 
 
@@ -98,7 +98,7 @@ def test_awq_is_better_than_the_whole_range_in_every_group(offset):
     codes = ((w - zeros.float().t().repeat_interleave(64, 1)) / steps).round().add(8).clamp(0, 15)
     plain = (awq_values(w, codes, scales, zeros) - w).unflatten(-1, (-1, 64)).square().sum(-1)
     least = (awq_values(w, *rounding.awq_plain(w, torch.float16)) - w).unflatten(-1, (-1, 64)).square().sum(-1)
-    assert torch.allclose(least.sum(), plain.sum(), rtol=0.01), "plain rounding is this"
+    assert torch.allclose(least.sum(), plain.sum(), rtol=0.01), "the baseline equals naive rounding"
     found = rounding.awq_round(w, torch.float16)
     assert 0 <= found[0].min() and found[0].max() <= 15
     searched = (awq_values(w, *found) - w).unflatten(-1, (-1, 64)).square().sum(-1)
@@ -210,7 +210,7 @@ def test_gptq_on_independent_inputs_is_rounding_to_nearest():
 
 
 def test_gptq_gives_codes_without_a_scale_nothing_to_make_up_for():
-    """A group of zeros has the scale 0: whatever its codes, they add nothing."""
+    """A group of zeros has scale 0, so that its codes have no effect."""
     w, x = 100 * weight(32, 128), correlated_tokens(500, 128)
     w[:, 64:] = 0
     found, factor = rounding.absmax_scales(w, torch.bfloat16), gptq.damped_cholesky(x.t() @ x / len(x), 0.1)
@@ -221,7 +221,7 @@ def test_gptq_gives_codes_without_a_scale_nothing_to_make_up_for():
 
 
 def test_gptq_of_one_row_is_the_textbook_recursion():
-    """Column by column with the explicit inverse of what is left, in float64: the definition, without Cholesky."""
+    """The definition in float64: column by column with the explicit inverse of the remaining matrix, without Cholesky."""
     w, x = weight(3, 64), correlated_tokens(500, 64)
     gram = x.t() @ x / len(x) + 0.05 * torch.eye(64)
     found = rounding.absmax_scales(w, torch.float32)
@@ -298,7 +298,7 @@ def test_parts_are_balanced_to_the_same_energy_and_keep_their_shape():
 
 
 def test_balanced_parts_make_the_joint_branch_better():
-    """A layer whose two parts live on scales 30 times apart: without the balance, its branch sees only one of them."""
+    """A layer whose two parts differ in scale by 30: without the balance, the branch approximates only one of them."""
     w, x = weight(160, 256), tokens(600, 256)
     w[:, 128:] *= 30
     x = torch.cat((x[:, :128], torch.nn.functional.gelu(x[:, 128:], approximate="tanh") / 30), dim=1)
@@ -350,13 +350,13 @@ def test_svdquant_beats_naive_rounding_by_a_wide_margin(unsigned_from):
     _, naive = quantized("naive", unsigned_from=unsigned_from)
     _, fast = quantized("fast", unsigned_from=unsigned_from)
     record, best = quantized("best", unsigned_from=unsigned_from)
-    # These inputs are independent of each other, so GPTQ has nothing to gain here, and must not lose.
+    # These inputs are independent, so that GPTQ can't be better here, and must not be worse.
     assert best < 1.02 * fast < 0.6 * naive, f"error {best:.4f}, without GPTQ {fast:.4f}, naive {naive:.4f}"
     assert record.measured_on == "outputs" and abs(record.error - best) < 0.3 * best
 
 
 def test_the_gelu_shift_costs_nothing_on_average():
-    """The bias takes back what the shift adds: the mean of the error is far below its spread."""
+    """The GELU shift correction in the bias cancels the shift: the mean of the error is far below its deviation."""
     w, bias = weight(64, 128), torch.zeros(64)
     x = torch.nn.functional.gelu(torch.randn(4096, 128, generator=torch.Generator().manual_seed(0)), approximate="tanh")
     spec = layout.svdquant_spec(128, 64, 16, 0, True, torch.float32)
@@ -369,14 +369,14 @@ def test_the_gelu_shift_costs_nothing_on_average():
 
 
 def test_storing_the_branch_in_16_bits_costs_little():
-    """What the branch loses by rounding is seen by the codes; only the last refit's rounding is left."""
+    """The codes compensate for the branch's rounding; only the rounding of the last refit remains."""
     _, bf16 = quantized("best", dtype=torch.bfloat16)
     _, f32 = quantized("best", dtype=torch.float32)
     assert bf16 < 1.05 * f32, f"error {bf16:.5f} in bf16, {f32:.5f} in float32"
 
 
 def conditions(times, seed, prompts=8, k=256):
-    """(times * prompts, k) inputs as modulation layers have them: a curve of the time and a few directions of the prompts."""
+    """(times * prompts, k) inputs like those of modulation layers: a curve over time and a few directions of the prompts."""
     g = torch.Generator().manual_seed(9)
     curve, directions, mean = torch.randn(8, k, generator=g), torch.randn(6, k, generator=g), torch.randn(k, generator=g)
     prompt = torch.randn(prompts, 6, generator=torch.Generator().manual_seed(seed)) @ directions / 3
@@ -411,14 +411,14 @@ def calls_of(x):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_modulation_layers_are_rounded_for_what_they_see_and_its_like(seed, bias):
+def test_modulation_layers_are_rounded_for_their_inputs_and_similar_ones(seed, bias):
     seen, fresh = conditions(4, 1), conditions(7, 2, prompts=30)
     blind, fast, best = (modulation(preset, stats, seed, bias) for preset, stats in (
         ("best", None), ("fast", calls_of(seen)), ("best", calls_of(seen))))
-    told = " ".join(f"{name} {error(seen):.2%} seen, {error(fresh):.2%} fresh;"
+    summary = " ".join(f"{name} {error(seen):.2%} seen, {error(fresh):.2%} fresh;"
                     for name, (_, _, error) in (("without inputs", blind), ("fast", fast), ("best", best)))
-    assert best[2](seen) < 0.3 * fast[2](seen) and best[2](fresh) < 0.7 * fast[2](fresh), told
-    assert fast[2](seen) < 0.9 * blind[2](seen) and fast[2](fresh) < 0.9 * blind[2](fresh), told
+    assert best[2](seen) < 0.3 * fast[2](seen) and best[2](fresh) < 0.7 * fast[2](fresh), summary
+    assert fast[2](seen) < 0.9 * blind[2](seen) and fast[2](fresh) < 0.9 * blind[2](fresh), summary
     for _, record, error in (fast, best):
         assert record.measured_on == "outputs" and record.tokens == 32
         assert record.error == pytest.approx(error(seen), rel=1e-3) and record.error < 0.7 * record.error_naive
@@ -436,7 +436,7 @@ def test_modulation_layers_without_inputs_are_searched_by_their_weights(preset):
         if stats is None:
             assert record.measured_on == "weights" and record.error_naive == pytest.approx(plain) and record.error < plain < 0.13
         else:
-            assert record.measured_on == "outputs" and record.error < 2**-8, "the bias in 16 bits is all there is"
+            assert record.measured_on == "outputs" and record.error < 2**-8, "only the rounding of the bias to 16 bits"
 
 
 @pytest.mark.parametrize("preset", ["best", "fast"])
@@ -464,7 +464,7 @@ def test_extreme_channels_give_finite_layers_in_fp16(preset, case):
 
 
 def test_nearly_dead_gelu_channels_do_not_spoil_their_groups():
-    """A channel at zero is quantized as the shift, which must not be blown up by a smoothing factor near zero."""
+    """A channel at zero is quantized as the shift, which a smoothing factor near zero must not magnify."""
     w, errors = weight(96, 256), []
     for dead in (0, 40):
         x = torch.nn.functional.gelu(tokens(1200, 256) / 4, approximate="tanh")
@@ -476,7 +476,7 @@ def test_nearly_dead_gelu_channels_do_not_spoil_their_groups():
 
 
 def test_the_search_means_something_at_the_highest_rank(monkeypatch):
-    monkeypatch.setattr(smoothing, "EXPONENTS", (0.5,))  # one candidate a pair of spans is enough here
+    monkeypatch.setattr(smoothing, "EXPONENTS", (0.5,))  # one candidate per pair of spans is enough here
     w, x = weight(1200, 320), tokens(400, 320)
     found = smoothing.search(w, x, smoothing.spans(x), 256, False, torch.bfloat16)
     assert found.error > 1e-3, f"search error {found.error:.1e}: the branch is exact on the rows searched"
@@ -500,8 +500,8 @@ def test_impossible_recipes_are_refused(preset, rank):
 
 @pytest.mark.parametrize(("dtype", "preset", "size"), [(torch.bfloat16, "best", 1e30), (torch.bfloat16, "naive", 1e30),
                                                        (torch.float16, "fast", 1e12)])
-def test_finite_weights_out_of_which_nothing_finite_comes_are_told_with_their_size(dtype, preset, size):
-    """They passed for a layer of error NaN, or ended in LAPACK's own words."""
+def test_finite_weights_that_overflow_are_named_with_their_size(dtype, preset, size):
+    """Such weights were once accepted with an error of NaN, or ended in LAPACK's message."""
     name, w, recipe = "double_blocks.0.img_attn.qkv", weight(128, 128), presets.make_recipe(preset, 16)
     w[3, 5] = size
     stats = InputStats(1, recipe.needs_gram())

@@ -1,4 +1,4 @@
-"""What a MODEL, a conditioning or a latent may bring along when it is quantized, and what is refused in one sentence."""
+"""The MODELs, conditionings and latents from which a run can calibrate, and those that it refuses in one sentence."""
 
 import comfy.patcher_extension
 import pytest
@@ -24,17 +24,17 @@ def run(patcher, conditioning=None, latent=LATENT, steps=2, seed=0, preset="best
 
 def test_batches_lengths_and_large_seeds(patcher):
     mixed = [*prompts(1), [torch.randn(1, 1, 128), {"pooled_output": torch.randn(1, 64)}]]
-    twin, records = run(patcher, mixed, {"samples": torch.zeros(2, 16, 6, 10)}, seed=2**64 - 1)
-    assert torch.isfinite(sample(twin)).all()
+    quantized_model, records = run(patcher, mixed, {"samples": torch.zeros(2, 16, 6, 10)}, seed=2**64 - 1)
+    assert torch.isfinite(sample(quantized_model)).all()
     tokens = {record.name: record.tokens for record in records}
     measured = {record.name: record.measured_on for record in records}
     for name in ("double_blocks.0.img_mod.lin", "vector_in.out_layer", "final_layer.adaLN_modulation.1"):
-        assert tokens[name] == 2 * 2 * 2 and measured[name] == "outputs", "a row a call and picture"
+        assert tokens[name] == 2 * 2 * 2 and measured[name] == "outputs", "one row per call and picture"
     assert tokens["double_blocks.0.txt_attn.qkv"] == 2 * 2 * (12 + 1) and tokens["double_blocks.0.img_attn.qkv"] == 2 * 2 * 2 * 15
 
 
 def test_streaming_a_real_flux_sees_what_its_blocks_see(patcher):
-    """Against ordinary hooks on ordinary forwards, with control residuals between the blocks and batch 2."""
+    """Streaming sees the same inputs as hooks on ordinary forwards, with control residuals between the blocks and batch 2."""
     model = patcher.model.diffusion_model
     g = torch.Generator().manual_seed(0)
 
@@ -64,7 +64,7 @@ def test_streaming_a_real_flux_sees_what_its_blocks_see(patcher):
             assert found.tokens == len(x) and torch.equal(found.spans()["absmax"], x.abs().amax(0)), name
             error = float((found.gram() - x.t() @ x / len(x)).norm() / found.gram().norm())
             assert error < 1e-5, f"{name}: relative error of the Gram matrix {error:.1e}"
-    assert not seen, "every layer was watched"
+    assert not seen, "every layer was calibrated"
 
 
 def test_nodes_that_would_go_on_running_the_16_bit_model_are_refused(patcher):
@@ -82,8 +82,8 @@ def test_nodes_that_would_go_on_running_the_16_bit_model_are_refused(patcher):
         run(hooked)
     wrapped = patcher.clone()
     wrapped.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "mine", lambda executor, *a, **k: executor(*a, **k))
-    twin, _ = run(wrapped)
-    assert twin.wrappers[comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL]["mine"]
+    quantized_model, _ = run(wrapped)
+    assert quantized_model.wrappers[comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL]["mine"]
 
 
 def test_a_model_in_a_packed_format_is_refused(patcher):
