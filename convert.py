@@ -1,4 +1,4 @@
-"""Convert a quantized FLUX.1 between layouts: python convert.py IN OUT --to native|nunchaku [--overwrite]."""
+"""Convert a quantized model from one layout to another: python convert.py IN OUT --to native|nunchaku [--overwrite]."""
 
 import argparse
 import importlib.util
@@ -10,7 +10,7 @@ PACK = "svdquant_pack"
 
 
 def load_pack():
-    """Import the folder this file is in as a package; ComfyUI does it the same way, whatever the folder is called."""
+    """Import the folder of this file as a package, as ComfyUI does, whatever the folder's name is."""
     root = Path(__file__).resolve().parent
     spec = importlib.util.spec_from_file_location(PACK, root / "__init__.py", submodule_search_locations=[str(root)])
     module = importlib.util.module_from_spec(spec)
@@ -19,7 +19,7 @@ def load_pack():
 
 
 def modules(program, *names):
-    """The pack's modules `names`. Ends `program` with one sentence under a Python that lacks what they import."""
+    """The pack's modules `names`. Exits with a one-sentence message if this Python lacks a package that they import."""
     load_pack()
     try:
         return [importlib.import_module(f"{PACK}.{name}") for name in names]
@@ -31,7 +31,7 @@ def modules(program, *names):
 
 
 def unreadable(path, error):
-    """A sentence: why the file at `path` can't be read. error: an OSError, or a CheckpointError, which is such a sentence."""
+    """One sentence that says why the file at `path` can't be read. error: OSError or CheckpointError; the latter's message is returned."""
     if not isinstance(error, OSError):
         return str(error)
     if os.path.isdir(path):
@@ -43,11 +43,11 @@ def unreadable(path, error):
 
 def main():
     convert, formats, header = modules("convert", "quant.checkpoint.convert", "quant.checkpoint.formats", "quant.checkpoint.header")
-    parser = argparse.ArgumentParser(description="Convert a quantized FLUX.1 from one layout into another.")
-    parser.add_argument("source", metavar="IN", help="a .safetensors file: Nunchaku's, ours or comfy-kitchen's names")
+    parser = argparse.ArgumentParser(description="Convert a quantized model from one layout to another.")
+    parser.add_argument("source", metavar="IN", help="the .safetensors file to convert, from this pack, Nunchaku or comfy-kitchen")
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--to", choices=formats.WRITERS, required=True,
-                        help="the layout to write: native, which this pack's nodes save by default, or nunchaku, Nunchaku's INT4 file")
+                        help="the layout to write: native, this pack's own, or nunchaku, Nunchaku's INT4 layout, for FLUX.1 only")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args()
 

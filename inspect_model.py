@@ -1,4 +1,4 @@
-"""Tell what a FLUX.1 file is, without loading it: python inspect_model.py FILE [--json]."""
+"""Describe a model file without loading it: python inspect_model.py FILE [--json]."""
 
 import argparse
 import json
@@ -10,15 +10,15 @@ from convert import modules, unreadable
 
 def main():
     inspection, header = modules("inspect", "quant.checkpoint.inspection", "quant.checkpoint.header")
-    parser = argparse.ArgumentParser(description="Format, sizes, ranks, recipe and errors of a FLUX.1 file; no weight is read.")
-    parser.add_argument("file", metavar="FILE", help="a .safetensors file: ours, Nunchaku's, comfy-kitchen's names, or not quantized")
+    parser = argparse.ArgumentParser(description="Show the format, sizes, ranks, recipe and errors of a model file; no weight is read.")
+    parser.add_argument("file", metavar="FILE", help="a .safetensors file, quantized or not")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     args = parser.parse_args()
     try:
-        told = inspection.inspect(header.read_header(str(Path(args.file).resolve())))
+        description = inspection.inspect(header.read_header(str(Path(args.file).resolve())))
     except (header.CheckpointError, OSError) as error:
         sys.exit(f"inspect: {unreadable(args.file, error)}")
-    print(json.dumps(told, indent=1) if args.json else inspection.text(told))
+    print(json.dumps(description, indent=1) if args.json else inspection.text(description))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a user sees: one module a node, and the extension that offers them."""
+"""The nodes, one module each, and the extension that registers them."""

@@ -1,4 +1,4 @@
-"""SVDQuant Download Model: a model file from the Hugging Face Hub into models/diffusion_models."""
+"""SVDQuant Download Model: downloads a model file from the Hugging Face Hub to models/diffusion_models."""
 
 from comfy_api.latest import io
 
@@ -11,11 +11,11 @@ OWN_CHOICE = "repository and file below"
 
 
 def nunchaku(model):
-    """(repository, file) of a FLUX.1 as Nunchaku's makers publish it in INT4."""
+    """(repository, file) of a FLUX.1 model that the Nunchaku project publishes in INT4."""
     return f"nunchaku-ai/nunchaku-{model}", f"svdq-int4_r32-{model}.safetensors"
 
 
-# What the Hub's pages list, sizes too.
+# The models, repositories and sizes are those that the Hub's pages list.
 PRESETS = {
     "FLUX.1-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-dev"),
     "FLUX.1-Krea-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-krea-dev"),
@@ -26,7 +26,7 @@ PRESETS = {
 
 
 def choice(model, repository, file, revision, filename):
-    """(repository, file, revision, filename) to download, from the node's inputs. Raises ValueError, one sentence."""
+    """(repository, file, revision, filename) to download, from the node's inputs. Raises ValueError on inputs that name no file."""
     if model in PRESETS:
         repository, file = PRESETS[model]
     repository, file, revision = hub.names(repository, file, revision)
@@ -41,30 +41,30 @@ class SVDQuantDownloadModel(io.ComfyNode):
             node_id="SVDQuantDownloadModel",
             display_name="SVDQuant Download Model",
             category="loaders/svdquant",
-            description="Downloads a model from the Hugging Face Hub into models/diffusion_models, and checks it. A download "
-                        "that was stopped goes on where it was; a file that is there already is used.",
+            description="Downloads a model from the Hugging Face Hub to models/diffusion_models and verifies it. An interrupted "
+                        "download resumes where it stopped; a file that is already there is used as it is.",
             inputs=[
                 io.Combo.Input("model", options=[*PRESETS, OWN_CHOICE], default=next(iter(PRESETS)),
-                               tooltip="A published 4-bit FLUX.1, or a file of your own choice."),
+                               tooltip="A published 4-bit FLUX.1 model, or the repository and file named below."),
                 io.String.Input("repository", default="",
-                                tooltip="For a choice of your own: the repository on the Hub, as owner/name."),
+                                tooltip="The repository on the Hub, as owner/name. Leave empty for a model of the list."),
                 io.String.Input("file", default="",
-                                tooltip="For a choice of your own: the path of a .safetensors or .sft file in the repository."),
-                io.String.Input("revision", default="main", tooltip="The branch, tag or commit to take the file from."),
+                                tooltip="The path of a .safetensors or .sft file in the repository. Leave empty for a model of the list."),
+                io.String.Input("revision", default="main", tooltip="The branch, tag or commit to download the file from."),
                 io.String.Input("filename", default="",
-                                tooltip="Name to give the file in models/diffusion_models; empty for the repository's. A folder "
-                                        "may stand before it."),
+                                tooltip="The name of the file in models/diffusion_models, with an optional subfolder. Leave empty to keep "
+                                        "the repository's name."),
             ],
-            # Not io.Combo.Output: its type is its list of options, which no V3 combo input accepts.
+            # io.Combo.Output does not serve: its type is its list of options, which no V3 combo input accepts.
             outputs=[io.Custom("COMBO").Output(display_name="model_name",
-                                               tooltip="The file, for SVDQuant Load Model's model_name.")],
+                                               tooltip="The file's name, for model_name of SVDQuant Load Model.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def fingerprint_inputs(cls, model=None, repository=None, file=None, revision=None, filename=None):
-        if None in (model, repository, file, revision, filename):  # from another node, which runs later
+        if None in (model, repository, file, revision, filename):  # an input comes from a node that has not run yet
             return written.fingerprint(None)
         try:
             *_, filename = choice(model, repository, file, revision, filename)

@@ -1,4 +1,4 @@
-"""The extension: the list of the nodes."""
+"""The ComfyUI extension that registers the nodes."""
 
 from comfy_api.latest import ComfyExtension
 

@@ -1,4 +1,4 @@
-"""SVDQuant Inspect: what a model file is, without loading it."""
+"""SVDQuant Inspect: describes a model file without loading it."""
 
 import json
 import time
@@ -6,6 +6,7 @@ import time
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..quant import families
 from ..quant.checkpoint import inspection
 from ..quant.checkpoint.header import read_header
 from ..quant.host.loader import check_file
@@ -19,14 +20,15 @@ class SVDQuantInspect(io.ComfyNode):
             node_id="SVDQuantInspect",
             display_name="SVDQuant Inspect",
             category="model/svdquant",
-            description="Tells what a FLUX.1 file is: format, sizes, ranks, recipe and errors. Its weights are not loaded.",
+            description=f"Describes a {families.TITLES} file: format, sizes, ranks, recipe and quantization errors. It reads the "
+                        "file's header only, no weights.",
             inputs=[
                 io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"),
-                               tooltip="A FLUX.1 file from models/diffusion_models."),
+                               tooltip=f"A {families.TITLES} file from models/diffusion_models."),
             ],
             outputs=[
-                io.String.Output(display_name="report", tooltip="What the file is, as text."),
-                io.String.Output(display_name="json", tooltip="The same for programs, as JSON."),
+                io.String.Output(display_name="report", tooltip="The description of the file, as text."),
+                io.String.Output(display_name="json", tooltip="The description in more detail, as JSON for programs."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -34,15 +36,15 @@ class SVDQuantInspect(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name):
-        return time.perf_counter_ns()  # always new: the text on the node comes by running, and is lost with the page
+        return time.perf_counter_ns()  # always new: only a run shows the text on the node, and reloading the page clears it
 
     @classmethod
     def execute(cls, model_name):
         shown = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
-        shown.say(model_name)  # else the text of the file before stays on the node when this one is refused
+        shown.say(model_name)  # replaces the text of the previous file, which would stay if this file is refused
         header = read_header(folder_paths.get_full_path_or_raise("diffusion_models", model_name))
-        told = inspection.inspect(header)
+        description = inspection.inspect(header)
         check_file(header)
-        report = inspection.text(told)
+        report = inspection.text(description)
         shown.say(report)
-        return io.NodeOutput(report, json.dumps(told, indent=1), ui=ui.PreviewText(report))
+        return io.NodeOutput(report, json.dumps(description, indent=1), ui=ui.PreviewText(report))

@@ -1,9 +1,10 @@
-"""SVDQuant Load Model: a FLUX.1 from a file, in 4 bits or as it is."""
+"""SVDQuant Load Model: loads a quantized or an ordinary diffusion model from a file."""
 
 import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..quant import families
 from ..quant.host import written
 from ..quant.host.loader import load_model
 from ..quant.layers.linear import NVFP4Linear
@@ -20,19 +21,20 @@ class SVDQuantLoadModel(io.ComfyNode):
             node_id="SVDQuantLoadModel",
             display_name="SVDQuant Load Model",
             category="loaders/svdquant",
-            description="Loads a FLUX.1 model: one in 4 bits (from SVDQuant Save Model, Nunchaku's, or comfy-kitchen's "
-                        "svdquant_w4a4), or an ordinary one in bf16, fp16 or fp8, ready to be quantized.",
+            description=f"Loads a {families.TITLES} model: a 4-bit model (from SVDQuant Save Model, in comfy-kitchen's "
+                        "svdquant_w4a4 format, or Nunchaku's FLUX.1), or an ordinary bf16, fp16 or fp8 model that you want to "
+                        "quantize.",
             inputs=[
                 io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"),
-                               tooltip="A FLUX.1 file from models/diffusion_models."),
+                               tooltip=f"A {families.TITLES} file from models/diffusion_models."),
                 io.Combo.Input("compute_dtype", options=list(COMPUTE_DTYPES), default="auto",
-                               tooltip="The precision of everything that is not in 4 bits. auto takes what ComfyUI "
-                                       "takes on this device; fp16 is for cards older than the RTX 30 series."),
+                               tooltip="The precision of everything that is not in 4 bits. auto uses ComfyUI's own choice for your "
+                                       "device; fp16 suits GPUs older than the RTX 30 series."),
                 io.Combo.Input("activations", options=list(ACT_BITS), default="auto", optional=True,
-                               tooltip="How 4-bit layers see their input on a GPU. int8 is closer to the 16-bit picture, int4 is "
-                                       "SVDQuant as published; the weights are the same. auto takes what your card is faster with: "
+                               tooltip="The precision of the activations in 4-bit layers. int8 is closer to the 16-bit model's images, "
+                                       "int4 is SVDQuant as published; the weights are the same. auto uses the faster one on your GPU: "
                                        "int4 on the RTX 20, 30 and 40 series, int8 on the RTX 50 series, A100, H100 and newer. "
-                                       "NVFP4 models always see theirs in NVFP4."),
+                                       "NVFP4 models always use NVFP4 activations."),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The model, for samplers and other model nodes.")],
             hidden=[io.Hidden.unique_id],
@@ -48,5 +50,5 @@ class SVDQuantLoadModel(io.ComfyNode):
         patcher = load_model(path, COMPUTE_DTYPES[compute_dtype], ACT_BITS[activations], model_name)
         if activations != "auto" and any(isinstance(layer, NVFP4Linear) for layer in patcher.model.modules()):
             NodeProgress(cls.hidden.unique_id if cls.hidden else None).say(
-                f"{model_name} is NVFP4, whose layers see their input in NVFP4: activations = {activations} changes nothing")
+                f"{model_name} is NVFP4, whose layers always use NVFP4 activations: activations = {activations} has no effect")
         return io.NodeOutput(patcher)

@@ -1,4 +1,4 @@
-"""What a node shows while it works, how it learns that it is to stop, and where it keeps what it has done by then."""
+"""The progress that a node shows, its cancellation, and the folders in which an interrupted quantization is kept."""
 
 import os
 
@@ -7,15 +7,15 @@ import comfy.utils
 import folder_paths
 from server import PromptServer
 
-KEPT = "svdquant_progress"  # the folder's name
-# {choice of a node: function that gives the folder, or None for nowhere}
-PROGRESS_FOLDERS = {"temp": lambda: os.path.join(folder_paths.get_temp_directory(), KEPT),
-                    "output": lambda: os.path.join(folder_paths.get_output_directory(), KEPT),
+FOLDER = "svdquant_progress"
+# {value of the input progress: function that returns the folder, or None if nothing is kept}
+PROGRESS_FOLDERS = {"temp": lambda: os.path.join(folder_paths.get_temp_directory(), FOLDER),
+                    "output": lambda: os.path.join(folder_paths.get_output_directory(), FOLDER),
                     "off": lambda: None}
 
 
 class NodeProgress:
-    """Progress of a node: its bar, the line of text under it, and Cancel."""
+    """A node's progress bar, the line of text under it, and Cancel."""
 
     def __init__(self, node_id):
         self.node_id = node_id
@@ -30,7 +30,7 @@ class NodeProgress:
         self.say(text)
 
     def at(self, done, total, text):
-        """Set the bar to `done` of `total`; step counts for itself."""
+        """Set the bar to `done` of `total`; step() counts on its own."""
         self.check()
         if self.bar is None:
             self.total(total)

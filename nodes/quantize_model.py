@@ -1,13 +1,16 @@
-"""SVDQuant Quantize Model: a FLUX.1 MODEL into its 4-bit twin, in the graph."""
+"""SVDQuant Quantize Model: quantizes a MODEL to 4 bits in the graph."""
 
 from dataclasses import replace
 
 from comfy_api.latest import io
 
+from ..quant import families
 from ..quant.host.quantize import quantize
 from ..quant.quantizer import presets, report
 from ..quant.quantizer.calibration import TOKENS_PER_INPUT
 from .progress import PROGRESS_FOLDERS, NodeProgress
+
+KEPT, RANKED = families.EXAMPLES
 
 
 class SVDQuantQuantizeModel(io.ComfyNode):
@@ -17,47 +20,47 @@ class SVDQuantQuantizeModel(io.ComfyNode):
             node_id="SVDQuantQuantizeModel",
             display_name="SVDQuant Quantize Model",
             category="model/svdquant",
-            description="Quantizes a FLUX.1 model to 4 bits: 4-bit weights and activations beside a small 16-bit "
-                        "branch. It watches the model draw your prompts to find where precision matters. LoRAs on the "
-                        "model are baked in.",
+            description=f"Quantizes a {families.TITLES} model to 4 bits: 4-bit weights and activations plus a small 16-bit low-rank "
+                        "branch. It samples the model with your prompts to calibrate each layer. LoRAs on the model are "
+                        "baked in.",
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX.1 model in bf16, fp16 or fp8, with any LoRAs to bake in."),
+                io.Model.Input("model", tooltip=f"A {families.TITLES} model in bf16, fp16 or fp8, with any LoRAs to bake in."),
                 io.Conditioning.Input("positive", optional=True,
-                                      tooltip="Prompts to watch the model draw; join several with Conditioning "
-                                              "(Combine). More prompts of the kind you draw give a better model. The "
-                                              "presets best, slow and fast need them."),
+                                      tooltip="The calibration prompts; join several with Conditioning (Combine). More prompts like "
+                                              "those you use give a better model. The presets best, slow and fast need "
+                                              "them."),
                 io.Latent.Input("latent", optional=True,
-                                tooltip="The picture size to draw while watching: an empty latent of your usual size."),
+                                tooltip="The image size for calibration: an empty latent of your usual size."),
                 io.Int.Input("steps", default=8, min=1, max=100,
-                             tooltip="Sampling steps for each prompt. They cover all noise levels, so 8 are enough."),
+                             tooltip="Sampling steps for each calibration prompt. 8 steps cover all noise levels."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
-                             tooltip="Noise of the pictures that are drawn while watching."),
+                             tooltip="The random seed of the noise for calibration."),
                 io.Int.Input("rank", default=32, min=presets.MIN_RANK, max=presets.MAX_RANK,
                              step=presets.RANK_STEP,
-                             tooltip="Width of the 16-bit branch; twice that in the single blocks, whose layers are two in one. "
-                                     "32 suits most; more is closer to the original and makes the model larger."),
+                             tooltip="The rank of the 16-bit low-rank branch. Layers that combine two layers of the paper, as those in "
+                                     "single blocks do, get twice this rank. 32 suits most models; a higher rank is closer to the "
+                                     "original and makes the model larger."),
                 io.Combo.Input("preset", options=list(presets.PRESETS), default="best",
-                               tooltip="best: calibrated on your prompts, with GPTQ. slow: errors of layers a little smaller, "
-                                       "and longer. fast: without GPTQ. data-free: no calibration, weaker. naive: plain "
-                                       "rounding without the method, only to compare with."),
+                               tooltip="best: calibrated on your prompts, with GPTQ. slow: slightly smaller layer errors, takes "
+                                       "longer. fast: calibrated, without GPTQ. data-free: no calibration, larger errors. naive: "
+                                       "plain rounding without SVDQuant, for comparison only."),
                 io.String.Input("exceptions", default="", multiline=True, optional=True,
-                                tooltip="Layers to treat differently, one a line: a name or pattern to keep in 16 bits, "
-                                        "such as single_blocks.37.*, or one with a rank of its own, such as "
-                                        "*.linear2 = 128."),
+                                tooltip="Exceptions, one per line: a layer name or pattern keeps its layers in 16 bits, such as "
+                                        f"{KEPT}; with a number it sets their rank, such as {RANKED}."),
                 io.Int.Input("tokens", default=TOKENS_PER_INPUT, min=1, max=64, optional=True,
-                             tooltip="How many tokens, for each input of a layer, rounding goes by. 2 to 4 suit; more take "
-                                     "longer and change little."),
+                             tooltip="The number of calibration tokens per input channel of a layer, for GPTQ and the fit of the "
+                                     "branch. 2 to 4 are enough; more take longer and change little."),
                 io.Combo.Input("progress", options=list(PROGRESS_FOLDERS), default="temp", optional=True,
-                               tooltip="Where finished blocks are kept until all are, so that a run that was interrupted goes on "
-                                       "with them. temp: ComfyUI's temp folder, which lasts until ComfyUI ends. output: the "
-                                       "output folder, which lasts. off: nowhere."),
+                               tooltip="Where finished blocks are stored during the run, so that an interrupted run can resume. "
+                                       "temp: ComfyUI's temp folder, which is emptied when ComfyUI restarts. output: the output "
+                                       "folder, which is kept. off: they are not stored."),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The 4-bit model, for samplers and SVDQuant Save Model."),
-                io.String.Output(display_name="report", tooltip="Error and size of every layer, as text."),
-                io.Image.Output(display_name="chart", tooltip="The errors as a picture: plain rounding above, this model "
-                                                              "below."),
-                io.String.Output(display_name="json", tooltip="The report for programs, as JSON."),
+                io.Model.Output(display_name="MODEL", tooltip="The quantized model, for samplers and SVDQuant Save Model."),
+                io.String.Output(display_name="report", tooltip="The error and size of every layer, as text."),
+                io.Image.Output(display_name="chart", tooltip="A chart of the layers' errors: plain rounding at the top, this "
+                                                              "model below."),
+                io.String.Output(display_name="json", tooltip="The report as JSON, for programs."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -1,4 +1,4 @@
-"""SVDQuant Save Model: a quantized MODEL into a file that anybody can load."""
+"""SVDQuant Save Model: saves a quantized MODEL to a file."""
 
 from comfy_api.latest import io
 
@@ -15,22 +15,22 @@ class SVDQuantSaveModel(io.ComfyNode):
             node_id="SVDQuantSaveModel",
             display_name="SVDQuant Save Model",
             category="model/svdquant",
-            description="Saves a model that SVDQuant Quantize Model made into models/diffusion_models, in our layout or in "
+            description="Saves a quantized model to models/diffusion_models, in this pack's layout or, for FLUX.1, in "
                         "Nunchaku's.",
             inputs=[
-                io.Model.Input("model", tooltip="A model from SVDQuant Quantize Model."),
+                io.Model.Input("model", tooltip="The quantized model from SVDQuant Quantize Model."),
                 io.String.Input("filename", default="flux_svdquant",
-                                tooltip="Name of the file in models/diffusion_models; a folder may stand before it."),
+                                tooltip="The name of the file in models/diffusion_models, with an optional subfolder."),
                 io.Boolean.Input("overwrite", default=False,
-                                 tooltip="Replace a quantized model of that name; other files are never replaced. Off: another "
-                                         "file of that name is left alone and the node stops."),
+                                 tooltip="Replace an existing quantized model of the same name; other files are never replaced. When "
+                                         "off, an existing file is kept and the node stops with an error."),
                 io.Combo.Input("layout", options=list(formats.WRITERS), default="native", optional=True,
-                               tooltip="native: this pack's, which holds every model exactly. nunchaku: for software that "
-                                       "reads Nunchaku's INT4 files; all layers have to be in 4 bits."),
+                               tooltip="native: this pack's layout, which stores every model exactly. nunchaku: FLUX.1 only, for "
+                                       "software that reads Nunchaku's INT4 files; all layers have to be in 4 bits."),
             ],
-            # Not io.Combo.Output: its type is its list of options, which no V3 combo input accepts.
+            # io.Combo.Output does not serve: its type is its list of options, which no V3 combo input accepts.
             outputs=[io.Custom("COMBO").Output(display_name="model_name",
-                                               tooltip="The saved file, for SVDQuant Load Model's model_name.")],
+                                               tooltip="The saved file's name, for model_name of SVDQuant Load Model.")],
             is_output_node=True,
         )
 

@@ -1,1 +1,1 @@
-"""What SVDQuant is: the layers, the quantizer and the checkpoints. Knows models, not graphs."""
+"""SVDQuant itself: model families, layers, quantizer, checkpoints, downloads, and the adapter to ComfyUI (host)."""

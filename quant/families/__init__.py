@@ -1,14 +1,15 @@
-"""The models that the pack knows: one file a model family, each one a frozen declaration (family.py says of what)."""
+"""The supported model families: one file each, holding one frozen declaration (family.py defines its fields)."""
 
 from importlib import import_module
 
-# A new family is a file here and a line below. Where the tensors of a file would do for two of them, the first one is meant.
+# A new family is a file here and a line below. If a file's tensors match two families, the first one counts.
 MODULES = (
     "chroma",
     "flux1",
 )
 FAMILIES = tuple(import_module(f".{module}", __name__).FAMILY for module in MODULES)
-TITLES = " or ".join(sorted((family.title for family in FAMILIES), reverse=True))  # for messages
+TITLES = " or ".join(sorted((family.title for family in FAMILIES), reverse=True))  # for messages and descriptions
+EXAMPLES = FAMILIES[0].examples  # for the tooltip of exceptions: a pattern of layers, and one with a rank
 
 
 def of_image_model(image_model):
@@ -17,5 +18,5 @@ def of_image_model(image_model):
 
 
 def of_tensors(keys):
-    """The Family whose tensors `keys` (names without prefix) are, or None."""
+    """The Family that has the tensors `keys` (names without prefix), or None."""
     return next((family for family in FAMILIES if "" in family.signature.prefixes(keys)), None)

@@ -1,11 +1,11 @@
-"""Chroma by Lodestone: FLUX.1's blocks, whose modulation comes from one small network in place of a layer in each block."""
+"""Chroma by Lodestone: the blocks of FLUX.1 with one small network for all modulation vectors in place of a layer per block."""
 
 from types import MappingProxyType
 
 from .family import Configuration, Family, Signature
 from .flux1 import DOUBLE_LINEARS, NORMS, SINGLE_LINEARS, depth_of, double_blocks, heads, rope_trouble, single_blocks
 
-NETWORK = "distilled_guidance_layer"  # gives all modulation vectors, once a step; it stays in 16 bits
+NETWORK = "distilled_guidance_layer"  # computes all modulation vectors once a step; it stays in 16 bits
 
 
 def measure(shapes, usual):

@@ -1,4 +1,4 @@
-"""What a model family is: all that the pack knows of one architecture, as one frozen declaration.
+"""The declaration of a model family: one frozen dataclass holds all that the pack knows about an architecture.
 
 A declaration imports neither ComfyUI nor PyTorch. It names the host's classes by their dotted names, layers by their names in the
 diffusion model, and shapes by functions of a layer's (in_features, out_features), written k and n.
@@ -21,21 +21,21 @@ class Packing(Enum):
 
 
 def all_signed(k, n):
-    """unsigned_from of a layer none of whose inputs come out of a GELU."""
+    """unsigned_from of a layer that has no input from a GELU."""
     return k
 
 
 def all_unsigned(k, n):
-    """unsigned_from of a layer all of whose inputs come out of a GELU."""
+    """unsigned_from of a layer whose inputs all come from a GELU."""
     return 0
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A linear that holds two layers which SVDQuant publishes apart, each with a branch of its own.
+    """A linear that combines two layers, which published SVDQuant files keep separate, each with its own branch.
 
-    rows: whether the two read the same input, so that the rows of the weight are divided; else their outputs are added, and its columns
-    are divided. at(k, n): the row or column at which the second layer begins.
+    rows: True if both layers read the same input, so that the weight's rows are split; False if their outputs are added, so that its
+    columns are split. at(k, n): the row or column at which the second layer begins.
     """
 
     rows: bool
@@ -44,10 +44,10 @@ class Joined:
 
 @dataclass(frozen=True)
 class Gelu:
-    """The tanh GELU that alone reads a layer's output, so that the layer's kernel can apply it.
+    """A tanh GELU that is the only reader of a layer's output columns, so that the layer's kernel can apply it.
 
-    module: its name in the block; columns_from(k, n): the layer's first output column that it reads; reader: the layer of the block that
-    reads the GELU's output.
+    module: the GELU's name in the block; columns_from(k, n): the layer's first output column that the GELU reads; reader: the name of the
+    layer that reads the GELU's output.
     """
 
     module: str
@@ -59,8 +59,9 @@ class Gelu:
 class Layer:
     """How one kind of linear is packed.
 
-    unsigned_from(k, n): the first input column that comes out of a GELU and is therefore coded unsigned; k if none does. bias: whether
-    linears of this kind have a bias.
+    unsigned_from(k, n): the first input column that comes from a GELU and therefore gets unsigned codes; k if there is none. joined:
+    set if the linear combines two layers. gelu: set if the layer's kernel can apply a GELU to its output. bias: whether linears of this
+    kind have a bias.
     """
 
     packing: Packing = Packing.W4A4
@@ -71,7 +72,7 @@ class Layer:
 
     @property
     def branches(self):
-        """How many layers that SVDQuant publishes, each with a branch of its own, the linear holds."""
+        """How many layers of published SVDQuant files the linear combines; each of them has its own branch there."""
         return 2 if self.joined else 1
 
 
@@ -79,9 +80,9 @@ class Layer:
 class BlockList:
     """One list of transformer blocks of the diffusion model.
 
-    name: the ModuleList's; layers: {name within a block: Layer} of the packed linears; states: the names of the forward's leading
-    arguments that a block hands on, in the order in which it returns them; block_class: the host's class, dotted, in which the layers
-    may take over a GELU; mlps: names of (linear, GELU, linear) in a block that can run as one op.
+    name: the ModuleList's name; layers: {name within a block: Layer} of the packed linears; states: the names of the forward's leading
+    arguments that a block updates and returns, in the order in which it returns them; block_class: the dotted name of the host's class
+    in which the layers may take over a GELU; mlps: names of the (linear, GELU, linear) Sequentials in a block that can run as one op.
     """
 
     name: str
@@ -91,17 +92,17 @@ class BlockList:
     mlps: tuple = ()
 
     def pass_through(self, *args, **kwargs):
-        """A block's forward that hands its states on as they came: one value, or a tuple of several."""
+        """A block's forward that returns its states unchanged: one value, or a tuple of several."""
         states = tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(self.states))
         return states if len(states) > 1 else states[0]
 
 
 @dataclass(frozen=True)
 class Signature:
-    """How a family's tensors are told from others'.
+    """How the tensor names of a family's files are recognized.
 
-    anchors: names of which a file has one, under its prefix; names: those that it has as well; parts: (beginning of a name, whose files
-    lack it): something must begin so; lookalikes: (part of a name, what a file with it is).
+    anchors: a file has one of these names, under its prefix; names: it has all of these names too; parts: (beginning of a name, title of
+    the model that lacks such names): some name must begin so; lookalikes: (part of a name, description of the other model that has it).
     """
 
     anchors: tuple
@@ -110,7 +111,7 @@ class Signature:
     lookalikes: tuple = ()
 
     def lookalike(self, keys):
-        """What a file with tensors `keys` is that looks like the family and is another model; None where nothing says so."""
+        """The description of another, similar model that the tensors `keys` belong to; None if there is no sign of one."""
         return next((what for part, what in self.lookalikes if any(part in key for key in keys)), None)
 
     def prefixes(self, keys):
@@ -125,9 +126,9 @@ class Signature:
 class Diffusers:
     """The family in diffusers' naming.
 
-    keys: names by which a file is known; blocks: {configuration key of a depth: diffusers' list of blocks}; width: the matrix whose rows
-    are the hidden size; needed: what ComfyUI's conversion joins without a word if it is missing, beside what its table says; names: the
-    function of comfy.utils with that table.
+    keys: names by which a file is recognized; blocks: {configuration key of a depth: diffusers' list of blocks}; width: the matrix whose
+    number of rows is the hidden size; names: the function of comfy.utils that has ComfyUI's conversion table; needed: tensors beyond
+    that table whose absence ComfyUI's conversion does not report.
     """
 
     keys: tuple
@@ -139,14 +140,15 @@ class Diffusers:
 
 @dataclass(frozen=True)
 class Nunchaku:
-    """The family in Nunchaku's files. Tables read {ours: theirs}, relative to a block or to the model.
+    """The family in Nunchaku's files. Tables map {our name: Nunchaku's name}, relative to a block or to the model.
 
-    model_classes: values of their metadata's model_class; diffusers_class, comfy_class(configuration): what their loaders expect in the
-    metadata that are written; config: {diffusers' configuration key: ComfyUI's}; blocks: {our list: theirs}; linears: W4A4 layers of
-    each list of theirs, a layer of ours as one or two of theirs; modulations: W4A16 ones, chunks: how many vectors each of them gives;
-    norms, outside: 16-bit tensors and modules; optional: of those outside, the ones that not every model has; swapped: a module whose
-    output halves are in the other order; modules_v2, leaves_v2: names of the format's second version, {theirs: version 1's}; inputs:
-    modules by which a file of the family is known, the first of which gives the hidden size; output: the last one.
+    model_classes: values of model_class in Nunchaku's metadata; diffusers_class, comfy_class(configuration): the class names that
+    Nunchaku's loaders expect in the metadata that we write; config: {diffusers' configuration key: ComfyUI's key}; blocks: {our list of
+    blocks: Nunchaku's}; linears: the W4A4 layers of each of Nunchaku's lists, one or two of them for a layer of ours; modulations: the
+    W4A16 layers; chunks: the number of modulation vectors that each of them computes; norms, outside: 16-bit tensors and modules;
+    optional: modules of `outside` that not every model has; swapped: a module whose two output halves are in the opposite order;
+    modules_v2, leaves_v2: names of the format's second version, {version 2: version 1}; inputs: modules by which a file of the family
+    is recognized, the first of which has the hidden size; output: the last module.
     """
 
     model_classes: tuple
@@ -171,10 +173,10 @@ class Nunchaku:
 class Configuration:
     """The host's configuration of a family's models, and where each of its values comes from.
 
-    keys: those that a file of ours has, in its order; fixed: {key: value} of what makes the family; usual: {key: value} of what neither
-    the name nor a tensor's shape tells, as the family has it: a file may say otherwise; matrices, vectors: names of the tensors whose
-    shapes are measured; measure({tensor name: shape}, usual values) -> {key: value} that shapes tell; derive(all of these) -> {key:
-    value} that follow; trouble(all of these): what can't be, as the second half of a sentence, or None.
+    keys: the keys that our files store, in order; fixed: {key: value} common to all models of the family; usual: {key: value} that
+    tensor shapes don't determine, with the family's usual values, which a file may override; matrices, vectors: names of the tensors
+    whose shapes are measured; measure({tensor name: shape}, usual values) -> {key: value} found from shapes; derive(all of these) ->
+    {key: value} computed from them; trouble(all of these): the second half of a sentence that says which value is invalid, or None.
     """
 
     keys: tuple
@@ -187,9 +189,9 @@ class Configuration:
     trouble: Callable
 
     def of(self, shapes, stored=NO_ENTRIES):
-        """The configuration of a model with tensors {name: shape}. stored: what its file says, which counts for `usual` only.
+        """The configuration of a model with tensors {name: shape}. stored: the configuration in its file, used for `usual` only.
 
-        Raises ValueError, the second half of a sentence, where a tensor is of another kind, or the values can't be.
+        Raises ValueError, whose message is the second half of a sentence, if a tensor has the wrong rank or a value is invalid.
         """
         for name in self.matrices:
             if len(shapes.get(name, ())) != 2 or 0 in shapes[name]:
@@ -212,7 +214,7 @@ class Configuration:
 
 
 def _is_like(value, usual):
-    """Whether a stored number (or list of them) is of the kind that `usual` is: positive, of its type, as many."""
+    """Whether a stored number, or list of numbers, is positive and has the type and length of `usual`."""
     if isinstance(usual, (list, tuple)):
         return isinstance(value, list) and len(value) == len(usual) and all(map(_is_like, value, usual))
     kinds = (int, float) if isinstance(usual, float) else int
@@ -223,12 +225,13 @@ def _is_like(value, usual):
 class Family:
     """One architecture.
 
-    title: its name for users; architecture: in a file's ModelSpec card; model_class: the host's class, dotted; lacks: {parameter of the
-    host's class that the family has not: whose it is}; needs: modules without which a model is another's.
-    blocks: in running order; outer: {name: Layer} outside the blocks, where a layer sees no more than a token a picture.
+    title: its name for users; architecture: its name in a file's ModelSpec card; model_class: the dotted name of the host's class; lacks:
+    {parameter of the host's class that the family doesn't have: title of the model that has it}; needs: modules that every model of the
+    family has.
+    blocks: the BlockLists in running order; outer: {name: Layer} of layers outside the blocks, whose input has one token per image.
     text_width: configuration key of the conditioning's width; pooled: whether the conditioning needs a pooled output; encoders: the text
-    encoders to name in a message. tokens: numbers of tokens a layer usually sees; examples: for a tooltip, a pattern of layers and one
-    with a rank; renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads).
+    encoders to name in a message. tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
+    pattern with a rank; renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads).
     """
 
     title: str
@@ -251,7 +254,7 @@ class Family:
 
     @property
     def image_model(self):
-        """The host's word for the family in a configuration."""
+        """The host's name of the family in a configuration."""
         return self.configuration.fixed["image_model"]
 
     def layer(self, name):
@@ -277,20 +280,20 @@ class Family:
         return [(f"{blocks.name}.{i}", block) for blocks in self.blocks for i, block in enumerate(getattr(diffusion_model, blocks.name))]
 
     def pass_through(self, block_name):
-        """A forward for block `block_name` that hands its states on as they came."""
+        """A forward for block `block_name` that returns its states unchanged."""
         return self._in_block(f"{block_name}.")[0].pass_through
 
     def block_layers(self, block_name, block):
-        """{full name: linear} of a block's layers that are to be packed."""
+        """{full name: linear} of the layers of a block that quantization packs."""
         named = ((f"{block_name}.{name}", module) for name, module in block.named_modules() if name)
         return {name: module for name, module in named if self.layer(name)}
 
     def outer_layers(self, diffusion_model):
-        """{full name: linear} of the layers outside the blocks that are to be packed."""
+        """{full name: linear} of the layers outside the blocks that quantization packs."""
         return {name: module for name, module in diffusion_model.named_modules() if name in self.outer}
 
     def packed_names(self, keys):
-        """Names of the layers that `keys` (tensor names) hold and that a quantized model packs, in order of appearance."""
+        """Names of the layers among `keys` (tensor names) that a quantized model packs, in order of appearance."""
         names = (key.removesuffix(".weight") for key in keys if key.endswith(".weight"))
         return [name for name in names if self.layer(name)]
 

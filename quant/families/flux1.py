@@ -20,13 +20,13 @@ HEAD = 128  # channels of an attention head
 
 NORMS = (r"_norm\.weight$", "_norm.scale")  # ComfyUI renamed the q and k norms' scale in 0.14
 
-MODULATION = Layer(Packing.W4A16)  # sees a token a picture
+MODULATION = Layer(Packing.W4A16)  # its input has one token per image
 LINEAR = Layer()
 MLP_DOWN = Layer(unsigned_from=all_unsigned)
 
 
 def mlp_up(mlp):
-    """The first layer of the MLP `mlp`, a Sequential of it, a GELU and the second one."""
+    """The first layer of the MLP `mlp`, a Sequential of (first linear, GELU, second linear)."""
     return Layer(gelu=Gelu(f"{mlp}.1", lambda k, n: 0, f"{mlp}.2"))
 
 
@@ -34,7 +34,7 @@ DOUBLE_LINEARS = {
     name: layer for stream in ("img", "txt")
     for name, layer in ((f"{stream}_attn.qkv", LINEAR), (f"{stream}_attn.proj", LINEAR),
                         (f"{stream}_mlp.0", mlp_up(f"{stream}_mlp")), (f"{stream}_mlp.2", MLP_DOWN))}
-# linear1 = [q k v ; MLP up] reads one input; linear2 = [attention out | MLP down] reads [attention (hidden) ; GELU].
+# linear1 = [q k v ; MLP up] has one input; linear2 = [attention out | MLP down] reads [attention output (hidden) ; GELU output].
 SINGLE_LINEARS = {
     "linear1": Layer(joined=Joined(rows=True, at=lambda k, n: 3 * k), gelu=Gelu("mlp_act", lambda k, n: 3 * k, "linear2")),
     "linear2": Layer(joined=Joined(rows=False, at=lambda k, n: n), unsigned_from=lambda k, n: n),
@@ -51,7 +51,7 @@ def single_blocks(layers):
 
 
 def depth_of(shapes, blocks):
-    """How many blocks of the list `blocks` tensors {name: shape} have, up to the first gap, as ComfyUI counts them."""
+    """The number of blocks in the list `blocks` of tensors {name: shape}, up to the first gap, as ComfyUI counts them."""
     found = {name.split(".")[1] for name in shapes if name.startswith(f"{blocks}.")}
     return next(count for count in range(len(found) + 1) if str(count) not in found)
 
@@ -70,7 +70,7 @@ def heads(config):
 
 
 def rope_trouble(config):
-    """RoPE turns pairs of channels, and each head has all the axes."""
+    """Configuration.trouble: RoPE rotates pairs of channels, and each head has all the axes."""
     axes, hidden = config["axes_dim"], config["hidden_size"]
     if any(axis % 2 for axis in axes):
         return f"says axes_dim = {axes} in its configuration, in which every number has to be even"
@@ -161,7 +161,7 @@ FAMILY = Family(
     text_width="context_in_dim",
     pooled=True,
     encoders="clip_l and t5xxl",
-    tokens=(4096, 512, 4608),  # of a picture of 1024 x 1024, of its text, of both
+    tokens=(4096, 512, 4608),  # of a 1024 x 1024 image, of its text, of both
     examples=("single_blocks.37.*", "*.linear2 = 128"),
     renamed=(NORMS,),
     diffusers=Diffusers(

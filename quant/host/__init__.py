@@ -1,1 +1,1 @@
-"""The adapter to ComfyUI, and the only room of quant/ that imports it."""
+"""The adapter to ComfyUI: the only folder of quant/ that imports it."""

@@ -1,4 +1,4 @@
-"""Names of the attachments that a MODEL has from its file, and keeps through other nodes."""
+"""Keys of the attachments that loading puts on a MODEL; clones by other nodes keep them."""
 
-SOURCE = "svdquant.source"  # the file's name, as the user chose it
-CARD = "svdquant.card"  # card.of_source of the file
+SOURCE = "svdquant.source"  # the file's name, as the user selected it
+CARD = "svdquant.card"  # the file's card.of_source

@@ -1,4 +1,4 @@
-"""Models on ComfyUI's own classes, built empty and then given their tensors."""
+"""Models on ComfyUI's own classes: they are built on the meta device, then filled with tensors."""
 
 import comfy.model_management
 import torch
@@ -11,25 +11,25 @@ from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
 
 
 def family_of(model):
-    """The Family of a BaseModel's diffusion model by its configuration, or None; whether its class is the host's own is not looked at."""
+    """The Family of a BaseModel by its configuration, or None. The class of its diffusion model is not checked."""
     config = getattr(getattr(model, "model_config", None), "unet_config", None) or {}
     return families.of_image_model(config.get("image_model"))
 
 
 def shapes_as_tensors(shapes):
-    """ComfyUI's detection reads shapes from tensors; these have shapes and no memory."""
+    """{name: tensor on the meta device}, for ComfyUI's model detection, which reads shapes from tensors."""
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def empty_model(model_config, specs, compute_dtype):
-    """A BaseModel without memory: ComfyUI's own on the meta device, its packed layers in place.
+    """A BaseModel of ComfyUI's own class on the meta device, with packed layers {name: LayerSpec} in place of its linears.
 
     compute_dtype: None for ComfyUI's choice.
     """
     if compute_dtype is None:
         supported, device = list(model_config.supported_inference_dtypes), comfy.model_management.get_torch_device()
         stored = comfy.model_management.unet_dtype(supported_dtypes=supported)
-        # With --fp8_e4m3fn-unet and the like, `stored` is the type that ComfyUI would keep 16-bit weights in, and it computes in another.
+        # With --fp8_e4m3fn-unet and the like, ComfyUI stores weights in `stored` and computes in another dtype.
         compute_dtype = comfy.model_management.unet_manual_cast(stored, device, supported) or stored
     model_config.set_inference_dtype(compute_dtype, None)
     model_config.custom_operations = Operations
@@ -41,8 +41,8 @@ def empty_model(model_config, specs, compute_dtype):
 
 
 def swap(diffusion_model, name, spec):
-    """Put a packed layer in the place of linear `name`; it goes on with the GELU that a packed layer there has taken over. Raises
-    ValueError unless the two have the same features."""
+    """Replace linear `name` by a packed layer. If it replaces a packed layer that has taken over a GELU, it applies that GELU too.
+    Raises ValueError unless both have the same features."""
     parent, _, child = name.rpartition(".")
     linear = diffusion_model.get_submodule(name)
     if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
@@ -54,20 +54,22 @@ def swap(diffusion_model, name, spec):
 
 
 class TakenOver(torch.nn.Identity):
-    """Where a GELU was, which the packed layer before it applies to its output, unless it can't at the moment
-    (PackedLinear.activates_from)."""
+    """Replaces a GELU that the packed layer before it applies to its own output. While that layer can't apply it
+    (PackedLinear.activates_from), this module does."""
 
     def __init__(self, layer):
         super().__init__()
-        self.layer = (layer,)  # in a tuple it is no module of this one. Not its parent: a model in a cycle would outlive its last user
+        # The tuple keeps the layer from becoming a submodule. The reference is to the layer and not to its parent: a reference cycle would
+        # keep the model in memory after its last user.
+        self.layer = (layer,)
 
     def forward(self, x):
         return x if self.layer[0].activates_from() is not None else torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def take_over_activations(family, diffusion_model):
-    """Let the W4A4 layers of a model's blocks apply the GELU that alone reads them, and an MLP's layers run as one op. Blocks and
-    activations of other classes than the family's stay as they are."""
+    """Let W4A4 layers apply the GELU that is the only reader of their output, and let the two layers of an MLP run as one op. Blocks and
+    activations of other classes than the family's are not changed."""
     for blocks in family.blocks:
         for block in getattr(diffusion_model, blocks.name):
             if f"{type(block).__module__}.{type(block).__qualname__}" != blocks.block_class:
@@ -84,12 +86,12 @@ def take_over_activations(family, diffusion_model):
 
 
 def _take_over(block, packed, gelu, following, reader):
-    """Have a packed layer apply its Gelu, if it can. following: the module that reads the GELU's output; reader: that one's Layer."""
+    """Let a packed layer apply its Gelu, if possible. following: the module that reads the GELU's output; reader: its Layer."""
     n, k = packed.out_features, packed.in_features
     first = gelu.columns_from(k, n)
     read = following.in_features - reader.unsigned_from(following.in_features, following.out_features)
     activation = block.get_submodule(gelu.module)
-    # Where the numbers differ, the outputs go through something else on the way, such as a gate.
+    # If the numbers of columns differ, something else changes the outputs on the way, such as a gate.
     if (isinstance(packed, SVDQuantLinear) and type(activation) is torch.nn.GELU and activation.approximate == "tanh"
             and n - first == read):
         packed.gelu_from = first
@@ -98,14 +100,14 @@ def _take_over(block, packed, gelu, following, reader):
 
 
 def fill(model, tensors):
-    """Give an empty model its tensors, {name: tensor} in the file's naming; they are used as they are, not copied."""
+    """Give an empty model its tensors, {name: tensor} in the file's naming. The tensors are used without a copy."""
     tensors = model.model_config.process_unet_state_dict(dict(tensors))
     wanted = model.diffusion_model.state_dict()
     model.diffusion_model.load_state_dict({name: tensors[name] for name in wanted}, assign=True)
 
 
 def make_patcher(model, patcher_class):
-    """A patcher for a filled model, on the devices that ComfyUI uses for diffusion models."""
+    """A patcher_class patcher for a filled model, on the devices that ComfyUI uses for diffusion models."""
     device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     compute_in(model, model.get_dtype(), device)
     model.device = offload_device
@@ -113,14 +115,15 @@ def make_patcher(model, patcher_class):
     prepare(model, device)
     patcher = patcher_class(model, device, offload_device)
     if patcher_class is SVDQuantModelPatcher:
-        # How newer ComfyUI makes the model anew, for another device. Not from the file, which may be another one by then, or not exist.
+        # Newer ComfyUI calls this to build the model again for another device. It does not read the file, which may have changed or may
+        # not exist.
         patcher.cached_patcher_init = copied, (model, patcher.backup)
     return patcher
 
 
 def copied(model, backup, disable_dynamic=False):
-    """A patcher for a copy of a quantized model, without what patches have changed in it (patcher.unpatched). disable_dynamic: ComfyUI's,
-    and always so here."""
+    """A patcher for a copy of a quantized model without its patches (patcher.unpatched). disable_dynamic: an argument of ComfyUI's, which
+    changes nothing here, since these patchers are never dynamic."""
     layers = packed_layers(model.diffusion_model)
     copy = empty_like(model, {name: layer.spec for name, layer in layers.items()}, model.get_dtype())
     for name, layer in layers.items():
@@ -132,20 +135,20 @@ def copied(model, backup, disable_dynamic=False):
 
 
 def empty_like(model, specs, compute_dtype, config=None):
-    """An empty model of another model's configuration, with packed layers {name: LayerSpec} in place. config: {key: value} of the
-    configuration that differ."""
-    # Neither copy.copy nor hasattr works on newer model configs: they answer None for every attribute that they lack.
+    """An empty model with another model's configuration and packed layers {name: LayerSpec}. config: {key: value} that override the
+    configuration."""
+    # Neither copy.copy nor hasattr works on newer model configs: they return None for every missing attribute.
     model_config = object.__new__(type(model.model_config))
     vars(model_config).update(vars(model.model_config))
     model_config.unet_config = {**model_config.unet_config, **(config or {})}
-    # The 16-bit model's ways of storing its weights (scaled fp8 and the like) end with its weights.
+    # These say how the source stores its own weights (scaled fp8 and the like), which the new model does not have.
     for attribute in ("scaled_fp8", "layer_quant_config", "quant_config"):
         setattr(model_config, attribute, None)
     return empty_model(model_config, specs, compute_dtype)
 
 
 def stored_config(model):
-    """The host's configuration to write into a file: JSON-able."""
+    """The host's configuration to store in a file, as a JSON-able dict."""
     config = model.model_config.unet_config
     return {key: list(value) if isinstance(value := config[key], (list, tuple)) else value
             for key in family_of(model).configuration.keys if key in config}

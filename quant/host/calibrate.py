@@ -1,4 +1,4 @@
-"""Calibration in the graph: a MODEL samples the prompts, then its blocks are streamed through the device one by one."""
+"""Calibration in the graph: sample the prompts with a MODEL, then run its blocks on the device one by one."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -10,16 +10,16 @@ from ..quantizer import calibration
 from . import build, resume
 from .patcher import PREFIX
 
-MAX_CALLS = 32  # recorded calls of the model, spread over prompts and noise levels
-WEIGHT_COPIES, GRAM_COPIES = 8, 3  # at the peak of pipeline.pack_svdquant
-OUTSIDE = "outside"  # stands for a block's name where layers are in none: the block is then the whole model
-NOTHING_ELSE = 2**62  # bytes that ComfyUI is asked to free where everything is to leave the device
+MAX_CALLS = 32  # recorded calls of the model, distributed over prompts and noise levels
+WEIGHT_COPIES, GRAM_COPIES = 8, 3  # alive at the peak of pipeline.pack_svdquant
+OUTSIDE = "outside"  # takes the place of a block's name for layers outside the blocks; the "block" is then the whole model
+EVERYTHING = 2**62  # bytes to ask ComfyUI to free, so that it moves all models off the device
 
 
 def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept=None):
-    """Sample every prompt once and return recorded calls of the diffusion model, at most MAX_CALLS, evenly spread.
+    """Sample every prompt once and return recorded calls of the diffusion model, at most MAX_CALLS at even intervals.
 
-    kept: resume.Checkpoint or None. The model's outputs are saved to it, or come from it in place of the model.
+    kept: resume.Checkpoint or None. The model's outputs are saved to it; if it already has them, they replace running the model.
     """
     model = patcher.model.diffusion_model
     every = -(-len(conditioning) * steps // MAX_CALLS)
@@ -31,7 +31,7 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept
         for i, entry in enumerate(conditioning):
             prompt_seed = (seed + i) % 2**64  # the largest seed that PyTorch takes
             noise = comfy.sample.prepare_noise(samples, prompt_seed)
-            # From prompt to prompt other steps are kept, or the last ones might never be.
+            # Each prompt starts at another step; otherwise some steps would never be recorded.
             with calibration.recorded_calls(model, calls, every, i % every):
                 comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", [entry], [entry], samples,
                                     callback=lambda *_: progress.step(f"sampling prompt {i + 1} of {len(conditioning)}"),
@@ -44,10 +44,10 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept
 
 
 def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done):
-    """Yield (block name, {layer: InputStats}) block by block, last OUTSIDE; without calls, and for blocks that are done, there are none.
+    """Yield (block name, {layer: InputStats}) block by block, OUTSIDE last. The dict is empty without calls and for blocks in `done`.
 
-    specs: {layer name: LayerSpec}; memory: calibration.Memory; packed: {tensor name: packed tensor}, filled by the caller between the
-    blocks; done: names of blocks.
+    specs: {layer name: LayerSpec}; memory: calibration.Memory; packed: {tensor name: packed tensor}, which the caller fills between the
+    blocks; done: names of the blocks that were quantized before.
     """
     model = patcher.model.diffusion_model
     blocks = family.running_blocks(model)
@@ -60,7 +60,7 @@ def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done
 
     def loaded(name, block):
         if name == OUTSIDE:
-            return nullcontext()  # what is in no block is on the device all the time
+            return nullcontext()  # modules outside the blocks are on the device the whole time
         return on_device(patcher, [(f"{name}.{inner}", module) for inner, module in block.named_modules()])
 
     @contextmanager
@@ -91,25 +91,25 @@ def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done
 
 
 def make_room(patcher, needed):
-    """Whether the whole MODEL is on its device, with `needed` bytes free beside it; else nothing of it is there, and what else
-    ComfyUI had loaded has made room too."""
+    """Load the whole MODEL on its device if it fits with `needed` bytes free beside it, and return True. Otherwise move it and all other
+    models off the device, and return False."""
     management, device = comfy.model_management, patcher.load_device
-    dynamic = getattr(patcher, "is_dynamic", lambda: False)()  # ComfyUI then moves weights in and out by itself
+    dynamic = getattr(patcher, "is_dynamic", lambda: False)()  # ComfyUI then moves the weights itself
     fits = patcher.model_size() + needed + management.extra_reserved_memory() < management.get_total_memory(device)
     if dynamic or device == patcher.offload_device or fits:
         management.load_models_gpu([patcher], memory_required=needed)
         if dynamic or not patcher.model.model_lowvram:
             return True
-    management.free_memory(NOTHING_ELSE, device)
+    management.free_memory(EVERYTHING, device)
     return False
 
 
 @contextmanager
 def on_device(patcher, modules):
-    """Within it the modules' own parameters and buffers lie on the MODEL's device, with its LoRAs applied; after it they are the same
-    tensors as before.
+    """A context in which the modules' own parameters and buffers are on the MODEL's device, with its LoRAs applied. Afterwards the
+    modules have their original tensors.
 
-    modules: [(name in the diffusion model, module)], none of which is loaded.
+    modules: [(name in the diffusion model, module)]; none of them may be loaded.
     """
     stored, patched = [], []
     try:
@@ -130,12 +130,12 @@ def on_device(patcher, modules):
         for tensors, leaf, tensor in stored:
             tensors[leaf] = tensor
         for key in patched:
-            patcher.backup.pop(key, None)  # it was in `stored`
+            patcher.backup.pop(key, None)  # `stored` has restored the original
 
 
 def working_memory(family, blocks, with_gram):
-    """Bytes on the device that quantizing the widest layer takes beside the model: copies of its weight in float32 and, with
-    GPTQ or refit, of its inputs' Gram matrix."""
+    """Bytes of device memory that quantizing the largest layer needs beside the model: float32 copies of its weight and, for GPTQ or
+    refit, of its inputs' Gram matrix."""
     shapes = [layer.weight.shape for name, block in blocks for layer in family.block_layers(name, block).values()]
     weights = max(n * k for n, k in shapes) * 4 * WEIGHT_COPIES
     return weights + (max(k for _, k in shapes) ** 2 * 4 * GRAM_COPIES if with_gram else 0)

@@ -1,7 +1,7 @@
-"""Settings of a MODEL that reach its own modules, and so can't be carried over to the quantized model.
+"""Find settings of a MODEL that hold its own modules, and therefore can't be carried over to the quantized model.
 
-Nodes put functions and objects on a MODEL: model options, wrappers, callbacks, object patches, attachments. One that holds the diffusion
-model, as step caches do, would have no effect on the quantized model and keep the 16-bit one in memory.
+Nodes put functions and objects on a MODEL: model options, wrappers, callbacks, object patches, attachments. An object that holds the
+diffusion model, as a step cache does, would have no effect on the quantized model and would keep the 16-bit model in memory.
 """
 
 import functools
@@ -20,7 +20,8 @@ BOUND = types.MethodType, types.BuiltinMethodType, types.MethodWrapperType
 
 
 def _references(thing):
-    """(words, object) of each object that `thing` holds. A function's globals are none of them: they lead to everything loaded."""
+    """Yield (step of the path in words, object) for each object that `thing` references. A function's globals are left out: they lead to
+    everything that is loaded."""
     if isinstance(thing, (torch.Tensor, *LEAVES)):
         return
     if isinstance(thing, dict):
@@ -43,13 +44,13 @@ def _references(thing):
         yield " (a weak reference)", thing()
     elif isinstance(thing, torch.nn.Module):
         yield from ((f".{name}", child) for name, child in [*thing._modules.items(), *thing._parameters.items(), *thing._buffers.items()])
-    elif not _attributes(thing):  # iterators, generators and the like of other libraries
+    elif not _attributes(thing):  # objects without Python attributes, such as iterators of other libraries
         yield from ((" (inside it)", held) for held in gc.get_referents(thing))
     yield from ((f".{name}", value) for name, value in _attributes(thing) if name not in ("_modules", "_parameters", "_buffers"))
 
 
 def _attributes(thing):
-    """[(name, value)] of an object's own attributes, in its __dict__ and in slots; of a bound method its object and its function."""
+    """[(name, value)] of an object's own attributes, in its __dict__ and its slots; for a bound method also its object and function."""
     found = list(getattr(thing, "__dict__", {}).items())
     for base in type(thing).__mro__:
         slots = vars(base).get("__slots__", ())
@@ -61,8 +62,8 @@ def _attributes(thing):
 
 
 def _addresses(tensor):
-    """{address} of the memory that a tensor lies in: of its parts where it is a wrapper around others, as ComfyUI's quantized weights are,
-    whose own storage has no address."""
+    """{address} of a tensor's memory. For a wrapper of other tensors, such as ComfyUI's quantized weights, the addresses are those of its
+    parts, since its own storage has none."""
     if is_traceable_wrapper_subclass(tensor):
         return {address for name in tensor.__tensor_flatten__()[0] for address in _addresses(getattr(tensor, name))}
     if tensor.layout != torch.strided or tensor.device.type == "meta":
@@ -71,9 +72,9 @@ def _addresses(tensor):
 
 
 def reaches(objects, modules):
-    """The way from one of `objects`, {words: object}, to one of `modules` or their parameters, in words; None if there is none.
+    """The path, in words, from one of `objects`, {words: object}, to one of `modules` or their parameters; None if there is none.
 
-    It follows containers, attributes, closures, bound methods, partials and weak references, at most MAX_DEPTH of them.
+    The search follows containers, attributes, closures, bound methods, partials and weak references, at most MAX_DEPTH steps.
     """
     wanted = {id(held) for module in modules for held in (module, *module.parameters(recurse=False))}
     memory = {address for module in modules for p in module.parameters(recurse=False) for address in _addresses(p)}
@@ -82,7 +83,7 @@ def reaches(objects, modules):
         return id(thing) in wanted or isinstance(thing, torch.Tensor) and not memory.isdisjoint(_addresses(thing))
 
     queue = deque((thing, words, 0) for words, thing in objects.items())
-    seen = {}  # {id: object}, which keeps an id from being used again
+    seen = {}  # {id: object}; holding the object keeps Python from reusing its id
     while queue:
         thing, words, depth = queue.popleft()
         if arrived(thing):
@@ -95,7 +96,7 @@ def reaches(objects, modules):
 
 
 def carried(patcher):
-    """{words: object} of a MODEL's settings that quantizing carries over."""
+    """{words: object} of the settings that quantization carries over from a MODEL."""
     found = {f"its {name}": value for name, value in patcher.model_options.items() if name != "transformer_options"}
     found |= {f"its transformer option {name}": value for name, value in patcher.model_options.get("transformer_options", {}).items()}
     found |= {f"its {name} wrapper": value for name, value in patcher.wrappers.items()}
@@ -106,8 +107,8 @@ def carried(patcher):
 
 
 def check_carried(patcher):
-    """Raise ValueError where a node has put something on the MODEL that holds parts of its own modules."""
-    way = reaches(carried(patcher), [patcher.model, *patcher.model.diffusion_model.modules()])
-    if way:
-        raise ValueError(f"A node on this MODEL, such as a step cache, holds parts of the 16-bit model ({way}), which can't be carried "
+    """Raise ValueError if a node has put an object on the MODEL that holds parts of the MODEL's own modules."""
+    path = reaches(carried(patcher), [patcher.model, *patcher.model.diffusion_model.modules()])
+    if path:
+        raise ValueError(f"A node on this MODEL, such as a step cache, holds parts of the 16-bit model ({path}), which can't be carried "
                          "into 4 bits; put that node behind SVDQuant Quantize Model.")

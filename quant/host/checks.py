@@ -1,4 +1,4 @@
-"""What is refused before a quantization begins: each in one sentence that says what, why and what to do."""
+"""Checks before a quantization begins. Each raises an error that says in one sentence what is wrong, why, and what to do."""
 
 import hashlib
 
@@ -15,7 +15,8 @@ from .weights import effective_weight
 
 
 def check_model(patcher):
-    """The Family of a MODEL in 16 or 8 bits. Raises ValueError where it is another model, on another pack's classes, or quantized."""
+    """The Family of a 16-bit or 8-bit MODEL. Raises ValueError if the MODEL is of no known family, runs on another pack's classes, or is
+    quantized."""
     model, family = getattr(patcher.model, "diffusion_model", None), family_of(patcher.model)
     name = type(getattr(patcher.model, "model_config", patcher.model)).__name__
     if family is not None:
@@ -34,14 +35,14 @@ def check_model(patcher):
 
 
 def check_extras(patcher):
-    """Raise ValueError where a node has put something on the MODEL that lives in its 16-bit modules and would be lost."""
+    """Raise ValueError if a node has changed the MODEL's 16-bit modules in a way that quantization would lose."""
     wrappers = patcher.wrappers.get(comfy.patcher_extension.WrappersMP.APPLY_MODEL, {})
     if "torch.compile" in wrappers or "torch_compile_kwargs" in patcher.model_options:
-        raise ValueError("This MODEL goes through TorchCompileModel or a node like it, which would go on running the 16-bit model; "
+        raise ValueError("This MODEL goes through TorchCompileModel or a similar node, which would keep running the 16-bit model; "
                          "put that node behind SVDQuant Quantize Model.")
     if patcher.additional_models.get("multigpu"):
-        raise ValueError("This MODEL goes through MultiGPU CFG Split, whose other devices would go on drawing with the 16-bit model; put "
-                         "that node behind SVDQuant Quantize Model.")
+        raise ValueError("This MODEL goes through MultiGPU CFG Split, whose other devices would keep running the 16-bit model; put that "
+                         "node behind SVDQuant Quantize Model.")
     inside = [key for key in patcher.object_patches if key.startswith("diffusion_model")]
     if inside or patcher.injections:
         what = f"replaces {inside[0]}" if inside else "hooks into its layers, as a bypass LoRA does"
@@ -51,15 +52,15 @@ def check_extras(patcher):
 
 
 def check_latent(patcher, latent):
-    """Raise ValueError unless the latent is one that the MODEL can draw."""
+    """Raise ValueError unless the MODEL can sample the latent."""
     samples, channels = latent["samples"], patcher.get_model_object("latent_format").latent_channels
     if samples.ndim != 4 or (samples.shape[1] != channels and samples.any()):
-        raise ValueError(f"The latent has shape {list(samples.shape)} and this model draws pictures with {channels} channels; "
-                         "connect an empty latent of your usual picture size.")
+        raise ValueError(f"The latent has shape {list(samples.shape)} and this model samples latents with {channels} channels; "
+                         "connect an empty latent of your usual image size.")
 
 
 def check_conditioning(family, patcher, conditioning):
-    """Raise ValueError unless there are prompts and each one's conditioning is as wide as the model's text input."""
+    """Raise ValueError unless there is a prompt and every prompt's conditioning is as wide as the model's text input."""
     if not conditioning:
         raise ValueError("The conditioning holds no prompt; connect a text encode node with a prompt.")
     width = patcher.model.model_config.unet_config[family.text_width]
@@ -73,19 +74,20 @@ def check_conditioning(family, patcher, conditioning):
 
 
 def check_weights(patcher, check):
-    """Raise ValueError naming the first parameter that is no floating point tensor, or holds NaN or Inf: calibration would only show
-    where it arrives. check: called often, to cancel. Returns a digest of all parameters, as the MODEL uses them."""
+    """Raise ValueError that names the first parameter that is not a floating point tensor, or that has NaN or Inf. Calibration would
+    only show which layers such values reach. check: called often, to cancel. Returns a digest of all parameters, as the MODEL uses
+    them."""
     digest = hashlib.sha256()
     for name, parameter in patcher.model.diffusion_model.named_parameters():
         check()
         if not parameter.dtype.is_floating_point:
-            raise ValueError(f"The MODEL's {name} is stored as {parameter.dtype}, in a format of its own; load a bf16, fp16 or "
+            raise ValueError(f"The MODEL's {name} is stored as {parameter.dtype}, in a packed format; load a bf16, fp16 or "
                              "fp8 version of the model.")
-        stored = parameter.to(patcher.load_device)  # which is quicker at it
-        # fp8 has no isfinite of its own.
+        stored = parameter.to(patcher.load_device)  # the device checks and hashes it faster
+        # PyTorch has no isfinite for fp8.
         if not torch.isfinite(stored.half() if stored.dtype.itemsize == 1 else stored).all():
-            raise ValueError(f"The MODEL's {name} holds NaN or Inf: its file is damaged or was merged wrongly; load a "
-                             "sound copy.")
+            raise ValueError(f"The MODEL's {name} holds NaN or Inf: its file is damaged or was merged incorrectly; load an "
+                             "intact copy.")
         used = effective_weight(patcher, name, patcher.load_device) if PREFIX + name in patcher.patches else stored
         digest.update(f"{name} {resume.digest(used)}\n".encode())
     return digest.hexdigest()

@@ -1,13 +1,13 @@
 """ComfyUI's weight patches as the LoRA branch of a packed layer.
 
-comfy.lora.calculate_weight applies a patch (patches.py) to a dense weight; here the same difference becomes a few 16-bit terms:
+comfy.lora.calculate_weight applies a patch (patches.py) to a dense weight. Here the same difference becomes a few 16-bit terms:
 
     LoRA                     its own two factors
-    DoRA over outputs        its factors, and a gain a row
+    DoRA over outputs        its factors, and a gain per row
     LoKr                     its Kronecker product, never multiplied out
     a scaled weight          a gain
-    anything else            the dense difference by a truncated SVD that keeps 99 % of its energy, or in full where
-                             that takes no more memory
+    anything else            the dense difference: as a truncated SVD that keeps 99 % of its energy, or in full if the SVD
+                             would take more memory
 """
 
 from collections import defaultdict
@@ -28,24 +28,24 @@ def refusal(layer_name, why):
 
 
 def check(layer_name, layer, parameter, value, strength_model, offset):
-    """Raise ValueError for a patch of a packed layer's parameter that neither a LoRA branch nor a bias can express."""
+    """Raise ValueError for a patch of a packed layer's parameter that neither a LoRA branch nor the bias can apply."""
     if parameter not in ("weight", "bias"):
         raise refusal(layer_name, f"it changes {parameter}, which belongs to the packed weight")
     if isinstance(value, list):
         raise refusal(layer_name, "merging changes every weight; merge the 16-bit models, then quantize the result")
     corrected = layer.spec.unsigned_from < layer.in_features
     if parameter == "bias" and corrected and (strength_model != 1.0 or kind(value) != NAMES["diff"]):
-        raise refusal(layer_name, "its bias holds the correction for the GELU's shift, so it can only be added to")
+        raise refusal(layer_name, "its bias contains the GELU shift correction, so a patch can only add to it")
     if parameter == "weight" and isinstance(parts(value), (LoRAParts, LoKrParts)):
-        # On meta tensors nothing is computed, and shapes that do not fit raise.
+        # On the meta device this computes nothing, and raises if shapes do not fit.
         _Sketch(layer_name, layer, torch.device("meta"), {}).add_factors(value, 1.0, offset)
 
 
 def build(key, layer, patches, device, cache):
     """(LoRABranch or None, [(kind, how)]) for a packed layer.
 
-    patches: ComfyUI's, in order; device: where to compute; cache: {what: (low-rank factors, what they were made of)},
-    latest last, so that another strength needs no other SVD. Raises ValueError where a patch does not fit.
+    patches: ComfyUI's, in order; device: where to compute; cache: {identity of a patch: (low-rank factors, the patch's value)}, most
+    recently used last, so that another strength needs no new SVD. Raises ValueError if a patch does not fit the layer.
     """
     sketch = _Sketch(key, layer, device, cache)
     for entry in patches:
@@ -58,7 +58,7 @@ def build(key, layer, patches, device, cache):
 
 
 def lines(notes):
-    """The lines for the log, one for each kind of patch that is not a plain LoRA. notes: [(kind, how)] of all the layers."""
+    """Lines for the log, one for each kind of patch that is not a plain LoRA. notes: [(kind, how)] of all the layers."""
     groups = defaultdict(list)
     for what, how in notes:
         if (what, how) != (NAMES["lora"], EXACT):
@@ -73,7 +73,7 @@ def lines(notes):
 
 
 class _Sketch:
-    """A LoRA branch in the making: float32 terms and the gain so far, in the order of the patches."""
+    """A LoRA branch under construction: the float32 terms and the gain of the patches so far, in order."""
 
     def __init__(self, key, layer, device, cache):
         self.key, self.layer, self.device, self.cache = key, layer, device, cache
@@ -81,7 +81,7 @@ class _Sketch:
         self.terms, self.gain, self.notes = [], None, []
 
     def weight(self):
-        """(N, K): the weight that the layer stands for, with the patches so far."""
+        """(N, K) float32: the layer's dense weight with the patches so far."""
         weight = self.layer.dense(self.device)
         if self.gain is not None:
             weight *= self.gain
@@ -100,14 +100,14 @@ class _Sketch:
         self.notes.append((what, how or self.add_dense(strength, value, offset, function, rows, cols)))
 
     def add_factors(self, value, strength, offset):
-        """Add an adapter whose own factors serve as terms: EXACT, or None where they do not."""
+        """Add an adapter by its own factors. Returns EXACT, or None if they can't be used as terms."""
         adapter = parts(value)
         if isinstance(adapter, LoRAParts):
             return self.add_lora(adapter, strength, *self.window(offset))
         return self.add_lokr(adapter, strength, *self.window(offset)) if isinstance(adapter, LoKrParts) else None
 
     def window(self, offset):
-        """The rows and the columns that a patch is for, (start, stop) each."""
+        """The rows and the columns that a patch changes, (start, stop) each."""
         window = [(0, size) for size in self.shape]
         if offset is not None:
             dim, start, length = offset
@@ -120,7 +120,7 @@ class _Sketch:
         return refusal(self.key, f"it is for {what} and the layer is {list(self.shape)}, so it belongs to another model")
 
     def scale(self, rows, cols, factor):
-        """Multiply rows of the weight, the terms so far included. factor: a number or (rows, 1)."""
+        """Multiply rows of the weight, including the terms so far. factor: a number or (rows, 1)."""
         if cols != (0, self.shape[1]):
             self.terms.append(Dense(rows, cols, (factor - 1) * self.weight()[slice(*rows), slice(*cols)]))
             return
@@ -175,7 +175,7 @@ class _Sketch:
         return EXACT
 
     def add_dense(self, strength, value, offset, function, rows, cols):
-        """The difference that ComfyUI would make to the dense weight, as terms; returns how."""
+        """Add the difference that ComfyUI would make to the dense weight, as terms. Returns how, for the notes: a rank or words."""
         if function is not None or reads_weight(value):
             before = self.weight()
             return self.add_difference(self.applied(before, strength, value, offset, function) - before)
@@ -188,14 +188,14 @@ class _Sketch:
             factors = truncated_svd(difference)
             if factors is None:
                 return self.add_difference(strength * difference, rows, cols)
-            # `value` is kept so that the identity of its tensors stays theirs.
+            # Keeping `value` keeps Python from reusing the ids of its tensors.
             self.cache[what] = (*(factor.to(self.layer.spec.dtype).cpu() for factor in factors), value)
         up, down = self.floats(*self.cache[what][:2])
         self.terms.append(LowRank(rows, cols, up * strength, down))
         return up.shape[1]
 
     def applied(self, weight, strength, value, offset, function):
-        """(N, K): `weight` with the patch, by ComfyUI's own arithmetic. Raises ValueError where ComfyUI can't apply it."""
+        """(N, K): `weight` with the patch applied by ComfyUI's own code. Raises ValueError if ComfyUI can't apply it."""
         dora = dora_scale(value)
         if dora is not None and dora.numel() not in (stop - start for start, stop in self.window(offset)):
             raise self.misfit(f"{dora.numel()} rows or columns by its DoRA scale")
@@ -210,9 +210,9 @@ class _Sketch:
                                              original_weights=originals)
         if result.shape != weight.shape:
             raise self.misfit(f"a weight of {list(result.shape)}")
-        # ComfyUI only logs that it could not apply a patch. One that it can, it passes through `function`, or it replaces the weight.
+        # ComfyUI only logs when it can't apply a patch. When it can, it calls `function` or replaces the weight.
         if not computed and torch.equal(result, weight):
-            raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)}, and its log says why")
+            raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)}; see the console for the reason")
         return result
 
     def add_difference(self, difference, rows=None, cols=None):

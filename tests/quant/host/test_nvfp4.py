@@ -62,7 +62,7 @@ def test_the_load_node_says_that_its_inputs_stay_nvfp4(files, monkeypatch):
     drawn = [sample(load_model.SVDQuantLoadModel.execute("nvfp4", "auto", activations).result[0]) for activations in ("auto", "int8")]
     assert torch.equal(*drawn)
     load_model.SVDQuantLoadModel.execute("plain", "auto", "int8")
-    assert said == ["nvfp4 is NVFP4, whose layers see their input in NVFP4: activations = int8 changes nothing"]
+    assert said == ["nvfp4 is NVFP4, whose layers always use NVFP4 activations: activations = int8 has no effect"]
 
 
 def test_saved_and_reloaded_gives_the_same_bits(quantized_model, tmp_path):
