@@ -10,8 +10,12 @@ from .header import WEIGHT_DTYPES, CheckpointError
 # Those that ComfyUI reads too; a whole checkpoint has text encoders and a VAE beside the second.
 PREFIXES = ("", "model.diffusion_model.", "model.", "model.model.", "net.")
 PACKED = ".weight_smooth_factor"  # that only a layer in 4 bits has
+SCALES = ("scale_weight", "scale_input", "scaled_fp8", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "SCB",
+          layout.QUANT_KEY)  # names that only quantized weights bring along
 NF4 = ".quant_state.bitsandbytes__"  # in the names of what bitsandbytes keeps of a 4-bit matrix
-SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # in the name of a file that holds a part of a model
+SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # in the name of a file that may hold a part of a model
+PADDED_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")  # in the name that the Hub's own tools give one
+LORA, NUNCHAKU = "lora_", ".qweight"  # in names of a LoRA's tensors; of Nunchaku's, which have lora_down and lora_up too
 
 # A part of a name that gives a model away, and what to call it.
 FOREIGN = (
@@ -26,7 +30,6 @@ FOREIGN = (
     ("decoder.conv_in.weight", "a VAE"),
     ("taesd_decoder.", "a VAE"),
     ("down_blocks.0.resnets.0.conv1.weight", "a Stable Diffusion or SDXL UNet"),
-    ("lora_", "a LoRA"),
 )
 
 
@@ -36,14 +39,24 @@ def find(header):
     Raises CheckpointError where it holds one that would be read wrongly: in a format that nothing in it describes, with blocks missing,
     or only in part.
     """
-    _check_whole(header)
     for family in FAMILIES:
         found = family.signature.prefixes(header.tensors.keys())
         prefix = next((prefix for prefix in (*PREFIXES, *found) if prefix in found), None)
         if prefix is not None:
+            _check_shard(header, _is_measured(header.within(prefix), family))
             _check_model(header, family, prefix)
             return family, prefix
+    _check_shard(header, find_diffusers(header) is not None)
     return None
+
+
+def _is_measured(header, family):
+    """Whether a file has the tensors at both ends of a model, from which its configuration is measured. No shard has them all."""
+    try:
+        family.configuration.of({family.stored_name(name): info.shape for name, info in header.tensors.items()})
+    except (ValueError, KeyError, IndexError):
+        return False
+    return True
 
 
 def _check_model(header, family, prefix):
@@ -59,10 +72,10 @@ def _check_model(header, family, prefix):
     _check_described(header, family, names, prefix)
 
 
-def _check_whole(header):
-    """Raise CheckpointError for a shard, which by itself looks like a damaged model."""
+def _check_shard(header, whole):
+    """Raise CheckpointError for a shard, which by itself looks like a damaged model. whole: whether it looks like a whole one."""
     shard = SHARD.search(header.file)
-    if shard and int(shard[2]) > 1:
+    if shard and int(shard[2]) > 1 and not (whole and not PADDED_SHARD.search(header.file)):
         raise CheckpointError(f"{header.file} is a part of a model that lies in {int(shard[2])} files; choose the model in one "
                               "file, or join them first.")
 
@@ -87,9 +100,7 @@ def _check_described(header, family, names, prefix):
     if layers and METADATA not in header.metadata and not any(f"{layer}.{layout.QUANT_KEY}" in names for layer in layers):
         raise CheckpointError(f"{header.file} has layers in 4 bits ({prefix}{layers[0]}) and no word of how, as another node than "
                               "SVDQuant Save Model leaves them; save the quantized model with SVDQuant Save Model.")
-    if any(NF4 in name for name in names):
-        raise CheckpointError(f"{header.file} is a {family.title} in bitsandbytes' 4 bits (NF4 or FP4), which can't be read here; choose a "
-                              "bf16, fp16 or fp8 version of the model.")
+    _check_nf4(header, family, names)
     for name, info in names.items():
         layer, _, leaf = name.rpartition(".")
         coded = leaf in ("weight", "bias", "scale") and info.dtype not in WEIGHT_DTYPES
@@ -99,6 +110,13 @@ def _check_described(header, family, names, prefix):
                                   "or ordinary fp8 version of the model.")
 
 
+def _check_nf4(header, family, names):
+    """Raise CheckpointError where a model is in bitsandbytes' 4 bits."""
+    if any(NF4 in name for name in names):
+        raise CheckpointError(f"{header.file} is a {family.title} in bitsandbytes' 4 bits (NF4 or FP4), which SVDQuant does not read; "
+                              "choose a bf16, fp16 or fp8 version of the model.")
+
+
 def find_diffusers(header):
     """The Family of a model in diffusers' naming, or None."""
     keys = header.tensors.keys()
@@ -106,8 +124,28 @@ def find_diffusers(header):
                  and all(key in keys for key in family.diffusers.keys)), None)
 
 
+def check_diffusers(header, family, known):
+    """Raise CheckpointError where a model in diffusers' naming has weights or tensors that ComfyUI's conversion would take for others or
+    drop: it joins q, k and v as they are, and reads no scale. known: names that the conversion reads."""
+    _check_nf4(header, family, header.tensors)
+    for name, info in header.tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if name not in known and (leaf in SCALES or name in SCALES or f"{layer}.weight" in known and leaf != "bias"):
+            raise CheckpointError(f"{header.file} has 8-bit weights with scales of their own ({name}), which ComfyUI does not read under "
+                                  f"diffusers' names; choose the bf16 version, or an fp8 {family.title} in ComfyUI's own naming.")
+        if name in known and info.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(f"{header.file} has {name} as {info.dtype} and no word of the format that it belongs to; choose the bf16 "
+                                  f"version, or an fp8 {family.title} in ComfyUI's own naming.")
+    unused = next((name for name in header.tensors if name not in known), None)
+    if unused is not None:
+        raise CheckpointError(f"{header.file} has tensor {unused}, which a {family.title} under diffusers' names has no place for; choose "
+                              "another version of the model.")
+
+
 def kind(header):
     """What a file is that holds no model of a family; None where nothing gives it away."""
     keys = header.tensors.keys()
     relatives = filter(None, (family.signature.lookalike(keys) for family in FAMILIES))
-    return next(relatives, None) or next((what for part, what in FOREIGN if any(part in key for key in keys)), None)
+    found = next(relatives, None) or next((what for part, what in FOREIGN if any(part in key for key in keys)), None)
+    is_lora = any(LORA in key for key in keys) and not any(key.endswith(NUNCHAKU) for key in keys)
+    return found or ("a LoRA" if is_lora else None)

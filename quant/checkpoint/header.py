@@ -32,6 +32,7 @@ PAIRS = {"F4": torch.float4_e2m1fn_x2} if hasattr(torch, "float4_e2m1fn_x2") els
 WEIGHT_DTYPES = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
 MAX_DESCRIPTION_BYTES = 1 << 16  # of one X.comfy_quant
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+GGUF = b"GGUF"
 WEB_PAGE, WEB_PAGE_BYTES = (b"<!doctype html", b"<html"), 512  # how it may begin, and how much of it is looked at
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -202,6 +203,8 @@ def read_header(path):
 def _what_else(name, start):
     """What a file is that is not safetensors, and what to do about it. start: its first bytes."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith(GGUF):
+        return "a GGUF file, which SVDQuant does not read; download the bf16, fp16 or fp8 version of the model in safetensors format"
     if not start:
         return "empty, so its download went wrong; download it again"
     if text.startswith(LFS_POINTER):

@@ -5,12 +5,15 @@ import os
 from collections import Counter
 from statistics import fmean, median
 
+import torch
+
 from .. import families
 from ..layers import layout
 from . import comfy_kitchen, foreign, formats, native
 from .card import MAX_FIELD_BYTES, PREFIX, SOURCE_HASH, SOURCE_TITLE
 from .header import CheckpointError
 
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 REST = "everything else"
 # What the tensors of a packed layer are, by the last part of their names: ours and comfy-kitchen's, Nunchaku's.
 KINDS = {
@@ -74,10 +77,23 @@ def _plain(header):
         shapes = {family.stored_name(name): info.shape for name, info in inside.tensors.items()}
         theirs = sorted({str(conf.get("format")) for layer, conf in comfy_kitchen.descriptions(inside).items()
                          if f"{layer.removeprefix(prefix)}.weight" in inside.tensors})
-        what = f"a {family.title} " + (f"with layers in ComfyUI's format {', '.join(theirs)}" if theirs else "that is not quantized")
+        what = _plain_format(family, inside, theirs)
         return {"format": what, "family": family.title, "model": _model(family, shapes, {}, header), **_sizes(header.tensors, ())}
+    if family := foreign.find_diffusers(header):
+        what = f"{_plain_format(family, header, [])}, under diffusers' names"
+        return {"format": what, "family": family.title, "model": {}, **_sizes(header.tensors, ())}
     what = foreign.kind(header) or f"no {families.TITLES} in ComfyUI's names and no quantized one"
     raise CheckpointError(f"{header.file} is {what}; choose another file.")
+
+
+def _plain_format(family, header, formats):
+    """What a file is that no SVDQuant format describes. formats: names of ComfyUI's formats that its layers are in."""
+    if formats:
+        return f"a {family.title} with layers in ComfyUI's format {', '.join(formats)}"
+    if any(info.dtype in EIGHT_BITS for info in header.tensors.values()):
+        scaled = any(name.rpartition(".")[2] in foreign.SCALES for name in header.tensors)
+        return f"a {family.title} in fp8, {'with scales' if scaled else 'without scales'}"
+    return f"a {family.title} that is not quantized"
 
 
 def _model(family, shapes, stored, header):
@@ -145,6 +161,8 @@ def _card(header):
 
 def _model_lines(told):
     model = told["model"]
+    if not model:  # under diffusers' names
+        return []
     guidance = {True: ", with guidance", False: ", without guidance"}.get(model.get("guidance_embed"), "")
     lines = [f"{told['family']}: {model['depth']} double and {model['depth_single_blocks']} single blocks, "
              f"hidden size {model['hidden_size']}, {model['in_channels']} channels in{guidance}"]

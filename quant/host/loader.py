@@ -113,7 +113,9 @@ def _empty_plain(header, family, prefix, compute_dtype=None):
         names = {family.stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
         shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
     model = build.empty_model(_detect(header, family, shapes, {}), {}, compute_dtype)
-    _check_complete(header, family, model, shapes, exact=False)
+    inside = header.within(prefix or "")
+    described = {f"{layer.removeprefix(prefix or '')}.weight" for layer in comfy_kitchen.descriptions(inside)}
+    _check_complete(header, family, model, shapes, exact=False, packed=described)
     return names, shapes, model
 
 
@@ -125,8 +127,9 @@ def _check_formats(header, prefix):
     known = {} if described and not hasattr(comfy.utils, "convert_old_quants") else quant_ops.QUANT_ALGOS  # it came with those
     for layer, conf in comfy_kitchen.descriptions(inside).items():
         if f"{layer.removeprefix(prefix)}.weight" in inside.tensors and conf.get("format") not in known:
+            others = "a bf16 version, or an fp8 one without descriptions" if described else "a bf16, fp16 or fp8 version"
             raise CheckpointError(f"{header.file} has layers in the format {conf.get('format')!r} ({layer}), which this ComfyUI does not "
-                                  "read; update ComfyUI, or choose a bf16, fp16 or fp8 version of the model.")
+                                  f"read and newer ones may; update ComfyUI, or choose {others} of the model.")
 
 
 def _from_diffusers(header, family):
@@ -137,6 +140,7 @@ def _from_diffusers(header, family):
     config["hidden_size"] = (*header.tensors[theirs.width].shape, 0)[0]
     targets = getattr(comfy.utils, theirs.names)(config)
     parts = {stored: target for stored, target in targets.items() if not isinstance(target, str) and target[1]}
+    foreign.check_diffusers(header, family, targets)
     for name in (*theirs.needed, *parts):
         if name not in header.tensors:
             raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it again.")
@@ -192,15 +196,16 @@ def _detect(header, family, shapes, stored):
     return model_config
 
 
-def _check_complete(header, family, model, shapes, exact):
-    """Compare the file's tensors with the model's: none missing, every shape right and, if `exact`, none left over."""
+def _check_complete(header, family, model, shapes, exact, packed=()):
+    """Compare the file's tensors with the model's: none missing, every shape right and, if `exact`, none left over. packed: names of
+    tensors whose shapes are those of a format of ComfyUI's, and not the model's."""
     found = model.model_config.process_unet_state_dict(build.shapes_as_tensors(shapes))
     expected = model.diffusion_model.state_dict()
     for name, tensor in expected.items():
         if name not in found:
             raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it "
                                   "again.")
-        if found[name].shape != tensor.shape:
+        if found[name].shape != tensor.shape and name not in packed:
             raise CheckpointError(f"{header.file}: tensor {name} has shape {list(found[name].shape)} where "
                                   f"{list(tensor.shape)} is due; the file does not fit a {family.title} of its size, "
                                   "download or save it again.")

@@ -92,3 +92,17 @@ def test_relatives_are_recognized_by_their_names(tmp_path, key, what):
     for tensors in (flux_tensors(hidden=64), diffusers):
         header = header_of(tmp_path / "a.safetensors", tensors | {key: torch.ones(2)})
         assert foreign.find(header) is None and not foreign.find_diffusers(header) and foreign.kind(header) == what
+
+
+def test_a_whole_model_may_have_numbers_in_its_name(tmp_path):
+    tensors = flux_tensors(hidden=128)
+    assert foreign.find(header_of(tmp_path / "checkpoint-3-of-10.safetensors", tensors)) == (FAMILY, "")
+    with pytest.raises(CheckpointError, match="is a part of a model that lies in 10 files"):
+        foreign.find(header_of(tmp_path / "checkpoint-3-of-10.safetensors", without("vector_in.")(tensors)))
+
+
+def test_what_is_called_a_lora(tmp_path):
+    lora = {"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.zeros(2, 2)}
+    assert foreign.kind(header_of(tmp_path / "a.safetensors", lora)) == "a LoRA"
+    nunchaku = {"transformer_blocks.0.qkv_proj.qweight": CODES, "transformer_blocks.0.qkv_proj.lora_down": torch.zeros(2, 2)}
+    assert foreign.kind(header_of(tmp_path / "a.safetensors", nunchaku)) is None

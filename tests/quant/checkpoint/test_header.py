@@ -59,7 +59,7 @@ def test_a_pickle_is_named_as_one(tmp_path):
     (b"", "is empty, so its download went wrong"), (b"\0\0", "is not a safetensors file, whatever its name says"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1234\n", "is a Git LFS pointer, a few lines that stand for"),
     (b"<!DOCTYPE html>\n<html lang=en>", "is a web page"), (b"\xef\xbb\xbf \n<html>\n<body>", "is a web page"),
-    (b"GGUF\x03\0\0\0\xff\xff", "is not a safetensors file, whatever its name says"),
+    (b"GGUF\x03\0\0\0\xff\xff", "is a GGUF file, which SVDQuant does not read"),
 ])
 def test_a_failed_download_is_reported(tmp_path, content, says):
     path = tmp_path / "flux.safetensors"
@@ -69,7 +69,8 @@ def test_a_failed_download_is_reported(tmp_path, content, says):
 
 def test_a_file_of_another_kind_is_not_called_damaged(tmp_path):
     (tmp_path / "flux.gguf").write_bytes(b"GGUF\x03\0\0\0\xff\xff")
-    assert refusal(tmp_path / "flux.gguf") == "flux.gguf is not a safetensors file; choose a .safetensors FLUX model."
+    assert refusal(tmp_path / "flux.gguf") == (
+        "flux.gguf is a GGUF file, which SVDQuant does not read; download the bf16, fp16 or fp8 version of the model in safetensors format.")
 
 
 def test_a_tensor_of_no_elements_is_read(tmp_path):

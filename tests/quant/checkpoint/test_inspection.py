@@ -103,6 +103,25 @@ def test_other_kinds_of_files(files, tmp_path, no_weights):
         inspect(tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda t: t, "a FLUX.1 that is not quantized"),
+    (lambda t: {name: x.to(torch.float8_e4m3fn) if x.ndim == 2 else x for name, x in t.items()}, "a FLUX.1 in fp8, without scales"),
+    (lambda t: {name: x.to(torch.float8_e4m3fn) if x.ndim == 2 else x for name, x in t.items()}
+     | {"txt_in.scale_weight": torch.ones(()), "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "a FLUX.1 in fp8, with scales"),
+])
+def test_other_precisions_are_called_by_their_names(tmp_path, change, says):
+    save_file(change(flux_tensors()), tmp_path / "model.safetensors")
+    assert inspect(tmp_path / "model.safetensors")["format"] == says
+
+
+def test_a_model_under_diffusers_names_is_one(tmp_path):
+    names = ("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight", "x_embedder.bias")
+    save_file({name: torch.zeros(4, dtype=torch.bfloat16) for name in names}, tmp_path / "model.safetensors")
+    told = inspect(tmp_path / "model.safetensors")
+    assert told["format"] == "a FLUX.1 that is not quantized, under diffusers' names"
+    assert "under diffusers' names" in inspection.text(told)
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_quantized_model_that_another_node_saved_is_no_16_bit_one(model, tmp_path, no_weights, prefix):
     """ComfyUI's ModelSave writes only tensors; the descriptions of packed layers are in no tensor of the MODEL."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError
 from comfyui_svdquant.quant.host import loader
+from comfyui_svdquant.quant.layers import layout
 from safetensors.torch import save_file
 
 from ..comfy_models import sample, write_flux
@@ -71,3 +72,39 @@ def test_a_wrong_shape_is_refused(tmp_path, name, shape):
 def test_a_missing_block_is_refused(tmp_path):
     tensors = {name: t for name, t in diffusers_tensors().items() if not name.startswith("single_transformer_blocks.0.")}
     assert "single_transformer_blocks.0." in refusal(tmp_path / "model.safetensors", tensors)
+
+
+QKV = "transformer_blocks.0.attn.to_q"
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+
+
+def coded(dtype, **beside):
+    """A change that stores a weight in 8 bits, with tensors beside it."""
+    def change(tensors):
+        tensors[f"{QKV}.weight"] = (tensors[f"{QKV}.weight"].float() * 100).to(dtype)
+        return tensors | {f"{QKV}.{leaf}": tensor for leaf, tensor in beside.items()}
+    return change
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (coded(FP8, scale_weight=torch.tensor(0.01)), f"{QKV}.scale_weight"),
+    (coded(FP8, weight_scale=torch.tensor(0.01)), f"{QKV}.weight_scale"),
+    (coded(FP8, weight_scale=torch.tensor(0.01), comfy_quant=layout.encode_conf({"format": "float8_e4m3fn"})), QKV),
+    (coded(INT8, weight_scale=torch.tensor(0.01)), QKV), (coded(INT8), f"{QKV}.weight"), (coded(INT8, SCB=torch.ones(HIDDEN)), QKV),
+    (lambda tensors: tensors | {"scaled_fp8": torch.zeros(2, dtype=FP8)}, "scaled_fp8"),
+    (lambda tensors: tensors | {f"{QKV}.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}, "(NF4 or FP4)"),
+    (lambda tensors: tensors | {"transformer_blocks.0.attn.to_gate.weight": torch.zeros(4, 4)}, "transformer_blocks.0.attn.to_gate.weight"),
+])
+def test_what_the_conversion_would_drop_is_refused(tmp_path, change, named):
+    """ComfyUI's conversion takes the names that it knows: without their scales, 8-bit weights were another model in silence."""
+    assert named in refusal(tmp_path / "model.safetensors", change(diffusers_tensors()))
+
+
+def test_plain_fp8_is_the_model(tmp_path):
+    """fp8 without a scale is what it says."""
+    tensors = diffusers_tensors()
+    tensors[f"{QKV}.weight"] = tensors[f"{QKV}.weight"].to(FP8)
+    save_file(tensors, tmp_path / "fp8.safetensors")
+    save_file(diffusers_tensors(), tmp_path / "bf16.safetensors")
+    fp8, bf16 = (sample(loader.load_model(str(tmp_path / f"{name}.safetensors"))) for name in ("fp8", "bf16"))
+    assert 0 < float((fp8 - bf16).norm() / bf16.norm()) < 0.1

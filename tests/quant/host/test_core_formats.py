@@ -1,0 +1,46 @@
+"""Files whose layers are in formats of ComfyUI's own: handed to its loader where it reads them, else refused by the format's name."""
+
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from comfy import quant_ops
+from comfyui_svdquant.quant.checkpoint import inspection
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from comfyui_svdquant.quant.host import loader
+from comfyui_svdquant.quant.layers import layout
+from safetensors.torch import save_file
+
+from ..comfy_models import sample
+from ..random_flux import flux_tensors
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
+QKV = "double_blocks.0.img_attn.qkv"
+DESCRIBED = hasattr(comfy.utils, "convert_old_quants")  # whether this ComfyUI reads descriptions of layers
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8")
+
+
+def write(path, name):
+    """A FLUX.1 with one layer in ComfyUI's format `name`, as ComfyUI stores it, or with made-up shapes where this one lacks the format."""
+    tensors = flux_tensors(depth_single=1)
+    weight = tensors.pop(f"{QKV}.weight")
+    if DESCRIBED and name in quant_ops.QUANT_ALGOS:
+        quantized = quant_ops.QuantizedTensor.from_float(weight, quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"])
+        tensors |= {key: tensor.contiguous() for key, tensor in quantized.state_dict(f"{QKV}.weight").items()}
+    else:
+        tensors |= {f"{QKV}.weight": weight.to(torch.float8_e4m3fn), f"{QKV}.weight_scale": torch.ones(())}
+    tensors[f"{QKV}.comfy_quant"] = layout.encode_conf({"format": name})
+    save_file(tensors, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_comfyui_reads_its_own_formats_and_others_are_named(tmp_path, name):
+    path = write(tmp_path / "model.safetensors", name)
+    assert inspection.inspect(read_header(path))["format"] == f"a FLUX.1 with layers in ComfyUI's format {name}"
+    if DESCRIBED and name in quant_ops.QUANT_ALGOS:
+        assert torch.equal(sample(loader.load_model(path)), sample(comfy.sd.load_diffusion_model(path)))
+    else:
+        with pytest.raises(CheckpointError, match=f"^model.safetensors has layers in the format '{name}' .* update ComfyUI, or choose "):
+            loader.load_model(path)
