@@ -53,7 +53,7 @@ def middle_of(picture, colour):
     ("large green hexagon right on rose", (0.73, 0.5), (0.15, 0.5)),
     ("large yellow circle bottom on navy", (0.5, 0.73), (0.5, 0.15)),
 ])
-def test_an_object_lies_where_the_caption_says_in_its_colour(draw, caption, place, opposite):
+def test_an_object_is_at_the_captions_position_in_its_colour(draw, caption, place, opposite):
     picture = draw(caption)
     colour, ground = words.COLOURS.index(caption.split()[1]), words.GROUNDS.index(caption.split()[-1])
     # Bevel and shade change a colour by less than 0.25 in total; an object's colour here differs from its ground's by at least 0.8.

@@ -68,7 +68,7 @@ def test_a_downloaded_model_draws_and_is_inspected(client, own_server, hub):
     assert [token for _, _, token in hub.gets] == ["Bearer hf_secret"]
 
 
-def test_cancel_keeps_what_has_come_and_the_next_run_goes_on(client, own_server, hub):
+def test_cancel_keeps_the_downloaded_part_and_the_next_run_resumes(client, own_server, hub):
     hub.hold, result = threading.Event(), []
     hub.halfway.clear()
 
@@ -96,7 +96,7 @@ def test_cancel_keeps_what_has_come_and_the_next_run_goes_on(client, own_server,
     assert hub.gets[-1][1] == f"bytes={10 * 1024 * 1024}-"
 
 
-def test_what_was_downloaded_and_deleted_is_downloaded_again(client, own_server, hub):
+def test_a_deleted_download_is_downloaded_again(client, own_server, hub):
     """For an unchanged workflow ComfyUI runs these nodes once, and again if their file is missing."""
     prompt = base_prompt() | pictures("model", "again") | {"download": download("again_" + NAME)}
     prompt["model"]["inputs"]["model_name"] = ["download", 0]

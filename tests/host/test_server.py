@@ -195,7 +195,7 @@ def test_an_existing_file_is_left_alone_unless_asked(server: Server):
     assert file.stat().st_mtime_ns > before
 
 
-def test_what_was_saved_and_deleted_is_saved_again(server: Server):
+def test_a_deleted_saved_file_is_saved_again(server: Server):
     """For an unchanged workflow ComfyUI runs these nodes once, and again if their file is missing."""
     prompt = base_prompt(seed=3) | {"saved": save("quantized", "again"), "loaded": {
         "class_type": "SVDQuantLoadModel", "inputs": {"model_name": ["saved", 0], "compute_dtype": "auto"}}} | pictures("loaded", "again")

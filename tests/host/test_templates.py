@@ -79,7 +79,7 @@ def test_links_and_nodes_agree(graph):
     assert sum(len(out["links"]) for node in nodes.values() for out in node["outputs"]) == len(graph["links"])
 
 
-def test_every_node_says_where_it_comes_from(graph):
+def test_every_node_names_its_pack(graph):
     for node in graph["nodes"]:
         if node["type"] not in workflow.NOTES:
             pack = "svdquant" if node["type"].startswith("SVDQuant") else "comfy-core"

@@ -69,7 +69,7 @@ def test_every_preset_names_a_file_that_can_be_asked_for():
     ({"repository": ""}, "needs both a repository, .* and a file"), ({"repository": "flux"}, "as owner/name"),
     ({"repository": "https://huggingface.co/owner/other/blob/main/x.sft"}, "two files"),
 ])
-def test_what_leads_out_of_its_folder_is_not_asked_for(server, change, says):
+def test_paths_out_of_the_folder_are_not_requested(server, change, says):
     with pytest.raises(ValueError, match=says):
         download(**change)
     assert server.asked == []

@@ -80,7 +80,7 @@ def test_save_refuses_a_name_that_another_folder_has(folders, quantized_model, l
 
 
 @pytest.mark.parametrize("lines", [(), ("is_default: true", "unet: models/unet/"), ("is_default: true", "diffusion_models: flux/")])
-def test_what_save_wrote_load_and_inspect_open(folders, quantized_model, lines):
+def test_load_and_inspect_open_a_saved_file(folders, quantized_model, lines):
     base = folders(*lines)
     (base / "models" / "unet" / "y.safetensors").mkdir()  # a folder is not found
     for name in ("x", "deep/x", "y"):

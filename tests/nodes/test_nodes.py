@@ -55,7 +55,7 @@ def test_the_extension_offers_the_nodes():
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_every_input_and_output_says_what_it_is(node):
+def test_every_input_and_output_has_a_description(node):
     schema = node.GET_SCHEMA()
     assert schema.description and schema.display_name.startswith("SVDQuant ")
     assert all(port.tooltip and port.tooltip.endswith(".") for port in [*schema.inputs, *schema.outputs])
@@ -308,7 +308,7 @@ def test_inspecting_reads_no_weight(monkeypatch):
     (lambda tensors: tensors.update({"double_blocks.7.img_mod.lin.bias": torch.zeros(1)}), "double_blocks.7"),
 ])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_inspect_refuses_what_load_refuses(change, says, quantized):
+def test_inspect_and_load_refuse_the_same_files(change, says, quantized):
     if quantized:
         SVDQuantSaveModel.execute(quantize()[0], "whole", True)
     path = FOLDER / ("whole.safetensors" if quantized else "tiny_flux.safetensors")

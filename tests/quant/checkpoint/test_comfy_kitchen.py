@@ -214,7 +214,7 @@ def test_comfy_quants_names(ours, model, tmp_path):
     assert file.prefix is None
 
 
-def test_a_branch_that_reads_what_is_smoothed(ours, model, tmp_path):
+def test_a_branch_that_reads_the_smoothed_input(ours, model, tmp_path):
     """If the branch were taken to read x, it would silently draw another picture."""
     tensors = load_file(ours)
     by_comfy_quants(model, tensors, QKV, "post_smoothing")

@@ -29,7 +29,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("source", "to"), [("native", "nunchaku"), ("nunchaku", "native")])
-def test_a_converted_file_is_what_the_writer_writes(files, tmp_path, source, to):
+def test_a_converted_file_equals_the_writers(files, tmp_path, source, to):
     target, seen = tmp_path / "out.safetensors", []
     convert.convert(str(files[source]), str(target), to, progress=lambda *counts: seen.append(counts))
     expected, found = load_file(files[to]), load_file(target)
@@ -112,7 +112,7 @@ def test_a_terminal_shows_progress(files, tmp_path):
 
 
 @pytest.mark.parametrize(("program", "rest"), [("convert.py", ("out.safetensors", "--to", "native")), ("inspect_model.py", ())])
-def test_what_is_no_file_gets_a_sentence(tmp_path, program, rest):
+def test_a_path_that_is_no_file_gets_a_sentence(tmp_path, program, rest):
     called = program.split("_")[0].removesuffix(".py")
     (tmp_path / "file").touch()
     for path in (tmp_path / "none.safetensors", tmp_path / "file" / "in.safetensors"):

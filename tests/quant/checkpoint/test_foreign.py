@@ -57,7 +57,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_would_be_read_wrongly_is_refused(tmp_path, what):
+def test_files_that_comfyui_reads_wrongly_are_refused(tmp_path, what):
     name, change, says = REFUSED[what]
     header = header_of(tmp_path / name, change(flux_tensors(hidden=64, depth=3, depth_single=3)))
     with pytest.raises(CheckpointError) as caught:
@@ -67,7 +67,7 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path, what):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model.", "model.model.", "net."])
-def test_where_a_flux_lies(tmp_path, prefix):
+def test_the_prefixes_of_a_flux(tmp_path, prefix):
     encoder = {"text_encoders.t5.q.weight": CODES, "text_encoders.t5.q.weight_scale": torch.ones(1)} if prefix else {}
     header = header_of(tmp_path / "a.safetensors", renamed(prefix)(flux_tensors(hidden=64)) | encoder)
     assert foreign.find(header) == (FAMILY, prefix)

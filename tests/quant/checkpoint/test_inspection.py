@@ -146,7 +146,7 @@ def test_the_two_files_of_an_older_nunchaku_model_are_one_model(files, tmp_path)
     {"layers": [{"name": "a", "format": [], "error": 0.1, "error_naive": 0.1}]}, {"calibration": {"prompts": []}, "preset": "\x1b[2J\n"},
     {"calibration": 3, "": None},
 ])
-def test_what_a_file_says_of_itself_may_be_anything(model, tmp_path, recipe):
+def test_a_files_own_description_may_be_anything(model, tmp_path, recipe):
     path = tmp_path / "odd.safetensors"
     native.save(str(path), *model, recipe, "flux\x1b[31m", source_card={"modelspec.author": "a\nb"})
     facts = inspect(path)
@@ -157,7 +157,7 @@ def test_what_a_file_says_of_itself_may_be_anything(model, tmp_path, recipe):
 # --- the card ------------------------------------------------------------------------------------------------------
 
 
-def test_a_card_is_copied_but_for_what_is_the_sources_own(files):
+def test_a_card_is_copied_without_the_fields_of_the_source_alone(files):
     metadata = read_header(str(files / "native.safetensors")).metadata
     assert {key: metadata[key] for key in ("modelspec.title", "modelspec.author", "modelspec.license", "modelspec.architecture")} == {
         "modelspec.title": "My FLUX (SVDQuant)", "modelspec.author": "me", "modelspec.license": "CC0",

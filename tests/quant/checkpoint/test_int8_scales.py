@@ -76,7 +76,7 @@ def changed(index, value):
     changed((16, 700), 3.0),  # the new largest scale; the others are no multiples of a 16th of it
 ])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_what_is_no_product_is_seen_in_one_row_of_many(dtype, change):
+def test_one_row_that_is_no_product_is_detected(dtype, change):
     scale = integer_scales(17, 1000, dtype)
     scale[:, 700] = torch.arange(17) / 1024
     assert int8_scales.find_row_scale(scale) is not None
@@ -135,7 +135,7 @@ def same(path, model):
     return packed
 
 
-def test_a_model_comes_back_to_the_bit(path, model):
+def test_a_model_is_read_back_to_the_bit(path, model):
     packed = same(path, model)
     header = read_header(str(path))
     linears = {name for name, spec in model[1].items() if spec.format != layout.AWQ}

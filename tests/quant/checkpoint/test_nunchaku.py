@@ -145,7 +145,7 @@ def dense(tensors, part, shifted):
 
 
 @pytest.mark.parametrize("rank", [16, 128])
-def test_what_we_wrote_means_the_same_by_the_documented_formulas(tmp_path, rank):
+def test_written_files_dequantize_equally_by_the_documented_formulas(tmp_path, rank):
     model = packed_flux(depth_single=1, rank=rank)
     path = tmp_path / "svdq-int4.safetensors"
     nunchaku_writer.save(str(path), *model, RECIPE, "flux", False)
@@ -275,7 +275,7 @@ def test_modulation_layers_in_16_bits(written, model, tmp_path):
         opened(rewritten(path, tmp_path / "less.safetensors", lambda tensors: tensors.pop(f"{theirs}.bias")))
 
 
-def test_what_nunchakus_loader_reads(written):
+def test_the_keys_that_nunchakus_loader_reads(written):
     header = read_header(str(written))
     assert header.metadata["model_class"] == "NunchakuFluxTransformer2dModel"
     config, comfy, quantization = (json.loads(header.metadata[key]) for key in ("config", "comfy_config", "quantization_config"))

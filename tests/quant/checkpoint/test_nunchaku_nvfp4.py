@@ -45,7 +45,7 @@ def dense(tensors, name):
     return quantized / p["weight_smooth_factor"].double() + p["weight_proj_up"].double() @ p["weight_proj_down"].double().t()
 
 
-def test_what_nunchakus_packer_packed_is_unpacked_to_the_bit():
+def test_nunchakus_packed_tensors_are_unpacked_to_the_bit():
     v = load_file(VECTORS)
     assert torch.equal(order.unpack_codes(v["out.qweight"]), int4.pack(v["in.weight_code"]))
     scales = order.unpack_nvfp4_scales(v["out.wscales"])

@@ -28,7 +28,7 @@ def refusal(path, overwrite=False):
     return message
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_written_file_is_read_back(tmp_path):
     header = written(tmp_path / "deep" / "x.safetensors")
     found = {key: header.read_tensor(key) for key in header.tensors}
     assert found.keys() == TENSORS.keys()
@@ -167,7 +167,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         events.clear()
 
 
-def test_what_killed_saves_left_goes_and_nothing_else(tmp_path):
+def test_only_temporary_files_of_killed_saves_are_removed(tmp_path):
     """After a day, when no process can be writing it. A download's file stays, since a download resumes at any age."""
     old = time.time() - write.STALE_SECONDS - 60
     stale = ["x.safetensors.0123456789abcd.saving", "other.SFT.aaaaaaaaaaaaaa.saving"]

@@ -106,7 +106,7 @@ def test_a_cut_connection_is_gone_on_with(server, tmp_path):
     assert len(server.gets) == 3 and starts == [70_000, 120_000]
 
 
-def test_a_download_that_breaks_off_goes_on_next_time(server, tmp_path, monkeypatch):
+def test_an_interrupted_download_is_resumed(server, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between its tries
     server.cuts = [70_000] + [0] * 50
     assert "can't be reached for sub/flux_4bit.safetensors" in refusal(tmp_path)
@@ -118,7 +118,7 @@ def test_a_download_that_breaks_off_goes_on_next_time(server, tmp_path, monkeypa
     assert [wanted for _, wanted, _ in server.gets] == ["bytes=70000-"] and "0.1 MB of it here already" in watch.said[0]
 
 
-def test_cancel_stops_at_once_and_keeps_what_has_come(server, tmp_path):
+def test_cancel_stops_at_once_and_keeps_the_downloaded_part(server, tmp_path):
     server.hold, watch = threading.Event(), Watch()
     threading.Thread(target=lambda: server.halfway.wait(20) and watch.stop.set(), daemon=True).start()
     before = time.monotonic()
@@ -146,7 +146,7 @@ def test_cancel_does_not_wait_for_a_silent_server(use, tmp_path):
         assert time.monotonic() - before < 2
 
 
-def test_a_wrong_hash_deletes_what_came(server, tmp_path):
+def test_a_wrong_hash_deletes_the_download(server, tmp_path):
     server.etag = "ab" * 32
     assert "arrived with another SHA-256 than the Hub states" in refusal(tmp_path)
     assert os.listdir(tmp_path) == []
@@ -245,7 +245,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(server, tmp_path, revision):
     assert server.asked == []
 
 
-def test_what_is_not_there_is_named(server, tmp_path):
+def test_a_missing_file_or_repository_is_named(server, tmp_path):
     assert "no file other.safetensors at revision main" in refusal(tmp_path, file="other.safetensors")
     assert "no repository owner/other" in refusal(tmp_path, repository="owner/other")
     assert "no revision v2" in refusal(tmp_path, revision="v2")
@@ -363,7 +363,7 @@ def test_a_second_download_waits_for_the_first(server, tmp_path, cancelled):
     assert cancelled or outcomes == list(watches) and "was here already" in watches[1].said[-1]
 
 
-def test_a_waiting_download_goes_on_where_the_first_one_stopped(server, tmp_path):
+def test_a_waiting_download_resumes_the_first_one(server, tmp_path):
     server.hold, outcomes, watches = threading.Event(), [], (Watch(), Watch())
     first = in_thread(lambda: fetch(tmp_path, watches[0]), outcomes)
     assert server.halfway.wait(20)

@@ -33,7 +33,7 @@ def test_batches_lengths_and_large_seeds(patcher):
     assert tokens["double_blocks.0.txt_attn.qkv"] == 2 * 2 * (12 + 1) and tokens["double_blocks.0.img_attn.qkv"] == 2 * 2 * 2 * 15
 
 
-def test_streaming_a_real_flux_sees_what_its_blocks_see(patcher):
+def test_streaming_a_real_flux_sees_its_blocks_inputs(patcher):
     """Streaming sees the same inputs as hooks on ordinary forwards, with control residuals between the blocks and batch 2."""
     model = patcher.model.diffusion_model
     g = torch.Generator().manual_seed(0)

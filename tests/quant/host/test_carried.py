@@ -107,7 +107,7 @@ HOLDERS = {
 
 @pytest.mark.parametrize("holder", HOLDERS)
 @pytest.mark.parametrize("part", ["the model", "a block"])
-def test_whatever_holds_a_module_reaches_it(holder, part):
+def test_every_kind_of_holder_reaches_its_module(holder, part):
     model = Model()
     held, other = (found if part == "the model" else found.block for found in (model, Model()))
     way = carried.reaches({"its wrapper": HOLDERS[holder](held)}, list(model.modules()))
@@ -183,7 +183,7 @@ PLACES = ["wrapper", "callback", "attachment", "attention patch", "block replace
 
 
 @pytest.mark.parametrize("put", [step_cache, *map(placed, PLACES)], ids=["step cache", *PLACES])
-def test_what_reaches_the_model_is_refused(plain, put):
+def test_settings_that_reach_the_model_are_refused(plain, put):
     carried.check_carried(put(plain, Model()))
     with pytest.raises(ValueError, match=r"^A node on this MODEL, [^\n]+ \(its [^\n]+\), [^\n]+; put that node behind SVDQuant Q[^\n]+\.$"):
         carried.check_carried(put(plain, plain.model.diffusion_model))

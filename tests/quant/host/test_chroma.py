@@ -82,7 +82,7 @@ def test_saved_and_loaded_it_has_the_same_bits(pair, tmp_path):
     assert metadata["modelspec.architecture"] == "chroma" and '"image_model": "chroma"' in metadata["svdquant.config"]
 
 
-def test_a_lora_has_its_effect_and_goes_without_a_trace(pair):
+def test_a_lora_has_its_effect_and_is_removed_completely(pair):
     plain, model = pair
     g = torch.Generator().manual_seed(3)
     lora = {}
@@ -105,7 +105,7 @@ def test_inspect_knows_it(pair, file, tmp_path):
         assert "Chroma: 1 double and 2 single blocks, hidden size 256, 64 channels in" in inspection.text(facts).splitlines()
 
 
-def test_what_does_not_fit_it_is_refused_in_a_sentence(pair, file, tmp_path):
+def test_files_that_do_not_fit_it_are_refused_in_a_sentence(pair, file, tmp_path):
     plain, model = pair
     with pytest.raises(ValueError, match=r"^The conditioning is 64 wide and this Chroma model takes 128; [^.]+\.$"):
         check_conditioning(FAMILY, plain, prompts(width=64))

@@ -110,7 +110,7 @@ def controlled(form, strength=0.8, count=1, start=0.0, end=1.0):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_controlnet_does_what_it_does_to_the_16_bit_model(plain, quantized_model, drift, caplog, form):
+def test_a_controlnet_has_the_effect_that_it_has_on_the_16_bit_model(plain, quantized_model, drift, caplog, form):
     cond = controlled(form)
     assert "missing" not in caplog.text
     before, exact = sample(quantized_model), sample(plain, cond=cond)

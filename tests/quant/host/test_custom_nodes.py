@@ -88,7 +88,7 @@ def forward_of_its_own(patcher):
 
 @pytest.mark.parametrize("technique", [blocks_of_its_own, another_class, forward_of_its_own])
 @pytest.mark.parametrize("lora", [False, True])
-def test_does_what_it_does_to_the_16_bit_model(plain, quantized_model, drift, technique, lora):
+def test_has_the_effect_that_it_has_on_the_16_bit_model(plain, quantized_model, drift, technique, lora):
     before = sample(quantized_model)
     exact, quantized = (sample(technique(with_lora(patcher) if lora else patcher)) for patcher in (plain, quantized_model))
     effect = relative_error(exact, sample(with_lora(plain) if lora else plain))

@@ -320,7 +320,7 @@ def lie(header, size, name, kind, value):
 
 @given(form=st.sampled_from(("native", "kitchen", "listed", "nunchaku")), changes=st.lists(mutations(), min_size=1, max_size=3))
 @settings(FUZZ, max_examples=2000)
-def test_mutated_files_are_refused_or_are_what_they_say(files, tmp_path, form, changes):
+def test_mutated_files_are_refused_or_match_their_description(files, tmp_path, form, changes):
     entries = {name: list(value) for name, value in files[form][0].items()}
     metadata, lies = dict(files[form][1]), []
     for change in changes:

@@ -43,7 +43,7 @@ def handed_back(patcher):
     return patcher
 
 
-def test_the_layers_apply_what_only_they_feed(native_file):
+def test_layers_apply_the_gelus_that_only_they_feed(native_file):
     quantized_model = loader.load_model(native_file)
     model = quantized_model.model.diffusion_model
     assert taken(model) == TAKEN and not gelus(model)
@@ -110,7 +110,7 @@ def another_class(block):
 
 
 @pytest.mark.parametrize("change", [gated, otherwise, another_format, in_16_bits, another_class])
-def test_what_is_not_flux1s_stays(native_file, change):
+def test_gelus_of_other_models_stay(native_file, change):
     model = handed_back(loader.load_model(native_file)).model.diffusion_model
     block = model.single_blocks[1]
     change(block)

@@ -102,7 +102,7 @@ def test_a_lora_in_every_naming_works_as_on_the_16_bit_model(plain, quantized_mo
 
 
 @pytest.mark.parametrize("name", [LINEAR1, LINEAR2, QKV, FC1, FC2, MOD])
-def test_each_layer_adds_what_float64_says(quantized_model, name):
+def test_each_layer_matches_float64(quantized_model, name):
     n, k = shapes(quantized_model)[name]
     patched = load_lora(quantized_model, generic((name, (n, k)), alpha=3), 0.8)
     x = random(5, k)

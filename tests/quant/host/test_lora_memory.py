@@ -98,7 +98,7 @@ def hooked(tensors, strength=1.0, keyframes=()):
     return comfy.hooks.set_hooks_for_conditioning(prompts(1), hooks)
 
 
-def test_a_hook_lora_does_what_the_lora_does(quantized_model):
+def test_a_hook_lora_has_the_loras_effect(quantized_model):
     tensors = generic(*shapes(quantized_model).items()) | {f"diffusion_model.{FC1}.diff_b": random(4 * HIDDEN)}
     before, expected = sample(quantized_model), sample(load_lora(quantized_model, tensors, 0.6))
     assert torch.equal(sample(quantized_model, cond=hooked(tensors, 0.6)), expected)

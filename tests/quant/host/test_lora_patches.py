@@ -79,7 +79,7 @@ def test_a_patch_that_changes_nothing_is_none(quantized_model, what):
     assert torch.equal(sample(fc1_lora(quantized_model, tensors)), sample(quantized_model))
 
 
-def test_a_warning_of_somebody_elses_is_none(quantized_model, monkeypatch):
+def test_another_modules_warning_is_ignored(quantized_model, monkeypatch):
     """The thread that builds a LoRA branch may log other warnings."""
     calculate = comfy.lora.calculate_weight
 

@@ -87,7 +87,7 @@ def test_on_a_gpu_a_change_of_strength_costs_milliseconds(wide_file):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_lora_goes_on_changes_and_comes_off_to_the_bit(plain, quantized_model, drift):
+def test_on_a_gpu_a_lora_is_added_changed_and_removed_to_the_bit(plain, quantized_model, drift):
     tensors = generic(*shapes(quantized_model).items(), rank=RANK)
     before = sample(quantized_model)
     state = {name: tensor.cpu() for name, tensor in quantized_model.model.state_dict().items()}

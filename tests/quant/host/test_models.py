@@ -407,7 +407,7 @@ def test_k_that_64_does_not_divide_is_named(flux_file):
     model.single_blocks[0].linear1 = whole
 
 
-def test_quantizing_what_is_quantized_is_refused(native_file):
+def test_quantizing_a_quantized_model_is_refused(native_file):
     with pytest.raises(ValueError, match="quantized already"):
         quantized(loader.load_model(native_file))
 

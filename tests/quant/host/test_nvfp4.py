@@ -36,7 +36,7 @@ def quantized_model(files):
     return loader.load_model(files[0])
 
 
-def test_it_draws_what_the_16_bit_model_draws(plain, quantized_model):
+def test_its_pictures_are_close_to_the_16_bit_models(plain, quantized_model):
     layers = quantized_model.packed_layers()
     assert sum(isinstance(layer, NVFP4Linear) for layer in layers.values()) == 10 and len(layers) == 13
     assert quantized_model.recipe["preset"] == "Nunchaku NVFP4"
@@ -88,7 +88,7 @@ def test_guidance_and_width_come_from_the_file(tmp_path):
 # --- LoRAs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_lora_does_what_it_does_to_the_16_bit_model(plain, quantized_model):
+def test_a_lora_has_the_effect_that_it_has_on_the_16_bit_model(plain, quantized_model):
     before, drift = sample(quantized_model), relative_error(sample(quantized_model), sample(plain))
     tensors = generic(*shapes(quantized_model).items())
     patched = load_lora(quantized_model, tensors, 0.8)

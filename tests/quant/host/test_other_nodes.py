@@ -104,7 +104,7 @@ def by_comfyui(patcher, tensors):
 
 
 @pytest.mark.parametrize("bypass", [by_hand, pytest.param(by_comfyui, marks=newer)])
-def test_a_lora_beside_a_layer_comes_before_its_gelu(quantized_model, bypass):
+def test_a_bypass_lora_is_added_before_the_gelu(quantized_model, bypass):
     """After its removal, the layer and the MLP's op are the same as before."""
     model, sizes = quantized_model.model.diffusion_model, shapes(quantized_model)
     tensors = generic(*((name, sizes[name]) for name in (FC1, FC2, LINEAR1, QKV)))
@@ -132,7 +132,7 @@ def test_a_lora_beside_the_layers_is_not_lost_in_a_file(quantized_model):
         SVDQuantSaveModel.execute(bypassed, "bypassed", False)
 
 
-def test_what_hooks_a_layers_output_gets_the_linears(quantized_model):
+def test_hooks_of_a_layers_output_get_the_linears(quantized_model):
     """The model then applies the GELU itself again."""
     layer, between = layer_of(quantized_model, FC1), quantized_model.model.diffusion_model.double_blocks[0].img_mlp[1]
     x, seen = random(5, HIDDEN, seed=7), []

@@ -172,7 +172,7 @@ def test_states_and_statistics_leave_the_device_step_by_step():
 # --- layers that can't be quantized ----------------------------------------------------------------------------------
 
 
-def test_a_layer_that_comes_out_too_bad_stays_in_16_bits_and_is_named(patcher, tmp_path):
+def test_a_layer_with_too_large_an_error_stays_in_16_bits_and_is_named(patcher, tmp_path):
     exact = {record.name: record.error for record in run(patcher)[1]}
     limit = sorted(exact.values())[-3]
     quantized_model, records = run(patcher, replace(RECIPE, largest_error=limit))
@@ -253,7 +253,7 @@ def test_another_version_of_the_pack_does_not_resume_the_progress(patcher, tmp_p
 
 
 @pytest.mark.gpu
-def test_what_lies_on_the_gpu_is_kept(tmp_path):
+def test_tensors_on_the_gpu_are_kept(tmp_path):
     """With ComfyUI's --highvram all tensors stay on the GPU."""
     codes = torch.arange(6, dtype=torch.int8)
     with resume.Checkpoint(tmp_path, "key", 0) as kept:

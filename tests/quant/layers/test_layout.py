@@ -41,7 +41,7 @@ def test_int8_scales_are_a_format_of_files(unsigned_from):
 
 
 @pytest.mark.parametrize(("k", "unsigned_from"), [(100, 100), (128, 32), (128, 192)])
-def test_what_does_not_fall_on_groups_is_refused(k, unsigned_from):
+def test_borders_within_a_group_are_refused(k, unsigned_from):
     with pytest.raises(ValueError, match="multiple of 64"):
         layout.svdquant_spec(k, 96, 16, unsigned_from, True, torch.float16)
 

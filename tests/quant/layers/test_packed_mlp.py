@@ -169,7 +169,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_is_in_the_way_and_goes_again(mlp, fused, x, change):
+def test_conditions_that_run_the_layers_separately_until_removed(mlp, fused, x, change):
     before = mlp(x)
     undo = change(mlp)
     with torch.no_grad():

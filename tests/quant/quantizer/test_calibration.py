@@ -51,7 +51,7 @@ def pass_through(name):
 
 
 @torch.no_grad()
-def test_what_two_calls_have_in_common_is_kept_once():
+def test_tensors_that_two_calls_share_are_kept_once():
     """All recorded steps of a prompt share its conditioning, which takes megabytes of host memory."""
     model, txt = Model(), torch.randn(1, 3, 8)
     with calibration.recorded_calls(model, []) as calls:

@@ -30,7 +30,7 @@ def test_learning_improves_on_no_smoothing(seed, unsigned):
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
-def test_learning_is_never_worse_than_what_it_began_with(unsigned, monkeypatch):
+def test_learning_is_never_worse_than_its_start(unsigned, monkeypatch):
     """If every step is worse, the start is returned unchanged."""
     w, x = layer(unsigned=unsigned)
     start = smoothing.search(w, x, smoothing.spans(x), 16, unsigned, torch.bfloat16).factor
@@ -52,7 +52,7 @@ def test_the_expected_error_is_near_the_measured_one():
     assert abs(expected / exact / measured - 1) < 0.1, f"expected {expected / exact:.5f}, measured {measured:.5f}"
 
 
-def test_what_only_fits_the_tokens_it_was_learned_from_is_not_kept():
+def test_a_factor_that_only_fits_its_learning_tokens_is_not_kept():
     """The learning tokens differ from the held-out ones, so that their factor only fits themselves."""
     w, x = layer()
     g = torch.Generator().manual_seed(5)

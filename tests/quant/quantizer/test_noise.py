@@ -17,7 +17,7 @@ def inputs(m, k, seed):
 
 
 @pytest.mark.parametrize("unsigned_from", [0, 64, 128])
-def test_activation_noise_is_what_the_reference_rounds_away(unsigned_from):
+def test_activation_noise_is_the_references_rounding_error(unsigned_from):
     x = torch.nn.functional.gelu(inputs(200, 128, 1), approximate="tanh")
     smooth = torch.linspace(0.5, 2, 128)
     codes, scales = reference.quantize_activation(x, smooth, unsigned_from)
