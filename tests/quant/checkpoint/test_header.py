@@ -70,7 +70,8 @@ def test_a_failed_download_is_reported(tmp_path, content, says):
 def test_a_file_of_another_kind_is_not_called_damaged(tmp_path):
     (tmp_path / "flux.gguf").write_bytes(b"GGUF\x03\0\0\0\xff\xff")
     assert refusal(tmp_path / "flux.gguf") == (
-        "flux.gguf is a GGUF file, which SVDQuant does not read; download the bf16, fp16 or fp8 version of the model in safetensors format.")
+        "flux.gguf is a GGUF file, which SVDQuant does not read; download the bf16, fp16 or fp8 version of the model in safetensors "
+        "format.")
 
 
 def test_a_tensor_of_no_elements_is_read(tmp_path):
