@@ -37,7 +37,7 @@ def spec_of(layer, rank):
 
 def spread_rows(x, most):
     """At most `most` rows of x, evenly spread."""
-    return x[smoothing.spread(len(x), most).to(x.device)]
+    return x[smoothing.evenly_spaced(len(x), most).to(x.device)]
 
 
 def output(x, tensors, spec, act_bits=4):
@@ -56,7 +56,7 @@ def pack(spec, smooth, up, down, codes, scales):
     tensors = {"weight": int4.pack(codes), "weight_scale": scales, "weight_smooth_factor": smooth,
                "weight_proj_up": up.to(DTYPE), "weight_proj_down": (down / smooth.float().unsqueeze(-1)).to(DTYPE)}
     bias = torch.zeros(spec.out_features, device=codes.device)
-    return tensors | {"bias": pipeline.fold_shift(bias, tensors, spec)}
+    return tensors | {"bias": pipeline.gelu_shift_corrected(bias, tensors, spec)}
 
 
 def one_shot(layer, spec, factor):
