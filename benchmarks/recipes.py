@@ -1,4 +1,4 @@
-"""Published recipes, written from their formulas with this pack's building blocks, for comparison with this pack's own.
+"""Other people's recipes, written from their formulas, on the same building blocks: what ours is measured against.
 
 Each takes a Layer and a rank and returns the packed tensors of an SVDQuant layer (parameter name -> tensor).
 """
@@ -19,13 +19,13 @@ DTYPE = torch.bfloat16
 DEEPCOMPRESSOR_GRID = [(0.0, 0.0), *((i / 20, b) for i in range(1, 20) for b in (0.0, 1 - i / 20))]  # (alpha, beta), 39 pairs
 DEEPCOMPRESSOR_ROUNDS = 100
 DEEPCOMPRESSOR_DAMPING = 0.01
-DEEPCOMPRESSOR_TOKENS = 8192  # tokens on which the search compares outputs
-OUR_CODES = ", activations to -8"  # a published recipe, measured with this pack's activation codes
+DEEPCOMPRESSOR_TOKENS = 8192  # on which outputs are compared
+OUR_CODES = ", activations to -8"  # of a recipe that is not ours, made as published but measured with our activations
 
 
 @contextmanager
 def published_activations():
-    """A context in which 4-bit activations have the codes -7..7 that SVDQuant publishes, for the published recipes."""
+    """Within it, 4-bit activations have the codes -7..7 that SVDQuant publishes, for recipes that are others'."""
     with mock.patch.object(reference, "activation_scales", reference.symmetric_scales):
         yield
 
@@ -36,8 +36,8 @@ def spec_of(layer, rank):
 
 
 def spread_rows(x, most):
-    """At most `most` evenly spaced rows of x."""
-    return x[smoothing.spread(len(x), most).to(x.device)]
+    """At most `most` rows of x, evenly spread."""
+    return x[smoothing.evenly_spaced(len(x), most).to(x.device)]
 
 
 def output(x, tensors, spec, act_bits=4):
@@ -52,15 +52,15 @@ def error(layer, tensors, spec, act_bits=4):
 
 
 def pack(spec, smooth, up, down, codes, scales):
-    """The stored layer: the branch reads x without smoothing, and the bias is only the GELU shift correction."""
+    """The stored layer: branch on the raw x, the shift folded into a bias that is zero otherwise."""
     tensors = {"weight": int4.pack(codes), "weight_scale": scales, "weight_smooth_factor": smooth,
                "weight_proj_up": up.to(DTYPE), "weight_proj_down": (down / smooth.float().unsqueeze(-1)).to(DTYPE)}
     bias = torch.zeros(spec.out_features, device=codes.device)
-    return tensors | {"bias": pipeline.fold_shift(bias, tensors, spec)}
+    return tensors | {"bias": pipeline.gelu_shift_corrected(bias, tensors, spec)}
 
 
 def one_shot(layer, spec, factor):
-    """SVD of the smoothed weight; the residual is rounded to nearest with absmax scales."""
+    """SVD of the smoothed weight, round the rest to nearest with absmax scales."""
     smooth = factor.to(DTYPE)
     smoothed = layer.weight * smooth.float()
     up, down = lowrank.low_rank(smoothed, spec.rank)
@@ -80,7 +80,7 @@ def naive(layer, rank):
 
 
 def smoothquant(layer, rank):
-    """SmoothQuant with alpha 0.5 and no branch."""
+    """SmoothQuant, alpha 0.5, no branch."""
     return one_shot(layer, spec_of(layer, 0), power_smoothing(layer, 0.5, 0.5))
 
 
@@ -92,8 +92,8 @@ def svdquant_one_shot(layer, rank):
 @lru_cache(maxsize=1)
 @published_activations()
 def deepcompressor_state(layer, rank):
-    """DeepCompressor's default up to the final rounding: a search over 39 smoothing pairs by the output error, which includes the
-    branch; then up to 100 alternations of branch and rounding, until the output error first rises."""
+    """DeepCompressor's default up to the rounding: 39-pair smoothing search with the branch inside, by output error; then
+    branch and rounding alternated up to 100 times, until the output error first rises."""
     spec = spec_of(layer, rank)
     x = spread_rows(layer.calibration, DEEPCOMPRESSOR_TOKENS)
     exact = x @ layer.weight.t()
@@ -120,7 +120,7 @@ def deepcompressor(layer, rank):
 
 
 def deepcompressor_gptq(layer, rank):
-    """DeepCompressor's default with GPTQ on the residual, damping 1 %. If the default has run before, its time is only GPTQ's."""
+    """The same with GPTQ on the residual, damping 1 %. Its time is what GPTQ adds, where the default ran before."""
     spec, smooth, (up, down, _, scales, residual) = deepcompressor_state(layer, rank)
     x = layer.calibration / smooth.float()
     cholesky = gptq.damped_cholesky(x.t() @ x / len(x), DEEPCOMPRESSOR_DAMPING)
@@ -128,7 +128,7 @@ def deepcompressor_gptq(layer, rank):
 
 
 def ours(preset, **changes):
-    """This pack's pipeline as the node runs it; `changes` replace fields of the recipe."""
+    """Our pipeline as the node runs it; `changes` replace fields of the recipe."""
 
     def run(layer, rank):
         spec, stats = spec_of(layer, rank), InputStats(1, with_gram=True)
@@ -158,5 +158,5 @@ RECIPES = OTHERS | {
 
 
 def activations(name):
-    """The context in which a recipe's layers are measured, with the recipe's activation codes."""
+    """The context in which the layers of a recipe or a row are measured: the activations that go with them."""
     return published_activations() if name in OTHERS else nullcontext()

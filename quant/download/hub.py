@@ -55,14 +55,14 @@ class RemoteFile:
 
 def names(repository, file, revision):
     """(repository, file, revision) from what a user gives for them, where the address of a page of the Hub may stand for the first
-    two, and tell more. Raises HubError where something is missing, or they contradict each other; see check_names."""
+    two, and may include the revision. Raises HubError where something is missing, or they contradict each other; see check_names."""
     repository, file, revision = repository.strip(), file.strip(), revision.strip()
-    told = (_address(repository) or (repository, "", ""), _address(file) or ("", "", file), ("", revision, ""))
-    repositories, revisions, files = (sorted(set(values) - {""}) for values in zip(*told))
+    given = (_address(repository) or (repository, "", ""), _address(file) or ("", "", file), ("", revision, ""))
+    repositories, revisions, files = (sorted(set(values) - {""}) for values in zip(*given))
     revisions = [value for value in revisions if value != "main"] or ["main"]  # which the input and most addresses say
     for what, values in (("repositories", repositories), ("files", files), ("revisions", revisions)):
         if len(values) > 1:
-            raise HubError(f"There are two {what}, {values[0]!r} and {values[1]!r}; an address tells them already, so leave the other "
+            raise HubError(f"There are two {what}, {values[0]!r} and {values[1]!r}; an address includes them already, so leave the other "
                            "inputs as they were.")
     if not repositories or not files:
         raise HubError("A download of your own choice needs both a repository, as owner/name, and a file in it; fill in both, or paste "
@@ -71,7 +71,7 @@ def names(repository, file, revision):
 
 
 def _address(text):
-    """(repository, revision, file) of a page of the Hub, "" for what it does not tell; None where `text` is no such address."""
+    """(repository, revision, file) of a page of the Hub, "" for each that the address lacks; None where `text` is no such address."""
     if not (page := PAGE.fullmatch(text)):
         return None
     repository, tree, blob, file = (unquote(part or "") for part in page.groups())

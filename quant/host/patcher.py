@@ -1,4 +1,4 @@
-"""The ModelPatcher of a quantized model: ComfyUI's own, but for weights that are packed."""
+"""The ModelPatcher of a quantized model: ComfyUI's own, except for packed weights."""
 
 import logging
 
@@ -182,7 +182,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def patch_weight_to_device(self, key, *args, **kwargs):
         if layer := self.packed_at(key):
-            self._attach()  # for node packs that put a loading of their own in the place of ComfyUI's
+            self._attach()  # for node packs that replace ComfyUI's loading by their own
             return layer.weight
         if key in self.backup and not kwargs.get("return_weight"):  # patched in place already: its patches start from the original again
             patched = comfy.utils.get_attr(self.model, key)
@@ -202,8 +202,9 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def _patch_once(self):
         """Correct which 16-bit parameters ComfyUI has patched after it moved a part of the model.
 
-        It gives a LowVramPatch, applied at every call, to parameters that are patched in place already; it skips modules that can't have
-        one, FLUX.1's norms in some versions; and it reads the width of img_in from the parameter, which such a patch does not widen.
+        ComfyUI gives a LowVramPatch, applied at every call, to parameters that are already patched in place. It skips modules that can't
+        have one, such as norms in some versions. And it reads the width of the image input from the parameter, which such a patch does
+        not widen.
         """
         for key, patches in self.patches.items():
             if self.packed_at(key):

@@ -134,8 +134,8 @@ def widened_columns(value):
 
 
 def widest_last(patches):
-    """Patches of one weight, those that widen it (FLUX-tools' LoRAs, of img_in) behind the others, the widest last. ComfyUI can't
-    add a LoRA of the usual width to a weight that was widened, nor widen it to less than it is; added first, both work."""
+    """Patches of one weight, ordered so that those that widen it (LoRAs of control models widen the image input) come last, the widest
+    at the end. ComfyUI can't add a LoRA of the usual width to a widened weight, nor narrow a weight; in this order both work."""
     return sorted(patches, key=lambda entry: widened_columns(patch_of(entry).value))
 
 

@@ -39,9 +39,9 @@ def layer_specs(family, diffusion_model, recipe, dtype):
 
 
 def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folder=None):
-    """The quantized model of a MODEL; the MODEL itself is left as it was, also when this fails or is cancelled.
+    """The quantized model of a MODEL. The MODEL itself does not change, not even when this fails or is cancelled.
 
-    recipe: presets.Recipe; conditioning, latent: what the MODEL draws for calibration, or None where the recipe needs none; progress:
+    recipe: presets.Recipe; conditioning, latent: the calibration prompts and image size, or None if the recipe needs none; progress:
     .total(n), .step(text) and .check(), which raises to cancel; folder: where finished blocks are kept until all are, so that a run of
     the same inputs resumes from there; None: nowhere.
     Returns (SVDQuantModelPatcher, [LayerRecord]); the patcher's recipe has "notes", sentences of what was unusual.
@@ -51,7 +51,7 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
     weights = checks.check_weights(patcher, progress.check)
     calibrated = recipe.smooth == "search"
     if calibrated and (conditioning is None or latent is None):
-        raise ValueError(f"The preset {recipe.preset} calibrates on pictures that the model draws: connect positive and latent, or choose "
+        raise ValueError(f"The preset {recipe.preset} calibrates on images that the model samples: connect positive and latent, or choose "
                          "the preset data-free.")
     specs = layer_specs(family, patcher.model.diffusion_model, recipe, storage_dtype(patcher))
     config = _configuration(family, patcher, specs)
@@ -81,7 +81,7 @@ def _configuration(family, patcher, specs):
     try:
         config = family.configuration.of({family.stored_name(name): shape for name, shape in shapes.items()}, usual)
     except ValueError as error:
-        raise ValueError(f"This MODEL {error}, so it can't be quantized; load a sound copy of the model.") from None
+        raise ValueError(f"This MODEL {error}, so it can't be quantized; load an intact copy of the model.") from None
     due = build.empty_like(patcher.model, {}, compute_dtype(patcher), config).diffusion_model.state_dict()
     for name in shapes:
         changed = shapes[name] != unpatched_shape(patcher, name)
@@ -176,7 +176,7 @@ def _quantized_model(family, patcher, specs, packed, config, recipe):
 
 
 def _carry_over(patcher, quantized):
-    """What other nodes have put on the MODEL beside weights: sampling settings, attention patches, wrappers."""
+    """Carry over the settings that other nodes have put on the MODEL: sampling settings, attention patches, wrappers."""
     settings = patcher.clone()
     quantized.model_options = settings.model_options
     quantized.object_patches = {key: value for key, value in settings.object_patches.items() if key != "manual_cast_dtype"}

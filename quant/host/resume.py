@@ -1,8 +1,8 @@
-"""A quantization's progress on disk: an interrupted run of the same inputs goes on where it stopped.
+"""A quantization's progress on disk: an interrupted run with the same inputs resumes where it stopped.
 
-A folder a run, named by a digest of everything that decides its result. In it a safetensors file for each finished block, with
-the packed tensors, and in its metadata the records of its layers and a checksum; and one with what the model answered while it
-was watched, from which the sampling is played back without the model.
+Each run has a folder, named by a digest of everything that determines its result. The folder has a safetensors file for each finished
+block, with the packed tensors and, in the metadata, the records of its layers and a checksum. One more file has the model's outputs
+during calibration, from which the sampling is replayed without running the model.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Unknown(Exception):
-    """Something has no digest: a function, or an object of another's."""
+    """Raised for a value that can't be hashed reliably."""
 
 
 def checksum(tensor):
@@ -40,9 +40,9 @@ def checksum(tensor):
     total = 0
     for start in range(0, words.numel(), CHECKSUM_WORDS):
         chunk = words[start:start + CHECKSUM_WORDS].long()
-        place = torch.arange(start, start + chunk.numel(), device=chunk.device)
-        # An odd factor a place, so that neither a changed nor a moved word goes unseen; int64 wraps around.
-        total += int(((chunk + 0x9E3779B9) * (2 * place * 0x5851F42D4C957F2D + 1)).sum())
+        position = torch.arange(start, start + chunk.numel(), device=chunk.device)
+        # Each position has its own odd factor, so that a changed word and a moved word both change the sum; int64 wraps around.
+        total += int(((chunk + 0x9E3779B9) * (2 * position * 0x5851F42D4C957F2D + 1)).sum())
     return total % 2**64
 
 
@@ -65,17 +65,17 @@ def digest(value):
 
 def run_digest(patcher, weights, *inputs):
     """A hex digest of a run on a MODEL. weights: the digest of its weights; inputs: everything else. Raises Unknown where a node has put
-    something on the MODEL or into the inputs that can't be told from others of its kind."""
-    told = [weights, *map(digest, inputs), digest(patcher.get_model_object("model_sampling")), digest(patcher.model_options),
+    a value on the MODEL or in the inputs that can't be hashed reliably."""
+    parts = [weights, *map(digest, inputs), digest(patcher.get_model_object("model_sampling")), digest(patcher.model_options),
             digest(patcher.object_patches)]
     if patcher.forced_hooks or any(any(attached.values()) for attached in (patcher.wrappers, patcher.callbacks, patcher.hook_patches,
                                                                            patcher.additional_models)):
         raise Unknown("hook or wrapper")
-    told += [torch.__version__, str(patcher.load_device)]
-    told += [path.read_text(encoding="utf-8") for pattern in SOURCES for path in sorted(PACK.glob(pattern))]
+    parts += [torch.__version__, str(patcher.load_device)]
+    parts += [path.read_text(encoding="utf-8") for pattern in SOURCES for path in sorted(PACK.glob(pattern))]
     if torch.device(patcher.load_device).type == "cuda":
-        told.append(torch.cuda.get_device_name(patcher.load_device))
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+        parts.append(torch.cuda.get_device_name(patcher.load_device))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 class Checkpoint:
@@ -108,33 +108,33 @@ class Checkpoint:
                     self.folder, why)
 
     def load(self, name):
-        """(tensors, told) as saved under `name`; None where there is no file, or not a sound one of this run."""
+        """(tensors, record) as saved under `name`; None if there is no file, or if it is damaged or of another run."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                told = json.loads((file.metadata() or {})["progress"])
+                metadata = json.loads((file.metadata() or {})["progress"])
                 # Copies, since the file is to go.
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-            if told["key"] == self.key and told["crc32"] == _crc32(tensors):
-                return tensors, told["told"]
+            if metadata["key"] == self.key and metadata["crc32"] == _crc32(tensors):
+                return tensors, metadata["told"]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             pass
         log.warning("The progress in %s is damaged, or that of another run; it is not used.", path)
         return None
 
-    def save(self, name, tensors, told):
-        """Write tensors that nobody changes any more, all or nothing; a failure to write ends the keeping, not the run. told: JSON-able."""
-        # On ComfyUI's --highvram a model's place beside the device is the device.
-        self.writer.submit(self._write, name, {key: tensor.cpu() for key, tensor in tensors.items()}, told)
+    def save(self, name, tensors, record):
+        """Write a file, all or nothing. Nobody may change the tensors afterwards. A failure ends saving, not the run. record: JSON-able."""
+        # With ComfyUI's --highvram the offload device is the GPU itself.
+        self.writer.submit(self._write, name, {key: tensor.cpu() for key, tensor in tensors.items()}, record)
 
-    def _write(self, name, tensors, told):
+    def _write(self, name, tensors, record):
         if not self.keeps:
             return
         path = self.folder / f"{name}.safetensors"
         try:
-            metadata = {"progress": json.dumps({"key": self.key, "crc32": _crc32(tensors), "told": told})}
+            metadata = {"progress": json.dumps({"key": self.key, "crc32": _crc32(tensors), "told": record})}
             infos = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
             write(str(path), infos, tensors.items(), metadata, overwrite=True)
         except Exception as error:  # whatever it is: nobody waits for this thread's result, and the run goes on without

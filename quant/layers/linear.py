@@ -14,15 +14,15 @@ SHAPES = 8  # input shapes whose launch plan a layer caches
 
 
 class PackedLinear(torch.nn.Module):
-    """What all of them share: the parameters of a LayerSpec, under the names of the file.
+    """The base class: it has the parameters of a LayerSpec, under the names of the file.
 
     The parameters are allocated on `device`; "meta" allocates nothing, until load_state_dict(assign=True) puts the
     file's own tensors in. They may lie on another device than the input (ComfyUI's offloading): forward brings each
     to the input.
 
     lora_branch: lora_branch.LoRABranch of the loaded LoRAs, None without any. It is no part of the parameters.
-    gelu_from: the first output that goes through a GELU, which the model then leaves to the layer; None: none does. It is set before the
-    first call. While something stands between the layer and its caller, the GELU is the model's again (activates_from).
+    gelu_from: first output column to which the layer itself applies GELU; None if there is none. It is set before the first call. While
+    something stands between the layer and its caller, the model applies the GELU instead (activates_from).
     """
 
     gelu_from = None

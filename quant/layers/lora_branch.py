@@ -3,7 +3,7 @@
     y = gain * (W x) + sum of the terms + bias
 
 A term reads a range of the columns and adds to a range of the rows, so that a LoRA on k alone, or on the MLP's part of
-linear1, costs no more than its own size. `gain` is a factor a row, and rare: DoRA's, and that of nodes that scale weights.
+a joined linear, costs no more than its own size. `gain` is a factor per row. It is rare: DoRA and nodes that scale weights need it.
 
 N outputs, K inputs of the layer; n, k those of a term.
 """

@@ -1,4 +1,4 @@
-"""What the layers see: statistics of their inputs on real forwards of the model, one block at a time.
+"""Calibration: statistics of the layers' inputs on real forwards of the model, one block at a time.
 
 A few calls of the diffusion model are recorded while it samples. Then the blocks are streamed: for each block, every
 call is replayed up to it and no further, with the blocks before it replaced by their stored output, so that a block
@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-SAMPLE_TOKENS = 1024  # inputs kept a layer, spread over all the calls
+SAMPLE_TOKENS = 1024  # inputs kept per layer, over all the calls
 TOKENS_PER_INPUT = 4  # that go into a Gram matrix: with fewer than 2 GPTQ has too little to go by, more than 4 change little
 STRIPE = 2048  # rows of a Gram matrix that are added to at a time
 
@@ -24,8 +24,8 @@ class InputStats:
     """Running statistics of one linear's input, float32 on `device`, or where the input is.
 
     absmax, rms: (K,) over all tokens seen; sample: (at most SAMPLE_TOKENS, K); gram: (K, K), the mean of x^T x, if
-    `with_gram` (it is K * K * 4 bytes: 944 MB for the widest layer of FLUX.1), over the first, the last and evenly spread others
-    of a call's tokens: about `tokens_per_input` * K in all the expected calls, or all of them.
+    `with_gram` (it is K * K * 4 bytes: 944 MB for the widest layer of FLUX.1), over evenly spaced tokens of a call, the first and the last
+    included: about `tokens_per_input` * K in all the expected calls, or all of them.
     """
 
     def __init__(self, expected_calls, with_gram=False, tokens_per_input=None, device=None):
@@ -45,13 +45,13 @@ class InputStats:
         else:
             self._absmax = torch.maximum(self._absmax, absmax)
             self._square = self._square + square
-        self._samples.append(spread(x, max(1, SAMPLE_TOKENS // self._calls)).to(torch.float32, copy=True))
+        self._samples.append(evenly_spaced(x, max(1, SAMPLE_TOKENS // self._calls)).to(torch.float32, copy=True))
         self.tokens += x.shape[0]
         if self._with_gram:
             if self._gram is None:
                 self._gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             if self._tokens_per_input is not None:
-                x = spread(x, -(-self._tokens_per_input * x.shape[1] // self._calls))
+                x = evenly_spaced(x, -(-self._tokens_per_input * x.shape[1] // self._calls))
             add_gram(self._gram, x)
             self.gram_tokens += x.shape[0]
 
@@ -77,8 +77,8 @@ class InputStats:
         return self
 
 
-def spread(x, most):
-    """At most `most` of the rows of x, evenly spread."""
+def evenly_spaced(x, most):
+    """At most `most` rows of x, at even intervals."""
     if x.shape[0] <= most:
         return x
     return x[torch.linspace(0, x.shape[0] - 1, most, device=x.device).round().long()]
@@ -128,7 +128,7 @@ class Memory:
         return self.device if self.level < len(self.STEPS) else torch.device("cpu")
 
     def attempt(self, what, run):
-        """run(), again with less on the device each time it ends for lack of memory. Raises what run does otherwise."""
+        """run(), repeated with less data on the device each time it runs out of memory. Any other error is raised."""
         while True:
             try:
                 return run()
@@ -290,7 +290,7 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
     its output there, not the one in 16 bits. A call that does not run every block is left out from there on; ValueError where none is
     left.
     """
-    calls[:] = to_device(calls, memory.states_on)  # a few MB each, wanted again for every block, and no more where they were
+    calls[:] = to_device(calls, memory.states_on)  # a few MB each; every block re-reads them, and the originals are released
     memory.states[:] = [None] * len(calls)
     for index, (name, block) in enumerate(blocks):
         def run(layers, in_4_bits):

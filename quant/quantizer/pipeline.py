@@ -186,12 +186,12 @@ def pack_svdquant(weight, bias, factor, spec, recipe, stats=None, check=lambda: 
     tensors = {"weight": int4.pack(codes), "weight_scale": found, "weight_proj_down": down.contiguous(),
                "weight_proj_up": up.contiguous(), "weight_smooth_factor": stored}
     if bias is not None:
-        tensors["bias"] = fold_shift(bias, tensors, spec).to(spec.dtype)
+        tensors["bias"] = gelu_shift_corrected(bias, tensors, spec).to(spec.dtype)
     return tensors
 
 
-def fold_shift(bias, tensors, spec):
-    """The bias less what the GELU shift of the unsigned columns adds to the output. Returns (N,) float32."""
+def gelu_shift_corrected(bias, tensors, spec):
+    """The bias minus the constant that the GELU shift of the unsigned columns adds to the output. Returns (N,) float32."""
     if spec.unsigned_from == spec.in_features:
         return bias
     packed = reference.dequantize_weight(tensors["weight"], tensors["weight_scale"])
@@ -271,9 +271,9 @@ def check_finite(name, weight, bias, stats):
     for part, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(f"Layer {name} has NaN or Inf in its {part}: the model file is damaged or was merged "
-                             "wrongly; load a sound copy of the model.")
+                             "incorrectly; load an intact copy of the model.")
     if stats is not None and not torch.isfinite(stats.spans()["absmax"]).all():
-        raise ValueError(f"Layer {name} saw NaN or Inf during calibration; check that the model draws with these "
+        raise ValueError(f"Layer {name} had NaN or Inf in its inputs during calibration; check that the model samples images with these "
                          "settings, or load it with another compute dtype.")
 
 
@@ -281,7 +281,7 @@ def too_large(name, weight, stats):
     """ValueError of a layer whose numbers are finite, and what is computed of them is not."""
     seen = "" if stats is None else f" and its inputs {float(stats.spans()['absmax'].max()):.0e}"
     return ValueError(f"Layer {name} can't be quantized: its weights reach {float(weight.abs().max()):.0e}{seen}, out of which nothing "
-                      "finite can be computed; load a sound copy of the model, or keep the layer in 16 bits with the input exceptions.")
+                      "finite can be computed; load an intact copy of the model, or keep the layer in 16 bits with the input exceptions.")
 
 
 def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):

@@ -1,4 +1,4 @@
-"""What a quantization run does: the presets, and the exceptions that a user writes."""
+"""The settings of a quantization run: the presets, and the exceptions that a user writes."""
 
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -10,7 +10,7 @@ MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a quantization run does.
+    """The settings of a quantization run.
 
     rank: of the branch of every layer that SVDQuant publishes; a linear that holds two of them gets twice the rank in one; smooth:
     "search" (calibrated), "weights" (no calibration) or "none"; learned: whether the factor found is trained further; rounds:
@@ -33,7 +33,7 @@ class Recipe:
     ranks: tuple = ()  # (pattern, rank) of layers with a rank of their own; the last match counts
     tokens: int = TOKENS_PER_INPUT  # for each input of a layer, that GPTQ and refit go by
     largest_error: float = 0.5  # of a layer in 4 bits: one that comes out worse stays in 16 bits
-    propagate: str = "exact"  # what a block is watched on: what the blocks before it give in 16 bits, or "quantized"
+    propagate: str = "exact"  # a block is calibrated on outputs of 16-bit blocks, or "quantized": of quantized ones
 
     def as_dict(self):
         return asdict(self)

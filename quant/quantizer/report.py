@@ -80,8 +80,8 @@ def text(records, recipe, notes=()):
 
 def as_json(records, recipe, notes=()):
     """The same as a JSON object: the recipe, and every layer's record."""
-    told = {"recipe": recipe.as_dict(), "warnings": [*notes, *warnings(records)], "layers": [asdict(r) for r in records]}
-    return json.dumps(told, indent=1)
+    report = {"recipe": recipe.as_dict(), "warnings": [*notes, *warnings(records)], "layers": [asdict(r) for r in records]}
+    return json.dumps(report, indent=1)
 
 
 def colour(error):
