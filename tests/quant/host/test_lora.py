@@ -247,7 +247,7 @@ def test_refusals_say_why(plain, quantized_model):
         f"diffusion_model.{FC1}.hada_w1_a": random(7, 2), f"diffusion_model.{FC1}.hada_w1_b": random(2, 9),
         f"diffusion_model.{FC1}.hada_w2_a": random(7, 2), f"diffusion_model.{FC1}.hada_w2_b": random(2, 9)})))
     refused("quantize the result", lambda: quantized_model.clone().add_patches(plain.get_key_patches("diffusion_model."), 0.5, 0.5))
-    refused("only be added to", lambda: load_lora(quantized_model, {f"diffusion_model.{FC2}.bias.set_weight": random(HIDDEN)}))
+    refused("can only add to it", lambda: load_lora(quantized_model, {f"diffusion_model.{FC2}.bias.set_weight": random(HIDDEN)}))
     patch = {f"diffusion_model.{FC1}.weight_scale": ("diff", (random(4, 1024),))}
     refused("weight_scale", lambda: quantized_model.clone().add_patches(patch))
     refused("function of its own", lambda: quantized_model.clone().add_weight_wrapper(f"diffusion_model.{FC1}.weight", lambda w: w))
