@@ -212,7 +212,8 @@ class _Sketch:
             raise self.misfit(f"a weight of {list(result.shape)}")
         # ComfyUI only logs when it can't apply a patch. When it can, it calls `function` or replaces the weight.
         if not computed and torch.equal(result, weight):
-            raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)}; see the console for the reason")
+            raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)}; "
+                                    "see the console for the reason")
         return result
 
     def add_difference(self, difference, rows=None, cols=None):
