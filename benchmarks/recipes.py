@@ -37,7 +37,7 @@ def spec_of(layer, rank):
 
 def spread_rows(x, most):
     """At most `most` evenly spaced rows of x."""
-    return x[smoothing.spread(len(x), most).to(x.device)]
+    return x[smoothing.evenly_spaced_indices(len(x), most).to(x.device)]
 
 
 def output(x, tensors, spec, act_bits=4):
