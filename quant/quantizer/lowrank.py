@@ -46,9 +46,9 @@ def truncated_svd(matrix, rank, iterations, seed, start=None):
     # On the CPU: of a matrix this small, a GPU takes longer.
     values, vectors = torch.linalg.eigh((left.double().t() @ left.double()).cpu())
     s = values.flip(0)[:rank].clamp_min(0).sqrt().float().to(matrix.device)
-    turn = vectors.flip(1)[:, :rank].float().to(matrix.device)
-    u = left @ turn / s.clamp_min(torch.finfo(torch.float32).tiny)
-    return u, s, right @ turn
+    rotation = vectors.flip(1)[:, :rank].float().to(matrix.device)
+    u = left @ rotation / s.clamp_min(torch.finfo(torch.float32).tiny)
+    return u, s, right @ rotation
 
 
 def low_rank(weight, rank, iterations=POWER_ITERATIONS, seed=0, start=None):
