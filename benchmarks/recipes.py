@@ -36,8 +36,8 @@ def spec_of(layer, rank):
 
 
 def spread_rows(x, most):
-    """At most `most` rows of x, evenly spread."""
-    return x[smoothing.evenly_spaced(len(x), most).to(x.device)]
+    """At most `most` evenly spaced rows of x."""
+    return x[smoothing.evenly_spaced_indices(len(x), most).to(x.device)]
 
 
 def output(x, tensors, spec, act_bits=4):

@@ -1,7 +1,7 @@
-"""Model files from the Hugging Face Hub: fetched where they stopped, checked against the Hub's own SHA-256.
+"""Model files from the Hugging Face Hub: interrupted downloads resume, and each file is checked against the Hub's SHA-256.
 
-huggingface_hub (0.30 to 2.x) finds the user's login, asks the Hub and fetches. Its hf_hub_download is left out: it can't
-be cancelled, and since it took to files of one process alone it begins again after every interruption.
+huggingface_hub (0.30 to 2.x) finds the user's login, queries the Hub and transfers the data. Its hf_hub_download is not used: it can't
+be cancelled, and since its partial files belong to a single process it starts over after every interruption.
 """
 
 import errno
@@ -26,24 +26,25 @@ if os.name == "nt":
 else:
     import fcntl
 
-POLL_SECONDS = 0.2  # how soon a cancelled download stops
+POLL_SECONDS = 0.2  # A cancelled download stops within this time.
 SPARE_BYTES = 1 << 20
-LOCKED_BYTE = 1 << 62  # on Windows, where nobody can read a byte that another process has locked
-BLOCK_BYTES = 1 << 24  # read at once while a file is hashed
-# A page of the Hub: of a repository, or of a file of it at a revision.
+# The byte that is locked on Windows. It lies past the end of every file, since a locked byte can't be read by other processes.
+LOCKED_BYTE = 1 << 62
+BLOCK_BYTES = 1 << 24  # read at a time while a file is hashed
+# The address of a repository's page on the Hub, or of the page of one of its files at a revision.
 PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)"
                   r"(?:/(?:tree/([^/?#]+)[^?#]*|(?:blob|resolve|raw)/([^/?#]+)/([^?#]+)))?/?(?:[?#].*)?")
 
 
 class HubError(ValueError):
-    """A file that can't be had. The message is one sentence: what, why, remedy."""
+    """A file can't be downloaded. The message is one sentence that gives the file, the reason and the remedy."""
 
     __module__ = "builtins"  # as CheckpointError's
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What the Hub says of one file. url: of this very content, whatever becomes of the branch."""
+    """The Hub's record of one file. size: bytes; url: the file at `commit`, so later changes to the branch don't affect it."""
 
     repository: str
     file: str
@@ -54,24 +55,25 @@ class RemoteFile:
 
 
 def names(repository, file, revision):
-    """(repository, file, revision) from what a user gives for them, where the address of a page of the Hub may stand for the first
-    two, and may include the revision. Raises HubError where something is missing, or they contradict each other; see check_names."""
+    """(repository, file, revision) from the user's inputs. `repository` and `file` may each be the address of a page on the Hub, which
+    can name the other two as well. Raises HubError if one is missing or if the inputs contradict each other. check_names checks them."""
     repository, file, revision = repository.strip(), file.strip(), revision.strip()
-    given = (_address(repository) or (repository, "", ""), _address(file) or ("", "", file), ("", revision, ""))
-    repositories, revisions, files = (sorted(set(values) - {""}) for values in zip(*given))
-    revisions = [value for value in revisions if value != "main"] or ["main"]  # which the input and most addresses say
+    named = (_address(repository) or (repository, "", ""), _address(file) or ("", "", file), ("", revision, ""))
+    repositories, revisions, files = (sorted(set(values) - {""}) for values in zip(*named))
+    revisions = [value for value in revisions if value != "main"] or ["main"]  # the default, so it never contradicts an address
     for what, values in (("repositories", repositories), ("files", files), ("revisions", revisions)):
         if len(values) > 1:
-            raise HubError(f"There are two {what}, {values[0]!r} and {values[1]!r}; an address includes them already, so leave the other "
-                           "inputs as they were.")
+            raise HubError(f"There are two {what}, {values[0]!r} and {values[1]!r}; an address already names them, so leave the other "
+                           "inputs at their defaults.")
     if not repositories or not files:
-        raise HubError("A download of your own choice needs both a repository, as owner/name, and a file in it; fill in both, or paste "
+        raise HubError("A custom download needs both a repository, as owner/name, and a file in it; fill in both, or paste "
                        "the address of the file's page on the Hub.")
     return repositories[0], files[0], revisions[0]
 
 
 def _address(text):
-    """(repository, revision, file) of a page of the Hub, "" for each that the address lacks; None where `text` is no such address."""
+    """(repository, revision, file) named by the address of a page on the Hub, with "" for each that it leaves out; None if `text` is not
+    such an address."""
     if not (page := PAGE.fullmatch(text)):
         return None
     repository, tree, blob, file = (unquote(part or "") for part in page.groups())
@@ -79,10 +81,10 @@ def _address(text):
 
 
 def check_names(repository, file, revision):
-    """Raise HubError unless they name a safetensors file of a repository and can do no harm in an address."""
+    """Raise HubError unless the three name a safetensors file of a repository and are safe to put into an address."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository, re.ASCII) or ".." in repository:
         raise HubError(f"{repository!r} is not the name of a repository on the Hub; write it as owner/name.")
-    # The HTTP clients resolve "..", so that it would lead out of the repository, and the login would go along.
+    # HTTP clients resolve "..", so the address would leave the repository, and the user's login would be sent there.
     parts = file.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\\" in file or not file.isprintable():
         raise HubError(f"{file!r} is not the path of a file within a repository; write it as the repository's page shows it.")
@@ -93,56 +95,56 @@ def check_names(repository, file, revision):
         raise HubError(f"{revision!r} is not a revision; write a branch such as main, a tag or a commit.")
 
 
-def look_up(repository, file, revision, watch):
-    """RemoteFile of a file on the Hub. watch: .check() raises to cancel. Raises HubError, one sentence."""
+def look_up(repository, file, revision, progress):
+    """The RemoteFile of a file on the Hub. progress: .check() raises to cancel. Raises HubError."""
     check_names(repository, file, revision)
     hub = _huggingface_hub()
     url = partial(hub.hf_hub_url, repository, file)
     try:
-        found = _result(_in_background(lambda: hub.get_hf_file_metadata(url(revision=revision))), watch.check)
+        found = _result(_in_background(lambda: hub.get_hf_file_metadata(url(revision=revision))), progress.check)
     except _Failed as failed:
         raise HubError(_sentence(failed.error, repository, file, revision)) from failed.error
     if not re.fullmatch("[0-9a-f]{40}", found.commit_hash or "") or not found.size:
-        raise HubError(f"{hub.constants.ENDPOINT} does not answer as a Hugging Face Hub does; check HF_ENDPOINT.")
+        raise HubError(f"{hub.constants.ENDPOINT} does not answer like a Hugging Face Hub; check HF_ENDPOINT.")
     if not re.fullmatch("[0-9a-f]{64}", found.etag or ""):
         raise HubError(f"The Hub has no SHA-256 for {file} of {repository}, so it can't be checked; choose a file that is stored "
                        "as a large file (LFS or Xet).")
     return RemoteFile(repository, file, found.commit_hash, found.size, found.etag, url(revision=found.commit_hash))
 
 
-def download(remote, path, watch):
-    """Have `remote` at `path`, whole and checked; a file that is there already is used if it is the same.
+def download(remote, path, progress):
+    """Download `remote` to `path` and check it. An identical file that already exists there is used.
 
-    What has arrived of an interrupted download stays beside it and is gone on with. watch: .check() raises to cancel,
-    .say(text) and .at(done, total, text) tell. Raises HubError, or CheckpointError where it is no safetensors file or a
-    folder is in the way.
+    An interrupted download leaves a partial file beside `path`, and the next download resumes from it. progress: .check() raises to
+    cancel, .say(text) shows a message and .at(done, total, text) shows progress in bytes. Raises HubError, or CheckpointError if the
+    file is not a safetensors file or if `path` is a folder.
     """
     name = os.path.basename(path)
     try:
-        _download(remote, path, name, watch)
-    except OSError as error:  # of the disk: what the connection raises has become a HubError
+        _download(remote, path, name, progress)
+    except OSError as error:  # An error of the disk: _fetch turns errors of the connection into HubError.
         raise HubError(f"Downloading {name} failed: {disk_trouble(error)}.") from error
 
 
-def _download(remote, path, name, watch):
-    if _is_here(remote, path, name, watch):
+def _download(remote, path, name, progress):
+    if _is_here(remote, path, name, progress):
         return
-    part = f"{path}.{remote.sha256[:16]}.part"  # no model list shows it: it does not end in .safetensors
+    part = f"{path}.{remote.sha256[:16]}.part"  # Model lists leave it out, since it does not end in .safetensors.
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with _claimed(part, name, watch) as claim:
-        if _is_here(remote, path, name, watch):  # now, from another process that had the claim
+    with _claimed(part, name, progress) as claim:
+        if _is_here(remote, path, name, progress):  # Another process that held the lock may have finished it.
             return
-        _check_room(remote, part, name, watch)
-        _fetch(remote, part, name, watch)
-        if os.path.getsize(part) != remote.size or _sha256(part, name, watch) != remote.sha256:
+        _check_room(remote, part, name, progress)
+        _fetch(remote, part, name, progress)
+        if os.path.getsize(part) != remote.size or _sha256(part, name, progress) != remote.sha256:
             os.remove(part)
-            raise HubError(f"{name} arrived with another SHA-256 than the Hub states, so it was deleted; run the node again.")
+            raise HubError(f"The SHA-256 of {name} differs from the Hub's, so the file was deleted; run the node again.")
         if os.name == "nt":
-            claim.close()  # Windows renames no file that is open
+            claim.close()  # Windows can't rename an open file.
         try:
             publish(part, path)
-        except CheckpointError:  # a file of that name has appeared
-            if not _is_here(remote, path, name, watch):
+        except CheckpointError:  # A file of that name has appeared meanwhile.
+            if not _is_here(remote, path, name, progress):
                 raise
         with suppress(FileNotFoundError):
             os.remove(part)
@@ -151,33 +153,33 @@ def _download(remote, path, name, watch):
     except CheckpointError:
         os.remove(path)
         raise
-    watch.say(f"{name} is here: {size_text(remote.size)}, SHA-256 as on the Hub")
+    progress.say(f"{name} is downloaded: {size_text(remote.size)}, and its SHA-256 matches the Hub's")
 
 
-def _is_here(remote, path, name, watch):
-    """Whether the file at `path` is the Hub's. Raises HubError where it is another one, and CheckpointError where it is a folder."""
+def _is_here(remote, path, name, progress):
+    """Whether the file at `path` is the Hub's. Raises HubError if it is a different file, and CheckpointError if it is a folder."""
     check_target(path, overwrite=True)
     if not os.path.exists(path):
         return False
-    if os.path.getsize(path) == remote.size and _sha256(path, name, watch) == remote.sha256:
-        watch.say(f"{name} was here already: {size_text(remote.size)}, SHA-256 as on the Hub")
+    if os.path.getsize(path) == remote.size and _sha256(path, name, progress) == remote.sha256:
+        progress.say(f"{name} is already downloaded: {size_text(remote.size)}, and its SHA-256 matches the Hub's")
         return True
-    raise HubError(f"{name} exists already and is another file than {remote.file} of {remote.repository}; it lies in "
-                   f"{os.path.dirname(path)}: choose another filename, or move it away.")
+    raise HubError(f"{name} already exists in {os.path.dirname(path)} and differs from {remote.file} of {remote.repository}; choose "
+                   "another filename, or move the file away.")
 
 
 # --- one process at a time -----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _claimed(part, name, watch):
-    """The file `part`, open, which no other process claims until the end; one that does is waited for.
+def _claimed(part, name, progress):
+    """A context in which this process holds the lock on the file `part`, opened to append; waits while another process holds it.
 
-    Two that append to one file would damage it, also after one of them has found it whole.
+    Two processes that append to one file would damage it, even after one of them has checked it.
     """
     while (claim := _claim(part)) is None:
-        watch.check()
-        watch.say(f"{name}: another ComfyUI is downloading it")
+        progress.check()
+        progress.say(f"{name}: another ComfyUI is downloading it")
         time.sleep(POLL_SECONDS)
     try:
         yield claim
@@ -189,17 +191,18 @@ def _claimed(part, name, watch):
 
 
 def _claim(part):
-    """`part`, opened and locked; None where another process has the lock."""
+    """`part`, opened and locked; None if another process holds the lock."""
     file = open(part, "ab")
     with suppress(FileNotFoundError):
-        if _lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(part)):  # it may have been renamed before it was locked
+        # Another process may have renamed the file after it was opened and before it was locked.
+        if _lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
             return file
     file.close()
     return None
 
 
 def _lock(file):
-    """Lock an open file until it is closed. Whether that succeeded; True, too, on a file system without locks."""
+    """Lock an open file until it is closed. Returns whether that succeeded; also True on a file system without locks."""
     try:
         if os.name == "nt":
             os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
@@ -215,7 +218,7 @@ def _lock(file):
 
 
 def _huggingface_hub():
-    # Imported when a download is asked for: it takes a second, and everything else works without it.
+    # Imported only for a download: the import takes a second, and the rest of the pack works without the package.
     try:
         import huggingface_hub
         import huggingface_hub.constants
@@ -228,57 +231,57 @@ def _huggingface_hub():
     return huggingface_hub
 
 
-def _check_room(remote, part, name, watch):
-    """Say what is to come, and raise HubError where the disk has no room for it."""
+def _check_room(remote, part, name, progress):
+    """Show the size of the download, and raise HubError if the disk has too little free space for it."""
     there = _size(part)
     free = shutil.disk_usage(os.path.dirname(part)).free
-    watch.say(f"{name}: {size_text(remote.size)} from {remote.repository} at {remote.commit[:8]}"
-              + (f", {size_text(there)} of it here already" if there else "") + f"; the disk has {size_text(free)} free")
+    progress.say(f"{name}: {size_text(remote.size)} from {remote.repository} at {remote.commit[:8]}"
+              + (f", {size_text(there)} of it already downloaded" if there else "") + f"; the disk has {size_text(free)} free")
     if remote.size - there + SPARE_BYTES > free:
         raise HubError(f"There is no room to download {name}: it needs {size_text(remote.size - there)} and the disk has "
                        f"{size_text(free)} free; free some space.")
 
 
-def _fetch(remote, part, name, watch):
-    """Fill file `part` up to the size, going on where it ends, and where the connection was cut."""
+def _fetch(remote, part, name, progress):
+    """Append to the file `part` until it has remote.size bytes, and resume after a lost connection."""
     if _size(part) > remote.size:
         os.truncate(part, 0)
 
-    def tell():
+    def report():
         done = _size(part)
         if done > remote.size:
             raise HubError(f"The Hub sends more for {name} than the {size_text(remote.size)} that it stated; try again later.")
-        watch.at(done, remote.size, f"{name}: {size_text(done)} of {size_text(remote.size)}")
+        progress.at(done, remote.size, f"{name}: {size_text(done)} of {size_text(remote.size)}")
 
     while (before := _size(part)) < remote.size:
-        # Closed when this is cancelled: the next write of the thread fails and ends it.
+        # A cancelled download closes the file, so the next write of the background thread fails and ends the thread.
         with open(part, "ab") as file:
             try:
-                _result(_in_background(partial(_get, remote, file, before)), tell)
+                _result(_in_background(partial(_get, remote, file, before)), report)
             except _Failed as failed:
                 file.flush()
                 if _size(part) == before or getattr(failed.error, "errno", None) == errno.ENOSPC:
                     raise HubError(_sentence(failed.error, remote.repository, remote.file, remote.commit)) from failed.error
-    tell()
+    report()
 
 
 def _get(remote, file, resume_size):
     hub = _huggingface_hub()
     get = hub.file_download.http_get
-    # HF_HUB_ENABLE_HF_TRANSFER of versions before 1.0 neither resumes nor stops; given proxies, even none, it stays out.
+    # Before version 1.0, HF_HUB_ENABLE_HF_TRANSFER can neither resume nor be cancelled; passing proxies, even an empty dict, turns it off.
     options = {"proxies": {}} if "proxies" in inspect.signature(get).parameters else {}
-    # The client follows redirects, and leaves the login out of those to another host.
+    # The client follows redirects, and drops the login when a redirect leads to another host.
     get(remote.url, file, resume_size=resume_size, headers=hub.utils.build_hf_headers(), expected_size=remote.size,
         displayed_filename=remote.file, **options)
 
 
-def _sha256(path, name, watch):
-    """The SHA-256 of a file, in hexadecimal; name: what the user knows it as."""
+def _sha256(path, name, progress):
+    """The SHA-256 of a file, in hexadecimal. name: the file's name in progress messages."""
     digest, total = hashlib.sha256(), os.path.getsize(path)
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
-            watch.at(file.tell(), total, f"{name}: checking the SHA-256 of {size_text(total)}")
+            progress.at(file.tell(), total, f"{name}: checking the SHA-256 of {size_text(total)}")
     return digest.hexdigest()
 
 
@@ -290,7 +293,7 @@ def _size(path):
 
 
 class _Failed(Exception):
-    """What a background call raised, to be told apart from a cancellation."""
+    """Wraps an error of a background call, so that it isn't mistaken for a cancellation."""
 
     def __init__(self, error):
         super().__init__(str(error))
@@ -298,7 +301,7 @@ class _Failed(Exception):
 
 
 def _in_background(function):
-    """Future of function(), which runs in a thread that keeps nobody waiting: a silent server is not waited for."""
+    """Future of function(), which runs in a daemon thread, so that a server that doesn't answer can't keep ComfyUI from exiting."""
     future = Future()
 
     def run():
@@ -311,10 +314,11 @@ def _in_background(function):
     return future
 
 
-def _result(future, tell):
-    """The result of a future, with tell() called while it is awaited. Raises _Failed; what tell raises passes through."""
+def _result(future, poll):
+    """The result of a future. Calls poll() every POLL_SECONDS until it is done. Raises _Failed if the future failed; errors that poll
+    raises pass through."""
     while not future.done():
-        tell()
+        poll()
         wait((future,), POLL_SECONDS)
     if error := future.exception():
         raise _Failed(error)
@@ -322,7 +326,7 @@ def _result(future, tell):
 
 
 def _sentence(error, repository, file, revision):
-    """What an error of huggingface_hub or of the HTTP client under it (three, over the versions) means to the user."""
+    """The message for an error of huggingface_hub, or of the HTTP client that its version uses."""
     hub = _huggingface_hub()
     login = "log in with `hf auth login`"
     if isinstance(error, hub.errors.GatedRepoError):
@@ -334,10 +338,10 @@ def _sentence(error, repository, file, revision):
     if isinstance(error, hub.errors.EntryNotFoundError):
         return f"The repository {repository} has no file {file} at revision {revision}; check its path on the repository's page."
     if isinstance(error, hub.errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE forbids to download {file}; unset it, or choose a file that you have in SVDQuant Load Model."
+        return f"HF_HUB_OFFLINE forbids the download of {file}; unset it, or choose a file that you have in SVDQuant Load Model."
     if (answer := getattr(error, "response", None)) is not None:
         return f"The Hub answered {answer.status_code} for {file} of {repository}; try again later."
     if getattr(error, "errno", None) == errno.ENOSPC:
-        return f"The disk is full before {file} is whole; free some space and run the node again to go on."
+        return f"The disk was full before {file} was complete; free some space and run the node again to resume."
     return (f"The Hub can't be reached for {file} ({type(error).__name__}); check the internet connection and run the node "
-            "again: what has arrived is kept.")
+            "again: the download resumes where it stopped.")

@@ -41,10 +41,10 @@ def layer_specs(family, diffusion_model, recipe, dtype):
 def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folder=None):
     """The quantized model of a MODEL. The MODEL itself does not change, not even when this fails or is cancelled.
 
-    recipe: presets.Recipe; conditioning, latent: the calibration prompts and image size, or None if the recipe needs none; progress:
+    recipe: presets.Recipe; conditioning, latent: the inputs of calibration, or None if the recipe needs none; progress:
     .total(n), .step(text) and .check(), which raises to cancel; folder: where finished blocks are kept until all are, so that a run of
     the same inputs resumes from there; None: nowhere.
-    Returns (SVDQuantModelPatcher, [LayerRecord]); the patcher's recipe has "notes", sentences of what was unusual.
+    Returns (SVDQuantModelPatcher, [LayerRecord]); the patcher's recipe has "notes", sentences about unusual events of the run.
     """
     family = checks.check_model(patcher)
     checks.check_extras(patcher)
@@ -93,7 +93,7 @@ def _configuration(family, patcher, specs):
 
 
 def _kept(patcher, folder, nbytes, *inputs):
-    """The run's resume.Checkpoint; a context without one where there is no folder, or the run can't be recognised again."""
+    """The run's resume.Checkpoint; a context of None if there is no folder, or if the run's inputs can't be compared between runs."""
     if folder is None:
         return nullcontext()
     try:
@@ -104,11 +104,11 @@ def _kept(patcher, folder, nbytes, *inputs):
 
 
 def _quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kept):
-    """{tensor name: packed tensor} of all the layers that come out in 4 bits, and the records of all."""
+    """{tensor name: packed tensor} of the layers that are quantized to 4 bits, and the [LayerRecord] of all layers."""
     names = [*dict(family.running_blocks(patcher.model.diffusion_model)), OUTSIDE]
     done = {name: found for name in names if kept and (found := kept.load_block(name))}
     packed, records = {}, []
-    # Closed at once when this ends early: it has parts of the MODEL on the device.
+    # The stream holds parts of the MODEL on the device, so it is closed at once if this ends early.
     with closing(block_statistics(family, patcher, calls, specs, recipe, memory, packed, done)) as stream:
         for block_name, stats in stream:
             if block_name in done:
@@ -137,21 +137,21 @@ def _quantize_block(patcher, names, stats, specs, recipe, memory, progress):
 
 
 def quantize_layer(patcher, name, stats, spec, recipe, memory, check):
-    """pipeline.quantize_layer of the MODEL's layer `name`: on its device or, where that has no room for it, on the CPU."""
+    """pipeline.quantize_layer of the MODEL's layer `name`: on its device, or on the CPU if the device runs out of memory."""
     def run(device):
         weight = effective_weight(patcher, f"{name}.weight", device)
         bias = effective_weight(patcher, f"{name}.bias", device) if spec.bias else None
         return pipeline.quantize_layer(name, weight, bias, None if stats is None else stats.to(device), spec, recipe, check)
 
     device = torch.device(patcher.load_device)
-    for place in (device, torch.device("cpu")) if memory.level else (device, device, torch.device("cpu")):
+    for target in (device, torch.device("cpu")) if memory.level else (device, device, torch.device("cpu")):
         try:
-            return run(place)
+            return run(target)
         except RuntimeError as error:
             if not calibration.is_out_of_memory(error):
                 raise
             failure = str(error)
-        # Here the exception is gone, and with it the tensors that its frames held.
+        # Outside the except clause the exception is released, and with it the tensors that its frames held.
         if memory.level == 0:
             memory.step_down(name)
         else:
@@ -161,7 +161,7 @@ def quantize_layer(patcher, name, stats, spec, recipe, memory, check):
 
 
 def _quantized_model(family, patcher, specs, packed, config, recipe):
-    """A patcher around a new model that has the packed layers and, for the rest, the MODEL's weights in 16 bits."""
+    """A patcher around a new model with the packed layers; all its other parameters are the MODEL's weights in 16 bits."""
     model = build.empty_like(patcher.model, specs, compute_dtype(patcher), config)
     dtype = storage_dtype(patcher)
     # Its parameters have the names of the MODEL's, so nothing is renamed on the way.
@@ -176,7 +176,7 @@ def _quantized_model(family, patcher, specs, packed, config, recipe):
 
 
 def _carry_over(patcher, quantized):
-    """Carry over the settings that other nodes have put on the MODEL: sampling settings, attention patches, wrappers."""
+    """Copy the settings that other nodes have put on the MODEL, except weights: sampling settings, attention patches, wrappers."""
     settings = patcher.clone()
     quantized.model_options = settings.model_options
     quantized.object_patches = {key: value for key, value in settings.object_patches.items() if key != "manual_cast_dtype"}

@@ -1,8 +1,8 @@
-"""A quantization's progress on disk: an interrupted run with the same inputs resumes where it stopped.
+"""A quantization's progress on disk, so that an interrupted run of the same inputs resumes where it stopped.
 
-Each run has a folder, named by a digest of everything that determines its result. The folder has a safetensors file for each finished
-block, with the packed tensors and, in the metadata, the records of its layers and a checksum. One more file has the model's outputs
-during calibration, from which the sampling is replayed without running the model.
+Each run has a folder, named by a digest of everything that decides its result. The folder holds one safetensors file for each finished
+block, with the packed tensors, and with the records of its layers and a checksum in its metadata. One more file holds the model's
+outputs during calibration, from which the sampling is played back without running the model.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from ..checkpoint.write import write
 from ..quantizer.pipeline import LayerRecord
 
-SPARE_BYTES = 1 << 30  # that stay free on the disk
+SPARE_BYTES = 1 << 30  # This much of the disk stays free.
 TRAJECTORY = "trajectory"
-CHECKSUM_WORDS = 1 << 24  # of a tensor's 32-bit words at a time, each of which takes 24 bytes
+CHECKSUM_WORDS = 1 << 24  # 32-bit words that are summed at a time; each needs 24 bytes of memory
 PACK = Path(__file__).resolve().parents[2]
-SOURCES = ("quant/**/*.py", "cuda/**/*.py", "cuda/kernels/*.cu*")  # of the pack, that decide what comes of a layer
+SOURCES = ("quant/**/*.py", "cuda/**/*.py", "cuda/kernels/*.cu*")  # The pack's sources that decide how a layer is quantized.
 
 log = logging.getLogger(__name__)
 
@@ -34,21 +34,21 @@ class Unknown(Exception):
 
 
 def checksum(tensor):
-    """A tensor's bytes as an integer of 64 bits, computed on its device: the same on all of them."""
+    """A 64-bit checksum of a tensor's bytes, computed on its device. All devices give the same number."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     words = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
     total = 0
     for start in range(0, words.numel(), CHECKSUM_WORDS):
         chunk = words[start:start + CHECKSUM_WORDS].long()
-        position = torch.arange(start, start + chunk.numel(), device=chunk.device)
-        # Each position has its own odd factor, so that a changed word and a moved word both change the sum; int64 wraps around.
-        total += int(((chunk + 0x9E3779B9) * (2 * position * 0x5851F42D4C957F2D + 1)).sum())
+        index = torch.arange(start, start + chunk.numel(), device=chunk.device)
+        # Every index has its own odd factor, so that a changed or a moved word changes the sum. int64 wraps around.
+        total += int(((chunk + 0x9E3779B9) * (2 * index * 0x5851F42D4C957F2D + 1)).sum())
     return total % 2**64
 
 
 def digest(value):
-    """A text that tells `value` from others: tensors, modules, numbers, strings and what they are nested in. Raises Unknown on anything
-    else."""
+    """A text that differs for different values. Takes tensors, modules, numbers, strings, and lists, tuples and dicts of them. Raises
+    Unknown for any other type."""
     if isinstance(value, torch.Tensor):
         return f"tensor {value.dtype} {tuple(value.shape)} {checksum(value)}"
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
@@ -64,10 +64,10 @@ def digest(value):
 
 
 def run_digest(patcher, weights, *inputs):
-    """A hex digest of a run on a MODEL. weights: the digest of its weights; inputs: everything else. Raises Unknown where a node has put
-    a value on the MODEL or in the inputs that can't be hashed reliably."""
+    """A hex digest of a run on a MODEL. weights: the digest of its weights; inputs: all other inputs of the run. Raises Unknown if the
+    MODEL or the inputs hold a value that can't be hashed reliably, such as a hook of another node."""
     parts = [weights, *map(digest, inputs), digest(patcher.get_model_object("model_sampling")), digest(patcher.model_options),
-            digest(patcher.object_patches)]
+             digest(patcher.object_patches)]
     if patcher.forced_hooks or any(any(attached.values()) for attached in (patcher.wrappers, patcher.callbacks, patcher.hook_patches,
                                                                            patcher.additional_models)):
         raise Unknown("hook or wrapper")
@@ -81,8 +81,8 @@ def run_digest(patcher, weights, *inputs):
 class Checkpoint:
     """The files of one run.
 
-    folder: of all runs; key: run_digest's; nbytes: what the whole of it will take. It keeps nothing where the disk has no room. A
-    thread of its own writes; at the end of the context everything is written.
+    folder: the folder of all runs; key: the run's run_digest; nbytes: the size of all packed tensors. Nothing is kept if the disk has too
+    little room. A background thread writes the files; the end of the context waits for it.
     """
 
     def __init__(self, folder, key, nbytes):
@@ -90,8 +90,8 @@ class Checkpoint:
         self.keeps, self.writer = True, ThreadPoolExecutor(1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            there = sum(path.stat().st_size for path in self.folder.iterdir())
-            if shutil.disk_usage(self.folder).free + there < nbytes + SPARE_BYTES:
+            used = sum(path.stat().st_size for path in self.folder.iterdir())
+            if shutil.disk_usage(self.folder).free + used < nbytes + SPARE_BYTES:
                 self._stop("the disk has too little room")
         except OSError as error:
             self._stop(error)
@@ -108,36 +108,39 @@ class Checkpoint:
                     self.folder, why)
 
     def load(self, name):
-        """(tensors, record) as saved under `name`; None if there is no file, or if it is damaged or of another run."""
+        """(tensors, metadata) as saved under `name`; None if there is no file, or if it is damaged or belongs to another run."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {})["progress"])
-                # Copies, since the file is to go.
+                progress = json.loads((file.metadata() or {})["progress"])
+                # These are copies, since the file is removed at the end of the run.
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-            if metadata["key"] == self.key and metadata["crc32"] == _crc32(tensors):
-                return tensors, metadata["told"]
+            if progress["key"] == self.key and progress["crc32"] == _crc32(tensors):
+                return tensors, progress["metadata"]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             pass
-        log.warning("The progress in %s is damaged, or that of another run; it is not used.", path)
+        log.warning("The progress in %s is damaged or belongs to another run; it is not used.", path)
         return None
 
-    def save(self, name, tensors, record):
-        """Write a file, all or nothing. Nobody may change the tensors afterwards. A failure ends saving, not the run. record: JSON-able."""
-        # With ComfyUI's --highvram the offload device is the GPU itself.
-        self.writer.submit(self._write, name, {key: tensor.cpu() for key, tensor in tensors.items()}, record)
+    def save(self, name, tensors, metadata):
+        """Write a complete file in the background. If that fails, the run goes on and keeps no further progress.
 
-    def _write(self, name, tensors, record):
+        tensors: {name: tensor}, which must not change afterwards; metadata: anything that JSON can hold.
+        """
+        # With ComfyUI's --highvram the offload device is the GPU, so the tensors may be there.
+        self.writer.submit(self._write, name, {key: tensor.cpu() for key, tensor in tensors.items()}, metadata)
+
+    def _write(self, name, tensors, metadata):
         if not self.keeps:
             return
         path = self.folder / f"{name}.safetensors"
         try:
-            metadata = {"progress": json.dumps({"key": self.key, "crc32": _crc32(tensors), "told": record})}
+            progress = json.dumps({"key": self.key, "crc32": _crc32(tensors), "metadata": metadata})
             infos = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
-            write(str(path), infos, tensors.items(), metadata, overwrite=True)
-        except Exception as error:  # whatever it is: nobody waits for this thread's result, and the run goes on without
+            write(str(path), infos, tensors.items(), {"progress": progress}, overwrite=True)
+        except Exception as error:  # Nobody reads this thread's result, so any error is logged here.
             self._stop(error)
 
     def load_block(self, name):
@@ -146,7 +149,7 @@ class Checkpoint:
         return found and (found[0], [LayerRecord(**record) for record in found[1]])
 
     def remove(self):
-        """Remove the run's files, and the folder of all runs where it is empty then."""
+        """Remove the run's files, and the folder of all runs if it is empty then."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self.folder.parent.rmdir()

@@ -9,23 +9,30 @@ everything between the blocks, so nothing here depends on how a ComfyUI version 
 import functools
 import itertools
 import logging
+import re
 from contextlib import contextmanager, nullcontext
 
 import torch
 
-SAMPLE_TOKENS = 1024  # inputs kept per layer, over all the calls
-TOKENS_PER_INPUT = 4  # that go into a Gram matrix: with fewer than 2 GPTQ has too little to go by, more than 4 change little
-STRIPE = 2048  # rows of a Gram matrix that are added to at a time
+SAMPLE_TOKENS = 1024  # inputs kept for each layer, evenly spaced over all the calls
+# Tokens for each input channel that go into a Gram matrix. Fewer than 2 are too few for GPTQ; more than 4 change little.
+TOKENS_PER_INPUT = 4
+STRIPE = 2048  # rows of a Gram matrix that are updated at a time
+
+# Errors of the device itself, as opposed to an operation that PyTorch lacks. Older PyTorch has no AcceleratorError.
+DEVICE_FAULTS = (torch.OutOfMemoryError, *([torch.AcceleratorError] if hasattr(torch, "AcceleratorError") else []))
+# PyTorch has no exception type for the errors of CUDA's libraries, such as cuBLAS: it raises RuntimeError with the status name in it.
+LIBRARY_OUT_OF_MEMORY = re.compile(r"\bCU[A-Z]+_STATUS_ALLOC_FAILED\b")
 
 log = logging.getLogger(__name__)
 
 
 class InputStats:
-    """Running statistics of one linear's input, float32 on `device`, or where the input is.
+    """Running statistics of one linear's input, float32 on `device`, or on the input's device if it is None.
 
     absmax, rms: (K,) over all tokens seen; sample: (at most SAMPLE_TOKENS, K); gram: (K, K), the mean of x^T x, if
-    `with_gram` (it is K * K * 4 bytes: 944 MB for the widest layer of FLUX.1), over evenly spaced tokens of a call, the first and the last
-    included: about `tokens_per_input` * K in all the expected calls, or all of them.
+    `with_gram` (it is K * K * 4 bytes: 944 MB for the widest layer of FLUX.1), over evenly spaced tokens of each
+    call, the first and the last among them: about `tokens_per_input` * K in all the expected calls, or all of them.
     """
 
     def __init__(self, expected_calls, with_gram=False, tokens_per_input=None, device=None):
@@ -56,9 +63,9 @@ class InputStats:
             self.gram_tokens += x.shape[0]
 
     def gram(self):
-        """(K, K) float32, E[x^T x]; None where it was not asked for. Nothing can be added after that."""
+        """(K, K) float32, E[x^T x]; None without `with_gram`. Nothing can be added afterwards."""
         if self._gram is not None and not self._is_mean:
-            self._gram /= self.gram_tokens  # in place: it may be the largest thing on the device
+            self._gram /= self.gram_tokens  # In place, since it may be the largest tensor on the device.
             self._is_mean, self._with_gram = True, False
         return self._gram
 
@@ -78,7 +85,7 @@ class InputStats:
 
 
 def evenly_spaced(x, most):
-    """At most `most` rows of x, at even intervals."""
+    """At most `most` rows of x, evenly spaced."""
     if x.shape[0] <= most:
         return x
     return x[torch.linspace(0, x.shape[0] - 1, most, device=x.device).round().long()]
@@ -95,12 +102,22 @@ def add_gram(gram, x):
 
 @functools.cache
 def _sums_in_float32(device):
-    """Whether this PyTorch multiplies 16-bit matrices on `device` into a float32 one."""
-    x = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
-    try:
-        return torch.mm(x, x, out_dtype=torch.float32).dtype == torch.float32
-    except (TypeError, RuntimeError):  # before PyTorch 2.8; and on the CPU
+    """Whether this PyTorch multiplies 16-bit matrices on `device` into a float32 one. Raises the device's faults."""
+    if device.type != "cuda":
         return False
+    x = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    # CUDA reports a fault of earlier work at some later call. Outside the try statement it can't be mistaken for a missing feature.
+    torch.cuda.synchronize(device)
+    try:
+        found = torch.mm(x, x, out_dtype=torch.float32).dtype == torch.float32
+    except TypeError:  # PyTorch before 2.8 does not know out_dtype.
+        return False
+    except RuntimeError as error:  # NotImplementedError is one too.
+        if isinstance(error, DEVICE_FAULTS):
+            raise
+        found = False
+    torch.cuda.synchronize(device)
+    return found
 
 
 class _Reached(Exception):
@@ -108,9 +125,9 @@ class _Reached(Exception):
 
 
 class Memory:
-    """What calibration keeps on the device, and how it makes do with less when the device runs out of memory.
+    """Where calibration keeps its tensors. They move to host memory step by step when the device runs out of memory.
 
-    states: the output of the last block, call by call; notes: sentences that say what was given up.
+    states: each call's output of the last block; notes: sentences about the moves.
     """
 
     STEPS = ("the states between the blocks went to host memory", "the statistics went to host memory too, which takes longer")
@@ -128,14 +145,14 @@ class Memory:
         return self.device if self.level < len(self.STEPS) else torch.device("cpu")
 
     def attempt(self, what, run):
-        """run(), repeated with less data on the device each time it runs out of memory. Any other error is raised."""
+        """Return run(). Each time it runs out of memory, step down and call it again. Other errors of run pass through."""
         while True:
             try:
                 return run()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.level == len(self.STEPS):
                     raise
-            # Out here the exception is gone, and what its frames held with it.
+            # Outside the except clause the exception is released, and with it the tensors that its frames held.
             self.step_down(what)
 
     def step_down(self, what):
@@ -150,18 +167,18 @@ class Memory:
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError says that a device has no memory left; CUDA's libraries have errors of their own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    """Whether a RuntimeError means that a device is out of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or LIBRARY_OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def empty_cache(device):
-    """Give back what PyTorch keeps of a GPU's memory for later."""
+    """Release the GPU memory that PyTorch caches."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
 
 
 def to_device(value, device, copy=False):
-    """Move the tensors inside nested lists, tuples and dicts; leave everything else as it is. copy: also those that are there."""
+    """Move the tensors inside nested lists, tuples and dicts; leave other values unchanged. copy: also copy tensors on `device`."""
     if isinstance(value, torch.Tensor):
         return value.detach().to(device, copy=copy)
     if isinstance(value, (list, tuple)):
@@ -172,7 +189,7 @@ def to_device(value, device, copy=False):
 
 
 def _shared(value, known):
-    """`value`, with the tensors of `known`, something of the same form, in place of its own where they are equal to the bit."""
+    """`value`, with each tensor replaced by the one at the same position in `known` if the two are equal, so that both use its memory."""
     if type(value) is not type(known):
         return value
     if isinstance(value, torch.Tensor):
@@ -186,8 +203,8 @@ def _shared(value, known):
 
 @contextmanager
 def recorded_calls(diffusion_model, calls, every=1, first=0):
-    """Within it, the arguments of every n-th forward of `diffusion_model`, from `first` on, are appended to `calls`, on the CPU. What one
-    call has in common with the one before, such as the prompt, is kept once."""
+    """Within it, the arguments of every n-th forward of `diffusion_model`, from `first` on, are appended to `calls`, on the CPU. Tensors
+    that are equal in successive calls, such as the prompt, are kept once."""
     counter = itertools.count(-first)
 
     def record(_module, args, kwargs):
@@ -261,7 +278,7 @@ def _replay(diffusion_model, call, memory, blocks, pass_through, index, previous
 
     replaced = [(block, pass_through(name)) for name, block in blocks[:index]]
     if index:
-        # A copy: the model may add to it in place, and it must serve again if this ends for lack of memory.
+        # The model may change its input in place, and a second attempt after running out of memory needs the original, so it gets a copy.
         replaced[-1] = (blocks[index - 1][1], lambda *args, **kwargs: to_device(previous, memory.device, copy=True))
     hook = blocks[index][1].register_forward_hook(stop)
     try:
@@ -290,7 +307,8 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
     its output there, not the one in 16 bits. A call that does not run every block is left out from there on; ValueError where none is
     left.
     """
-    calls[:] = to_device(calls, memory.states_on)  # a few MB each; every block re-reads them, and the originals are released
+    # Every block re-reads them; the originals are released. Each has a few MB.
+    calls[:] = to_device(calls, memory.states_on)
     memory.states[:] = [None] * len(calls)
     for index, (name, block) in enumerate(blocks):
         def run(layers, in_4_bits):

@@ -80,7 +80,7 @@ def learn(weight, x, start, rank, unsigned_from, dtype, check=lambda: None):
     """
     # ComfyUI runs nodes in inference mode, whose tensors autograd does not take; these copies are ordinary ones.
     with torch.inference_mode(False), torch.enable_grad():
-        rows = weight.detach()[smoothing.evenly_spaced(weight.shape[0], ROWS).to(weight.device)]
+        rows = weight.detach()[smoothing.evenly_spaced_indices(weight.shape[0], ROWS).to(weight.device)]
         (tokens, judges), best_factor = split(x), start.clone()
         before = best = measured_error(rows, judges, best_factor, rank, unsigned_from, dtype)
         log_factor = best_factor.log().requires_grad_()

@@ -1,4 +1,4 @@
-"""The quantization report: what was done to each layer and what it cost. As Markdown that also reads well as text, as JSON,
+"""The quantization report: the format, error and size of each layer. As Markdown that also reads well as text, as JSON,
 and as a picture of the errors before and after."""
 
 import json
@@ -14,8 +14,8 @@ from ..layers import layout
 from .pipeline import KEPT
 
 COLUMNS = ("layer", "format", "rank", "error", "plain rounding", "of", "tokens", "MB", "smoothing")
-FORMATS = {layout.AWQ: "W4A16", KEPT: "16 bit"}  # and W4A4
-BLOCK = re.compile(r".*?\.\d+\.")  # what the name of a layer in a block begins with
+FORMATS = {layout.AWQ: "W4A16", KEPT: "16 bit"}  # Every other format is W4A4.
+BLOCK = re.compile(r".*?\.\d+\.")  # the prefix of a layer's name that names its block
 STANDS_OUT = 2.0  # times the median error of the layers of its kind
 
 CELL, GAP, LABELS, HEADER, LEGEND = 22, 28, 190, 34, 46  # pixels of the picture's parts
@@ -32,7 +32,7 @@ def summary(records):
 
 
 def kind(record):
-    """A layer's place within its block, "attn.qkv" of "blocks.3.attn.qkv"; its name where it is in none."""
+    """A layer's name within its block, such as "attn.qkv" for "blocks.3.attn.qkv"; the full name if it is in no block."""
     block = BLOCK.match(record.name)
     return record.name[block.end():] if block else record.name
 

@@ -100,8 +100,8 @@ def search(weight, x, x_spans, rank, unsigned, dtype, check=lambda: None):
     Returns Smoothing; never worse than s = 1 on its own objective, since s = 1 is a candidate.
     """
     w_spans = spans(weight)
-    rows = weight[evenly_spaced(weight.shape[0], max(SEARCH_ROWS, ROWS_PER_RANK * rank)).to(weight.device)]
-    tokens = x[evenly_spaced(x.shape[0], SEARCH_TOKENS).to(x.device)]
+    rows = weight[evenly_spaced_indices(weight.shape[0], max(SEARCH_ROWS, ROWS_PER_RANK * rank)).to(weight.device)]
+    tokens = x[evenly_spaced_indices(x.shape[0], SEARCH_TOKENS).to(x.device)]
     best = None
     for label, factor, up in with_branches(candidates(x_spans, w_spans), rows, rank):
         check()
@@ -122,6 +122,6 @@ def with_branches(labels_and_factors, weight, rank):
             yield label, factor, up
 
 
-def evenly_spaced(count, most):
-    """Indices of at most `most` of `count` rows, at even intervals, so that every part of the matrix counts."""
+def evenly_spaced_indices(count, most):
+    """Indices of at most `most` of `count` rows, evenly spaced, so that every part of the matrix counts."""
     return torch.linspace(0, count - 1, min(count, most)).round().long()

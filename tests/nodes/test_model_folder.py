@@ -124,7 +124,7 @@ def test_download_uses_a_copy_in_another_folder(folders, hub, lines, other):
 def test_download_refuses_another_file_of_that_name_in_another_folder(folders, hub):
     base = folders()
     (base / "models" / "unet" / "x.safetensors").write_bytes(safetensors(seed=1))
-    with pytest.raises(HubError, match=f"is another file than .*; it lies in {re.escape(str(base / 'models' / 'unet'))}: choose another"):
+    with pytest.raises(HubError, match=f"already exists in {re.escape(str(base / 'models' / 'unet'))} and differs from .*; choose another"):
         download()
     assert hub.gets == [] and os.listdir(base / "models" / "diffusion_models") == []
 

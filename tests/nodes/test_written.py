@@ -133,7 +133,7 @@ def test_download_runs_again_where_its_file_is_gone_or_replaced(folder, remote, 
         path.unlink()
     cache.queue(**DOWNLOAD)
     path.write_bytes(b"other")
-    with pytest.raises(hub.HubError, match="is another file"):
+    with pytest.raises(hub.HubError, match="differs from"):
         cache.queue(**DOWNLOAD)
 
 

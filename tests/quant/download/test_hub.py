@@ -81,20 +81,20 @@ def test_a_file_arrives_whole_and_its_size_is_reported_first(server, tmp_path):
     assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
     assert watch.said[0].startswith("flux.safetensors: 0.2 MB from owner/flux at 01234567; the disk has ")
     assert watch.points[-1] == (len(DATA), len(DATA)) and "flux.safetensors: checking the SHA-256 of 0.2 MB" in watch.said
-    assert watch.said[-1] == "flux.safetensors is here: 0.2 MB, SHA-256 as on the Hub"
+    assert watch.said[-1] == "flux.safetensors is downloaded: 0.2 MB, and its SHA-256 matches the Hub's"
     assert server.gets == [(f"/owner/flux/resolve/{COMMIT}/{FILE}", None, "Bearer hf_secret")]
 
 
 def test_a_file_that_is_there_is_used_after_its_hash_is_checked(server, tmp_path):
     (tmp_path / "flux.safetensors").write_bytes(DATA)
     watch = fetch(tmp_path)
-    assert server.gets == [] and "was here already" in watch.said[-1] and "SHA-256" in watch.said[-1]
+    assert server.gets == [] and "is already downloaded" in watch.said[-1] and "SHA-256" in watch.said[-1]
 
 
 @pytest.mark.parametrize("other", [DATA[:-1] + b"?", DATA[:100], b""])
 def test_another_file_of_that_name_is_left_alone(server, tmp_path, other):
     (tmp_path / "flux.safetensors").write_bytes(other)
-    assert "exists already and is another file" in refusal(tmp_path)
+    assert " and differs from " in refusal(tmp_path)
     assert (tmp_path / "flux.safetensors").read_bytes() == other and server.gets == []
 
 
@@ -115,7 +115,7 @@ def test_an_interrupted_download_is_resumed(server, tmp_path, monkeypatch):
     server.cuts, server.gets = [], []
     watch = fetch(tmp_path)
     assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
-    assert [wanted for _, wanted, _ in server.gets] == ["bytes=70000-"] and "0.1 MB of it here already" in watch.said[0]
+    assert [wanted for _, wanted, _ in server.gets] == ["bytes=70000-"] and "0.1 MB of it already downloaded" in watch.said[0]
 
 
 def test_cancel_stops_at_once_and_keeps_the_downloaded_part(server, tmp_path):
@@ -148,7 +148,7 @@ def test_cancel_does_not_wait_for_a_silent_server(use, tmp_path):
 
 def test_a_wrong_hash_deletes_the_download(server, tmp_path):
     server.etag = "ab" * 32
-    assert "arrived with another SHA-256 than the Hub states" in refusal(tmp_path)
+    assert "differs from the Hub's, so the file was deleted" in refusal(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_beginning_of_an_earlier_download_is_found(server, tmp_path):
     part, = tmp_path.iterdir()
     part.write_bytes(b"?" + part.read_bytes()[1:])
     server.cuts = []
-    assert "another SHA-256" in refusal(tmp_path)
+    assert "The SHA-256 of flux.safetensors differs from the Hub's" in refusal(tmp_path)
     fetch(tmp_path)
     assert (tmp_path / "flux.safetensors").read_bytes() == DATA
 
@@ -262,7 +262,7 @@ def test_a_server_that_is_no_hub(server, tmp_path):
     server.etag = "12345"
     assert "no SHA-256 for sub/flux_4bit.safetensors" in refusal(tmp_path)
     server.etag, server.commit = None, "../../api"
-    assert "does not answer as a Hugging Face Hub does" in refusal(tmp_path)
+    assert "does not answer like a Hugging Face Hub" in refusal(tmp_path)
 
 
 def test_offline_is_one_sentence(use, tmp_path, monkeypatch):
@@ -324,7 +324,7 @@ def in_thread(function, outcomes):
     return thread
 
 
-@pytest.mark.parametrize(("other", "says"), [(b"mine", "exists already and is another file"), (DATA, None)])
+@pytest.mark.parametrize(("other", "says"), [(b"mine", " and differs from "), (DATA, None)])
 def test_a_file_that_appears_meanwhile_is_not_replaced(server, tmp_path, other, says):
     server.hold, outcomes, watch = threading.Event(), [], Watch()
     thread = in_thread(lambda: fetch(tmp_path, watch), outcomes)
@@ -360,7 +360,7 @@ def test_a_second_download_waits_for_the_first(server, tmp_path, cancelled):
     for thread in threads:
         thread.join(20)
     assert len(server.gets) == 1 and os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
-    assert cancelled or outcomes == list(watches) and "was here already" in watches[1].said[-1]
+    assert cancelled or outcomes == list(watches) and "is already downloaded" in watches[1].said[-1]
 
 
 def test_a_waiting_download_resumes_the_first_one(server, tmp_path):

@@ -279,7 +279,7 @@ def test_a_damaged_or_foreign_file_is_ignored_with_one_line(patcher, tmp_path, c
     quantized_model, _ = run(patcher, folder=folder)
     assert same(quantized_model, expected)
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "double_blocks.0.safetensors is damaged, or that of another run; it is not used" in line
+    assert "double_blocks.0.safetensors is damaged or belongs to another run; it is not used" in line
 
 
 def test_a_full_disk_does_not_end_the_run(patcher, tmp_path, monkeypatch, caplog, expected):

@@ -167,3 +167,73 @@ def test_a_forward_that_a_module_has_of_its_own_stays():
         list(calibration.stream_blocks(model, calls, calibration.Memory("cpu"), named_blocks(model),
                                         lambda name, block: {name: block.lin}, pass_through))
     assert block.__dict__["forward"] is own
+
+
+class FakeDevice:
+    """A CUDA device that no machine needs to have: records the order of the calls, and multiplies or raises."""
+
+    def __init__(self, monkeypatch, product=None, pending=None):
+        self.calls, self.product, self.pending = [], product, pending
+        ones = torch.ones(16, 16)
+        monkeypatch.setattr(torch, "ones", lambda *args, **kwargs: ones)
+        monkeypatch.setattr(torch, "mm", self.mm)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+
+    def mm(self, *_, out_dtype):
+        self.calls.append("mm")
+        if isinstance(self.product, Exception):
+            raise self.product
+        return torch.empty(0, dtype=out_dtype)
+
+    def synchronize(self, _device):
+        self.calls.append("synchronize")
+        if self.pending == len(self.calls):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def sums_in_float32(self):
+        return calibration._sums_in_float32.__wrapped__(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("product", "supported"), [
+    (None, True), (TypeError("unexpected keyword argument 'out_dtype'"), False), (NotImplementedError("aten::mm.dtype"), False),
+    (RuntimeError("out_dtype is not supported"), False)])
+def test_a_product_that_pytorch_lacks_is_found(monkeypatch, product, supported):
+    device = FakeDevice(monkeypatch, product)
+    assert device.sums_in_float32() is supported
+    assert device.calls[:2] == ["synchronize", "mm"]
+    assert isinstance(product, TypeError) or device.calls[2:] == ["synchronize"]
+
+
+FAULTS = [torch.OutOfMemoryError("CUDA out of memory."), *([torch.AcceleratorError("CUDA error: an illegal memory access")]
+                                                          if hasattr(torch, "AcceleratorError") else [])]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_device_is_not_taken_for_a_missing_product(monkeypatch, fault):
+    with pytest.raises(type(fault)):
+        FakeDevice(monkeypatch, fault).sums_in_float32()
+
+
+@pytest.mark.parametrize("pending", [1, 3])
+@pytest.mark.parametrize("product", [None, RuntimeError("out_dtype is not supported")])
+def test_a_fault_that_comes_late_is_not_taken_for_a_missing_product(monkeypatch, product, pending):
+    """CUDA is asynchronous: a fault of earlier work, or of the product itself, shows when the device is synchronized."""
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        FakeDevice(monkeypatch, product, pending).sums_in_float32()
+
+
+def test_off_cuda_no_product_is_tried(monkeypatch):
+    device = FakeDevice(monkeypatch)
+    assert calibration._sums_in_float32.__wrapped__(torch.device("cpu")) is False and device.calls == []
+
+
+@pytest.mark.parametrize("status", ["CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"])
+def test_cuda_libraries_out_of_memory_are_recognised(status):
+    assert calibration.is_out_of_memory(RuntimeError(f"CUDA error: {status} when calling `cublasCreate(handle)`"))
+
+
+@pytest.mark.parametrize("message", ["ALLOC_FAILED", "MY_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED_TWICE",
+                                     "CUBLAS_STATUS_EXECUTION_FAILED", "shapes"])
+def test_other_errors_are_not_taken_for_a_lack_of_memory(message):
+    assert not calibration.is_out_of_memory(RuntimeError(message))
+    assert calibration.is_out_of_memory(torch.OutOfMemoryError(message))
