@@ -52,7 +52,7 @@ def error(layer, tensors, spec, act_bits=4):
 
 
 def pack(spec, smooth, up, down, codes, scales):
-    """The stored layer: branch on the raw x, the shift folded into a bias that is zero otherwise."""
+    """The stored layer: branch on the raw x, the bias is the GELU shift correction alone."""
     tensors = {"weight": int4.pack(codes), "weight_scale": scales, "weight_smooth_factor": smooth,
                "weight_proj_up": up.to(DTYPE), "weight_proj_down": (down / smooth.float().unsqueeze(-1)).to(DTYPE)}
     bias = torch.zeros(spec.out_features, device=codes.device)

@@ -1,4 +1,4 @@
-"""What a model file is, told from its header: format, sizes by kind, ranks, dtypes, recipe and errors. No weight is read."""
+"""What a model file is, according to its header: format, sizes by kind, ranks, dtypes, recipe and errors. No weight is read."""
 
 import json
 import os
@@ -34,26 +34,26 @@ WORST = 3  # layers named in the summary of errors
 def inspect(header):
     """A JSON-able dict of what a file is. Raises CheckpointError, one sentence, where it is no whole FLUX.1."""
     found = formats.identify(header)
-    told = _packed(header, found) if found else _plain(header)
-    return {"file": header.file, "bytes": os.path.getsize(header.path)} | told | {"card": _card(header)}
+    info = _packed(header, found) if found else _plain(header)
+    return {"file": header.file, "bytes": os.path.getsize(header.path)} | info | {"card": _card(header)}
 
 
-def text(told):
+def text(info):
     """inspect's answer as text, a line a fact."""
-    lines = [f"{told['file']}: {_size(told['bytes'])}, {told['format']}", *_model_lines(told)]
-    lines += [f"{label}: {value}" for label, value in told["card"].items()]
-    if "layers" in told:
-        total = sum(told["bytes_by_kind"].values())
-        lines += ["sizes:", *(f"  {kind}: {_size(count)} ({count / total:.1%})" for kind, count in told["bytes_by_kind"].items())]
-    lines.append("stored as: " + ", ".join(f"{dtype} {_size(count)}" for dtype, count in told["bytes_by_dtype"].items()))
-    for kind, layers in told.get("layers", {}).items():
+    lines = [f"{info['file']}: {_size(info['bytes'])}, {info['format']}", *_model_lines(info)]
+    lines += [f"{label}: {value}" for label, value in info["card"].items()]
+    if "layers" in info:
+        total = sum(info["bytes_by_kind"].values())
+        lines += ["sizes:", *(f"  {kind}: {_size(count)} ({count / total:.1%})" for kind, count in info["bytes_by_kind"].items())]
+    lines.append("stored as: " + ", ".join(f"{dtype} {_size(count)}" for dtype, count in info["bytes_by_dtype"].items()))
+    for kind, layers in info.get("layers", {}).items():
         ranks = ", ".join(f"rank {rank}: {count}" for rank, count in layers["ranks"].items())
         lines.append(f"{kind}: {layers['count']} layers" + (f" ({ranks})" if kind != layout.AWQ else ""))
-    if told.get("int8_scales"):
-        lines.append(f"scales: 8-bit integers times a number of their row, in {told['int8_scales']} layers")
+    if info.get("int8_scales"):
+        lines.append(f"scales: 8-bit integers times a number of their row, in {info['int8_scales']} layers")
     # What a file says of itself may hold anything, a terminal's control codes too.
     return "\n".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-                     for line in [*lines, *_recipe_lines(told)])
+                     for line in [*lines, *_recipe_lines(info)])
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -159,18 +159,18 @@ def _card(header):
 # --- telling -------------------------------------------------------------------------------------------------------
 
 
-def _model_lines(told):
-    model = told["model"]
+def _model_lines(info):
+    model = info["model"]
     if not model:  # under diffusers' names
         return []
     guidance = {True: ", with guidance", False: ", without guidance"}.get(model.get("guidance_embed"), "")
-    lines = [f"{told['family']}: {model['depth']} double and {model['depth_single_blocks']} single blocks, "
+    lines = [f"{info['family']}: {model['depth']} double and {model['depth_single_blocks']} single blocks, "
              f"hidden size {model['hidden_size']}, {model['in_channels']} channels in{guidance}"]
-    return lines + ([f"made from: {told['source']}"] if told.get("source") not in (None, "", told["file"]) else [])
+    return lines + ([f"made from: {info['source']}"] if info.get("source") not in (None, "", info["file"]) else [])
 
 
-def _recipe_lines(told):
-    lines, recipe = [], told.get("recipe", {})
+def _recipe_lines(info):
+    lines, recipe = [], info.get("recipe", {})
     calibration = recipe.get("calibration")
     plain = {key: value for key, value in recipe.items() if key != "calibration" and value not in (None, [], "")}
     if plain:
@@ -179,7 +179,7 @@ def _recipe_lines(told):
     if isinstance(calibration, dict):
         extra = ", ".join(f"{key} {json.dumps(value)}" for key, value in calibration.items() if key != "prompts")
         lines.append(f"calibrated on: {calibration.get('prompts')} prompts" + (f" ({extra})" if extra else ""))
-    for kind, errors in told.get("errors", {}).items():
+    for kind, errors in info.get("errors", {}).items():
         worst = ", ".join(f"{name} {error:.2%}" for name, error in errors["worst"].items())
         lines.append(f"error of {kind}: mean {errors['mean']:.2%}, median {errors['median']:.2%} (plain rounding "
                      f"{errors['mean_of_plain_rounding']:.2%}) of {errors['layers']} layers; largest: {worst}")

@@ -165,7 +165,8 @@ FAMILY = Family(
     examples=("single_blocks.37.*", "*.linear2 = 128"),
     renamed=(NORMS,),
     diffusers=Diffusers(
-        keys=("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight"),
+        # FLUX.2, LongCat-Image and other relatives have the first two as well, but no projection of the pooled text.
+        keys=("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"),
         blocks=MappingProxyType({"depth": DOUBLE, "depth_single_blocks": SINGLE}),
         width="x_embedder.weight", needed=("x_embedder.bias",), names="flux_to_diffusers"),
     nunchaku=NUNCHAKU,

@@ -6,7 +6,7 @@ from ...cuda.int4 import GROUP_SIZE, SIGNED_MAX, UNSIGNED_MAX
 from ...cuda.reference import scaled_codes
 
 CHUNK = 1 << 22  # elements of a weight that are worked on at a time
-AWQ_WIDTHS, AWQ_FITS = (1.0, 0.94, 0.88, 0.82), 3  # shares of a group's range, and how often scale and zero are fitted
+AWQ_WIDTHS, AWQ_FITS = (1.0, 0.94, 0.88, 0.82), 3  # fractions of a group's range, and how often scale and zero are fitted
 
 
 def absmax_scales(weight, dtype):
@@ -50,13 +50,13 @@ def awq_round(weight, dtype, energy=None):
     Returns codes (N, K) int8, scales (G, N) and zeros (G, N) in `dtype`.
     """
     energy = torch.ones(weight.shape[1], device=weight.device) if energy is None else energy
-    shares = _shares(energy.view(-1, GROUP_SIZE))
-    return _awq_in_chunks(weight, lambda groups: _awq_search(groups, shares, dtype))
+    importance = _importance(energy.view(-1, GROUP_SIZE))
+    return _awq_in_chunks(weight, lambda groups: _awq_search(groups, importance, dtype))
 
 
 def awq_plain(weight, dtype):
     """awq_round without a search: codes 0 and 15 are a group's smallest and largest weight."""
-    equal = _shares(torch.ones(weight.shape[1] // GROUP_SIZE, GROUP_SIZE, device=weight.device))
+    equal = _importance(torch.ones(weight.shape[1] // GROUP_SIZE, GROUP_SIZE, device=weight.device))
     return _awq_in_chunks(weight, lambda groups: _awq_codes(groups, equal, *_awq_range(groups, 1.0, dtype))[:-1])
 
 
@@ -68,8 +68,8 @@ def _awq_in_chunks(weight, round_groups):
     return codes, scales, zeros
 
 
-def _shares(energy):
-    """(G, 64): what part of its group's energy each input has; equal parts where the group has none."""
+def _importance(energy):
+    """(G, 64): each input's fraction of its group's energy; equal fractions if the energy is zero."""
     total = energy.sum(dim=-1, keepdim=True)
     return torch.where(total > 0, energy / total, 1 / GROUP_SIZE)
 
@@ -81,7 +81,7 @@ def _awq_range(groups, width, dtype):
     return scales.to(dtype), ((low + high) / 2 - scales * (UNSIGNED_MAX / 2)).to(dtype)
 
 
-def _awq_search(groups, shares, dtype):
+def _awq_search(groups, importance, dtype):
     """groups: (N, G, 64). Returns codes (N, G, 64), scales and zeros (N, G): from ranges of several widths, each followed by fits of
     scale and zero to the codes that came of them."""
     best = None
@@ -90,31 +90,31 @@ def _awq_search(groups, shares, dtype):
         found = None
         for _ in range(AWQ_FITS):
             if found is not None:
-                scales, lowest = _awq_line(groups, shares, found[0], scales)
-            found = _awq_codes(groups, shares, scales.to(dtype), lowest.to(dtype))
+                scales, lowest = _awq_line(groups, importance, found[0], scales)
+            found = _awq_codes(groups, importance, scales.to(dtype), lowest.to(dtype))
             best = found if best is None else tuple(
                 torch.where((found[-1] < best[-1]).view(*found[-1].shape, *[1] * (new.ndim - 2)), new, old)
                 for new, old in zip(found, best))
     return best[:-1]
 
 
-def _awq_line(groups, shares, codes, scales):
+def _awq_line(groups, importance, codes, scales):
     """(scale, value of code 0), (N, G) each, of the line through each group's weights over its codes; the scale is the one given where
     all codes are the same."""
-    mean = (codes * shares).sum(dim=-1, keepdim=True)
-    around = codes - mean
-    counted = around * shares
-    spread = (counted * around).sum(dim=-1)
-    scales = torch.where(spread > 0, (counted * groups).sum(dim=-1) / spread, scales)
-    return scales, (groups * shares).sum(dim=-1) - scales * mean.squeeze(-1)
+    mean = (codes * importance).sum(dim=-1, keepdim=True)
+    centred = codes - mean
+    weighted = centred * importance
+    variance = (weighted * centred).sum(dim=-1)
+    scales = torch.where(variance > 0, (weighted * groups).sum(dim=-1) / variance, scales)
+    return scales, (groups * importance).sum(dim=-1) - scales * mean.squeeze(-1)
 
 
-def _awq_codes(groups, shares, scales, lowest):
+def _awq_codes(groups, importance, scales, lowest):
     """(codes (N, G, 64), scales, zeros, squared error (N, G)) under given scales and values of code 0, which other formats store in
     place of zeros: so both are what 16 bits can hold."""
     zeros = (lowest.float() + 8 * scales.float()).to(scales.dtype)
     steps = torch.where(scales == 0, torch.ones_like(scales), scales).float().unsqueeze(-1)
     stood = zeros.float().unsqueeze(-1)
     codes = (((groups - stood) / steps).round() + 8).clamp_(0, UNSIGNED_MAX)
-    error = ((codes - 8) * scales.float().unsqueeze(-1) + stood - groups).square_().mul_(shares).sum(dim=-1)
+    error = ((codes - 8) * scales.float().unsqueeze(-1) + stood - groups).square_().mul_(importance).sum(dim=-1)
     return codes, scales, zeros, error

@@ -115,11 +115,12 @@ def test_other_precisions_are_called_by_their_names(tmp_path, change, says):
 
 
 def test_a_model_under_diffusers_names_is_one(tmp_path):
-    names = ("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight", "x_embedder.bias")
+    names = ("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight", "x_embedder.bias",
+             "time_text_embed.text_embedder.linear_1.weight")
     save_file({name: torch.zeros(4, dtype=torch.bfloat16) for name in names}, tmp_path / "model.safetensors")
-    told = inspect(tmp_path / "model.safetensors")
-    assert told["format"] == "a FLUX.1 that is not quantized, under diffusers' names"
-    assert "under diffusers' names" in inspection.text(told)
+    info = inspect(tmp_path / "model.safetensors")
+    assert info["format"] == "a FLUX.1 that is not quantized, under diffusers' names"
+    assert "under diffusers' names" in inspection.text(info)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
