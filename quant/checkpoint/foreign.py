@@ -4,7 +4,7 @@ import re
 
 from ..families import FAMILIES
 from ..layers import layout
-from .comfy_kitchen import METADATA
+from .comfy_kitchen import METADATA, descriptions
 from .header import WEIGHT_DTYPES, CheckpointError
 
 # Those that ComfyUI reads too; a whole checkpoint has text encoders and a VAE beside the second.
@@ -12,11 +12,14 @@ PREFIXES = ("", "model.diffusion_model.", "model.", "model.model.", "net.")
 PACKED = ".weight_smooth_factor"  # that only a layer in 4 bits has
 SCALES = ("scale_weight", "scale_input", "scaled_fp8", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "SCB",
           layout.QUANT_KEY)  # names that only quantized weights bring along
+MARK, MARKED = "scaled_fp8", ("scale_weight", "scale_input")  # of scaled fp8: the file's mark, and names beside a weight
 NF4 = ".quant_state.bitsandbytes__"  # in the names of what bitsandbytes keeps of a 4-bit matrix
 SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # in the name of a file that may hold a part of a model
 PADDED_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")  # in the name that the Hub's own tools give one
 LORA, NUNCHAKU = "lora_", ".qweight"  # in names of a LoRA's tensors; of Nunchaku's, which have lora_down and lora_up too
 
+# How names of other models in a whole checkpoint begin.
+OTHER_MODELS = ("text_encoders.", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 # A part of a name that gives a model away, and what to call it.
 FOREIGN = (
     ("individual_token_refiner", "a HunyuanVideo model"),
@@ -101,13 +104,36 @@ def _check_described(header, family, names, prefix):
         raise CheckpointError(f"{header.file} has layers in 4 bits ({prefix}{layers[0]}) and no word of how, as another node than "
                               "SVDQuant Save Model leaves them; save the quantized model with SVDQuant Save Model.")
     _check_nf4(header, family, names)
+    described = _described(header, names, prefix)
+    marked = MARK in names and METADATA not in header.metadata  # beside which ComfyUI overlooks the mark
     for name, info in names.items():
-        layer, _, leaf = name.rpartition(".")
+        layer = layer_of(name, names)
+        leaf = name.removeprefix(f"{layer}.")
         coded = leaf in ("weight", "bias", "scale") and info.dtype not in WEIGHT_DTYPES
-        undescribed = METADATA not in header.metadata and f"{layer}.{layout.QUANT_KEY}" not in names
-        if (coded or leaf == "weight_scale") and undescribed or leaf == "scale_weight" and "scaled_fp8" not in names:
+        extra = layer is not None and leaf not in ("weight", "bias")
+        if (coded or extra and not (marked and leaf in MARKED)) and layer not in described:
             raise CheckpointError(f"{header.file} has {prefix}{name} and no word of the format that it belongs to; choose a bf16, fp16 "
                                   "or ordinary fp8 version of the model.")
+
+
+def layer_of(name, names):
+    """The layer that a tensor belongs to: the innermost module around it that has a weight among `names`; None if none has."""
+    layer = name
+    while layer := layer.rpartition(".")[0]:
+        if f"{layer}.weight" in names and name != f"{layer}.weight.weight":
+            return layer
+    return None
+
+
+def _described(header, names, prefix):
+    """{layer: dict} of the layers whose format the file describes so that ComfyUI finds it. Raises CheckpointError where a description is
+    damaged."""
+    suffix = f".{layout.QUANT_KEY}"
+    for name in names:
+        if name.endswith(suffix):
+            header.description(f"{prefix}{name}")
+    found = {layer.removeprefix(prefix): conf for layer, conf in descriptions(header.within(prefix)).items()}
+    return {layer: conf for layer, conf in found.items() if f"{layer}.weight" in names}
 
 
 def _check_nf4(header, family, names):
@@ -124,19 +150,19 @@ def find_diffusers(header):
                  and all(key in keys for key in family.diffusers.keys)), None)
 
 
-def check_diffusers(header, family, known):
+def check_diffusers(header, family, known=None):
     """Raise CheckpointError where a model in diffusers' naming has weights or tensors that ComfyUI's conversion would take for others or
-    drop: it joins q, k and v as they are, and reads no scale. known: names that the conversion reads."""
+    drop: it joins q, k and v as they are, and reads no scale. known: names that the conversion reads; None: any name may be one."""
     _check_nf4(header, family, header.tensors)
     for name, info in header.tensors.items():
-        layer, _, leaf = name.rpartition(".")
-        if name not in known and (leaf in SCALES or name in SCALES or f"{layer}.weight" in known and leaf != "bias"):
+        layer = layer_of(name, header.tensors)
+        if name in SCALES or layer is not None and name.removeprefix(f"{layer}.") not in ("weight", "bias"):
             raise CheckpointError(f"{header.file} has 8-bit weights with scales of their own ({name}), which ComfyUI does not read under "
                                   f"diffusers' names; choose the bf16 version, or an fp8 {family.title} in ComfyUI's own naming.")
-        if name in known and info.dtype not in WEIGHT_DTYPES:
+        if info.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{header.file} has {name} as {info.dtype} and no word of the format that it belongs to; choose the bf16 "
                                   f"version, or an fp8 {family.title} in ComfyUI's own naming.")
-    unused = next((name for name in header.tensors if name not in known), None)
+    unused = next((name for name in header.tensors if known is not None and name not in known), None)
     if unused is not None:
         raise CheckpointError(f"{header.file} has tensor {unused}, which a {family.title} under diffusers' names has no place for; choose "
                               "another version of the model.")

@@ -80,6 +80,7 @@ def _plain(header):
         what = _plain_format(family, inside, theirs)
         return {"format": what, "family": family.title, "model": _model(family, shapes, {}, header), **_sizes(header.tensors, ())}
     if family := foreign.find_diffusers(header):
+        foreign.check_diffusers(header, family)
         what = f"{_plain_format(family, header, [])}, under diffusers' names"
         return {"format": what, "family": family.title, "model": {}, **_sizes(header.tensors, ())}
     what = foreign.kind(header) or f"no {families.TITLES} in ComfyUI's names and no quantized one"

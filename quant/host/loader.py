@@ -5,10 +5,11 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
+import torch
 from comfy import quant_ops
 
 from .. import families
-from ..checkpoint import card, comfy_kitchen, foreign, formats, native
+from ..checkpoint import card, comfy_kitchen, core_formats, foreign, formats, native
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.nunchaku import names as nunchaku_names
 from ..layers import layout
@@ -71,7 +72,7 @@ def _empty_packed(packed, compute_dtype=None):
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
                               "again.") from error
-    _check_complete(header, packed.family, model, packed.shapes, exact=True)
+    _check_complete(header, packed.family, model, packed.shapes)
     return model
 
 
@@ -80,14 +81,19 @@ def _load_plain(header, compute_dtype):
     family, prefix = _find_plain(header)
     _check_formats(header, prefix or "")
     names, shapes, model = _empty_plain(header, family, prefix, compute_dtype)
-    if _core_agrees(family, {stored.removeprefix(prefix): header.tensors[stored].shape for stored in names.values()} or shapes):
+    widened = _widened(header, _diffusers_targets(header, family)) if prefix is None else {}
+    as_stored = {stored.removeprefix(prefix): header.tensors[stored].shape for stored in names.values()}
+    if not widened and _core_agrees(family, as_stored or shapes):
         return _load_by_core(header, compute_dtype)
-    scaled = [name for name in header.tensors if name.endswith(SCALED)]
+    scaled = [name for name in header.tensors if name.endswith(SCALED) and name.startswith(prefix or "")
+              and not name.startswith(foreign.OTHER_MODELS)]
     if scaled:
         raise CheckpointError(f"{header.file} has scaled weights ({scaled[0]}), which this ComfyUI reads only for a {family.title} of the "
                               "usual width; update ComfyUI, or take a bf16 version of the model.")
     if prefix is None:
-        build.fill(model, comfy.model_detection.convert_diffusers_mmdit(comfy.utils.load_torch_file(header.path, safe_load=True), ""))
+        tensors = comfy.utils.load_torch_file(header.path, safe_load=True)
+        tensors |= {name: tensors[name].to(dtype) for name, dtype in widened.items()}
+        build.fill(model, comfy.model_detection.convert_diffusers_mmdit(tensors, ""))
     else:
         _load_weights(model, header, names)
     return build.make_patcher(model, comfy.model_patcher.ModelPatcher)
@@ -114,9 +120,21 @@ def _empty_plain(header, family, prefix, compute_dtype=None):
         shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
     model = build.empty_model(_detect(header, family, shapes, {}), {}, compute_dtype)
     inside = header.within(prefix or "")
-    described = {f"{layer.removeprefix(prefix or '')}.weight" for layer in comfy_kitchen.descriptions(inside)}
-    _check_complete(header, family, model, shapes, exact=False, packed=described)
+    described = {f"{layer.removeprefix(prefix or '')}.weight": conf.get("format")
+                 for layer, conf in comfy_kitchen.descriptions(inside).items()}
+    for weight, kind in described.items():
+        if weight in inside.tensors:
+            core_formats.check(header, prefix or "", weight.removesuffix(".weight"), kind)
+    # foreign.find has checked those that belong to a layer of the file, such as its scales.
+    others = {name for name, stored in names.items() if _is_beside(stored.removeprefix(prefix), inside.tensors, prefix)}
+    _check_complete(header, family, model, {name: shape for name, shape in shapes.items() if name not in others}, described)
     return names, shapes, model
+
+
+def _is_beside(name, names, prefix):
+    """Whether a tensor lies beside a diffusion model's weights: a layer's scales and the like, or another model's."""
+    in_layer = foreign.layer_of(name, names) and not name.endswith((".weight", ".bias"))
+    return in_layer or name == foreign.MARK or not prefix and name.startswith(foreign.OTHER_MODELS)
 
 
 def _check_formats(header, prefix):
@@ -135,10 +153,7 @@ def _check_formats(header, prefix):
 def _from_diffusers(header, family):
     """{ComfyUI's name: shape} of a model in diffusers' naming. Raises CheckpointError unless the parts of each tensor of ComfyUI's are
     there and fit: ComfyUI joins those that there are without a word."""
-    theirs = family.diffusers
-    config = {key: nunchaku_names.depth(header.tensors, blocks) for key, blocks in theirs.blocks.items()}
-    config["hidden_size"] = (*header.tensors[theirs.width].shape, 0)[0]
-    targets = getattr(comfy.utils, theirs.names)(config)
+    theirs, targets = family.diffusers, _diffusers_targets(header, family)
     parts = {stored: target for stored, target in targets.items() if not isinstance(target, str) and target[1]}
     foreign.check_diffusers(header, family, targets)
     for name in (*theirs.needed, *parts):
@@ -152,6 +167,31 @@ def _from_diffusers(header, family):
     for name, (target, (_, _, rows), *_) in parts.items():
         native.check_tensor(header, name, (rows, *shapes[target][1:]))
     return shapes
+
+
+def _diffusers_targets(header, family):
+    """ComfyUI's table {diffusers' name: ComfyUI's, or (ComfyUI's, (dimension, start, length) in it or None, ...)} for a file's depths."""
+    theirs = family.diffusers
+    config = {key: nunchaku_names.depth(header.tensors, blocks) for key, blocks in theirs.blocks.items()}
+    config["hidden_size"] = (*header.tensors[theirs.width].shape, 0)[0]
+    return getattr(comfy.utils, theirs.names)(config)
+
+
+def _widened(header, targets):
+    """{diffusers' name: dtype} of tensors to convert before ComfyUI joins them: it stores them all in the type of one of them,
+    which cuts off the values of others where that is fp8."""
+    joined = {}
+    for stored, target in targets.items():
+        if not isinstance(target, str) and target[1] and stored in header.tensors:
+            joined.setdefault(target[0], []).append(stored)
+    widened = {}
+    for parts in joined.values():
+        dtypes = {header.tensors[name].dtype for name in parts}
+        wide = {dtype for dtype in dtypes if dtype.itemsize > 1}
+        if len(dtypes) > 1:
+            due = next(iter(wide or {torch.bfloat16})) if len(wide) < 2 else torch.float32
+            widened |= dict.fromkeys(parts, due)
+    return widened
 
 
 def _load_by_core(header, compute_dtype):
@@ -196,20 +236,22 @@ def _detect(header, family, shapes, stored):
     return model_config
 
 
-def _check_complete(header, family, model, shapes, exact, packed=()):
-    """Compare the file's tensors with the model's: none missing, every shape right and, if `exact`, none left over. packed: names of
-    tensors whose shapes are those of a format of ComfyUI's, and not the model's."""
+def _check_complete(header, family, model, shapes, described=None):
+    """Compare the file's tensors with the model's: none missing, every shape right, none left over. described: {name of a weight: the
+    format of ComfyUI's that it is stored in}."""
     found = model.model_config.process_unet_state_dict(build.shapes_as_tensors(shapes))
     expected = model.diffusion_model.state_dict()
     for name, tensor in expected.items():
         if name not in found:
             raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it "
                                   "again.")
-        if found[name].shape != tensor.shape and name not in packed:
+        stored, described_as = tuple(tensor.shape), (described or {}).get(name)
+        due = core_formats.stored_shape(described_as, stored) if described_as else stored
+        if due is not None and tuple(found[name].shape) != due:
             raise CheckpointError(f"{header.file}: tensor {name} has shape {list(found[name].shape)} where "
-                                  f"{list(tensor.shape)} is due; the file does not fit a {family.title} of its size, "
+                                  f"{list(due)} is due; the file does not fit a {family.title} of its size, "
                                   "download or save it again.")
-    left_over = [name for name in found if name not in expected]
-    if exact and left_over:
-        raise CheckpointError(f"{header.file} has tensor {left_over[0]}, which its model has no place for; download or "
-                              "save it again.")
+    left_over = next((name for name in found if name not in expected), None)
+    if left_over is not None:
+        raise CheckpointError(f"{header.file} has tensor {left_over}, which its model has no place for; download or "
+                              "save it again, or choose another version of the model.")

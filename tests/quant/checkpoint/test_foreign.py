@@ -1,11 +1,14 @@
 """Files that ComfyUI would silently read wrongly, and relatives with FLUX.1's names: each is refused by name in one sentence, before
 anything is loaded. Also the prefixes under which other programs store a FLUX.1."""
 
+import json
+
 import pytest
 import torch
 from comfyui_svdquant.quant.checkpoint import foreign
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.families.flux1 import FAMILY
+from comfyui_svdquant.quant.layers import layout
 from safetensors.torch import save_file
 
 from ..random_flux import flux_tensors
@@ -38,6 +41,13 @@ def nf4(tensors):
 
 CODES = torch.zeros(192, 64, dtype=torch.int8)
 SCALED = torch.zeros(192, 64, dtype=torch.float8_e4m3fn)
+
+FP8 = {"format": "float8_e4m3fn"}
+
+
+def listed(*layers):
+    return {"_quantization_metadata": json.dumps({"layers": dict.fromkeys(layers, FP8)})}
+
 
 UNTOLD = "and no word of the format"
 
@@ -75,8 +85,8 @@ def test_the_prefixes_of_a_flux(tmp_path, prefix):
 
 @pytest.mark.parametrize(("change", "metadata"), [
     (with_(weight=SCALED, scale_weight=torch.ones(()), scale_input=torch.ones(())), None),
-    (with_(weight=CODES, weight_scale=torch.ones(192, 1), comfy_quant=torch.zeros(8, dtype=torch.uint8)), None),
-    (with_(weight=SCALED, weight_scale=torch.ones(())), {"_quantization_metadata": '{"layers": {}}'}),
+    (with_(weight=CODES, weight_scale=torch.ones(192, 1), comfy_quant=layout.encode_conf({"format": "int8_tensorwise"})), None),
+    (with_(weight=SCALED, weight_scale=torch.ones(())), listed(QKV)),
 ])
 def test_described_weights_are_left_to_comfyui(tmp_path, change, metadata):
     mark = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
@@ -106,3 +116,30 @@ def test_what_is_called_a_lora(tmp_path):
     assert foreign.kind(header_of(tmp_path / "a.safetensors", lora)) == "a LoRA"
     nunchaku = {"transformer_blocks.0.qkv_proj.qweight": CODES, "transformer_blocks.0.qkv_proj.lora_down": torch.zeros(2, 2)}
     assert foreign.kind(header_of(tmp_path / "a.safetensors", nunchaku)) is None
+
+
+OTHER = "double_blocks.0.txt_attn.qkv"
+LOST = {
+    "a scale of another tool's": (with_(weight=SCALED, weight_scale_inv=torch.ones(())), None, f"{QKV}.weight_scale_inv {UNTOLD}"),
+    "a scale by its bare name": (with_(weight=SCALED, scale=torch.ones(())), None, f"{QKV}.scale {UNTOLD}"),
+    "a scale below the weight": (with_(**{"weight": SCALED, "weight._scale": torch.ones(())}), None, f"{QKV}.weight._scale {UNTOLD}"),
+    "fp8, another layer listed": (with_(weight=SCALED, weight_scale=torch.ones(())), listed(OTHER), f"{QKV}.weight_scale {UNTOLD}"),
+    "int8, another layer listed": (with_(weight=CODES), listed(OTHER), f"{QKV}.weight {UNTOLD}"),
+    "listed under another prefix": (with_(weight=SCALED, weight_scale=torch.ones(())), listed(f"model.diffusion_model.{QKV}"), UNTOLD),
+    "the mark beside a list": (with_(weight=SCALED, scale_weight=torch.ones(())), listed(OTHER), f"{QKV}.scale_weight {UNTOLD}"),
+    "a damaged description": (with_(comfy_quant=torch.full((9,), 65, dtype=torch.uint8)), None, f"{QKV}.comfy_quant is not JSON"),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_scales_that_comfyui_would_not_apply_are_refused(tmp_path, what):
+    """ComfyUI takes an 8-bit weight whose scale it does not find for the weight itself."""
+    change, metadata, says = LOST[what]
+    tensors = change(flux_tensors(hidden=64))
+    if metadata == listed(OTHER):
+        tensors |= {f"{OTHER}.weight": SCALED.clone(), f"{OTHER}.weight_scale": torch.ones(()),
+                    "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    header = header_of(tmp_path / "a.safetensors", tensors, metadata)
+    with pytest.raises(CheckpointError) as caught:
+        foreign.find(header)
+    assert says in str(caught.value) and "a.safetensors" in str(caught.value)

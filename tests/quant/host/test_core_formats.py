@@ -9,7 +9,7 @@ from comfyui_svdquant.quant.checkpoint import inspection
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import loader
 from comfyui_svdquant.quant.layers import layout
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..comfy_models import sample
 from ..random_flux import flux_tensors
@@ -44,3 +44,17 @@ def test_comfyui_reads_its_own_formats_and_others_are_named(tmp_path, name):
     else:
         with pytest.raises(CheckpointError, match=f"^model.safetensors has layers in the format '{name}' .* update ComfyUI, or choose "):
             loader.load_model(path)
+
+
+@pytest.mark.skipif(not DESCRIBED, reason="this ComfyUI reads no descriptions")
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"weight_scale": None}, f"lacks tensor {QKV}.weight_scale, a scale of format float8_e4m3fn"),
+    ({"weight": torch.zeros(768, 256, dtype=torch.int8)}, "is torch.int8 where format float8_e4m3fn has torch.float8_e4m3fn"),
+    ({"weight": torch.zeros(768, 64, dtype=torch.float8_e4m3fn)}, r"has shape \[768, 64\] where \[768, 256\] is due"),
+])
+def test_damaged_layers_are_refused_before_comfyui_draws_with_them(tmp_path, changes, says):
+    path = write(tmp_path / "model.safetensors", "float8_e4m3fn")
+    tensors = load_file(path) | {f"{QKV}.{leaf}": tensor for leaf, tensor in changes.items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    with pytest.raises(CheckpointError, match=says):
+        loader.load_model(path)

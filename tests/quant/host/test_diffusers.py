@@ -108,3 +108,15 @@ def test_plain_fp8_is_the_model(tmp_path):
     save_file(diffusers_tensors(), tmp_path / "bf16.safetensors")
     fp8, bf16 = (sample(loader.load_model(str(tmp_path / f"{name}.safetensors"))) for name in ("fp8", "bf16"))
     assert 0 < float((fp8 - bf16).norm() / bf16.norm()) < 0.1
+
+
+@pytest.mark.parametrize(("fp8", "large"), [("to_v", "to_q"), ("to_k", "to_q"), ("to_q", "to_v")])
+def test_parts_of_several_types_are_joined_without_loss(tmp_path, fp8, large):
+    """ComfyUI's conversion stores q, k and v in the type of one of them, in which values of the others may be too large."""
+    attention, tensors = "transformer_blocks.0.attn", diffusers_tensors()
+    tensors[f"{attention}.{fp8}.weight"] = tensors[f"{attention}.{fp8}.weight"].to(FP8)
+    tensors[f"{attention}.{large}.weight"] *= 4000
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    save_file(tensors | {f"{attention}.{fp8}.weight": tensors[f"{attention}.{fp8}.weight"].bfloat16()}, tmp_path / "bf16.safetensors")
+    mixed, bf16 = (sample(loader.load_model(str(tmp_path / f"{name}.safetensors"))) for name in ("mixed", "bf16"))
+    assert torch.equal(mixed, bf16)

@@ -248,3 +248,18 @@ def test_relatives_are_refused_by_name(tmp_path, what):
         save_file({prefix + key: torch.zeros(4, 4) for key in (*RELATIVES[what], "final_layer.linear.weight")}, path)
         with pytest.raises(CheckpointError, match=f"model.safetensors is {what}; choose a FLUX.1 or Chroma model"):
             loader.load_model(str(path))
+
+
+@pytest.mark.parametrize("name", ["double_blocks.0.img_attn.qkv.lora_down.weight", "double_blocks.0.img_attn.gate.weight"])
+def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path, name):
+    save_file(flux_tensors(depth_single=1) | {name: torch.zeros(4, 4)}, tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match=f"odd.safetensors has tensor {name}, which its model has no place for"):
+        loader.load_model(str(tmp_path / "odd.safetensors"))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_other_models_in_the_file_are_passed_over(tmp_path, prefix):
+    tensors = {prefix + name: tensor for name, tensor in flux_tensors(depth_single=1).items()}
+    save_file(tensors | {"vae.decoder.conv_in.weight": torch.zeros(4, 4), "text_encoders.t5xxl.scaled_fp8": torch.zeros(2)},
+              tmp_path / "whole.safetensors")
+    assert torch.isfinite(sample(loader.load_model(str(tmp_path / "whole.safetensors")))).all()

@@ -1,0 +1,49 @@
+"""The formats in which ComfyUI itself stores quantized layers (comfy.quant_ops.QUANT_ALGOS): the tensors that it reads without a check."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .header import CheckpointError
+
+
+@dataclass(frozen=True)
+class CoreFormat:
+    """dtype: of a weight; columns: columns of the matrix that a stored column holds; scales: tensors that a layer has beside it."""
+
+    dtype: torch.dtype
+    columns: int = 1
+    scales: tuple = ("weight_scale",)
+
+
+FORMATS = {
+    "float8_e4m3fn": CoreFormat(torch.float8_e4m3fn),
+    "float8_e5m2": CoreFormat(torch.float8_e5m2),
+    "mxfp8": CoreFormat(torch.float8_e4m3fn),
+    "nvfp4": CoreFormat(torch.uint8, 2, ("weight_scale", "weight_scale_2")),
+    "int8_tensorwise": CoreFormat(torch.int8),
+    "convrot_w4a4": CoreFormat(torch.int8, 2),
+    "asym_w4a8_int8": CoreFormat(torch.int8, 2, ("weight_s_rel",)),
+}
+
+
+def check(header, prefix, layer, name):
+    """Raise CheckpointError where a layer described as format `name` lacks a scale or has a weight of another type. Formats that are not
+    listed here are left to ComfyUI."""
+    due = FORMATS.get(name) if isinstance(name, str) else None
+    if due is None:
+        return
+    weight = f"{prefix}{layer}.weight"
+    missing = next((scale for scale in due.scales if f"{prefix}{layer}.{scale}" not in header.tensors), None)
+    if missing:
+        raise CheckpointError(f"{header.file} lacks tensor {prefix}{layer}.{missing}, a scale of format {name}; the file is incomplete, "
+                              "download or save it again.")
+    if header.tensors[weight].dtype != due.dtype:
+        raise CheckpointError(f"{header.file}: tensor {weight} is {header.tensors[weight].dtype} where format {name} has {due.dtype}; the "
+                              "file is damaged, download or save it again.")
+
+
+def stored_shape(name, shape):
+    """The shape in which format `name` stores a weight of `shape`, (N, K); None for a format that is not listed here."""
+    due = FORMATS.get(name) if isinstance(name, str) else None
+    return None if due is None else (*shape[:-1], shape[-1] // due.columns)
