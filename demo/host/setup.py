@@ -59,7 +59,7 @@ def prepare() -> Host:
 
 def locate(environment: Mapping[str, str] = os.environ) -> Host:
     """The host that `prepare` makes ready under these environment variables, whether or not it is set up yet."""
-    if "COMFYUI_PATH" not in environment:
+    if not environment.get("COMFYUI_PATH"):
         return Host(venv_python(ROOT / ".venv"), TREE, foreign=False)
     comfy = Path(environment["COMFYUI_PATH"]).expanduser().resolve()
     if not (comfy / "main.py").is_file():

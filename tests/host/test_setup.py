@@ -18,9 +18,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_packaged_comfyui_is_the_default(monkeypatch):
-    monkeypatch.delenv("COMFYUI_PATH", raising=False)
-    host = setup.locate()
+@pytest.mark.parametrize("environment", [{}, {"COMFYUI_PATH": ""}])
+def test_the_packaged_comfyui_is_the_default(environment):
+    host = setup.locate(environment)
     assert (host.comfy, host.foreign) == (setup.TREE, False)
     assert host.python.parents[1] == setup.ROOT / ".venv"
 
