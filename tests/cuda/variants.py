@@ -26,7 +26,8 @@ def variants(target):
     depends on its size."""
     chosen, fused = linear_choices(target), mlp_choice(target)
     by_mma = sorted({kernels.storage for _, kernels in chosen if not kernels.wgmma})
-    quantize = [quantize_activation.variant(dtype, kernels.storage, kernels.plans[0]) for dtype, kernels in chosen]
+    quantize = [quantize_activation.variant(dtype, kernels.storage, kernels.plans[0], lora) for dtype, kernels in chosen
+                for lora in (False, True)]
     return {
         "awq": awq.variants(target), "gptq": gptq.variants(), "group_error": group_error.variants(),
         "gemm_mma": [variant for storage in by_mma for variant in gemm_mma.variants(storage, target)],

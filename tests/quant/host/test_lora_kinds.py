@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from comfyui_svdquant.quant.host import lora
-from comfyui_svdquant.quant.layers.lora_branch import Dense, Kronecker, LowRank
+from comfyui_svdquant.quant.layers.lora_branch import Dense, Kronecker
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 from ..comfy_models import sample
@@ -78,9 +78,11 @@ def test_other_adapters(quantized_model, caplog, what, name):
     assert error < allowed + ROUNDING, f"{what} on {name} is {error:.3f} off"
     line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("SVDQuant: "))
     assert line.startswith(f"SVDQuant: {kind} on 1 packed layers, "), line
-    terms = layer_of(patched, name).lora_branch.terms
-    assert {"LoKr": Kronecker, "LoKr of low rank": Kronecker, "DoRA": LowRank, "LoHa": LowRank, "difference": LowRank,
-            "full difference": Dense, "replacement": Dense}.get(what, type(terms[0])) is type(terms[0])
+    branch = layer_of(patched, name).lora_branch
+    others = [type(term) for term in branch.terms]
+    joined = branch.lora_up is not None
+    assert {"LoKr": [Kronecker], "LoKr of low rank": [Kronecker], "DoRA": [], "LoHa": [], "difference": [], "full difference": [Dense],
+            "replacement": [Dense]}.get(what, others) == others and joined == (not others)
     assert torch.isfinite(sample(patched)).all()
 
 
