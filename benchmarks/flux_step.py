@@ -62,20 +62,24 @@ def packed_flux(rank):
     return flux
 
 
+def inputs():
+    """The inputs of a forward at 1024 x 1024, batch 1."""
+    return {"x": torch.randn(1, 16, 128, 128, device="cuda").bfloat16(), "timestep": torch.full((1,), 0.5, device="cuda").bfloat16(),
+            "context": torch.randn(1, 512, 4096, device="cuda").bfloat16(), "y": torch.randn(1, 768, device="cuda").bfloat16(),
+            "guidance": torch.full((1,), 3.5, device="cuda").bfloat16()}
+
+
 def measure(make, repeats=8):
     """{"ms": median of a forward, "first_s", "weights_gb", "peak_gb"}"""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    flux = make()
-    inputs = {"x": torch.randn(1, 16, 128, 128, device="cuda").bfloat16(), "timestep": torch.full((1,), 0.5, device="cuda").bfloat16(),
-              "context": torch.randn(1, 512, 4096, device="cuda").bfloat16(), "y": torch.randn(1, 768, device="cuda").bfloat16(),
-              "guidance": torch.full((1,), 3.5, device="cuda").bfloat16()}
+    flux, kwargs = make(), inputs()
     times = []
     for _ in range(repeats + 1):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        flux(**inputs)
+        flux(**kwargs)
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))

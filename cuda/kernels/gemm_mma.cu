@@ -245,11 +245,11 @@ gemm(u16* __restrict__ y,                    // (m, n); unused with NEXT
   const int groups = k / 64, border = unsigned_from / 64;
   const Tile tile(m, n);
 #if LORA
-  const Lora lora(lora_up, {lora_eighths, lora_parts, lora_part_rows}, rank, tile);
+  const Lora lora{lora_up, {lora_eighths, lora_parts, lora_part_rows}};
 #else
-  const Lora lora;
+  const Lora lora{};
 #endif
-  const Steps steps(groups, border, (rank + 31) / 32 + lora.blocks());
+  const Steps steps(groups, border, (rank + 31) / 32 + lora.blocks(tile.n0));
   const Fetcher fetcher(act, act_scale, lora_act, weight, weight_scale, proj_up, lora, n, k, rank, padded_m, tile, steps);
   Ring ring(fetcher, shared);
   ring.start();

@@ -64,23 +64,20 @@ struct Tile {
   }
 };
 
-// The ranks of the LoRAs, of the part that has the CTA's weight rows. Empty without LORA.
+// The ranks of the LoRAs. Empty without LORA.
 struct Lora {
 #if LORA
-  const u8* up;     // the part's lora_up, at the tile's first row
-  int rank;
-  int first_block;  // blocks of proj_up's ranks, which come first
-  int skipped;      // blocks of lora_act of the parts before
+  const u8* up;  // lora_up
+  LoraRanks ranks;
 
-  DEVICE Lora(const u8* lora_up, LoraRanks ranks, int proj_rank, Tile tile) {
-    const LoraPart part = ranks.part_of_row(tile.n0);
-    up = lora_up + ((size_t)part.first_rank * ranks.part_rows + (size_t)(tile.n0 - part.first_row) * part.rank) * 2;
-    rank = part.rank, first_block = (proj_rank + 31) / 32, skipped = part.first_block;
+  // lora_up of a part, at the tile's first row.
+  DEVICE const u8* rows(const LoraPart& part, int n0) const {
+    return up + ((size_t)part.first_rank * ranks.part_rows + (size_t)(n0 - part.first_row) * part.rank) * 2;
   }
 
-  DEVICE int blocks() const { return (rank + 31) / 32; }
+  DEVICE int blocks(int n0) const { return ranks.part_of_row(n0).blocks(); }
 #else
-  DEVICE int blocks() const { return 0; }
+  DEVICE int blocks(int) const { return 0; }
 #endif
 };
 

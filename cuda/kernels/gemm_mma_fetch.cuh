@@ -78,8 +78,9 @@ struct Fetcher {
       int pitch = branch ? rank_pitch : k / 2, first = 0, row_block = block, token_block = block;
       const u8* rows = branch ? proj_up : weight;
 #if LORA
-      if (branch && block >= lora.first_block) {
-        rows = lora.up, pitch = lora.rank * 2, first = n0, row_block = block - lora.first_block, token_block = block + lora.skipped;
+      if (const int own_blocks = (rank + 31) / 32; branch && block >= own_blocks) {
+        const LoraPart part = lora.ranks.part_of_row(n0);  // computed in each of these steps, to save registers in all others
+        rows = lora.rows(part, n0), pitch = part.rank * 2, first = n0, row_block = block - own_blocks, token_block += part.first_block;
       }
 #endif
 #pragma unroll

@@ -11,6 +11,7 @@ branch. Other terms are added to the layer's output.
 N outputs, K inputs of the layer; n, k those of a term; parts as in cuda/operands.py's LoRASizes.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -142,11 +143,11 @@ def _possible_sizes(terms, n):
     """[LoRASizes] that LowRank terms can have: one part, and equal parts at whose borders the terms' rows begin and end."""
     found = [LoRASizes((_padded_ranks(terms, 0, n),))]
     borders = {row for term in terms for row in term.rows} - {0, n}
-    part_rows = min(borders, default=0)
-    if borders and part_rows % PART_ROWS == 0 and all(border % part_rows == 0 for border in borders):
-        count = max(borders) // part_rows + 1
+    part_rows = math.gcd(*borders)
+    count = max(borders) // part_rows + 1 if borders else 1
+    if 1 < count <= MAX_PARTS and part_rows % PART_ROWS == 0:
         ranks = tuple(_padded_ranks(terms, *rows) for rows in LoRASizes((0,) * count, part_rows).rows(n))
-        if count <= MAX_PARTS and max(ranks) <= MAX_PART_RANK:
+        if max(ranks) <= MAX_PART_RANK:
             found.append(LoRASizes(ranks, part_rows))
     return found
 
