@@ -20,7 +20,7 @@ DEV = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 30
 def new_flux(operations, device):
     from comfy.ldm.flux.model import Flux, FluxParams
 
-    # Newer ComfyUIs ask which of the text's position axes count; for FLUX.1 none does.
+    # Newer ComfyUIs also ask for the position axes that count for the text; FLUX.1 has none.
     newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     return Flux(dtype=torch.bfloat16, device=device, operations=operations, **DEV, **newer)
 

@@ -201,7 +201,7 @@ class Configuration:
                 raise ValueError(f"has no vector {name}")
         for key, value in stored.items():
             if key in self.usual and not _is_like(value, self.usual[key]):
-                raise ValueError(f"says {key} = {value!r} in its configuration, which can't be")
+                raise ValueError(f"has {key} = {value!r} in its configuration, which is not valid")
         usual = {key: stored.get(key, value) for key, value in self.usual.items()}
         config = {**self.fixed, **usual, **self.measure(shapes, usual)}
         if trouble := self.trouble(config):
@@ -209,7 +209,7 @@ class Configuration:
         config |= self.derive(config)
         for key, value in stored.items():
             if key in self.keys and config[key] != value:
-                raise ValueError(f"says {key} = {value!r} in its configuration and its tensors say {config[key]!r}")
+                raise ValueError(f"has {key} = {value!r} in its configuration, but its tensors give {config[key]!r}")
         return {key: config[key] for key in self.keys}
 
 

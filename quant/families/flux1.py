@@ -73,9 +73,9 @@ def rope_trouble(config):
     """Configuration.trouble: RoPE rotates pairs of channels, and each head has all the axes."""
     axes, hidden = config["axes_dim"], config["hidden_size"]
     if any(axis % 2 for axis in axes):
-        return f"says axes_dim = {axes} in its configuration, in which every number has to be even"
+        return f"has axes_dim = {axes} in its configuration, but each of these numbers must be even"
     if hidden % sum(axes):
-        return f"says axes_dim = {axes} in its configuration, which does not divide its hidden_size {hidden}"
+        return f"has axes_dim = {axes} in its configuration, whose sum does not divide the hidden_size {hidden}"
     return None
 
 
