@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+import types
 
 import flux_step
 import torch
@@ -28,6 +29,10 @@ class Model(torch.nn.Module):
         self.diffusion_model = flux
         self.device = torch.device("cpu")
         self.current_patcher = None
+        self.model_config = types.SimpleNamespace(unet_config={"image_model": "flux"})
+
+    def get_dtype(self):
+        return torch.bfloat16
 
     def memory_required(self, *args, **kwargs):
         return 0

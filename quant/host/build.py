@@ -3,17 +3,11 @@
 import comfy.model_management
 import torch
 
-from .. import families
 from ..layers.linear import SVDQuantLinear
 from ..layers.preparation import compute_in, prepare
+from .model_family import family_of
 from .operations import Operations
 from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
-
-
-def family_of(model):
-    """The Family of a BaseModel by its configuration, or None. The class of its diffusion model is not checked."""
-    config = getattr(getattr(model, "model_config", None), "unet_config", None) or {}
-    return families.of_image_model(config.get("image_model"))
 
 
 def shapes_as_tensors(shapes):

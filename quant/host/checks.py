@@ -8,8 +8,8 @@ import torch
 from .. import families
 from ..layers.linear import PackedLinear
 from . import resume
-from .build import family_of
 from .carried import check_carried
+from .model_family import family_of
 from .patcher import PREFIX
 from .weights import effective_weight
 
