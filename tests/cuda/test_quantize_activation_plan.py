@@ -10,8 +10,8 @@ from comfyui_svdquant.cuda.activation_layout import BLOCK, CodeStorage
 from comfyui_svdquant.cuda.targets import TARGETS
 
 INT8, INT4_BYTES, INT4_NIBBLES = CodeStorage
-SMS = {75: 68, 80: 108, 86: 82, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 110: 20, 120: 170, 121: 48}
-MOST_SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}  # KiB of a CTA
+# {compute capability: the number of SMs of one such GPU}
+SMS = dict.fromkeys(TARGETS, 132) | {75: 68, 80: 108, 86: 82, 87: 16, 89: 128, 100: 148, 103: 148, 110: 20, 120: 170, 121: 48}
 
 
 def fastest(m, k, rank, storage, number, sms, **cut):
@@ -20,14 +20,15 @@ def fastest(m, k, rank, storage, number, sms, **cut):
 
 @pytest.mark.parametrize(("number", "sms"), [*SMS.items(), (90, 16), (90, 6), (120, 8)])  # the last ones are slices of a GPU
 def test_every_shape_has_a_plan_that_fits(number, sms):
+    target = TARGETS[number]
     for m in (1, 16, 77, 512, 4096, 4608, 65536):
         for k in (64, 128, 192, 1088, 3072, 12224, 12288, 15360, 15424, 30720):
             for rank in (0, 16, 32, 48, 64, 128, 160):
-                for storage in (INT8, INT4_NIBBLES if number < 90 else INT4_BYTES):
+                for storage in (INT8, INT4_NIBBLES if target.native_int4 else INT4_BYTES):
                     plan = fastest(m, k, rank, storage, number, sms)
-                    assert plan.shared <= MOST_SHARED[number] << 10 and plan.threads <= 1024
+                    assert plan.shared <= target.shared_per_cta and plan.threads <= 1024
                     assert plan.ranks in (0, rank) and plan.grid == -(-m // (16 * plan.tiles)) * plan.ctas
-                    assert plan.ctas == 1 or number >= 90
+                    assert plan.ctas <= target.max_cluster
                     if plan.warps:
                         assert plan.warps * plan.ctas * BLOCK >= k and storage == INT8
 
