@@ -103,8 +103,7 @@ def _take_over(block, packed, gelu, following, reader):
 def fill(model, tensors):
     """Give an empty model its tensors, {name: tensor} in the file's naming. The tensors are used without a copy."""
     tensors = model.model_config.process_unet_state_dict(dict(tensors))
-    wanted = model.diffusion_model.state_dict()
-    model.diffusion_model.load_state_dict({name: tensors[name] for name in wanted}, assign=True)
+    model.diffusion_model.load_state_dict({name: tensors[name] for name in model.diffusion_model.state_dict()}, assign=True)
 
 
 def make_patcher(model, patcher_class):
@@ -142,7 +141,7 @@ def empty_like(model, specs, compute_dtype, config=None):
     model_config = object.__new__(type(model.model_config))
     vars(model_config).update(vars(model.model_config))
     model_config.unet_config = {**model_config.unet_config, **(config or {})}
-    # These say how the source stores its own weights (scaled fp8 and the like), which the new model does not have.
+    # These describe how the source stores its own weights (scaled fp8 and the like), which the new model does not have.
     for attribute in ("scaled_fp8", "layer_quant_config", "quant_config"):
         setattr(model_config, attribute, None)
     return empty_model(model_config, specs, compute_dtype)

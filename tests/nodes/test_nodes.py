@@ -133,8 +133,8 @@ def test_a_changed_file_changes_the_fingerprint():
 
 
 @pytest.mark.parametrize(("filename", "says"), [
-    *((name, "has .. for a folder") for name in ("../escape", "a/../../escape", "..\\..\\escape", "..")), (".", "has . for a folder"),
-    ("a/.../b", "has ... for a folder"), ("", "is empty"), (" ", "is empty"),
+    *((name, "has .. as a folder") for name in ("../escape", "a/../../escape", "..\\..\\escape", "..")), (".", "has . as a folder"),
+    ("a/.../b", "has ... as a folder"), ("", "is empty"), (" ", "is empty"),
     *((name, "a slash") for name in ("/etc/x", "a/", "/", "a//b")),
     *((name, f"has a {name[1]} in it") for name in ("a:b", "a?b", "a*b", "a<b>", 'a"b', "a|b", "C:\\x", "C:/../../escape", "a>.sft")),
     ("a\nb", "U+000A"), ("a\tb", "U+0009"), ("a\u202eb", "U+202E"), ("nul\0x", "U+0000"), ("a\u2028b", "U+2028"), ("a\ud800", "U+D800"),
