@@ -40,8 +40,8 @@ def test_hoppers_gemm_takes_borders_between_blocks(unsigned_from, wgmma):
     ({"rank": 160, "unsigned_from": 64, "gelu_from": 0}, 160, 0, True), ({"rank": 160, "act_bits": 4}, 160, None, True),
     ({"dtype": FP32}, 32, None, False)])
 def test_the_parts_that_the_gemm_leaves_to_pytorch(changes, rank, gelu_from, whole):
-    """Ranks are padded to 16. cuBLAS adds ranks that Hopper's GEMM doesn't take after it, and PyTorch then applies GELU; so it does from
-    columns at which no warp begins."""
+    """Ranks are padded to 16. cuBLAS adds the ranks that Hopper's GEMM doesn't take, and PyTorch then applies GELU. PyTorch also applies a
+    GELU that begins at a column at which no warp begins."""
     kernels = choose(layer(**changes), *H100)
     assert (kernels.rank, kernels.gelu_from, kernels.whole) == (rank, gelu_from, whole)
 

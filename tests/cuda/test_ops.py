@@ -100,7 +100,7 @@ FLUX = [  # N, K, unsigned_from, gelu_from of FLUX.1's linears
 @pytest.mark.parametrize("sms", [16, 68, 132, 170])
 @pytest.mark.parametrize("number", targets.TARGETS)
 def test_every_gpu_runs_fluxs_layers_by_two_launches(monkeypatch, number, sms):
-    """Every GPU, both types, 4 and 8 bits: there is a plan, and it fits in the GPU's shared memory."""
+    """For every GPU, both types, and 4 and 8 bits there is a plan, and it fits in the GPU's shared memory."""
     target = targets.TARGETS[number]
     with recorded(monkeypatch), pytest.MonkeyPatch.context() as patch:
         patch.setattr(targets, "for_device", lambda device: target)

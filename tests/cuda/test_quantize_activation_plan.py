@@ -1,5 +1,5 @@
-"""The plans of quantize_activation.py, without a GPU: every shape has a plan that fits, and FLUX's shapes have the plans that were
-measured to be the fastest."""
+"""The plans of quantize_activation.py, without a GPU: every shape has a plan that fits, and FLUX's shapes have the plans that were the
+fastest in measurements."""
 
 from types import SimpleNamespace
 
@@ -43,13 +43,14 @@ def test_the_fastest_on_hopper(m, k, rank, loop, tiles, ctas):
 
 
 def test_branches_that_cublas_multiplies():
-    """Branches of more than 64 ranks; of more than 32 in 4 bits, or if proj_down doesn't fit in shared memory."""
+    """cuBLAS multiplies branches of more than 64 ranks, or of more than 32 in 4 bits or if proj_down doesn't fit in shared memory."""
     for m, k, rank, storage, number in ((4096, 3072, 128, INT8, 90), (4096, 3072, 64, INT4_BYTES, 90), (4096, 15360, 64, INT8, 120)):
         assert fastest(m, k, rank, storage, number, SMS[number]).ranks == 0
 
 
 def test_plans_of_quantize_cu():
-    """4 bits, no clusters, a single block of columns, more columns than a cluster's registers hold, and forms for which ptxas spills."""
+    """quantize.cu runs for 4 bits, without clusters, for a single block of columns, for more columns than a cluster's registers hold, and
+    for forms in which ptxas spills."""
     for m, k, rank, storage, number in ((4096, 3072, 32, INT4_BYTES, 90), (4096, 3072, 32, INT8, 89), (16, 64, 0, INT8, 90),
                                         (100, 16448, 0, INT8, 90)):
         assert not fastest(m, k, rank, storage, number, 132).warps
@@ -64,7 +65,7 @@ def test_plans_of_quantize_cu():
 @pytest.mark.parametrize(("fit", "ctas", "grid"), [
     ({16: 7, 8: 15, 6: 18, 2: 66}, 16, 112), ({16: 5, 8: 14, 6: 18, 2: 66}, 8, 112), ({}, 1, None)])
 def test_clusters_that_a_gpu_has_no_room_for(fit, ctas, grid, monkeypatch):
-    """A slice of a GPU, or a GPU with smaller GPCs: the next plan is taken."""
+    """On a slice of a GPU, or a GPU with smaller GPCs, the next plan is used."""
     kernel = SimpleNamespace(active_clusters=lambda size, threads: fit.get(size, 0), launcher=lambda grid, *args: grid[0])
     monkeypatch.setattr(quantize_activation.kernel_loader, "kernel", lambda *args: kernel)
 

@@ -1,4 +1,4 @@
-"""The table of GPUs, and that nothing else compares their numbers."""
+"""The table of GPUs is consistent, and no other module compares their numbers."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ def test_the_architecture_of_a_capability(capability, arch):
     assert targets.for_capability(capability).arch == arch
 
 
-def test_too_old_a_gpu():
+def test_a_gpu_that_is_too_old():
     with pytest.raises(KernelsUnavailable, match=r"compute capability 7\.5 \(RTX 20\) or newer; this one has 7\.0"):
         targets.for_capability((7, 0))
 
@@ -59,7 +59,7 @@ def test_an_unknown_gpu_gets_no_more_than_all_have(capability):
 @pytest.mark.parametrize(("arch", "numbers", "expected"), [
     ("sm_121", (120, 121), "sm_121"), ("sm_121", (100, 120), "sm_120"), ("sm_90a", (80, 90), "sm_90a"), ("sm_89", (75, 80, 86), "sm_86"),
     ("sm_120", (80, 89, 90, 121), None)])
-def test_the_nearest_that_a_compiler_knows(arch, numbers, expected):
+def test_the_nearest_architecture_that_a_compiler_knows(arch, numbers, expected):
     assert targets.compiled_arch(arch, numbers) == expected
 
 
@@ -76,7 +76,7 @@ def uses(path):
             yield node.lineno
 
 
-def test_nothing_else_knows_architectures():
+def test_no_other_module_knows_architectures():
     assert list(uses(ROOT / "cuda" / "targets.py"))
     modules = [path for folder in ("cuda", "quant", "nodes") for path in (ROOT / folder).rglob("*.py") if path.name != "targets.py"]
     assert not {str(path.relative_to(ROOT)): lines for path in modules if (lines := list(uses(path)))}
