@@ -196,7 +196,7 @@ def most_warps(ranks):
 
 
 def resident_ctas(warps, ranks):
-    """How many CTAs of this many warps quantize_registers.cu wants on a multiprocessor."""
+    """How many CTAs of this many warps quantize_registers.cu should have on a multiprocessor: 1 to 4, as its registers allow."""
     return min(4, max(1, most_warps(ranks) // warps))
 
 

@@ -81,14 +81,13 @@ class BlockList:
     """One list of transformer blocks of the diffusion model.
 
     name: the ModuleList's name; layers: {name within a block: Layer} of the packed linears; states: the names of the forward's leading
-    arguments that a block updates and returns, in the order in which it returns them; block_class: the dotted name of the host's class
-    in which the layers may take over a GELU; mlps: names of the (linear, GELU, linear) Sequentials in a block that can run as one op.
+    arguments that a block updates and returns, in the order in which it returns them; mlps: names of the (linear, GELU, linear)
+    Sequentials in a block that can run as one op.
     """
 
     name: str
     layers: MappingProxyType
     states: tuple
-    block_class: str
     mlps: tuple = ()
 
     def pass_through(self, *args, **kwargs):

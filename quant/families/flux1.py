@@ -42,12 +42,11 @@ SINGLE_LINEARS = {
 
 
 def double_blocks(layers):
-    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), "comfy.ldm.flux.layers.DoubleStreamBlock",
-                     ("img_mlp", "txt_mlp"))
+    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), ("img_mlp", "txt_mlp"))
 
 
 def single_blocks(layers):
-    return BlockList("single_blocks", MappingProxyType(layers), ("x",), "comfy.ldm.flux.layers.SingleStreamBlock")
+    return BlockList("single_blocks", MappingProxyType(layers), ("x",))
 
 
 def depth_of(shapes, blocks):

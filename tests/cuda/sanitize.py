@@ -1,8 +1,8 @@
-"""Every kernel and mode once, on small shapes, for NVIDIA's compute-sanitizer:  python tests/cuda/sanitize.py [--tools memcheck ...]
+"""Run every kernel and mode once, on small shapes, for NVIDIA's compute-sanitizer:  python tests/cuda/sanitize.py [--tools memcheck ...]
 
-Without --tools the cases run plainly, and are compared with the reference. With it the script runs itself under each tool and prints its
-summary; compute-sanitizer (of the CUDA toolkit) must be on the PATH. Tensors are made and compared on the CPU and allocated one by one, so
-that the tools check only this pack's kernels, and detect accesses beyond a tensor's end.
+Without --tools the cases run without a tool, and are compared with the reference. With --tools the script runs itself under each tool and
+prints its summary; compute-sanitizer (of the CUDA toolkit) must be on the PATH. Tensors are made and compared on the CPU and allocated one
+by one, so that the tools check only this pack's kernels, and detect accesses beyond a tensor's end.
 
 The script works around two limits of the tools. initcheck doesn't see stores of the copy engine, which cuBLAS uses too: outputs are filled
 with NaN first, and the CPU computes x @ proj_down in place of cuBLAS. racecheck counts an arrival at an mbarrier only for its own lane:

@@ -1,4 +1,4 @@
-"""Files whose layers are in formats of ComfyUI's own: handed to its loader where it reads them, else refused by the format's name."""
+"""Files whose layers are in ComfyUI's own formats: ComfyUI's loader loads them if it reads the format; otherwise the error names it."""
 
 import comfy.sd
 import comfy.utils
@@ -22,7 +22,7 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise", 
 
 
 def write(path, name):
-    """A FLUX.1 with one layer in ComfyUI's format `name`, as ComfyUI stores it, or with made-up shapes where this one lacks the format."""
+    """A FLUX.1 with one layer in ComfyUI's format `name`, as ComfyUI stores it, or with made-up shapes if this ComfyUI lacks the format."""
     tensors = flux_tensors(depth_single=1)
     weight = tensors.pop(f"{QKV}.weight")
     if DESCRIBED and name in quant_ops.QUANT_ALGOS:

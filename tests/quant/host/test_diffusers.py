@@ -1,4 +1,4 @@
-"""A 16-bit FLUX.1 in diffusers' naming, with separate q, k and v: the same model as in ComfyUI's naming, or a refusal."""
+"""A 16-bit FLUX.1 in diffusers' naming, with separate q, k and v, is the same model as in ComfyUI's naming, or is refused."""
 
 import comfy.utils
 import pytest
@@ -17,7 +17,7 @@ HIDDEN = 256
 
 
 def diffusers_tensors(**changes):
-    """flux_tensors under diffusers' names, by ComfyUI's own map of them."""
+    """flux_tensors under diffusers' names, by ComfyUI's own table of names."""
     plain = flux_tensors(hidden=HIDDEN, **changes)
     names = comfy.utils.flux_to_diffusers({"depth": 1, "depth_single_blocks": 2, "hidden_size": HIDDEN})
     found = {}
@@ -41,7 +41,7 @@ def refusal(path, tensors):
 
 
 @pytest.mark.parametrize("changes", [{}, {"guidance": False}])
-def test_it_is_the_model_that_it_is_in_comfyuis_naming(tmp_path, changes):
+def test_it_is_the_same_model_as_in_comfyuis_naming(tmp_path, changes):
     save_file(diffusers_tensors(**changes), tmp_path / "diffusers.safetensors")
     path = write_flux(tmp_path / "comfyui.safetensors", hidden=HIDDEN, **changes)
     theirs, ours = (loader.load_model(str(file)) for file in (tmp_path / "diffusers.safetensors", path))
@@ -96,12 +96,12 @@ def coded(dtype, **beside):
     (lambda tensors: tensors | {"transformer_blocks.0.attn.to_gate.weight": torch.zeros(4, 4)}, "transformer_blocks.0.attn.to_gate.weight"),
 ])
 def test_what_the_conversion_would_drop_is_refused(tmp_path, change, named):
-    """ComfyUI's conversion takes the names that it knows: without their scales, 8-bit weights were another model in silence."""
+    """ComfyUI's conversion keeps only names that it knows: without their scales, 8-bit weights would silently be another model."""
     assert named in refusal(tmp_path / "model.safetensors", change(diffusers_tensors()))
 
 
 def test_plain_fp8_is_the_model(tmp_path):
-    """fp8 without a scale is what it says."""
+    """fp8 codes without a scale are the weights themselves."""
     tensors = diffusers_tensors()
     tensors[f"{QKV}.weight"] = tensors[f"{QKV}.weight"].to(FP8)
     save_file(tensors, tmp_path / "fp8.safetensors")
@@ -112,7 +112,7 @@ def test_plain_fp8_is_the_model(tmp_path):
 
 @pytest.mark.parametrize(("fp8", "large"), [("to_v", "to_q"), ("to_k", "to_q"), ("to_q", "to_v")])
 def test_parts_of_several_types_are_joined_without_loss(tmp_path, fp8, large):
-    """ComfyUI's conversion stores q, k and v in the type of one of them, in which values of the others may be too large."""
+    """ComfyUI's conversion stores q, k and v in the type of one of them, which may be too small for values of the others."""
     attention, tensors = "transformer_blocks.0.attn", diffusers_tensors()
     tensors[f"{attention}.{fp8}.weight"] = tensors[f"{attention}.{fp8}.weight"].to(FP8)
     tensors[f"{attention}.{large}.weight"] *= 4000

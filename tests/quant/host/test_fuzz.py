@@ -1,5 +1,5 @@
-"""Quantized files with false headers and bodies that do not fit, opened as SVDQuant Load Model opens them: one sentence, or a model with
-every tensor of the file, as the file describes it. Nothing is allocated for missing data."""
+"""Quantized files with false headers or bodies that do not fit, opened as SVDQuant Load Model opens them. The result is an error of one
+sentence, or a model with every tensor as the file describes it. Nothing is allocated for missing data."""
 
 import json
 import os
@@ -48,20 +48,20 @@ def files(tmp_path_factory):
 
 
 def entry(header, name):
-    """[dtype, shape, bytes or None for a hole] of a tensor; only what readers look at before the weights is kept."""
+    """[dtype, shape, bytes or None for a hole] of a tensor. Only the bytes that readers use before the weights are kept."""
     info = header.tensors[name]
     return [DTYPE_NAMES[info.dtype], list(info.shape), header.read_bytes(name) if name.endswith(DESCRIPTION) else None]
 
 
 def write(path, entries, metadata, lie=lambda header, size: size):
-    """A file of these entries, its data a hole of the right size; lie(header, size) may change both first."""
+    """A file of these entries, whose data are a hole of the right size. lie(header, size) may change both first."""
     header, position = {"__metadata__": metadata}, 0
     for name, (dtype, shape, data) in entries.items():
         count = len(data) if data is not None else torch.Size(shape).numel() * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": [count] if data is not None else list(shape), "data_offsets": [position, position + count]}
         position += count
     placed = {name: value["data_offsets"][0] for name, value in header.items() if name != "__metadata__"}
-    size = min(lie(header, position), 10 * GIGABYTES)  # what file systems take as a hole
+    size = min(lie(header, position), 10 * GIGABYTES)  # the largest hole of file systems
     raw = json.dumps(header).encode()
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
@@ -89,7 +89,7 @@ def agrees(state, entries, form):
     if form == "nunchaku":  # under other names and in another order; test_nunchaku.py compares the shapes
         needed = {name for name in entries if not name.endswith((".smooth_orig", ".lora_down", ".lora_up"))}
         return len(needed) == NEEDED
-    within = PREFIX if form == "kitchen" else ""  # what is beside that, as in a whole checkpoint, isn't the model's
+    within = PREFIX if form == "kitchen" else ""  # other tensors, as in a whole checkpoint, aren't the model's
     stored = {name.removeprefix(within): value for name, value in entries.items()
               if name.startswith(within) and not name.endswith(DESCRIPTION)}
     for name in [name for name, value in stored.items() if name.endswith(".weight_scale") and value[0] == "I8"]:
@@ -157,7 +157,7 @@ def describe(layer, **changes):
     (put("img_in.weight", 0, "I8"), "tensor img_in.weight is torch.int8 where a floating point type is due"),
     (put(f"{QKV}.weight_proj_up", 1, [384, 32]), f"tensor {QKV}.weight_proj_up has shape [384, 32] where [384, 16] is due"),
     (put(f"{QKV}.weight", 1, [512, 64]), f"tensor {QKV}.weight_scale has shape [2, 384] where [2, 512] is due"),
-    (put("final_layer.linear.weight", 1, [64, 64]), "final_layer.linear.weight has shape [64, 64] where [64, 128] is due"),
+    (put("final_layer.linear.weight", 1, [64, 64]), "final_layer.linear.weight has shape [64, 64] where [64, 128] is expected"),
     (lambda entries: entries.pop(f"{QKV}.weight_scale"), f"lacks tensor {QKV}.weight_scale"),
     (lambda entries: entries.pop(f"{QKV}.bias"), f"lacks tensor {QKV}.bias"),
     (lambda entries: entries.pop(QKV + DESCRIPTION), f"{QKV}.weight"),
@@ -206,14 +206,14 @@ def test_files_whose_parts_do_not_fit_each_other(files, tmp_path, change, says):
     ({"svdquant.recipe": "3"}, "no valid svdquant.recipe"), ({"svdquant.config": '{"depth": 2}'}, "depth = 2"),
     ({"svdquant.config": '{"axes_dim": [1, 2]}'}, "axes_dim"), ({"svdquant.config": '{"hidden_size": 1e99}'}, "hidden_size"),
 ])
-def test_metadata_that_lie(files, tmp_path, metadata, says):
+def test_metadata_that_are_false(files, tmp_path, metadata, says):
     path = write(tmp_path / "bad.safetensors", files["native"][0], files["native"][1] | metadata)
     with pytest.raises(CheckpointError) as caught:
         loader.load_model(str(path))
     assert says in str(caught.value) and "bad.safetensors" in str(caught.value)
 
 
-def test_a_file_of_100_gigabytes_that_is_a_hole_costs_nothing(files, tmp_path):
+def test_a_hole_of_100_gigabytes_takes_no_memory(files, tmp_path):
     """The file is complete and consistent, except for one tensor in a shape that no FLUX.1 has."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name in (f"{QKV}.weight", "img_in.weight", "txt_in.bias", QKV + DESCRIPTION):
@@ -277,7 +277,7 @@ def mutations(draw):
 
 
 def mutate(entries, metadata, index, kind, value):
-    """Change entries or metadata; or return a lie(header, size) about the file they make."""
+    """Change entries or metadata, or return a lie(header, size) about the file that they make."""
     name = list(entries)[index % len(entries)]
     descriptions = [key for key in entries if key.endswith(DESCRIPTION)]
     if kind == "drop":
@@ -350,7 +350,7 @@ def test_mutated_files_are_refused_or_match_their_description(files, tmp_path, f
 @example(kind="FLUX.2, diffusers", changes=[(0, "rename", ""), (21, "drop", None)])  # without the name that only a FLUX.2 has
 @settings(FUZZ, max_examples=600)
 def test_mutated_files_of_other_models_are_refused(tmp_path, kind, changes):
-    """The files have gigabytes of holes, for which any allocation would show."""
+    """The files have holes of gigabytes, so that any allocation for them would be noticed."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     entries, metadata = {name: ["BF16", list(shape), None] for name, shape in FOREIGN[kind][1].items()}, {}
     lies = [distort for change in changes if entries and (distort := mutate(entries, metadata, *change)) is not None]
@@ -370,7 +370,7 @@ def test_mutated_files_of_other_models_are_refused(tmp_path, kind, changes):
 @given(st.sampled_from(("native", "nunchaku", "kitchen")), st.data())
 @settings(FUZZ, max_examples=1000)
 def test_mutated_bytes_are_refused_or_read(files, tmp_path, form, data):
-    """Bytes of the header and of the body, a cut, or bytes put in between."""
+    """The mutations change bytes of the header or the body, cut the file, or insert bytes."""
     path = write(tmp_path / "mutated.safetensors", *files[form])
     raw = bytearray(path.read_bytes())
     header = 8 + int.from_bytes(raw[:8], "little")

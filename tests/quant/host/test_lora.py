@@ -228,10 +228,10 @@ def test_flux_tools_loras_widen_img_in(plain, quantized_model, drift):
     assert quantized_model.model.diffusion_model.img_in.weight.shape == (HIDDEN, 64)
 
 
-# --- what can't be done --------------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------------------------
 
 
-def test_refusals_say_why(plain, quantized_model):
+def test_refusals_give_the_reason(plain, quantized_model):
     def refused(match, act):
         with pytest.raises(ValueError, match=match) as caught:
             act()
@@ -254,7 +254,7 @@ def test_refusals_say_why(plain, quantized_model):
 
 
 def test_merging_a_quantized_model_into_a_16_bit_one(plain, quantized_model):
-    """Model Merge nodes with the 16-bit model first merge the dequantized weights, including their LoRA."""
+    """Model Merge nodes whose first model is the 16-bit one merge the dequantized weights, including their LoRA."""
     source = load_lora(quantized_model, generic((FC2, shapes(quantized_model)[FC2])))
     merged = plain.clone()
     for key, patch in source.get_key_patches("diffusion_model.").items():
@@ -266,5 +266,5 @@ def test_merging_a_quantized_model_into_a_16_bit_one(plain, quantized_model):
         loaded(merged)
 
 
-def test_every_packed_layer_is_one_of_ours(quantized_model):
+def test_every_packed_layer_is_of_this_packs_classes(quantized_model):
     assert all(isinstance(layer, PackedLinear) for layer in quantized_model.packed_layers().values()) and len(shapes(quantized_model)) == 17
