@@ -13,7 +13,8 @@ PACKED = ".weight_smooth_factor"  # that only a layer in 4 bits has
 SCALES = ("scale_weight", "scale_input", "scaled_fp8", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "SCB",
           layout.QUANT_KEY)  # names that only quantized weights bring along
 MARK, MARKED = "scaled_fp8", ("scale_weight", "scale_input")  # of scaled fp8: the file's mark, and names beside a weight
-NF4 = ".quant_state.bitsandbytes__"  # in the names of what bitsandbytes keeps of a 4-bit matrix
+# Of the names of tensors that bitsandbytes stores beside a matrix: a part in 4 bits, the end in 8 bits.
+BITSANDBYTES_4_BITS, BITSANDBYTES_8_BITS = ".quant_state.bitsandbytes__", ".SCB"
 SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # in the name of a file that may hold a part of a model
 PADDED_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")  # in the name that the Hub's own tools give one
 LORA, NUNCHAKU = "lora_", ".qweight"  # in names of a LoRA's tensors; of Nunchaku's, which have lora_down and lora_up too
@@ -103,7 +104,7 @@ def _check_described(header, family, names, prefix):
     if layers and METADATA not in header.metadata and not any(f"{layer}.{layout.QUANT_KEY}" in names for layer in layers):
         raise CheckpointError(f"{header.file} has layers in 4 bits ({prefix}{layers[0]}) and no word of how, as another node than "
                               "SVDQuant Save Model leaves them; save the quantized model with SVDQuant Save Model.")
-    _check_nf4(header, family, names)
+    _check_bitsandbytes(header, family, names)
     described = _described(header, names, prefix)
     marked = MARK in names and METADATA not in header.metadata  # beside which ComfyUI overlooks the mark
     for name, info in names.items():
@@ -136,11 +137,13 @@ def _described(header, names, prefix):
     return {layer: conf for layer, conf in found.items() if f"{layer}.weight" in names}
 
 
-def _check_nf4(header, family, names):
-    """Raise CheckpointError where a model is in bitsandbytes' 4 bits."""
-    if any(NF4 in name for name in names):
-        raise CheckpointError(f"{header.file} is a {family.title} in bitsandbytes' 4 bits (NF4 or FP4), which SVDQuant does not read; "
-                              "choose a bf16, fp16 or fp8 version of the model.")
+def _check_bitsandbytes(header, family, names):
+    """Raise CheckpointError if bitsandbytes has quantized the model."""
+    form = ("4 bits (NF4 or FP4)" if any(BITSANDBYTES_4_BITS in name for name in names)
+            else "8 bits (LLM.int8)" if any(name.endswith(BITSANDBYTES_8_BITS) for name in names) else None)
+    if form:
+        raise CheckpointError(f"{header.file} is a {family.title} in bitsandbytes' {form}, which SVDQuant does not read; choose a bf16, "
+                              "fp16 or fp8 version of the model.")
 
 
 def find_diffusers(header):
@@ -153,7 +156,7 @@ def find_diffusers(header):
 def check_diffusers(header, family, known=None):
     """Raise CheckpointError where a model in diffusers' naming has weights or tensors that ComfyUI's conversion would take for others or
     drop: it joins q, k and v as they are, and reads no scale. known: names that the conversion reads; None: any name may be one."""
-    _check_nf4(header, family, header.tensors)
+    _check_bitsandbytes(header, family, header.tensors)
     for name, info in header.tensors.items():
         layer = layer_of(name, header.tensors)
         if name in SCALES or layer is not None and name.removeprefix(f"{layer}.") not in ("weight", "bias"):
@@ -173,5 +176,7 @@ def kind(header):
     keys = header.tensors.keys()
     relatives = filter(None, (family.signature.lookalike(keys) for family in FAMILIES))
     found = next(relatives, None) or next((what for part, what in FOREIGN if any(part in key for key in keys)), None)
-    is_lora = any(LORA in key for key in keys) and not any(key.endswith(NUNCHAKU) for key in keys)
+    in_lora = sum(LORA in key for key in keys)
+    # A model may have a few such names too: a tool has left them, or its layers have branches.
+    is_lora = 0 < len(keys) <= 2 * in_lora and not any(key.endswith(NUNCHAKU) for key in keys)
     return found or ("a LoRA" if is_lora else None)

@@ -58,6 +58,7 @@ REFUSED = {
     "another prefix": ("a.safetensors", renamed("transformer."), "under names that begin with 'transformer.'"),
     "LongCat-Image": ("a.safetensors", without("vector_in.", "guidance_in."), "no vector_in, as LongCat-Image has"),
     "NF4": ("a.safetensors", nf4, "is a FLUX.1 in bitsandbytes' 4 bits"),
+    "bitsandbytes' int8": ("a.safetensors", with_(weight=CODES, SCB=torch.ones(192)), "is a FLUX.1 in bitsandbytes' 8 bits (LLM.int8),"),
     "codes without a word": ("a.safetensors", with_(weight=CODES), f"has {QKV}.weight {UNTOLD}"),
     "fp8 without a word": ("a.safetensors", with_(weight=SCALED, weight_scale=torch.ones(())), f"has {QKV}.weight_scale {UNTOLD}"),
     "scaled fp8 without its mark": ("a.safetensors", with_(weight=SCALED, scale_weight=torch.ones(())), f"{QKV}.scale_weight {UNTOLD}"),
@@ -114,6 +115,9 @@ def test_a_whole_model_may_have_numbers_in_its_name(tmp_path):
 def test_what_is_called_a_lora(tmp_path):
     lora = {"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.zeros(2, 2)}
     assert foreign.kind(header_of(tmp_path / "a.safetensors", lora)) == "a LoRA"
+    few = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2), "c.lora_down.weight": torch.zeros(2, 2)}
+    assert foreign.kind(header_of(tmp_path / "a.safetensors", few)) is None
+    assert foreign.kind(header_of(tmp_path / "a.safetensors", lora | {"text.alpha": torch.zeros(())})) == "a LoRA"
     nunchaku = {"transformer_blocks.0.qkv_proj.qweight": CODES, "transformer_blocks.0.qkv_proj.lora_down": torch.zeros(2, 2)}
     assert foreign.kind(header_of(tmp_path / "a.safetensors", nunchaku)) is None
 
