@@ -46,7 +46,8 @@ def open_file(header):
         raise CheckpointError(f"{header.file} has 4-bit layers and is no whole {families.TITLES}; the file is incomplete, or of another "
                               "model: download it again, or choose another file.")
     packed = native.packed_file(own, family, "", {}, {"preset": native.OTHERS_PRESET}, header.file)
-    return replace(packed, header=header, prefix=None if own.tiles or own.renamed or own.smoothed else prefix, stored=header.tensors,
+    mappable = packed.prefix is not None and not (own.tiles or own.renamed or own.smoothed)
+    return replace(packed, header=header, prefix=prefix if mappable else None, stored=header.tensors,
                    modules=frozenset(prefix + layer for layer in packed.specs))
 
 

@@ -24,16 +24,8 @@ def convert(source, target, to, overwrite=False, progress=lambda done, total: No
         why = "is no quantized model that this pack reads" if found is None else f"is in the {to} layout already"
         raise CheckpointError(f"{header.file} {why}; choose another file.")
     packed = found.reader.open_file(header)
-    formats.WRITERS[to].save_packed(target, packed, _config(packed), overwrite, card.of_source(header.metadata),
+    formats.WRITERS[to].save_packed(target, packed, overwrite, card.of_source(header.metadata),
                                     partial(_counted, progress=progress))
-
-
-def _config(packed):
-    """The configuration to write: the shapes', and from the file's own what no shape tells."""
-    try:
-        return packed.family.configuration.of(packed.shapes, packed.config)
-    except ValueError as error:
-        raise CheckpointError(f"{packed.header.file} {error}; save or download it again.") from None
 
 
 def _counted(tensors, total, progress):

@@ -16,7 +16,7 @@ class Format:
     reader: has matches(header), whether the file is of this format, and open_file(header), its PackedFile. Both raise CheckpointError,
         open_file unless the model is whole
     writer: None, or has save(path, tensors, specs, config, recipe, source, overwrite, source_card), which writes a model from memory,
-        and save_packed(path, packed, config, overwrite, source_card, counted), which writes a PackedFile of another format. Both raise
+        and save_packed(path, packed, overwrite, source_card, counted), which writes a PackedFile of another format. Both raise
         CheckpointError where the model has no place in the format, and as write.write does
     layout: what users choose the writer by, in SVDQuant Save Model and convert.py; "" without a writer
     """

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from ..families import TITLES
 from ..layers import layout
 
 EXTENSIONS = (".safetensors", ".sft")
@@ -162,7 +163,7 @@ class StoredTensor:
 def _description(file, start, stop):
     """The dict of an X.comfy_quant, or the reason why there is none, as the second half of a sentence."""
     if stop - start > MAX_DESCRIPTION_BYTES:
-        return f"has {stop - start} bytes where a few hundred are due"
+        return f"has {stop - start} bytes instead of a few hundred"
     file.seek(start)
     try:
         return layout.decode_conf(file.read(stop - start))
@@ -215,7 +216,7 @@ def _what_else(name, start):
                 "for a licence to be accepted")
     if name.lower().endswith(EXTENSIONS):
         return "not a safetensors file, whatever its name says; download it again, or choose another model"
-    return "not a safetensors file; choose a .safetensors FLUX model"
+    return f"not a safetensors file; choose a {TITLES} model in safetensors format"
 
 
 def _without_duplicates(pairs):
@@ -260,8 +261,8 @@ def _check_layout(name, tensors, data_start, size):
     position = data_start
     for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != position:
-            raise CheckpointError(f"{name} is damaged: tensor {key} starts at byte {info.start} where {position} is "
-                                  "due; download it again.")
+            raise CheckpointError(f"{name} is damaged: tensor {key} starts at byte {info.start} instead of "
+                                  f"{position}; download it again.")
         position = info.stop
     if position != size:
         raise CheckpointError(f"{name} is damaged: its tensors end at byte {position} and the file has {size}; "

@@ -9,9 +9,8 @@ import torch
 
 from .. import families
 from ..layers import layout
-from . import comfy_kitchen, foreign, formats, native
+from . import foreign, formats, native, plain
 from .card import MAX_FIELD_BYTES, PREFIX, SOURCE_HASH, SOURCE_TITLE
-from .header import CheckpointError
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 REST = "everything else"
@@ -32,7 +31,8 @@ WORST = 3  # layers named in the summary of errors
 
 
 def inspect(header):
-    """A JSON-able dict of what a file is. Raises CheckpointError, one sentence, where it is no whole FLUX.1."""
+    """A JSON-able dict of what a file is. Raises CheckpointError, one sentence, unless it is a whole model of a supported
+    family."""
     found = formats.identify(header)
     info = _packed(header, found) if found else _plain(header)
     return {"file": header.file, "bytes": os.path.getsize(header.path)} | info | {"card": _card(header)}
@@ -64,27 +64,20 @@ def _packed(header, found):
     codes = "NVFP4" if any(spec.format == layout.NVFP4 for spec in packed.specs.values()) else "INT4"
     recipe = {key: value for key, value in packed.recipe.items() if key != "layers"}
     return {"bytes": packed.nbytes(), "format": f"{found.name} layout, {codes}", "family": packed.family.title,
-            "model": _model(packed.family, packed.shapes, packed.config, header), "source": packed.source, "recipe": recipe,
+            "model": packed.config, "source": packed.source, "recipe": recipe,
             "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs),
             "int8_scales": len(packed.computed), **_sizes(packed.stored, packed.modules)}
 
 
 def _plain(header):
-    found = foreign.find(header)
-    if found is not None:
-        family, prefix = found
-        inside = header.within(prefix)
-        shapes = {family.stored_name(name): info.shape for name, info in inside.tensors.items()}
-        theirs = sorted({str(conf.get("format")) for layer, conf in comfy_kitchen.descriptions(inside).items()
-                         if f"{layer.removeprefix(prefix)}.weight" in inside.tensors})
-        what = _plain_format(family, inside, theirs)
-        return {"format": what, "family": family.title, "model": _model(family, shapes, {}, header), **_sizes(header.tensors, ())}
-    if family := foreign.find_diffusers(header):
+    family, prefix = plain.find(header)
+    if prefix is None:
         foreign.check_diffusers(header, family)
-        what = f"{_plain_format(family, header, [])}, under diffusers' names"
-        return {"format": what, "family": family.title, "model": {}, **_sizes(header.tensors, ())}
-    what = foreign.kind(header) or f"no {families.TITLES} in ComfyUI's names and no quantized one"
-    raise CheckpointError(f"{header.file} is {what}; choose another file.")
+        what, config = f"{_plain_format(family, header, [])}, under diffusers' names", {}
+    else:
+        file = plain.open_file(header, family, prefix)
+        what, config = _plain_format(family, header.within(prefix), sorted(set(map(str, file.formats.values())))), file.config
+    return {"format": what, "family": family.title, "model": config, **_sizes(header.tensors, ())}
 
 
 def _plain_format(family, header, formats):
@@ -95,14 +88,6 @@ def _plain_format(family, header, formats):
         scaled = any(name.rpartition(".")[2] in foreign.SCALES for name in header.tensors)
         return f"a {family.title} in fp8, {'with scales' if scaled else 'without scales'}"
     return f"a {family.title} that is not quantized"
-
-
-def _model(family, shapes, stored, header):
-    """The host's configuration, from the tensors' shapes; the file's own has what no shape tells."""
-    try:
-        return family.configuration.of(shapes, stored)
-    except ValueError as error:
-        raise CheckpointError(f"{header.file} {error}; save or download it again.") from None
 
 
 def _sizes(infos, modules):
@@ -164,9 +149,8 @@ def _model_lines(info):
     model = info["model"]
     if not model:  # under diffusers' names
         return []
-    guidance = {True: ", with guidance", False: ", without guidance"}.get(model.get("guidance_embed"), "")
-    lines = [f"{info['family']}: {model['depth']} double and {model['depth_single_blocks']} single blocks, "
-             f"hidden size {model['hidden_size']}, {model['in_channels']} channels in{guidance}"]
+    figures = families.of_image_model(model["image_model"]).figures(model)
+    lines = [f"{info['family']}: {figures}"]
     return lines + ([f"made from: {info['source']}"] if info.get("source") not in (None, "", info["file"]) else [])
 
 

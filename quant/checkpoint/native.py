@@ -22,9 +22,9 @@ import torch
 from ...cuda.row_scales import HIGHEST, LOWEST
 from .. import families
 from ..layers import layout
-from . import int8_scales
+from . import completeness, int8_scales
 from .card import modelspec
-from .header import WEIGHT_DTYPES, CheckpointError
+from .header import CheckpointError
 from .packed import PackedFile
 from .write import check_target, write
 
@@ -64,20 +64,23 @@ def packed_file(header, family, prefix, config, recipe, source):
     check_unsigned(header, family, specs, signed_allowed=recipe.get("preset") == OTHERS_PRESET)
     computed = frozenset(f"{layer}.weight_scale" for layer in compact)
     leave_out = {f"{layer}.weight_scale_2" for layer in compact}
-    shapes = {name: info.shape for name, info in own.tensors.items()
-              if not name.endswith(f".{layout.QUANT_KEY}") and name not in leave_out}
-    dtypes = {name: own.tensors[name].dtype for name in shapes}
+    names = completeness.stored_names(header, family, (name for name in own.tensors if not name.endswith(f".{layout.QUANT_KEY}")
+                                                       and name not in leave_out))
+    shapes = {name: own.tensors[stored].shape for name, stored in names.items()}
+    dtypes = {name: own.tensors[stored].dtype for name, stored in names.items()}
     dtypes |= {f"{layer}.weight_scale": specs[layer].dtype for layer in compact}
-    _check_plain(header, specs, dtypes)
-    read = partial(_read, own, computed)
-    return PackedFile(header, family, specs, shapes, dtypes, config, recipe, source,
-                      lambda: ((name, read(name)) for name in shapes), prefix, read, computed)
+    completeness.check_types(header, dtypes, specs)
+    config = completeness.configuration(header, family, shapes, config)
+    completeness.check(header, family, config, shapes, specs)
+    read = partial(_read, own, names, computed)
+    return PackedFile(header, family, specs, shapes, dtypes, config, recipe, source, lambda: ((name, read(name)) for name in shapes),
+                      prefix if all(name == stored for name, stored in names.items()) else None, read, computed)
 
 
-def _read(header, computed, name):
-    """One tensor as the layer has it. Raises CheckpointError where int8 scales are none."""
+def _read(header, names, computed, name):
+    """One tensor as the model has it. names: {model's name: file's}. Raises CheckpointError if int8 scales are invalid."""
     if name not in computed:
-        return header.read_tensor(name)
+        return header.read_tensor(names[name])
     integers, row_scale = header.read_tensor(name), header.read_tensor(f"{name}_2")
     if not ((row_scale >= 0) & (row_scale * HIGHEST).isfinite()).all():
         raise CheckpointError(f"{header.file}: tensor {name}_2 has values that are negative, not finite or too large; download or "
@@ -86,14 +89,6 @@ def _read(header, computed, name):
     if values.size and not LOWEST <= values.min() <= values.max() <= HIGHEST:
         raise CheckpointError(f"{header.file}: tensor {name} has values outside {LOWEST}..{HIGHEST}; download or save it again.")
     return int8_scales.product(integers, row_scale)
-
-
-def _check_plain(header, specs, dtypes):
-    """Raise CheckpointError where a tensor outside the packed layers is not of a type that weights have."""
-    for name, dtype in dtypes.items():
-        if name.rpartition(".")[0] not in specs and dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(f"{header.file}: tensor {name} is {dtype} where a floating point type is due; the file is damaged, "
-                                  "or mixes formats that this version can't run, download or save it again.")
 
 
 def _json_metadata(header, key):
@@ -150,7 +145,7 @@ def _layer_spec(header, family, name):
     weight, scale = (_info(header, f"{name}.{part}") for part in ("weight", "weight_scale"))
     if len(weight.shape) != 2:
         # comfy-kitchen's tiles have become such a matrix by now.
-        raise CheckpointError(f"{header.file}: {name}.weight has shape {list(weight.shape)} where (N, K/2) is due; "
+        raise CheckpointError(f"{header.file}: {name}.weight has shape {list(weight.shape)} instead of (N, K/2); "
                               "choose a file that is not packed for another kernel, or save or download it again.")
     n, k = weight.shape[0], weight.shape[1] * 2
     rank = 0 if kind == layout.AWQ else conf.get("rank", _rank(header, name))
@@ -183,7 +178,7 @@ def _unsigned_from(header, key, conf, k):
     """The first unsigned column of a layer's input, by its description. Raises CheckpointError where that is not one."""
     kind, unsigned = conf["format"], conf.get("act_unsigned", False)
     if type(unsigned) is not bool:
-        raise CheckpointError(f"{header.file}: {key} says act_unsigned = {unsigned!r} where true or false is due; save or download the "
+        raise CheckpointError(f"{header.file}: {key} says act_unsigned = {unsigned!r} instead of true or false; save or download the "
                               "file again.")
     if kind not in (layout.SVDQUANT_SPLIT, layout.SVDQUANT_INT8_SCALE):
         return 0 if unsigned and kind == layout.SVDQUANT else k
@@ -223,10 +218,10 @@ def check_tensor(header, key, shape, dtype=None):
     """Raise CheckpointError unless the file has tensor `key` with this shape (and dtype, if given)."""
     info = _info(header, key)
     if info.shape != tuple(shape):
-        raise CheckpointError(f"{header.file}: tensor {key} has shape {list(info.shape)} where {list(shape)} is due; "
+        raise CheckpointError(f"{header.file}: tensor {key} has shape {list(info.shape)} instead of {list(shape)}; "
                               "the file does not fit its own configuration, download or save it again.")
     if dtype is not None and info.dtype != dtype:
-        raise CheckpointError(f"{header.file}: tensor {key} is {info.dtype} where {dtype} is due; the file is damaged, "
+        raise CheckpointError(f"{header.file}: tensor {key} is {info.dtype} instead of {dtype}; the file is damaged, "
                               "download or save it again.")
 
 
@@ -264,11 +259,11 @@ def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=F
     write(path, infos, chain(_with_int8_scales(tensors, row_scales), described.items()), metadata, overwrite)
 
 
-def save_packed(path, packed, config, overwrite, source_card, counted):
+def save_packed(path, packed, overwrite, source_card, counted):
     """Write a PackedFile of another format; scales that it has in 16 bits stay so. counted: (iterable of (name, tensor), their number)
     -> the same iterable, which may show progress."""
     infos = {name: (shape, packed.dtypes[name]) for name, shape in packed.shapes.items()}
-    save_stream(path, infos, counted(packed.tensors(), len(infos)), packed.specs, config, packed.recipe, packed.source, overwrite,
+    save_stream(path, infos, counted(packed.tensors(), len(infos)), packed.specs, packed.config, packed.recipe, packed.source, overwrite,
                 source_card)
 
 

@@ -15,7 +15,7 @@ class PackedFile:
     header: of the file that the user chose; family: of the model
     specs: {layer name: LayerSpec} of the packed layers
     shapes, dtypes: {tensor name: shape or torch.dtype} of all the model's tensors, those of packed layers included
-    config: the model's configuration, as far as the file's metadata state it
+    config: the host's configuration of the model, all of the family's keys
     recipe: how the model was quantized, a JSON-able dict, as far as the file states it
     source: name of the model that was quantized, or of this file
     tensors: () -> iterable of (name, tensor), which reads one tensor or one layer at a time

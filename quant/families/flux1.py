@@ -17,6 +17,7 @@ from .family import (
 )
 
 HEAD = 128  # channels of an attention head
+TIMESTEP = 256  # features of a timestep's, or a guidance's, sinusoidal embedding
 
 NORMS = (r"_norm\.weight$", "_norm.scale")  # ComfyUI renamed the q and k norms' scale in 0.14
 
@@ -63,6 +64,49 @@ def measure(shapes, usual):
             "depth": depth_of(shapes, "double_blocks"), "depth_single_blocks": depth_of(shapes, "single_blocks"),
             "context_in_dim": shapes["txt_in.weight"][1], "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
             "guidance_embed": "guidance_in.in_layer.weight" in shapes}
+
+
+def linears(shapes):
+    """{tensor name: shape} of linears with bias. shapes: {name: (N, K)}."""
+    return {f"{name}.{leaf}": shape[:rank] for name, shape in shapes.items() for leaf, rank in (("weight", 2), ("bias", 1))}
+
+
+def block_tensors(config, modulation):
+    """{tensor name: shape} of all blocks. modulation: whether each block has its own modulation layers."""
+    hidden, mlp = config["hidden_size"], int(config["hidden_size"] * config["mlp_ratio"])
+    shapes, norms = {}, []
+    for i in range(config["depth"]):
+        for stream in (f"double_blocks.{i}.img", f"double_blocks.{i}.txt"):
+            shapes |= {f"{stream}_attn.qkv": (3 * hidden, hidden), f"{stream}_attn.proj": (hidden, hidden),
+                       f"{stream}_mlp.0": (mlp, hidden), f"{stream}_mlp.2": (hidden, mlp)}
+            shapes |= {f"{stream}_mod.lin": (6 * hidden, hidden)} if modulation else {}
+            norms.append(f"{stream}_attn.norm")
+    for i in range(config["depth_single_blocks"]):
+        block = f"single_blocks.{i}"
+        shapes |= {f"{block}.linear1": (3 * hidden + mlp, hidden), f"{block}.linear2": (hidden, hidden + mlp)}
+        shapes |= {f"{block}.modulation.lin": (3 * hidden, hidden)} if modulation else {}
+        norms.append(f"{block}.norm")
+    head = (hidden // config["num_heads"],)
+    return linears(shapes) | {f"{norm}.{part}_norm.scale": head for norm in norms for part in ("query", "key")}
+
+
+def tensors(config):
+    hidden, pixels = config["hidden_size"], config["patch_size"] ** 2
+    shapes = {"img_in": (hidden, config["in_channels"] * pixels), "txt_in": (hidden, config["context_in_dim"]),
+              "final_layer.linear": (config["out_channels"] * pixels, hidden), "final_layer.adaLN_modulation.1": (2 * hidden, hidden)}
+    embedders = {"time_in": TIMESTEP, "vector_in": config["vec_in_dim"]} | ({"guidance_in": TIMESTEP} if config["guidance_embed"] else {})
+    for name, width in embedders.items():
+        shapes |= {f"{name}.in_layer": (hidden, width), f"{name}.out_layer": (hidden, hidden)}
+    return linears(shapes) | block_tensors(config, modulation=True)
+
+
+def sizes(config):
+    return (f"{config['depth']} double and {config['depth_single_blocks']} single blocks, hidden size {config['hidden_size']}, "
+            f"{config['in_channels']} channels in")
+
+
+def figures(config):
+    return f"{sizes(config)}, {'with' if config['guidance_embed'] else 'without'} guidance"
 
 
 def heads(config):
@@ -158,6 +202,8 @@ FAMILY = Family(
         matrices=("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
         vectors=("final_layer.linear.bias",),
         measure=measure, derive=heads, trouble=rope_trouble),
+    tensors=tensors,
+    figures=figures,
     text_width="context_in_dim",
     pooled=True,
     encoders="clip_l and t5xxl",

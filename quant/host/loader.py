@@ -9,7 +9,7 @@ import torch
 from comfy import quant_ops
 
 from .. import families
-from ..checkpoint import card, comfy_kitchen, core_formats, foreign, formats, native
+from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, native, plain
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.nunchaku import names as nunchaku_names
 from ..layers import layout
@@ -42,7 +42,7 @@ def check_file(header):
     if found := formats.identify(header):
         _empty_packed(found.reader.open_file(header))
     else:
-        _empty_plain(header, *_find_plain(header))
+        _empty_plain(header, *plain.find(header))
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -64,21 +64,14 @@ def _load_packed(packed, compute_dtype, act_bits):
 
 
 def _empty_packed(packed, compute_dtype=None):
-    """The empty model of a PackedFile. Raises CheckpointError where the file's tensors are not all of the model's, and no others."""
-    header = packed.header
-    model_config = _detect(header, packed.family, packed.shapes, packed.config)
-    try:
-        model = build.empty_model(model_config, packed.specs, compute_dtype)
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
-                              "again.") from error
-    _check_complete(header, packed.family, model, packed.shapes)
-    return model
+    """The empty model of a PackedFile."""
+    model_config = _detect(packed.header, packed.family, packed.shapes, packed.config)
+    return build.empty_model(model_config, packed.specs, compute_dtype)
 
 
 def _load_plain(header, compute_dtype):
     """A model in 16 or 8 bits: by ComfyUI's own loader, where its detection gets the model right, else by ours."""
-    family, prefix = _find_plain(header)
+    family, prefix = plain.find(header)
     _check_formats(header, prefix or "")
     names, shapes, model = _empty_plain(header, family, prefix, compute_dtype)
     widened = _widened(header, _diffusers_targets(header, family)) if prefix is None else {}
@@ -99,42 +92,17 @@ def _load_plain(header, compute_dtype):
     return build.make_patcher(model, comfy.model_patcher.ModelPatcher)
 
 
-def _find_plain(header):
-    """(Family, prefix of its tensors, None where they are in diffusers' naming) of a file that is not quantized. Raises CheckpointError
-    where it holds no model of a family."""
-    family, prefix = foreign.find(header) or (foreign.find_diffusers(header), None)
-    if family is None:
-        what = foreign.kind(header) or f"not a {families.TITLES} model"
-        raise CheckpointError(f"{header.file} is {what}; choose a {families.TITLES} model in safetensors format.")
-    return family, prefix
-
-
 def _empty_plain(header, family, prefix, compute_dtype=None):
-    """({model's name: file's}, {model's name: shape}, the empty model) of a file that is not quantized. Raises CheckpointError where the
-    model has tensors that the file has not, or others."""
+    """({model's name: file's}, {model's name: shape}, the empty model) of a file that is not quantized. Raises CheckpointError unless the
+    file's tensors are exactly the model's."""
     if prefix is None:
         names, shapes = {}, _from_diffusers(header, family)
+        config = completeness.configuration(header, family, shapes, {})
+        completeness.check(header, family, config, shapes)
     else:
-        # Under the names that every ComfyUI knows: older ones don't know those that newer ones gave some parameters.
-        names = {family.stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
-        shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
-    model = build.empty_model(_detect(header, family, shapes, {}), {}, compute_dtype)
-    inside = header.within(prefix or "")
-    described = {f"{layer.removeprefix(prefix or '')}.weight": conf.get("format")
-                 for layer, conf in comfy_kitchen.descriptions(inside).items()}
-    for weight, kind in described.items():
-        if weight in inside.tensors:
-            core_formats.check(header, prefix or "", weight.removesuffix(".weight"), kind)
-    # foreign.find has checked those that belong to a layer of the file, such as its scales.
-    others = {name for name, stored in names.items() if _is_beside(stored.removeprefix(prefix), inside.tensors, prefix)}
-    _check_complete(header, family, model, {name: shape for name, shape in shapes.items() if name not in others}, described)
-    return names, shapes, model
-
-
-def _is_beside(name, names, prefix):
-    """Whether a tensor lies beside a diffusion model's weights: a layer's scales and the like, or another model's."""
-    in_layer = foreign.layer_of(name, names) and not name.endswith((".weight", ".bias"))
-    return in_layer or name == foreign.MARK or not prefix and name.startswith(foreign.OTHER_MODELS)
+        file = plain.open_file(header, family, prefix)
+        names, shapes, config = file.names, file.shapes, file.config
+    return names, shapes, build.empty_model(_detect(header, family, shapes, config), {}, compute_dtype)
 
 
 def _check_formats(header, prefix):
@@ -161,9 +129,10 @@ def _from_diffusers(header, family):
             raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it again.")
     tensors = build.shapes_as_tensors({name: info.shape for name, info in header.tensors.items()})
     try:
-        shapes = {name: tensor.shape for name, tensor in comfy.model_detection.convert_diffusers_mmdit(tensors, "").items()}
+        joined = comfy.model_detection.convert_diffusers_mmdit(tensors, "")
     except (RuntimeError, IndexError, ValueError) as error:
         raise CheckpointError(f"{header.file} has tensors that do not fit each other ({error}); download it again.") from error
+    shapes = {family.stored_name(name): tensor.shape for name, tensor in joined.items()}
     for name, (target, (_, _, rows), *_) in parts.items():
         native.check_tensor(header, name, (rows, *shapes[target][1:]))
     return shapes
@@ -217,15 +186,11 @@ def _core_agrees(family, shapes):
     return all(detected.get(key, value) == value for key, value in config.items())
 
 
-def _detect(header, family, shapes, stored):
-    """ComfyUI's model configuration for a family's model with tensors {name: shape}; stored: what its file says of the configuration.
+def _detect(header, family, shapes, config):
+    """ComfyUI's model configuration for a family's model with tensors {name: shape} and the family's configuration.
 
     ComfyUI's detection comes first, because each version wants keys of its own in a configuration.
     """
-    try:
-        config = family.configuration.of(shapes, stored)
-    except ValueError as error:
-        raise CheckpointError(f"{header.file} {error}; the file is incomplete or damaged, download or save it again.") from None
     tensors = build.shapes_as_tensors(shapes)
     detected = comfy.model_detection.detect_unet_config(tensors, "")
     if detected is None or detected.get("image_model") != family.image_model:
@@ -234,24 +199,3 @@ def _detect(header, family, shapes, stored):
     if model_config is None:
         raise CheckpointError(f"{header.file} has a {family.title} configuration that this ComfyUI does not know; update ComfyUI.")
     return model_config
-
-
-def _check_complete(header, family, model, shapes, described=None):
-    """Compare the file's tensors with the model's: none missing, every shape right, none left over. described: {name of a weight: the
-    format of ComfyUI's that it is stored in}."""
-    found = model.model_config.process_unet_state_dict(build.shapes_as_tensors(shapes))
-    expected = model.diffusion_model.state_dict()
-    for name, tensor in expected.items():
-        if name not in found:
-            raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it "
-                                  "again.")
-        stored, described_as = tuple(tensor.shape), (described or {}).get(name)
-        due = core_formats.stored_shape(described_as, stored) if described_as else stored
-        if due is not None and tuple(found[name].shape) != due:
-            raise CheckpointError(f"{header.file}: tensor {name} has shape {list(found[name].shape)} where "
-                                  f"{list(due)} is due; the file does not fit a {family.title} of its size, "
-                                  "download or save it again.")
-    left_over = next((name for name in found if name not in expected), None)
-    if left_over is not None:
-        raise CheckpointError(f"{header.file} has tensor {left_over}, which its model has no place for; download or "
-                              "save it again, or choose another version of the model.")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ...layers import layout
+from .. import completeness
 from ..header import CheckpointError
 from ..packed import PackedFile
 from . import halves, names
@@ -62,7 +63,9 @@ def open_file(header):
     shapes |= {name: source.info(stored).shape for name, stored in plain.items()}
     dtypes = {f"{name}.{part}": dtype for name, spec in specs.items() for part, (_, dtype) in spec.tensors().items()}
     dtypes |= {name: source.info(stored).dtype for name, stored in plain.items()}
-    return PackedFile(header, source.family, specs, shapes, dtypes, _config(source), _recipe(source, specs, nvfp4),
+    config = completeness.configuration(header, source.family, shapes, _config(source))
+    completeness.check(header, source.family, config, shapes, specs)
+    return PackedFile(header, source.family, specs, shapes, dtypes, config, _recipe(source, specs, nvfp4),
                       source.metadata.get("svdquant.source", header.file), lambda: _tensors(source, layers, plain),
                       stored=source.infos(), modules=source.packed_modules(), paths=source.paths())
 
@@ -128,8 +131,8 @@ def _linear_spec(source, part, nvfp4):
     kind = layout.NVFP4 if nvfp4 else layout.SVDQUANT
     shape, file = source.info(f"{part}.qweight").shape, source.header.file
     if len(shape) != 2 or shape[0] % order.TILE or shape[1] * 2 % order.TILE or 0 in shape:
-        raise CheckpointError(f"{file}: tensor {part}.qweight has shape {list(shape)} where (N, K/2) with N and K multiples "
-                              f"of {order.TILE} is due; choose a Nunchaku {source.family.title} model.")
+        raise CheckpointError(f"{file}: tensor {part}.qweight has shape {list(shape)} instead of (N, K/2) with N and K "
+                              f"multiples of {order.TILE}; choose a Nunchaku {source.family.title} model.")
     n, k = shape[0], shape[1] * 2
     source.check(f"{part}.qweight", shape, (torch.int8,))
     dtype = source.check(f"{part}.bias", (n,), HALF_TYPES)
@@ -189,8 +192,8 @@ def _linear(source, name, parts, nvfp4):
         n, k = (n + specs[1].out_features, k) if rows else (n, k + specs[1].in_features)
     unsigned_from = source.family.layer(name).unsigned_from(k, n)
     if len(specs) == 2 and not rows and unsigned_from != specs[0].in_features:
-        raise CheckpointError(f"{source.header.file}: layer {parts[0]} has {specs[0].in_features} input columns where "
-                              f"{unsigned_from} are due; the file is damaged, download it again.")
+        raise CheckpointError(f"{source.header.file}: layer {parts[0]} has {specs[0].in_features} input columns instead of "
+                              f"{unsigned_from}; the file is damaged, download it again.")
     if nvfp4:
         blocks = (1,) if len(specs) == 1 or rows else halves.scale_blocks(*(spec.in_features for spec in specs))
         return _Layer(layout.LayerSpec(layout.NVFP4, k, n, rank, dtype=specs[0].dtype, scale_blocks=sum(blocks)), tuple(parts), joint)
@@ -217,8 +220,8 @@ def _modulation(source, part, chunks):
     n, k = (shape[0] * order.AWQ_ROWS, shape[1] * 2) if len(shape) == 2 else (0, 0)
     # Scales are padded, so that they would not tell of a K that isn't the model's.
     if not n or not k or n % chunks or k != width or k % layout.GROUP_SIZE:
-        raise CheckpointError(f"{source.header.file}: tensor {part}.qweight has shape {list(shape)} where (N/4, K/2) with N a "
-                              f"multiple of {chunks} and K {width} is due; the file is damaged, download it again.")
+        raise CheckpointError(f"{source.header.file}: tensor {part}.qweight has shape {list(shape)} instead of (N/4, K/2) with N a "
+                              f"multiple of {chunks} and K {width}; the file is damaged, download it again.")
     groups = k // layout.GROUP_SIZE
     groups += -groups % order.AWQ_GROUP_TILE
     dtype = source.check(f"{part}.wscales", (groups, n), HALF_TYPES)
@@ -241,8 +244,8 @@ def _plain(source, depths):
         shape = source.info(stored).shape
         source.check(stored, shape, FLOAT_TYPES)
         if name.startswith(source.family.nunchaku.swapped) and (not shape or shape[0] % 2):
-            raise CheckpointError(f"{source.header.file}: tensor {stored} has shape {list(shape)} where an even number of rows "
-                                  "is due; the file is damaged, download it again.")
+            raise CheckpointError(f"{source.header.file}: tensor {stored} has shape {list(shape)} instead of an even number of "
+                                  "rows; the file is damaged, download it again.")
     return plain
 
 

@@ -84,10 +84,10 @@ class Source:
         """Raise CheckpointError unless tensor `name` has this shape and one of these dtypes. Returns its dtype."""
         info = self.info(name)
         if info.shape != tuple(shape):
-            raise CheckpointError(f"{self.header.file}: tensor {name} has shape {list(info.shape)} where {list(shape)} is "
-                                  "due; the file is damaged, download it again.")
+            raise CheckpointError(f"{self.header.file}: tensor {name} has shape {list(info.shape)} instead of "
+                                  f"{list(shape)}; the file is damaged, download it again.")
         if info.dtype not in dtypes:
-            raise CheckpointError(f"{self.header.file}: tensor {name} is {info.dtype} where {dtypes[0]} is due; the file "
+            raise CheckpointError(f"{self.header.file}: tensor {name} is {info.dtype} instead of {dtypes[0]}; the file "
                                   "is damaged, download it again.")
         return info.dtype
 

@@ -46,9 +46,9 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     write(path, infos, counted(_stream(family, tensors, specs, layers, plain, rank), len(infos)), metadata, overwrite)
 
 
-def save_packed(path, packed, config, overwrite, source_card, counted):
+def save_packed(path, packed, overwrite, source_card, counted):
     """Write a PackedFile of another format, as save does. Its tensors have to be readable one by one (packed.read)."""
-    save(path, StoredTensors(packed), packed.specs, config, packed.recipe, packed.source, overwrite, source_card, counted)
+    save(path, StoredTensors(packed), packed.specs, packed.config, packed.recipe, packed.source, overwrite, source_card, counted)
 
 
 def _layers(tables, depths):

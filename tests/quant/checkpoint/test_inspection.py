@@ -99,7 +99,7 @@ def test_other_kinds_of_files(files, tmp_path, no_weights):
     assert facts["format"] == "comfy-kitchen layout, INT4" and facts["errors"] == {} and facts["card"] == {}
     assert facts["bytes_by_kind"] == inspect(files / "native.safetensors")["bytes_by_kind"]
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="other.safetensors is no FLUX.1"):
+    with pytest.raises(CheckpointError, match="other.safetensors is not a FLUX.1 or Chroma model; choose"):
         inspect(tmp_path / "other.safetensors")
 
 

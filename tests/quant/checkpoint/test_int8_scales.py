@@ -230,12 +230,12 @@ def describe(name, **changes):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (put(f"{LINEAR2}.weight_scale", lambda t: t.bfloat16()), f"{LINEAR2}.weight_scale is torch.bfloat16 where torch.int8 is due"),
-    (put(f"{LINEAR2}.weight_scale", lambda t: t.t()), f"{LINEAR2}.weight_scale has shape [128, 10] where [10, 128] is due"),
-    (put(f"{LINEAR2}.weight_scale_2", lambda t: t[:-1]), f"{LINEAR2}.weight_scale_2 has shape [127] where [128] is due"),
-    (put(f"{LINEAR2}.weight_scale_2", lambda t: t[None]), f"{LINEAR2}.weight_scale_2 has shape [1, 128] where [128] is due"),
+    (put(f"{LINEAR2}.weight_scale", lambda t: t.bfloat16()), f"{LINEAR2}.weight_scale is torch.bfloat16 instead of torch.int8"),
+    (put(f"{LINEAR2}.weight_scale", lambda t: t.t()), f"{LINEAR2}.weight_scale has shape [128, 10] instead of [10, 128]"),
+    (put(f"{LINEAR2}.weight_scale_2", lambda t: t[:-1]), f"{LINEAR2}.weight_scale_2 has shape [127] instead of [128]"),
+    (put(f"{LINEAR2}.weight_scale_2", lambda t: t[None]), f"{LINEAR2}.weight_scale_2 has shape [1, 128] instead of [128]"),
     (put(f"{LINEAR2}.weight_scale_2", lambda t: t.float()), f"layer {LINEAR2} has scales of type torch.float32"),
-    (put(f"{LINEAR2}.weight_scale_2", lambda t: t.half()), "is torch.bfloat16 where torch.float16 is due"),
+    (put(f"{LINEAR2}.weight_scale_2", lambda t: t.half()), "is torch.bfloat16 instead of torch.float16"),
     (drop(f"{LINEAR2}.weight_scale_2"), f"lacks tensor {LINEAR2}.weight_scale_2"),
     (drop(f"{LINEAR2}.weight_scale"), f"lacks tensor {LINEAR2}.weight_scale"),
     (put(f"{PROJ}.weight_scale", lambda t: t.to(torch.int8)), f"layer {PROJ} has scales of type torch.int8"),
@@ -244,8 +244,8 @@ def describe(name, **changes):
     (describe(QKV, format="svdquant_w4a4"), f"has tensor {QKV}.weight_scale_2, which a layer of format svdquant_w4a4 has no place for"),
     (describe(LINEAR2, act_unsigned_from=True), f"{LINEAR2}.comfy_quant lacks a valid act_unsigned_from"),
     (describe(LINEAR2, act_unsigned_from=96), "not at a multiple of 64"),
-    (describe(PROJ, act_unsigned=1), f"{PROJ}.comfy_quant says act_unsigned = 1 where true or false is due"),
-    (describe(QKV, act_unsigned="x"), f"{QKV}.comfy_quant says act_unsigned = 'x' where true or false is due"),
+    (describe(PROJ, act_unsigned=1), f"{PROJ}.comfy_quant says act_unsigned = 1 instead of true or false"),
+    (describe(QKV, act_unsigned="x"), f"{QKV}.comfy_quant says act_unsigned = 'x' instead of true or false"),
     (describe(PROJ, act_unsigned=True), f"layer {PROJ} has its first unsigned column at 0, where a FLUX.1 has it at 128"),
     (describe(QKV, act_unsigned=True, act_unsigned_from=0), f"layer {QKV} has its first unsigned column at 0, where a FLUX.1"),
     (describe(QKV, act_unsigned=True), f"{QKV}.comfy_quant lacks a valid act_unsigned_from, or says another act_unsigned"),

@@ -253,7 +253,7 @@ def test_relatives_are_refused_by_name(tmp_path, what):
 @pytest.mark.parametrize("name", ["double_blocks.0.img_attn.qkv.lora_down.weight", "double_blocks.0.img_attn.gate.weight"])
 def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path, name):
     save_file(flux_tensors(depth_single=1) | {name: torch.zeros(4, 4)}, tmp_path / "odd.safetensors")
-    with pytest.raises(CheckpointError, match=f"odd.safetensors has tensor {name}, which its model has no place for"):
+    with pytest.raises(CheckpointError, match=f"odd.safetensors has tensor {name}, which a FLUX.1 of its size has no place for"):
         loader.load_model(str(tmp_path / "odd.safetensors"))
 
 
