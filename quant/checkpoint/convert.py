@@ -1,4 +1,4 @@
-"""Quantized checkpoints from one layout into another, on disk: a layer in memory at a time, nothing computed anew."""
+"""Convert quantized checkpoints between layouts on disk, one layer in memory at a time. Nothing is quantized again."""
 
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,9 @@ from .header import EXTENSIONS, CheckpointError, read_header
 def convert(source, target, to, overwrite=False, progress=lambda done, total: None):
     """Write the quantized model of file `source` into file `target`, in layout `to`, one of formats.WRITERS.
 
-    progress: called with the count of tensors written, and of all. Raises CheckpointError, before
-    anything is written, on a file that is not a whole quantized model or is in that layout already, and where no list of models
-    would show the target.
+    progress: called with the number of tensors written so far and the total number. Raises CheckpointError, before anything is written,
+    if the source is not a whole quantized model or is in that layout already, or if the target's extension is not one that model lists
+    show.
     """
     name = Path(target).name
     if not name.lower().endswith(EXTENSIONS):

@@ -1,4 +1,4 @@
-"""What a model file is, according to its header: format, sizes by kind, ranks, dtypes, recipe and errors. No weight is read."""
+"""Describe a model file from its header: format, sizes by kind, ranks, dtypes, recipe and errors. No weight is read."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from .card import MAX_FIELD_BYTES, PREFIX, SOURCE_HASH, SOURCE_TITLE
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 REST = "everything else"
-# What the tensors of a packed layer are, by the last part of their names: ours and comfy-kitchen's, Nunchaku's.
+# {kind of tensor: last parts of its names in packed layers, in our and comfy-kitchen's files and in Nunchaku's}.
 KINDS = {
     "4-bit codes": ("weight", "qweight"),
     "scales": ("weight_scale", "weight_scale_2", "weight_zeros", "wscales", "wzeros", "wtscale", "wcscales"),
@@ -31,15 +31,14 @@ WORST = 3  # layers named in the summary of errors
 
 
 def inspect(header):
-    """A JSON-able dict of what a file is. Raises CheckpointError, one sentence, unless it is a whole model of a supported
-    family."""
+    """A JSON-able description of a file. Raises CheckpointError, one sentence, unless it is a whole model of a supported family."""
     found = formats.identify(header)
     info = _packed(header, found) if found else _plain(header)
     return {"file": header.file, "bytes": os.path.getsize(header.path)} | info | {"card": _card(header)}
 
 
 def text(info):
-    """inspect's answer as text, a line a fact."""
+    """The description of `inspect` as text, one fact per line."""
     lines = [f"{info['file']}: {_size(info['bytes'])}, {info['format']}", *_model_lines(info)]
     lines += [f"{label}: {value}" for label, value in info["card"].items()]
     if "layers" in info:
@@ -50,8 +49,8 @@ def text(info):
         ranks = ", ".join(f"rank {rank}: {count}" for rank, count in layers["ranks"].items())
         lines.append(f"{kind}: {layers['count']} layers" + (f" ({ranks})" if kind != layout.AWQ else ""))
     if info.get("int8_scales"):
-        lines.append(f"scales: 8-bit integers times a number of their row, in {info['int8_scales']} layers")
-    # What a file says of itself may hold anything, a terminal's control codes too.
+        lines.append(f"scales: 8-bit integers times one number per row, in {info['int8_scales']} layers")
+    # Text from a file may contain any character, even control codes for the terminal.
     return "\n".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
                      for line in [*lines, *_recipe_lines(info)])
 
@@ -81,7 +80,7 @@ def _plain(header):
 
 
 def _plain_format(family, header, formats):
-    """What a file is that no SVDQuant format describes. formats: names of ComfyUI's formats that its layers are in."""
+    """The format of a model that is not packed, for users. formats: names of the formats of ComfyUI in which its layers are stored."""
     if formats:
         return f"a {family.title} with layers in ComfyUI's format {', '.join(formats)}"
     if any(info.dtype in EIGHT_BITS for info in header.tensors.values()):
@@ -91,7 +90,7 @@ def _plain_format(family, header, formats):
 
 
 def _sizes(infos, modules):
-    """Bytes by kind and by dtype. infos: {name: TensorInfo}; modules: what lies before the last dot of packed tensors."""
+    """Bytes by kind and by dtype. infos: {name: TensorInfo}; modules: names of the modules whose tensors are packed."""
     kinds, dtypes = Counter(), Counter()
     for name, info in infos.items():
         module, _, leaf = name.rpartition(".")
@@ -113,9 +112,9 @@ def _layers(specs):
 
 
 def _errors(records):
-    """{format: mean, median and largest error of its layers, plain rounding's mean, the worst by name}; {} without records.
+    """{format: mean, median and largest error of its layers, the mean error of plain rounding, the worst layers}; {} without records.
 
-    records: the recipe's "layers", which any program may have written.
+    records: the recipe's "layers", which may hold any JSON, since any program may have written it.
     """
     found = {}
     for record in records if isinstance(records, list) else ():
@@ -126,7 +125,7 @@ def _errors(records):
 
 
 def _is_error(value):
-    return isinstance(value, (int, float)) and 0 <= value < 1e6  # neither of which NaN is
+    return isinstance(value, (int, float)) and 0 <= value < 1e6  # NaN satisfies neither comparison
 
 
 def _summary(records):
@@ -138,11 +137,11 @@ def _summary(records):
 
 
 def _card(header):
-    """{label: text} of what the metadata tell of the model itself."""
+    """{label: text} of the model card in the metadata."""
     return {label: header.metadata[key] for key, label in CARD.items() if 0 < len(header.metadata.get(key, "")) <= MAX_FIELD_BYTES}
 
 
-# --- telling -------------------------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------------------------
 
 
 def _model_lines(info):

@@ -73,7 +73,7 @@ def test_descriptions_in_both_places(ours, model, tmp_path):
     metadata = take_descriptions(dict(tensors))
     same(opened(write(tmp_path / "both.safetensors", tensors, metadata)), model)
     tensors[f"{QKV}.comfy_quant"] = layout.encode_conf({"format": "svdquant_w4a4", "act_unsigned": True})
-    with pytest.raises(CheckpointError, match=f"both.safetensors describes layer {QKV} in two ways"):
+    with pytest.raises(CheckpointError, match=f"both.safetensors has two different descriptions of layer {QKV}, in"):
         opened(write(tmp_path / "both.safetensors", tensors, metadata))
 
 
@@ -229,5 +229,5 @@ def test_a_branch_that_reads_the_smoothed_input(ours, model, tmp_path):
 def test_a_branch_with_another_input_is_refused(ours, model, tmp_path):
     tensors = load_file(ours)
     by_comfy_quants(model, tensors, QKV, "rotated")
-    with pytest.raises(CheckpointError, match=f"layer {QKV} has a branch whose input is 'rotated'"):
+    with pytest.raises(CheckpointError, match=f"layer {QKV} has lowrank_branch_input_basis 'rotated'"):
         opened(write(tmp_path / "rotated.safetensors", tensors))

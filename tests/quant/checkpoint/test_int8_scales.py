@@ -199,7 +199,7 @@ def test_inspection_lists_them(path, model, tmp_path):
     linears = sum(spec.format != layout.AWQ for spec in model[1].values())
     assert (new["int8_scales"], before["int8_scales"]) == (linears - 1, 0) and new["layers"] == before["layers"]
     assert before["bytes_by_kind"]["scales"] - new["bytes_by_kind"]["scales"] == data_bytes(old) - data_bytes(path)
-    line = f"scales: 8-bit integers times a number of their row, in {linears - 1} layers"
+    line = f"scales: 8-bit integers times one number per row, in {linears - 1} layers"
     assert line in inspection.text(new).splitlines() and "8-bit" not in inspection.text(before)
 
 
@@ -248,7 +248,7 @@ def describe(name, **changes):
     (describe(QKV, act_unsigned="x"), f"{QKV}.comfy_quant says act_unsigned = 'x' instead of true or false"),
     (describe(PROJ, act_unsigned=True), f"layer {PROJ} has its first unsigned column at 0, where a FLUX.1 has it at 128"),
     (describe(QKV, act_unsigned=True, act_unsigned_from=0), f"layer {QKV} has its first unsigned column at 0, where a FLUX.1"),
-    (describe(QKV, act_unsigned=True), f"{QKV}.comfy_quant lacks a valid act_unsigned_from, or says another act_unsigned"),
+    (describe(QKV, act_unsigned=True), f"{QKV}.comfy_quant lacks a valid act_unsigned_from, or contradicts it in act_unsigned"),
     (describe(LINEAR2, act_unsigned_from=64), f"layer {LINEAR2} has its first unsigned column at 64, where a FLUX.1 has it at 128"),
     (describe(LINEAR2, act_unsigned_from=640), f"layer {LINEAR2} has its first unsigned column at 640, where a FLUX.1 has it at 128"),
 ])
@@ -262,7 +262,7 @@ def test_tensors_that_do_not_fit(path, tmp_path, change, says):
 
 def test_version_1_has_no_int8_scales(path, tmp_path):
     bad = rewritten(path, tmp_path / "bad.safetensors", lambda tensors: None, {"svdquant.version": "1"})
-    with pytest.raises(CheckpointError, match="bad.safetensors says .* format version 1, and .*weight_scale is of version 2"):
+    with pytest.raises(CheckpointError, match="bad.safetensors says .* format version 1, but .*weight_scale needs version 2"):
         native.open_file(read_header(str(bad)))
 
 

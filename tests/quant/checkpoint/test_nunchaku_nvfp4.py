@@ -162,7 +162,7 @@ def test_converted_to_our_layout_and_read_back_it_is_the_same_to_the_bit(model, 
 def test_nunchakus_int4_layout_is_refused(model, tmp_path):
     convert.convert(str(model[0]), str(tmp_path / "native.safetensors"), "native")
     for source, says in ((model[0], "is in the nunchaku layout already"),
-                         (tmp_path / "native.safetensors", "is NVFP4, and Nunchaku's layout is written of INT4 models only")):
+                         (tmp_path / "native.safetensors", "is NVFP4, and Nunchaku's layout is written for INT4 models only")):
         with pytest.raises(CheckpointError, match=says) as caught:
             convert.convert(str(source), str(tmp_path / "out.safetensors"), "nunchaku")
         assert str(caught.value).endswith(".")

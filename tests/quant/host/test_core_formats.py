@@ -51,7 +51,7 @@ def test_comfyui_reads_its_own_formats_and_others_are_named(tmp_path, name):
 @pytest.mark.skipif(not DESCRIBED, reason="this ComfyUI reads no descriptions")
 @pytest.mark.parametrize(("changes", "says"), [
     ({"weight_scale": None}, f"lacks tensor {QKV}.weight_scale, a scale of format float8_e4m3fn"),
-    ({"weight": torch.zeros(768, 256, dtype=torch.int8)}, "is torch.int8 where format float8_e4m3fn has torch.float8_e4m3fn"),
+    ({"weight": torch.zeros(768, 256, dtype=torch.int8)}, "is torch.int8 instead of torch.float8_e4m3fn, the type in format float8_e4m3fn"),
     ({"weight": torch.zeros(768, 64, dtype=torch.float8_e4m3fn)}, r"has shape \[768, 64\] instead of \[768, 256\]"),
 ])
 def test_damaged_layers_are_refused_before_comfyui_draws_with_them(tmp_path, changes, says):

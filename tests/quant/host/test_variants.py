@@ -219,7 +219,7 @@ def test_a_type_of_scales_is_none_of_weights(tmp_path, part):
     tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     save_file(tensors, tmp_path / "odd.safetensors")
     for read in (loader.load_model, lambda path: inspection.inspect(read_header(path))):
-        with pytest.raises(CheckpointError, match=f"odd.safetensors has {name} and no word of the format"):
+        with pytest.raises(CheckpointError, match=f"odd.safetensors has {name}, and does not describe the format"):
             read(str(tmp_path / "odd.safetensors"))
 
 
