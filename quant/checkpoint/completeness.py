@@ -3,6 +3,7 @@ make this one check. It reads no weight and needs no ComfyUI."""
 
 from . import core_formats
 from .header import WEIGHT_DTYPES, CheckpointError
+from .nunchaku.names import depth
 
 
 def stored_names(header, family, names):
@@ -44,6 +45,23 @@ def check(header, family, config, shapes, specs=None, formats=None):
     for layer, name in (formats or {}).items():
         if f"{layer}.weight" in expected:
             expected[f"{layer}.weight"] = core_formats.stored_shape(name, expected[f"{layer}.weight"])
+    _compare(header, family, expected, shapes)
+
+
+def check_diffusers(header, family):
+    """The host's configuration of a whole model in diffusers' naming. Raises CheckpointError unless its tensors are exactly the model's."""
+    theirs, found = family.diffusers, {}
+    for name, info in header.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if module in theirs.measured:
+            found[f"{theirs.measured[module]}.{leaf}"] = info.shape
+    config = configuration(header, family, found, {}) | {key: depth(header.tensors, blocks) for key, blocks in theirs.blocks.items()}
+    _compare(header, family, theirs.tensors(config), {name: info.shape for name, info in header.tensors.items()})
+    return config
+
+
+def _compare(header, family, expected, shapes):
+    """Raise CheckpointError unless tensors {name: shape} are the expected ones, {name: shape, or None for any shape}."""
     for name, shape in expected.items():
         if name not in shapes:
             raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it again.")

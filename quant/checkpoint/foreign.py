@@ -153,9 +153,9 @@ def find_diffusers(header):
                  and all(key in keys for key in family.diffusers.keys)), None)
 
 
-def check_diffusers(header, family, known=None):
-    """Raise CheckpointError if ComfyUI's conversion would misread or drop a tensor of a model in diffusers' naming: the conversion joins q,
-    k and v without their scales. known: the names that the conversion reads; None if they are not known, and unused names pass."""
+def check_diffusers(header, family):
+    """Raise CheckpointError if ComfyUI's conversion would misread a weight of a model in diffusers' naming: the conversion joins q, k and v
+    without their scales."""
     _check_bitsandbytes(header, family, header.tensors)
     for name, info in header.tensors.items():
         layer = layer_of(name, header.tensors)
@@ -165,10 +165,6 @@ def check_diffusers(header, family, known=None):
         if info.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{header.file} has {name} as {info.dtype}, and does not describe the format that it belongs to; choose "
                                   f"the bf16 version, or an fp8 {family.title} in ComfyUI's own naming.")
-    unused = next((name for name in header.tensors if known is not None and name not in known), None)
-    if unused is not None:
-        raise CheckpointError(f"{header.file} has tensor {unused}, which a {family.title} under diffusers' names has no place for; choose "
-                              "another version of the model.")
 
 
 def kind(header):

@@ -71,8 +71,7 @@ def _packed(header, found):
 def _plain(header):
     family, prefix = plain.find(header)
     if prefix is None:
-        foreign.check_diffusers(header, family)
-        what, config = f"{_plain_format(family, header, [])}, under diffusers' names", {}
+        what, config = f"{_plain_format(family, header, [])}, under diffusers' names", plain.open_diffusers(header, family)
     else:
         file = plain.open_file(header, family, prefix)
         what, config = _plain_format(family, header.within(prefix), sorted(set(map(str, file.formats.values())))), file.config
@@ -146,8 +145,6 @@ def _card(header):
 
 def _model_lines(info):
     model = info["model"]
-    if not model:  # under diffusers' names
-        return []
     figures = families.of_image_model(model["image_model"]).figures(model)
     lines = [f"{info['family']}: {figures}"]
     return lines + ([f"made from: {info['source']}"] if info.get("source") not in (None, "", info["file"]) else [])

@@ -51,6 +51,12 @@ def open_file(header, family, prefix):
     return PlainFile(family, prefix, {name: prefix + stored for name, stored in names.items()}, shapes, config, formats)
 
 
+def open_diffusers(header, family):
+    """The host's configuration of a model in diffusers' naming. Raises CheckpointError unless the model is whole."""
+    foreign.check_diffusers(header, family)
+    return completeness.check_diffusers(header, family)
+
+
 def _is_beside(name, names, prefix):
     """Whether a tensor lies beside a diffusion model's weights: a layer's scale and the like, or a tensor of another model."""
     in_layer = foreign.layer_of(name, names) and not name.endswith((".weight", ".bias"))

@@ -126,15 +126,15 @@ class Signature:
 class Diffusers:
     """The family in diffusers' naming.
 
-    keys: names by which a file is recognized; blocks: {configuration key of a depth: diffusers' list of blocks}; width: the matrix whose
-    number of rows is the hidden size; names: the function of comfy.utils that has ComfyUI's conversion table; needed: tensors beyond
-    that table whose absence ComfyUI's conversion does not report.
+    keys: names by which a file is recognized; blocks: {configuration key of a depth: diffusers' list of blocks}; tensors(configuration) ->
+    {diffusers' name: shape} of a model; measured: {diffusers' module: our name} of the modules from which the configuration is measured;
+    names: the function of comfy.utils that has ComfyUI's conversion table.
     """
 
     keys: tuple
     blocks: MappingProxyType
-    width: str
-    needed: tuple
+    tensors: Callable[[dict], dict]
+    measured: MappingProxyType
     names: str
 
 

@@ -125,6 +125,39 @@ def rope_trouble(config):
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"  # diffusers' lists of blocks
 
+OUTSIDE = MappingProxyType({  # {our module: diffusers' module} outside the blocks
+    "img_in": "x_embedder", "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out"})
+
+
+def diffusers_tensors(config):
+    hidden, mlp = config["hidden_size"], int(config["hidden_size"] * config["mlp_ratio"])
+    ours, norms = tensors(config), []
+    shapes = {theirs: ours[f"{name}.weight"] for name, theirs in OUTSIDE.items() if f"{name}.weight" in ours}
+    for i in range(config["depth"]):
+        block = f"{DOUBLE}.{i}"
+        shapes |= {f"{block}.attn.{name}": (hidden, hidden) for name in (
+            "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")}
+        for stream in ("", "_context"):
+            shapes |= {f"{block}.norm1{stream}.linear": (6 * hidden, hidden), f"{block}.ff{stream}.net.0.proj": (mlp, hidden),
+                       f"{block}.ff{stream}.net.2": (hidden, mlp)}
+        norms += [f"{block}.attn.{name}" for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+    for i in range(config["depth_single_blocks"]):
+        block = f"{SINGLE}.{i}"
+        shapes |= {f"{block}.attn.{name}": (hidden, hidden) for name in ("to_q", "to_k", "to_v")}
+        shapes |= {f"{block}.proj_mlp": (mlp, hidden), f"{block}.proj_out": (hidden, hidden + mlp),
+                   f"{block}.norm.linear": (3 * hidden, hidden)}
+        norms += [f"{block}.attn.{name}" for name in ("norm_q", "norm_k")]
+    head = (hidden // config["num_heads"],)
+    return linears(shapes) | {f"{norm}.weight": head for norm in norms}
+
+
 NUNCHAKU = Nunchaku(
     model_classes=("NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2"),
     diffusers_class="FluxTransformer2DModel",
@@ -150,15 +183,7 @@ NUNCHAKU = Nunchaku(
             "img_attn.norm.query_norm.scale": "norm_q.weight", "img_attn.norm.key_norm.scale": "norm_k.weight",
             "txt_attn.norm.query_norm.scale": "norm_added_q.weight", "txt_attn.norm.key_norm.scale": "norm_added_k.weight"},
         SINGLE: {"norm.query_norm.scale": "norm_q.weight", "norm.key_norm.scale": "norm_k.weight"}}),
-    outside=MappingProxyType({
-        "img_in": "x_embedder", "txt_in": "context_embedder",
-        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-        "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out"}),
+    outside=OUTSIDE,
     optional=("guidance_in.in_layer", "guidance_in.out_layer"),  # schnell has no guidance
     swapped="final_layer.adaLN_modulation.1",  # scale, shift in diffusers' files; shift, scale in ComfyUI's
     modules_v2=MappingProxyType({
@@ -214,6 +239,7 @@ FAMILY = Family(
         # FLUX.2, LongCat-Image and other relatives have the first two as well, but no projection of the pooled text.
         keys=("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"),
         blocks=MappingProxyType({"depth": DOUBLE, "depth_single_blocks": SINGLE}),
-        width="x_embedder.weight", needed=("x_embedder.bias",), names="flux_to_diffusers"),
+        tensors=diffusers_tensors,
+        measured=MappingProxyType({theirs: ours for ours, theirs in OUTSIDE.items()}), names="flux_to_diffusers"),
     nunchaku=NUNCHAKU,
 )

@@ -9,9 +9,8 @@ import torch
 from comfy import quant_ops
 
 from .. import families
-from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, native, plain
+from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, plain
 from ..checkpoint.header import CheckpointError, read_header
-from ..checkpoint.nunchaku import names as nunchaku_names
 from ..layers import layout
 from ..layers.preparation import set_act_bits, warm_up
 from . import build, heap
@@ -96,8 +95,8 @@ def _empty_plain(header, family, prefix, compute_dtype=None):
     """({model's name: file's}, {model's name: shape}, the empty model) of a file that is not quantized. Raises CheckpointError unless the
     file's tensors are exactly the model's."""
     if prefix is None:
+        config = plain.open_diffusers(header, family)
         names, shapes = {}, _from_diffusers(header, family)
-        config = completeness.configuration(header, family, shapes, {})
         completeness.check(header, family, config, shapes)
     else:
         file = plain.open_file(header, family, prefix)
@@ -119,31 +118,15 @@ def _check_formats(header, prefix):
 
 
 def _from_diffusers(header, family):
-    """{ComfyUI's name: shape} of a model in diffusers' naming. Raises CheckpointError unless the parts of each tensor of ComfyUI's are
-    there and fit: ComfyUI joins those that there are without a word."""
-    theirs, targets = family.diffusers, _diffusers_targets(header, family)
-    parts = {stored: target for stored, target in targets.items() if not isinstance(target, str) and target[1]}
-    foreign.check_diffusers(header, family, targets)
-    for name in (*theirs.needed, *parts):
-        if name not in header.tensors:
-            raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it again.")
+    """{ComfyUI's name: shape} of a model in diffusers' naming, after ComfyUI's conversion."""
     tensors = build.shapes_as_tensors({name: info.shape for name, info in header.tensors.items()})
-    try:
-        joined = comfy.model_detection.convert_diffusers_mmdit(tensors, "")
-    except (RuntimeError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{header.file} has tensors that do not fit each other ({error}); download it again.") from error
-    shapes = {family.stored_name(name): tensor.shape for name, tensor in joined.items()}
-    for name, (target, (_, _, rows), *_) in parts.items():
-        native.check_tensor(header, name, (rows, *shapes[target][1:]))
-    return shapes
+    joined = comfy.model_detection.convert_diffusers_mmdit(tensors, "")
+    return {family.stored_name(name): tensor.shape for name, tensor in joined.items()}
 
 
 def _diffusers_targets(header, family):
     """ComfyUI's table {diffusers' name: ComfyUI's, or (ComfyUI's, (dimension, start, length) in it or None, ...)} for a file's depths."""
-    theirs = family.diffusers
-    config = {key: nunchaku_names.depth(header.tensors, blocks) for key, blocks in theirs.blocks.items()}
-    config["hidden_size"] = (*header.tensors[theirs.width].shape, 0)[0]
-    return getattr(comfy.utils, theirs.names)(config)
+    return getattr(comfy.utils, family.diffusers.names)(completeness.check_diffusers(header, family))
 
 
 def _widened(header, targets):

@@ -11,6 +11,7 @@ from comfyui_svdquant.quant.checkpoint import convert, inspection, native
 from comfyui_svdquant.quant.checkpoint.header import DTYPES, CheckpointError, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
 from comfyui_svdquant.quant.checkpoint.write import DTYPE_NAMES
+from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import build, loader
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,9 @@ DESCRIPTION = ".comfy_quant"
 PREFIX = "model.diffusion_model."
 GIGABYTES = 10**11  # 100 of them
 QKV, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear2"
-FORMS = ("native", "kitchen", "listed", "nunchaku", "plain", "chroma")
+FORMS = ("native", "kitchen", "listed", "nunchaku", "plain", "chroma", "diffusers")
+FLUX = flux_shapes(hidden=128, depth_single=1)
+DIFFUSERS = FAMILY.diffusers.tensors(FAMILY.configuration.of(FLUX))
 NEEDED = 12 * 4 + 3 * 4 + 6 + 20  # tensors of Nunchaku's file: its linears, modulation layers, norms and the rest
 
 
@@ -48,7 +51,7 @@ def files(tmp_path_factory):
     forms["listed"] = ({name: value for name, value in tensors.items() if not name.endswith(DESCRIPTION)},
                        {"_quantization_metadata": json.dumps({"layers": layers})})
     chroma = {name: tuple(tensor.shape) for name, tensor in chroma_tensors(hidden=128, depth_single=1).items()}
-    for form, shapes in (("plain", flux_shapes(hidden=128, depth_single=1)), ("chroma", chroma)):
+    for form, shapes in (("plain", FLUX), ("chroma", chroma), ("diffusers", DIFFUSERS)):
         forms[form] = {name: ["BF16", list(shape), None] for name, shape in shapes.items()}, {"format": "pt"}
     return forms
 
@@ -96,6 +99,8 @@ def agrees(state, entries, form):
     if form == "nunchaku":  # under other names and in another order; test_nunchaku.py compares the shapes
         needed = {name for name in entries if not name.endswith((".smooth_orig", ".lora_down", ".lora_up"))}
         return len(needed) == NEEDED
+    if form == "diffusers":  # ComfyUI joins some of them; test_diffusers.py compares the models
+        return entries.keys() == DIFFUSERS.keys()
     within = PREFIX if form == "kitchen" else ""  # what is beside that, as in a whole checkpoint, isn't the model's
     stored = {name.removeprefix(within): value for name, value in entries.items()
               if name.startswith(within) and not name.endswith(DESCRIPTION)}
