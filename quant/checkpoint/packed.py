@@ -19,7 +19,7 @@ class PackedFile:
     recipe: how the model was quantized, a JSON-able dict, as far as the file states it
     source: name of the model that was quantized, or of this file
     tensors: () -> iterable of (name, tensor), which reads one tensor or one layer at a time
-    prefix: if the file stores every tensor outside `computed` unchanged under prefix + name, so that it can be mapped; else None
+    prefix: the file stores every tensor outside `computed` unchanged under prefix + name, so that it can be mapped; None if it does not
     read: (name) -> tensor, which reads one tensor; None if the file can't be read tensor by tensor
     computed: names of the tensors that the file stores in another form, which `read` converts: int8 scales
     stored: {name in the file: TensorInfo} of all stored tensors; None for header.tensors
