@@ -125,15 +125,15 @@ class Signature:
 class Diffusers:
     """The family in diffusers' naming.
 
-    keys: names by which a file is recognized; blocks: {configuration key of a depth: diffusers' list of blocks}; width: the matrix whose
-    number of rows is the hidden size; names: the function of comfy.utils that has ComfyUI's conversion table; needed: tensors beyond
-    that table whose absence ComfyUI's conversion does not report.
+    keys: names by which a file is recognized; blocks: {configuration key of a depth: diffusers' list of blocks}; tensors(configuration) ->
+    {diffusers' name: shape} of a model; measured: {diffusers' module: our name} of the modules from which the configuration is measured;
+    names: the function of comfy.utils that has ComfyUI's conversion table.
     """
 
     keys: tuple
     blocks: MappingProxyType
-    width: str
-    needed: tuple
+    tensors: Callable[[dict], dict]
+    measured: MappingProxyType
     names: str
 
 
@@ -228,6 +228,8 @@ class Family:
     {parameter of the host's class that the family doesn't have: title of the model that has it}; needs: modules that every model of the
     family has.
     blocks: the BlockLists in running order; outer: {name: Layer} of layers outside the blocks, whose input has one token per image.
+    tensors(configuration) -> {tensor name in a file: shape} of a 16-bit model, packed layers as the linears that they replace;
+    figures(configuration): the sizes that describe a model to users, as text.
     text_width: configuration key of the conditioning's width; pooled: whether the conditioning needs a pooled output; encoders: the text
     encoders to name in a message. tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
     pattern with a rank; renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads).
@@ -240,6 +242,8 @@ class Family:
     outer: MappingProxyType
     signature: Signature
     configuration: Configuration
+    tensors: Callable[[dict], dict]
+    figures: Callable[[dict], str]
     text_width: str
     pooled: bool
     encoders: str

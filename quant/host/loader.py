@@ -9,9 +9,8 @@ import torch
 from comfy import quant_ops
 
 from .. import families
-from ..checkpoint import card, comfy_kitchen, core_formats, foreign, formats, native
+from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, plain
 from ..checkpoint.header import CheckpointError, read_header
-from ..checkpoint.nunchaku import names as nunchaku_names
 from ..layers import layout
 from ..layers.preparation import set_act_bits, warm_up
 from . import build, heap
@@ -42,7 +41,7 @@ def check_file(header):
     if found := formats.identify(header):
         _empty_packed(found.reader.open_file(header))
     else:
-        _empty_plain(header, *_find_plain(header))
+        _empty_plain(header, *plain.find(header))
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -64,21 +63,14 @@ def _load_packed(packed, compute_dtype, act_bits):
 
 
 def _empty_packed(packed, compute_dtype=None):
-    """The empty model of a PackedFile. Raises CheckpointError unless the file has exactly the model's tensors."""
-    header = packed.header
-    model_config = _detect(header, packed.family, packed.shapes, packed.config)
-    try:
-        model = build.empty_model(model_config, packed.specs, compute_dtype)
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
-                              "again.") from error
-    _check_complete(header, packed.family, model, packed.shapes)
-    return model
+    """The empty model of a PackedFile."""
+    model_config = _detect(packed.header, packed.family, packed.shapes, packed.config)
+    return build.empty_model(model_config, packed.specs, compute_dtype)
 
 
 def _load_plain(header, compute_dtype):
     """A patcher for a file in 16 or 8 bits. ComfyUI's own loader reads it if its detection of the model is right; otherwise ours does."""
-    family, prefix = _find_plain(header)
+    family, prefix = plain.find(header)
     _check_formats(header, prefix or "")
     names, shapes, model = _empty_plain(header, family, prefix, compute_dtype)
     widened = _widened(header, _diffusers_targets(header, family)) if prefix is None else {}
@@ -99,42 +91,17 @@ def _load_plain(header, compute_dtype):
     return build.make_patcher(model, comfy.model_patcher.ModelPatcher)
 
 
-def _find_plain(header):
-    """(Family, prefix of its tensors) of a file that is not quantized; the prefix is None for diffusers' naming. Raises CheckpointError if
-    the file holds no model of a family."""
-    family, prefix = foreign.find(header) or (foreign.find_diffusers(header), None)
-    if family is None:
-        what = foreign.kind(header) or f"not a {families.TITLES} model"
-        raise CheckpointError(f"{header.file} is {what}; choose a {families.TITLES} model in safetensors format.")
-    return family, prefix
-
-
 def _empty_plain(header, family, prefix, compute_dtype=None):
     """({model's name: file's}, {model's name: shape}, the empty model) of a file that is not quantized. Raises CheckpointError unless the
-    file has exactly the model's tensors. The first dict is empty for diffusers' naming."""
+    file has exactly the model's tensors."""
     if prefix is None:
+        config = plain.open_diffusers(header, family)
         names, shapes = {}, _from_diffusers(header, family)
+        completeness.check(header, family, config, shapes)
     else:
-        # These are the names that every ComfyUI reads; newer versions have renamed some parameters.
-        names = {family.stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
-        shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
-    model = build.empty_model(_detect(header, family, shapes, {}), {}, compute_dtype)
-    inside = header.within(prefix or "")
-    described = {f"{layer.removeprefix(prefix or '')}.weight": conf.get("format")
-                 for layer, conf in comfy_kitchen.descriptions(inside).items()}
-    for weight, kind in described.items():
-        if weight in inside.tensors:
-            core_formats.check(header, prefix or "", weight.removesuffix(".weight"), kind)
-    # foreign.find has checked the tensors that belong to a layer, such as its scales.
-    others = {name for name, stored in names.items() if _is_beside(stored.removeprefix(prefix), inside.tensors, prefix)}
-    _check_complete(header, family, model, {name: shape for name, shape in shapes.items() if name not in others}, described)
-    return names, shapes, model
-
-
-def _is_beside(name, names, prefix):
-    """Whether a tensor is not a weight or bias of the diffusion model: a layer's scales and the like, or another model's tensor."""
-    in_layer = foreign.layer_of(name, names) and not name.endswith((".weight", ".bias"))
-    return in_layer or name == foreign.MARK or not prefix and name.startswith(foreign.OTHER_MODELS)
+        file = plain.open_file(header, family, prefix)
+        names, shapes, config = file.names, file.shapes, file.config
+    return names, shapes, build.empty_model(_detect(header, family, shapes, config), {}, compute_dtype)
 
 
 def _check_formats(header, prefix):
@@ -152,31 +119,16 @@ def _check_formats(header, prefix):
 
 
 def _from_diffusers(header, family):
-    """{ComfyUI's name: shape} of a model in diffusers' naming. Raises CheckpointError unless the file has all the parts of each of
-    ComfyUI's tensors, in the right shapes: ComfyUI does not report a missing part."""
-    theirs, targets = family.diffusers, _diffusers_targets(header, family)
-    parts = {stored: target for stored, target in targets.items() if not isinstance(target, str) and target[1]}
-    foreign.check_diffusers(header, family, targets)
-    for name in (*theirs.needed, *parts):
-        if name not in header.tensors:
-            raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it again.")
+    """{ComfyUI's name: shape} of a model in diffusers' naming, after ComfyUI's conversion."""
     tensors = build.shapes_as_tensors({name: info.shape for name, info in header.tensors.items()})
-    try:
-        shapes = {name: tensor.shape for name, tensor in comfy.model_detection.convert_diffusers_mmdit(tensors, "").items()}
-    except (RuntimeError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{header.file} has tensors that do not fit each other ({error}); download it again.") from error
-    for name, (target, (_, _, rows), *_) in parts.items():
-        native.check_tensor(header, name, (rows, *shapes[target][1:]))
-    return shapes
+    joined = comfy.model_detection.convert_diffusers_mmdit(tensors, "")
+    return {family.stored_name(name): tensor.shape for name, tensor in joined.items()}
 
 
 def _diffusers_targets(header, family):
     """ComfyUI's conversion table for a file's numbers of blocks. It maps diffusers' names to ComfyUI's names, or to tuples (ComfyUI's name,
     (dimension, start, length) within that tensor or None, ...)."""
-    theirs = family.diffusers
-    config = {key: nunchaku_names.depth(header.tensors, blocks) for key, blocks in theirs.blocks.items()}
-    config["hidden_size"] = (*header.tensors[theirs.width].shape, 0)[0]
-    return getattr(comfy.utils, theirs.names)(config)
+    return getattr(comfy.utils, family.diffusers.names)(completeness.check_diffusers(header, family))
 
 
 def _widened(header, targets):
@@ -219,15 +171,11 @@ def _core_agrees(family, shapes):
     return all(detected.get(key, value) == value for key, value in config.items())
 
 
-def _detect(header, family, shapes, stored):
-    """ComfyUI's model configuration for a family's model with tensors {name: shape}; stored: the configuration in its file.
+def _detect(header, family, shapes, config):
+    """ComfyUI's model configuration for a family's model with tensors {name: shape} and the family's configuration.
 
     It starts from ComfyUI's detection, because each version of ComfyUI needs some keys of its own.
     """
-    try:
-        config = family.configuration.of(shapes, stored)
-    except ValueError as error:
-        raise CheckpointError(f"{header.file} {error}; the file is incomplete or damaged, download or save it again.") from None
     tensors = build.shapes_as_tensors(shapes)
     detected = comfy.model_detection.detect_unet_config(tensors, "")
     if detected is None or detected.get("image_model") != family.image_model:
@@ -236,24 +184,3 @@ def _detect(header, family, shapes, stored):
     if model_config is None:
         raise CheckpointError(f"{header.file} has a {family.title} configuration that this ComfyUI does not know; update ComfyUI.")
     return model_config
-
-
-def _check_complete(header, family, model, shapes, described=None):
-    """Raise CheckpointError unless the file has exactly the model's tensors, in the right shapes. described: {name of a weight: the ComfyUI
-    format in which it is stored}."""
-    found = model.model_config.process_unet_state_dict(build.shapes_as_tensors(shapes))
-    expected = model.diffusion_model.state_dict()
-    for name, tensor in expected.items():
-        if name not in found:
-            raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it "
-                                  "again.")
-        stored, described_as = tuple(tensor.shape), (described or {}).get(name)
-        expected_shape = core_formats.stored_shape(described_as, stored) if described_as else stored
-        if expected_shape is not None and tuple(found[name].shape) != expected_shape:
-            raise CheckpointError(f"{header.file}: tensor {name} has shape {list(found[name].shape)} where "
-                                  f"{list(expected_shape)} is expected; the file does not fit a {family.title} of its size, "
-                                  "download or save it again.")
-    left_over = next((name for name in found if name not in expected), None)
-    if left_over is not None:
-        raise CheckpointError(f"{header.file} has tensor {left_over}, which its model does not have; download or "
-                              "save it again, or choose another version of the model.")

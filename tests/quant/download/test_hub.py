@@ -287,7 +287,7 @@ def test_a_disk_error_is_one_sentence(server, tmp_path, monkeypatch):
     assert refusal(tmp_path) == "flux.safetensors is a folder; choose another filename."
     (tmp_path / "flux.safetensors").rmdir()
     (tmp_path / "taken").write_bytes(b"mine")
-    assert "what its path has for a folder is a file" in refusal(tmp_path / "taken") and server.gets == []
+    assert "a folder in its path is a file" in refusal(tmp_path / "taken") and server.gets == []
 
     def rename(source, target):
         raise PermissionError(13, "Permission denied", source, None, target)

@@ -50,6 +50,7 @@ def test_a_declaration_fits_its_models_tensors(family):
     assert families.of_tensors(shapes) is family is families.of_image_model(family.image_model)
     config = family.configuration.of(shapes)
     assert tuple(config) == family.configuration.keys and config["hidden_size"] == 256
+    assert family.tensors(config) == {name: tuple(shape) for name, shape in shapes.items()}
     packed = family.packed_names(shapes)
     declared = {name for blocks in family.blocks for name in blocks.layers} | set(family.outer)
     assert {name if family.block_of(name) is None else name.removeprefix(f"{family.block_of(name)}.") for name in packed} == declared
