@@ -88,7 +88,7 @@ def _choose_linear(layer, target, sms):
         tile = gemm_wgmma.fastest_tile(m, n, k, sms, unsigned_from)
     else:
         tile = gemm_mma.fastest_tile(gemm_mma.tiles_of(target), sms, m, n)
-    plans = quantize_activation.plans_for(m, k, ranks, storage, target, sms, fused=not lora.ranks or dtype == torch.bfloat16)
+    plans = quantize_activation.plans_for(m, k, ranks, storage, target, sms, fused=not lora.ranks)
     whole = dtype in target.dtypes and ranks == rank and gelu_from == layer.gelu_from
     return LinearKernels(storage, plans, wgmma, tile, ranks, gelu_from, whole)
 

@@ -49,19 +49,19 @@ class Tile:
         x = self.tokens * (64 if storage == CodeStorage.INT4_NIBBLES else 128)
         return x + self.rows * 64 + 2 * self.rows * 2 + (0 if storage == CodeStorage.INT8 else 2 * self.tokens * 4)
 
-    def stages(self, storage, target):
+    def stages(self, storage, target, lora=False):
         """Stages of the ring: two if the kernel prefetches through registers, otherwise as many as fit, at most 3."""
         if not target.async_copies:
             return 2
-        return min(3, (target.shared_per_cta - self.shared_bytes(storage, 0)) // self.stage_bytes(storage))
+        return min(3, (target.shared_per_cta - self.shared_bytes(storage, 0, lora=lora)) // self.stage_bytes(storage))
 
-    def shared_bytes(self, storage, stages, next_ranks=None):
+    def shared_bytes(self, storage, stages, next_ranks=None, lora=False):
         """Bytes of shared memory of a CTA. With next_ranks (see defines_of) the tile's outputs and proj_down's rows reuse the ring's memory
         after the main loop."""
         ring = stages * self.stage_bytes(storage)
         if next_ranks is not None:
             ring = max(ring, (self.tokens + next_ranks) * self.rows * 2)
-        return ring + 3 * self.tokens * 4 + 16 + (self.rows * 4 if storage == CodeStorage.INT8 else 0)
+        return ring + 3 * self.tokens * 4 + 16 + (self.rows * 4 if storage == CodeStorage.INT8 else 0) + (16 if lora else 0)
 
 
 LARGE = Tile(2, 4, 8, 1.0)   # 128 rows x 256 tokens
@@ -102,8 +102,8 @@ def defines_of(storage, tile, target, dtype, turing=None, gelu=False, next_ranks
     next_ranks: the next layer's rank, padded to 32, if the kernel ends with the next layer's codes (mlp.py).
     lora: whether the kernel also takes LoRAs' ranks.
     """
-    stages = 2 if turing else tile.stages(storage, target)
-    shared = tile.shared_bytes(storage, stages, next_ranks)
+    stages = 2 if turing else tile.stages(storage, target, lora)
+    shared = tile.shared_bytes(storage, stages, next_ranks, lora)
     defines = (("CODES", int(storage)), ("HALF", int(dtype == torch.float16)), ("ROW_WARPS", tile.row_warps),
                ("TOKEN_WARPS", tile.token_warps), ("TILES", tile.tiles), ("STAGES", stages), ("SHARED_BYTES", shared), ("GELU", int(gelu)),
                ("LORA", int(lora)))

@@ -14,10 +14,10 @@ MAX_PARTS, MAX_PART_RANK = 7, 255 * RANK_STEP  # of several parts, whose ranks t
 class LoRASizes(NamedTuple):
     """The sizes of the LoRA factors that a layer adds to its own low-rank branch.
 
-    The output rows may have parts, such as the q, k and v of a joined linear, each with ranks of its own. For part p, whose ranks follow
-    those of the parts before it in lora_down, and whose (rows of p, ranks of p) matrix follows theirs in lora_up:
+    The output rows may have parts, such as the q, k and v of a joined linear, each with ranks of its own. For part p, whose rows of
+    lora_down follow those of the parts before it, and whose (rows of p, ranks of p) matrix follows theirs in lora_up:
 
-        rows of p of y += (x @ ranks of p of lora_down^T) @ matrix of p of lora_up^T
+        rows of p of y += (x @ rows of p of lora_down^T) @ matrix of p of lora_up^T
     """
 
     ranks: tuple = ()   # of each part, multiples of RANK_STEP; (): no LoRA
@@ -58,7 +58,7 @@ class LayerOperands(NamedTuple):
     act_bits: int = 4                    # bits of the activation's codes: 4 or 8
     row_scale: Optional[Tensor] = None   # (N,) float32, from row_scales.row_scale; the kernels need it for act_bits 8
     gelu_from: Optional[int] = None      # first output column to which the layer itself applies GELU; None if there is none
-    lora_down: Optional[Tensor] = None   # (sum of the LoRA's ranks, K)
+    lora_down: Optional[Tensor] = None   # (R + sum of the LoRA's ranks, K); the first R rows are proj_down^T, for one product of all
     lora_up: Optional[Tensor] = None     # (sum of each part's rows times its ranks,)
     lora: LoRASizes = NO_LORA
 

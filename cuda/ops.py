@@ -121,11 +121,10 @@ class _Launches(NamedTuple):
 
     quantize: runtime.Launcher  # quantize_activation.launcher's
     gemm: runtime.Launcher      # gemm_wgmma.launcher's or gemm_mma.launcher's
-    products: tuple             # names of the arguments that quantize_activation.products() computes first, by cuBLAS
+    product: tuple              # names of the kernels' arguments that quantize_activation.multiplied() computes first, by cuBLAS
     work: dict                  # {name: bytes} of the first launch's outputs
     constant: tuple             # names of the layer's own tensors
-    run: Callable               # runs both launches; takes the addresses of x, y, products and constant
-    multiplies: bool            # products() also computes x @ proj_down, which the kernel takes instead of proj_down
+    run: Callable               # runs both launches; takes the addresses of x, y, product and constant
 
 
 FLOATS = ("weight_scale", "proj_down", "proj_up", "smooth", "bias", "lora_down", "lora_up")
@@ -149,18 +148,16 @@ def _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, st
     else:
         takes_lora = bool(lora.ranks)
         second = gemm_mma.launcher(storage, kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, lora=lora)
-    multiplies = plan.ranks < rank
-    products = quantize_activation.product_names(multiplies, lora, dtype)
+    product = quantize_activation.PRODUCT[dtype] if plan.ranks < rank or lora.ranks else ()
     work = dict(zip(quantize_activation.Quantized._fields, quantize_activation.output_bytes(m, k, rank, storage, dtype, lora)))
     constant = (*CONSTANT, "lora_up") if takes_lora else CONSTANT
-    launches = _Launches(first, second, products, work, constant, None, multiplies)
-    return launches._replace(run=_both(launches, ("x", "y", *products, *constant)))
+    launches = _Launches(first, second, product, work, constant, None)
+    return launches._replace(run=_both(launches, ("x", "y", *product, *constant)))
 
 
 def _both(launches, names, constants=()):
-    quantize = (*QUANTIZE, "lora_product") if "lora_product" in launches.products else QUANTIZE
     gemm = (*GEMM, "lora_up") if "lora_up" in launches.constant else GEMM
-    return runtime.chain(names, (launches.quantize, quantize), (launches.gemm, gemm), work=launches.work, constants=constants)
+    return runtime.chain(names, (launches.quantize, QUANTIZE), (launches.gemm, gemm), work=launches.work, constants=constants)
 
 
 def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, lora=NO_LORA, *, device):
@@ -212,17 +209,14 @@ def _by_kernels(x, operands):
         return _in_steps(x, operands)
     y = x.new_empty(*leading, n)  # a size in a tuple takes PyTorch 1.5 times as long
     constant = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias, lora_up
-    products = _products(launches, x.reshape(m, k), proj_down, lora_down)
-    launches.run(source, y.data_ptr(), *map(runtime.address, products), *map(runtime.address, constant[:len(launches.constant)]))
+    product = quantize_activation.multiplied(x.reshape(m, k), _down(proj_down, lora_down)) if launches.product else ()
+    launches.run(source, y.data_ptr(), *map(runtime.address, product), *map(runtime.address, constant[:len(launches.constant)]))
     return y
 
 
-def _products(launches, tokens, proj_down, lora_down):
-    """quantize_activation.products() in the order of launches.products. The caller keeps them until the kernels are launched."""
-    if not launches.products:
-        return ()
-    found = quantize_activation.products(tokens, proj_down if launches.multiplies else None, lora_down)
-    return [found[name] for name in launches.products]
+def _down(proj_down, lora_down):
+    """What x is multiplied with: (K, all ranks)."""
+    return proj_down if lora_down is None else lora_down.t()
 
 
 def cached_launch(x, operands):
@@ -247,7 +241,7 @@ def cached_launch(x, operands):
     tensors = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias
     known = tuple(map(runtime.address, tensors if lora_up is None else (*tensors, lora_up)))
     constants = zip(launches.constant, (*known, 0))  # 0: a lora_up that the kernel has and the layer hasn't
-    run, allocated = _both(launches, ("x", "y", *launches.products), constants), runtime.allocator((*leading, n), dtype, x.device)
+    run, allocated = _both(launches, ("x", "y", *launches.product), constants), runtime.allocator((*leading, n), dtype, x.device)
 
     def launch(x, weight_scale, proj_down, addresses, lora_down=None):
         source = x.data_ptr()
@@ -255,9 +249,9 @@ def cached_launch(x, operands):
                 or not x.is_contiguous()):
             return None
         y = allocated()
-        if launches.products:
-            products = _products(launches, x.view(m, k), proj_down, lora_down)
-            run(source, y.data_ptr(), *map(runtime.address, products))
+        if launches.product:
+            product = quantize_activation.multiplied(x.view(m, k), _down(proj_down, lora_down))
+            run(source, y.data_ptr(), *map(runtime.address, product))
         else:
             run(source, y.data_ptr())
         return y
@@ -283,7 +277,10 @@ def _steps_in_one_dtype(x, operands, kernels):
     tokens, missing = x.reshape(-1, x.shape[-1]), kernels.rank - operands.proj_up.shape[1]
     fused = operands._replace(gelu_from=kernels.gelu_from)
     if missing:
-        fused = fused._replace(proj_down=pad(operands.proj_down, (0, missing)), proj_up=pad(operands.proj_up, (0, missing)))
+        down, lora_down = pad(operands.proj_down, (0, missing)), operands.lora_down
+        if lora_down is not None:
+            lora_down = torch.cat((down.t(), lora_down[operands.proj_down.shape[1]:]))
+        fused = fused._replace(proj_down=down, proj_up=pad(operands.proj_up, (0, missing)), lora_down=lora_down)
     q = quantize_activation.quantize(tokens, fused.smooth, fused.proj_down, fused.unsigned_from, kernels.storage, kernels.plans,
                                      fused.lora_down, fused.lora)
     if kernels.wgmma:

@@ -47,11 +47,11 @@ def quantize(x, smooth, proj_down, unsigned_from, storage, plans, lora_down=None
         x = x.clone(memory_format=torch.contiguous_format)
     launch, plan = launcher(m, k, rank, x.stride(0), unsigned_from, storage, plans, x.dtype, x.device, lora=lora)
     q = [None if o is None else torch.empty(o[0], dtype=o[1], device=x.device) for o in outputs(m, k, rank, storage, x.dtype, lora)]
-    replaced = products(x, proj_down if rank > plan.ranks else None, lora_down)
-    if "lora_act_scale" in replaced:
-        q[3] = replaced["lora_act_scale"]
-    product = (replaced["lora_product"],) if lora.ranks else ()
-    launch(*map(runtime.address, (x, smooth, replaced.get("proj_down", proj_down), *q, *product)))
+    down = proj_down
+    if plan.ranks < rank or lora.ranks:
+        down, *scale = multiplied(x, lora_down.t() if lora.ranks else proj_down)
+        q[3:] = scale or q[3:]
+    launch(*map(runtime.address, (x, smooth, down, *q)))
     return Quantized(*q)
 
 
@@ -72,37 +72,30 @@ def output_bytes(m, k, ranks, storage, dtype, lora=NO_LORA):
     return [math.prod(output[0]) * output[1].itemsize if output else 0 for output in outputs(m, k, ranks, storage, dtype, lora)]
 
 
-def product_names(multiplies, lora, dtype):
-    """The names of products()' tensors. multiplies: whether it takes proj_down, because the plan leaves x @ proj_down to cuBLAS."""
-    names = (*(("proj_down",) if multiplies else ()), *(("lora_product",) if lora.ranks else ()))
-    return (*names, "lora_act_scale") if names and dtype == torch.float16 else names
+# The kernel's arguments that multiplied()'s tensors replace, if the plan leaves the branch to cuBLAS, as always with a LoRA.
+PRODUCT = {torch.bfloat16: ("proj_down",), torch.float16: ("proj_down", "lora_act_scale")}
 
 
-def products(x, proj_down, lora_down):
-    """The products that cuBLAS computes, by the names of the kernel's arguments that they replace.
+def multiplied(x, down):
+    """x @ down / lora_act_scale (M, R) by cuBLAS, and in fp16 lora_act_scale (Mp,). In bf16 the kernel writes its ones.
 
-    x: (M, K); proj_down: (K, R) or None; lora_down: (S, K) or None. Returns proj_down = x @ proj_down / lora_act_scale, (M, R);
-    lora_product = x @ lora_down^T / lora_act_scale, (M, S); in fp16 lora_act_scale, (Mp,). In bf16 the kernel writes its ones. In
-    fp16 both products have one scale, so that a plan can't compute one of them itself.
+    x: (M, K); down: (K, R), with a LoRA lora_down^T.
     """
-    factors = {"proj_down": proj_down, "lora_product": None if lora_down is None else lora_down.t()}
-    factors = {name: factor for name, factor in factors.items() if factor is not None}
-    if x.dtype == torch.bfloat16 or not factors:
-        return {name: x @ factor for name, factor in factors.items()}
-    exact = {name: x.float() @ factor.float() for name, factor in factors.items()}  # tf32 suffices: it has fp16's 11 significant bits
-    peak = torch.stack([product.abs().amax(dim=-1) for product in exact.values()]).amax(dim=0)
+    if x.dtype == torch.bfloat16:
+        return x @ down,
+    lora_act = x.float() @ down.float()  # tf32 is exact here: it has fp16's 11 significant bits
+    peak = lora_act.abs().amax(dim=-1)
     scale = torch.exp2(torch.ceil(torch.log2(peak / PEAK))).clamp(min=1)
     scale = torch.where(peak.isfinite(), scale, torch.ones_like(scale))
-    scaled = {name: (product / scale.unsqueeze(-1)).to(x.dtype) for name, product in exact.items()}
-    return scaled | {"lora_act_scale": torch.nn.functional.pad(scale, (0, -x.shape[0] % ROWS))}
+    return (lora_act / scale.unsqueeze(-1)).to(x.dtype), torch.nn.functional.pad(scale, (0, -x.shape[0] % ROWS))
 
 
 @functools.lru_cache(maxsize=1024)
 def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, pdl=False, lora=NO_LORA):
     """(a function that launches the kernel, the Plan that it runs), for inputs of this shape with rows `stride` elements apart.
 
-    The function takes the addresses of (x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale), and of lora_product if there is a
-    LoRA. If the Plan has fewer ranks than `rank`, x @ proj_down replaces proj_down (products()).
+    The function takes the addresses of (x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale). If the Plan has fewer ranks than
+    `rank`, or if there is a LoRA, multiplied() replaces proj_down.
     plans: of plans_for, the fastest first; the first one whose clusters fit on the GPU runs. Raises ValueError if none fits.
     """
     for plan in plans:
@@ -117,8 +110,9 @@ def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, p
             break
     else:
         raise ValueError(f"no cluster of a plan for ({m}, {k}), rank {rank} fits on this GPU")
-    sizes = m, k, rank, stride, unsigned_from, *(lora.arguments[:2] if lora.ranks else ()), *(() if plan.warps else (plan.slots, plan.kept))
-    return kernel.launcher((plan.grid,), (plan.threads,), 8 if lora.ranks else 7, sizes, pdl), plan
+    of_lora = (*lora.arguments[:2], rank + sum(lora.ranks)) if lora.ranks else ()
+    sizes = m, k, rank, stride, unsigned_from, *of_lora, *(() if plan.warps else (plan.slots, plan.kept))
+    return kernel.launcher((plan.grid,), (plan.threads,), 7, sizes, pdl), plan
 
 
 # --- The plans -------------------------------------------------------------------------------------------------------
@@ -141,7 +135,7 @@ class Plan(NamedTuple):
 
 
 def variant(dtype, storage, plan, lora=False):
-    """(source, entry, defines) of one compiled kernel. lora: whether it also takes lora_product."""
+    """(source, entry, defines) of one compiled kernel. lora: whether x @ proj_down also has LoRAs' ranks."""
     defines = (("HALF", int(dtype == torch.float16)), ("CODES", int(storage)), ("CTAS", plan.ctas),
                ("RANKS", padded(plan.ranks, RANK_BLOCK)), ("TILES", plan.tiles), ("LORA", int(lora)))
     if plan.warps:

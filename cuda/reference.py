@@ -97,8 +97,8 @@ def activated(y, gelu_from):
 
 
 def lora_product(x, lora_down, lora_up, lora, n):
-    """What LoRA factors add to a layer's n outputs: x (..., K), lora_down and lora_up as in LayerOperands, all in one dtype -> (..., n).
-    lora: their LoRASizes."""
+    """What LoRA factors add to a layer's n outputs: x (..., K), lora_down (sum of the ranks, K), lora_up as in LayerOperands, all in one
+    dtype -> (..., n). lora: their LoRASizes."""
     lora_act = linear(x, lora_down).split(lora.ranks, dim=-1)
     sizes = [(stop - start, rank) for (start, stop), rank in zip(lora.rows(n), lora.ranks)]
     ups = lora_up.split([rows * rank for rows, rank in sizes])
@@ -115,7 +115,8 @@ def svdquant_linear(x, operands, dtype=torch.float32):
     y = act @ dequantize_weight(operands.weight, operands.weight_scale, dtype).t()
     y += (tokens.to(dtype) @ operands.proj_down.to(dtype)) @ operands.proj_up.to(dtype).t()
     if operands.lora_up is not None:
-        y += lora_product(tokens.to(dtype), operands.lora_down.to(dtype), operands.lora_up.to(dtype), operands.lora, y.shape[1])
+        lora_down = operands.lora_down[operands.proj_up.shape[1]:]
+        y += lora_product(tokens.to(dtype), lora_down.to(dtype), operands.lora_up.to(dtype), operands.lora, y.shape[1])
     if operands.bias is not None:
         y += operands.bias.to(dtype)
     return activated(y, operands.gelu_from).to(x.dtype).reshape(*x.shape[:-1], operands.weight.shape[0])

@@ -244,13 +244,14 @@ gemm(u16* __restrict__ y,                    // (m, n); unused with NEXT
   const int padded_m = (m + 15) / 16 * 16;
   const int groups = k / 64, border = unsigned_from / 64;
   const Tile tile(m, n);
+  const Steps steps(groups, border, rank);
 #if LORA
-  const Lora lora{lora_up, {lora_eighths, lora_parts, lora_part_rows}};
+  if (thread == 0) LoraSteps::write(memory, {lora_eighths, lora_parts, lora_part_rows}, tile.n0, steps);
+  __syncthreads();
 #else
-  const Lora lora{};
+  constexpr const u8* lora_up = nullptr;
 #endif
-  const Steps steps(groups, border, (rank + 31) / 32 + lora.blocks(tile.n0));
-  const Fetcher fetcher(act, act_scale, lora_act, weight, weight_scale, proj_up, lora, n, k, rank, padded_m, tile, steps);
+  const Fetcher fetcher(act, act_scale, lora_act, weight, weight_scale, proj_up, lora_up, shared, n, k, rank, padded_m, tile, steps);
   Ring ring(fetcher, shared);
   ring.start();
 
@@ -272,7 +273,7 @@ gemm(u16* __restrict__ y,                    // (m, n); unused with NEXT
     multiply_columns(acc, ring, steps, shared, w_lane, ws_lane, token_row, rank_lane);
     apply_inner_scale(acc, shared, token_warp, q);
   }
-  for (int step = steps.columns; step < steps.count; step++) {
+  for (int step = steps.columns, end = fetcher.count(); step < end; step++) {
     ring.wait_for_stage(step);
     multiply_branch(acc, w_lane + ring.stage, rank_lane + ring.stage, lane);
     ring.advance(step);

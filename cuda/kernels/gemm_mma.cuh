@@ -38,7 +38,8 @@ constexpr int NEXT_SHARED = 0;
 constexpr int TABLES = STAGES * STAGE > NEXT_SHARED ? STAGES * STAGE : NEXT_SHARED;  // [3][TOKENS] float: inner scale, outer scale, ratio
 constexpr int CONSTANTS = TABLES + 3 * TOKENS * 4;                                   // [4] words of write_constants
 constexpr int INVERSES = CONSTANTS + 16;                                             // INT8: [ROWS] float, 1 / row_scale
-constexpr int SHARED = INVERSES + (CODES == INT8 ? ROWS * 4 : 0);
+constexpr int LORA_PART = INVERSES + (CODES == INT8 ? ROWS * 4 : 0);                 // LORA: LoraSteps, see gemm_mma_fetch.cuh
+constexpr int SHARED = LORA_PART + (LORA ? 16 : 0);
 static_assert(SHARED == SHARED_BYTES, "the host reserves what the kernel uses");
 
 // 16-byte pieces that each thread copies per step.
@@ -64,23 +65,6 @@ struct Tile {
   }
 };
 
-// The ranks of the LoRAs. Empty without LORA.
-struct Lora {
-#if LORA
-  const u8* up;  // lora_up
-  LoraRanks ranks;
-
-  // lora_up of a part, at the tile's first row.
-  DEVICE const u8* rows(const LoraPart& part, int n0) const {
-    return up + ((size_t)part.first_rank * ranks.part_rows + (size_t)(n0 - part.first_row) * part.rank) * 2;
-  }
-
-  DEVICE int blocks(int n0) const { return ranks.part_of_row(n0).blocks(); }
-#else
-  DEVICE int blocks(int) const { return 0; }
-#endif
-};
-
 // A step is a block of 128 columns, or of 32 ranks. INT8's columns may have two parts whose border lies within a block. Such a block takes
 // two steps, and in each step the integers of the other part's group are zero. This works because a lane's word belongs to one group.
 struct Steps {
@@ -88,11 +72,11 @@ struct Steps {
   bool two_parts;      // INT8: whether the parts have scales of their own
   int border_step;     // the first step of the second part
   int twice;           // 1 if a block takes two steps, else 0
-  int columns, count;  // the number of steps over columns, and of all steps including the ranks'
+  int columns, count;  // the number of steps over columns, and of all steps including proj_up's ranks
 
-  DEVICE Steps(int groups, int border, int rank_blocks) : groups(groups), border(border) {
+  DEVICE Steps(int groups, int border, int rank) : groups(groups), border(border) {
     two_parts = CODES == INT8 && border > 0 && border < groups;
     border_step = two_parts ? (border + 1) / 2 : 0, twice = two_parts ? border % 2 : 0;
-    columns = (groups + 1) / 2 + twice, count = columns + rank_blocks;
+    columns = (groups + 1) / 2 + twice, count = columns + (rank + 31) / 32;
   }
 };

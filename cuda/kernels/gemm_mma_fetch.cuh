@@ -2,6 +2,26 @@
 #pragma once
 #include "gemm_mma.cuh"
 
+// LORA: the steps over the LoRAs' ranks, of the part that has the CTA's weight rows. It lies in shared memory, since the main loop has no
+// registers for it.
+struct LoraSteps {
+  int rank;
+  u32 first;    // offset in lora_up of the weight row 0, if that were the part's
+  int skipped;  // blocks of lora_act of the parts before
+  int count;    // the number of all steps
+
+  DEVICE static void write(u8* memory, const LoraRanks& ranks, int n0, const Steps& steps) {
+    const LoraPart part = ranks.part_of_row(n0);
+    const u32 first = (part.first_rank * ranks.part_rows - part.first_row * part.rank) * 2;
+    *(uint4*)(memory + LORA_PART) = make_uint4(part.rank, first, part.first_block, steps.count + part.blocks());
+  }
+
+  DEVICE static LoraSteps load(u32 shared) {
+    const uint4 v = load_shared16(shared + LORA_PART);
+    return {(int)v.x, v.y, (int)v.z, (int)v.w};
+  }
+};
+
 // The bytes that this thread copies in a step: 16-byte pieces of X and W, in some threads a piece of WS and two tokens' scales. To save
 // registers, all sources are 32-bit byte offsets from a kernel argument.
 struct Fetcher {
@@ -11,7 +31,8 @@ struct Fetcher {
   const u8* weight;
   const u16* weight_scale;
   const u8* proj_up;
-  Lora lora;
+  const u8* lora_up;
+  u32 shared;
   int n, k, rank, padded_m, m0, n0;
   Steps steps;
   int w_piece, w_row;               // piece and row of this thread's first piece of W
@@ -22,9 +43,9 @@ struct Fetcher {
   int x_rows;                       // tokens of the tile that exist
 
   DEVICE Fetcher(const u8* act, const float* act_scale, const u8* lora_act, const u8* weight, const u16* weight_scale, const u8* proj_up,
-                 Lora lora, int n, int k, int rank, int padded_m, Tile tile, Steps steps)
-      : act(act), act_scale(act_scale), lora_act(lora_act), weight(weight), weight_scale(weight_scale), proj_up(proj_up), lora(lora), n(n),
-        k(k), rank(rank), padded_m(padded_m), m0(tile.m0), n0(tile.n0), steps(steps) {
+                 const u8* lora_up, u32 shared, int n, int k, int rank, int padded_m, Tile tile, Steps steps)
+      : act(act), act_scale(act_scale), lora_act(lora_act), weight(weight), weight_scale(weight_scale), proj_up(proj_up), lora_up(lora_up),
+        shared(shared), n(n), k(k), rank(rank), padded_m(padded_m), m0(tile.m0), n0(tile.n0), steps(steps) {
     const int thread = threadIdx.x;
     const int w_piece = thread % 4, w_row = (thread / 4 & 1) * 8 + (thread / 8 & 7) + thread / 64 * 16;
     const u32 w_target = W + w_row / 64 * 4096 + w_row % 8 * 512 + w_piece * 128 + ((w_row / 8 % 8 ^ swizzle(w_piece)) << 4);
@@ -41,10 +62,13 @@ struct Fetcher {
     x_rows = min(padded_m - m0, TOKENS);
   }
 
-  // The source offset of this thread's i-th piece of W, in a matrix with rows of `pitch` bytes that begins with weight row `first`.
-  DEVICE u32 w_source(int i, int pitch, int first = 0) const {
+  // The number of all steps.
+  DEVICE int count() const { return LORA ? LoraSteps::load(shared).count : steps.count; }
+
+  // The source offset of this thread's i-th piece of W, in a matrix with rows of `pitch` bytes.
+  DEVICE u32 w_source(int i, int pitch) const {
     const int row = n0 + w_row + i * (THREADS / 4), column = w_piece * 16;
-    return (u32)((min(row, n - 1) - first) * pitch + column);
+    return (u32)(min(row, n - 1) * pitch + column);
   }
 
   // The offset of that piece in a stage. 64 rows further is the next warp's part; 32 rows further is the same part with other slots.
@@ -75,17 +99,18 @@ struct Fetcher {
       copy_scales(true, block_tokens);
     } else {
       const int width = branch ? RANK_ROW : X_ROW;
-      int pitch = branch ? rank_pitch : k / 2, first = 0, row_block = block, token_block = block;
+      int pitch = branch ? rank_pitch : k / 2, row_block = block, token_block = block;
+      u32 first = 0;  // the offset of the matrix's row 0
       const u8* rows = branch ? proj_up : weight;
 #if LORA
-      if (const int own_blocks = (rank + 31) / 32; branch && block >= own_blocks) {
-        const LoraPart part = lora.ranks.part_of_row(n0);  // computed in each of these steps, to save registers in all others
-        rows = lora.rows(part, n0), pitch = part.rank * 2, first = n0, row_block = block - own_blocks, token_block += part.first_block;
+      if (step >= steps.count) {
+        const LoraSteps lora = LoraSteps::load(shared);
+        rows = lora_up, pitch = lora.rank * 2, first = lora.first, row_block = step - steps.count, token_block += lora.skipped;
       }
 #endif
 #pragma unroll
       for (int i = 0; i < W_PIECES; i++)
-        copy(i, 16, stage + w_offset(i), rows + (u32)(w_source(i, pitch, first) + row_block * 64),
+        copy(i, 16, stage + w_offset(i), rows + (u32)(first + w_source(i, pitch) + row_block * 64),
              row_block * 64 + w_piece * 16 < pitch);
       const int block_tokens = token_block * padded_m;
       const u8* const x = (branch ? lora_act : act) + (u32)((block_tokens + m0) * width + thread * 16);
@@ -116,7 +141,7 @@ struct Ring {
   uint4 held[W_PIECES + X_PIECES + 2];
 
   DEVICE void fetch(int step) {
-    if (step < fetcher.steps.count)
+    if (step < fetcher.count())
       fetcher.for_each_piece(step, fetcher.steps.columns, 0, [&](int i, int bytes, u32, const void* source, bool valid) {
         held[i] = make_uint4(0, 0, 0, 0);
         if (!valid) return;
@@ -126,7 +151,7 @@ struct Ring {
   }
 
   DEVICE void store_fetched(int step, u32 target_stage) {
-    if (step < fetcher.steps.count)
+    if (step < fetcher.count())
       fetcher.for_each_piece(step, fetcher.steps.columns, target_stage, [&](int i, int bytes, u32 target, const void*, bool) {
         if (bytes == 16) store_shared16(target, held[i]);
         else store_shared8(target, make_uint2(held[i].x, held[i].y));
@@ -149,7 +174,7 @@ struct Ring {
   }
 #else
   DEVICE void fetch(int step, u32 target_stage) {
-    if (step < fetcher.steps.count)
+    if (step < fetcher.count())
       fetcher.for_each_piece(step, fetcher.steps.columns, target_stage, [&](int, int bytes, u32 target, const void* source, bool valid) {
         if (bytes == 16) cp_async16(target, source, valid);
         else cp_async8(target, source);

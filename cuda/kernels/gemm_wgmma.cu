@@ -12,8 +12,8 @@
 //   64     | warpgroup 2    |                                                      X  TOKENS x 64 B    lora_act, 16 bit, swizzled
 //          +----------------+                                                      W  ROWS x 64 B      proj_up, 16 bit, swizzled
 //
-// LORA: after proj_up's blocks come lora_up's, of the part that has the tile's weight rows (lora.cuh). If these are more blocks than stages,
-// they pass through the ring once for each slice of the tokens.
+// LORA: after proj_up's blocks come lora_up's, of the part that has the tile's weight rows (lora.cuh). If all of these are more blocks than
+// stages, they pass through the ring once for each slice of the tokens.
 //
 // CLUSTER 2: two CTAs side by side along the weight rows need the same tokens. Each CTA fetches half of them for both.
 // SPLIT 2: two CTAs share a tile's K. At the end each sends its int32 sums of half of the tile's tokens, and finishes the other half.

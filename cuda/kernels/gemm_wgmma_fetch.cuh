@@ -151,8 +151,8 @@ DEVICE void fetch_ranks(const Operands& from, u32 shared, const SharedBarriers& 
                       p.own_rank_blocks + part.first_block, part.blocks(), m0, most, cta);
   }
 #else
-  fetch_rank_blocks(from, shared, barriers, position, Rows(from.proj_up, from.rank * 2, n0, from.n, true), 0, p.own_rank_blocks, out_m0, OUT,
-                    cta);
+  fetch_rank_blocks(from, shared, barriers, position, Rows(from.proj_up, from.rank * 2, n0, from.n, true), 0, p.own_rank_blocks, out_m0,
+                    OUT, cta);
 #endif
 }
 

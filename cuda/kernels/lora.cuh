@@ -17,19 +17,17 @@ struct LoraRanks {
   int parts;
   int part_rows;  // output rows of each part but the last, which has the rest
 
-  DEVICE LoraPart part(int index) const {
-    LoraPart found{0, 0, 0, index * part_rows};
-    for (int p = 0; p < index; p++) {
-      const int rank = rank_of(p);
-      found.first_rank += rank, found.first_block += (rank + 31) / 32;
-    }
-    found.rank = rank_of(index);
-    return found;
-  }
+  DEVICE int rank_of(int part) const { return 8 * (int)(parts > 1 ? eighths >> (8 * part) & 255 : eighths); }
 
   // The part of a tile's output rows. Tiles have rows of one part only.
-  DEVICE LoraPart part_of_row(int row) const { return part(parts > 1 ? min(row / part_rows, parts - 1) : 0); }
-
-private:
-  DEVICE int rank_of(int part) const { return 8 * (int)(parts > 1 ? eighths >> (8 * part) & 255 : eighths); }
+  DEVICE LoraPart part_of_row(int row) const {
+    const int index = parts > 1 ? min(row / part_rows, parts - 1) : 0;
+    LoraPart part{0, 0, 0, index * part_rows};
+    for (int p = 0; p < index; p++) {
+      const int rank = rank_of(p);
+      part.first_rank += rank, part.first_block += (rank + 31) / 32;
+    }
+    part.rank = rank_of(index);
+    return part;
+  }
 };

@@ -76,8 +76,8 @@ DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool exi
   }
 }
 
-// For ranks that cuBLAS has multiplied: stores rows first, first + step, .. of an (M, R) product, with rows `pitch` apart, in the activation
-// layout. This is `thread` of `threads`, which share the work. scale: where to write lora_act_scale, which is 1 in bf16; null if it is
+// For ranks that cuBLAS has multiplied: stores rows first, first + step, .. of an (M, R) product, with rows `pitch` apart, in the
+// activation layout. This is `thread` of `threads`, which share the work. scale: where to write lora_act_scale, which is 1 in bf16; null if it is
 // written elsewhere, as always in fp16.
 DEVICE void copy_lora_act(const u16* product, int pitch, u16* lora_act, float* scale, int M, int padded, int R, int first, int step,
                           int count, int thread, int threads) {
@@ -92,27 +92,18 @@ DEVICE void copy_lora_act(const u16* product, int pitch, u16* lora_act, float* s
   }
 }
 
-// LORA: the LoRAs' ranks, which cuBLAS always multiplies. Their blocks follow the branch's own.
-struct LoraProduct {
 #if LORA
-  const u16* product;  // (M, the ranks of all parts)
-  LoraRanks ranks;
-
-  DEVICE void copy(u16* lora_act, float* scale, int M, int padded, int R, int first, int step, int count, int thread, int threads) const {
-    const LoraPart end = ranks.part(ranks.parts - 1);
-    const int pitch = end.first_rank + end.rank;
-    if (R) scale = nullptr;
+// The same for a product that also has LoRAs' ranks, after the branch's R. Their blocks follow the branch's too.
+DEVICE void copy_lora_act(const u16* product, const LoraRanks& ranks, int pitch, u16* lora_act, float* scale, int M, int padded, int R,
+                          int first, int step, int count, int thread, int threads) {
 #pragma unroll 1
-    for (int index = 0; index < ranks.parts; index++) {
-      const LoraPart part = ranks.part(index);
-      copy_lora_act(product + part.first_rank, pitch, lora_act + (size_t)((R + 31) / 32 + part.first_block) * padded * 32, scale, M, padded,
-                    part.rank, first, step, count, thread, threads);
-    }
+  for (int part = -1, rank = R; ; rank = ranks.rank_of(part)) {
+    copy_lora_act(product, pitch, lora_act, scale, M, padded, rank, first, step, count, thread, threads);
+    if (++part == ranks.parts) break;
+    product += rank, lora_act += (size_t)((rank + 31) / 32) * padded * 32;
   }
-#else
-  DEVICE void copy(u16*, float*, int, int, int, int, int, int, int, int) const {}
+}
 #endif
-};
 
 // --- Clusters: CTAS thread blocks that read each other's shared memory ----------------------------------------------
 

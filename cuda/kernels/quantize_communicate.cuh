@@ -78,9 +78,13 @@ DEVICE void add_and_store_lora_act(const Work& w, int first_row, int slot, int l
 // Stores the scales and lora_act of a tile, once all CTAs' maxima and sums have arrived.
 DEVICE void finish(const Work& w, int tile, int slot, int parity, int lane) {
   const int first_row = tile * ROWS, row_max = ROW_MAX + slot * MAX_BYTES;
+#if LORA
+  copy_lora_act(w.proj_down, w.lora, w.product_ranks, w.lora_act, w.lora_act_scale, w.M, w.padded, w.R, first_row + w.rank, CTAS,
+                w.own_rows, lane, 32);
+#else
   if (!RANKS && w.R > 0)
     copy_lora_act(w.proj_down, w.R, w.lora_act, w.lora_act_scale, w.M, w.padded, w.R, first_row + w.rank, CTAS, w.own_rows, lane, 32);
-  w.lora.copy(w.lora_act, w.lora_act_scale, w.M, w.padded, w.R, first_row + w.rank, CTAS, w.own_rows, lane, 32);
+#endif
   w.max_ready(slot).wait(parity);
   if (LOOP && lane == 0) w.max_ready(slot).arrive_expect(MAX_BYTES);  // for the round after next
   store_scales(w, first_row, row_max, lane);

@@ -24,7 +24,7 @@
 //
 // -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32 or, with LOOP, 64: the branch's rank, padded;  CTAS 2..16 per cluster
 //     WARPS at least the CTA's blocks;  LOOP 1: persistent clusters;  TILES ROWS / 16: 1, without LOOP also 2
-//     LORA 1: cuBLAS has also multiplied LoRAs' ranks
+//     LORA 1, with RANKS 0: cuBLAS has also multiplied LoRAs' ranks
 #include "quantize_communicate.cuh"
 #include "quantize_registers.cuh"
 
@@ -240,7 +240,7 @@ DEVICE void encode_span(Codes& codes, const Rows& a, const Work& w, const Lane& 
 }
 
 // Stores a row's codes in the activation layout. Lanes of adjacent rows exchange a piece, so that eight lanes store a whole line.
-DEVICE void store_row(u32 (&c)[2][4], const Work& w, const Lane& me, int block, int token, bool exists) {
+DEVICE void store_row(u32 (&c)[2][4], const Work& w, const Lane& me, int rows, int token, bool exists) {
   const bool odd_row = me.g & 1;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -253,7 +253,7 @@ DEVICE void store_row(u32 (&c)[2][4], const Work& w, const Lane& me, int block, 
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int to = (token & ~1) + i;
-      const u32 offset = (u32)(block * w.padded + to) * 8 + (piece ^ to & 7);
+      const u32 offset = (u32)(rows + to) * 8 + (piece ^ to & 7);
       ((uint4*)w.act)[offset] = make_uint4(c[i][0], c[i][1], c[i][2], c[i][3]);
     }
 }
@@ -261,8 +261,8 @@ DEVICE void store_row(u32 (&c)[2][4], const Work& w, const Lane& me, int block, 
 DEVICE void encode(const Rows& a, const Work& w, const Lane& me, int first_row, const float (&inverse)[TILES][2][2],
                    const u32 (&keep)[TILES][2]) {
   Codes codes;
-  int block = me.columns / 128;
-  asm volatile("" : "+r"(block));  // computes the offset again in each round, to save a register
+  int rows = me.columns / 128 * w.padded;  // of the blocks before the warp's
+  asm volatile("" : "+r"(rows));  // computes the offset again in each round, to save a register
 #pragma unroll
   for (int span = 0; span < 4; span++) encode_span(codes, a, w, me, span, inverse, keep);
 #pragma unroll
@@ -270,7 +270,7 @@ DEVICE void encode(const Rows& a, const Work& w, const Lane& me, int first_row, 
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int token = first_row + t * 16 + h * 8 + me.g;
-      store_row(codes[t][h], w, me, block, token, me.exists && token < w.padded);
+      store_row(codes[t][h], w, me, rows, token, me.exists && token < w.padded);
     }
 }
 
@@ -321,18 +321,15 @@ DEVICE void process_tile(Rows& a, const Work& w, const Lane& me, int tile, int r
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quantize_registers(
     const u16* x,           // (M, K), rows `stride` apart, 16-byte aligned
     const u16* smooth,      // (K), 8-byte aligned
-    const u16* proj_down,   // (K, R); RANKS 0: x @ proj_down, (M, R)
+    const u16* proj_down,   // (K, R); RANKS 0: x @ proj_down, (M, R), followed in each row by the LoRAs' ranks
     char* act,              // (K blocks, Mp, 128)
     float* act_scale,       // (2 parts, Mp)
     u16* lora_act,          // (blocks of 32 ranks, Mp, 32)
     float* lora_act_scale,  // (Mp)
-#if LORA
-    const u16* lora_product,  // (M, the LoRAs' ranks of all parts)
-#endif
     int M, int K, int R, int stride,
     int unsigned_from       // from this column on, x is shifted
 #if LORA
-    , u64 lora_eighths, int lora_parts  // as in LoraRanks
+    , u64 lora_eighths, int lora_parts, int product_ranks  // LoraRanks; ranks of the product in all
 #endif
     ) {
   extern __shared__ __align__(128) unsigned char memory[];
@@ -342,13 +339,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
   const int padded = (M + 15) & ~15, tiles = (M + ROWS - 1) / ROWS;
   const int blocks = (K + 127) / 128, first = blocks * rank / CTAS, count = blocks * (rank + 1) / CTAS - first;
   const int own_rows = (ROWS - rank + CTAS - 1) / CTAS;
+  const Work w{x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale, M, K, R, stride, unsigned_from, memory, base, rank, padded,
+               own_rows, own_rows * RANKS * 4 * (u32)CTAS
 #if LORA
-  const LoraProduct lora{lora_product, {lora_eighths, lora_parts, 0}};
-#else
-  const LoraProduct lora{};
+               , {lora_eighths, lora_parts, 0}, product_ranks
 #endif
-  const Work w{x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale, M, K, R, stride, unsigned_from, lora, memory, base, rank,
-               padded, own_rows, own_rows * RANKS * 4 * (u32)CTAS};
+  };
   if (thread == 0) w.init_barriers();
   __syncthreads();
   cluster_arrive_relaxed();  // other CTAs must see the barriers, which are fenced

@@ -48,13 +48,16 @@ struct Work {
   u16* lora_act;
   float* lora_act_scale;
   int M, K, R, stride, unsigned_from;
-  LoraProduct lora;
   unsigned char* memory;
   u32 base;      // address of the shared memory
   int rank;      // the CTA's rank in its cluster
   int padded;    // M padded to 16
   int own_rows;  // number of rows of a tile that this CTA finishes: rows rank, rank + CTAS, ..
   u32 own_bytes; // bytes that these rows receive
+#if LORA
+  LoraRanks lora;
+  int product_ranks;  // of a row of x @ proj_down
+#endif
 
   DEVICE float* floats(int offset) const { return (float*)(memory + offset); }
   DEVICE Barrier barrier(int offset) const { return {base + offset}; }

@@ -50,8 +50,8 @@ def build(key, layer, patches, device, cache):
     sketch = _Sketch(key, layer, device, cache)
     for entry in patches:
         sketch.add(*patch_of(entry))
-    branch = sketch.branch()
-    return branch and branch.to(layer.weight.device), sketch.notes
+    branch, home = sketch.branch(), layer.weight.device
+    return branch if branch is None or home == device else branch.to(home), sketch.notes
 
 
 def lines(notes):
@@ -79,7 +79,8 @@ class _Sketch:
 
     def branch(self):
         """The LoRABranch, or None if the patches change nothing."""
-        kept = self.terms, self.shape, self.layer.lora_dtype, self.device
+        own = self.layer.spec.rank if self.layer.takes_lora else 0
+        kept = self.terms, self.shape, self.layer.lora_dtype, self.device, own
         if self.gain is not None:
             return LoRABranch.of(*kept, self.gain[:, 0], self.layer.gelu_shift_correction(self.device))
         return LoRABranch.of(*kept) if self.terms else None
@@ -142,11 +143,11 @@ class _Sketch:
             raise self.misfit(f"a weight of {list(adapter.reshape)}")
         if adapter.mid is not None:
             return None
-        up, down = self.floats(adapter.up.flatten(1), adapter.down.flatten(1))
+        up, down = (factor.flatten(1).to(self.device) for factor in (adapter.up, adapter.down))
         if (up.shape[0], down.shape[1]) != (n, k):
             raise self.misfit(f"{[up.shape[0], down.shape[1]]} in place of {[n, k]}")
         scale = 1.0 if adapter.alpha is None else adapter.alpha / down.shape[0]
-        dora = adapter.dora_scale
+        dora, up = adapter.dora_scale, up.float()
         if dora is not None:
             if dora.shape[0] != n or cols != (0, self.shape[1]):
                 return None

@@ -6,6 +6,7 @@ import comfy.hooks
 import comfy.model_patcher
 import comfy.utils
 from comfy.model_patcher import LowVramPatch
+from comfy.patcher_extension import CallbacksMP
 
 from ..layers.linear import PackedLinear
 from ..layers.preparation import warm_up
@@ -165,7 +166,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         notes, layers = [], self.packed_layers()
         for name, layer in layers.items():
             key = f"{PREFIX}{name}.weight"
-            layer.lora_branch = self._branch(key, layer, self.patches[key], notes) if key in self.patches else None
+            layer.set_lora_branch(self._branch(key, layer, self.patches[key], notes) if key in self.patches else None)
         for oldest in list(self.model.svdquant_decomposed)[:-CACHED_SVDS * len(layers)]:
             del self.model.svdquant_decomposed[oldest]
         self.model.svdquant_attached = self.patches_uuid
@@ -234,16 +235,48 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         if unpatch_weights:
             self.unpatch_hooks()
             for layer in self.packed_layers().values():
-                layer.lora_branch = None
+                layer.set_lora_branch(None)
             self.model.svdquant_attached = None
         keeps_device, self.keeps_device = self.keeps_device, False
         super().unpatch_model(None if keeps_device else device_to, unpatch_weights)
 
-    def partially_load(self, device_to, *args, **kwargs):
+    def _change_patches(self, room):
+        """Give a model that is whole on its device this patcher's patches in place of another clone's, without the walks over all modules
+        that ComfyUI makes for this. room: bytes by which it may grow. Returns whether it was done."""
+        model, patched = self.model, self.model.current_weight_patches_uuid
+        replaced = any(key.startswith(PREFIX.rstrip(".")) for key in self.object_patches_backup)
+        if (patched in (None, self.patches_uuid) or replaced or self.get_all_callbacks(CallbacksMP.ON_LOAD)
+                or self.model_size() - model.model_loaded_weight_memory > room):
+            return False
+        before = self._branch_bytes()
+        try:
+            self.unpatch_hooks()
+            for key, original in self.backup.items():
+                restore = comfy.utils.copy_to_param if original.inplace_update else comfy.utils.set_attr_param
+                restore(model, key, original.weight)
+            self.backup.clear()
+            self._attach()
+            for key in self.patches:
+                if not self.packed_at(key):
+                    self._patch_in_place(key)
+        except BaseException:  # as ComfyUI does where a load fails, also out of memory or cancelled
+            self.keeps_device = False
+            self.detach()
+            raise
+        model.model_loaded_weight_memory += self._branch_bytes() - before
+        model.current_weight_patches_uuid = self.patches_uuid
+        return True
+
+    def _branch_bytes(self):
+        return sum(layer.lora_branch.nbytes() for layer in self.packed_layers().values() if layer.lora_branch)
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         # A model that is whole on its device stays there when its patches change; ComfyUI would carry it out and in.
         whole = self.keeps_device = self.model.device == device_to and not self.model.model_lowvram
         try:
-            loaded = super().partially_load(device_to, *args, **kwargs)
+            if whole and not force_patch_weights:
+                self._change_patches(extra_memory)
+            loaded = super().partially_load(device_to, extra_memory, force_patch_weights)
         finally:
             self.keeps_device = False
         if whole and self.model.model_lowvram:  # it no longer fits as a whole
@@ -257,7 +290,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def _hook(self, key, layer, branch):
         if key not in self.model.svdquant_unhooked:
             self.model.svdquant_unhooked[key] = layer.lora_branch
-        layer.lora_branch = branch and branch.to(layer.weight.device)
+        layer.set_lora_branch(branch and branch.to(layer.weight.device))
 
     def _before_hook(self, key):
         """A hook's weight is the patched one with the hook's patches: a LowVramPatch would add the MODEL's own a second time, or undo the
@@ -302,5 +335,5 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         for key in list(self.model.svdquant_unhooked):
             if not whitelist_keys_set or key in whitelist_keys_set:
                 layer, branch = self.packed_at(key), self.model.svdquant_unhooked.pop(key)
-                layer.lora_branch = branch and branch.to(layer.weight.device)
+                layer.set_lora_branch(branch and branch.to(layer.weight.device))
         super().unpatch_hooks(whitelist_keys_set)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 
+from ...cuda.operands import RANK_STEP
+
 NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT",
          "diff": "weight difference", "set": "replaced weight", "model_as_lora": "model as LoRA"}
 
@@ -156,6 +158,9 @@ def nbytes(patches):
     def numel(value):
         if isinstance(value, torch.Tensor):
             return value.numel()
+        if isinstance(lora := parts(value), LoRAParts):
+            rank = lora.down.shape[0]
+            return (lora.up.numel() + lora.down.numel()) // rank * (rank + -rank % RANK_STEP)
         value = value.weights if isinstance(value, WeightAdapterBase) else value
         return sum(map(numel, value)) if isinstance(value, (tuple, list)) else 0
     return 2 * sum(numel(patch_of(entry).value) for entry in patches)

@@ -20,7 +20,7 @@ class PackedLinear(torch.nn.Module):
     file's own tensors in. They may lie on another device than the input (ComfyUI's offloading): forward brings each
     to the input.
 
-    lora_branch: lora_branch.LoRABranch of the loaded LoRAs, None without any. It is no part of the parameters.
+    lora_branch: lora_branch.LoRABranch of the loaded LoRAs, None without any; set by set_lora_branch. It is no part of the parameters.
     gelu_from: first output column to which the layer itself applies GELU; None if there is none. It is set before the first call. While
     something stands between the layer and its caller, the model applies the GELU instead (activates_from).
     """
@@ -39,6 +39,10 @@ class PackedLinear(torch.nn.Module):
         for name, (shape, dtype) in spec.tensors().items():
             self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device),
                                                              requires_grad=False))
+
+    def set_lora_branch(self, branch):
+        """Take a LoRABranch in place of the one before; None for none."""
+        self.lora_branch = branch
 
     def at(self, x):
         """{name: the parameter on x's device}, the caller's to change."""
@@ -215,6 +219,25 @@ class SVDQuantLinear(BranchedLinear):
     def lora_dtype(self):
         return self.weight_scale.dtype  # fp16 where preparation.compute_in has converted a bf16 layer
 
+    def set_lora_branch(self, branch):
+        """Take a LoRABranch made for this layer. The first rows of its lora_down get the layer's own proj_down, so that one product
+        computes all ranks. While both are on one device, weight_proj_down is a view of these rows, and the branch takes only the LoRAs'
+        memory. Raises ValueError if the branch has other rows for the layer's ranks."""
+        if branch is not None and branch.lora_down is not None and branch.own != self.spec.rank:
+            raise ValueError(f"The LoRA branch is for a layer of rank {branch.own}; this one has rank {self.spec.rank}.")
+        self.lora_branch = branch
+        self._share_proj_down()
+
+    def _share_proj_down(self):
+        branch, proj_down = self.lora_branch, self._parameters["weight_proj_down"]
+        if branch is None or branch.lora_down is None:
+            proj_down.data = proj_down.data.contiguous()
+            return
+        own = branch.lora_down[:branch.own]
+        own.copy_(proj_down.data.t())
+        shared = own.device == proj_down.device and own.dtype == proj_down.dtype and not proj_down.is_pinned()
+        proj_down.data = own.t() if shared else proj_down.data.contiguous()
+
     def prepare(self, device):
         """Find what forwards with inputs on `device` need beside the parameters: the row scales, with 8-bit activations. A graph that
         torch.compile traces then has nothing to compute but the op."""
@@ -240,6 +263,8 @@ class SVDQuantLinear(BranchedLinear):
         """Module.to and the like. The row scales are the same on every device, and others in another type."""
         before = self._parameters["weight_scale"]
         result = super()._apply(fn, recurse)
+        if self.lora_branch is not None:
+            self._share_proj_down()
         known, parameter = self._row_scale, self._parameters["weight_scale"]
         if known is not None:
             device = known.value.device if parameter.device.type in ("cpu", "meta") else parameter.device

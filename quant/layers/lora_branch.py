@@ -51,16 +51,16 @@ class Term(torch.nn.Module):
 
 
 class LowRank(Term):
-    """up (n, R), down (R, k), in float32."""
+    """up (n, R), down (R, k). Their dtypes may differ."""
 
     names = ("up", "down")
 
     def dense(self):
-        return self.up @ self.down
+        return self.up.float() @ self.down.float()
 
-    def balanced(self):
-        """The same term with both factors at the same size."""
-        return LowRank(self.rows, self.cols, *_balanced(self.up, self.down))
+    def balanced(self, dtype):
+        """(up, down) of the same product, which `dtype` can hold: in fp16 both are of the same size, in bf16 any size will do."""
+        return _balanced(self.up.float(), self.down.float()) if dtype == torch.float16 else (self.up, self.down)
 
 
 class Kronecker(Term):
@@ -108,33 +108,35 @@ def _balanced(left, right):
 class JoinedLoRAs(NamedTuple):
     """The ranks of all of a layer's low-rank terms, as LayerOperands has them."""
 
-    down: torch.Tensor
+    down: torch.Tensor  # its first rows are for the layer's own proj_down, and have no values yet
     up: torch.Tensor
     sizes: LoRASizes
 
 
-def joined(terms, shape, dtype, device):
-    """The JoinedLoRAs of LowRank terms, in `dtype` on `device`. shape: the layer's (N, K).
+def joined(terms, shape, own, dtype, device):
+    """The JoinedLoRAs of LowRank terms, in `dtype` on `device`. shape: the layer's (N, K); own: rows of `down` for its own ranks.
 
     Terms for some of the rows get parts of their own, if the rows' borders allow it and that takes less memory. Otherwise `up` is zero in
     the rows that a term doesn't reach, as `down` always is in such columns.
     """
     n, k = shape
     sizes = min(_possible_sizes(terms, n), key=lambda sizes: _numel(sizes, n, k))
-    rows, down = sizes.rows(n), torch.zeros(sum(sizes.ranks), k, dtype=dtype, device=device)
-    up = torch.zeros(sum((stop - start) * rank for (start, stop), rank in zip(rows, sizes.ranks)), dtype=dtype, device=device)
-    ups = up.split([(stop - start) * rank for (start, stop), rank in zip(rows, sizes.ranks)])
+    rows, ranks = sizes.rows(n), sizes.ranks
+    numel = [(stop - start) * rank for (start, stop), rank in zip(rows, ranks)]
+    whole = sum(term.up.numel() + term.down.numel() for term in terms) == sum(ranks) * k + sum(numel)  # nothing stays zero
+    new = torch.empty if whole else torch.zeros
+    down, up = new(own + sum(ranks), k, dtype=dtype, device=device), new(sum(numel), dtype=dtype, device=device)
     parts = [(first, last, part_down, part_up.view(last - first, -1) if len(part_down) else part_up)
-             for (first, last), part_down, part_up in zip(rows, down.split(sizes.ranks), ups)]
+             for (first, last), part_down, part_up in zip(rows, down[own:].split(ranks), up.split(numel))]
     used = [0] * len(parts)
-    for term in map(LowRank.balanced, terms):
-        rank, (start, stop) = len(term.down), term.rows
+    for term in terms:
+        rank, (start, stop), term_up, term_down = len(term.down), term.rows, *term.balanced(dtype)
         for part, (first, last, part_down, part_up) in enumerate(parts):
             begin, end = max(start, first), min(stop, last)
             if begin < end:
                 slots = slice(used[part], used[part] + rank)
-                part_down[slots, slice(*term.cols)] = term.down
-                part_up[begin - first:end - first, slots] = term.up[begin - start:end - start]
+                part_down[slots, slice(*term.cols)].copy_(term_down)
+                part_up[begin - first:end - first, slots].copy_(term_up[begin - start:end - start])
                 used[part] += rank
     return JoinedLoRAs(down, up, sizes)
 
@@ -165,13 +167,14 @@ def _numel(sizes, n, k):
 class LoRABranch(torch.nn.Module):
     """All that is added to one layer.
 
-    lora: JoinedLoRAs or None; terms: [Term], others; gain: (N,) or None; gelu_shift_correction: (N,) with a gain, the part of the layer's
-    bias that belongs to W x (PackedLinear.gelu_shift_correction).
+    lora: JoinedLoRAs or None; own: rows of its `down` for the layer's own ranks; terms: [Term], others; gain: (N,) or None;
+    gelu_shift_correction: (N,) with a gain, the part of the layer's bias that belongs to W x (PackedLinear.gelu_shift_correction).
     """
 
-    def __init__(self, lora, terms=(), gain=None, gelu_shift_correction=None):
+    def __init__(self, lora, own=0, terms=(), gain=None, gelu_shift_correction=None):
         super().__init__()
         down, up, self.lora = lora or (None, None, NO_LORA)
+        self.own = own
         self.register_buffer("lora_down", down, persistent=False)
         self.register_buffer("lora_up", up, persistent=False)
         self.terms = torch.nn.ModuleList(terms)
@@ -179,14 +182,16 @@ class LoRABranch(torch.nn.Module):
         self.register_buffer("gelu_shift_correction", gelu_shift_correction, persistent=False)
 
     @classmethod
-    def of(cls, terms, shape, dtype, device, gain=None, gelu_shift_correction=None):
-        """The LoRABranch of float32 Terms in any order, in `dtype` on `device`. shape: the layer's (N, K)."""
+    def of(cls, terms, shape, dtype, device, own=0, gain=None, gelu_shift_correction=None):
+        """The LoRABranch of Terms in any order, in `dtype` on `device`. shape: the layer's (N, K); own: as in LoRABranch."""
         low_rank = [term for term in terms if isinstance(term, LowRank)]
         others = [term.stored(dtype, device) for term in terms if not isinstance(term, LowRank)]
-        return cls(joined(low_rank, shape, dtype, device) if low_rank else None, others, gain, gelu_shift_correction)
+        return cls(joined(low_rank, shape, own, dtype, device) if low_rank else None, own, others, gain, gelu_shift_correction)
 
     def nbytes(self):
-        return sum(buffer.nbytes for buffer in self.buffers())
+        """Bytes of the branch, without the rows of the layer's own ranks, which share the layer's memory."""
+        own = 0 if self.lora_down is None else self.lora_down[:self.own].nbytes
+        return sum(buffer.nbytes for buffer in self.buffers()) - own
 
     def operands(self, x, dtype):
         """The last LayerOperands, on x's device in `dtype`: lora_down, lora_up, lora. () without LoRAs."""
@@ -197,7 +202,7 @@ class LoRABranch(torch.nn.Module):
     def add(self, y, x, with_lora=True):
         """y (..., N) plus the terms of x (..., K), in place. with_lora: plus the joined LoRAs too, which y doesn't have yet."""
         if with_lora and self.lora_up is not None:
-            y += reference.lora_product(x, self.lora_down.to(x), self.lora_up.to(x), self.lora, y.shape[-1])
+            y += reference.lora_product(x, self.lora_down[self.own:].to(x), self.lora_up.to(x), self.lora, y.shape[-1])
         for term in self.terms:
             y[..., slice(*term.rows)] += term(x[..., slice(*term.cols)])
         return y

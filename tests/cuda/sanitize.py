@@ -44,7 +44,7 @@ def expose_allocations():
     get initial values and x @ proj_down is copied to the GPU, in ways that initcheck recognizes."""
     from comfyui_svdquant.cuda import quantize_activation, runtime
 
-    held, new_empty, products = {}, torch.Tensor.new_empty, quantize_activation.products
+    held, new_empty, multiplied = {}, torch.Tensor.new_empty, quantize_activation.multiplied
 
     def take(size, stream):
         tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -53,12 +53,7 @@ def expose_allocations():
 
     runtime._take, runtime._give = take, held.pop
     torch.Tensor.new_empty = lambda x, *size: new_empty(x, *size).fill_(torch.nan)  # the ops allocate y with new_empty
-    quantize_activation.products = lambda *factors: to_gpu(products(*(t if t is None else t.cpu() for t in factors)))
-
-
-def to_gpu(tensors):
-    """{name: tensor} on the GPU."""
-    return {name: tensor.cuda() for name, tensor in tensors.items()}
+    quantize_activation.multiplied = lambda x, down: [product.cuda() for product in multiplied(x.cpu(), down.cpu())]
 
 
 def cuts(storage, m, k, rank):

@@ -2,6 +2,7 @@
 
 from comfyui_svdquant.cuda import awq, gemm_mma, gemm_wgmma, gptq, group_error, mlp, quantize_activation
 from comfyui_svdquant.cuda.choose import MLP, Layer, choose
+from comfyui_svdquant.cuda.operands import NO_LORA, LoRASizes
 
 # (M, N, K): FLUX's at 1024 x 1024, some with fewer tokens, and some with few columns.
 SHAPES = ((512, 3072, 3072), (1024, 3072, 3072), (4096, 3072, 3072), (4608, 3072, 3072), (512, 3072, 12288), (4096, 3072, 12288),
@@ -10,10 +11,11 @@ SMS = 132
 
 
 def linear_choices(target):
-    """[(dtype, LinearKernels)] that represent all choices for SVDQuant layers on a Target: both widths of codes, and layers of two parts
-    whose border lies between two blocks of columns or within one."""
-    return [(dtype, choose(Layer(m, n, k, rank, unsigned_from, act_bits, dtype), target, SMS))
-            for dtype in target.dtypes for act_bits in (8, 4) for rank in (0, 32, 64) for m, n, k in SHAPES for unsigned_from in (k, 64)]
+    """[(LoRASizes, dtype, LinearKernels)] that represent all choices for SVDQuant layers on a Target: without a LoRA and with one, both
+    widths of codes, and layers of two parts whose border lies between two blocks of columns or within one."""
+    return [(lora, dtype, choose(Layer(m, n, k, rank, unsigned_from, act_bits, dtype, None, lora), target, SMS))
+            for lora in (NO_LORA, LoRASizes((16,))) for dtype in target.dtypes for act_bits in (8, 4) for rank in (0, 32, 64)
+            for m, n, k in SHAPES for unsigned_from in (k, 64)]
 
 
 def mlp_choice(target):
@@ -24,13 +26,12 @@ def mlp_choice(target):
 def variants(target):
     """{kernel: [(source, entry, defines)]}, with every tile of each kernel that choose() returns: the tile depends on a layer's size."""
     chosen, fused = linear_choices(target), mlp_choice(target)
-    by_mma = sorted({kernels.storage for _, kernels in chosen if not kernels.wgmma})
-    quantize = [quantize_activation.variant(dtype, kernels.storage, kernels.plans[0], lora) for dtype, kernels in chosen
-                for lora in (False, True)]
+    by_mma = sorted({kernels.storage for *_, kernels in chosen if not kernels.wgmma})
+    quantize = [quantize_activation.variant(dtype, kernels.storage, kernels.plans[0], bool(lora.ranks)) for lora, dtype, kernels in chosen]
     return {
         "awq": awq.variants(target), "gptq": gptq.variants(), "group_error": group_error.variants(),
         "gemm_mma": [variant for storage in by_mma for variant in gemm_mma.variants(storage, target)],
-        "gemm_wgmma": gemm_wgmma.variants() if any(kernels.wgmma for _, kernels in chosen) else [],
+        "gemm_wgmma": gemm_wgmma.variants() if any(kernels.wgmma for *_, kernels in chosen) else [],
         "mlp": [] if fused is None else mlp.variants(fused.storage, target),
         "quantize": list(dict.fromkeys(quantize)),
     }

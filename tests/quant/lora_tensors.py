@@ -71,7 +71,7 @@ def layer_of(patcher, name):
 
 def lora_weight(branch, n):
     """(n, K) float32: the weight that a LoRA branch's joined LoRAs stand for."""
-    down, up = branch.lora_down.cpu().float(), branch.lora_up.cpu().float()
+    down, up = branch.lora_down[branch.own:].cpu().float(), branch.lora_up.cpu().float()
     return reference.lora_product(torch.eye(down.shape[1]), down, up, branch.lora, n).t()
 
 

@@ -142,9 +142,9 @@ def test_the_second_call_looks_nothing_up(module, monkeypatch):
         module.act_bits = 4
         assert [generals(one), generals(one)] == [1, 0]
         for kind, expected in (("lora", [1, 0]), ("lora", [1, 0]), ("other", [1, 0]), ("gain", [1, 1])):
-            module.lora_branch = lora_branch(kind, torch.bfloat16)
+            module.set_lora_branch(lora_branch(kind))
             assert [generals(one), generals(one)] == expected, kind
-        module.lora_branch = None
+        module.set_lora_branch(None)
         assert [generals(one), generals(one)] == [1, 0]
         module.bias_function = [torch.neg]
         assert generals(one) == 1
@@ -157,12 +157,12 @@ def test_the_second_call_looks_nothing_up(module, monkeypatch):
         assert len(calls) == 22 + 2 * linear.SHAPES
 
 
-def lora_branch(kind, dtype=torch.float32):
-    """A LoRA branch of 208 x 256: a LoRA, with another term or with a gain; or none."""
+def lora_branch(kind, dtype=torch.bfloat16, rank=32):
+    """A LoRA branch of a layer of 208 x 256 and this rank: a LoRA, with another term or with a gain; or none."""
     lora, other = LowRank((64, 192), (0, 256), torch.randn(128, 4), torch.randn(4, 256)), Dense((0, 64), (0, 256), torch.randn(64, 256))
     gain = (torch.rand(208) + 0.5, torch.randn(208)) if kind == "gain" else ()
     terms = [lora, other] if kind == "other" else [lora]
-    return None if kind == "none" else LoRABranch.of(terms, (208, 256), dtype, "cpu", *gain)
+    return None if kind == "none" else LoRABranch.of(terms, (208, 256), dtype, "cpu", rank, *gain)
 
 
 @pytest.mark.parametrize("kind", ["none", "lora", "other", "gain"])
@@ -172,7 +172,8 @@ def test_gelu_comes_after_everything_else(form, kind):
     made = linear.SVDQuantLinear if form == layout.SVDQUANT else linear.AWQLinear
     module = filled(made(layout.LayerSpec(form, 256, 208, 32 if form == layout.SVDQUANT else 0, 256), "cpu"))
     module.weight_scale.data.mul_(2.0**-6)
-    module.lora_branch, x = lora_branch(kind), torch.randn(5, 256)
+    module.set_lora_branch(lora_branch(kind, torch.float32, module.spec.rank))
+    x = torch.randn(5, 256)
     expected = module(x)
     expected[:, 80:] = torch.nn.functional.gelu(expected[:, 80:], approximate="tanh")
     module.gelu_from = 80
@@ -186,11 +187,38 @@ def test_gelu_is_the_kernels_unless_something_is_added(module, monkeypatch):
     module.gelu_from = 128
     with recorded(monkeypatch):
         for kind in ("none", "none", "lora", "other", "other", "none", "lora", "lora", "other", "none"):
-            module.lora_branch = lora_branch(kind, torch.bfloat16)
+            module.set_lora_branch(lora_branch(kind))
             module(x)
             assert module._launches[x.shape].gelu_from == (None if kind == "other" else 128)
             assert after == ([128] if kind == "other" else [])
             after.clear()
+
+
+def test_a_branch_shares_the_memory_of_proj_down(module):
+    """While a layer has a LoRA, its proj_down is a view of the branch's factor, also after a move, with the same values."""
+    state = {name: t.clone() for name, t in module.state_dict().items()}
+    layout_before = module.weight_proj_down.stride()
+
+    def shares(layer):
+        assert all(torch.equal(t, state[name]) for name, t in layer.state_dict().items())
+        assert torch.equal(layer.lora_branch.lora_down[:32].t(), layer.weight_proj_down)
+        return layer.weight_proj_down.data_ptr() == layer.lora_branch.lora_down.data_ptr()
+
+    branch = lora_branch("lora")
+    module.set_lora_branch(branch)
+    assert shares(module) and branch.nbytes() == 2 * branch.lora_up.numel() + 2 * 8 * 256
+    assert shares(module._apply(torch.clone))
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        shares(copied)
+        copied.set_lora_branch(None)
+        assert all(torch.equal(t, state[name]) for name, t in copied.state_dict().items()) and shares(module)
+    module.set_lora_branch(lora_branch("gain"))
+    assert shares(module)
+    module.set_lora_branch(None)
+    assert module.weight_proj_down.stride() == layout_before
+    assert all(torch.equal(t, state[name]) for name, t in module.state_dict().items())
+    with pytest.raises(ValueError, match="The LoRA branch is for a layer of rank 16; this one has rank 32."):
+        module.set_lora_branch(lora_branch("lora", rank=16))
 
 
 def test_copies_are_layers_of_their_own(module, monkeypatch):

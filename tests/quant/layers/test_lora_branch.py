@@ -36,7 +36,7 @@ def weight(terms, shape):
     ([(Q, MAX_PART_RANK + 8)], LoRASizes((MAX_PART_RANK + 8,)))])
 def test_parts_and_weight(windows, sizes):
     terms = [term(rows, rank, seed=seed) for seed, (rows, rank) in enumerate(windows)]
-    lora = joined(terms, (N, K), torch.float32, "cpu")
+    lora = joined(terms, (N, K), 0, torch.float32, "cpu")
     assert lora.sizes == sizes
     found = reference.lora_product(torch.eye(K), lora.down, lora.up, lora.sizes, N).t()
     error = relative_error(found, weight(terms, (N, K)))
@@ -54,20 +54,20 @@ def test_the_memory_of_the_factors():
 def test_borders_that_no_tile_has(part_rows):
     """Layers whose q, k and v don't begin with a tile get one part, whose factors are zero where a term doesn't reach."""
     terms = [term((0, part_rows), 8), term((part_rows, 2 * part_rows), 8, seed=1)]
-    lora = joined(terms, (N, K), torch.float32, "cpu")
+    lora = joined(terms, (N, K), 0, torch.float32, "cpu")
     assert lora.sizes == LoRASizes((16,))
     assert relative_error(lora.up.view(N, 16) @ lora.down, weight(terms, (N, K))) < 1e-6
 
 
 def test_columns():
     terms = [term(ALL, 8, (32, 64)), term(ALL, 8, seed=1)]
-    lora = joined(terms, (N, K), torch.float32, "cpu")
+    lora = joined(terms, (N, K), 0, torch.float32, "cpu")
     assert relative_error(lora.up.view(N, 16) @ lora.down, weight(terms, (N, K))) < 1e-6
 
 
 def test_factors_of_very_different_size_in_fp16():
     one = LowRank(ALL, (0, K), torch.randn(N, 16) * 1e-6, torch.randn(16, K) * 1e3)
-    lora = joined([one], (N, K), torch.float16, "cpu")
+    lora = joined([one], (N, K), 0, torch.float16, "cpu")
     assert relative_error(lora.up.float().view(N, 16) @ lora.down.float(), one.dense()) < 1e-3
 
 

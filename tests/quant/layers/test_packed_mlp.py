@@ -93,8 +93,8 @@ def added(index, gain=False):
         n, k = mlp[index].out_features, mlp[index].in_features
         terms = [LowRank((0, n), (0, k), torch.randn(n, 4), torch.randn(4, k))]
         gain_and_correction = (torch.rand(n) + 0.5, torch.randn(n)) if gain else ()
-        mlp[index].lora_branch = LoRABranch.of(terms, (n, k), torch.bfloat16, "cpu", *gain_and_correction)
-        return lambda: setattr(mlp[index], "lora_branch", None)
+        mlp[index].set_lora_branch(LoRABranch.of(terms, (n, k), torch.bfloat16, "cpu", mlp[index].spec.rank, *gain_and_correction))
+        return lambda: mlp[index].set_lora_branch(None)
     return change
 
 

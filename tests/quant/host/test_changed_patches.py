@@ -1,0 +1,98 @@
+"""Another strength, another LoRA, or none, on a model that is whole on its device: the same model as one loaded anew, without a reload."""
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import pytest
+import torch
+
+from ..comfy_models import sample
+from ..lora_tensors import FC1, LINEAR1, MOD, QKV, generic, load_lora, random, shapes
+
+
+def loaded(patcher):
+    """The patcher, loaded as ComfyUI does before it draws."""
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher
+
+
+def tensors_of(patcher):
+    """{name: tensor} that the model computes with: parameters and LoRA branches."""
+    found = {name: t.clone() for name, t in patcher.model.diffusion_model.state_dict().items()}
+    for name, layer in patcher.packed_layers().items():
+        if layer.lora_branch is not None:
+            found |= {f"{name}.{part}": t.clone() for part, t in layer.lora_branch.named_buffers()}
+    return found
+
+
+def anew(patcher):
+    """tensors_of a patcher that is loaded into an unloaded model."""
+    comfy.model_management.unload_all_models()
+    return tensors_of(loaded(patcher))
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """A list that gets an entry for each of ComfyUI's loads."""
+    calls, load = [], comfy.model_patcher.ModelPatcher.load
+
+    def recorded(patcher, *args, **kwargs):
+        calls.append(patcher)
+        return load(patcher, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", recorded)
+    return calls
+
+
+def histories(model):
+    """MODELs in the order in which a user may draw with them: other strengths, biases, 16-bit layers, none, two LoRAs."""
+    packed = generic(*((name, shapes(model)[name]) for name in (QKV, FC1, LINEAR1, MOD)))
+    others = {"diffusion_model.img_in.diff": 0.1 * random(*model.model.diffusion_model.img_in.weight.shape),
+              f"diffusion_model.{QKV}.diff_b": 0.1 * random(model.packed_layers()[QKV].out_features)}
+    return [model, load_lora(model, packed, 1.0), load_lora(model, packed, 0.5), load_lora(load_lora(model, others, 1.0), packed, 0.5),
+            load_lora(model, others, -1.0), model, load_lora(load_lora(model, packed, 0.3), others, 0.3)]
+
+
+def test_each_model_is_as_if_loaded_anew(quantized_model, loads):
+    patchers = histories(quantized_model)
+    expected = [anew(patcher) for patcher in patchers]
+    comfy.model_management.unload_all_models()
+    loaded(patchers[0])
+    loads.clear()
+    for i in (1, 2, 3, 4, 5, 6, 2, 0, 3, 3):
+        found = tensors_of(loaded(patchers[i]))
+        assert found.keys() == expected[i].keys(), f"model {i}"
+        assert all(torch.equal(t, expected[i][name]) for name, t in found.items()), f"model {i}"
+    assert not loads, "ComfyUI carried the model out and in"
+
+
+def test_memory_is_counted(quantized_model):
+    patchers = histories(quantized_model)
+    for patcher in patchers:
+        assert loaded(patcher).loaded_size() == patcher.model_size()
+    comfy.model_management.unload_all_models()
+
+
+def test_a_model_that_would_outgrow_its_room_is_loaded_by_comfyui(quantized_model, loads):
+    plain, patched = histories(quantized_model)[:2]
+    loaded(plain)
+    loads.clear()
+    patched.partially_load(patched.load_device, extra_memory=patched.model_size() - plain.model_size() - 1)
+    assert loads == [patched]
+
+
+def test_callbacks_of_a_load_are_called(quantized_model, loads):
+    plain, patched = histories(quantized_model)[:2]
+    loaded(plain)
+    called = []
+    patched.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, lambda *args: called.append(args))
+    loaded(patched)
+    assert len(called) == 1
+
+
+def test_pictures(quantized_model):
+    """Between two draws with the LoRA, one without it gives the model's own picture, to the bit."""
+    patchers = histories(quantized_model)
+    before, with_lora = sample(patchers[0]), sample(patchers[1])
+    assert torch.equal(sample(patchers[0]), before) and torch.equal(sample(patchers[1]), with_lora)
+    assert not torch.equal(before, with_lora)
