@@ -27,6 +27,7 @@ class PackedLinear(torch.nn.Module):
 
     gelu_from = None
     bias_function = ()  # what a host does to the bias in its own `at`
+    streamed = None  # streaming.StreamedLayer, while a WeightStream brings the offloaded parameters
 
     def __init__(self, spec, device="meta"):
         super().__init__()
@@ -44,7 +45,8 @@ class PackedLinear(torch.nn.Module):
         device = x.device
         for p in self._parameters.values():  # most times they are there: to look is a tenth of what to() takes
             if p is not None and p.device != device:
-                return {name: None if p is None else p.to(device, non_blocking=True) for name, p in self._parameters.items()}
+                streamed = None if self.streamed is None else self.streamed.at(self._parameters, x)
+                return streamed or {name: None if p is None else p.to(device, non_blocking=True) for name, p in self._parameters.items()}
         return dict(self._parameters)
 
     def activates_from(self):
