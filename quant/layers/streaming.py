@@ -277,6 +277,8 @@ class WeightStream:
 
     def _room(self, nbytes):
         """The start of `nbytes` free bytes after the newest slot, or None. The oldest slots make room if their tensors are read."""
+        while self._slots and self._slots[-1].free and self._slots[-1].read is None:  # dropped: the next copy comes after its own
+            self._slots.pop()
         while (start := self._free_start(nbytes)) is None:
             if not self._slots or not self._slots[0].free:
                 return None
