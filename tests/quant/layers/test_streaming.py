@@ -190,11 +190,11 @@ def test_no_read_and_no_write_is_early(layers, ring_layers):
             if dice.random() < 0.3:
                 step = dice.sample(layers, dice.randrange(1, len(layers) + 1))
             for layer in step:
-                here = call(stream, layer)
-                if here is not None and dice.random() < 0.3:
-                    kept.append(here)
-                while kept and dice.random() < 0.5:
-                    kept.pop(dice.randrange(len(kept)))
+                here = layer.streamed.at(layer._parameters, X)
+                if here is not None:
+                    kept.append((layer, here))
+                while kept and dice.random() < 0.7:
+                    launch(stream, *kept.pop(dice.randrange(len(kept))))
                 if dice.random() < 0.1:
                     stream.forget()
                 del here
