@@ -71,7 +71,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             self.model.svdquant_decomposed = {}  # lora.build's cache of the loaded patches' SVDs
             self.model.svdquant_unhooked = {}  # {key: the LoRA branch that a hook has replaced, or None}
             self.model.svdquant_attached = None  # the patches_uuid that the LoRA branches were made for
-            self.model.svdquant_stream = WeightStream(self.load_device, pin_memory, unpin_memory)
+            self.model.svdquant_stream = WeightStream(pin_memory, unpin_memory)
             self.model.svdquant_branches_stay = False  # on the GPU, while their layers are offloaded
         self.keeps_device = False  # while a loaded model changes its patches
         self.logged = set()  # lines that are in the log already
@@ -256,11 +256,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
                 branches = branches if self.model.svdquant_branches_stay else 0
         super().load(device_to, max(0, lowvram_model_memory - ring - branches), force_patch_weights, full_load)
         if not self.model.model_lowvram:
-            stream.release()
             ring = 0
-        elif stream.size != ring:
-            stream.release()
-            stream.size = ring
+        stream.fit(self.load_device, ring)
         if not full_load:  # else ComfyUI counts the whole model
             self.model.model_loaded_weight_memory += ring + branches
         self._keep_branches()
@@ -270,7 +267,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         stream, ring = self.model.svdquant_stream, 0
         stream.forget()
         if self._streams() and not self.model.model_lowvram:  # the ring comes into being
-            ring = stream.size = ring_bytes(self.packed_layers().values())
+            ring = ring_bytes(self.packed_layers().values())
+            stream.fit(self.load_device, ring)
         freed = super().partially_unload(device_to, memory_to_free + ring, force_patch_weights)
         self.model.model_loaded_weight_memory += ring
         self._keep_branches()
@@ -331,9 +329,12 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         finally:
             self.keeps_device = False
         if whole and self.model.model_lowvram:  # it no longer fits as a whole
-            for module in self.model.modules():
+            for name, module in self.model.named_modules():
                 if hasattr(module, "comfy_cast_weights") and not getattr(module, "comfy_patched_weights", False):
                     module.to(self.offload_device)
+                    for parameter, _ in module.named_parameters(recurse=False):
+                        self.pin_weight_to_device(f"{name}.{parameter}")
+            self._keep_branches()
         return loaded
 
     # --- hooks -----------------------------------------------------------------------------------------------------

@@ -114,15 +114,14 @@ class Slot:
 class WeightStream:
     """The copies of one model's offloaded layers to one GPU.
 
-    device: the GPU; pin, unpin: page-lock a tensor in host memory and undo it, returning whether that worked; gpu: torch.cuda, or a
-    stand-in in tests. Nothing is allocated before the first call of a streamed layer.
+    pin, unpin: page-lock a tensor in host memory and undo it, returning whether that worked; gpu: torch.cuda, or a stand-in in tests.
+    `fit` comes first. Nothing is allocated on the GPU before the first call of a streamed layer.
     """
 
-    def __init__(self, device, pin, unpin, gpu=torch.cuda):
-        self.device, self.gpu = device, gpu
+    def __init__(self, pin, unpin, gpu=torch.cuda):
+        self.device, self.size, self.gpu = None, 0, gpu
         self._pin, self._unpin = pin, unpin
         self._lock = threading.Lock()
-        self.size = 0  # bytes of the ring
         self._empty()
 
     def __reduce__(self):
@@ -173,6 +172,12 @@ class WeightStream:
             streamed.unpin()
 
     # --- the ring --------------------------------------------------------------------------------------------------
+
+    def fit(self, device, size):
+        """Serve layers on `device`, with a ring of `size` bytes."""
+        if (device, size) != (self.device, self.size):
+            self.release()
+            self.device, self.size = device, size
 
     def forget(self):
         """Drop the copies that no call has taken yet. For a change of parameters in place."""

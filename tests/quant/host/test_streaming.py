@@ -8,10 +8,11 @@ import torch
 from comfyui_svdquant.quant.host import patcher as patcher_module
 from comfyui_svdquant.quant.layers.streaming import block_bytes, offload_order, ring_bytes
 
-from ..comfy_models import sample
+from ..comfy_models import HIDDEN, sample
 from ..conftest import load
 from ..layers.test_streaming import GPU
-from ..lora_tensors import generic, load_lora, shapes
+from ..lora_tensors import FC1, generic, load_lora, random, shapes
+from .test_lora_memory import hooked
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -141,21 +142,31 @@ def test_lora_branches_are_counted_where_they_stay(quantized_model, pinned):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("with_lora", [False, True])
-def test_the_same_picture_at_every_budget(quantized_model, with_lora):
-    patcher = quantized_model
-    if with_lora:
-        patcher = load_lora(quantized_model, generic(*shapes(quantized_model).items()))
-    whole = sample(patcher, steps=4)
+@pytest.mark.parametrize("kind", ["plain", "lora", "hook"])
+def test_the_same_picture_at_every_budget(quantized_model, monkeypatch, kind):
+    tensors = generic(*shapes(quantized_model).items())
+    patcher = load_lora(quantized_model, tensors) if kind == "lora" else quantized_model
+    tensors[f"diffusion_model.{FC1}.diff_b"] = random(4 * HIDDEN)  # patched in place, also where it is offloaded
+    cond = hooked(tensors, 1.0, [(1.0, 0.0), (0.2, 0.5)]) if kind == "hook" else None
+    whole = sample(patcher, steps=4, cond=cond)
     for part in (0.9, 0.6, 0.3, 0.0, 0.7):
         patcher.detach()
-        put_on(patcher, int(part * patcher.model_size()))
-        streamed = [layer for layer in patcher.packed_layers().values() if layer.streamed]
-        assert bool(streamed) == bool(offloaded(patcher))
-        comfy.model_management.load_models_gpu, before = lambda *args, **kwargs: None, comfy.model_management.load_models_gpu
-        try:
-            assert torch.equal(sample(patcher, steps=4), whole), part
-        finally:
-            comfy.model_management.load_models_gpu = before
+        monkeypatch.setattr(comfy.model_management, "load_models_gpu",
+                            lambda *args, **kwargs: put_on(patcher, int(part * patcher.model_size())))
+        assert torch.equal(sample(patcher, steps=4, cond=cond), whole), part
+        assert {name for name, layer in patcher.packed_layers().items() if layer.streamed} == offloaded(patcher)
+        assert (patcher.model.svdquant_stream._ring is not None) == bool(offloaded(patcher))
     patcher.detach()
     assert patcher.model.svdquant_stream._ring is None and not comfy.model_management.PINNED_MEMORY
+
+
+@pytest.mark.gpu
+def test_a_whole_model_that_no_longer_fits_is_streamed(quantized_model):
+    put_on(quantized_model, 2 * quantized_model.model_size())
+    patcher = load_lora(quantized_model, generic(*shapes(quantized_model).items()))
+    put_on(patcher, int(0.7 * patcher.model_size()))
+    assert {name for name, layer in patcher.packed_layers().items() if layer.streamed} == offloaded(patcher) != set()
+    if patcher.model.svdquant_branches_stay:
+        assert all(buffer.is_cuda for layer in patcher.packed_layers().values() for buffer in layer.lora_branch.buffers())
+    patcher.detach()
+    assert not comfy.model_management.PINNED_MEMORY

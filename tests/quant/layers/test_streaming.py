@@ -91,8 +91,8 @@ class Simulated(WeightStream):
 
     def __init__(self, layers, ring_layers=5):
         self.pinned, self.misses = [], 0
-        super().__init__(torch.device("cpu"), self.page_lock, self.page_unlock, GPU())
-        self.size = ring_layers * max(map(block_bytes, layers))
+        super().__init__(self.page_lock, self.page_unlock, GPU())
+        self.fit(torch.device("cpu"), ring_layers * max(map(block_bytes, layers)))
 
     def page_lock(self, tensor):
         self.pinned.append(tensor.data_ptr())
@@ -303,9 +303,21 @@ def test_released_memory_is_not_written_again(layers):
     stream.release()
     stream.gpu.synchronize()
     gc.collect()
-    assert ring() is None or stream._ring is None
+    assert ring() is None
+    stream.fit(stream.device, stream.size)
     assert call(stream, layers[0]) is not None
     stream.gpu.synchronize()
+    stream.fit(stream.device, 2 * stream.size)
+    assert stream._ring is None
+    assert call(stream, layers[0]) is not None and stream._ring.nbytes == stream.size
+    stream.gpu.synchronize()
+
+
+def test_a_traced_layer_copies_its_parameters_itself(layers):
+    streamed(layers)
+    layer = layers[0]
+    traced = torch.compile(lambda x: x + (1 if layer.streamed.at(layer._parameters, x) is None else 2), backend="eager", fullgraph=True)
+    assert traced(X) == 1
 
 
 # --- host memory -----------------------------------------------------------------------------------------------------
@@ -387,8 +399,8 @@ def test_streamed_layers_compute_the_same_bits():
     expected = [layer(x) for layer, x in zip(layers, inputs)]  # each call copies the parameters
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
-    stream = WeightStream(device, page_lock, page_unlock)
-    stream.size = ring_bytes(layers)
+    stream = WeightStream(page_lock, page_unlock)
+    stream.fit(device, ring_bytes(layers))
     assert all(map(stream.pin, layers))
     busy, dice = torch.randn(4096, 4096, device=device), random.Random(0)
     for _ in range(30):
