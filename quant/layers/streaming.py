@@ -125,7 +125,7 @@ class WeightStream:
         self._empty()
 
     def __reduce__(self):
-        return type(None), ()
+        return WeightStream, (self._pin, self._unpin)  # a copy of the model has a ring of its own
 
     def _empty(self):
         self._ring = self._compute = self._copies = self._last = None

@@ -374,6 +374,8 @@ def test_a_copy_of_a_layer_is_not_streamed():
     for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert made.streamed is None and torch.equal(made.weight, layer.weight)
     assert layer.streamed is not None and stream.pinned
+    made = copy.deepcopy(WeightStream(page_lock, page_unlock))
+    assert made._ring is None and made._pin is page_lock and made.gpu is torch.cuda
 
 
 # --- a GPU ---------------------------------------------------------------------------------------------------------
