@@ -1,4 +1,4 @@
-"""ComfyUI-SVDQuant: FLUX.1 in 4 bits. The entry point that ComfyUI imports; it registers the nodes, nothing else."""
+"""ComfyUI-SVDQuant: FLUX.1 and Chroma in 4 bits. The entry point that ComfyUI imports; it registers the nodes, nothing else."""
 
 WEB_DIRECTORY = "web"
 

@@ -1,12 +1,12 @@
 """Time to load and to convert a full-size file, against the time to read it:  python benchmarks/files.py --comfyui ~/ComfyUI
 
 The script writes a random FLUX.1-dev in 4 bits (this pack's layout; Nunchaku's INT4 and NVFP4) and measures each time in a new process.
-`cold`: the file is not in the system's page cache; `warm`: all of it is, the median of three. "read in blocks" reads the file through
-one buffer of 1 MiB; "safetensors" reads it tensor by tensor with safetensors' get_tensor, into new memory; "by tensor" does so with this
-pack's reader, which is the least work of a loader here. A virtual machine may have returned idle memory to its host, and its first use
-then takes several times as long. So before each measurement the process allocates and frees as much memory as the file's size. Memory is
-the process's private memory above its value before, at its peak and at the end. Linux only; needs four times the file's size on the disk,
-and twice in memory. Prints the tables, writes benchmarks/results/files_<processor>.json, and removes its files.
+`cold`: the file is not in the system's page cache; `warm`: all of it is, and the time is the median of three. "read in blocks" reads the
+file through one buffer of 1 MiB; "safetensors" reads it tensor by tensor with safetensors' get_tensor, into new memory; "by tensor" does
+so with this pack's reader, which is the least that a loader can do here. A virtual machine may have returned idle memory to its host, and
+the first use of that memory takes several times as long. So before each measurement the process allocates and frees as much memory as the
+file's size. Memory is the increase of the process's private memory, at its peak and at the end. Linux only; needs four times the file's
+size on the disk, and twice in memory. Prints the tables, writes benchmarks/results/files_<processor>.json, and removes its files.
 """
 
 import argparse
@@ -165,23 +165,23 @@ class Peak:
         return (self.highest - self.before) / 1e9
 
 
-def have_at_hand(count):
-    """Allocate this many bytes and free them, so that the system has them ready."""
+def touch_memory(count):
+    """Allocate this many bytes and free them, so that the virtual machine holds that much memory."""
     np.empty(count, np.uint8)[::4096] = 0
 
 
 def timed(run, path):
-    """{"cold_s", "warm_s", "peak_gb", "end_gb"} of run(), whose result is memory that it needs."""
-    cold, *warm = (in_a_copy(once, run, path, cold) for cold in (True, *[False] * WARM_TIMES))
+    """{"cold_s", "warm_s", "peak_gb", "end_gb"} of run(). Its result counts towards the memory at the end."""
+    cold, *warm = (in_fork(once, run, path, cold) for cold in (True, *[False] * WARM_TIMES))
     return {"cold_s": cold["s"], "warm_s": statistics.median(row["s"] for row in warm)} | {key: cold[key] for key in ("peak_gb", "end_gb")}
 
 
 def once(run, path, cold):
-    have_at_hand(os.path.getsize(path))
+    touch_memory(os.path.getsize(path))
     if cold:
         drop(path)
     else:
-        read_in_blocks(path)  # now the whole file is in the page cache, if memory suffices
+        read_in_blocks(path)  # puts the whole file into the page cache, if memory suffices
     with Peak() as peak:
         start = time.perf_counter()
         result = run()
@@ -191,7 +191,7 @@ def once(run, path, cold):
     return {"s": seconds, "peak_gb": peak.gb, "end_gb": end / 1e9}
 
 
-def in_a_copy(function, *args):
+def in_fork(function, *args):
     """function(*args) in a fork of this process, which has imported everything already."""
     context = multiprocessing.get_context("fork")
     there, here = context.Pipe(duplex=False)
@@ -264,7 +264,7 @@ def converting(source, target, to):
         return {"s": time.perf_counter() - start, "peak_gb": peak.gb}
 
 
-def apart(function, *args):
+def in_new_process(function, *args):
     """function(*args) in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
@@ -277,14 +277,14 @@ def measure(folder, gb, rank, comfyui):
     write_native(native, gb, rank)
     conversions = {}
     for name, source, target, to in (("native to nunchaku", native, int4, "nunchaku"), ("nunchaku to native", int4, back, "native")):
-        conversions[name] = apart(converting, source, target, to)
+        conversions[name] = in_new_process(converting, source, target, to)
         print(f"{name}: {conversions[name]}", flush=True)
     os.remove(back)
     write_nvfp4(nvfp4, int4)
     read, loads = {}, {}
     paths = {"ours": native, "Nunchaku INT4": int4, "Nunchaku NVFP4": nvfp4}
     for name, path in paths.items():
-        read[name], loads[name] = apart(reading, path), apart(loading, path, comfyui)
+        read[name], loads[name] = in_new_process(reading, path), in_new_process(loading, path, comfyui)
         print(f"{name}: {read[name]} {loads[name]}", flush=True)
     files = {name: os.path.getsize(path) / 1e9 for name, path in paths.items()}
     return {"files": files, "reading": read, "loading": loads, "converting": conversions}

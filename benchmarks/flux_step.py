@@ -20,7 +20,7 @@ DEV = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 30
 def new_flux(operations, device):
     from comfy.ldm.flux.model import Flux, FluxParams
 
-    # Newer ComfyUIs ask which of the text's position axes count; for FLUX.1 none does.
+    # Newer ComfyUIs also ask for the position axes that count for the text; FLUX.1 has none.
     newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     return Flux(dtype=torch.bfloat16, device=device, operations=operations, **DEV, **newer)
 
@@ -62,20 +62,24 @@ def packed_flux(rank):
     return flux
 
 
+def inputs():
+    """The inputs of a forward at 1024 x 1024, batch 1."""
+    return {"x": torch.randn(1, 16, 128, 128, device="cuda").bfloat16(), "timestep": torch.full((1,), 0.5, device="cuda").bfloat16(),
+            "context": torch.randn(1, 512, 4096, device="cuda").bfloat16(), "y": torch.randn(1, 768, device="cuda").bfloat16(),
+            "guidance": torch.full((1,), 3.5, device="cuda").bfloat16()}
+
+
 def measure(make, repeats=8):
     """{"ms": median of a forward, "first_s", "weights_gb", "peak_gb"}"""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    flux = make()
-    inputs = {"x": torch.randn(1, 16, 128, 128, device="cuda").bfloat16(), "timestep": torch.full((1,), 0.5, device="cuda").bfloat16(),
-              "context": torch.randn(1, 512, 4096, device="cuda").bfloat16(), "y": torch.randn(1, 768, device="cuda").bfloat16(),
-              "guidance": torch.full((1,), 3.5, device="cuda").bfloat16()}
+    flux, kwargs = make(), inputs()
     times = []
     for _ in range(repeats + 1):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        flux(**inputs)
+        flux(**kwargs)
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))

@@ -1,4 +1,4 @@
-"""Output error of quantized linears on fresh tokens, for this pack's recipe and others:  python benchmarks/layer_error.py
+"""Output error of quantized linears on held-out tokens, for this pack's recipe and others:  python benchmarks/layer_error.py
 
 Prints a table and writes benchmarks/results/layer_error_k<k>.json. --k 3072 --n 3072 and --k 12288 --n 3072 are FLUX.1's widths
 and need a GPU. --knobs measures the effect of each setting of this pack's recipe instead, into knobs_k<k>.json.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from machine import ROOT, commit, load_pack
 
-BASE = "best"  # preset of the knobs' default row, with --rank and all --tokens
+BASE = "best"  # the knobs' default row: this preset with --rank and all --tokens
 KNOB_RANKS = (16, 64, 128, 256)
 KNOB_TOKENS = (0.25, 0.5, 1, 2, 4)  # calibration tokens per input channel
 KNOB_PRESETS = ("data-free", "fast", "slow")
@@ -37,7 +37,7 @@ def measured(layer, name, recipe, rank, recipes):
 
 
 def recipe_runs(_args, recipes):
-    """[(name, recipe, rank or None for the argument's, calibration tokens or None for all)]"""
+    """[(name, recipe, rank or None for --rank, calibration tokens or None for all)]"""
     return [(name, recipe, None, None) for name, recipe in recipes.RECIPES.items()]
 
 
@@ -57,7 +57,7 @@ def measure(args, runs, layers, recipes):
         for seed in range(args.seeds):
             layer = layers.make(kind, args.k, args.n, args.tokens, args.mild, seed, args.device)
             for name, recipe, rank, tokens in runs:
-                seen = layer if tokens is None else replace(layer, calibration=recipes.spread_rows(layer.calibration, tokens))
+                seen = layer if tokens is None else replace(layer, calibration=recipes.evenly_spaced_rows(layer.calibration, tokens))
                 result = measured(seen, name, recipe, rank or args.rank, recipes)
                 for key in ("errors", "errors_w4a8"):
                     found[name][key].setdefault(kind, []).append(result[key])

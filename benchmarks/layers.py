@@ -1,12 +1,12 @@
-"""Synthetic FLUX-like linears: four kinds of layers with the statistics of the transformer's.
+"""Synthetic FLUX-like linears: four kinds of layers with statistics like those of the transformer's.
 
-adaln    normalised and modulated by the timestep, eight static outlier channels of 6 to 25 times the rest
+adaln    normalized inputs, modulated by the timestep, with eight static outlier channels 6 to 25 times as large as the others
 txt      stronger outliers (8 to 40 times), and massive activations on one token in 64
-attnout  attention's output: few, mild outliers (3 to 8 times)
-gelu     a GELU's output: never below -0.17, mostly small
+attnout  the output of attention, with few, mild outliers (3 to 8 times)
+gelu     the output of a GELU: never below -0.17, mostly small
 
-Channels are correlated with a falling spectrum; weights are Gaussian plus Student-t plus a planted low-rank part. `mild` has
-outliers an eighth as strong and less of the planted part, which is closer to published figures of the real FLUX.
+Channels are correlated with a falling spectrum; weights are Gaussian plus Student-t plus a planted low-rank part. With `mild`, outliers
+are an eighth as strong and the planted part is smaller, which is closer to published figures of the real FLUX.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 
 KINDS = ("adaln", "txt", "attnout", "gelu")
-OUTLIERS = {"adaln": (8, 6, 25), "txt": (8, 8, 40), "attnout": (6, 3, 8), "gelu": (0, 1, 1)}  # count, from, to
+OUTLIERS = {"adaln": (8, 6, 25), "txt": (8, 8, 40), "attnout": (6, 3, 8), "gelu": (0, 1, 1)}  # number, least and largest gain
 CALIBRATION_TIMES = (0.05, 0.3, 0.55, 0.8)
 HELD_OUT_TIMES = (0.15, 0.45, 0.7, 0.95)
 
 
 @dataclass(eq=False)  # hashable, so that a recipe can cache its results for a layer
 class Layer:
-    """weight: (N, K); calibration, held_out: (M, K) inputs; unsigned: whether they are a GELU's outputs. All float32."""
+    """weight: (N, K); calibration, held_out: (M, K) inputs; unsigned: whether the inputs are a GELU's outputs. All float32."""
 
     kind: str
     weight: torch.Tensor
@@ -31,7 +31,7 @@ class Layer:
 
 
 def make(kind, k=1024, n=1024, tokens=8192, mild=False, seed=0, device="cpu"):
-    """One Layer; half as many held-out tokens as calibration tokens, at other timesteps."""
+    """One Layer. It has half as many held-out tokens as calibration tokens, at other timesteps."""
     g = torch.Generator(device).manual_seed(1000 * seed + KINDS.index(kind))
 
     def randn(*shape):

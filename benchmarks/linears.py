@@ -118,7 +118,7 @@ def comfy_kitchen(name, m, k, n, x, rank):
 
 
 def measure(name, ranks):
-    """{name: microseconds}, the better of two rounds, because a GPU's clock varies under load and the later measurement would be slower."""
+    """{name: microseconds}, the smaller of two rounds in opposite order, because a GPU's clock falls under load."""
     m, k, n = SHAPES[name]
     x = rotating(lambda: torch.randn(m, k, device="cuda").bfloat16(), 2 * m * k)
     runs = {("bf16",): lambda: (bf16(m, k, n, x),)}

@@ -38,7 +38,7 @@ def description():
 
 def recorded(run, calls, stream=None):
     """A CUDA graph of `calls` run()s, captured on `stream` (torch.cuda.graph's own if None). Raises RuntimeError if they launch nothing,
-    since the replays would seem to take no time."""
+    because replays of an empty graph would seem to take no time."""
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -55,7 +55,7 @@ def recorded(run, calls, stream=None):
 def graph_time(run, calls=10, repeats=9):
     """Microseconds of one run() on the GPU, the median of `repeats` replays of a CUDA graph of `calls` of them.
 
-    run should rotate among so many buffers that they don't stay in the L2 cache, unless they do in a model. Raises RuntimeError if it
+    run should rotate among enough buffers to exceed the L2 cache, unless a model's data would stay in it. Raises RuntimeError if it
     launches nothing.
     """
     stream = torch.cuda.Stream()

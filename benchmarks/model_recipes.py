@@ -1,8 +1,9 @@
 """Recipes for a whole FLUX: every W4A4 layer is quantized on its real inputs; this pack's presets quantize the modulation layers to W4A16.
 
-The other recipes come from recipes.py. They get the layers that SVDQuant publishes. linear2 is two layers, one for the attention and one
-for the GELU, each with its own smoothing and branch. linear1 has two branches there, for qkv and for the MLP; here one branch of twice
-the rank replaces them, whose error is at most as large. This pack's recipe is the node's: one branch of twice the rank for each of the two.
+The other recipes come from recipes.py. They quantize the layers as published SVDQuant files have them. linear2 is two layers, one for the
+attention and one for the GELU, each with its own smoothing and branch. linear1 has two branches in those files, for qkv and for the MLP;
+here one branch of twice the rank replaces them, and its error is at most as large. This pack's recipe is the node's: one branch of twice
+the rank for linear1, and one for linear2.
 """
 
 import time
@@ -54,7 +55,7 @@ def parts(name, weight, inputs, unsigned_from):
 
 
 def joined(packed):
-    """Join the packed tensors of a layer's parts along K. Each part's branch reads only the part's columns."""
+    """The packed tensors of a layer's parts, joined along K. Each part's branch reads only the part's columns."""
     return {"weight": torch.cat([part["weight"] for part in packed], dim=1),
             "weight_scale": torch.cat([part["weight_scale"] for part in packed]),
             "weight_smooth_factor": torch.cat([part["weight_smooth_factor"] for part in packed]),
@@ -71,14 +72,14 @@ def packed_layer(made, bias, dtype):
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
-def by_recipes(chosen, patcher, inputs, rank, around=("naive",), narrow=False):
+def by_recipes(chosen, patcher, inputs, rank, rest=("naive",), narrow=False):
     """[(quantized model, seconds)], one for each recipe(Layer, rank) of `chosen`, which quantize the W4A4 layers of the MODEL.
 
-    inputs: from layer_inputs; around: the preset that quantizes the other layers, and its calibration inputs; narrow: the branches of
+    inputs: from layer_inputs; rest: the preset that quantizes the other layers, and its calibration inputs; narrow: the branches of
     single blocks' layers are half as wide. For each part, the recipes run one after the other, so that each can use the results of the
     previous one.
     """
-    preset, *calibration_inputs = around
+    preset, *calibration_inputs = rest
     settings = presets.make_recipe(preset, rank), *(calibration_inputs or (None, None, 1)), 0
     quantized_models = [quantize.quantize(patcher, *settings, Silent())[0] for _ in chosen]
     seconds = [0.0] * len(chosen)
@@ -101,7 +102,7 @@ def by_recipes(chosen, patcher, inputs, rank, around=("naive",), narrow=False):
 
 
 def put(quantized_model, name, tensors):
-    """Replace a layer of a quantized model by these packed tensors. The rank is the width of weight_proj_up."""
+    """Replace a layer of a quantized model by one with these packed tensors. Its rank is the width of weight_proj_up."""
     model = quantized_model.model.diffusion_model
     build.swap(model, name, replace(model.get_submodule(name).spec, rank=tensors["weight_proj_up"].shape[1]))
     on_host = {key: tensor.to(quantized_model.offload_device) for key, tensor in tensors.items()}

@@ -17,7 +17,7 @@ import time
 import torch
 from machine import description, load_pack
 
-# (M, N, K, unsigned_from, gelu_from): a step's linears in the model's order; modulation layers are apart.
+# (M, N, K, unsigned_from, gelu_from) of a step's linears in the model's order. The modulation layers are listed separately.
 FLUX = [(4096, 9216, 3072, 3072, None), (512, 9216, 3072, 3072, None), (4096, 3072, 3072, 3072, None), (4096, 12288, 3072, 3072, 0),
         (4096, 3072, 12288, 0, None), (512, 3072, 3072, 3072, None), (512, 12288, 3072, 3072, 0), (512, 3072, 12288, 0, None),
         (4608, 21504, 3072, 3072, 9216), (4608, 3072, 15360, 3072, None)]
@@ -36,7 +36,7 @@ def layer(spec):
 
 
 def microseconds(run, calls=200, repeats=5):
-    """The least time of `repeats` runs of `calls` calls each. No call waits for the GPU."""
+    """Microseconds per call: the least of `repeats` runs of `calls` calls each. No call waits for the GPU."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()

@@ -18,7 +18,7 @@ def psnr(pictures, exact):
 def ssim(pictures, exact):
     """(n,) structural similarity of n pictures (n, c, h, w) in [0, 1], at least 11 wide and high: Wang et al. 2004, Gaussian
     window of 11 x 11 with deviation 1.5, mean over channels and over the positions where the window fits."""
-    pictures, exact = pictures.double(), exact.double()  # a flat window's variance is a small difference of large numbers
+    pictures, exact = pictures.double(), exact.double()  # in a flat window, the variance is a small difference of large numbers
     taps = torch.arange(WINDOW, dtype=torch.float64, device=exact.device) - WINDOW // 2
     gauss = torch.exp(-taps.square() / (2 * SIGMA**2))
     gauss = gauss / gauss.sum()

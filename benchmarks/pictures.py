@@ -34,7 +34,7 @@ MOST_CALIBRATION = 16  # calibration prompts, from which no picture is drawn
 BASE, OURS = "DeepCompressor default", "ours: best"
 GPTQ, NARROW, MODULATED = "DeepCompressor + GPTQ", ", single blocks' branches half as wide", ", modulation layers as ours"
 FLOOR = ("bf16, another attention kernel", "bf16, batches an eighth as large", "bf16, other arithmetic")
-EQUAL = 119  # dB: pictures with more are equal, since PSNR is bounded
+EQUAL = 119  # dB; pictures above it are equal, since picture_metrics bounds the PSNR at 120
 BITS = {"w4a4": 4, "w4a8": 8}
 # tokens: tokens per input channel of a layer for GPTQ and the refit; propagate: the earlier blocks' outputs on which a block is calibrated
 KNOBS = {"preset": ("data-free", "fast", "best", "slow"), "rank": (16, 32, 64, 128), "prompts": (1, 2, 4, 8, 16),
@@ -82,10 +82,10 @@ class Studio:
         self.patcher = loader.load_model(str(self.files / "tiny_flux.safetensors"), dtype)
         self.vae = train.load_vae(str(self.files / "tiny_vae.safetensors"), self.device)
         self.latents = self.draw(self.patcher)
-        self.pictures = self.develop(self.latents)
+        self.pictures = self.decode(self.latents)
 
     def draw(self, patcher, batch=None):
-        """(n, 16, SIDE, SIDE) latents as FLUX sees them, one per caption, `batch` at a time."""
+        """(n, 16, SIDE, SIDE) latents in FLUX's scale, one per caption, drawn `batch` at a time."""
         import comfy.sample
 
         from tiny_flux import words
@@ -100,7 +100,7 @@ class Studio:
                                                disable_pbar=True, seed=0))
         return self.patcher.model.process_latent_in(torch.cat(latents).float())
 
-    def develop(self, latents):
+    def decode(self, latents):
         """(n, 3, 192, 192) in [0, 1]."""
         from tiny_flux import train
 
@@ -108,11 +108,11 @@ class Studio:
 
     def compare(self, latents):
         """{"psnr", "ssim", "latent_error": [value of each picture]} against bf16."""
-        pictures = self.develop(latents)
+        pictures = self.decode(latents)
         return {"psnr": psnr(pictures, self.pictures).tolist(), "ssim": ssim(pictures, self.pictures).tolist(),
                 "latent_error": latent_error(latents, self.latents).tolist()}
 
-    def judge(self, quantized_model, by_kernels=False):
+    def evaluate(self, quantized_model, by_kernels=False):
         """{"w4a4", "w4a8": compare(...)} of a 4-bit model."""
         from comfyui_svdquant.quant.layers.preparation import set_act_bits
 
@@ -144,11 +144,11 @@ def by_definition():
         ops.on_gpu = on_gpu
 
 
-# --- rows: each makes {name: result} --------------------------------------------------------------------------------
+# --- rows: each function returns {name: result} --------------------------------------------------------------------------------
 
 
 def noise_floor(studio, *names):
-    """bf16 against bf16 computed differently: with another attention kernel, smaller batches or another arithmetic."""
+    """The same bf16 model computed differently: with another attention kernel, smaller batches or another arithmetic."""
     from comfy.ldm.modules import attention
     from comfyui_svdquant.quant.host import loader, weights
 
@@ -177,20 +177,20 @@ def others(studio, *names, narrow=False, modulated=False):
     inputs, seconds = model_recipes.timed(lambda: model_recipes.layer_inputs(studio.patcher, calibrate.record_trajectory(
         studio.patcher, entries, latent, args.calibration_steps, 0, model_recipes.Silent())))
     chosen = [recipes.OTHERS[name] for name in plain]
-    around = ("best", entries, latent, args.calibration_steps) if modulated else ("naive",)
-    made = model_recipes.by_recipes(chosen, studio.patcher, inputs, args.rank, around, narrow)
+    rest = ("best", entries, latent, args.calibration_steps) if modulated else ("naive",)
+    made = model_recipes.by_recipes(chosen, studio.patcher, inputs, args.rank, rest, narrow)
     for name, recipe, (quantized_model, took) in zip(names, plain, made):
         seconds += took
         cost = {"seconds": seconds, "megabytes": model_recipes.megabytes(quantized_model)}
         with recipes.activations(recipe):
-            rows[name] = cost | studio.judge(quantized_model)
+            rows[name] = cost | studio.evaluate(quantized_model)
         if name == BASE:
-            rows[BASE + recipes.OUR_CODES] = cost | studio.judge(quantized_model)
+            rows[BASE + recipes.OUR_CODES] = cost | studio.evaluate(quantized_model)
     return rows
 
 
 def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, exceptions="", **changes):
-    """A row of the node's recipe, or with `changes` to its fields. With CUDA, `OURS` also runs through the kernels."""
+    """A row of the node's recipe, with `changes` to its fields. With CUDA, `OURS` also runs through the kernels."""
     import model_recipes
     from comfyui_svdquant.quant.host import quantize
     from comfyui_svdquant.quant.quantizer import presets
@@ -201,9 +201,9 @@ def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, excep
     (quantized_model, _), seconds = model_recipes.timed(quantize.quantize, studio.patcher, recipe, entries, latent,
                                              steps or args.calibration_steps, 0, model_recipes.Silent())
     cost = {"seconds": seconds, "megabytes": model_recipes.megabytes(quantized_model)}
-    rows = {name: cost | studio.judge(quantized_model)}
+    rows = {name: cost | studio.evaluate(quantized_model)}
     if name == OURS and studio.device.type == "cuda":
-        rows[f"{OURS}, by the kernels"] = cost | studio.judge(quantized_model, by_kernels=True)
+        rows[f"{OURS}, by the kernels"] = cost | studio.evaluate(quantized_model, by_kernels=True)
     return rows
 
 
@@ -218,7 +218,7 @@ def recipe_jobs(args):
 
 
 def knob_jobs(args):
-    """[(function, row names, settings)] of the knobs, one changed at a time; the row of the defaults belongs to all."""
+    """[(function, row names, settings)] of the knobs, one changed at a time; the row of the defaults belongs to every knob."""
     from comfyui_svdquant.quant.quantizer.calibration import TOKENS_PER_INPUT
 
     usual = {"rank": args.rank, "prompts": args.calibration_prompts, "steps": args.calibration_steps, "tokens": TOKENS_PER_INPUT,
@@ -254,7 +254,7 @@ def work(job):
 
 
 def rows_of(args, jobs):
-    """Yield {name: result} as the jobs end, args.jobs at a time."""
+    """Yield {name: result} of each job when it ends; args.jobs of them run at a time."""
     if args.jobs == 1:
         work.args = args
         yield from map(work, jobs)
@@ -271,8 +271,8 @@ def mean(values):
 
 def gain(found, name, base, bits=("w4a4", "w4a4")):
     """The mean difference in dB of two rows over the pictures, and its 95 % interval, as text. bits: of the row and of the base."""
-    apart = [a - b for a, b in zip(found[name][bits[0]]["psnr"], found[base][bits[1]]["psnr"])]
-    return "{:+.2f} ({:+.2f} to {:+.2f})".format(mean(apart), *interval(apart))
+    differences = [a - b for a, b in zip(found[name][bits[0]]["psnr"], found[base][bits[1]]["psnr"])]
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(mean(differences), *interval(differences))
 
 
 def in_order(found):
@@ -300,8 +300,8 @@ def cell(found, name, key, measure, base):
 
 
 def table(found):
-    """The results as Markdown: means over the pictures, and the interval of the difference to DeepCompressor's default at W4A4, or for
-    knobs to the defaults."""
+    """The results as Markdown: means over the pictures, and the interval of the difference from DeepCompressor's default at W4A4, or, for
+    knobs, from the defaults."""
     knobs = any(name.rpartition(" ")[0] in KNOBS for name in found)
     base = "defaults" if knobs else BASE
     columns = ([("w4a4", "psnr"), ("w4a4", "gain"), ("w4a4", "latent_error"), ("w4a8", "psnr")] if knobs else

@@ -24,7 +24,7 @@ import torch
 from flux_step import DEV, random_
 from machine import ROOT, description, load_pack
 
-CONTEXT_BYTES = 5e8  # GPU memory that CUDA itself uses and PyTorch's limit does not count
+CONTEXT_BYTES = 5e8  # GPU memory that CUDA itself uses, which PyTorch's limit does not count
 BLOCKS = {"double": DEV["depth"], "single": DEV["depth_single_blocks"]}
 
 
@@ -133,8 +133,7 @@ def context_exit(entered):
 
 
 class HostMemory:
-    """The largest resident set of this process in each stage, above its size after the model and the conditioning were made. It is
-    sampled 20 times a second.
+    """The largest resident set of this process in each stage, above its size before the run. It is sampled 20 times a second.
 
     peaks: {label: (bytes above the start, of which bytes mapped from files, such as libraries' code)}
     """
@@ -190,7 +189,7 @@ class Progress:
 
 
 def enter_comfyui(folder, vram_gb):
-    """Import ComfyUI with the options of a user who has that much GPU memory."""
+    """Import ComfyUI, and limit it and PyTorch to this much GPU memory."""
     options = ["main.py"]
     if not torch.cuda.is_available():
         options += ["--cpu"]
@@ -220,7 +219,7 @@ def new_model(hidden, depth, depth_single):
     from comfy.ldm.flux.model import FluxParams
     from comfyui_svdquant.quant.host import build
 
-    # Newer ComfyUIs ask which of the text's position axes count; for FLUX.1 none does.
+    # Newer ComfyUIs also ask for the position axes that count for the text; FLUX.1 has none.
     newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     config = {"image_model": "flux", **DEV, "hidden_size": hidden, "num_heads": hidden // 128, "depth": depth,
               "depth_single_blocks": depth_single, **newer}

@@ -1,6 +1,6 @@
-"""Other people's recipes, written from their formulas, on the same building blocks: what ours is measured against.
+"""Published recipes, implemented from their formulas on this pack's building blocks, and this pack's own recipe.
 
-Each takes a Layer and a rank and returns the packed tensors of an SVDQuant layer (parameter name -> tensor).
+Each takes a Layer and a rank, and returns {parameter name: tensor} of a packed SVDQuant layer.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -19,13 +19,13 @@ DTYPE = torch.bfloat16
 DEEPCOMPRESSOR_GRID = [(0.0, 0.0), *((i / 20, b) for i in range(1, 20) for b in (0.0, 1 - i / 20))]  # (alpha, beta), 39 pairs
 DEEPCOMPRESSOR_ROUNDS = 100
 DEEPCOMPRESSOR_DAMPING = 0.01
-DEEPCOMPRESSOR_TOKENS = 8192  # on which outputs are compared
-OUR_CODES = ", activations to -8"  # of a recipe that is not ours, made as published but measured with our activations
+DEEPCOMPRESSOR_TOKENS = 8192  # on which the outputs are compared
+OUR_CODES = ", activations to -8"  # in a row's name: a published recipe, measured with this pack's activation codes
 
 
 @contextmanager
 def published_activations():
-    """Within it, 4-bit activations have the codes -7..7 that SVDQuant publishes, for recipes that are others'."""
+    """A context in which 4-bit activations have the codes -7..7 of published SVDQuant, for the published recipes."""
     with mock.patch.object(reference, "activation_scales", reference.symmetric_scales):
         yield
 
@@ -35,7 +35,7 @@ def spec_of(layer, rank):
     return layout.svdquant_spec(k, n, rank, 0 if layer.unsigned else k, True, DTYPE)
 
 
-def spread_rows(x, most):
+def evenly_spaced_rows(x, most):
     """At most `most` evenly spaced rows of x."""
     return x[smoothing.evenly_spaced_indices(len(x), most).to(x.device)]
 
@@ -52,7 +52,7 @@ def error(layer, tensors, spec, act_bits=4):
 
 
 def pack(spec, smooth, up, down, codes, scales):
-    """The stored layer: branch on the raw x, the bias is the GELU shift correction alone."""
+    """{parameter name: tensor} as stored: the branch reads the raw x, and the bias is only the GELU shift correction."""
     tensors = {"weight": int4.pack(codes), "weight_scale": scales, "weight_smooth_factor": smooth,
                "weight_proj_up": up.to(DTYPE), "weight_proj_down": (down / smooth.float().unsqueeze(-1)).to(DTYPE)}
     bias = torch.zeros(spec.out_features, device=codes.device)
@@ -60,7 +60,7 @@ def pack(spec, smooth, up, down, codes, scales):
 
 
 def one_shot(layer, spec, factor):
-    """SVD of the smoothed weight, round the rest to nearest with absmax scales."""
+    """The branch is an SVD of the smoothed weight; the residual is rounded to nearest with absmax scales."""
     smooth = factor.to(DTYPE)
     smoothed = layer.weight * smooth.float()
     up, down = lowrank.low_rank(smoothed, spec.rank)
@@ -92,10 +92,10 @@ def svdquant_one_shot(layer, rank):
 @lru_cache(maxsize=1)
 @published_activations()
 def deepcompressor_state(layer, rank):
-    """DeepCompressor's default up to the rounding: 39-pair smoothing search with the branch inside, by output error; then
-    branch and rounding alternated up to 100 times, until the output error first rises."""
+    """DeepCompressor's default recipe before packing. A search over 39 smoothing factors, each with its branch, minimizes the output error.
+    Then branch and rounding alternate up to 100 times, until the output error first rises. Returns spec, smooth and the best round."""
     spec = spec_of(layer, rank)
-    x = spread_rows(layer.calibration, DEEPCOMPRESSOR_TOKENS)
+    x = evenly_spaced_rows(layer.calibration, DEEPCOMPRESSOR_TOKENS)
     exact = x @ layer.weight.t()
     factors = [power_smoothing(layer, a, b) for a, b in DEEPCOMPRESSOR_GRID]
     found = min(factors, key=lambda f: relative_error(output(x, one_shot(layer, spec, f), spec), exact))
@@ -120,7 +120,7 @@ def deepcompressor(layer, rank):
 
 
 def deepcompressor_gptq(layer, rank):
-    """The same with GPTQ on the residual, damping 1 %. Its time is what GPTQ adds, where the default ran before."""
+    """The default with GPTQ on the residual, damping 1 %. If the default ran just before, this takes only the time of GPTQ."""
     spec, smooth, (up, down, _, scales, residual) = deepcompressor_state(layer, rank)
     x = layer.calibration / smooth.float()
     cholesky = gptq.damped_cholesky(x.t() @ x / len(x), DEEPCOMPRESSOR_DAMPING)
@@ -128,7 +128,7 @@ def deepcompressor_gptq(layer, rank):
 
 
 def ours(preset, **changes):
-    """Our pipeline as the node runs it; `changes` replace fields of the recipe."""
+    """This pack's pipeline as the node runs it. `changes` replace fields of the recipe."""
 
     def run(layer, rank):
         spec, stats = spec_of(layer, rank), InputStats(1, with_gram=True)
@@ -158,5 +158,5 @@ RECIPES = OTHERS | {
 
 
 def activations(name):
-    """The context in which the layers of a recipe or a row are measured: the activations that go with them."""
+    """The context in which the layers of a recipe or row are measured, with the activation codes that belong to it."""
     return published_activations() if name in OTHERS else nullcontext()

@@ -11,6 +11,7 @@ import torch
 from . import awq, gemm_mma, gemm_wgmma, quantize_activation
 from .activation_layout import CodeStorage
 from .int4 import GROUP_SIZE
+from .operands import NO_LORA, LoRASizes
 
 OUTPUTS = 16       # the kernels compute outputs in multiples of this
 RANKS = 16         # the kernels compute ranks of the LoRA branch in multiples of this
@@ -29,6 +30,7 @@ class Layer(NamedTuple):
     act_bits: int               # 4 or 8 for an SVDQuant layer, or W4A16
     dtype: torch.dtype          # dtype of x and of the layer's floats
     gelu_from: Optional[int] = None  # as in LayerOperands
+    lora: LoRASizes = NO_LORA
 
 
 class MLP(NamedTuple):
@@ -45,7 +47,7 @@ class LinearKernels(NamedTuple):
     plans: tuple               # of quantize_activation.Plan, the fastest first; the first one that fits on the GPU runs
     wgmma: bool                # True: gemm_wgmma computes the GEMM; False: gemm_mma does
     tile: object               # a key of gemm_wgmma.STAGES, or a gemm_mma.Tile
-    rank: int                  # ranks that the kernels compute: the layer's, padded to 16, or 0 where cuBLAS adds the branch after the GEMM
+    rank: int                  # the layer's ranks, padded to 16
     gelu_from: Optional[int]   # as the GEMM takes it; None also where PyTorch applies GELU after the GEMM
     whole: bool                # the two launches compute the whole layer, from its operands as they are
 
@@ -76,19 +78,17 @@ def choose(layer, target, sms):
 
 
 def _choose_linear(layer, target, sms):
-    m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from = layer
+    m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora = layer
     storage = code_storage(act_bits, target)
     wgmma = storage == CodeStorage.INT8 and target.wgmma and gemm_wgmma.takes(k, unsigned_from)
     ranks = rank + -rank % RANKS
-    if wgmma and ranks > gemm_wgmma.MAX_RANK:
-        ranks, gelu_from = 0, None  # cuBLAS adds the branch after the GEMM, and GELU follows the branch
-    elif gelu_from is not None and gelu_from % GELU_COLUMNS:
+    if gelu_from is not None and gelu_from % GELU_COLUMNS:
         gelu_from = None
     if wgmma:
         tile = gemm_wgmma.fastest_tile(m, n, k, sms, unsigned_from)
     else:
         tile = gemm_mma.fastest_tile(gemm_mma.tiles_of(target), sms, m, n)
-    plans = quantize_activation.plans_for(m, k, ranks, storage, target, sms)
+    plans = quantize_activation.plans_for(m, k, ranks, storage, target, sms, fused=not lora.ranks or dtype == torch.bfloat16)
     whole = dtype in target.dtypes and ranks == rank and gelu_from == layer.gelu_from
     return LinearKernels(storage, plans, wgmma, tile, ranks, gelu_from, whole)
 

@@ -11,6 +11,7 @@ import torch
 from . import kernel_loader, runtime, targets
 from .activation_layout import BLOCK, ROWS, CodeStorage, padded
 from .int4 import GROUP_SIZE
+from .operands import NO_LORA
 
 SOURCE, ENTRY = "gemm_mma.cu", "gemm"
 MAX_WEIGHTS = 1 << 33  # weights of a layer: the kernel's offsets in the packed weight are 32-bit
@@ -94,16 +95,18 @@ def fastest_tile(tiles, sms, m, n):
     return min(tiles, key=time)
 
 
-def defines_of(storage, tile, target, dtype, turing=None, gelu=False, next_ranks=None):
+def defines_of(storage, tile, target, dtype, turing=None, gelu=False, next_ranks=None, lora=False):
     """The definitions of one compiled kernel.
 
     turing: True or False sets whether the kernel prefetches through registers, for tests; None: the GPU's own way.
     next_ranks: the next layer's rank, padded to 32, if the kernel ends with the next layer's codes (mlp.py).
+    lora: whether the kernel also takes LoRAs' ranks.
     """
     stages = 2 if turing else tile.stages(storage, target)
     shared = tile.shared_bytes(storage, stages, next_ranks)
     defines = (("CODES", int(storage)), ("HALF", int(dtype == torch.float16)), ("ROW_WARPS", tile.row_warps),
-               ("TOKEN_WARPS", tile.token_warps), ("TILES", tile.tiles), ("STAGES", stages), ("SHARED_BYTES", shared), ("GELU", int(gelu)))
+               ("TOKEN_WARPS", tile.token_warps), ("TILES", tile.tiles), ("STAGES", stages), ("SHARED_BYTES", shared), ("GELU", int(gelu)),
+               ("LORA", int(lora)))
     if next_ranks is not None:
         defines = *defines, ("NEXT", next_ranks)
     return defines if turing is None else (*defines, ("TURING", int(turing)))
@@ -111,22 +114,23 @@ def defines_of(storage, tile, target, dtype, turing=None, gelu=False, next_ranks
 
 def variants(storage, target):
     """Every (source, entry, defines) that `launcher` may compile for codes in this storage."""
-    return [(SOURCE, ENTRY, defines_of(storage, tile, target, dtype, gelu=gelu))
-            for tile in tiles_of(target) for dtype in target.dtypes for gelu in (False, True)]
+    return [(SOURCE, ENTRY, defines_of(storage, tile, target, dtype, gelu=gelu, lora=lora))
+            for tile in tiles_of(target) for dtype in target.dtypes for gelu in (False, True) for lora in (False, True)]
 
 
 @functools.lru_cache(maxsize=1024)
-def launcher(storage, tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, turing=None):
+def launcher(storage, tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, turing=None, lora=NO_LORA):
     """A function that launches the kernel. Its arguments are the addresses of (y, act, act_scale, lora_act, lora_act_scale, weight,
-    weight_scale, row_scale, proj_up, bias).
+    weight_scale, row_scale, proj_up, bias), and of lora_up if there is a LoRA.
 
-    gelu_from: the first column of y that gets GELU, a multiple of 64; None if none does.
+    gelu_from: the first column of y that gets GELU, a multiple of 64; None if none does. lora: LoRASizes.
     """
-    gelu = gelu_from is not None
-    defines = defines_of(storage, tile, targets.for_device(device), dtype, turing, gelu)
+    gelu, with_lora = gelu_from is not None, bool(lora.ranks)
+    defines = defines_of(storage, tile, targets.for_device(device), dtype, turing, gelu, lora=with_lora)
     kernel = kernel_loader.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
     grid = -(-m // tile.tokens) * -(-n // tile.rows)
-    return kernel.launcher((grid,), (tile.threads,), 10, (m, n, k, rank, unsigned_from, *((gelu_from,) if gelu else ())))
+    sizes = m, n, k, rank, unsigned_from, *(lora.arguments if with_lora else ()), *((gelu_from,) if gelu else ())
+    return kernel.launcher((grid,), (tile.threads,), 10 + with_lora, sizes)
 
 
 def gemm(storage, tile, q, operands, m):
@@ -156,5 +160,7 @@ def launch(y, storage, tile, q, operands, turing=None):
                          f"got {tuple(q.act.shape)} and {tuple(q.act_scale.shape)}.")
     if n * k >= MAX_WEIGHTS:
         raise ValueError(f"A layer of {n} x {k} has more bytes than the GEMM's 32-bit offsets can address.")
-    run = launcher(storage, tile, m, n, k, rank, operands.unsigned_from, y.dtype, operands.weight.device, operands.gelu_from, turing)
-    run(*map(runtime.address, (y, *q, operands.weight, operands.weight_scale, operands.row_scale, operands.proj_up, operands.bias)))
+    lora = operands.lora
+    run = launcher(storage, tile, m, n, k, rank, operands.unsigned_from, y.dtype, operands.weight.device, operands.gelu_from, turing, lora)
+    run(*map(runtime.address, (y, *q, operands.weight, operands.weight_scale, operands.row_scale, operands.proj_up, operands.bias,
+                               *((operands.lora_up,) if lora.ranks else ()))))

@@ -5,11 +5,12 @@ import functools
 import torch
 
 from . import kernel_loader, runtime, targets
-from .activation_layout import BLOCK, ROWS, padded
+from .activation_layout import BLOCK, RANK_BLOCK, ROWS, padded
+from .operands import NO_LORA
 
 SOURCE, ENTRY = "gemm_wgmma.cu", "gemm"
 PAIR = 2  # CTAs of a cluster: they share their tokens, or a tile's K
-MAX_RANK = 128  # all blocks of the LoRA branch must fit in the ring at once
+RESIDENT_RANKS = 128  # the most ranks whose blocks fit in every tile's ring at once; with more the kernel is compiled with LORA
 # {a tile's (weight rows, tokens, CTAs that share K): stages of its ring, as many as fit}
 STAGES = {(192, 192, 1): 4, (192, 128, 1): 6, (192, 64, 1): 9, (128, 256, 1): 4, (128, 192, 1): 5, (128, 128, 1): 7, (128, 64, 1): 12,
           (192, 128, 2): 5, (192, 64, 2): 9, (128, 128, 2): 7, (128, 64, 2): 12}
@@ -18,16 +19,16 @@ STAGES = {(192, 192, 1): 4, (192, 128, 1): 6, (192, 64, 1): 9, (128, 256, 1): 4,
 WAITS = {64: 410, 128: 205, 192: 70, 256: 40}
 
 
-def _defines(tile, dtype, gelu):
+def _defines(tile, dtype, gelu, lora):
     rows, tokens, split = tile
     return (("HALF", int(dtype == torch.float16)), ("ROWS", rows), ("TOKENS", tokens), ("STAGES", STAGES[tile]), ("CLUSTER", PAIR // split),
-            ("SPLIT", split), ("GELU", int(gelu)))
+            ("SPLIT", split), ("GELU", int(gelu)), ("LORA", int(lora)))
 
 
 def variants():
     """Every (source, entry, defines) that `launcher` may compile."""
-    return [(SOURCE, ENTRY, _defines(tile, dtype, gelu))
-            for tile in STAGES for dtype in (torch.bfloat16, torch.float16) for gelu in (False, True)]
+    return [(SOURCE, ENTRY, _defines(tile, dtype, gelu, lora))
+            for tile in STAGES for dtype in (torch.bfloat16, torch.float16) for gelu in (False, True) for lora in (False, True)]
 
 
 def slice_of(tile):
@@ -80,21 +81,22 @@ def border(k, unsigned_from):
 
 
 @functools.lru_cache(maxsize=1024)
-def launcher(tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, pdl=False):
+def launcher(tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, pdl=False, lora=NO_LORA):
     """A function that launches the kernel. Its arguments are the addresses of (y, act, act_scale, lora_act, lora_act_scale, weight,
-    weight_scale, row_scale, proj_up, bias).
+    weight_scale, row_scale, proj_up, bias), and of lora_up if takes_lora().
 
-    tile: one of STAGES. gelu_from: the first column of y that gets GELU, a multiple of 64; None if none does.
+    tile: one of STAGES. gelu_from: the first column of y that gets GELU, a multiple of 64; None if none does. lora: LoRASizes.
     pdl: the kernel may start while the previous kernel ends. The previous kernel must not write the layer's own tensors.
     """
-    gelu = gelu_from is not None
+    gelu, with_lora = gelu_from is not None, takes_lora(rank, lora)
     if not divisible(k, unsigned_from):
         tile = *tile[:2], 1
-    kernel = kernel_loader.kernel(SOURCE, ENTRY, _defines(tile, dtype, gelu), device, shared_bytes(tile))
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, _defines(tile, dtype, gelu, with_lora), device, shared_bytes(tile))
     clusters = min(targets.multiprocessors(device) // PAIR, count_tiles(tile, m, n))
-    sizes = m, padded(m, ROWS), n, k, rank, border(k, unsigned_from), int(unsigned_from < k), *((gelu_from,) if gelu else ())
+    sizes = (m, padded(m, ROWS), n, k, rank, border(k, unsigned_from), int(unsigned_from < k), *(lora.arguments if with_lora else ()),
+             *((gelu_from,) if gelu else ()))
     boxes = runtime.Boxes(m, n, slice_of(tile), 64)
-    return kernel.launcher((PAIR * clusters,), (2 * tile[0] + 128,), 10, sizes, pdl, boxes)
+    return kernel.launcher((PAIR * clusters,), (2 * tile[0] + 128,), 10 + with_lora, sizes, pdl, boxes)
 
 
 def takes(k, unsigned_from):
@@ -102,17 +104,21 @@ def takes(k, unsigned_from):
     return unsigned_from == k or unsigned_from % BLOCK == 0
 
 
+def takes_lora(rank, lora):
+    """Whether the kernel must be compiled with LORA: for LoRASizes with ranks, and for a branch that doesn't lie in the ring at once."""
+    return bool(lora.ranks) or padded(rank, RANK_BLOCK) > RESIDENT_RANKS
+
+
 def gemm(tile, q, operands, m, out=None):
     """The layer's output (m, N), in weight_scale's dtype, from its quantized activation.
 
-    tile: one of STAGES; q: a Quantized of int8 codes; operands: the layer's LayerOperands with a row_scale, at most MAX_RANK ranks and a
-    gelu_from in multiples of 64; out: the tensor to write y to. All tensors begin at a multiple of 16 bytes. Raises ValueError for more
-    ranks.
+    tile: one of STAGES; q: a Quantized of int8 codes; operands: the layer's LayerOperands with a row_scale, and with a rank and a gelu_from
+    in multiples of 16 and of 64; out: the tensor to write y to. All tensors begin at a multiple of 16 bytes.
     """
     n, k, rank = operands.weight.shape[0], 2 * operands.weight.shape[1], operands.proj_up.shape[1]
-    if rank > MAX_RANK:
-        raise ValueError(f"The LoRA branch has rank {rank}; at most {MAX_RANK} ranks are fused.")
     y = torch.empty(m, n, dtype=operands.weight_scale.dtype, device=q.act.device) if out is None else out
-    launch = launcher(tile, m, n, k, rank, operands.unsigned_from, y.dtype, q.act.device, operands.gelu_from)
-    launch(*map(runtime.address, (y, *q, operands.weight, operands.weight_scale, operands.row_scale, operands.proj_up, operands.bias)))
+    lora = operands.lora
+    launch = launcher(tile, m, n, k, rank, operands.unsigned_from, y.dtype, q.act.device, operands.gelu_from, lora=lora)
+    launch(*map(runtime.address, (y, *q, operands.weight, operands.weight_scale, operands.row_scale, operands.proj_up, operands.bias,
+                                  *((operands.lora_up,) if takes_lora(rank, lora) else ()))))
     return y

@@ -17,7 +17,7 @@ import torch
 from . import choose, gemm_mma, kernel_loader, ops, quantize_activation, runtime, targets
 from .activation_layout import RANK_BLOCK, ROWS, padded
 from .errors import KernelsUnavailable
-from .operands import LayerOperands
+from .operands import NO_LORA, LayerOperands
 
 PARTIAL_SUMS, PARTIAL_SUMS_ENTRY, PARTIAL_SUMS_THREADS = "partial_sums.cu", "add_partial_sums", 128
 
@@ -95,8 +95,8 @@ def layers(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, second
 
 def launch(launches, x, y, first, second):
     """Run _Launches on a contiguous x (..., K), into y (..., N)."""
-    product = quantize_activation.multiplied(x.view(-1, x.shape[-1]), first.proj_down) if launches.multiply else ()
-    launches.run(*map(runtime.address, (*product, x, y, *first.tensors, *second.tensors)))
+    products = quantize_activation.products(x.view(-1, x.shape[-1]), first.proj_down, None).values() if launches.multiply else ()
+    launches.run(*map(runtime.address, (*products, x, y, *first.tensors, *second.tensors)))
 
 
 @torch.compiler.assume_constant_result
@@ -149,7 +149,7 @@ def _launches(m, k, hidden, n, first_rank, second_rank, first_unsigned_from, sec
     add = add.launcher((-(-padded(m, ROWS) * ranks // 8 // PARTIAL_SUMS_THREADS),), (PARTIAL_SUMS_THREADS,), len(ADD), (m, tiles))
     last = gemm_mma.launcher(storage, second_tile, m, second.n, hidden, second.rank, second.unsigned_from, dtype, device)
     multiply = plan.ranks < first.rank
-    names = (*(numbered(quantize_activation.PRODUCT[dtype], "1") if multiply else ()), *TENSORS)
+    names = (*numbered(quantize_activation.product_names(multiply, NO_LORA, dtype), "1"), *TENSORS)
     run = runtime.chain(names, (quantize, QUANTIZE), (gemm, FIRST), (add, ADD), (last, SECOND), work=work, constants=CONSTANTS)
     return _Launches(run, work, multiply)
 

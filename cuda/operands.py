@@ -4,6 +4,43 @@ from typing import NamedTuple, Optional
 
 from torch import Tensor
 
+# The rows of a part are a multiple of this, which is a multiple of the weight rows of each GEMM's tiles, and of pairs of Hopper's: so no
+# tile has rows of two parts.
+PART_ROWS = 768
+RANK_STEP = 8       # ranks of a part are a multiple of this: 16 bytes
+MAX_PARTS, MAX_PART_RANK = 7, 255 * RANK_STEP  # of several parts, whose ranks the kernels take in the bytes of one 64-bit number
+
+
+class LoRASizes(NamedTuple):
+    """The sizes of the LoRA factors that a layer adds to its own low-rank branch.
+
+    The output rows may have parts, such as the q, k and v of a joined linear, each with ranks of its own. For part p, whose ranks follow
+    those of the parts before it in lora_down, and whose (rows of p, ranks of p) matrix follows theirs in lora_up:
+
+        rows of p of y += (x @ ranks of p of lora_down^T) @ matrix of p of lora_up^T
+    """
+
+    ranks: tuple = ()   # of each part, multiples of RANK_STEP; (): no LoRA
+    part_rows: int = 0  # rows of each part but the last, which has the rest: a multiple of PART_ROWS; 0: there is one part
+
+    @property
+    def arguments(self):
+        """The kernels' arguments: LoraRanks of lora.cuh."""
+        eighths = sum(rank // RANK_STEP << 8 * part for part, rank in enumerate(self.ranks))
+        return eighths, max(1, len(self.ranks)), self.part_rows
+
+    def blocks(self, block):
+        """The number of blocks of `block` ranks, where each part begins with a new one."""
+        return sum(-(-rank // block) for rank in self.ranks)
+
+    def rows(self, n):
+        """(first row, last row + 1) of each part, of n rows."""
+        last = len(self.ranks) - 1
+        return [(part * self.part_rows, n if part == last else (part + 1) * self.part_rows) for part in range(last + 1)]
+
+
+NO_LORA = LoRASizes()
+
 
 class LayerOperands(NamedTuple):
     """A layer's tensors and constants: everything it computes with besides its input x (..., K).
@@ -21,8 +58,16 @@ class LayerOperands(NamedTuple):
     act_bits: int = 4                    # bits of the activation's codes: 4 or 8
     row_scale: Optional[Tensor] = None   # (N,) float32, from row_scales.row_scale; the kernels need it for act_bits 8
     gelu_from: Optional[int] = None      # first output column to which the layer itself applies GELU; None if there is none
+    lora_down: Optional[Tensor] = None   # (sum of the LoRA's ranks, K)
+    lora_up: Optional[Tensor] = None     # (sum of each part's rows times its ranks,)
+    lora: LoRASizes = NO_LORA
 
     @property
     def tensors(self):
         """The stored tensors: weight, weight_scale, proj_down, proj_up, smooth, bias."""
         return self[:6]
+
+    @property
+    def flat(self):
+        """All fields, those of LoRASizes one by one."""
+        return *self[:-1], *self.lora

@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Optional
 
@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from . import awq, gemm_mma, gemm_wgmma, quantize_activation, reference, runtime, targets
 from .choose import W4A16, Layer, choose
 from .errors import KernelsUnavailable
-from .operands import LayerOperands
+from .operands import NO_LORA, LayerOperands, LoRASizes
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def svdquant_linear(x, operands):
     operands: LayerOperands, on x's device. With act_bits 8 a GPU needs their row_scale, and rounds the group scales to
     integer multiples of it. If gelu_from is a multiple of choose.GELU_COLUMNS, the GEMM applies GELU itself.
     """
-    return _svdquant_linear(x, operands) if plain(x) else _svdquant_op(x, *operands)
+    return _svdquant_linear(x, operands) if plain(x) else _svdquant_op(x, *operands.flat)
 
 
 def awq_linear(x, weight, weight_scale, weight_zeros, bias):
@@ -121,44 +121,51 @@ class _Launches(NamedTuple):
 
     quantize: runtime.Launcher  # quantize_activation.launcher's
     gemm: runtime.Launcher      # gemm_wgmma.launcher's or gemm_mma.launcher's
-    varying: tuple              # names of the kernels' arguments that change from call to call
+    products: tuple             # names of the arguments that quantize_activation.products() computes first, by cuBLAS
     work: dict                  # {name: bytes} of the first launch's outputs
-    run: Callable               # runs both launches; takes the addresses of `varying` and of CONSTANT
-    multiply: bool              # cuBLAS first computes x @ proj_down, which the kernel takes instead of proj_down
+    constant: tuple             # names of the layer's own tensors
+    run: Callable               # runs both launches; takes the addresses of x, y, products and constant
+    multiplies: bool            # products() also computes x @ proj_down, which the kernel takes instead of proj_down
 
 
-FLOATS = ("weight_scale", "proj_down", "proj_up", "smooth", "bias")
+FLOATS = ("weight_scale", "proj_down", "proj_up", "smooth", "bias", "lora_down", "lora_up")
 CONSTANT = ("proj_down", "weight", "weight_scale", "smooth", "row_scale", "proj_up", "bias")
 QUANTIZE = ("x", "smooth", "proj_down", "act", "act_scale", "lora_act", "lora_act_scale")
 GEMM = ("y", "act", "act_scale", "lora_act", "lora_act_scale", "weight", "weight_scale", "row_scale", "proj_up", "bias")
 
 
 @functools.lru_cache(maxsize=1024)
-def _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, stride, device):
+def _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, stride, device):
     """The _Launches of a choose.Layer, for x with rows `stride` elements apart; None if two launches on the operands as they are don't
     compute the layer. The Layer's fields are separate arguments because making a Layer costs a tenth of a call."""
-    kernels = chosen(Layer(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from), device)
+    kernels = chosen(Layer(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora), device)
     if kernels is None or not kernels.whole:
         return None
     storage = kernels.storage
-    first, plan = quantize_activation.launcher(m, k, rank, stride, unsigned_from, storage, kernels.plans, dtype, device, pdl=True)
+    first, plan = quantize_activation.launcher(m, k, rank, stride, unsigned_from, storage, kernels.plans, dtype, device, True, lora)
     if kernels.wgmma:
-        second = gemm_wgmma.launcher(kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, pdl=True)
+        takes_lora = gemm_wgmma.takes_lora(rank, lora)
+        second = gemm_wgmma.launcher(kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, True, lora)
     else:
-        second = gemm_mma.launcher(storage, kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from)
-    multiply = plan.ranks < rank
-    varying = "x", "y", *(quantize_activation.PRODUCT[dtype] if multiply else ())
-    work = dict(zip(quantize_activation.Quantized._fields, quantize_activation.output_bytes(m, k, rank, storage, dtype)))
-    return _Launches(first, second, varying, work, _both(first, second, work, (*varying, *CONSTANT)), multiply)
+        takes_lora = bool(lora.ranks)
+        second = gemm_mma.launcher(storage, kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, lora=lora)
+    multiplies = plan.ranks < rank
+    products = quantize_activation.product_names(multiplies, lora, dtype)
+    work = dict(zip(quantize_activation.Quantized._fields, quantize_activation.output_bytes(m, k, rank, storage, dtype, lora)))
+    constant = (*CONSTANT, "lora_up") if takes_lora else CONSTANT
+    launches = _Launches(first, second, products, work, constant, None, multiplies)
+    return launches._replace(run=_both(launches, ("x", "y", *products, *constant)))
 
 
-def _both(first, second, work, names, constants=()):
-    return runtime.chain(names, (first, QUANTIZE), (second, GEMM), work=work, constants=constants)
+def _both(launches, names, constants=()):
+    quantize = (*QUANTIZE, "lora_product") if "lora_product" in launches.products else QUANTIZE
+    gemm = (*GEMM, "lora_up") if "lora_up" in launches.constant else GEMM
+    return runtime.chain(names, (launches.quantize, quantize), (launches.gemm, gemm), work=launches.work, constants=constants)
 
 
-def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, *, device):
+def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, lora=NO_LORA, *, device):
     """Compile and load the kernels of a layer with a contiguous x; arguments as in choose.Layer."""
-    layer = Layer(m, n, k, rank, unsigned_from, act_bits, compute_dtype(dtype, dtype, device), gelu_from)
+    layer = Layer(m, n, k, rank, unsigned_from, act_bits, compute_dtype(dtype, dtype, device), gelu_from, lora)
     if act_bits != W4A16:
         _launches(*layer, k, device)
     elif (kernel := chosen(layer, device)) is not None:
@@ -169,8 +176,8 @@ def warm_up(layers, device, others=()):
     """Compile and load the kernels of these layers in threads, while the caller goes on. A kernel that is unavailable is skipped: the
     layer's first call logs the reason.
 
-    layers: [as choose.Layer, or without gelu_from], with contiguous inputs; device: a CUDA device with its index; others: functions that
-    prepare more than a layer. They take longest and so start first. Returns the threads' futures.
+    layers: [as choose.Layer, or without gelu_from and lora], with contiguous inputs; device: a CUDA device with its index; others:
+    functions that prepare more than a layer. They take longest and so start first. Returns the threads' futures.
     """
     def attempt(job):
         if not threading.main_thread().is_alive():  # the program is ending and must not wait for this
@@ -189,7 +196,8 @@ def warm_up(layers, device, others=()):
 
 def _by_kernels(x, operands):
     """Compute the layer by two launches, or in steps; None if choose() leaves it to the reference."""
-    weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from = operands
+    (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, lora_down, lora_up,
+     lora) = operands
     dtype, (*leading, k), (n, rank) = x.dtype, x.shape, proj_up.shape
     m, stride, source = x.numel() // k, k, x.data_ptr()
     if act_bits == 8 and row_scale is None:
@@ -199,48 +207,57 @@ def _by_kernels(x, operands):
         tokens = x.reshape(m, k)
         stride = tokens.stride(0)
         readable = readable and tokens.data_ptr() == source and tokens.stride(1) == 1 and stride % 8 == 0
-    launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, stride, x.device) if readable else None
+    launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, stride, x.device) if readable else None
     if launches is None:
         return _in_steps(x, operands)
     y = x.new_empty(*leading, n)  # a size in a tuple takes PyTorch 1.5 times as long
-    product = quantize_activation.multiplied(x.reshape(m, k), proj_down) if launches.multiply else ()
-    launches.run(source, y.data_ptr(), *map(runtime.address, product),
-                 *map(runtime.address, (proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias)))
+    constant = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias, lora_up
+    products = _products(launches, x.reshape(m, k), proj_down, lora_down)
+    launches.run(source, y.data_ptr(), *map(runtime.address, products), *map(runtime.address, constant[:len(launches.constant)]))
     return y
 
 
-def cached_launch(x, operands):
-    """svdquant_linear for one layer and inputs of x's shape, with all look-ups done: launch(x, weight_scale, proj_down, addresses), or
-    None if the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a row_scale.
+def _products(launches, tokens, proj_down, lora_down):
+    """quantize_activation.products() in the order of launches.products. The caller keeps them until the kernels are launched."""
+    if not launches.products:
+        return ()
+    found = quantize_activation.products(tokens, proj_down if launches.multiplies else None, lora_down)
+    return [found[name] for name in launches.products]
 
-    launch takes a plain() x of the same shape, the layer's current tensors, and the current addresses of the tensors of CONSTANT. It
-    returns y, or None if anything has changed. Equal addresses also mean equal devices, because the host and all devices share one
-    address space.
+
+def cached_launch(x, operands):
+    """svdquant_linear for one layer and inputs of x's shape, with all look-ups done: launch(x, weight_scale, proj_down, addresses,
+    lora_down), or None if the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a row_scale.
+
+    launch takes a plain() x of the same shape, the layer's current tensors, and the current addresses of the tensors of CONSTANT, and of
+    lora_up if there is a LoRA, which has the LoRASizes of `operands`. It returns y, or None if anything has changed. Equal addresses also
+    mean equal devices, because the host and all devices share one address space.
     """
-    weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from = operands
+    weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, _, lora_up, lora = operands
     dtype, index, (*leading, k), (n, rank) = x.dtype, x.get_device(), x.shape, proj_up.shape
     if not on_gpu(x) or weight_scale.dtype != dtype or not x.is_contiguous() or x.data_ptr() % 16:
         return None
     m = x.numel() // k
     try:
-        launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, k, x.device)
+        launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, k, x.device)
     except KernelsUnavailable:  # svdquant_linear logs the reason
         return None
     if launches is None:
         return None
-    known = tuple(map(runtime.address, (proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias)))
-    run = _both(launches.quantize, launches.gemm, launches.work, launches.varying, zip(CONSTANT, known))
-    multiply, allocated = launches.multiply, runtime.allocator((*leading, n), dtype, x.device)
+    tensors = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias
+    known = tuple(map(runtime.address, tensors if lora_up is None else (*tensors, lora_up)))
+    constants = zip(launches.constant, (*known, 0))  # 0: a lora_up that the kernel has and the layer hasn't
+    run, allocated = _both(launches, ("x", "y", *launches.products), constants), runtime.allocator((*leading, n), dtype, x.device)
 
-    def launch(x, weight_scale, proj_down, addresses):
+    def launch(x, weight_scale, proj_down, addresses, lora_down=None):
         source = x.data_ptr()
         if (addresses != known or x.dtype is not dtype or weight_scale.dtype is not dtype or x.get_device() != index or source % 16
                 or not x.is_contiguous()):
             return None
         y = allocated()
-        if multiply:
-            product = quantize_activation.multiplied(x.view(m, k), proj_down)
-            run(source, y.data_ptr(), *map(runtime.address, product))
+        if launches.products:
+            products = _products(launches, x.view(m, k), proj_down, lora_down)
+            run(source, y.data_ptr(), *map(runtime.address, products))
         else:
             run(source, y.data_ptr())
         return y
@@ -253,7 +270,8 @@ def _in_steps(x, operands):
     None as in _by_kernels."""
     k, (n, rank) = x.shape[-1], operands.proj_up.shape
     dtype = compute_dtype(x.dtype, operands.weight_scale.dtype, x.device)
-    kernels = chosen(Layer(x.numel() // k, n, k, rank, operands.unsigned_from, operands.act_bits, dtype, operands.gelu_from), x.device)
+    layer = Layer(x.numel() // k, n, k, rank, operands.unsigned_from, operands.act_bits, dtype, operands.gelu_from, operands.lora)
+    kernels = chosen(layer, x.device)
     if kernels is None:
         return None
     if operands.weight_scale.dtype != dtype:
@@ -262,20 +280,16 @@ def _in_steps(x, operands):
 
 
 def _steps_in_one_dtype(x, operands, kernels):
-    tokens, (proj_down, proj_up) = x.reshape(-1, x.shape[-1]), (operands.proj_down, operands.proj_up)
-    m, rank, branch_after = tokens.shape[0], proj_up.shape[1], kernels.rank == 0
-    if branch_after:
-        down, up = proj_down[:, :0], proj_up[:, :0]
-    else:
-        down, up = (pad(t, (0, kernels.rank - rank)) for t in (proj_down, proj_up)) if kernels.rank != rank else (proj_down, proj_up)
-    fused = operands._replace(proj_down=down, proj_up=up, gelu_from=kernels.gelu_from)
-    q = quantize_activation.quantize(tokens, fused.smooth, down, fused.unsigned_from, kernels.storage, kernels.plans)
+    tokens, missing = x.reshape(-1, x.shape[-1]), kernels.rank - operands.proj_up.shape[1]
+    fused = operands._replace(gelu_from=kernels.gelu_from)
+    if missing:
+        fused = fused._replace(proj_down=pad(operands.proj_down, (0, missing)), proj_up=pad(operands.proj_up, (0, missing)))
+    q = quantize_activation.quantize(tokens, fused.smooth, fused.proj_down, fused.unsigned_from, kernels.storage, kernels.plans,
+                                     fused.lora_down, fused.lora)
     if kernels.wgmma:
-        y = gemm_wgmma.gemm(kernels.tile, q, fused, m)
+        y = gemm_wgmma.gemm(kernels.tile, q, fused, tokens.shape[0])
     else:
-        y = gemm_mma.gemm(kernels.storage, kernels.tile, q, fused, m)
-    if branch_after and rank:
-        y.addmm_(tokens @ proj_down, proj_up.t())
+        y = gemm_mma.gemm(kernels.storage, kernels.tile, q, fused, tokens.shape[0])
     if kernels.gelu_from is None:
         reference.activated(y, operands.gelu_from)
     return y.view(*x.shape[:-1], y.shape[1])
@@ -286,15 +300,15 @@ def warn_once(message):
     log.warning("%s Until then quantized layers run through PyTorch, which is many times slower.", message)
 
 
-# torch.library's schemas are flat: the arguments are LayerOperands' fields, in its order.
+# torch.library's schemas are flat: the arguments are those of LayerOperands.flat.
 
 
 @torch.library.custom_op("svdquant::linear", mutates_args=())
 def _svdquant_op(x: Tensor, weight: Tensor, weight_scale: Tensor, proj_down: Tensor, proj_up: Tensor, smooth: Tensor,
-                 bias: Optional[Tensor], unsigned_from: int, act_bits: int, row_scale: Optional[Tensor] = None,
-                 gelu_from: Optional[int] = None) -> Tensor:
+                 bias: Optional[Tensor], unsigned_from: int, act_bits: int, row_scale: Optional[Tensor], gelu_from: Optional[int],
+                 lora_down: Optional[Tensor], lora_up: Optional[Tensor], lora_ranks: Sequence[int], lora_part_rows: int) -> Tensor:
     return _svdquant_linear(x, LayerOperands(weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale,
-                                             gelu_from))
+                                             gelu_from, lora_down, lora_up, LoRASizes(tuple(lora_ranks), lora_part_rows)))
 
 
 @_svdquant_op.register_fake

@@ -13,6 +13,7 @@ import torch
 from . import kernel_loader, runtime
 from .activation_layout import BLOCK, RANK_BLOCK, ROWS, CodeStorage, padded
 from .int4 import GROUP_SIZE
+from .operands import NO_LORA
 
 DEPTH = 4         # blocks of x in flight, as in quantize.cu
 REGISTERS_RANKS = 64  # the most ranks that quantize_registers.cu computes
@@ -24,8 +25,8 @@ class Quantized(NamedTuple):
     """A quantized activation, the GEMMs' input. Mp is M padded to 16, G = K / 64; rows from M on hold zeros.
 
     act: the codes in the activation layout. act_scale: float32; for INT8 (2, Mp), one scale for the columns before `unsigned_from` and one
-    for the others; else (G, Mp). lora_act: (x @ proj_down) / lora_act_scale in the activation layout. lora_act_scale: (Mp,) float32,
-    powers of two, ones in bf16. Both are None at rank 0.
+    for the others; else (G, Mp). lora_act: (x @ proj_down) / lora_act_scale in the activation layout, then x @ lora_down^T likewise, where
+    each part of the LoRA begins with a new block. lora_act_scale: (Mp,) float32, powers of two, ones in bf16. Both are None without ranks.
     """
 
     act: torch.Tensor
@@ -34,67 +35,78 @@ class Quantized(NamedTuple):
     lora_act_scale: Optional[torch.Tensor]
 
 
-def quantize(x, smooth, proj_down, unsigned_from, storage, plans):
+def quantize(x, smooth, proj_down, unsigned_from, storage, plans, lora_down=None, lora=NO_LORA):
     """Quantize x on a GPU. Returns Quantized.
 
-    x: (M, K) bf16 or fp16; smooth: (K,), proj_down: (K, R), contiguous, in x's dtype; unsigned_from: as in reference.py; storage: a
-    CodeStorage; plans: as in launcher.
+    x: (M, K) bf16 or fp16; smooth: (K,), proj_down: (K, R), lora_down: as in LayerOperands, contiguous, in x's dtype; unsigned_from: as in
+    reference.py; storage: a CodeStorage; plans: as in launcher; lora: the LoRASizes.
     """
     m, k = x.shape
     rank = proj_down.shape[1]
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # the kernel reads rows in pieces of 16 bytes
         x = x.clone(memory_format=torch.contiguous_format)
-    launch, plan = launcher(m, k, rank, x.stride(0), unsigned_from, storage, plans, x.dtype, x.device)
-    q = [None if o is None else torch.empty(o[0], dtype=o[1], device=x.device) for o in outputs(m, k, rank, storage, x.dtype)]
-    down = proj_down
-    if rank > plan.ranks:
-        down, *scale = multiplied(x, proj_down)
-        q[3:] = scale or q[3:]
-    launch(*map(runtime.address, (x, smooth, down, *q)))
+    launch, plan = launcher(m, k, rank, x.stride(0), unsigned_from, storage, plans, x.dtype, x.device, lora=lora)
+    q = [None if o is None else torch.empty(o[0], dtype=o[1], device=x.device) for o in outputs(m, k, rank, storage, x.dtype, lora)]
+    replaced = products(x, proj_down if rank > plan.ranks else None, lora_down)
+    if "lora_act_scale" in replaced:
+        q[3] = replaced["lora_act_scale"]
+    product = (replaced["lora_product"],) if lora.ranks else ()
+    launch(*map(runtime.address, (x, smooth, replaced.get("proj_down", proj_down), *q, *product)))
     return Quantized(*q)
 
 
-def outputs(m, k, ranks, storage, dtype):
-    """(shape, dtype) of each tensor of a Quantized; None for those that rank 0 lacks."""
+def outputs(m, k, ranks, storage, dtype, lora=NO_LORA):
+    """(shape, dtype) of each tensor of a Quantized; None for those that are missing without ranks."""
     rows, blocks = padded(m, ROWS), -(-k // BLOCK)
     nibbles = storage == CodeStorage.INT4_NIBBLES
     act = ((blocks, rows, BLOCK // 2), torch.uint8) if nibbles else ((blocks, rows, BLOCK), torch.int8)
     act_scale = (2 if storage == CodeStorage.INT8 else k // GROUP_SIZE, rows), torch.float32
-    if not ranks:
+    blocks = -(-ranks // RANK_BLOCK) + lora.blocks(RANK_BLOCK)
+    if not blocks:
         return act, act_scale, None, None
-    return act, act_scale, ((-(-ranks // RANK_BLOCK), rows, RANK_BLOCK), dtype), ((rows,), torch.float32)
+    return act, act_scale, ((blocks, rows, RANK_BLOCK), dtype), ((rows,), torch.float32)
 
 
-def output_bytes(m, k, ranks, storage, dtype):
+def output_bytes(m, k, ranks, storage, dtype, lora=NO_LORA):
     """The size in bytes of each of outputs(); 0 for None."""
-    return [math.prod(output[0]) * output[1].itemsize if output else 0 for output in outputs(m, k, ranks, storage, dtype)]
+    return [math.prod(output[0]) * output[1].itemsize if output else 0 for output in outputs(m, k, ranks, storage, dtype, lora)]
 
 
-# The kernel's arguments that multiplied()'s tensors replace, if the plan leaves x @ proj_down to cuBLAS.
-PRODUCT = {torch.bfloat16: ("proj_down",), torch.float16: ("proj_down", "lora_act_scale")}
+def product_names(multiplies, lora, dtype):
+    """The names of products()' tensors. multiplies: whether it takes proj_down, because the plan leaves x @ proj_down to cuBLAS."""
+    names = (*(("proj_down",) if multiplies else ()), *(("lora_product",) if lora.ranks else ()))
+    return (*names, "lora_act_scale") if names and dtype == torch.float16 else names
 
 
-def multiplied(x, proj_down):
-    """x @ proj_down / lora_act_scale (M, R) by cuBLAS, and in fp16 lora_act_scale (Mp,). In bf16 the kernel writes its ones."""
-    if x.dtype == torch.bfloat16:
-        return x @ proj_down,
-    lora_act = x.float() @ proj_down.float()  # tf32 is exact here: it has fp16's 11 significant bits
-    peak = lora_act.abs().amax(dim=-1)
+def products(x, proj_down, lora_down):
+    """The products that cuBLAS computes, by the names of the kernel's arguments that they replace.
+
+    x: (M, K); proj_down: (K, R) or None; lora_down: (S, K) or None. Returns proj_down = x @ proj_down / lora_act_scale, (M, R);
+    lora_product = x @ lora_down^T / lora_act_scale, (M, S); in fp16 lora_act_scale, (Mp,). In bf16 the kernel writes its ones. In
+    fp16 both products have one scale, so that a plan can't compute one of them itself.
+    """
+    factors = {"proj_down": proj_down, "lora_product": None if lora_down is None else lora_down.t()}
+    factors = {name: factor for name, factor in factors.items() if factor is not None}
+    if x.dtype == torch.bfloat16 or not factors:
+        return {name: x @ factor for name, factor in factors.items()}
+    exact = {name: x.float() @ factor.float() for name, factor in factors.items()}  # tf32 suffices: it has fp16's 11 significant bits
+    peak = torch.stack([product.abs().amax(dim=-1) for product in exact.values()]).amax(dim=0)
     scale = torch.exp2(torch.ceil(torch.log2(peak / PEAK))).clamp(min=1)
     scale = torch.where(peak.isfinite(), scale, torch.ones_like(scale))
-    return (lora_act / scale.unsqueeze(-1)).to(x.dtype), torch.nn.functional.pad(scale, (0, -x.shape[0] % ROWS))
+    scaled = {name: (product / scale.unsqueeze(-1)).to(x.dtype) for name, product in exact.items()}
+    return scaled | {"lora_act_scale": torch.nn.functional.pad(scale, (0, -x.shape[0] % ROWS))}
 
 
 @functools.lru_cache(maxsize=1024)
-def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, pdl=False):
+def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, pdl=False, lora=NO_LORA):
     """(a function that launches the kernel, the Plan that it runs), for inputs of this shape with rows `stride` elements apart.
 
-    The function takes the addresses of (x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale). If the Plan has fewer ranks than
-    `rank`, x @ proj_down replaces proj_down.
+    The function takes the addresses of (x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale), and of lora_product if there is a
+    LoRA. If the Plan has fewer ranks than `rank`, x @ proj_down replaces proj_down (products()).
     plans: of plans_for, the fastest first; the first one whose clusters fit on the GPU runs. Raises ValueError if none fits.
     """
     for plan in plans:
-        kernel = kernel_loader.kernel(*variant(dtype, storage, plan), device, plan.shared)
+        kernel = kernel_loader.kernel(*variant(dtype, storage, plan, bool(lora.ranks)), device, plan.shared)
         if plan.ctas == 1:
             break
         # GPUs of one model can hold different numbers of clusters, since their disabled multiprocessors differ.
@@ -105,8 +117,8 @@ def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, p
             break
     else:
         raise ValueError(f"no cluster of a plan for ({m}, {k}), rank {rank} fits on this GPU")
-    sizes = m, k, rank, stride, unsigned_from, *(() if plan.warps else (plan.slots, plan.kept))
-    return kernel.launcher((plan.grid,), (plan.threads,), 7, sizes, pdl), plan
+    sizes = m, k, rank, stride, unsigned_from, *(lora.arguments[:2] if lora.ranks else ()), *(() if plan.warps else (plan.slots, plan.kept))
+    return kernel.launcher((plan.grid,), (plan.threads,), 8 if lora.ranks else 7, sizes, pdl), plan
 
 
 # --- The plans -------------------------------------------------------------------------------------------------------
@@ -128,31 +140,32 @@ class Plan(NamedTuple):
     fits: int     # with `loop`: estimated CTAs that fit on the GPU at once
 
 
-def variant(dtype, storage, plan):
-    """(source, entry, defines) of one compiled kernel."""
+def variant(dtype, storage, plan, lora=False):
+    """(source, entry, defines) of one compiled kernel. lora: whether it also takes lora_product."""
     defines = (("HALF", int(dtype == torch.float16)), ("CODES", int(storage)), ("CTAS", plan.ctas),
-               ("RANKS", padded(plan.ranks, RANK_BLOCK)), ("TILES", plan.tiles))
+               ("RANKS", padded(plan.ranks, RANK_BLOCK)), ("TILES", plan.tiles), ("LORA", int(lora)))
     if plan.warps:
         return "quantize_registers.cu", "quantize_registers", (*defines, ("WARPS", plan.warps), ("LOOP", int(plan.loop)))
     return "quantize.cu", "quantize", defines
 
 
-def plans_for(m, k, rank, storage, target, sms, registers=None, tiles=None, ctas=None, loop=None):
+def plans_for(m, k, rank, storage, target, sms, registers=None, tiles=None, ctas=None, loop=None, fused=True):
     """The Plans for a GPU of a Target with `sms` multiprocessors, the fastest first, as a tuple.
 
+    fused: whether a plan may compute x @ proj_down itself.
     registers, tiles, ctas, loop: restrict the plans to quantize_registers.cu (True) or quantize.cu (False), to this number of tiles, to
     clusters of this many CTAs, to persistent clusters or others. Raises ValueError if no plan is left.
     """
     plans, clusters = [], target.max_cluster > 1
     if not registers and loop is None:
-        ranks = rank if rank <= target.quantize_ranks else 0
+        ranks = rank if fused and rank <= target.quantize_ranks else 0
         # Without clusters only the tokens are divided among CTAs. Small tiles then make enough CTAs; more than 64 ranks need two tiles.
         heights = (tiles,) if tiles else (1, 2) if clusters else (2,) if ranks > 64 else (1,)
         plans += [tile_plan(m, k, ranks, storage, target, sms, height, size)
                   for height in heights for size in (1, 2, 4, 8) if ctas in (None, size)]
     if registers is not False and storage == CodeStorage.INT8 and clusters:
         # Of the measured cluster sizes, these are the fastest for some shape.
-        for ranks in {0, rank if rank <= REGISTERS_RANKS else 0}:
+        for ranks in {0, rank if fused and rank <= REGISTERS_RANKS else 0}:
             sizes = (ctas,) if ctas else (2, 6, 8, 16) if target.max_cluster >= 16 and ranks > RANK_BLOCK else (2, 6, 8)
             plans += [registers_plan(m, k, ranks, target, sms, height, size, loop)
                       for height in ((tiles,) if tiles else (1, 2)) for size in sizes]
@@ -183,7 +196,7 @@ def most_warps(ranks):
 
 
 def resident_ctas(warps, ranks):
-    """How many CTAs of this many warps quantize_registers.cu wants on a multiprocessor."""
+    """How many CTAs of this many warps quantize_registers.cu should have on a multiprocessor: 1 to 4, as its registers allow."""
     return min(4, max(1, most_warps(ranks) // warps))
 
 

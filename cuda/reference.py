@@ -13,7 +13,7 @@ M tokens, K inputs, N outputs, R the rank, G = K / 64 groups.
 """
 
 import torch
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, linear
 
 from .int4 import GELU_SHIFT, GROUP_SIZE, INT8_MAX, SIGNED_MAX, SIGNED_MIN, UNSIGNED_MAX, unpack_signed, unpack_unsigned
 
@@ -96,6 +96,15 @@ def activated(y, gelu_from):
     return y
 
 
+def lora_product(x, lora_down, lora_up, lora, n):
+    """What LoRA factors add to a layer's n outputs: x (..., K), lora_down and lora_up as in LayerOperands, all in one dtype -> (..., n).
+    lora: their LoRASizes."""
+    lora_act = linear(x, lora_down).split(lora.ranks, dim=-1)
+    sizes = [(stop - start, rank) for (start, stop), rank in zip(lora.rows(n), lora.ranks)]
+    ups = lora_up.split([rows * rank for rows, rank in sizes])
+    return torch.cat([linear(act, up.view(size)) for act, up, size in zip(lora_act, ups, sizes)], dim=-1)
+
+
 def svdquant_linear(x, operands, dtype=torch.float32):
     """One SVDQuant layer, computed and accumulated in `dtype`.
 
@@ -105,6 +114,8 @@ def svdquant_linear(x, operands, dtype=torch.float32):
     act = scaled_codes(*quantize_activation(tokens, operands.smooth, operands.unsigned_from, operands.act_bits, dtype))
     y = act @ dequantize_weight(operands.weight, operands.weight_scale, dtype).t()
     y += (tokens.to(dtype) @ operands.proj_down.to(dtype)) @ operands.proj_up.to(dtype).t()
+    if operands.lora_up is not None:
+        y += lora_product(tokens.to(dtype), operands.lora_down.to(dtype), operands.lora_up.to(dtype), operands.lora, y.shape[1])
     if operands.bias is not None:
         y += operands.bias.to(dtype)
     return activated(y, operands.gelu_from).to(x.dtype).reshape(*x.shape[:-1], operands.weight.shape[0])

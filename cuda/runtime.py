@@ -54,7 +54,7 @@ def _tensor_map(boxes):
     sizes, strides = (ctypes.c_uint64 * 2)(boxes.columns, boxes.rows), (ctypes.c_uint64 * 1)(2 * boxes.columns)
     box, steps = (ctypes.c_uint32 * 2)(boxes.box_columns, boxes.box_rows), (ctypes.c_uint32 * 2)(1, 1)
     memory = ctypes.create_string_buffer(128 + 64)
-    begin = -ctypes.addressof(memory) % 64  # the driver wants a multiple of 64 bytes
+    begin = -ctypes.addressof(memory) % 64  # the driver requires a multiple of 64 bytes
 
     def encode(address):
         status = driver.driver().cuTensorMapEncodeTiled(  # 1: uint16; 2 dimensions; 0: no interleaving; 3: swizzle by 128 bytes

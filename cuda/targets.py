@@ -41,21 +41,31 @@ class Target:
         return (torch.bfloat16, torch.float16) if self.bf16 else (torch.float16,)
 
 
-Y, N = True, False
-TARGETS = {number: Target(number, per_sm << 10, per_cta << 10, *rest) for number, per_sm, per_cta, *rest in (
-    # KiB of shared memory          async       cluster   ranks  act bits
-    # GPU  SM  CTA       bf16    copies int4 wgmma    PDL      tiles  MLP
-    (75,   64,  64,      N,      N,     Y,   N,    1, N,   64, 0,  4, N),  # Turing: RTX 20
-    (80,  164, 163,      Y,      Y,     Y,   N,    1, N,  128, 0,  8, Y),  # Ampere: A100
-    (86,  100,  99,      Y,      Y,     Y,   N,    1, N,  128, 0,  4, Y),  # Ampere: RTX 30
-    (87,  164, 163,      Y,      Y,     Y,   N,    1, N,  128, 0,  8, Y),  # Ampere: Orin
-    (89,  100,  99,      Y,      Y,     Y,   N,    1, N,  128, 0,  4, Y),  # Ada: RTX 40
-    (90,  228, 227,      Y,      Y,     N,   Y,   16, Y,   32, 2,  8, N),  # Hopper: H100, H200
-    (100, 228, 227,      Y,      Y,     N,   N,    8, Y,   32, 1,  8, N),  # Blackwell: B200
-    (103, 228, 227,      Y,      Y,     N,   N,    8, Y,   32, 1,  8, N),  # Blackwell: B300
-    (110, 228, 227,      Y,      Y,     N,   N,    8, Y,   32, 1,  8, N),  # Blackwell: Thor
-    (120, 100,  99,      Y,      Y,     N,   N,    8, Y,   32, 1,  8, N),  # Blackwell: RTX 50
-    (121, 100,  99,      Y,      Y,     N,   N,    8, Y,   32, 1,  8, N),  # Blackwell: GB10
+# Properties that most rows of the table share; a row names those that differ.
+AMPERE = {"bf16": True, "async_copies": True, "native_int4": True, "wgmma": False, "max_cluster": 1, "dependent_launch": False,
+          "quantize_ranks": 128, "register_tiles": 0, "default_act_bits": 4, "fused_mlp": True}
+BLACKWELL = {"bf16": True, "async_copies": True, "native_int4": False, "wgmma": False, "max_cluster": 8, "dependent_launch": True,
+             "quantize_ranks": 32, "register_tiles": 1, "default_act_bits": 8, "fused_mlp": False}
+
+
+def row(number, shared, properties, **other):
+    """A Target. shared: KiB of shared memory per SM and per CTA; properties: AMPERE or BLACKWELL; other: properties that differ from it."""
+    per_sm, per_cta = shared
+    return Target(number, per_sm << 10, per_cta << 10, **properties | other)
+
+
+TARGETS = {target.number: target for target in (
+    row(75, (64, 64), AMPERE, bf16=False, async_copies=False, quantize_ranks=64, fused_mlp=False),  # Turing: RTX 20
+    row(80, (164, 163), AMPERE, default_act_bits=8),                                                # Ampere: A100
+    row(86, (100, 99), AMPERE),                                                                     # Ampere: RTX 30
+    row(87, (164, 163), AMPERE, default_act_bits=8),                                                # Ampere: Orin
+    row(89, (100, 99), AMPERE),                                                                     # Ada: RTX 40
+    row(90, (228, 227), BLACKWELL, wgmma=True, max_cluster=16, register_tiles=2),                   # Hopper: H100, H200
+    row(100, (228, 227), BLACKWELL),                                                                # Blackwell: B200
+    row(103, (228, 227), BLACKWELL),                                                                # Blackwell: B300
+    row(110, (228, 227), BLACKWELL),                                                                # Blackwell: Thor
+    row(120, (100, 99), BLACKWELL),                                                                 # Blackwell: RTX 50
+    row(121, (100, 99), BLACKWELL),                                                                 # Blackwell: GB10
 )}
 OLDEST = min(TARGETS)
 

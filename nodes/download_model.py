@@ -55,7 +55,7 @@ class SVDQuantDownloadModel(io.ComfyNode):
                                 tooltip="The name of the file in models/diffusion_models, with an optional subfolder. Leave empty to keep "
                                         "the repository's name."),
             ],
-            # io.Combo.Output does not serve: its type is its list of options, which no V3 combo input accepts.
+            # Not io.Combo.Output: its type is its list of options, which no V3 combo input accepts.
             outputs=[io.Custom("COMBO").Output(display_name="model_name",
                                                tooltip="The file's name, for model_name of SVDQuant Load Model.")],
             hidden=[io.Hidden.unique_id],

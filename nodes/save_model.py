@@ -28,7 +28,7 @@ class SVDQuantSaveModel(io.ComfyNode):
                                tooltip="native: this pack's layout, which stores every model exactly. nunchaku: FLUX.1 only, for "
                                        "software that reads Nunchaku's INT4 files; all layers have to be in 4 bits."),
             ],
-            # io.Combo.Output does not serve: its type is its list of options, which no V3 combo input accepts.
+            # Not io.Combo.Output: its type is its list of options, which no V3 combo input accepts.
             outputs=[io.Custom("COMBO").Output(display_name="model_name",
                                                tooltip="The saved file's name, for model_name of SVDQuant Load Model.")],
             is_output_node=True,

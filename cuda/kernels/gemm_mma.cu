@@ -17,7 +17,7 @@
 //             64 | warp 0 | warp 2 |                                        WS  2 x rows               the two groups' 16-bit scales
 //   ROW_WARPS    +--------+--------+-- - -                                  XS  2 x tokens             the two groups' fp32 scales
 //             64 | warp 1 | warp 3 |          after the K blocks, the LoRA branch's blocks of 32 ranks pass through the same ring:
-//                +--------+--------+-- - -    lora_act as X, proj_up as W. Both have rows of 64 B.
+//                +--------+--------+-- - -    lora_act as X, proj_up (with LORA then lora_up) as W. Both have rows of 64 B.
 //
 // W in a stage, for each warp's 64 rows: [row % 8][piece c][slot], 16 bytes each, slot = (row / 8) ^ swizzle(c). In one phase of a
 // shared-memory read the lanes access 4 rows 8 apart and 2 pieces (8 bytes per lane), or 2 rows and 4 pieces (16 bytes per lane), or all
@@ -218,11 +218,17 @@ gemm(u16* __restrict__ y,                    // (m, n); unused with NEXT
      const float* __restrict__ row_scale,    // INT8: (n)
      const u8* __restrict__ proj_up,         // (n, rank) 16-bit numbers
      const u16* __restrict__ bias,           // (n) or null
+#if LORA
+     const u8* __restrict__ lora_up,         // 16-bit numbers, part by part: (rows of the part, its ranks)
+#endif
 #ifdef NEXT
      u8* next_act, float* next_scale, float* next_sums, const u16* next_smooth, const u8* next_proj_down,  // as in struct Next
 #endif
      int m, int n, int k, int rank,
      int unsigned_from                       // first column of the second part, with unsigned 4-bit codes; k if there is none
+#if LORA
+     , u64 lora_eighths, int lora_parts, int lora_part_rows  // LoraRanks
+#endif
 #if GELU
      , int gelu_from                         // first column of y that gets GELU, a multiple of 64
 #endif
@@ -238,8 +244,13 @@ gemm(u16* __restrict__ y,                    // (m, n); unused with NEXT
   const int padded_m = (m + 15) / 16 * 16;
   const int groups = k / 64, border = unsigned_from / 64;
   const Tile tile(m, n);
-  const Steps steps(groups, border, rank);
-  const Fetcher fetcher(act, act_scale, lora_act, weight, weight_scale, proj_up, n, k, rank, padded_m, tile, steps);
+#if LORA
+  const Lora lora{lora_up, {lora_eighths, lora_parts, lora_part_rows}};
+#else
+  const Lora lora{};
+#endif
+  const Steps steps(groups, border, (rank + 31) / 32 + lora.blocks(tile.n0));
+  const Fetcher fetcher(act, act_scale, lora_act, weight, weight_scale, proj_up, lora, n, k, rank, padded_m, tile, steps);
   Ring ring(fetcher, shared);
   ring.start();
 

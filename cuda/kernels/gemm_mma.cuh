@@ -5,11 +5,13 @@
 //     HALF          1 for fp16, else bf16
 //     ROW_WARPS, TOKEN_WARPS, TILES, STAGES   as in the picture in gemm_mma.cu
 //     GELU          1: GELU applies to y's columns from gelu_from on
+//     LORA          1: the branch also has LoRAs' ranks
 //     NEXT          only for 4-bit codes: the kernel ends with the next layer's codes (next.cuh); the next layer's rank, padded to 32
 //     SHARED_BYTES  bytes of shared memory that the host reserves
 #pragma once
 #include "common.cuh"
 #include "imma.cuh"
+#include "lora.cuh"
 
 constexpr int ROWS = 64 * ROW_WARPS;             // weight rows of a tile
 constexpr int TOKENS = 8 * TILES * TOKEN_WARPS;  // tokens of a tile
@@ -62,6 +64,23 @@ struct Tile {
   }
 };
 
+// The ranks of the LoRAs. Empty without LORA.
+struct Lora {
+#if LORA
+  const u8* up;  // lora_up
+  LoraRanks ranks;
+
+  // lora_up of a part, at the tile's first row.
+  DEVICE const u8* rows(const LoraPart& part, int n0) const {
+    return up + ((size_t)part.first_rank * ranks.part_rows + (size_t)(n0 - part.first_row) * part.rank) * 2;
+  }
+
+  DEVICE int blocks(int n0) const { return ranks.part_of_row(n0).blocks(); }
+#else
+  DEVICE int blocks(int) const { return 0; }
+#endif
+};
+
 // A step is a block of 128 columns, or of 32 ranks. INT8's columns may have two parts whose border lies within a block. Such a block takes
 // two steps, and in each step the integers of the other part's group are zero. This works because a lane's word belongs to one group.
 struct Steps {
@@ -71,9 +90,9 @@ struct Steps {
   int twice;           // 1 if a block takes two steps, else 0
   int columns, count;  // the number of steps over columns, and of all steps including the ranks'
 
-  DEVICE Steps(int groups, int border, int rank) : groups(groups), border(border) {
+  DEVICE Steps(int groups, int border, int rank_blocks) : groups(groups), border(border) {
     two_parts = CODES == INT8 && border > 0 && border < groups;
     border_step = two_parts ? (border + 1) / 2 : 0, twice = two_parts ? border % 2 : 0;
-    columns = (groups + 1) / 2 + twice, count = columns + (rank + 31) / 32;
+    columns = (groups + 1) / 2 + twice, count = columns + rank_blocks;
   }
 };

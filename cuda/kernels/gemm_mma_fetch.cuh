@@ -11,6 +11,7 @@ struct Fetcher {
   const u8* weight;
   const u16* weight_scale;
   const u8* proj_up;
+  Lora lora;
   int n, k, rank, padded_m, m0, n0;
   Steps steps;
   int w_piece, w_row;               // piece and row of this thread's first piece of W
@@ -21,9 +22,9 @@ struct Fetcher {
   int x_rows;                       // tokens of the tile that exist
 
   DEVICE Fetcher(const u8* act, const float* act_scale, const u8* lora_act, const u8* weight, const u16* weight_scale, const u8* proj_up,
-                 int n, int k, int rank, int padded_m, Tile tile, Steps steps)
-      : act(act), act_scale(act_scale), lora_act(lora_act), weight(weight), weight_scale(weight_scale), proj_up(proj_up), n(n), k(k),
-        rank(rank), padded_m(padded_m), m0(tile.m0), n0(tile.n0), steps(steps) {
+                 Lora lora, int n, int k, int rank, int padded_m, Tile tile, Steps steps)
+      : act(act), act_scale(act_scale), lora_act(lora_act), weight(weight), weight_scale(weight_scale), proj_up(proj_up), lora(lora), n(n),
+        k(k), rank(rank), padded_m(padded_m), m0(tile.m0), n0(tile.n0), steps(steps) {
     const int thread = threadIdx.x;
     const int w_piece = thread % 4, w_row = (thread / 4 & 1) * 8 + (thread / 8 & 7) + thread / 64 * 16;
     const u32 w_target = W + w_row / 64 * 4096 + w_row % 8 * 512 + w_piece * 128 + ((w_row / 8 % 8 ^ swizzle(w_piece)) << 4);
@@ -40,10 +41,10 @@ struct Fetcher {
     x_rows = min(padded_m - m0, TOKENS);
   }
 
-  // The source offset of this thread's i-th piece of W, in a matrix with rows of `pitch` bytes.
-  DEVICE u32 w_source(int i, int pitch) const {
+  // The source offset of this thread's i-th piece of W, in a matrix with rows of `pitch` bytes that begins with weight row `first`.
+  DEVICE u32 w_source(int i, int pitch, int first = 0) const {
     const int row = n0 + w_row + i * (THREADS / 4), column = w_piece * 16;
-    return (u32)(min(row, n - 1) * pitch + column);
+    return (u32)((min(row, n - 1) - first) * pitch + column);
   }
 
   // The offset of that piece in a stage. 64 rows further is the next warp's part; 32 rows further is the same part with other slots.
@@ -73,13 +74,20 @@ struct Fetcher {
       for (int i = 0; i < X_PIECES; i++) copy(W_PIECES + i, 16, x_target + X + i * THREADS * 16, x + i * THREADS * 16, true);
       copy_scales(true, block_tokens);
     } else {
-      const int pitch = branch ? rank_pitch : k / 2, width = branch ? RANK_ROW : X_ROW;
-      const u8* const rows = branch ? proj_up : weight;
+      const int width = branch ? RANK_ROW : X_ROW;
+      int pitch = branch ? rank_pitch : k / 2, first = 0, row_block = block, token_block = block;
+      const u8* rows = branch ? proj_up : weight;
+#if LORA
+      if (const int own_blocks = (rank + 31) / 32; branch && block >= own_blocks) {
+        const LoraPart part = lora.ranks.part_of_row(n0);  // computed in each of these steps, to save registers in all others
+        rows = lora.rows(part, n0), pitch = part.rank * 2, first = n0, row_block = block - own_blocks, token_block += part.first_block;
+      }
+#endif
 #pragma unroll
       for (int i = 0; i < W_PIECES; i++)
-        copy(i, 16, stage + w_offset(i), rows + (u32)(w_source(i, pitch) + block * 64),
-             block * 64 + w_piece * 16 < pitch);
-      const int block_tokens = block * padded_m;
+        copy(i, 16, stage + w_offset(i), rows + (u32)(w_source(i, pitch, first) + row_block * 64),
+             row_block * 64 + w_piece * 16 < pitch);
+      const int block_tokens = token_block * padded_m;
       const u8* const x = (branch ? lora_act : act) + (u32)((block_tokens + m0) * width + thread * 16);
 #pragma unroll
       for (int i = 0; i < X_PIECES; i++)

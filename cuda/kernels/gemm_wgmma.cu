@@ -12,6 +12,9 @@
 //   64     | warpgroup 2    |                                                      X  TOKENS x 64 B    lora_act, 16 bit, swizzled
 //          +----------------+                                                      W  ROWS x 64 B      proj_up, 16 bit, swizzled
 //
+// LORA: after proj_up's blocks come lora_up's, of the part that has the tile's weight rows (lora.cuh). If these are more blocks than stages,
+// they pass through the ring once for each slice of the tokens.
+//
 // CLUSTER 2: two CTAs side by side along the weight rows need the same tokens. Each CTA fetches half of them for both.
 // SPLIT 2: two CTAs share a tile's K. At the end each sends its int32 sums of half of the tile's tokens, and finishes the other half.
 // Integer sums are the same in any order.
@@ -93,14 +96,20 @@ DEVICE void store_tile(const TensorMap* y, const int (&d)[TOKENS / 2], const Epi
                        RingPosition& position, const Problem& p, const Tile& tile, int m0, int n0, u32 store, u32 half, u32 cta,
                        int warpgroup, int warp, int thread, int lane, int q) {
   float out[AHEAD + 1][SLICE / 2];
+  const int rank_blocks = p.rank_blocks(n0);
 #pragma unroll
   for (int step = 0; step < SLICES + AHEAD; step++) {
     if (step < SLICES) {
       float (&begun)[SLICE / 2] = out[step % (AHEAD + 1)];
       scale_slice(begun, d, step, e, q);
-      if (step == 0) wait_for_ranks(barriers, position, p.rank_blocks);
-      multiply_branch(begun, shared, warpgroup, step, position, p.rank_blocks);
-      if (!AHEAD || !step) wgmma_wait<0>();
+      if (resident(rank_blocks)) {
+        if (step == 0) wait_for_ranks(barriers, position, rank_blocks);
+        multiply_branch(begun, shared, warpgroup, step, position, rank_blocks);
+        if (!AHEAD || !step) wgmma_wait<0>();
+      }
+#if LORA
+      else stream_branch(begun, shared, barriers, warpgroup, position, rank_blocks, cta);
+#endif
     }
     if (step < AHEAD) continue;
     const int slice = step - AHEAD;
@@ -108,7 +117,8 @@ DEVICE void store_tile(const TensorMap* y, const int (&d)[TOKENS / 2], const Epi
     pack_slice(target, out[slice % (AHEAD + 1)], slice, e, warp, lane, q);
     if (slice == SLICES - 1) {
       if (lane < ARRIVALS) (e.factors == shared + FACTORS ? barriers.used[0] : barriers.used[1]).arrive();
-      for (int block = 0; block < p.rank_blocks; block++, position.next()) release(barriers.empty[position.stage], cta);
+      if (resident(rank_blocks))
+        for (int block = 0; block < rank_blocks; block++, position.next()) release(barriers.empty[position.stage], cta);
       if (tile.last(p)) cluster_arrive();  // every CTA has at least one tile
     }
     if (thread == 0) bulk_stores_wait_read();  // the next slice reuses the memory of the previous one
@@ -175,16 +185,22 @@ __cluster_dims__(CLUSTER * SPLIT, 1, 1)
 gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
      const char* __restrict__ act,              // (blocks, padded_m, 128) int8 codes, in the activation layout
      const float* __restrict__ act_scale,       // (2, padded_m)
-     const char* __restrict__ lora_act,         // (rank_blocks, padded_m, 32) 16-bit numbers, in the activation layout
+     const char* __restrict__ lora_act,         // (blocks of ranks, padded_m, 32) 16-bit numbers, in the activation layout
      const float* __restrict__ outer_scale,     // (padded_m), lora_act_scale: powers of two, or null for ones; not read in bf16
      const char* __restrict__ weight,           // (n, k / 2)
      const u16* __restrict__ weight_scale,      // (k / 64, n)
      const float* __restrict__ row_scale,       // (n)
      const char* __restrict__ proj_up,          // (n, rank)
      const u16* __restrict__ bias,              // (n) or null
+#if LORA
+     const u16* __restrict__ lora_up,           // part by part: (rows of the part, its ranks)
+#endif
      int m, int padded_m, int n, int k, int rank,
      int border,                                // the block where the second part of the columns begins; 0: there is one part
      int part                                   // the row of act_scale that the last part uses
+#if LORA
+     , u64 lora_eighths, int lora_parts, int lora_part_rows  // LoraRanks
+#endif
 #if GELU
      , int gelu_from                            // first column of y that gets GELU, a multiple of 64
 #endif
@@ -197,7 +213,11 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
   const SharedBarriers barriers(shared);
   const u32 cta = cluster_rank(), half = cta / CLUSTER;
   const int row_tiles = (n + ROWS * CLUSTER - 1) / (ROWS * CLUSTER), token_tiles = (m + TOKENS - 1) / TOKENS, blocks = (k + 127) / 128;
-  const Problem p{blocks * (int)half / SPLIT, blocks * ((int)half + 1) / SPLIT, (rank + 31) / 32, token_tiles, row_tiles};
+  const Problem p{blocks * (int)half / SPLIT, blocks * ((int)half + 1) / SPLIT, (rank + 31) / 32, token_tiles, row_tiles
+#if LORA
+                  , {lora_eighths, lora_parts, lora_part_rows}
+#endif
+  };
   if (threadIdx.x == 0) barriers.init();
   __syncthreads();
   cluster_arrive_relaxed();
@@ -205,8 +225,11 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
   const int warpgroup = threadIdx.x / 128;
   RingPosition position;
   if (warpgroup == CONSUMERS)
-    produce({act, act_scale, lora_act, outer_scale, weight, weight_scale, row_scale, proj_up, bias, padded_m, n, k, rank, border, part},
-            shared, barriers, position, p, cta);
+    produce({act, act_scale, lora_act, outer_scale, weight, weight_scale, row_scale, proj_up, bias, padded_m, n, k, rank, border, part
+#if LORA
+             , lora_up
+#endif
+            }, shared, barriers, position, p, cta);
   else
     consume(&y, shared, barriers, position, p, border, gelu_from, cta, warpgroup);
   if (warpgroup < CONSUMERS && threadIdx.x % 128 == 0) bulk_stores_wait_read();  // the last stores still read shared memory

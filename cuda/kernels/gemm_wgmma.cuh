@@ -4,9 +4,11 @@
 //     ROWS, TOKENS    weight rows and tokens of a tile;  STAGES of the ring
 //     CLUSTER, SPLIT  two CTAs share their tokens, or their K
 //     GELU            1: GELU applies to y's columns from gelu_from on
+//     LORA            1: the branch also has LoRAs' ranks, or more ranks than the ring has stages for
 #pragma once
 #include "common.cuh"
 #include "hopper.cuh"
+#include "lora.cuh"
 
 constexpr int CONSUMERS = ROWS / 64;            // consumer warpgroups
 constexpr int X_BYTES = TOKENS * 128;
@@ -33,7 +35,7 @@ constexpr int BARRIERS = FACTORS + 2 * FACTOR_BYTES;
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS == (CONSUMERS == 3 ? 4 * 128 : 3 * 168), "the CTA's registers");
 static_assert(BARRIERS + 16 * STAGES + 16 + 16 * CONSUMERS <= 232448, "more shared memory than an SM has");
-static_assert(STAGES >= 4, "a branch of 128 ranks lies in the ring at once");
+static_assert(STAGES >= 4, "without LORA, a branch of at most 128 ranks lies in the ring at once");
 static_assert(CLUSTER * SPLIT == 2, "two CTAs share their tokens or their K");
 static_assert(CLUSTER == 1 || TOKENS % 16 == 0, "each CTA of a cluster fetches whole atoms of 8 tokens");
 
@@ -73,8 +75,23 @@ struct SharedBarriers {
 
 struct Problem {
   int begin, end;  // the CTA's blocks of K
-  int rank_blocks, token_tiles, row_tiles;
+  int own_rank_blocks, token_tiles, row_tiles;
+#if LORA
+  LoraRanks lora;
+#endif
+
+  // The blocks of ranks of a tile whose first weight row is n0.
+  DEVICE int rank_blocks(int n0) const {
+#if LORA
+    return own_rank_blocks + lora.part_of_row(n0).blocks();
+#else
+    return own_rank_blocks;
+#endif
+  }
 };
+
+// Whether a tile's blocks of ranks lie in the ring all at once, while its slices are multiplied. Otherwise each slice fetches them again.
+DEVICE bool resident(int rank_blocks) { return !LORA || rank_blocks <= STAGES; }
 
 // A tile. The order of the tiles runs along the tokens first: the running CTAs read few weight rows, and the activation stays in L2.
 struct Tile {

@@ -14,6 +14,9 @@ struct Operands {
   const char* proj_up;
   const u16* bias;
   int padded_m, n, k, rank, border, part;
+#if LORA
+  const u16* lora_up;
+#endif
 };
 
 // A producer thread's part of W's blocks: 16 bytes of every 32nd row, at the same column of each block.
@@ -69,13 +72,13 @@ DEVICE void fetch_factors(u32 target, const float* act_scale, int last, bool two
   if (thread < ROWS / 8) cp_async16(target + BIAS + thread * 16, bias + n0 + thread * 8, bias && n0 + thread * 8 < n);
 }
 
-// Copies `rows` tokens of a block in the activation layout, one contiguous piece of memory.
-DEVICE void fetch_tokens(u32 target, const char* source, size_t row_bytes, int rows, Barrier full, u32 cta) {
+// Copies `rows` tokens, at most `most`, of a block in the activation layout, one contiguous piece of memory.
+DEVICE void fetch_tokens(u32 target, const char* source, size_t row_bytes, int rows, int most, Barrier full, u32 cta) {
   full.arrive_expect(rows * row_bytes);
 #if CLUSTER == 1
   if (rows > 0) bulk_copy(target, source, rows * row_bytes, full.address);
 #else
-  int first = cta % CLUSTER * (TOKENS / 2), count = min(rows - first, TOKENS / 2);
+  int first = cta % CLUSTER * (most / 2), count = min(rows - first, most / 2);
   u16 ctas = 3 << (cta / CLUSTER * CLUSTER);
   if (count > 0) bulk_copy_multicast(target + first * row_bytes, source + first * row_bytes, count * row_bytes, full.address, ctas);
 #endif
@@ -105,7 +108,7 @@ DEVICE int fetch_columns(const Operands& from, u32 shared, const SharedBarriers&
     const Barrier full = barriers.full[position.stage];
     barriers.empty[position.stage].wait(position.parity ^ 1);
     if (threadIdx.x == CONSUMERS * 128)
-      fetch_tokens(x, from.act + ((size_t)block * from.padded_m + m0) * 128, 128, min(TOKENS, from.padded_m - m0), full, cta);
+      fetch_tokens(x, from.act + ((size_t)block * from.padded_m + m0) * 128, 128, min(TOKENS, from.padded_m - m0), TOKENS, full, cta);
     if (early) {
       early--;
     } else {
@@ -117,21 +120,40 @@ DEVICE int fetch_columns(const Operands& from, u32 shared, const SharedBarriers&
   return early;
 }
 
-// Copies the LoRA branch's blocks of ranks.
-DEVICE void fetch_ranks(const Operands& from, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p,
-                        int out_m0, int n0, u32 cta) {
-  Rows rows(from.proj_up, from.rank * 2, n0, from.n, true);
+// Copies `blocks` blocks of ranks: `rows` of proj_up or lora_up, and of lora_act from block `first` on, at most `most` tokens from m0 on.
+DEVICE void fetch_rank_blocks(const Operands& from, u32 shared, const SharedBarriers& barriers, RingPosition& position, Rows rows,
+                              int first, int blocks, int m0, int most, u32 cta) {
 #pragma unroll 1
-  for (int block = 0; block < p.rank_blocks; block++, position.next()) {
+  for (int block = first; block < first + blocks; block++, position.next()) {
     const u32 x = shared + position.stage * STAGE_BYTES;
     const Barrier full = barriers.full[position.stage];
     barriers.empty[position.stage].wait(position.parity ^ 1);
     if (threadIdx.x == CONSUMERS * 128)
-      fetch_tokens(x, from.lora_act + ((size_t)block * from.padded_m + out_m0) * 64, 64, max(min(OUT, from.padded_m - out_m0), 0), full,
+      fetch_tokens(x, from.lora_act + ((size_t)block * from.padded_m + m0) * 64, 64, max(min(most, from.padded_m - m0), 0), most, full,
                    cta);
     rows.fetch(x + X_BYTES);
     mbarrier_arrive_after_copies(full.address);
   }
+}
+
+// Copies the branch's blocks of ranks: once for a tile's OUT tokens, or for each slice again.
+DEVICE void fetch_ranks(const Operands& from, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p,
+                        int out_m0, int n0, u32 cta) {
+#if LORA
+  const LoraPart part = p.lora.part_of_row(n0);
+  const u16* const up = from.lora_up + (size_t)part.first_rank * p.lora.part_rows;
+  const int most = resident(p.own_rank_blocks + part.blocks()) ? OUT : SLICE;
+#pragma unroll 1
+  for (int m0 = out_m0; m0 < out_m0 + OUT; m0 += most) {
+    fetch_rank_blocks(from, shared, barriers, position, Rows(from.proj_up, from.rank * 2, n0, from.n, true), 0, p.own_rank_blocks, m0, most,
+                      cta);
+    fetch_rank_blocks(from, shared, barriers, position, Rows(up, part.rank * 2, n0 - part.first_row, from.n - part.first_row, true),
+                      p.own_rank_blocks + part.first_block, part.blocks(), m0, most, cta);
+  }
+#else
+  fetch_rank_blocks(from, shared, barriers, position, Rows(from.proj_up, from.rank * 2, n0, from.n, true), 0, p.own_rank_blocks, out_m0, OUT,
+                    cta);
+#endif
 }
 
 DEVICE void produce(const Operands& from, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p, u32 cta) {

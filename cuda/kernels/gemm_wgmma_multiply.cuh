@@ -86,6 +86,33 @@ DEVICE void multiply_branch(float (&y)[SLICE / 2], u32 shared, int warpgroup, in
   wgmma_commit();
 }
 
+#if LORA
+// The same for a branch that does not lie in the ring at once: each stage is released as soon as its product is complete, and the slice's
+// tokens are the stage's first. Returns after the last product.
+DEVICE void stream_branch(float (&y)[SLICE / 2], u32 shared, const SharedBarriers& barriers, int warpgroup, RingPosition& position,
+                          int blocks, u32 cta) {
+  int previous = 0;
+#pragma unroll 1
+  for (int block = 0; block < blocks; block++, position.next()) {
+    const u32 x = shared + position.stage * STAGE_BYTES;
+    const u64 up = wgmma_descriptor<64>(x + X_BYTES + warpgroup * 4096), lora_act = wgmma_descriptor<64>(x);
+    barriers.full[position.stage].wait(position.parity);
+    fence_proxy_async();
+    wgmma_fence();
+    wgmma_half(y, up, lora_act);
+    wgmma_half(y, up + 2, lora_act + 2);
+    wgmma_commit();
+    if (block) {
+      wgmma_wait<1>();
+      release(barriers.empty[previous], cta);
+    }
+    previous = position.stage;
+  }
+  wgmma_wait<0>();
+  release(barriers.empty[previous], cta);
+}
+#endif
+
 // The stage before the ring's current position.
 DEVICE int previous_stage(const RingPosition& position) { return position.stage ? position.stage - 1 : STAGES - 1; }
 

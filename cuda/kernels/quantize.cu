@@ -20,6 +20,7 @@
 // -D: HALF 1 for fp16, else bf16
 //     CODES a CodeStorage (common.cuh)
 //     RANKS 0..128, a multiple of 32: the branch's rank, padded; 0 also if cuBLAS computes the branch
+//     LORA 1: cuBLAS has also multiplied LoRAs' ranks
 //     TILES ROWS / 16: 1, 2, 4;  CTAS 1..8
 #include "codes.cuh"
 #include "quantize.cuh"
@@ -387,10 +388,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     const u16* proj_down,   // (K, R); RANKS 0: x @ proj_down, (M, R)
     char* act,              // (K blocks, Mp, 128), nibbles (K blocks, Mp, 64)
     float* act_scale,       // int8: (2 parts, Mp); else (K / 64, Mp)
-    u16* lora_act,          // (R blocks of 32, Mp, 32)
+    u16* lora_act,          // (blocks of 32 ranks, Mp, 32)
     float* lora_act_scale,  // (Mp)
+#if LORA
+    const u16* lora_product,  // (M, the LoRAs' ranks of all parts)
+#endif
     int M, int K, int R, int stride,
     int unsigned_from,      // from this column on, x is shifted, and 4-bit codes are 0..15
+#if LORA
+    u64 lora_eighths, int lora_parts,  // as in LoraRanks
+#endif
     int slots,              // blocks of x that fit in shared memory; at least DEPTH, or all that a CTA has
     int kept) {             // blocks of 1 / smooth that fit: all that a CTA has, or 1
   extern __shared__ __align__(128) unsigned char memory[];
@@ -413,7 +420,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     cp_async_commit();
   }
   if (RANKS == 0 && R > 0)
-    copy_lora_act(proj_down, lora_act, lora_act_scale, M, padded, R, first_row + rank, CTAS, ROWS / CTAS, thread, THREADS);
+    copy_lora_act(proj_down, R, lora_act, lora_act_scale, M, padded, R, first_row + rank, CTAS, ROWS / CTAS, thread, THREADS);
+#if LORA
+  const LoraProduct lora{lora_product, {lora_eighths, lora_parts, 0}};
+  lora.copy(lora_act, lora_act_scale, M, padded, R, first_row + rank, CTAS, ROWS / CTAS, thread, THREADS);
+#endif
   Sums sums = {};
   Maxima row_max = {};
 #pragma unroll 1

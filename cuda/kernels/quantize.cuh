@@ -3,6 +3,7 @@
 #pragma once
 #include "common.cuh"
 #include "hopper.cuh"
+#include "lora.cuh"
 
 // --- Numbers ---------------------------------------------------------------------------------------------------------
 
@@ -75,20 +76,43 @@ DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool exi
   }
 }
 
-// For a branch that cuBLAS has multiplied: stores rows first, first + step, .. of the (M, R) matrix in the activation layout. In bf16,
-// lora_act_scale is 1; in fp16 it exists already. This is `thread` of `threads`, which share the work.
-DEVICE void copy_lora_act(const u16* rows, u16* lora_act, float* lora_act_scale, int M, int padded, int R, int first, int step,
+// For ranks that cuBLAS has multiplied: stores rows first, first + step, .. of an (M, R) product, with rows `pitch` apart, in the activation
+// layout. This is `thread` of `threads`, which share the work. scale: where to write lora_act_scale, which is 1 in bf16; null if it is
+// written elsewhere, as always in fp16.
+DEVICE void copy_lora_act(const u16* product, int pitch, u16* lora_act, float* scale, int M, int padded, int R, int first, int step,
                           int count, int thread, int threads) {
   const int pieces = (R + 31) / 32 * 4;
 #pragma unroll 1
   for (int i = thread; i < count * pieces; i += threads) {
     const int row = first + i / pieces * step, piece = i % pieces;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (row < M && piece * 8 < R) v = *(const uint4*)(rows + (size_t)row * R + piece * 8);
-    if (!HALF && piece == 0 && row < padded) lora_act_scale[row] = row < M;
+    if (row < M && piece * 8 < R) v = *(const uint4*)(product + (size_t)row * pitch + piece * 8);
+    if (!HALF && scale && piece == 0 && row < padded) scale[row] = row < M;
     if (row < padded) *(uint4*)(lora_act + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) = v;
   }
 }
+
+// LORA: the LoRAs' ranks, which cuBLAS always multiplies. Their blocks follow the branch's own.
+struct LoraProduct {
+#if LORA
+  const u16* product;  // (M, the ranks of all parts)
+  LoraRanks ranks;
+
+  DEVICE void copy(u16* lora_act, float* scale, int M, int padded, int R, int first, int step, int count, int thread, int threads) const {
+    const LoraPart end = ranks.part(ranks.parts - 1);
+    const int pitch = end.first_rank + end.rank;
+    if (R) scale = nullptr;
+#pragma unroll 1
+    for (int index = 0; index < ranks.parts; index++) {
+      const LoraPart part = ranks.part(index);
+      copy_lora_act(product + part.first_rank, pitch, lora_act + (size_t)((R + 31) / 32 + part.first_block) * padded * 32, scale, M, padded,
+                    part.rank, first, step, count, thread, threads);
+    }
+  }
+#else
+  DEVICE void copy(u16*, float*, int, int, int, int, int, int, int, int) const {}
+#endif
+};
 
 // --- Clusters: CTAS thread blocks that read each other's shared memory ----------------------------------------------
 

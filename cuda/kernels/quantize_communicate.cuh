@@ -79,7 +79,8 @@ DEVICE void add_and_store_lora_act(const Work& w, int first_row, int slot, int l
 DEVICE void finish(const Work& w, int tile, int slot, int parity, int lane) {
   const int first_row = tile * ROWS, row_max = ROW_MAX + slot * MAX_BYTES;
   if (!RANKS && w.R > 0)
-    copy_lora_act(w.proj_down, w.lora_act, w.lora_act_scale, w.M, w.padded, w.R, first_row + w.rank, CTAS, w.own_rows, lane, 32);
+    copy_lora_act(w.proj_down, w.R, w.lora_act, w.lora_act_scale, w.M, w.padded, w.R, first_row + w.rank, CTAS, w.own_rows, lane, 32);
+  w.lora.copy(w.lora_act, w.lora_act_scale, w.M, w.padded, w.R, first_row + w.rank, CTAS, w.own_rows, lane, 32);
   w.max_ready(slot).wait(parity);
   if (LOOP && lane == 0) w.max_ready(slot).arrive_expect(MAX_BYTES);  // for the round after next
   store_scales(w, first_row, row_max, lane);

@@ -24,6 +24,7 @@
 //
 // -D: HALF as in quantize.cuh, CODES 0;  RANKS 0, 32 or, with LOOP, 64: the branch's rank, padded;  CTAS 2..16 per cluster
 //     WARPS at least the CTA's blocks;  LOOP 1: persistent clusters;  TILES ROWS / 16: 1, without LOOP also 2
+//     LORA 1: cuBLAS has also multiplied LoRAs' ranks
 #include "quantize_communicate.cuh"
 #include "quantize_registers.cuh"
 
@@ -323,10 +324,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     const u16* proj_down,   // (K, R); RANKS 0: x @ proj_down, (M, R)
     char* act,              // (K blocks, Mp, 128)
     float* act_scale,       // (2 parts, Mp)
-    u16* lora_act,          // (R blocks of 32, Mp, 32)
+    u16* lora_act,          // (blocks of 32 ranks, Mp, 32)
     float* lora_act_scale,  // (Mp)
+#if LORA
+    const u16* lora_product,  // (M, the LoRAs' ranks of all parts)
+#endif
     int M, int K, int R, int stride,
-    int unsigned_from) {    // from this column on, x is shifted
+    int unsigned_from       // from this column on, x is shifted
+#if LORA
+    , u64 lora_eighths, int lora_parts  // as in LoraRanks
+#endif
+    ) {
   extern __shared__ __align__(128) unsigned char memory[];
   const u32 base = shared_address(memory);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, L = lane % 4;
@@ -334,8 +342,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
   const int padded = (M + 15) & ~15, tiles = (M + ROWS - 1) / ROWS;
   const int blocks = (K + 127) / 128, first = blocks * rank / CTAS, count = blocks * (rank + 1) / CTAS - first;
   const int own_rows = (ROWS - rank + CTAS - 1) / CTAS;
-  const Work w{x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale, M, K, R, stride, unsigned_from, memory, base, rank, padded,
-               own_rows, own_rows * RANKS * 4 * (u32)CTAS};
+#if LORA
+  const LoraProduct lora{lora_product, {lora_eighths, lora_parts, 0}};
+#else
+  const LoraProduct lora{};
+#endif
+  const Work w{x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale, M, K, R, stride, unsigned_from, lora, memory, base, rank,
+               padded, own_rows, own_rows * RANKS * 4 * (u32)CTAS};
   if (thread == 0) w.init_barriers();
   __syncthreads();
   cluster_arrive_relaxed();  // other CTAs must see the barriers, which are fenced

@@ -48,6 +48,7 @@ struct Work {
   u16* lora_act;
   float* lora_act_scale;
   int M, K, R, stride, unsigned_from;
+  LoraProduct lora;
   unsigned char* memory;
   u32 base;      // address of the shared memory
   int rank;      // the CTA's rank in its cluster

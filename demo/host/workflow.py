@@ -1,7 +1,7 @@
 """Convert a workflow in the browser's format to a prompt in the server's format, with the server's own /object_info.
 
-The browser's format lists nodes with positional widget values, and links in a table. The server wants, per node, its class
-and its inputs by name. Muted nodes, bypassed nodes and reroutes have the same effect as in the page.
+The browser's format lists nodes with positional widget values, and links in a table. The server's format has, for each node, its
+class and its inputs by name. Muted nodes, bypassed nodes and reroutes have the same effect as in the page.
 """
 
 ALWAYS, MUTED, BYPASSED = 0, 2, 4  # a node's `mode`
@@ -75,8 +75,8 @@ def find_source(link: int | None, nodes: dict, links: dict) -> tuple[int, int] |
             return None
         if mode != BYPASSED and node["type"] != "Reroute":
             return node_id, slot
-        wanted = node["outputs"][slot]["type"]
-        fits = [entry for entry in node.get("inputs", []) if node["type"] == "Reroute" or entry["type"] == wanted]
+        output_type = node["outputs"][slot]["type"]
+        fits = [entry for entry in node.get("inputs", []) if node["type"] == "Reroute" or entry["type"] == output_type]
         link = fits[0].get("link") if fits else None
     return None
 
@@ -97,7 +97,7 @@ def problems(prompt: dict, object_info: dict) -> list[str]:
                 given = object_info[source]["output"][value[1]]
                 given = "COMBO" if isinstance(given, list) else given
                 if "*" not in (given, kind) and given != kind:
-                    found.append(f"{place}: {name} wants {kind}, {source} gives {given}")
+                    found.append(f"{place}: {name} takes {kind}, {source} returns {given}")
             elif complaint := bad_value(value, kind, options):
                 found.append(f"{place}: {name} {complaint}")
     return found

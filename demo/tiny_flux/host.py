@@ -12,11 +12,11 @@ FLUX_CONFIG = {
     "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 6, "context_in_dim": words.CONTEXT_DIM,
     "vec_in_dim": words.POOLED_DIM, "qkv_bias": True, "guidance_embed": True, "theta": 10000,
 }
-LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159     # comfy.latent_formats.Flux; the VAE undoes them, so FLUX sees its raw latents
+LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159     # of comfy.latent_formats.Flux; the VAE undoes them, so FLUX gets its raw latents
 
 
 def find_comfyui(path: str | None = None) -> str:
-    """Puts ComfyUI's folder (argument, or COMFYUI_PATH) on sys.path and returns it; ValueError if it is no ComfyUI."""
+    """Put ComfyUI's folder (the argument, or COMFYUI_PATH) on sys.path and return it. Raises ValueError if it is not a ComfyUI."""
     path = path or os.environ.get("COMFYUI_PATH", "")
     if not os.path.isfile(os.path.join(path, "comfy", "sd.py")):
         raise ValueError(f"'{path}' is not a ComfyUI folder. Pass --comfyui, or set COMFYUI_PATH.")
@@ -40,15 +40,15 @@ def operations():
 
 
 def new_flux(device="cpu", dtype=torch.float32):
-    """FLUX of FLUX_CONFIG; its weights are uninitialized memory."""
+    """A FLUX with FLUX_CONFIG and uninitialized weights."""
     from comfy.ldm.flux.model import Flux, FluxParams
-    # Newer ComfyUIs ask which of the text's position axes count; for FLUX.1 none does.
+    # Newer ComfyUIs take the position axes that the text uses; FLUX.1's text uses none.
     newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     return Flux(dtype=dtype, device=device, operations=operations(), **FLUX_CONFIG, **newer)
 
 
 def new_vae(device="cpu"):
-    """TAESD with 16 channels whose decoder sees FLUX's own latents; its convolutions are uninitialized memory."""
+    """A TAESD with 16 channels, whose decoder takes FLUX's own latents, and uninitialized convolutions."""
     from comfy.taesd.taesd import TAESD
     vae = TAESD(latent_channels=16)
     vae.vae_scale.data.fill_(LATENT_SCALE)

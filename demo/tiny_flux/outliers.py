@@ -1,8 +1,8 @@
 """Channel rescaling that keeps FLUX's function and gives its activations outliers like those of the real model.
 
 A few channels of the 12 B FLUX are many times larger than the rest after adaLN; smoothing and the low-rank branch exist for them. A
-network this small, trained for minutes, has hardly any. This module multiplies a channel's activations by a power of two and divides
-the weights' columns that read it by the same, so that every product, and so the picture, stays the same.
+network this small, trained for minutes, has hardly any. This module multiplies a channel's activations by a power of two and divides the
+weight columns that read the channel by the same number, so that every product, and therefore the picture, stays the same.
 """
 
 import torch
@@ -40,7 +40,7 @@ def _scale_modulated(sd, mod, index, consumer, factors):
 
 
 def _scale_values(sd, producer, consumer, factors):
-    """Attention mixes tokens, not channels: v times c, and the columns that read attention's output divided by c."""
+    """Multiply v by c, and divide the columns that read the attention's output by c: attention mixes tokens, not channels."""
     h = len(factors)
     for name in (f"{producer}.weight", f"{producer}.bias"):
         sd[name][2 * h:3 * h] = _rows(sd[name][2 * h:3 * h], factors)

@@ -1,4 +1,4 @@
-"""The pictures the small FLUX learns from: one to three lit shapes on a shaded ground, drawn from signed distances.
+"""The pictures from which the small FLUX learns: one to three lit shapes on a shaded ground, drawn from signed distances.
 
 `sample` draws random scenes with their captions, and `draw` renders them. Both work on whole batches, on any device; lengths are
 fractions of the picture's side, x to the right and y down.
@@ -24,8 +24,8 @@ COLOUR_VALUES = torch.tensor((
 GROUND_VALUES = torch.tensor((
     (0.91, 0.91, 0.92), (0.93, 0.86, 0.72), (0.55, 0.56, 0.58), (0.60, 0.78, 0.92),
     (0.65, 0.87, 0.74), (0.92, 0.70, 0.72), (0.13, 0.17, 0.36), (0.10, 0.10, 0.11)))
-HIDDEN = (("white", "white"), ("white", "cream"), ("black", "black"), ("black", "navy"),    # (colour, ground): not drawn,
-          ("pink", "rose"), ("cyan", "sky"), ("blue", "navy"))                              # the shape would hardly show
+HIDDEN = (("white", "white"), ("white", "cream"), ("black", "black"), ("black", "navy"),    # (colour, ground) that are not drawn,
+          ("pink", "rose"), ("cyan", "sky"), ("blue", "navy"))                              # since the shape would hardly show
 
 # shapes whose outline repeats n times per turn: n, radius of the outer vertex, radius half a sector further, rotation, lift
 POLYGONS = {
@@ -94,7 +94,7 @@ def _scene(n, generator, objects):
 
 
 def _visible_colours(colours, ground):
-    """colours (n, OBJECTS), with those that the ground would hide moved half way round the list."""
+    """colours (n, OBJECTS), in which each colour that the ground would hide is replaced by the one half the list further on."""
     hidden = torch.zeros(len(words.COLOURS), len(words.GROUNDS), dtype=torch.bool, device=colours.device)
     for colour, under in HIDDEN:
         hidden[words.COLOURS.index(colour), words.GROUNDS.index(under)] = True

@@ -1,9 +1,9 @@
-"""Trains the small FLUX and its VAE on pictures from scenes.py and saves files that ComfyUI loads.
+"""Train the small FLUX and its VAE on pictures from scenes.py, and save files that ComfyUI loads.
 
     python -m demo.tiny_flux.train --comfyui ~/ComfyUI --out demo/tiny_flux
 
-from the repository's root, on a CUDA GPU with 40 GB. Writes tiny_vae.safetensors and tiny_flux.safetensors into --out, beside
-them training-vae.json and training-flow.json with the loss curves, and samples.jpg (captions of SHEET, one picture each).
+Run it from the repository's root, on a CUDA GPU with 40 GB. It writes tiny_vae.safetensors and tiny_flux.safetensors into --out, and also
+training-vae.json and training-flow.json with the loss curves, and samples.jpg with one picture for each caption of SHEET.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SHEET = (
     "small orange square right of large purple diamond on sky", "large black heart left of medium yellow circle on rose",
     "medium blue cross top on cream", "large green moon left on gray",
     "small white circle below large red ring on black", "red heart and blue heart on white")
-LATENT_NOISE = 0.03     # std of the noise the decoder learns to draw through
+LATENT_NOISE = 0.03     # std of the noise on the latents from which the decoder learns to draw
 CAPTION_DROP = 0.05     # fraction of captions left empty, so that cfg above 1 has an unconditional prediction
 
 
@@ -93,7 +93,7 @@ class Trainer:
             print(f"  step {step:6d}   {self.budget.elapsed:6.1f} s   loss {mean:.5f}", flush=True)
 
     def take_average(self):
-        """The module's weights become their running average."""
+        """Replace the module's weights by their running average."""
         torch._foreach_copy_([p.data for p in self.parameters], self.average)
 
 
@@ -110,7 +110,7 @@ def picture_source(device, compiled):
 
 
 def autocast(device):
-    """bf16 on a GPU; processors without bf16 units are far slower in it than in float32."""
+    """Autocast to bf16 on a GPU; CPUs compute in float32, since those without bf16 units are far slower in bf16."""
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=torch.device(device).type == "cuda")
 
 
@@ -188,7 +188,7 @@ def initialize_flux(flux):
 
 
 def copy_streams(block_class):
-    """Makes a block work on copies of its streams: ComfyUI's blocks add to them in place, which autograd does not allow."""
+    """Make a block class work on copies of its streams: ComfyUI's blocks add to them in place, which autograd does not allow."""
     original = block_class.forward
 
     def forward(self, *args, **kwargs):
@@ -283,7 +283,7 @@ def save_sheet(pictures, path, columns=6):
 
 
 def save_weights(state, path, report):
-    """bf16 tensors; report as the file's metadata, its loss history left out."""
+    """Save the tensors in bf16, with the report, except its loss history, as the file's metadata."""
     metadata = {key: str(value) for key, value in report.items() if key != "loss"}
     save_file({name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}, path, metadata)
 
@@ -349,7 +349,7 @@ def parse_arguments():
     parser.add_argument("--batch-vae", type=int, default=32)
     parser.add_argument("--batch-flow", type=int, default=384)
     parser.add_argument("--lr-flow", type=float, default=1.2e-3)
-    parser.add_argument("--pool", type=int, default=102400, help="pictures the flow model sees, drawn and encoded once")
+    parser.add_argument("--pool", type=int, default=102400, help="training pictures of the flow model, drawn and encoded once")
     parser.add_argument("--measure", type=int, default=256, help="pictures to measure on")
     parser.add_argument("--sheet-steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

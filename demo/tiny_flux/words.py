@@ -1,7 +1,7 @@
 """The captions of the embedded small FLUX: a closed vocabulary in place of CLIP and T5.
 
-FLUX gives its text tokens no positions (their ids are all zero), so a token carries its own: it is the word's one-hot beside
-its position's. Without it "red circle left of blue star" and "blue circle left of red star" are the same set of tokens.
+FLUX gives its text tokens no positions (their ids are all zero), so a token is the concatenation of the word's one-hot vector and the
+position's. Without the position "red circle left of blue star" and "blue circle left of red star" are the same set of tokens.
 """
 
 import torch
@@ -18,16 +18,16 @@ PAD = ""
 VOCABULARY = tuple(dict.fromkeys((PAD, *SIZES, *COLOURS, *SHAPES, *" ".join(RELATIONS + PLACES).split(), *GROUNDS, "and", "on")))
 INDEX = {word: index for index, word in enumerate(VOCABULARY)}
 
-LENGTH = 16         # tokens a caption; the longest sentence of the grammar has 15 words
+LENGTH = 16         # tokens per caption; the longest sentence of the grammar has 15 words
 WORD_SLOTS = 64     # VOCABULARY fits, and K stays a multiple of the 4-bit group
 CONTEXT_DIM = 128   # WORD_SLOTS of the word, WORD_SLOTS of the position
 POOLED_DIM = WORD_SLOTS
 
 
 def word_ids(caption: str) -> list[int]:
-    """Vocabulary indices of a caption's words, articles and commas left out, padded to LENGTH.
+    """The vocabulary indices of a caption's words, without articles and commas, padded to LENGTH.
 
-    ValueError for a word outside the vocabulary or a caption of more than LENGTH words.
+    Raises ValueError for a word outside the vocabulary, or a caption of more than LENGTH words.
     """
     found = [word for word in caption.lower().replace(",", " ").replace(".", " ").split() if word not in ARTICLES]
     for word in found:
@@ -58,5 +58,5 @@ def embed(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def encode(caption: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """caption -> context (1, LENGTH, CONTEXT_DIM), pooled (1, POOLED_DIM): FLUX's cross attention and its `y`."""
+    """caption -> context (1, LENGTH, CONTEXT_DIM) and pooled (1, POOLED_DIM), FLUX's inputs `context` and `y`."""
     return embed(torch.tensor([word_ids(caption)]))

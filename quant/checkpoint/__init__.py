@@ -1,1 +1,1 @@
-"""Checkpoint files: one module a format, all of them read through the checked header."""
+"""Checkpoint files: one module per format. Every format is read through the checked header."""

@@ -1,7 +1,7 @@
 """The model card in a file's metadata: modelspec.*, the ModelSpec standard that model lists read.
 
-What is true of the quantized model as of its source is copied (author, licence, ...). The source's hash is not, under that
-name: it is the hash of other tensors, and model lists take it for the file's own. It goes into svdquant.source_hash_sha256.
+Fields that hold for the quantized model as for its source (author, licence, ...) are copied. The source's hash goes into
+svdquant.source_hash_sha256: under its own name, model lists would take it for the hash of the quantized file's tensors.
 """
 
 import os
@@ -12,21 +12,21 @@ SUFFIX = " (SVDQuant)"
 COPIED = ("architecture", "author", "license", "description", "usage_hint", "tags", "merged_from", "resolution",
           "trigger_phrase", "prediction_type", "thumbnail")
 SOURCE_TITLE, SOURCE_HASH = "svdquant.source_title", "svdquant.source_hash_sha256"
-MAX_FIELD_BYTES = 1 << 20  # a thumbnail is the largest that is usual, at some 100 kB
+MAX_FIELD_BYTES = 1 << 20  # thumbnails, usually the largest fields, have about 100 kB
 
 
 def of_source(metadata):
-    """What a model's file hands on to the quantized model, out of its metadata {str: str}. Of a quantized file, the same."""
+    """The fields of a file's metadata, {str: str}, that a quantized model inherits. A quantized file passes on those that it inherited."""
     found = {PREFIX + field: metadata[PREFIX + field] for field in COPIED if PREFIX + field in metadata}
     title = metadata.get(f"{PREFIX}title", "").removesuffix(SUFFIX)
     if "svdquant.version" in metadata or "svdquant.recipe" in metadata:
-        title = metadata.get(SOURCE_TITLE, "")  # the other one is the file's name
+        title = metadata.get(SOURCE_TITLE, "")  # modelspec.title is the quantized file's
     found |= {SOURCE_TITLE: title, SOURCE_HASH: metadata.get(f"{PREFIX}hash_sha256") or metadata.get(SOURCE_HASH, "")}
     return {key: value for key, value in found.items() if value and len(value) <= MAX_FIELD_BYTES}
 
 
 def modelspec(path, architecture, source=None):
-    """The card's metadata of a file to be written to `path`; architecture: a Family's; source: of_source of what was quantized."""
+    """The card's metadata for a file to be written to `path`. architecture: a Family's; source: of_source of the quantized model's file."""
     source = source or {}
     title = source.get(SOURCE_TITLE) or os.path.splitext(os.path.basename(path))[0]
     return {f"{PREFIX}architecture": architecture} | source | {

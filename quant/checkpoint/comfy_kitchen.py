@@ -1,19 +1,19 @@
 """Quantized models that others saved under comfy-kitchen's names: `X.weight`, `X.weight_scale`, ..., `X.comfy_quant`.
 
-They are read as our own files are, less our metadata: what those say, the tensors' shapes have to tell. Not every layer need be packed, and
-a layer whose input is partly unsigned in our files may be a plain signed one. comfy-kitchen has no layer in which the code of the input
-changes on the way, so none of theirs means something else here.
+They are read like our own files. They lack our metadata, so the configuration comes from the tensors' shapes alone. Some layers may be
+unpacked, and a layer whose input is partly unsigned in our files may be signed throughout. comfy-kitchen has no partly unsigned layers, so
+no layer of such a file is misread.
 
-Two other forms are read as if they were that one. The descriptions may lie in the file's metadata, as ComfyUI's
-`_quantization_metadata`, {"layers": {X: the JSON of X.comfy_quant}}. And tensors may be packed for the tiles of
-comfy-kitchen's kernel, of 128 rows and 64 columns, each tensor of a layer by itself:
+Two variants are converted to that form. The descriptions may be in the file's metadata, as ComfyUI's `_quantization_metadata`,
+{"layers": {X: the JSON of X.comfy_quant}}. And each tensor of a layer may be packed for the tiles of comfy-kitchen's kernel, which have
+128 rows and 64 columns:
 
-    X.weight          (N/128, K/64, 32, 128)  a tile's bytes of 4 rows beside each other, 32 of each
+    X.weight          (N/128, K/64, 32, 128)  each line of a tile holds 32 bytes of each of 4 rows
     X.weight_scale    (K/64, N) as (N/128, K/64, 128)
     X.weight_proj_up  (N, R) as (N/128, R, 128)
 
-Comfy-Org's comfy-quants has other names for some of the tensors (OTHER_NAMES), and may store proj_down for x / smooth where every
-kernel gives it x; the description's `lowrank_branch_input_basis` then says "post_smoothing".
+Comfy-Org's comfy-quants has other names for some of the tensors (OTHER_NAMES). It may also store proj_down for the input x / smooth, while
+every kernel applies proj_down to x; the description's `lowrank_branch_input_basis` then is "post_smoothing".
 """
 
 import json
@@ -33,34 +33,35 @@ BASIS, RAW, SMOOTHED = "lowrank_branch_input_basis", "raw", "post_smoothing"
 
 
 def matches(header):
-    """Whether the file has a layer in one of our formats. Raises CheckpointError where its metadata are damaged."""
+    """Whether the file has a layer in one of our formats. Raises CheckpointError if its metadata are damaged."""
     return prefix_of(header) is not None
 
 
 def open_file(header):
-    """PackedFile; raises CheckpointError as native.open_file does."""
+    """The PackedFile of a file. Raises CheckpointError as native.open_file does."""
     prefix = prefix_of(header)
     own = _as_ours(header, prefix)
     family = families.of_tensors(own.tensors.keys())
     if family is None:
-        raise CheckpointError(f"{header.file} has 4-bit layers and is no whole {families.TITLES}; the file is incomplete, or of another "
-                              "model: download it again, or choose another file.")
+        raise CheckpointError(f"{header.file} has 4-bit layers and is not a whole {families.TITLES} model; the file is incomplete or "
+                              "holds another model, download it again or choose another file.")
     packed = native.packed_file(own, family, "", {}, {"preset": native.OTHERS_PRESET}, header.file)
-    return replace(packed, header=header, prefix=None if own.tiles or own.renamed or own.smoothed else prefix, stored=header.tensors,
+    mappable = packed.prefix is not None and not (own.tiles or own.renamed or own.smoothed)
+    return replace(packed, header=header, prefix=prefix if mappable else None, stored=header.tensors,
                    modules=frozenset(prefix + layer for layer in packed.specs))
 
 
 def prefix_of(header):
-    """Where the packed layers are; None where there is none that we run."""
+    """The prefix of the packed layers' names; None if no layer has a format that this version runs."""
     for name, conf in descriptions(header).items():
         if conf.get("format") in native.MODULE_FORMATS:
-            # In the metadata, names may also be relative to the diffusion model.
+            # In the metadata, names may also lack the prefix.
             return next(prefix for prefix in PREFIXES if name.startswith(prefix) or f"{prefix}{name}.weight" in header.tensors)
     return None
 
 
 def descriptions(header):
-    """{layer: dict} of what the file says of its layers; damaged entries are left to the reader."""
+    """{layer: dict} of the file's descriptions of its layers, without damaged ones, which the reader of the layer refuses."""
     found, suffix = {}, f".{layout.QUANT_KEY}"
     for key in header.tensors:
         if key.endswith(suffix):
@@ -72,7 +73,7 @@ def descriptions(header):
 
 
 def _listed(header):
-    """{layer: dict} of the metadata's descriptions."""
+    """{layer: dict} of the descriptions in the file's metadata."""
     if METADATA not in header.metadata:
         return {}
     try:
@@ -91,8 +92,9 @@ def _listed(header):
 class _AsOurs(Header):
     """The file's diffusion model under our names and in our order.
 
-    listed: {X.comfy_quant: dict} of the descriptions that the metadata have; `tensors` has None for those that no tensor holds. tiles:
-    {name: TensorInfo as stored}; renamed: whether it has names of OTHER_NAMES; smoothed: the proj_downs that are stored for x / smooth.
+    listed: {X.comfy_quant: dict} of the descriptions in the metadata; `tensors` has None under such a name if no tensor has it. tiles:
+    {name: TensorInfo as stored} of tensors packed in tiles; renamed: whether the file has names of OTHER_NAMES; smoothed: names of the
+    proj_downs that are stored for x / smooth.
     """
 
     listed: dict = field(default_factory=dict)
@@ -118,10 +120,10 @@ def _as_ours(header, prefix):
     listed = {}
     for name, conf in _listed(header).items():
         if not name.startswith(prefix) and f"{name}.weight" not in inside.tensors:
-            continue  # of a text encoder in the same file
+            continue  # a text encoder in the same file
         key = name.removeprefix(prefix) + suffix
         if key in inside.tensors and inside.description(key) != conf:
-            raise CheckpointError(f"{header.file} describes layer {name} in two ways, in {METADATA} and in {key}; download it "
+            raise CheckpointError(f"{header.file} has two different descriptions of layer {name}, in {METADATA} and in {key}; download it "
                                   "again.")
         listed[key] = conf
     tensors = inside.tensors | {key: None for key in listed if key not in inside.tensors}
@@ -143,13 +145,13 @@ def _is_smoothed(header, layer):
     """Whether the layer's proj_down is stored for x / smooth."""
     basis = header.description(f"{layer}.{layout.QUANT_KEY}").get(BASIS, RAW)
     if basis not in (RAW, SMOOTHED):
-        raise CheckpointError(f"{header.file}: layer {layer} has a branch whose input is {basis!r}, which this version can't run; update "
+        raise CheckpointError(f"{header.file}: layer {layer} has {BASIS} {basis!r}, which this version can't run; update "
                               "ComfyUI-SVDQuant.")
     return basis == SMOOTHED
 
 
 def _natural_shape(part, shape):
-    """The shape that a tensor has when it is not packed in tiles; None where it is not."""
+    """The shape of a tensor after unpacking its tiles; None if it is not packed in tiles."""
     if part == "weight" and len(shape) == 4 and shape[2:] == (TILE_LINES, TILE_ROWS * TILE_COLUMNS // 2 // TILE_LINES):
         return shape[0] * TILE_ROWS, shape[1] * TILE_COLUMNS // 2
     if part != "weight" and len(shape) == 3 and shape[2] == TILE_ROWS:

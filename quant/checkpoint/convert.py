@@ -1,4 +1,4 @@
-"""Quantized checkpoints from one layout into another, on disk: a layer in memory at a time, nothing computed anew."""
+"""Convert quantized checkpoints between layouts on disk, one layer in memory at a time. Nothing is quantized again."""
 
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,9 @@ from .header import EXTENSIONS, CheckpointError, read_header
 def convert(source, target, to, overwrite=False, progress=lambda done, total: None):
     """Write the quantized model of file `source` into file `target`, in layout `to`, one of formats.WRITERS.
 
-    progress: called with the count of tensors written, and of all. Raises CheckpointError, before
-    anything is written, on a file that is not a whole quantized model or is in that layout already, and where no list of models
-    would show the target.
+    progress: called with the number of tensors written so far and the total number. Raises CheckpointError, before anything is written,
+    if the source is not a whole quantized model or is in that layout already, or if the target's extension is not one that model lists
+    show.
     """
     name = Path(target).name
     if not name.lower().endswith(EXTENSIONS):
@@ -24,16 +24,8 @@ def convert(source, target, to, overwrite=False, progress=lambda done, total: No
         why = "is no quantized model that this pack reads" if found is None else f"is in the {to} layout already"
         raise CheckpointError(f"{header.file} {why}; choose another file.")
     packed = found.reader.open_file(header)
-    formats.WRITERS[to].save_packed(target, packed, _config(packed), overwrite, card.of_source(header.metadata),
+    formats.WRITERS[to].save_packed(target, packed, overwrite, card.of_source(header.metadata),
                                     partial(_counted, progress=progress))
-
-
-def _config(packed):
-    """The configuration to write: the shapes', and from the file's own what no shape tells."""
-    try:
-        return packed.family.configuration.of(packed.shapes, packed.config)
-    except ValueError as error:
-        raise CheckpointError(f"{packed.header.file} {error}; save or download it again.") from None
 
 
 def _counted(tensors, total, progress):

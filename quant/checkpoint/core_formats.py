@@ -1,4 +1,4 @@
-"""The formats in which ComfyUI itself stores quantized layers (comfy.quant_ops.QUANT_ALGOS): the tensors that it reads without a check."""
+"""The formats in which ComfyUI itself stores quantized layers (comfy.quant_ops.QUANT_ALGOS). ComfyUI does not check their tensors."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,10 @@ from .header import CheckpointError
 
 @dataclass(frozen=True)
 class CoreFormat:
-    """dtype: of a weight; columns: columns of the matrix that a stored column holds; scales: tensors that a layer has beside it."""
+    """How a layer is stored.
+
+    dtype: the stored weight's; columns: matrix columns in one stored column; scales: names of the tensors beside the weight.
+    """
 
     dtype: torch.dtype
     columns: int = 1
@@ -28,22 +31,27 @@ FORMATS = {
 
 
 def check(header, prefix, layer, name):
-    """Raise CheckpointError where a layer described as format `name` lacks a scale or has a weight of another type. Formats that are not
-    listed here are left to ComfyUI."""
-    due = FORMATS.get(name) if isinstance(name, str) else None
-    if due is None:
+    """Raise CheckpointError if a layer in format `name` lacks a scale or has a weight of another dtype. Formats that are not listed here
+    are left to ComfyUI."""
+    expected = _format(name)
+    if expected is None:
         return
     weight = f"{prefix}{layer}.weight"
-    missing = next((scale for scale in due.scales if f"{prefix}{layer}.{scale}" not in header.tensors), None)
+    missing = next((scale for scale in expected.scales if f"{prefix}{layer}.{scale}" not in header.tensors), None)
     if missing:
         raise CheckpointError(f"{header.file} lacks tensor {prefix}{layer}.{missing}, a scale of format {name}; the file is incomplete, "
                               "download or save it again.")
-    if header.tensors[weight].dtype != due.dtype:
-        raise CheckpointError(f"{header.file}: tensor {weight} is {header.tensors[weight].dtype} where format {name} has {due.dtype}; the "
-                              "file is damaged, download or save it again.")
+    if header.tensors[weight].dtype != expected.dtype:
+        raise CheckpointError(f"{header.file}: tensor {weight} is {header.tensors[weight].dtype} instead of {expected.dtype}, the type in "
+                              f"format {name}; the file is damaged, download or save it again.")
 
 
 def stored_shape(name, shape):
     """The shape in which format `name` stores a weight of `shape`, (N, K); None for a format that is not listed here."""
-    due = FORMATS.get(name) if isinstance(name, str) else None
-    return None if due is None else (*shape[:-1], shape[-1] // due.columns)
+    expected = _format(name)
+    return None if expected is None else (*shape[:-1], shape[-1] // expected.columns)
+
+
+def _format(name):
+    """The CoreFormat called `name`, which may be any JSON value; None if there is none."""
+    return FORMATS.get(name) if isinstance(name, str) else None

@@ -1,4 +1,4 @@
-"""Which model a file holds in 16 bits, by the names of its tensors: one of a known family, or another."""
+"""Which model a file holds, according to its tensors' names: a model of a known family that is not packed, or another model."""
 
 import re
 
@@ -7,20 +7,21 @@ from ..layers import layout
 from .comfy_kitchen import METADATA, descriptions
 from .header import WEIGHT_DTYPES, CheckpointError
 
-# Those that ComfyUI reads too; a whole checkpoint has text encoders and a VAE beside the second.
+# The prefixes that ComfyUI reads. Whole checkpoints, which include text encoders and a VAE, have the second.
 PREFIXES = ("", "model.diffusion_model.", "model.", "model.model.", "net.")
-PACKED = ".weight_smooth_factor"  # that only a layer in 4 bits has
+PACKED = ".weight_smooth_factor"  # only W4A4 layers have such a tensor
 SCALES = ("scale_weight", "scale_input", "scaled_fp8", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "SCB",
-          layout.QUANT_KEY)  # names that only quantized weights bring along
-MARK, MARKED = "scaled_fp8", ("scale_weight", "scale_input")  # of scaled fp8: the file's mark, and names beside a weight
-NF4 = ".quant_state.bitsandbytes__"  # in the names of what bitsandbytes keeps of a 4-bit matrix
-SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # in the name of a file that may hold a part of a model
-PADDED_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")  # in the name that the Hub's own tools give one
-LORA, NUNCHAKU = "lora_", ".qweight"  # in names of a LoRA's tensors; of Nunchaku's, which have lora_down and lora_up too
+          layout.QUANT_KEY)  # names of tensors that only quantized weights have
+MARK, MARKED = "scaled_fp8", ("scale_weight", "scale_input")  # scaled fp8: the file's mark, and the tensors beside a weight
+# In names of tensors that bitsandbytes stores beside a matrix: a part of the name for 4 bits, the end of the name for 8 bits.
+BITSANDBYTES_4_BITS, BITSANDBYTES_8_BITS = ".quant_state.bitsandbytes__", ".SCB"
+SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # in the names of files that may hold a part of a model
+PADDED_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")  # in the names that the Hub's own tools give to parts of a model
+LORA, NUNCHAKU = "lora_", ".qweight"  # in a LoRA's names; in the names of Nunchaku's files, which have lora_down and lora_up too
 
-# How names of other models in a whole checkpoint begin.
+# Beginnings of the names of the other models in a whole checkpoint.
 OTHER_MODELS = ("text_encoders.", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.")
-# A part of a name that gives a model away, and what to call it.
+# (a part of a tensor's name, the model that has it).
 FOREIGN = (
     ("individual_token_refiner", "a HunyuanVideo model"),
     ("caption_projection.0.linear.weight", "a HiDream model"),
@@ -37,10 +38,10 @@ FOREIGN = (
 
 
 def find(header):
-    """(Family, prefix of its tensors) of a diffusion model in ComfyUI's naming; None where the file holds none that the pack knows.
+    """(Family, prefix of its tensors) of a diffusion model in ComfyUI's naming; None if the file holds no model of a known family.
 
-    Raises CheckpointError where it holds one that would be read wrongly: in a format that nothing in it describes, with blocks missing,
-    or only in part.
+    Raises CheckpointError if ComfyUI would misread the model: if the file does not describe the format of its weights, if blocks are
+    missing, or if the file holds only a part of the model.
     """
     for family in FAMILIES:
         found = family.signature.prefixes(header.tensors.keys())
@@ -54,7 +55,7 @@ def find(header):
 
 
 def _is_measured(header, family):
-    """Whether a file has the tensors at both ends of a model, from which its configuration is measured. No shard has them all."""
+    """Whether a file has the tensors at both ends of a model from which the configuration is measured. No shard has all of them."""
     try:
         family.configuration.of({family.stored_name(name): info.shape for name, info in header.tensors.items()})
     except (ValueError, KeyError, IndexError):
@@ -65,26 +66,26 @@ def _is_measured(header, family):
 def _check_model(header, family, prefix):
     if prefix not in PREFIXES:
         raise CheckpointError(f"{header.file} has the tensors of a {family.title} under names that begin with {prefix!r}, which ComfyUI "
-                              "does not read; save the model again without that.")
+                              "does not read; save the model again without this prefix.")
     names = header.within(prefix).tensors
     for beginning, relative in family.signature.parts:
         if not any(name.startswith(beginning) for name in names):
-            raise CheckpointError(f"{header.file} has {family.title}'s blocks and no {beginning.rstrip('.')}, as {relative} has, which is "
+            raise CheckpointError(f"{header.file} has {family.title}'s blocks and no {beginning.rstrip('.')}, like {relative}, which is "
                                   f"another model; choose a whole {family.title} model.")
     _check_blocks(header, family, names)
     _check_described(header, family, names, prefix)
 
 
 def _check_shard(header, whole):
-    """Raise CheckpointError for a shard, which by itself looks like a damaged model. whole: whether it looks like a whole one."""
+    """Raise CheckpointError if the file is a shard, one of several files of a model. whole: whether it looks like a whole model."""
     shard = SHARD.search(header.file)
     if shard and int(shard[2]) > 1 and not (whole and not PADDED_SHARD.search(header.file)):
-        raise CheckpointError(f"{header.file} is a part of a model that lies in {int(shard[2])} files; choose the model in one "
-                              "file, or join them first.")
+        raise CheckpointError(f"{header.file} is a part of a model in {int(shard[2])} files; choose the model in one file, or join the "
+                              "files first.")
 
 
 def _check_blocks(header, family, names):
-    """Raise CheckpointError where blocks are left out: ComfyUI takes those before the first gap and ignores the rest."""
+    """Raise CheckpointError if a block is missing: ComfyUI loads the blocks before the gap and ignores the others."""
     found = {blocks.name: set() for blocks in family.blocks}
     for block in filter(None, map(family.block_of, names)):
         kind, _, index = block.rpartition(".")
@@ -93,27 +94,27 @@ def _check_blocks(header, family, names):
         missing = min(set(range(len(numbers))) - numbers, default=None)
         if missing is not None:
             raise CheckpointError(f"{header.file} has {kind}.{max(numbers)} and no {kind}.{missing}; the file is incomplete, or blocks "
-                                  "were taken out and the others not renumbered: download or save it again.")
+                                  "were removed without renumbering the others, download or save it again.")
 
 
 def _check_described(header, family, names, prefix):
-    """Raise CheckpointError where there are weights in 4 or 8 bits, and nothing says what they are: ComfyUI would take them for
-    what they are not. names: {name without prefix: TensorInfo}."""
+    """Raise CheckpointError if the file has weights in 4 or 8 bits and does not describe their format: ComfyUI would misread them.
+    names: {name without prefix: TensorInfo}."""
     layers = [name.removesuffix(PACKED) for name in names if name.endswith(PACKED)]
     if layers and METADATA not in header.metadata and not any(f"{layer}.{layout.QUANT_KEY}" in names for layer in layers):
-        raise CheckpointError(f"{header.file} has layers in 4 bits ({prefix}{layers[0]}) and no word of how, as another node than "
-                              "SVDQuant Save Model leaves them; save the quantized model with SVDQuant Save Model.")
-    _check_nf4(header, family, names)
+        raise CheckpointError(f"{header.file} has layers in 4 bits ({prefix}{layers[0]}) without their descriptions, which only SVDQuant "
+                              "Save Model writes; save the quantized model with SVDQuant Save Model.")
+    _check_bitsandbytes(header, family, names)
     described = _described(header, names, prefix)
-    marked = MARK in names and METADATA not in header.metadata  # beside which ComfyUI overlooks the mark
+    marked = MARK in names and METADATA not in header.metadata  # ComfyUI ignores the mark in a file with this metadata
     for name, info in names.items():
         layer = layer_of(name, names)
         leaf = name.removeprefix(f"{layer}.")
         coded = leaf in ("weight", "bias", "scale") and info.dtype not in WEIGHT_DTYPES
         extra = layer is not None and leaf not in ("weight", "bias")
         if (coded or extra and not (marked and leaf in MARKED)) and layer not in described:
-            raise CheckpointError(f"{header.file} has {prefix}{name} and no word of the format that it belongs to; choose a bf16, fp16 "
-                                  "or ordinary fp8 version of the model.")
+            raise CheckpointError(f"{header.file} has {prefix}{name}, and does not describe the format that it belongs to; choose a bf16, "
+                                  "fp16 or ordinary fp8 version of the model.")
 
 
 def layer_of(name, names):
@@ -126,7 +127,7 @@ def layer_of(name, names):
 
 
 def _described(header, names, prefix):
-    """{layer: dict} of the layers whose format the file describes so that ComfyUI finds it. Raises CheckpointError where a description is
+    """{layer: dict} of the layers whose format the file describes where ComfyUI reads it. Raises CheckpointError if a description is
     damaged."""
     suffix = f".{layout.QUANT_KEY}"
     for name in names:
@@ -136,11 +137,13 @@ def _described(header, names, prefix):
     return {layer: conf for layer, conf in found.items() if f"{layer}.weight" in names}
 
 
-def _check_nf4(header, family, names):
-    """Raise CheckpointError where a model is in bitsandbytes' 4 bits."""
-    if any(NF4 in name for name in names):
-        raise CheckpointError(f"{header.file} is a {family.title} in bitsandbytes' 4 bits (NF4 or FP4), which SVDQuant does not read; "
-                              "choose a bf16, fp16 or fp8 version of the model.")
+def _check_bitsandbytes(header, family, names):
+    """Raise CheckpointError if bitsandbytes has quantized the model."""
+    form = ("4 bits (NF4 or FP4)" if any(BITSANDBYTES_4_BITS in name for name in names)
+            else "8 bits (LLM.int8)" if any(name.endswith(BITSANDBYTES_8_BITS) for name in names) else None)
+    if form:
+        raise CheckpointError(f"{header.file} is a {family.title} in bitsandbytes' {form}, which SVDQuant does not read; choose a bf16, "
+                              "fp16 or fp8 version of the model.")
 
 
 def find_diffusers(header):
@@ -150,28 +153,26 @@ def find_diffusers(header):
                  and all(key in keys for key in family.diffusers.keys)), None)
 
 
-def check_diffusers(header, family, known=None):
-    """Raise CheckpointError where a model in diffusers' naming has weights or tensors that ComfyUI's conversion would take for others or
-    drop: it joins q, k and v as they are, and reads no scale. known: names that the conversion reads; None: any name may be one."""
-    _check_nf4(header, family, header.tensors)
+def check_diffusers(header, family):
+    """Raise CheckpointError if ComfyUI's conversion would misread a weight of a model in diffusers' naming: the conversion joins q, k and v
+    without their scales."""
+    _check_bitsandbytes(header, family, header.tensors)
     for name, info in header.tensors.items():
         layer = layer_of(name, header.tensors)
         if name in SCALES or layer is not None and name.removeprefix(f"{layer}.") not in ("weight", "bias"):
             raise CheckpointError(f"{header.file} has 8-bit weights with scales of their own ({name}), which ComfyUI does not read under "
                                   f"diffusers' names; choose the bf16 version, or an fp8 {family.title} in ComfyUI's own naming.")
         if info.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(f"{header.file} has {name} as {info.dtype} and no word of the format that it belongs to; choose the bf16 "
-                                  f"version, or an fp8 {family.title} in ComfyUI's own naming.")
-    unused = next((name for name in header.tensors if known is not None and name not in known), None)
-    if unused is not None:
-        raise CheckpointError(f"{header.file} has tensor {unused}, which a {family.title} under diffusers' names has no place for; choose "
-                              "another version of the model.")
+            raise CheckpointError(f"{header.file} has {name} as {info.dtype}, and does not describe the format that it belongs to; choose "
+                                  f"the bf16 version, or an fp8 {family.title} in ComfyUI's own naming.")
 
 
 def kind(header):
-    """What a file is that holds no model of a family; None where nothing gives it away."""
+    """The name of a file's content, if it holds no model of a family, for messages; None if it is unknown."""
     keys = header.tensors.keys()
     relatives = filter(None, (family.signature.lookalike(keys) for family in FAMILIES))
     found = next(relatives, None) or next((what for part, what in FOREIGN if any(part in key for key in keys)), None)
-    is_lora = any(LORA in key for key in keys) and not any(key.endswith(NUNCHAKU) for key in keys)
+    in_lora = sum(LORA in key for key in keys)
+    # A damaged or unknown model may have a few such names too.
+    is_lora = 0 < len(keys) <= 2 * in_lora and not any(key.endswith(NUNCHAKU) for key in keys)
     return found or ("a LoRA" if is_lora else None)

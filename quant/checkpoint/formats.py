@@ -1,4 +1,4 @@
-"""The formats of quantized files: the one list of them. A format is a module of this folder and a line in FORMATS."""
+"""The one list of formats of quantized files. A format is a module of this folder and a line in FORMATS."""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -12,13 +12,13 @@ from .nunchaku import writer as nunchaku_writer
 class Format:
     """A format of quantized files.
 
-    name: as users read it
-    reader: has matches(header), whether the file is of this format, and open_file(header), its PackedFile. Both raise CheckpointError,
-        open_file unless the model is whole
-    writer: None, or has save(path, tensors, specs, config, recipe, source, overwrite, source_card), which writes a model from memory,
-        and save_packed(path, packed, config, overwrite, source_card, counted), which writes a PackedFile of another format. Both raise
-        CheckpointError where the model has no place in the format, and as write.write does
-    layout: what users choose the writer by, in SVDQuant Save Model and convert.py; "" without a writer
+    name: its name for users
+    reader: a module with matches(header), which says whether the file has this format, and open_file(header), which returns its
+        PackedFile. Both raise CheckpointError: matches if the metadata are damaged, open_file unless the model is whole
+    writer: None, or a module with save(path, tensors, specs, config, recipe, source, overwrite, source_card), which writes a model from
+        memory, and save_packed(path, packed, overwrite, source_card, counted), which writes a PackedFile of another format. Both raise
+        CheckpointError if the format can't hold the model, and as write.write does
+    layout: the name by which users choose the writer in SVDQuant Save Model and convert.py; "" without a writer
     """
 
     name: str
@@ -36,5 +36,5 @@ WRITERS = {entry.layout: entry.writer for entry in FORMATS if entry.writer}  # {
 
 
 def identify(header):
-    """The Format of a file; None if it is in none of them. Raises CheckpointError where its metadata are damaged."""
+    """The Format of a file; None if no format matches. Raises CheckpointError if its metadata are damaged."""
     return next((entry for entry in FORMATS if entry.reader.matches(header)), None)

@@ -1,7 +1,7 @@
 """The header of a safetensors file, checked before anything is allocated.
 
-Every reader starts here, so that a truncated, hostile or foreign file ends in one sentence (CheckpointError) and
-changes nothing. Format: https://huggingface.co/docs/safetensors (8 bytes little-endian length, JSON, data).
+Every reader starts here, so that a truncated, malicious or foreign file ends in one sentence (CheckpointError) and changes nothing.
+Format: https://huggingface.co/docs/safetensors (8 bytes little-endian length, JSON, data).
 """
 
 import json
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from ..families import TITLES
 from ..layers import layout
 
 EXTENSIONS = (".safetensors", ".sft")
@@ -22,18 +23,18 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "C64": torch.complex64,
-} | {name: getattr(torch, dtype) for name, dtype in (  # that older versions of PyTorch lack
+} | {name: getattr(torch, dtype) for name, dtype in (  # older versions of PyTorch lack these
     ("F8_E8M0", "float8_e8m0fnu"), ("F8_E4M3FNUZ", "float8_e4m3fnuz"), ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
     ("U64", "uint64"), ("U32", "uint32"), ("U16", "uint16"),
 ) if hasattr(torch, dtype)}
-# Two elements a byte: the file's shape counts elements, PyTorch's counts bytes.
+# Two elements per byte: the file's shape counts elements, PyTorch's counts bytes.
 PAIRS = {"F4": torch.float4_e2m1fn_x2} if hasattr(torch, "float4_e2m1fn_x2") else {}
-# Of weights that are not packed. The others are scales, codes and data.
+# Types of weights that are not packed. The other types are those of scales, codes and data.
 WEIGHT_DTYPES = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
-MAX_DESCRIPTION_BYTES = 1 << 16  # of one X.comfy_quant
+MAX_DESCRIPTION_BYTES = 1 << 16  # one X.comfy_quant
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 GGUF = b"GGUF"
-WEB_PAGE, WEB_PAGE_BYTES = (b"<!doctype html", b"<html"), 512  # how it may begin, and how much of it is looked at
+WEB_PAGE, WEB_PAGE_BYTES = (b"<!doctype html", b"<html"), 512  # its possible beginnings, and how many bytes are read to find one
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -44,7 +45,7 @@ class CheckpointError(ValueError):
     __module__ = "builtins"
 
     def __init__(self, message):
-        # A tensor's name may hold anything, line breaks too.
+        # A tensor's name may contain any character, even line breaks.
         super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message))
 
 
@@ -62,8 +63,8 @@ class TensorInfo:
 class Header:
     """The header of one safetensors file, read and checked by read_header.
 
-    path: the file; tensors: {name: TensorInfo}; metadata: {str: str}; described: the cache of `description`, {(start, stop): dict, or the
-    reason why there is none}, which the headers that `within` makes share.
+    path: the file's path; tensors: {name: TensorInfo}; metadata: {str: str}; described: the cache of `description`, {(start, stop): dict,
+    or a text that says why there is none}, shared with the headers that `within` returns.
     """
 
     path: str
@@ -77,14 +78,14 @@ class Header:
         return os.path.basename(self.path)
 
     def within(self, prefix):
-        """The same file as if it held only the tensors whose names begin with `prefix`, without it."""
+        """The header of the tensors whose names begin with `prefix`, under their names without it."""
         if not prefix:
             return self
         inside = {name.removeprefix(prefix): info for name, info in self.tensors.items() if name.startswith(prefix)}
         return replace(self, tensors=inside)
 
     def description(self, name):
-        """The JSON object, a dict, of a tensor X.comfy_quant. Raises CheckpointError where it holds none."""
+        """The JSON object in a tensor X.comfy_quant, as a dict. Raises CheckpointError if the tensor does not hold one."""
         info = self.tensors[name]
         if (info.start, info.stop) not in self.described:
             self._read_descriptions()
@@ -108,12 +109,12 @@ class Header:
             return file.read(info.stop - info.start)
 
     def read_tensor(self, name):
-        """One tensor, read into memory of its own: nothing of the file stays mapped."""
+        """One tensor, read into its own memory. The file does not stay mapped."""
         info = self.tensors[name]
         data = np.empty(info.stop - info.start, np.uint8)
         for _ in self.read_into(name, [data]):
             pass
-        if not data.size:  # of such an array, PyTorch makes no view in another type
+        if not data.size:  # PyTorch can't view an empty array as another type
             return torch.empty(info.shape, dtype=info.dtype)
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
@@ -139,9 +140,9 @@ class Header:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file, of which one block at a time is read.
+    """A tensor in a file, read one block at a time.
 
-    header: the file's; name: the tensor's name in it. As a torch.Tensor it has a `shape`.
+    header: the file's; name: the tensor's name in the file. Like a torch.Tensor, it has a `shape`.
     """
 
     header: Header
@@ -160,9 +161,9 @@ class StoredTensor:
 
 
 def _description(file, start, stop):
-    """The dict of an X.comfy_quant, or the reason why there is none, as the second half of a sentence."""
+    """The dict of an X.comfy_quant; if it is invalid, the second half of a sentence that says why."""
     if stop - start > MAX_DESCRIPTION_BYTES:
-        return f"has {stop - start} bytes where a few hundred are due"
+        return f"has {stop - start} bytes instead of a few hundred"
     file.seek(start)
     try:
         return layout.decode_conf(file.read(stop - start))
@@ -171,7 +172,7 @@ def _description(file, start, stop):
 
 
 def read_header(path):
-    """Header of a safetensors file. Raises CheckpointError on anything that is not one, whole and consistent."""
+    """The Header of a safetensors file. Raises CheckpointError if the file is not a complete and consistent one."""
     name = os.path.basename(path)
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -201,7 +202,7 @@ def read_header(path):
 
 
 def _what_else(name, start):
-    """What a file is that is not safetensors, and what to do about it. start: its first bytes."""
+    """What a file in another format is, and the remedy, as the rest of a sentence. start: its first bytes."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith(GGUF):
         return "a GGUF file, which SVDQuant does not read; download the bf16, fp16 or fp8 version of the model in safetensors format"
@@ -214,8 +215,8 @@ def _what_else(name, start):
         return ("a web page, so its download went wrong; download the file itself again, logged in if its page asks for a login or "
                 "for a licence to be accepted")
     if name.lower().endswith(EXTENSIONS):
-        return "not a safetensors file, whatever its name says; download it again, or choose another model"
-    return "not a safetensors file; choose a .safetensors FLUX model"
+        return "not a safetensors file, despite its name; download it again, or choose another model"
+    return f"not a safetensors file; choose a {TITLES} model in safetensors format"
 
 
 def _without_duplicates(pairs):
@@ -230,7 +231,7 @@ def _is_count(value):
 
 
 def _tensor_info(name, key, entry, data_start, size):
-    """TensorInfo of one header entry, checked by itself."""
+    """The TensorInfo of one header entry, checked without regard to the other entries."""
     if not isinstance(entry, dict):
         raise CheckpointError(f"{name} has a damaged header entry for tensor {key}; download it again.")
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
@@ -256,12 +257,12 @@ def _tensor_info(name, key, entry, data_start, size):
 
 
 def _check_layout(name, tensors, data_start, size):
-    """No overlaps and no holes: the tensors must cover the data exactly."""
+    """Raise CheckpointError unless the tensors cover the data exactly, without overlaps or gaps."""
     position = data_start
     for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != position:
-            raise CheckpointError(f"{name} is damaged: tensor {key} starts at byte {info.start} where {position} is "
-                                  "due; download it again.")
+            raise CheckpointError(f"{name} is damaged: tensor {key} starts at byte {info.start} instead of "
+                                  f"{position}; download it again.")
         position = info.stop
     if position != size:
         raise CheckpointError(f"{name} is damaged: its tensors end at byte {position} and the file has {size}; "

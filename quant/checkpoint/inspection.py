@@ -1,4 +1,4 @@
-"""What a model file is, according to its header: format, sizes by kind, ranks, dtypes, recipe and errors. No weight is read."""
+"""Describe a model file from its header: format, sizes by kind, ranks, dtypes, recipe and errors. No weight is read."""
 
 import json
 import os
@@ -9,13 +9,12 @@ import torch
 
 from .. import families
 from ..layers import layout
-from . import comfy_kitchen, foreign, formats, native
+from . import foreign, formats, native, plain
 from .card import MAX_FIELD_BYTES, PREFIX, SOURCE_HASH, SOURCE_TITLE
-from .header import CheckpointError
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 REST = "everything else"
-# What the tensors of a packed layer are, by the last part of their names: ours and comfy-kitchen's, Nunchaku's.
+# {kind of tensor: last parts of its names in packed layers, in our and comfy-kitchen's files and in Nunchaku's}.
 KINDS = {
     "4-bit codes": ("weight", "qweight"),
     "scales": ("weight_scale", "weight_scale_2", "weight_zeros", "wscales", "wzeros", "wtscale", "wcscales"),
@@ -32,14 +31,14 @@ WORST = 3  # layers named in the summary of errors
 
 
 def inspect(header):
-    """A JSON-able dict of what a file is. Raises CheckpointError, one sentence, where it is no whole FLUX.1."""
+    """A JSON-able description of a file. Raises CheckpointError, one sentence, unless it is a whole model of a supported family."""
     found = formats.identify(header)
     info = _packed(header, found) if found else _plain(header)
     return {"file": header.file, "bytes": os.path.getsize(header.path)} | info | {"card": _card(header)}
 
 
 def text(info):
-    """inspect's answer as text, a line a fact."""
+    """The description of `inspect` as text, one fact per line."""
     lines = [f"{info['file']}: {_size(info['bytes'])}, {info['format']}", *_model_lines(info)]
     lines += [f"{label}: {value}" for label, value in info["card"].items()]
     if "layers" in info:
@@ -50,8 +49,8 @@ def text(info):
         ranks = ", ".join(f"rank {rank}: {count}" for rank, count in layers["ranks"].items())
         lines.append(f"{kind}: {layers['count']} layers" + (f" ({ranks})" if kind != layout.AWQ else ""))
     if info.get("int8_scales"):
-        lines.append(f"scales: 8-bit integers times a number of their row, in {info['int8_scales']} layers")
-    # What a file says of itself may hold anything, a terminal's control codes too.
+        lines.append(f"scales: 8-bit integers times one number per row, in {info['int8_scales']} layers")
+    # Text from a file may contain any character, even control codes for the terminal.
     return "\n".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
                      for line in [*lines, *_recipe_lines(info)])
 
@@ -64,31 +63,23 @@ def _packed(header, found):
     codes = "NVFP4" if any(spec.format == layout.NVFP4 for spec in packed.specs.values()) else "INT4"
     recipe = {key: value for key, value in packed.recipe.items() if key != "layers"}
     return {"bytes": packed.nbytes(), "format": f"{found.name} layout, {codes}", "family": packed.family.title,
-            "model": _model(packed.family, packed.shapes, packed.config, header), "source": packed.source, "recipe": recipe,
+            "model": packed.config, "source": packed.source, "recipe": recipe,
             "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs),
             "int8_scales": len(packed.computed), **_sizes(packed.stored, packed.modules)}
 
 
 def _plain(header):
-    found = foreign.find(header)
-    if found is not None:
-        family, prefix = found
-        inside = header.within(prefix)
-        shapes = {family.stored_name(name): info.shape for name, info in inside.tensors.items()}
-        theirs = sorted({str(conf.get("format")) for layer, conf in comfy_kitchen.descriptions(inside).items()
-                         if f"{layer.removeprefix(prefix)}.weight" in inside.tensors})
-        what = _plain_format(family, inside, theirs)
-        return {"format": what, "family": family.title, "model": _model(family, shapes, {}, header), **_sizes(header.tensors, ())}
-    if family := foreign.find_diffusers(header):
-        foreign.check_diffusers(header, family)
-        what = f"{_plain_format(family, header, [])}, under diffusers' names"
-        return {"format": what, "family": family.title, "model": {}, **_sizes(header.tensors, ())}
-    what = foreign.kind(header) or f"no {families.TITLES} in ComfyUI's names and no quantized one"
-    raise CheckpointError(f"{header.file} is {what}; choose another file.")
+    family, prefix = plain.find(header)
+    if prefix is None:
+        what, config = f"{_plain_format(family, header, [])}, under diffusers' names", plain.open_diffusers(header, family)
+    else:
+        file = plain.open_file(header, family, prefix)
+        what, config = _plain_format(family, header.within(prefix), sorted(set(map(str, file.formats.values())))), file.config
+    return {"format": what, "family": family.title, "model": config, **_sizes(header.tensors, ())}
 
 
 def _plain_format(family, header, formats):
-    """What a file is that no SVDQuant format describes. formats: names of ComfyUI's formats that its layers are in."""
+    """The format of a model that is not packed, for users. formats: names of the formats of ComfyUI in which its layers are stored."""
     if formats:
         return f"a {family.title} with layers in ComfyUI's format {', '.join(formats)}"
     if any(info.dtype in EIGHT_BITS for info in header.tensors.values()):
@@ -97,16 +88,8 @@ def _plain_format(family, header, formats):
     return f"a {family.title} that is not quantized"
 
 
-def _model(family, shapes, stored, header):
-    """The host's configuration, from the tensors' shapes; the file's own has what no shape tells."""
-    try:
-        return family.configuration.of(shapes, stored)
-    except ValueError as error:
-        raise CheckpointError(f"{header.file} {error}; save or download it again.") from None
-
-
 def _sizes(infos, modules):
-    """Bytes by kind and by dtype. infos: {name: TensorInfo}; modules: what lies before the last dot of packed tensors."""
+    """Bytes by kind and by dtype. infos: {name: TensorInfo}; modules: names of the modules whose tensors are packed."""
     kinds, dtypes = Counter(), Counter()
     for name, info in infos.items():
         module, _, leaf = name.rpartition(".")
@@ -128,9 +111,9 @@ def _layers(specs):
 
 
 def _errors(records):
-    """{format: mean, median and largest error of its layers, plain rounding's mean, the worst by name}; {} without records.
+    """{format: mean, median and largest error of its layers, the mean error of plain rounding, the worst layers}; {} without records.
 
-    records: the recipe's "layers", which any program may have written.
+    records: the recipe's "layers", which may hold any JSON, since any program may have written it.
     """
     found = {}
     for record in records if isinstance(records, list) else ():
@@ -141,7 +124,7 @@ def _errors(records):
 
 
 def _is_error(value):
-    return isinstance(value, (int, float)) and 0 <= value < 1e6  # neither of which NaN is
+    return isinstance(value, (int, float)) and 0 <= value < 1e6  # NaN satisfies neither comparison
 
 
 def _summary(records):
@@ -153,20 +136,17 @@ def _summary(records):
 
 
 def _card(header):
-    """{label: text} of what the metadata tell of the model itself."""
+    """{label: text} of the model card in the metadata."""
     return {label: header.metadata[key] for key, label in CARD.items() if 0 < len(header.metadata.get(key, "")) <= MAX_FIELD_BYTES}
 
 
-# --- telling -------------------------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------------------------
 
 
 def _model_lines(info):
     model = info["model"]
-    if not model:  # under diffusers' names
-        return []
-    guidance = {True: ", with guidance", False: ", without guidance"}.get(model.get("guidance_embed"), "")
-    lines = [f"{info['family']}: {model['depth']} double and {model['depth_single_blocks']} single blocks, "
-             f"hidden size {model['hidden_size']}, {model['in_channels']} channels in{guidance}"]
+    figures = families.of_image_model(model["image_model"]).figures(model)
+    lines = [f"{info['family']}: {figures}"]
     return lines + ([f"made from: {info['source']}"] if info.get("source") not in (None, "", info["file"]) else [])
 
 

@@ -1,16 +1,16 @@
 """Our own checkpoint: a quantized model under ComfyUI's parameter names.
 
-Every 16-bit tensor has the name it has in an ordinary file of its family, without prefix; every packed layer has the tensors of
-layout.py, and `X.comfy_quant` says what it is. The file's metadata:
+Every 16-bit tensor has the same name as in an ordinary file of its family, without prefix. Every packed layer X has the tensors of
+layout.py, and `X.comfy_quant` describes it. The file's metadata:
 
-    svdquant.version   "1"; "2" where a layer has int8 scales; a reader refuses a higher number
+    svdquant.version   "1"; "2" if a layer has int8 scales; a reader refuses a higher number
     svdquant.config    JSON: the host's configuration of the model (image_model, hidden_size, depth, ...)
-    svdquant.recipe    JSON: how it was quantized; its "calibration" has the count of prompts, its "layers" the error,
+    svdquant.recipe    JSON: how it was quantized; its "calibration" has the number of prompts, its "layers" the error,
                        size and smoothing of each layer (pipeline.LayerRecord)
-    svdquant.source    name of the model that was quantized; source_title and source_hash_sha256 as its own card had them
+    svdquant.source    name of the quantized model; source_title and source_hash_sha256 are copied from its own card
     modelspec.*        title, author, licence, ...: card.py
 
-Files that others made under comfy-kitchen's names have none of these metadata; comfy_kitchen.py reads them through here.
+Files from other software under comfy-kitchen's names have none of these metadata; comfy_kitchen.py reads them with this module.
 """
 
 import json
@@ -22,9 +22,9 @@ import torch
 from ...cuda.row_scales import HIGHEST, LOWEST
 from .. import families
 from ..layers import layout
-from . import int8_scales
+from . import completeness, int8_scales
 from .card import modelspec
-from .header import WEIGHT_DTYPES, CheckpointError
+from .header import CheckpointError
 from .packed import PackedFile
 from .write import check_target, write
 
@@ -32,52 +32,56 @@ VERSION = 2
 MODULE_FORMATS = tuple(layout.GROUP_SIZES)
 HALF_TYPES = (torch.bfloat16, torch.float16)
 SCALE_TYPES = (*HALF_TYPES, torch.float32)
-OTHERS_PRESET = "comfy-kitchen file"  # in the recipe of a file whose layers other software quantized
+OTHERS_PRESET = "comfy-kitchen file"  # in the recipe of files that other software has quantized
 
 
 def matches(header):
-    """Whether the file is one of ours."""
+    """Whether the file has this pack's own format."""
     return "svdquant.version" in header.metadata
 
 
 def open_file(header):
-    """PackedFile of a file of ours. Raises CheckpointError, before any weight is read, unless its packed layers are
-    whole and its metadata is sound."""
+    """The PackedFile of a file in this pack's own format. Raises CheckpointError, before any weight is read, unless the model is whole and
+    the metadata are valid."""
     stored = config(header)
     kind = stored.get("image_model")
     family = families.of_tensors(header.tensors.keys()) if kind is None else families.of_image_model(kind)
     if family is None:
-        what = "no kind of model in its configuration" if kind is None else f"image_model = {kind!r} in its configuration"
+        what = "no image_model in its configuration" if kind is None else f"image_model = {kind!r} in its configuration"
         raise CheckpointError(f"{header.file} says {what}, which this version doesn't know; update ComfyUI-SVDQuant, or save or download "
                               "the file again.")
     packed = packed_file(header, family, "", stored, recipe(header), header.metadata.get("svdquant.source", ""))
     if packed.computed and _version(header) < 2:
-        raise CheckpointError(f"{header.file} says that it has SVDQuant format version 1, and {min(packed.computed)} is of version 2; "
+        raise CheckpointError(f"{header.file} says that it has SVDQuant format version 1, but {min(packed.computed)} needs version 2; "
                               "download or save it again.")
     return packed
 
 
 def packed_file(header, family, prefix, config, recipe, source):
-    """PackedFile of a header that has a family's tensors in our names under `prefix`."""
+    """The PackedFile of a header with a family's tensors under our names, after `prefix`. Raises CheckpointError unless the model is
+    whole."""
     own = header.within(prefix)
     specs, compact = layer_specs(own, family)
     check_unsigned(header, family, specs, signed_allowed=recipe.get("preset") == OTHERS_PRESET)
     computed = frozenset(f"{layer}.weight_scale" for layer in compact)
     leave_out = {f"{layer}.weight_scale_2" for layer in compact}
-    shapes = {name: info.shape for name, info in own.tensors.items()
-              if not name.endswith(f".{layout.QUANT_KEY}") and name not in leave_out}
-    dtypes = {name: own.tensors[name].dtype for name in shapes}
+    names = completeness.stored_names(header, family, (name for name in own.tensors if not name.endswith(f".{layout.QUANT_KEY}")
+                                                       and name not in leave_out))
+    shapes = {name: own.tensors[stored].shape for name, stored in names.items()}
+    dtypes = {name: own.tensors[stored].dtype for name, stored in names.items()}
     dtypes |= {f"{layer}.weight_scale": specs[layer].dtype for layer in compact}
-    _check_plain(header, specs, dtypes)
-    read = partial(_read, own, computed)
-    return PackedFile(header, family, specs, shapes, dtypes, config, recipe, source,
-                      lambda: ((name, read(name)) for name in shapes), prefix, read, computed)
+    completeness.check_types(header, dtypes, specs)
+    config = completeness.configuration(header, family, shapes, config)
+    completeness.check(header, family, config, shapes, specs)
+    read = partial(_read, own, names, computed)
+    return PackedFile(header, family, specs, shapes, dtypes, config, recipe, source, lambda: ((name, read(name)) for name in shapes),
+                      prefix if all(name == stored for name, stored in names.items()) else None, read, computed)
 
 
-def _read(header, computed, name):
-    """One tensor as the layer has it. Raises CheckpointError where int8 scales are none."""
+def _read(header, names, computed, name):
+    """One tensor as the model has it. names: {model's name: file's}. Raises CheckpointError if int8 scales are invalid."""
     if name not in computed:
-        return header.read_tensor(name)
+        return header.read_tensor(names[name])
     integers, row_scale = header.read_tensor(name), header.read_tensor(f"{name}_2")
     if not ((row_scale >= 0) & (row_scale * HIGHEST).isfinite()).all():
         raise CheckpointError(f"{header.file}: tensor {name}_2 has values that are negative, not finite or too large; download or "
@@ -86,14 +90,6 @@ def _read(header, computed, name):
     if values.size and not LOWEST <= values.min() <= values.max() <= HIGHEST:
         raise CheckpointError(f"{header.file}: tensor {name} has values outside {LOWEST}..{HIGHEST}; download or save it again.")
     return int8_scales.product(integers, row_scale)
-
-
-def _check_plain(header, specs, dtypes):
-    """Raise CheckpointError where a tensor outside the packed layers is not of a type that weights have."""
-    for name, dtype in dtypes.items():
-        if name.rpartition(".")[0] not in specs and dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(f"{header.file}: tensor {name} is {dtype} where a floating point type is due; the file is damaged, "
-                                  "or mixes formats that this version can't run, download or save it again.")
 
 
 def _json_metadata(header, key):
@@ -115,19 +111,19 @@ def _version(header):
 
 
 def config(header):
-    """The host's configuration of the file's model, a dict. Raises CheckpointError on a newer version or a damaged entry."""
+    """The host's configuration in the file's metadata, a dict. Raises CheckpointError if the version is newer or the entry is damaged."""
     _version(header)
     return _json_metadata(header, "svdquant.config")
 
 
 def recipe(header):
-    """How the file was quantized, a dict."""
+    """How the model was quantized, a dict. Raises CheckpointError if the entry is damaged."""
     return _json_metadata(header, "svdquant.recipe")
 
 
 def layer_specs(header, family):
-    """({layer name: LayerSpec} of the packed layers of a family's model, the names of those with int8 scales). Raises CheckpointError
-    where name, description and tensors do not agree."""
+    """({layer name: LayerSpec} of a model's packed layers, names of the layers with int8 scales). Raises CheckpointError if a layer's
+    name, description and tensors do not agree."""
     suffix = f".{layout.QUANT_KEY}"
     names = [key.removesuffix(suffix) for key in header.tensors if key.endswith(suffix)]
     found = {name: _layer_spec(header, family, name) for name in names}
@@ -135,7 +131,7 @@ def layer_specs(header, family):
 
 
 def _layer_spec(header, family, name):
-    """(LayerSpec, whether its scales are int8)."""
+    """(LayerSpec, whether the scales are int8) of layer `name`. Raises CheckpointError as layer_specs does."""
     key = f"{name}.{layout.QUANT_KEY}"
     conf = header.description(key)
     kind = conf.get("format")
@@ -146,11 +142,11 @@ def _layer_spec(header, family, name):
                               f"{group_size!r}, which this version can't run; update ComfyUI-SVDQuant.")
     layer = family.layer(name)
     if layer is None:
-        raise CheckpointError(f"{header.file}: layer {name} is packed, but {family.title} has no such layer to pack; choose another file.")
+        raise CheckpointError(f"{header.file}: layer {name} is packed, but a {family.title} has no such packed layer; choose another file.")
     weight, scale = (_info(header, f"{name}.{part}") for part in ("weight", "weight_scale"))
     if len(weight.shape) != 2:
-        # comfy-kitchen's tiles have become such a matrix by now.
-        raise CheckpointError(f"{header.file}: {name}.weight has shape {list(weight.shape)} where (N, K/2) is due; "
+        # The tiles of comfy-kitchen's files have been unpacked to such a matrix.
+        raise CheckpointError(f"{header.file}: {name}.weight has shape {list(weight.shape)} instead of (N, K/2); "
                               "choose a file that is not packed for another kernel, or save or download it again.")
     n, k = weight.shape[0], weight.shape[1] * 2
     rank = 0 if kind == layout.AWQ else conf.get("rank", _rank(header, name))
@@ -169,7 +165,7 @@ def _layer_spec(header, family, name):
     if dtype not in (HALF_TYPES if int8_scale else SCALE_TYPES):
         raise CheckpointError(f"{header.file}: layer {name} has scales of type {dtype}; the file is damaged, download or save it again.")
     try:
-        # A layer that lacks the bias of its kind has lost it.
+        # If the kind of layer has a bias, a file without it is damaged.
         spec = (layout.svdquant_spec(k, n, rank, unsigned, layer.bias, dtype) if int8_scale
                 else layout.LayerSpec(kind, k, n, rank, unsigned, layer.bias, dtype, scale_blocks))
     except ValueError as error:
@@ -180,35 +176,35 @@ def _layer_spec(header, family, name):
 
 
 def _unsigned_from(header, key, conf, k):
-    """The first unsigned column of a layer's input, by its description. Raises CheckpointError where that is not one."""
+    """The first unsigned column of a layer's input, from its description. Raises CheckpointError if the description is invalid."""
     kind, unsigned = conf["format"], conf.get("act_unsigned", False)
     if type(unsigned) is not bool:
-        raise CheckpointError(f"{header.file}: {key} says act_unsigned = {unsigned!r} where true or false is due; save or download the "
+        raise CheckpointError(f"{header.file}: {key} says act_unsigned = {unsigned!r} instead of true or false; save or download the "
                               "file again.")
     if kind not in (layout.SVDQUANT_SPLIT, layout.SVDQUANT_INT8_SCALE):
         return 0 if unsigned and kind == layout.SVDQUANT else k
     first = conf.get("act_unsigned_from")
     if type(first) is not int or first < 0 or unsigned is not (first == 0):
-        raise CheckpointError(f"{header.file}: {key} lacks a valid act_unsigned_from, or says another act_unsigned; save or download the "
-                              "file again.")
+        raise CheckpointError(f"{header.file}: {key} lacks a valid act_unsigned_from, or contradicts it in act_unsigned; save or download "
+                              "the file again.")
     return first
 
 
 def check_unsigned(header, family, specs, signed_allowed):
-    """Raise CheckpointError where a layer codes the sign of its input otherwise than its family does: codes that were made for signed
-    inputs give a wrong picture with unsigned ones, and the reverse. signed_allowed: whether a layer may be signed throughout instead, as
-    other software quantizes every layer."""
+    """Raise CheckpointError if the unsigned columns of a layer's input are not those of its family: weights quantized for signed inputs
+    give wrong images with unsigned inputs, and vice versa. signed_allowed: whether a layer may be signed throughout instead, as in files
+    from other software."""
     for name, spec in specs.items():
         if spec.format in (layout.AWQ, layout.NVFP4):
             continue
-        due = family.layer(name).unsigned_from(spec.in_features, spec.out_features)
-        if spec.unsigned_from != due and not (signed_allowed and spec.unsigned_from == spec.in_features):
+        first = family.layer(name).unsigned_from(spec.in_features, spec.out_features)
+        if spec.unsigned_from != first and not (signed_allowed and spec.unsigned_from == spec.in_features):
             raise CheckpointError(f"{header.file}: layer {name} has its first unsigned column at {spec.unsigned_from}, where a "
-                                  f"{family.title} has it at {due}; the file is damaged, save or download it again.")
+                                  f"{family.title} has it at {first}; the file is damaged, save or download it again.")
 
 
 def _rank(header, name):
-    """The rank that a layer's branch has, whatever is said of it."""
+    """The rank of a layer's branch according to the tensor's shape."""
     shape = _info(header, f"{name}.weight_proj_down").shape
     return shape[1] if len(shape) == 2 else None
 
@@ -223,20 +219,20 @@ def check_tensor(header, key, shape, dtype=None):
     """Raise CheckpointError unless the file has tensor `key` with this shape (and dtype, if given)."""
     info = _info(header, key)
     if info.shape != tuple(shape):
-        raise CheckpointError(f"{header.file}: tensor {key} has shape {list(info.shape)} where {list(shape)} is due; "
+        raise CheckpointError(f"{header.file}: tensor {key} has shape {list(info.shape)} instead of {list(shape)}; "
                               "the file does not fit its own configuration, download or save it again.")
     if dtype is not None and info.dtype != dtype:
-        raise CheckpointError(f"{header.file}: tensor {key} is {info.dtype} where {dtype} is due; the file is damaged, "
+        raise CheckpointError(f"{header.file}: tensor {key} is {info.dtype} instead of {dtype}; the file is damaged, "
                               "download or save it again.")
 
 
 def save(path, tensors, specs, config, recipe, source, overwrite=False, source_card=None):
-    """Write a checkpoint, as write.write does.
+    """Write a checkpoint as write.write does.
 
     tensors: {name: tensor} of the whole diffusion model; specs: {layer name: LayerSpec} of its packed layers; config,
-    recipe: JSON-able dicts; source: str; source_card: card.of_source of what was quantized. Scales that are integer multiples
-    of one float a row are written as int8. Raises CheckpointError where the file exists (and overwrite is False), the disk is
-    full or the folder can't be written.
+    recipe: JSON-able dicts; source: str; source_card: card.of_source of the quantized model's file. Scales that are integer
+    multiples of one float per row are written as int8. Raises CheckpointError if the file exists and overwrite is False, if the disk is
+    full or if the folder can't be written.
     """
     check_target(path, overwrite)
     infos = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
@@ -248,12 +244,12 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
 
 
 def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=False, source_card=None, row_scales=None):
-    """save, with the tensors one at a time. infos: {name: (shape, dtype)}; tensors: iterable of (name, tensor); row_scales:
-    {layer name: int8_scales.find_row_scale} of the layers whose scales are to be int8."""
+    """Write a checkpoint as `save` does, from tensors that come one at a time. infos: {name: (shape, dtype)}; tensors: iterable of (name,
+    tensor); row_scales: {layer name: int8_scales.find_row_scale} of the layers to write with int8 scales."""
     row_scales = row_scales or {}
     described = {f"{layer}.{layout.QUANT_KEY}": layout.encode_conf(spec.conf(layer in row_scales)) for layer, spec in specs.items()}
     stored = {f"{layer}.{part}": specs[layer].stored(True)[part] for part in ("weight_scale", "weight_scale_2") for layer in row_scales}
-    # Beside each other in the file: all of them are read before anything else is.
+    # The int8 scales lie side by side in the file: they are read before all other tensors.
     infos = stored | {key: info for key, info in infos.items() if key not in stored}
     infos |= {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
     architecture = families.of_image_model(config["image_model"]).architecture
@@ -264,16 +260,16 @@ def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=F
     write(path, infos, chain(_with_int8_scales(tensors, row_scales), described.items()), metadata, overwrite)
 
 
-def save_packed(path, packed, config, overwrite, source_card, counted):
-    """Write a PackedFile of another format; scales that it has in 16 bits stay so. counted: (iterable of (name, tensor), their number)
-    -> the same iterable, which may show progress."""
+def save_packed(path, packed, overwrite, source_card, counted):
+    """Write a PackedFile of another format; its 16-bit scales stay 16-bit. counted: (iterable of (name, tensor), their number) -> the same
+    iterable, which may show progress."""
     infos = {name: (shape, packed.dtypes[name]) for name, shape in packed.shapes.items()}
-    save_stream(path, infos, counted(packed.tensors(), len(infos)), packed.specs, config, packed.recipe, packed.source, overwrite,
+    save_stream(path, infos, counted(packed.tensors(), len(infos)), packed.specs, packed.config, packed.recipe, packed.source, overwrite,
                 source_card)
 
 
 def _with_int8_scales(tensors, row_scales):
-    """The iterable of (name, tensor) with the scales of those layers as the file has them."""
+    """The iterable of (name, tensor), with the scales of layers {name: row scale} in the file's int8 form."""
     for name, tensor in tensors:
         layer, _, part = name.rpartition(".")
         if part == "weight_scale" and layer in row_scales:

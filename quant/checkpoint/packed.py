@@ -1,4 +1,4 @@
-"""What the reader of a format makes of a quantized file: a model whose tensors are known and not yet read."""
+"""An opened quantized file: its tensors are known and checked, but not yet read."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -10,21 +10,21 @@ from .header import Header
 
 @dataclass(frozen=True)
 class PackedFile:
-    """A whole quantized model, checked. Names are ComfyUI's, without prefix, unless said otherwise.
+    """A whole quantized model, checked. Names are ComfyUI's, without prefix, unless stated otherwise.
 
-    header: of the file that the user chose; family: of the model
+    header: the header of the file that the user chose; family: the model's Family
     specs: {layer name: LayerSpec} of the packed layers
-    shapes, dtypes: {tensor name: shape or torch.dtype} of all the model's tensors, those of packed layers included
-    config: the model's configuration, as far as the file's metadata state it
+    shapes, dtypes: {tensor name: shape or torch.dtype} of all the model's tensors, including those of packed layers
+    config: the host's configuration of the model, with all of the family's keys
     recipe: how the model was quantized, a JSON-able dict, as far as the file states it
     source: name of the model that was quantized, or of this file
     tensors: () -> iterable of (name, tensor), which reads one tensor or one layer at a time
-    prefix: the file has every tensor as it is under prefix + name, so that it can be mapped; None if it has not
-    read: (name) -> tensor, where one tensor can be read by itself; None if it can't
+    prefix: the file stores every tensor outside `computed` unchanged under prefix + name, so that it can be mapped; None if it does not
+    read: (name) -> tensor, which reads one tensor; None if the file can't be read tensor by tensor
     computed: names of the tensors that the file stores in another form, which `read` converts: int8 scales
-    stored: {name in the file: TensorInfo} of all that is stored; None for header.tensors
+    stored: {name in the file: TensorInfo} of all stored tensors; None for header.tensors
     modules: names in the file of the modules whose tensors are packed; None for the names of `specs`
-    paths: of the model's files; None for the header's alone
+    paths: paths of the model's files; None for the header's path alone
     """
 
     header: Header
@@ -50,7 +50,7 @@ class PackedFile:
                 object.__setattr__(self, name, value)
 
     def nbytes(self):
-        """Bytes of the model's files, with their headers."""
+        """Bytes of the model's files, including their headers."""
         return sum(map(os.path.getsize, self.paths))
 
 

@@ -1,7 +1,7 @@
-"""A safetensors file written one tensor at a time, whole or not at all.
+"""Write a safetensors file one tensor at a time, completely or not at all.
 
-Other processes, on other machines too, may write into the same folder. So a file is written under a random name that nobody else has,
-and takes its own name in one step, which fails where another file has that name by then.
+Other processes, even on other machines, may write into the same folder. So a file is written under a random temporary name and then
+renamed in one step, which fails if another file has the name by then.
 """
 
 import errno
@@ -16,23 +16,23 @@ import torch
 
 from .header import DTYPES, EXTENSIONS, CheckpointError
 
-SPARE_BYTES = 1 << 20  # header and file system overhead, when asking whether the disk has room
-# Names of files that are being saved. Those of downloads, which are resumed, are others.
+SPARE_BYTES = 1 << 20  # header and file system overhead in the check for free disk space
+# Temporary names of files that are being saved. Downloads, which can be resumed, have other names.
 TEMPORARY = re.compile(rf".+({'|'.join(map(re.escape, EXTENSIONS))})\.[0-9a-f]{{14}}\.saving", re.IGNORECASE)
-STALE_SECONDS = 24 * 3600  # since a file was last written to, after which nobody is saving it any more
+STALE_SECONDS = 24 * 3600  # a temporary file that was last written to this long ago is abandoned
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TROUBLES = {  # {errno: what is wrong with the disk, and the remedy}
     errno.ENAMETOOLONG: "the name is too long for the disk; choose a shorter filename",
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "what its path has for a folder is a file; choose another filename"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a folder in its path is a file; choose another filename"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full; free some space or save to another disk"),
-    # Windows says so, too, of a file whose tensors a loaded model still maps.
+    # Windows reports these also for a file that a loaded model still maps.
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM),
                     "its folder can't be written; check the permissions, and that no loaded model still uses the file"),
 }
 
 
 def check_target(path, overwrite):
-    """Raise CheckpointError where a file or a folder is in the way."""
+    """Raise CheckpointError if a folder has this path, or if a file has it and overwrite is False."""
     if os.path.isdir(path):
         raise CheckpointError(f"{os.path.basename(path)} is a folder; choose another filename.")
     if os.path.exists(path) and not overwrite:
@@ -44,18 +44,18 @@ def size_text(count):
 
 
 def disk_trouble(error):
-    """What an OSError of writing a file means to the user, and the remedy, as the second half of a sentence. No path is in it: that
-    would be the temporary file's."""
+    """The cause of an OSError while a file was written, and the remedy, as the second half of a sentence. It does not contain the path,
+    which would be the temporary file's."""
     reason = error.strerror or type(error).__name__
     return TROUBLES.get(error.errno, f"{reason}; check the disk, and that no loaded model still uses the file")
 
 
 def write(path, layout, tensors, metadata, overwrite=False):
-    """Write `tensors` to a temporary file beside `path`, then rename it: no half-written file is ever seen.
+    """Write `tensors` to a temporary file beside `path`, then rename it, so that `path` never is an incomplete file.
 
-    layout: {name: (shape, dtype)} of all the tensors; tensors: iterable of (name, tensor), in any order, so that only
-    one of them need be in memory; metadata: {str: str}. Raises CheckpointError where the file exists (and overwrite is
-    False), also if it appears meanwhile, the disk is full or the folder can't be written.
+    layout: {name: (shape, dtype)} of all tensors; tensors: iterable of (name, tensor), in any order, so that only one tensor at a time
+    need be in memory; metadata: {str: str}. Raises CheckpointError if the file exists, or appears meanwhile, and overwrite is False, if
+    the disk is full, or if the folder can't be written.
     """
     check_target(path, overwrite)
     name, folder = os.path.basename(path), os.path.dirname(path)
@@ -84,8 +84,9 @@ def write(path, layout, tensors, metadata, overwrite=False):
 
 @contextmanager
 def _temporary(path):
-    """The path of a new, empty file beside `path`, which is gone in the end. Those that killed processes left in the folder go, too."""
-    # In the same folder, so that it can be renamed; no model list shows it, as it doesn't end in .safetensors.
+    """Yields the path of a new, empty file beside `path` and removes the file afterwards. Also removes abandoned temporary files of killed
+    processes in the same folder."""
+    # It is in the same folder, so that it can be renamed. Model lists do not show it, since its name does not end in .safetensors.
     temporary = f"{path}.{secrets.token_hex(7)}.saving"
     with open(temporary, "xb"):
         pass
@@ -98,7 +99,7 @@ def _temporary(path):
 
 
 def _sweep(temporary):
-    """Remove what killed processes left beside a new temporary file, whose time is the present in the folder's own clock."""
+    """Remove temporary files of killed processes beside a new temporary file, whose time stamp is the present by the folder's clock."""
     now = os.stat(temporary).st_mtime
     with os.scandir(os.path.dirname(temporary)) as entries:
         for entry in entries:
@@ -108,9 +109,9 @@ def _sweep(temporary):
 
 
 def publish(temporary, path, overwrite=False):
-    """Give a finished file its name `path`, durably: after a crash of the machine it is there as it was, or not at all.
+    """Rename a finished file to `path`, durably: after a crash of the machine `path` is the complete file or does not exist.
 
-    Raises CheckpointError where the name is taken and overwrite is False, and OSError. `temporary` may remain.
+    Raises CheckpointError if the name is taken and overwrite is False, and OSError. The temporary file may remain.
     """
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
@@ -126,7 +127,7 @@ def publish(temporary, path, overwrite=False):
 
 
 def _sync_folder(path):
-    """Write a folder's entries to the disk, where that can be asked for: not on Windows, nor on some network file systems."""
+    """Write a folder's entries to the disk, where supported: Windows and some network file systems do not support it."""
     with suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -136,15 +137,15 @@ def _sync_folder(path):
 
 
 def _rename_to_new(temporary, path):
-    """Rename a file, or raise FileExistsError where `path` exists."""
+    """Rename a file, or raise FileExistsError if `path` exists."""
     if os.name == "nt":
         return os.rename(temporary, path)
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # this file system has no hard links: exFAT, and some that are mounted over a network
-        with open(path, "xb"):  # of two processes, one gets past this line
+    except OSError:  # the file system has no hard links, like exFAT and some network file systems
+        with open(path, "xb"):  # of two processes, only one gets past this line
             pass
         try:
             os.replace(temporary, path)
@@ -157,7 +158,7 @@ def _rename_to_new(temporary, path):
 def _header(layout, metadata):
     """The bytes before the data, {name: offset in the file} and the file's size."""
     entries, offsets, position = {"__metadata__": metadata}, {}, 0
-    # Wide types first: then every tensor lies at a multiple of its element's size.
+    # Wide types come first, so that every tensor begins at a multiple of its element's size.
     for key, (shape, dtype) in sorted(layout.items(), key=lambda item: -item[1][1].itemsize):
         stop = position + torch.Size(shape).numel() * dtype.itemsize
         entries[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}

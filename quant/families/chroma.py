@@ -3,7 +3,19 @@
 from types import MappingProxyType
 
 from .family import Configuration, Family, Signature
-from .flux1 import DOUBLE_LINEARS, NORMS, SINGLE_LINEARS, depth_of, double_blocks, heads, rope_trouble, single_blocks
+from .flux1 import (
+    DOUBLE_LINEARS,
+    NORMS,
+    SINGLE_LINEARS,
+    block_tensors,
+    depth_of,
+    double_blocks,
+    heads,
+    linears,
+    rope_trouble,
+    single_blocks,
+    sizes,
+)
 
 NETWORK = "distilled_guidance_layer"  # computes all modulation vectors once a step; it stays in 16 bits
 
@@ -16,6 +28,17 @@ def measure(shapes, usual):
             "context_in_dim": shapes["txt_in.weight"][1], "in_dim": shapes[f"{NETWORK}.in_proj.weight"][1],
             "out_dim": shapes[f"{NETWORK}.out_proj.weight"][0], "hidden_dim": shapes[f"{NETWORK}.in_proj.weight"][0],
             "n_layers": len(layers)}
+
+
+def tensors(config):
+    hidden, width = config["hidden_size"], config["hidden_dim"]
+    shapes = {"img_in": (hidden, config["in_channels"]), "txt_in": (hidden, config["context_in_dim"]),
+              "final_layer.linear": (config["out_channels"], hidden),
+              f"{NETWORK}.in_proj": (width, config["in_dim"]), f"{NETWORK}.out_proj": (config["out_dim"], width)}
+    for i in range(config["n_layers"]):
+        shapes |= {f"{NETWORK}.layers.{i}.{name}": (width, width) for name in ("in_layer", "out_layer")}
+    norms = {f"{NETWORK}.norms.{i}.scale": (width,) for i in range(config["n_layers"])}
+    return linears(shapes) | norms | block_tensors(config, modulation=False)
 
 
 FAMILY = Family(
@@ -36,6 +59,8 @@ FAMILY = Family(
         matrices=("img_in.weight", "txt_in.weight", f"{NETWORK}.in_proj.weight", f"{NETWORK}.out_proj.weight"),
         vectors=("final_layer.linear.bias",),
         measure=measure, derive=heads, trouble=rope_trouble),
+    tensors=tensors,
+    figures=sizes,
     text_width="context_in_dim",
     pooled=False,
     encoders="t5xxl, with CLIPLoader's type chroma",

@@ -81,14 +81,13 @@ class BlockList:
     """One list of transformer blocks of the diffusion model.
 
     name: the ModuleList's name; layers: {name within a block: Layer} of the packed linears; states: the names of the forward's leading
-    arguments that a block updates and returns, in the order in which it returns them; block_class: the dotted name of the host's class
-    in which the layers may take over a GELU; mlps: names of the (linear, GELU, linear) Sequentials in a block that can run as one op.
+    arguments that a block updates and returns, in the order in which it returns them; mlps: names of the (linear, GELU, linear)
+    Sequentials in a block that can run as one op.
     """
 
     name: str
     layers: MappingProxyType
     states: tuple
-    block_class: str
     mlps: tuple = ()
 
     def pass_through(self, *args, **kwargs):
@@ -126,15 +125,15 @@ class Signature:
 class Diffusers:
     """The family in diffusers' naming.
 
-    keys: names by which a file is recognized; blocks: {configuration key of a depth: diffusers' list of blocks}; width: the matrix whose
-    number of rows is the hidden size; names: the function of comfy.utils that has ComfyUI's conversion table; needed: tensors beyond
-    that table whose absence ComfyUI's conversion does not report.
+    keys: names by which a file is recognized; blocks: {configuration key of a depth: diffusers' list of blocks}; tensors(configuration) ->
+    {diffusers' name: shape} of a model; measured: {diffusers' module: our name} of the modules from which the configuration is measured;
+    names: the function of comfy.utils that has ComfyUI's conversion table.
     """
 
     keys: tuple
     blocks: MappingProxyType
-    width: str
-    needed: tuple
+    tensors: Callable[[dict], dict]
+    measured: MappingProxyType
     names: str
 
 
@@ -201,7 +200,7 @@ class Configuration:
                 raise ValueError(f"has no vector {name}")
         for key, value in stored.items():
             if key in self.usual and not _is_like(value, self.usual[key]):
-                raise ValueError(f"says {key} = {value!r} in its configuration, which can't be")
+                raise ValueError(f"has {key} = {value!r} in its configuration, which is not valid")
         usual = {key: stored.get(key, value) for key, value in self.usual.items()}
         config = {**self.fixed, **usual, **self.measure(shapes, usual)}
         if trouble := self.trouble(config):
@@ -209,7 +208,7 @@ class Configuration:
         config |= self.derive(config)
         for key, value in stored.items():
             if key in self.keys and config[key] != value:
-                raise ValueError(f"says {key} = {value!r} in its configuration and its tensors say {config[key]!r}")
+                raise ValueError(f"has {key} = {value!r} in its configuration, but its tensors give {config[key]!r}")
         return {key: config[key] for key in self.keys}
 
 
@@ -229,6 +228,8 @@ class Family:
     {parameter of the host's class that the family doesn't have: title of the model that has it}; needs: modules that every model of the
     family has.
     blocks: the BlockLists in running order; outer: {name: Layer} of layers outside the blocks, whose input has one token per image.
+    tensors(configuration) -> {tensor name in a file: shape} of a 16-bit model, packed layers as the linears that they replace;
+    figures(configuration): the sizes that describe a model to users, as text.
     text_width: configuration key of the conditioning's width; pooled: whether the conditioning needs a pooled output; encoders: the text
     encoders to name in a message. tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
     pattern with a rank; renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads).
@@ -241,6 +242,8 @@ class Family:
     outer: MappingProxyType
     signature: Signature
     configuration: Configuration
+    tensors: Callable[[dict], dict]
+    figures: Callable[[dict], str]
     text_width: str
     pooled: bool
     encoders: str

@@ -17,6 +17,7 @@ from .family import (
 )
 
 HEAD = 128  # channels of an attention head
+TIMESTEP = 256  # features of a timestep's, or a guidance's, sinusoidal embedding
 
 NORMS = (r"_norm\.weight$", "_norm.scale")  # ComfyUI renamed the q and k norms' scale in 0.14
 
@@ -42,12 +43,11 @@ SINGLE_LINEARS = {
 
 
 def double_blocks(layers):
-    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), "comfy.ldm.flux.layers.DoubleStreamBlock",
-                     ("img_mlp", "txt_mlp"))
+    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), ("img_mlp", "txt_mlp"))
 
 
 def single_blocks(layers):
-    return BlockList("single_blocks", MappingProxyType(layers), ("x",), "comfy.ldm.flux.layers.SingleStreamBlock")
+    return BlockList("single_blocks", MappingProxyType(layers), ("x",))
 
 
 def depth_of(shapes, blocks):
@@ -65,6 +65,49 @@ def measure(shapes, usual):
             "guidance_embed": "guidance_in.in_layer.weight" in shapes}
 
 
+def linears(shapes):
+    """{tensor name: shape} of linears with bias. shapes: {name: (N, K)}."""
+    return {f"{name}.{leaf}": shape[:rank] for name, shape in shapes.items() for leaf, rank in (("weight", 2), ("bias", 1))}
+
+
+def block_tensors(config, modulation):
+    """{tensor name: shape} of all blocks. modulation: whether each block has its own modulation layers."""
+    hidden, mlp = config["hidden_size"], int(config["hidden_size"] * config["mlp_ratio"])
+    shapes, norms = {}, []
+    for i in range(config["depth"]):
+        for stream in (f"double_blocks.{i}.img", f"double_blocks.{i}.txt"):
+            shapes |= {f"{stream}_attn.qkv": (3 * hidden, hidden), f"{stream}_attn.proj": (hidden, hidden),
+                       f"{stream}_mlp.0": (mlp, hidden), f"{stream}_mlp.2": (hidden, mlp)}
+            shapes |= {f"{stream}_mod.lin": (6 * hidden, hidden)} if modulation else {}
+            norms.append(f"{stream}_attn.norm")
+    for i in range(config["depth_single_blocks"]):
+        block = f"single_blocks.{i}"
+        shapes |= {f"{block}.linear1": (3 * hidden + mlp, hidden), f"{block}.linear2": (hidden, hidden + mlp)}
+        shapes |= {f"{block}.modulation.lin": (3 * hidden, hidden)} if modulation else {}
+        norms.append(f"{block}.norm")
+    head = (hidden // config["num_heads"],)
+    return linears(shapes) | {f"{norm}.{part}_norm.scale": head for norm in norms for part in ("query", "key")}
+
+
+def tensors(config):
+    hidden, pixels = config["hidden_size"], config["patch_size"] ** 2
+    shapes = {"img_in": (hidden, config["in_channels"] * pixels), "txt_in": (hidden, config["context_in_dim"]),
+              "final_layer.linear": (config["out_channels"] * pixels, hidden), "final_layer.adaLN_modulation.1": (2 * hidden, hidden)}
+    embedders = {"time_in": TIMESTEP, "vector_in": config["vec_in_dim"]} | ({"guidance_in": TIMESTEP} if config["guidance_embed"] else {})
+    for name, width in embedders.items():
+        shapes |= {f"{name}.in_layer": (hidden, width), f"{name}.out_layer": (hidden, hidden)}
+    return linears(shapes) | block_tensors(config, modulation=True)
+
+
+def sizes(config):
+    return (f"{config['depth']} double and {config['depth_single_blocks']} single blocks, hidden size {config['hidden_size']}, "
+            f"{config['in_channels']} channels in")
+
+
+def figures(config):
+    return f"{sizes(config)}, {'with' if config['guidance_embed'] else 'without'} guidance"
+
+
 def heads(config):
     return {"num_heads": config["hidden_size"] // sum(config["axes_dim"])}
 
@@ -73,13 +116,46 @@ def rope_trouble(config):
     """Configuration.trouble: RoPE rotates pairs of channels, and each head has all the axes."""
     axes, hidden = config["axes_dim"], config["hidden_size"]
     if any(axis % 2 for axis in axes):
-        return f"says axes_dim = {axes} in its configuration, in which every number has to be even"
+        return f"has axes_dim = {axes} in its configuration, but each of these numbers must be even"
     if hidden % sum(axes):
-        return f"says axes_dim = {axes} in its configuration, which does not divide its hidden_size {hidden}"
+        return f"has axes_dim = {axes} in its configuration, whose sum does not divide the hidden_size {hidden}"
     return None
 
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"  # diffusers' lists of blocks
+
+OUTSIDE = MappingProxyType({  # {our module: diffusers' module} outside the blocks
+    "img_in": "x_embedder", "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out"})
+
+
+def diffusers_tensors(config):
+    hidden, mlp = config["hidden_size"], int(config["hidden_size"] * config["mlp_ratio"])
+    ours, norms = tensors(config), []
+    shapes = {theirs: ours[f"{name}.weight"] for name, theirs in OUTSIDE.items() if f"{name}.weight" in ours}
+    for i in range(config["depth"]):
+        block = f"{DOUBLE}.{i}"
+        shapes |= {f"{block}.attn.{name}": (hidden, hidden) for name in (
+            "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")}
+        for stream in ("", "_context"):
+            shapes |= {f"{block}.norm1{stream}.linear": (6 * hidden, hidden), f"{block}.ff{stream}.net.0.proj": (mlp, hidden),
+                       f"{block}.ff{stream}.net.2": (hidden, mlp)}
+        norms += [f"{block}.attn.{name}" for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+    for i in range(config["depth_single_blocks"]):
+        block = f"{SINGLE}.{i}"
+        shapes |= {f"{block}.attn.{name}": (hidden, hidden) for name in ("to_q", "to_k", "to_v")}
+        shapes |= {f"{block}.proj_mlp": (mlp, hidden), f"{block}.proj_out": (hidden, hidden + mlp),
+                   f"{block}.norm.linear": (3 * hidden, hidden)}
+        norms += [f"{block}.attn.{name}" for name in ("norm_q", "norm_k")]
+    head = (hidden // config["num_heads"],)
+    return linears(shapes) | {f"{norm}.weight": head for norm in norms}
+
 
 NUNCHAKU = Nunchaku(
     model_classes=("NunchakuFluxTransformer2dModel", "NunchakuFluxTransformer2DModelV2"),
@@ -106,15 +182,7 @@ NUNCHAKU = Nunchaku(
             "img_attn.norm.query_norm.scale": "norm_q.weight", "img_attn.norm.key_norm.scale": "norm_k.weight",
             "txt_attn.norm.query_norm.scale": "norm_added_q.weight", "txt_attn.norm.key_norm.scale": "norm_added_k.weight"},
         SINGLE: {"norm.query_norm.scale": "norm_q.weight", "norm.key_norm.scale": "norm_k.weight"}}),
-    outside=MappingProxyType({
-        "img_in": "x_embedder", "txt_in": "context_embedder",
-        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-        "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out"}),
+    outside=OUTSIDE,
     optional=("guidance_in.in_layer", "guidance_in.out_layer"),  # schnell has no guidance
     swapped="final_layer.adaLN_modulation.1",  # scale, shift in diffusers' files; shift, scale in ComfyUI's
     modules_v2=MappingProxyType({
@@ -158,6 +226,8 @@ FAMILY = Family(
         matrices=("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"),
         vectors=("final_layer.linear.bias",),
         measure=measure, derive=heads, trouble=rope_trouble),
+    tensors=tensors,
+    figures=figures,
     text_width="context_in_dim",
     pooled=True,
     encoders="clip_l and t5xxl",
@@ -168,6 +238,7 @@ FAMILY = Family(
         # FLUX.2, LongCat-Image and other relatives have the first two as well, but no projection of the pooled text.
         keys=("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"),
         blocks=MappingProxyType({"depth": DOUBLE, "depth_single_blocks": SINGLE}),
-        width="x_embedder.weight", needed=("x_embedder.bias",), names="flux_to_diffusers"),
+        tensors=diffusers_tensors,
+        measured=MappingProxyType({theirs: ours for ours, theirs in OUTSIDE.items()}), names="flux_to_diffusers"),
     nunchaku=NUNCHAKU,
 )

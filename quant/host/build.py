@@ -3,17 +3,11 @@
 import comfy.model_management
 import torch
 
-from .. import families
 from ..layers.linear import SVDQuantLinear
 from ..layers.preparation import compute_in, prepare
+from .model_family import family_of
 from .operations import Operations
 from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
-
-
-def family_of(model):
-    """The Family of a BaseModel by its configuration, or None. The class of its diffusion model is not checked."""
-    config = getattr(getattr(model, "model_config", None), "unet_config", None) or {}
-    return families.of_image_model(config.get("image_model"))
 
 
 def shapes_as_tensors(shapes):
@@ -68,12 +62,13 @@ class TakenOver(torch.nn.Identity):
 
 
 def take_over_activations(family, diffusion_model):
-    """Let W4A4 layers apply the GELU that is the only reader of their output, and let the two layers of an MLP run as one op. Blocks and
-    activations of other classes than the family's are not changed."""
+    """Let W4A4 layers apply the GELU that is the only reader of their output, and let the two layers of an MLP run as one op.
+
+    A block's parts decide, not its class: a layer takes over a tanh GELU that lies between it and the next layer, where the family
+    declares it (family.Gelu), if nothing changes the number of columns on the way. All other activations stay.
+    """
     for blocks in family.blocks:
         for block in getattr(diffusion_model, blocks.name):
-            if f"{type(block).__module__}.{type(block).__qualname__}" != blocks.block_class:
-                continue
             modules = dict(block.named_modules())
             for name, layer in blocks.layers.items():
                 if layer.gelu and {name, layer.gelu.module, layer.gelu.reader} <= modules.keys():
@@ -102,8 +97,7 @@ def _take_over(block, packed, gelu, following, reader):
 def fill(model, tensors):
     """Give an empty model its tensors, {name: tensor} in the file's naming. The tensors are used without a copy."""
     tensors = model.model_config.process_unet_state_dict(dict(tensors))
-    wanted = model.diffusion_model.state_dict()
-    model.diffusion_model.load_state_dict({name: tensors[name] for name in wanted}, assign=True)
+    model.diffusion_model.load_state_dict({name: tensors[name] for name in model.diffusion_model.state_dict()}, assign=True)
 
 
 def make_patcher(model, patcher_class):
@@ -141,7 +135,7 @@ def empty_like(model, specs, compute_dtype, config=None):
     model_config = object.__new__(type(model.model_config))
     vars(model_config).update(vars(model.model_config))
     model_config.unet_config = {**model_config.unet_config, **(config or {})}
-    # These say how the source stores its own weights (scaled fp8 and the like), which the new model does not have.
+    # These describe how the source stores its own weights (scaled fp8 and the like), which the new model does not have.
     for attribute in ("scaled_fp8", "layer_quant_config", "quant_config"):
         setattr(model_config, attribute, None)
     return empty_model(model_config, specs, compute_dtype)

@@ -11,8 +11,8 @@ from . import build, resume
 from .patcher import PREFIX
 
 MAX_CALLS = 32  # recorded calls of the model, distributed over prompts and noise levels
-WEIGHT_COPIES, GRAM_COPIES = 8, 3  # alive at the peak of pipeline.pack_svdquant
-OUTSIDE = "outside"  # takes the place of a block's name for layers outside the blocks; the "block" is then the whole model
+WEIGHT_COPIES, GRAM_COPIES = 8, 3  # float32 copies that exist at the peak of pipeline.pack_svdquant
+OUTSIDE = "outside"  # block name of the layers outside the blocks; their "block" is the whole model
 EVERYTHING = 2**62  # bytes to ask ComfyUI to free, so that it moves all models off the device
 
 

@@ -76,17 +76,17 @@ def reaches(objects, modules):
 
     The search follows containers, attributes, closures, bound methods, partials and weak references, at most MAX_DEPTH steps.
     """
-    wanted = {id(held) for module in modules for held in (module, *module.parameters(recurse=False))}
+    ids = {id(held) for module in modules for held in (module, *module.parameters(recurse=False))}
     memory = {address for module in modules for p in module.parameters(recurse=False) for address in _addresses(p)}
 
-    def arrived(thing):
-        return id(thing) in wanted or isinstance(thing, torch.Tensor) and not memory.isdisjoint(_addresses(thing))
+    def is_found(thing):
+        return id(thing) in ids or isinstance(thing, torch.Tensor) and not memory.isdisjoint(_addresses(thing))
 
     queue = deque((thing, words, 0) for words, thing in objects.items())
     seen = {}  # {id: object}; holding the object keeps Python from reusing its id
     while queue:
         thing, words, depth = queue.popleft()
-        if arrived(thing):
+        if is_found(thing):
             return words
         if id(thing) in seen or depth == MAX_DEPTH or len(seen) == MAX_OBJECTS:
             continue

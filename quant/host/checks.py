@@ -8,8 +8,8 @@ import torch
 from .. import families
 from ..layers.linear import PackedLinear
 from . import resume
-from .build import family_of
 from .carried import check_carried
+from .model_family import family_of
 from .patcher import PREFIX
 from .weights import effective_weight
 
@@ -80,7 +80,7 @@ def check_weights(patcher, check):
     digest = hashlib.sha256()
     for name, parameter in patcher.model.diffusion_model.named_parameters():
         check()
-        if type(parameter).__name__.startswith("GGML") or hasattr(parameter, "tensor_type"):  # as the loaders of GGUF files have them
+        if type(parameter).__name__.startswith("GGML") or hasattr(parameter, "tensor_type"):  # tensors of the GGUF loaders
             raise ValueError(f"The MODEL comes from a GGUF file ({name}), whose weights SVDQuant does not read; load a bf16, fp16 or fp8 "
                              "version of the model in safetensors format.")
         if not parameter.dtype.is_floating_point:

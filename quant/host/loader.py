@@ -9,9 +9,8 @@ import torch
 from comfy import quant_ops
 
 from .. import families
-from ..checkpoint import card, comfy_kitchen, core_formats, foreign, formats, native
+from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, plain
 from ..checkpoint.header import CheckpointError, read_header
-from ..checkpoint.nunchaku import names as nunchaku_names
 from ..layers import layout
 from ..layers.preparation import set_act_bits, warm_up
 from . import build, heap
@@ -24,9 +23,9 @@ SCALED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")  # Com
 def load_model(path, compute_dtype=None, act_bits=0, name=None):
     """A ModelPatcher from a file: a quantized model in one of formats.FORMATS, or an ordinary one in bf16, fp16 or fp8.
 
-    compute_dtype: torch.bfloat16, torch.float16, or None for ComfyUI's choice on this device; act_bits: of W4A4 layers' inputs
-    (linear.SVDQuantLinear); name: of the file, which the MODEL keeps beside the file's card (attachments.py).
-    Raises CheckpointError, one sentence, on any file that is not a whole model of a known family.
+    compute_dtype: torch.bfloat16, torch.float16, or None for ComfyUI's choice on this device; act_bits: bits of W4A4 layers' activations
+    (linear.SVDQuantLinear); name: the file's name, which the MODEL keeps beside the file's card (attachments.py).
+    Raises CheckpointError, whose message is one sentence, if the file is not a complete model of a known family.
     """
     header = read_header(path)
     found = formats.identify(header)
@@ -38,11 +37,11 @@ def load_model(path, compute_dtype=None, act_bits=0, name=None):
 
 
 def check_file(header):
-    """Raise CheckpointError where load_model would, less for what this ComfyUI can't read and for values of weights: no weight is read."""
+    """Raise CheckpointError if load_model would. It reads no weights, and it does not check whether this ComfyUI reads the format."""
     if found := formats.identify(header):
         _empty_packed(found.reader.open_file(header))
     else:
-        _empty_plain(header, *_find_plain(header))
+        _empty_plain(header, *plain.find(header))
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -52,7 +51,7 @@ def _load_packed(packed, compute_dtype, act_bits):
     model = _empty_packed(packed, compute_dtype)
     set_act_bits(model, act_bits)
     warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype(), packed.family.tokens)  # compiles while the file is read
-    heap.give_back()  # what the model before left
+    heap.give_back()  # the memory of the previous model
     if packed.prefix is None:
         build.fill(model, packed.tensors())
     else:
@@ -64,21 +63,14 @@ def _load_packed(packed, compute_dtype, act_bits):
 
 
 def _empty_packed(packed, compute_dtype=None):
-    """The empty model of a PackedFile. Raises CheckpointError where the file's tensors are not all of the model's, and no others."""
-    header = packed.header
-    model_config = _detect(header, packed.family, packed.shapes, packed.config)
-    try:
-        model = build.empty_model(model_config, packed.specs, compute_dtype)
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{header.file} does not fit its own configuration ({error}); save or download it "
-                              "again.") from error
-    _check_complete(header, packed.family, model, packed.shapes)
-    return model
+    """The empty model of a PackedFile."""
+    model_config = _detect(packed.header, packed.family, packed.shapes, packed.config)
+    return build.empty_model(model_config, packed.specs, compute_dtype)
 
 
 def _load_plain(header, compute_dtype):
-    """A model in 16 or 8 bits: by ComfyUI's own loader, where its detection gets the model right, else by ours."""
-    family, prefix = _find_plain(header)
+    """A patcher for a file in 16 or 8 bits. ComfyUI's own loader reads it if its detection of the model is right; otherwise ours does."""
+    family, prefix = plain.find(header)
     _check_formats(header, prefix or "")
     names, shapes, model = _empty_plain(header, family, prefix, compute_dtype)
     widened = _widened(header, _diffusers_targets(header, family)) if prefix is None else {}
@@ -89,7 +81,7 @@ def _load_plain(header, compute_dtype):
               and not name.startswith(foreign.OTHER_MODELS)]
     if scaled:
         raise CheckpointError(f"{header.file} has scaled weights ({scaled[0]}), which this ComfyUI reads only for a {family.title} of the "
-                              "usual width; update ComfyUI, or take a bf16 version of the model.")
+                              "usual width; update ComfyUI, or use a bf16 version of the model.")
     if prefix is None:
         tensors = comfy.utils.load_torch_file(header.path, safe_load=True)
         tensors |= {name: tensors[name].to(dtype) for name, dtype in widened.items()}
@@ -99,50 +91,26 @@ def _load_plain(header, compute_dtype):
     return build.make_patcher(model, comfy.model_patcher.ModelPatcher)
 
 
-def _find_plain(header):
-    """(Family, prefix of its tensors, None where they are in diffusers' naming) of a file that is not quantized. Raises CheckpointError
-    where it holds no model of a family."""
-    family, prefix = foreign.find(header) or (foreign.find_diffusers(header), None)
-    if family is None:
-        what = foreign.kind(header) or f"not a {families.TITLES} model"
-        raise CheckpointError(f"{header.file} is {what}; choose a {families.TITLES} model in safetensors format.")
-    return family, prefix
-
-
 def _empty_plain(header, family, prefix, compute_dtype=None):
-    """({model's name: file's}, {model's name: shape}, the empty model) of a file that is not quantized. Raises CheckpointError where the
-    model has tensors that the file has not, or others."""
+    """({model's name: file's}, {model's name: shape}, the empty model) of a file that is not quantized. Raises CheckpointError unless the
+    file has exactly the model's tensors."""
     if prefix is None:
+        config = plain.open_diffusers(header, family)
         names, shapes = {}, _from_diffusers(header, family)
+        completeness.check(header, family, config, shapes)
     else:
-        # Under the names that every ComfyUI knows: older ones don't know those that newer ones gave some parameters.
-        names = {family.stored_name(name.removeprefix(prefix)): name for name in header.tensors if name.startswith(prefix)}
-        shapes = {name: header.tensors[stored].shape for name, stored in names.items()}
-    model = build.empty_model(_detect(header, family, shapes, {}), {}, compute_dtype)
-    inside = header.within(prefix or "")
-    described = {f"{layer.removeprefix(prefix or '')}.weight": conf.get("format")
-                 for layer, conf in comfy_kitchen.descriptions(inside).items()}
-    for weight, kind in described.items():
-        if weight in inside.tensors:
-            core_formats.check(header, prefix or "", weight.removesuffix(".weight"), kind)
-    # foreign.find has checked those that belong to a layer of the file, such as its scales.
-    others = {name for name, stored in names.items() if _is_beside(stored.removeprefix(prefix), inside.tensors, prefix)}
-    _check_complete(header, family, model, {name: shape for name, shape in shapes.items() if name not in others}, described)
-    return names, shapes, model
-
-
-def _is_beside(name, names, prefix):
-    """Whether a tensor lies beside a diffusion model's weights: a layer's scales and the like, or another model's."""
-    in_layer = foreign.layer_of(name, names) and not name.endswith((".weight", ".bias"))
-    return in_layer or name == foreign.MARK or not prefix and name.startswith(foreign.OTHER_MODELS)
+        file = plain.open_file(header, family, prefix)
+        names, shapes, config = file.names, file.shapes, file.config
+    return names, shapes, build.empty_model(_detect(header, family, shapes, config), {}, compute_dtype)
 
 
 def _check_formats(header, prefix):
-    """Raise CheckpointError where a layer is in a format of ComfyUI's that this one does not read: it would be ignored in silence, or
-    end in a KeyError."""
+    """Raise CheckpointError if a layer is in a ComfyUI format that this ComfyUI does not read: it would ignore the format in silence, or
+    raise KeyError."""
     inside = header.within(prefix)
     described = any(name.endswith(f".{layout.QUANT_KEY}") for name in inside.tensors)
-    known = {} if described and not hasattr(comfy.utils, "convert_old_quants") else quant_ops.QUANT_ALGOS  # it came with those
+    # Descriptions and convert_old_quants came with the same version of ComfyUI.
+    known = {} if described and not hasattr(comfy.utils, "convert_old_quants") else quant_ops.QUANT_ALGOS
     for layer, conf in comfy_kitchen.descriptions(inside).items():
         if f"{layer.removeprefix(prefix)}.weight" in inside.tensors and conf.get("format") not in known:
             others = "a bf16 version, or an fp8 one without descriptions" if described else "a bf16, fp16 or fp8 version"
@@ -151,35 +119,21 @@ def _check_formats(header, prefix):
 
 
 def _from_diffusers(header, family):
-    """{ComfyUI's name: shape} of a model in diffusers' naming. Raises CheckpointError unless the parts of each tensor of ComfyUI's are
-    there and fit: ComfyUI joins those that there are without a word."""
-    theirs, targets = family.diffusers, _diffusers_targets(header, family)
-    parts = {stored: target for stored, target in targets.items() if not isinstance(target, str) and target[1]}
-    foreign.check_diffusers(header, family, targets)
-    for name in (*theirs.needed, *parts):
-        if name not in header.tensors:
-            raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it again.")
+    """{ComfyUI's name: shape} of a model in diffusers' naming, after ComfyUI's conversion."""
     tensors = build.shapes_as_tensors({name: info.shape for name, info in header.tensors.items()})
-    try:
-        shapes = {name: tensor.shape for name, tensor in comfy.model_detection.convert_diffusers_mmdit(tensors, "").items()}
-    except (RuntimeError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{header.file} has tensors that do not fit each other ({error}); download it again.") from error
-    for name, (target, (_, _, rows), *_) in parts.items():
-        native.check_tensor(header, name, (rows, *shapes[target][1:]))
-    return shapes
+    joined = comfy.model_detection.convert_diffusers_mmdit(tensors, "")
+    return {family.stored_name(name): tensor.shape for name, tensor in joined.items()}
 
 
 def _diffusers_targets(header, family):
-    """ComfyUI's table {diffusers' name: ComfyUI's, or (ComfyUI's, (dimension, start, length) in it or None, ...)} for a file's depths."""
-    theirs = family.diffusers
-    config = {key: nunchaku_names.depth(header.tensors, blocks) for key, blocks in theirs.blocks.items()}
-    config["hidden_size"] = (*header.tensors[theirs.width].shape, 0)[0]
-    return getattr(comfy.utils, theirs.names)(config)
+    """ComfyUI's conversion table for a file's numbers of blocks. It maps diffusers' names to ComfyUI's names, or to tuples (ComfyUI's name,
+    (dimension, start, length) within that tensor or None, ...)."""
+    return getattr(comfy.utils, family.diffusers.names)(completeness.check_diffusers(header, family))
 
 
 def _widened(header, targets):
-    """{diffusers' name: dtype} of tensors to convert before ComfyUI joins them: it stores them all in the type of one of them,
-    which cuts off the values of others where that is fp8."""
+    """{diffusers' name: dtype} of tensors to convert before ComfyUI joins them. ComfyUI stores the joined tensor in the type of one of its
+    parts; if that is fp8, the values of the other parts would be clipped."""
     joined = {}
     for stored, target in targets.items():
         if not isinstance(target, str) and target[1] and stored in header.tensors:
@@ -189,8 +143,8 @@ def _widened(header, targets):
         dtypes = {header.tensors[name].dtype for name in parts}
         wide = {dtype for dtype in dtypes if dtype.itemsize > 1}
         if len(dtypes) > 1:
-            due = next(iter(wide or {torch.bfloat16})) if len(wide) < 2 else torch.float32
-            widened |= dict.fromkeys(parts, due)
+            common = next(iter(wide or {torch.bfloat16})) if len(wide) < 2 else torch.float32
+            widened |= dict.fromkeys(parts, common)
     return widened
 
 
@@ -202,14 +156,14 @@ def _load_by_core(header, compute_dtype):
 
 
 def _load_weights(model, header, names, computed=None):
-    """Put the file's tensors into an empty model, as they are: no copy, no cast. names: {model's name: file's}; computed: {name:
-    tensor} of those that the file does not have as they are."""
+    """Put the file's tensors into an empty model, without a copy or a cast. names: {model's name: file's}; computed: {name: tensor} of the
+    tensors that are computed from others of the file."""
     tensors = comfy.utils.load_torch_file(header.path, safe_load=True)
     build.fill(model, {name: tensors[stored] for name, stored in names.items()} | (computed or {}))
 
 
 def _core_agrees(family, shapes):
-    """Whether this ComfyUI's own detection gets the model's configuration right: before 0.9 it takes every FLUX for one of 24 heads."""
+    """Whether this ComfyUI's own detection finds the right configuration: before 0.9 it assumes 24 heads for every FLUX model."""
     detected = comfy.model_detection.detect_unet_config(build.shapes_as_tensors(shapes), "")
     if detected is None:
         return False
@@ -217,15 +171,11 @@ def _core_agrees(family, shapes):
     return all(detected.get(key, value) == value for key, value in config.items())
 
 
-def _detect(header, family, shapes, stored):
-    """ComfyUI's model configuration for a family's model with tensors {name: shape}; stored: what its file says of the configuration.
+def _detect(header, family, shapes, config):
+    """ComfyUI's model configuration for a family's model with tensors {name: shape} and the family's configuration.
 
-    ComfyUI's detection comes first, because each version wants keys of its own in a configuration.
+    It starts from ComfyUI's detection, because each version of ComfyUI needs some keys of its own.
     """
-    try:
-        config = family.configuration.of(shapes, stored)
-    except ValueError as error:
-        raise CheckpointError(f"{header.file} {error}; the file is incomplete or damaged, download or save it again.") from None
     tensors = build.shapes_as_tensors(shapes)
     detected = comfy.model_detection.detect_unet_config(tensors, "")
     if detected is None or detected.get("image_model") != family.image_model:
@@ -234,24 +184,3 @@ def _detect(header, family, shapes, stored):
     if model_config is None:
         raise CheckpointError(f"{header.file} has a {family.title} configuration that this ComfyUI does not know; update ComfyUI.")
     return model_config
-
-
-def _check_complete(header, family, model, shapes, described=None):
-    """Compare the file's tensors with the model's: none missing, every shape right, none left over. described: {name of a weight: the
-    format of ComfyUI's that it is stored in}."""
-    found = model.model_config.process_unet_state_dict(build.shapes_as_tensors(shapes))
-    expected = model.diffusion_model.state_dict()
-    for name, tensor in expected.items():
-        if name not in found:
-            raise CheckpointError(f"{header.file} lacks tensor {name}; the file is incomplete, download or save it "
-                                  "again.")
-        stored, described_as = tuple(tensor.shape), (described or {}).get(name)
-        due = core_formats.stored_shape(described_as, stored) if described_as else stored
-        if due is not None and tuple(found[name].shape) != due:
-            raise CheckpointError(f"{header.file}: tensor {name} has shape {list(found[name].shape)} where "
-                                  f"{list(due)} is due; the file does not fit a {family.title} of its size, "
-                                  "download or save it again.")
-    left_over = next((name for name in found if name not in expected), None)
-    if left_over is not None:
-        raise CheckpointError(f"{header.file} has tensor {left_over}, which its model has no place for; download or "
-                              "save it again, or choose another version of the model.")

@@ -15,7 +15,7 @@ from collections import defaultdict
 import comfy.lora
 import torch
 
-from ..layers.lora_branch import Dense, Kronecker, LoRABranch, LowRank, merged
+from ..layers.lora_branch import Dense, Kronecker, LoRABranch, LowRank
 from ..quantizer.truncated_svd import KEPT_ENERGY, truncated_svd
 from .patches import NAMES, LoKrParts, LoRAParts, dora_scale, identity, kind, parts, patch_of, reads_weight
 
@@ -50,11 +50,8 @@ def build(key, layer, patches, device, cache):
     sketch = _Sketch(key, layer, device, cache)
     for entry in patches:
         sketch.add(*patch_of(entry))
-    dtype, home = layer.spec.dtype, layer.weight.device
-    terms = [term.stored(dtype, home) for term in merged(sketch.terms)]
-    if sketch.gain is None:
-        return (LoRABranch(terms) if terms else None), sketch.notes
-    return LoRABranch(terms, sketch.gain[:, 0].to(home), layer.gelu_shift_correction(device).to(home)), sketch.notes
+    branch = sketch.branch()
+    return branch and branch.to(layer.weight.device), sketch.notes
 
 
 def lines(notes):
@@ -79,6 +76,13 @@ class _Sketch:
         self.key, self.layer, self.device, self.cache = key, layer, device, cache
         self.shape = (layer.out_features, layer.in_features)
         self.terms, self.gain, self.notes = [], None, []
+
+    def branch(self):
+        """The LoRABranch, or None if the patches change nothing."""
+        kept = self.terms, self.shape, self.layer.lora_dtype, self.device
+        if self.gain is not None:
+            return LoRABranch.of(*kept, self.gain[:, 0], self.layer.gelu_shift_correction(self.device))
+        return LoRABranch.of(*kept) if self.terms else None
 
     def weight(self):
         """(N, K) float32: the layer's dense weight with the patches so far."""
@@ -130,7 +134,7 @@ class _Sketch:
         self.terms = [term.scaled(rows, factor) for term in self.terms]
 
     def floats(self, *tensors):
-        return [tensor.to(self.device, torch.float32) for tensor in tensors]
+        return [tensor.to(self.device).float() for tensor in tensors]  # the other order would convert on the CPU
 
     def add_lora(self, adapter, strength, rows, cols):
         n, k = rows[1] - rows[0], cols[1] - cols[0]

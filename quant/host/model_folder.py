@@ -1,4 +1,4 @@
-"""The folder for diffusion models: where a file of a given name goes."""
+"""The folder for diffusion models, and the paths of files in it."""
 
 import os
 import re
@@ -8,19 +8,19 @@ import folder_paths
 
 from ..checkpoint.header import EXTENSIONS
 
-KIND = "diffusion_models"  # ComfyUI's name for the list of folders, and the usual folder's own
-FORBIDDEN = '<>:"|?*'  # by Windows, whose users shall be able to take a model over
-UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, lone surrogates and line breaks
+KIND = "diffusion_models"  # ComfyUI's name for the list of folders, and the name of the usual folder
+FORBIDDEN = '<>:"|?*'  # on Windows; models must be portable
+UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, lone surrogates and line breaks
 DEVICE = re.compile(r"(CON|PRN|AUX|NUL|(COM|LPT)[1-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE)
 MAX_BYTES = 255  # of a part of a path, on the usual file systems
-TEMPORARY_BYTES = 22  # ".0123456789abcdef.part" or ".0123456789abcd.saving", which a file that is not whole yet has after its name
+TEMPORARY_BYTES = 22  # length of ".0123456789abcdef.part" and ".0123456789abcd.saving", which end the name of an incomplete file
 SHOWN = 60  # characters of a name in a message
 
 
 def target_folder():
-    """The folder that new models go into: the first in ComfyUI's list, which is the default one of extra_model_paths.yaml.
+    """The folder for new models: the first in ComfyUI's list, which is the default one of extra_model_paths.yaml.
 
-    ComfyUI lists models/unet, the old name of the same folder, before models/diffusion_models: of two in one place, the second is it.
+    ComfyUI lists models/unet, the older name of the folder, before models/diffusion_models; if both are in one place, the latter is used.
     """
     folders = [os.path.normpath(path) for path in folder_paths.get_folder_paths(KIND)]
     beside = os.path.join(os.path.dirname(folders[0]), KIND)
@@ -28,8 +28,8 @@ def target_folder():
 
 
 def target_path(filename):
-    """(absolute path, name within the folder) for a filename given by the user. Raises ValueError, one sentence, where it leads out of
-    the folder or is none that every system takes."""
+    """(absolute path, name within the folder) for a filename given by the user. Raises ValueError, whose message is one sentence, if the
+    file would be outside the folder, or if some operating system does not accept the name."""
     folder = target_folder()
     name = filename.strip().replace("\\", "/")
     whole = name if name.lower().endswith(EXTENSIONS) else name + EXTENSIONS[0]
@@ -42,7 +42,7 @@ def target_path(filename):
 
 
 def name_in_folder(filename):
-    """The name of target_path; None where the filename is unknown yet (None) or can't be one."""
+    """The name of target_path; None if the filename is still unknown (None) or invalid."""
     try:
         return None if filename is None else target_path(filename)[1]
     except ValueError:
@@ -58,7 +58,7 @@ def found_elsewhere(path, name):
 
 
 def check_found_again(path, name):
-    """Raise ValueError where ComfyUI would not open the file at `path` alone under this name."""
+    """Raise ValueError if ComfyUI would open another file than the one at `path` under this name."""
     if found := found_elsewhere(path, name):
         folder = os.path.normpath(found)[:-len(name) - 1]
         raise ValueError(f"There is a {name} in {folder} already, and ComfyUI opens only one file of a name; choose another filename, or "
@@ -66,18 +66,19 @@ def check_found_again(path, name):
 
 
 def _trouble(name, whole):
-    """What is wrong with a name, as the user gave it and with its extension; None where nothing is."""
+    """The reason why a name is invalid, as the second half of a sentence; None if it is valid. name: as the user gave it; whole: with its
+    extension."""
     if not name:
         return "is empty"
-    if unseen := next((c for c in name if unicodedata.category(c) in UNSEEN), None):
-        return f"has the unprintable character U+{ord(unseen):04X}"
+    if unprintable := next((c for c in name if unicodedata.category(c) in UNPRINTABLE), None):
+        return f"has the unprintable character U+{ord(unprintable):04X}"
     if forbidden := next((c for c in name if c in FORBIDDEN), None):
         return f"has a {forbidden} in it"
     for part in name.split("/"):
         if not part:
             return "begins or ends with a slash, or has two in a row"
         if not part.strip("."):
-            return f"has {part} for a folder or a name"
+            return f"has {part} as a folder or name"
         if part.startswith("."):
             return "begins with a dot, or has a folder that does"
         if part.endswith((".", " ")):

@@ -9,14 +9,14 @@ from ..layers.packed_mlp import PackedMLP
 
 
 class Operations(comfy.ops.manual_cast):
-    """Given to ComfyUI as a model's custom_operations. Every 16-bit layer stays ComfyUI's own; the packed ones inherit
-    CastWeightBiasOp, which is how its model patcher knows a layer that can run while its weights lie elsewhere."""
+    """ComfyUI gets this class as a model's custom_operations. Every 16-bit layer stays ComfyUI's own. The packed layers inherit
+    CastWeightBiasOp, by which ComfyUI's model patcher recognizes a layer that can run while its weights are on another device."""
 
     class Packed(comfy.ops.CastWeightBiasOp):
         comfy_cast_weights = True
 
         def at(self, x):
-            # A patch of the bias, where the layer is offloaded; patches of the packed weight are in self.lora_branch instead.
+            # An offloaded layer applies patches of its bias here; patches of the packed weight are in self.lora_branch.
             p = super().at(x)
             if self.bias_function:
                 bias = p["bias"].to(torch.float32, copy=True)  # the functions work in place
@@ -45,5 +45,5 @@ class Operations(comfy.ops.manual_cast):
 
     @classmethod
     def packed(cls, spec):
-        """A packed layer without memory of its own, for a LayerSpec."""
+        """A packed layer for a LayerSpec, with parameters on the meta device."""
         return {layout.AWQ: cls.AWQLinear, layout.NVFP4: cls.NVFP4Linear}.get(spec.format, cls.SVDQuantLinear)(spec)

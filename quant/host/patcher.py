@@ -9,8 +9,10 @@ import comfy.utils
 from comfy.model_patcher import LowVramPatch
 
 from ..layers.linear import PackedLinear
+from ..layers.preparation import warm_up
 from ..layers.streaming import WeightStream, block_bytes, offload_order, ring_bytes
 from . import lora
+from .model_family import family_of
 from .patches import nbytes, padded, patch_of, widened_columns, widest_last
 
 PREFIX = "diffusion_model."
@@ -185,6 +187,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             del self.model.svdquant_decomposed[oldest]
         self.model.svdquant_attached = self.patches_uuid
         self._log(notes)
+        if any(layer.lora_branch for layer in layers.values()):  # LoRAs take kernels of their own, compiled while the model is moved
+            warm_up(self.model.diffusion_model, self.load_device, self.model.get_dtype(), family_of(self.model).tokens)
 
     def _load_list(self, *args, **kwargs):
         # ComfyUI loads the entries with the largest first number first, and offloads the others. It has no public way to set the order, nor

@@ -21,8 +21,8 @@ WIDENED = "in_channels"  # the configuration key that a LoRA on the MODEL may ch
 
 
 def layer_specs(family, diffusion_model, recipe, dtype):
-    """{layer name: LayerSpec} of everything that will be packed. Raises ValueError where a layer does not fit, where an exception
-    of the recipe meets no layer, or where its exceptions keep them all."""
+    """{layer name: LayerSpec} of the layers that will be packed. Raises ValueError if a layer can't be packed, if an exception of the
+    recipe matches no layer, or if the exceptions keep all layers."""
     linears = {name: layer for block_name, block in family.running_blocks(diffusion_model)
                for name, layer in family.block_layers(block_name, block).items()} | family.outer_layers(diffusion_model)
     for pattern in (*recipe.keep, *(pattern for pattern, _ in recipe.ranks)):
@@ -31,7 +31,7 @@ def layer_specs(family, diffusion_model, recipe, dtype):
                              "for any text.")
     quantized = {name: layer for name, layer in linears.items() if not recipe.keeps(name)}
     if not quantized:
-        raise ValueError(f"These exceptions leave no layer to quantize: they keep all {len(linears)} in 16 bits; take a pattern out, "
+        raise ValueError(f"These exceptions leave no layer to quantize: they keep all {len(linears)} in 16 bits; remove a pattern, "
                          "or use the MODEL as it is.")
     return {name: layout.layer_spec(family.layer(name), name, layer.weight.shape, recipe.rank_of(name, family.layer(name).branches),
                                     layer.bias is not None, dtype)
@@ -42,8 +42,8 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
     """The quantized model of a MODEL. The MODEL itself does not change, not even when this fails or is cancelled.
 
     recipe: presets.Recipe; conditioning, latent: the inputs of calibration, or None if the recipe needs none; progress:
-    .total(n), .step(text) and .check(), which raises to cancel; folder: where finished blocks are kept until all are, so that a run of
-    the same inputs resumes from there; None: nowhere.
+    .total(n), .step(text) and .check(), which raises to cancel; folder: where finished blocks are kept until the run ends, so that an
+    interrupted run of the same inputs resumes; None to keep nothing.
     Returns (SVDQuantModelPatcher, [LayerRecord]); the patcher's recipe has "notes", sentences about unusual events of the run.
     """
     family = checks.check_model(patcher)
@@ -74,21 +74,21 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
 
 
 def _configuration(family, patcher, specs):
-    """The host's configuration of the quantized model, whose input is as wide as the MODEL's with its LoRAs. Raises ValueError where a
-    LoRA gives a parameter a shape that no model has, or widens a layer that is to be packed."""
+    """The host's configuration of the quantized model, whose input is as wide as the MODEL's with its LoRAs. Raises ValueError if a LoRA
+    gives a parameter a shape that no model has, or changes the shape of a layer that will be packed."""
     shapes, stored = effective_shapes(patcher), patcher.model.model_config.unet_config
     usual = {key: list(value) if isinstance(value, tuple) else value for key, value in stored.items() if key in family.configuration.usual}
     try:
         config = family.configuration.of({family.stored_name(name): shape for name, shape in shapes.items()}, usual)
     except ValueError as error:
         raise ValueError(f"This MODEL {error}, so it can't be quantized; load an intact copy of the model.") from None
-    due = build.empty_like(patcher.model, {}, compute_dtype(patcher), config).diffusion_model.state_dict()
+    expected = build.empty_like(patcher.model, {}, compute_dtype(patcher), config).diffusion_model.state_dict()
     for name in shapes:
         changed = shapes[name] != unpatched_shape(patcher, name)
-        if changed and (name.removesuffix(".weight") in specs or name not in due or due[name].shape != shapes[name] or
+        if changed and (name.removesuffix(".weight") in specs or name not in expected or expected[name].shape != shapes[name] or
                         any(config[key] != stored.get(key, config[key]) for key in config if key != WIDENED)):
             raise ValueError(f"A LoRA on this MODEL gives {name} the shape {list(shapes[name])}, which a {family.title} in 4 bits can't "
-                             "have; take that LoRA off, or put it behind SVDQuant Quantize Model.")
+                             "have; remove that LoRA, or put it behind SVDQuant Quantize Model.")
     return config
 
 
@@ -98,8 +98,8 @@ def _kept(patcher, folder, nbytes, *inputs):
         return nullcontext()
     try:
         return resume.Checkpoint(folder, resume.run_digest(patcher, *inputs), nbytes)
-    except resume.Unknown as what:
-        log.info("Can't resume this quantization if it is interrupted: a %s can't be compared between runs.", what)
+    except resume.Unknown as kind:
+        log.info("Can't resume this quantization if it is interrupted: a %s can't be compared between runs.", kind)
         return nullcontext()
 
 

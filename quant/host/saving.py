@@ -1,4 +1,4 @@
-"""A quantized MODEL into a file."""
+"""Saving a quantized MODEL to a file."""
 
 import os
 import weakref
@@ -12,17 +12,18 @@ from .patcher import SVDQuantModelPatcher, unpatched
 
 
 def save_model(model, filename, layout, overwrite=False):
-    """Write a MODEL to a file in the model folder, unless it is there already, as saved before. Returns the file's name in the folder.
+    """Write a MODEL to a file in the model folder, unless the same content was saved there before. Returns the file's name in the folder.
 
-    filename: the user's (model_folder.target_path); layout: one of formats.WRITERS; overwrite: whether a quantized model of that name
-    may be replaced; other files never are. Raises ValueError on a MODEL that its file would not hold as it is, and on a filename that
-    can't be one or that ComfyUI finds elsewhere; CheckpointError, before anything is written, where the file can't be (write.write).
+    filename: as the user gave it (model_folder.target_path); layout: one of formats.WRITERS; overwrite: whether a quantized model of that
+    name may be replaced; other files never are. Raises ValueError if the file could not hold the whole MODEL, or if the filename is
+    invalid or ComfyUI would open another file under it; CheckpointError, before anything is written, if the file can't be written
+    (write.write).
     """
     check_model(model)
     path, name = model_folder.target_path(filename)
     model_folder.check_found_again(path, name)
     content = weakref.ref(model.model), layout
-    if not written.holds(name, content):  # ComfyUI runs a node again for reasons of its own, too
+    if not written.holds(name, content):  # ComfyUI may run a node again with the same inputs
         check_overwritten(path)
         check_target(path, overwrite)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
@@ -33,7 +34,7 @@ def save_model(model, filename, layout, overwrite=False):
 
 
 def check_model(model):
-    """Raise ValueError unless the MODEL is quantized and has no patches."""
+    """Raise ValueError unless the MODEL is quantized and has no weight patches."""
     if not isinstance(model, SVDQuantModelPatcher):
         raise ValueError("SVDQuant Save Model saves quantized models; put SVDQuant Quantize Model before it, or save "
                          "a 16-bit model with ComfyUI's own nodes.")
@@ -43,8 +44,8 @@ def check_model(model):
 
 
 def stored_tensors(model):
-    """{name in the file: tensor} of a quantized model, in the types that its layers were stored in. What other nodes have hung into the
-    model isn't part of it. Raises ValueError where they have taken something away."""
+    """{name in the file: tensor} of a quantized model, in the types in which its layers were stored. Modules that other nodes have added
+    to the model are left out. Raises ValueError if another node has removed a tensor."""
     specs = {layer: module.spec for layer, module in model.packed_layers().items()}
     own = build.empty_like(model.model, specs, model.model.get_dtype()).diffusion_model.state_dict()
     found = unpatched(model.model, model.backup)
@@ -55,14 +56,14 @@ def stored_tensors(model):
     for layer, module in model.packed_layers().items():
         for part, (_, dtype) in module.spec.tensors().items():
             tensor = tensors[name := f"{layer}.{part}"]
-            if tensor.dtype != dtype:  # preparation.compute_in's
+            if tensor.dtype != dtype:  # preparation.compute_in has converted it
                 tensors[name] = tensor.to("cpu", dtype)
     return {build.stored_name(model.model, name): tensor for name, tensor in tensors.items()}
 
 
 def check_overwritten(path):
-    """Raise CheckpointError where there is a file and it is no quantized model, whatever `overwrite` says: it may be what the model
-    was made from. Only its header is read."""
+    """Raise CheckpointError if the file exists and is no quantized model, regardless of `overwrite`: the quantized model may have been made
+    from it. Only the header is read."""
     if not os.path.isfile(path):
         return
     try:

@@ -1,4 +1,4 @@
-"""A MODEL's weights as it uses them: LoRAs and merges baked in, whatever patches are applied at the moment."""
+"""A MODEL's effective weights: with its LoRAs and merges baked in, whether or not patches are applied at the moment."""
 
 import comfy.lora
 import comfy.model_patcher
@@ -20,13 +20,13 @@ def storage_dtype(patcher):
 
 
 def effective_weight(patcher, name, device):
-    """A parameter of the diffusion model as the MODEL uses it.
+    """A parameter of the diffusion model with the MODEL's patches.
 
-    Returns it in its own dtype where nothing is applied to it, else in float32; on `device`. It may share the MODEL's memory, and is
-    never its nn.Parameter, which the caller would train or keep.
+    Returns a tensor on `device`: in its own dtype if it has no patches, otherwise in float32. It may share the MODEL's memory, but is
+    never its nn.Parameter.
     """
     key = PREFIX + name
-    # The patcher's own get_key_patches stumbles over the scale that a weight in scaled fp8 has in the state dict, and nowhere else.
+    # The patcher's own get_key_patches fails for scaled fp8, whose scale is in the state dict only.
     stored, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
     if key in patcher.backup:
         stored = patcher.backup[key].weight
@@ -48,7 +48,7 @@ def unpatched_shape(patcher, name):
 
 
 def effective_shapes(patcher):
-    """{name: shape} of the diffusion model's parameters as the MODEL uses them: some LoRAs widen a weight."""
+    """{name: shape} of the diffusion model's parameters with the MODEL's patches, since some LoRAs widen a weight."""
     shapes = {}
     for name, _ in patcher.model.diffusion_model.named_parameters():
         shape = unpatched_shape(patcher, name)

@@ -1,8 +1,8 @@
-"""Which files the nodes have left in the model folder, so that a node runs again when its file is gone or has become another one.
+"""The files that the nodes have written to the model folder, so that a node runs again if its file is missing or was changed.
 
-ComfyUI takes a node's result from its cache while the node's inputs and its fingerprint are the same. A file's time and size are no
-fingerprint, since saving itself changes them: the same workflow, queued again, would save again, or stop because the file exists. So
-the fingerprint is a number, which changes with the file but not when the node writes it.
+ComfyUI takes a node's result from its cache as long as the node's inputs and its fingerprint are the same. A file's time and size can't be
+the fingerprint, since saving itself changes them: the same workflow, queued again, would save again, or stop because the file exists.
+Therefore the fingerprint counts the changes that the node itself did not make.
 """
 
 import os
@@ -15,10 +15,10 @@ from .model_folder import KIND
 
 @dataclass
 class _File:
-    """A file that a node has left.
+    """A file that a node has written.
 
-    content: what the node left in it, compared with ==; state: state(name) when it was last looked at; intact: whether that is the state in
-    which the node left it; changes: the fingerprint.
+    content: identifies the file's content, compared with ==; state: state(name) at the last check; intact: whether the file is still as
+    the node wrote it; changes: the fingerprint.
     """
 
     content: object
@@ -41,22 +41,22 @@ def state(name):
 
 
 def note(name, content=None):
-    """Record that a node has left the file `name` as it is now. content: what it holds, as far as a node can leave different things."""
+    """Record that a node has written the file `name`. content: identifies its content, for nodes that can write different contents."""
     file = _files.setdefault(name, _File(content))
     if file.content != content:
-        file.changes += 1  # for the node that had left the other content, whose result may still be in ComfyUI's cache
+        file.changes += 1  # for the node that wrote the previous content, whose result may still be in ComfyUI's cache
     file.content, file.state, file.intact = content, state(name), True
 
 
 def holds(name, content):
-    """Whether a node has left this very content in the file `name`, and nobody has changed the file since."""
+    """Whether a node has written this content to the file `name`, and the file has not changed since."""
     file = _files.get(name)
     return file is not None and file.intact and file.content == content and file.state is not None and file.state == state(name)
 
 
 def fingerprint(name):
-    """How often the file `name` has changed since a node left it. name: None where it is not known before the workflow runs; all files
-    are looked at then."""
+    """The number of changes to the file `name` other than the node's own. name: None if it is unknown before the workflow runs; the changes
+    to all files are then counted."""
     if name is None:
         return sum(map(fingerprint, list(_files)))
     file = _files.get(name)

@@ -1,7 +1,7 @@
-"""The packed layer: which tensors it has, their shapes, and how a file describes them.
+"""The layout of packed layers: their tensors, the shapes of these, and their description in a file.
 
-One layout serves the module's parameters, the checkpoint and the reference. Names and shapes are comfy-kitchen's, so
-that other software can read the files; N outputs, K inputs, R the rank, G = K / 64 groups of columns:
+The module's parameters, the checkpoint and the reference have the same layout. Names and shapes are comfy-kitchen's, so that other
+software can read the files. N is the number of outputs, K of inputs, R the rank, G = K / 64 the number of groups of columns:
 
     svdquant_w4a4                        awq_w4a16
     X.weight                (N, K/2)     X.weight        (N, K/2)    int8, two codes a byte, low nibble = even column
@@ -12,37 +12,37 @@ that other software can read the files; N outputs, K inputs, R the rank, G = K /
     X.bias                  (N)          X.bias          (N)         16 bit
     X.comfy_quant                        X.comfy_quant               uint8, JSON: format, group_size, rank, ...
 
-`weight_scale` is the whole truth about the scales, whatever structure a kernel may find in it. A file may hold it in half the
-bytes, where it is c_n * i to the bit (checkpoint/int8_scales.py). The layer has the 16-bit scales all the same, and in the file it is
+`weight_scale` alone defines the scales, even if a kernel finds a structure in it. If the scales are exactly c_n * i, a file may hold them
+in half the bytes (checkpoint/int8_scales.py). The loaded layer still has the 16-bit scales; its file has
 
     svdquant_w4a4_int8_scale
     X.weight_scale          (G, N)    int8, i in -15..16
     X.weight_scale_2        (N)       16 bit, c_n, not negative; the layer's scales are the products in this type
     and the others as in svdquant_w4a4
 
-whose description always says `act_unsigned_from`, K where no column is unsigned. The format has a name of its own because a reader
-that took these integers for the scales would compute a wrong picture in silence.
+The description of this format always has `act_unsigned_from`, which is K if no column is unsigned. The format has its own name because a
+reader that used these integers as the scales would silently compute wrong images.
 
-Layers that others quantized to NVFP4 stay in it (cuda/nvfp4.py has the arithmetic), with groups of 16, G = K / 16:
+Published NVFP4 layers keep their format (cuda/nvfp4.py has the arithmetic), with groups of 16, G = K / 16:
 
     svdquant_nvfp4
     X.weight                (N, K/2)  int8, two e2m1 codes a byte, low nibble = even column
     X.weight_scale          (G, N)    float8_e4m3fn
-    X.weight_scale_2        (B, N)    float32, one for each row and K / B columns
+    X.weight_scale_2        (B, N)    float32, one for each row and each block of K / B columns
     and X.weight_proj_down, X.weight_proj_up, X.weight_smooth_factor, X.bias, X.comfy_quant as above
 
-Their inputs are signed e2m1 throughout, behind a GELU too, so nothing is shifted and no bias holds a correction. B is 1, but for
-layers that hold two published ones side by side, each with scales of its own. The name is not comfy-kitchen's nvfp4, which has one second
-scale a matrix.
+Their inputs are signed e2m1, also after a GELU, so they have no GELU shift and no correction of it in the bias. B is 1, except for layers
+that combine two published ones side by side, each with its own second scales. The format's name differs from comfy-kitchen's nvfp4, which
+has one second scale per matrix.
 
-A linear of a model may hold two published layers (families.family.Joined), and stays one packed layer here:
+A linear of a model may combine two published layers (families.family.Joined). It is one packed layer here:
 
-* Where both read one input, as q, k, v and the MLP's first layer do, it is one matrix with one `smooth`, one quantized input and one
-  branch fitted to all its rows. It is a plain svdquant_w4a4 layer to any reader.
-* Where they read two inputs side by side, the second one out of a GELU, that one is coded unsigned. Scales belong to groups of 64
-  columns, so the codes, the scales, `smooth` and the branch need no boundary; only the activation's code does. It is recorded as
-  `act_unsigned_from`, the first unsigned column. No other reader knows that field, and one that ignored it would compute a wrong
-  picture in silence; therefore such a layer has a format name of its own, which makes other readers stop with a clear error.
+* If both read the same input, as q, k, v and the MLP's first layer do, it is one matrix with one `smooth`, one quantized input and one
+  LoRA branch fitted to all its rows. Every reader can treat it as a plain svdquant_w4a4 layer.
+* If they read two inputs side by side, the second of which comes from a GELU, the second input has unsigned codes. Scales belong to groups
+  of 64 columns, so the weight's codes, the scales, `smooth` and the LoRA branch need no boundary; only the activation's codes do. The
+  description records it as `act_unsigned_from`, the first unsigned column. Other readers don't know that field, and would silently compute
+  wrong images if they ignored it; therefore such a layer has its own format name, at which they stop with a clear error.
 """
 
 import json
@@ -56,7 +56,7 @@ from ..families.family import Packing
 
 SVDQUANT = "svdquant_w4a4"
 SVDQUANT_SPLIT = "svdquant_w4a4_split"  # signed columns, then unsigned ones
-SVDQUANT_INT8_SCALE = "svdquant_w4a4_int8_scale"  # in files only: either of the two
+SVDQUANT_INT8_SCALE = "svdquant_w4a4_int8_scale"  # in files only, for both of the above
 NVFP4 = "svdquant_nvfp4"
 AWQ = "awq_w4a16"
 GROUP_SIZES = {SVDQUANT: GROUP_SIZE, SVDQUANT_SPLIT: GROUP_SIZE, SVDQUANT_INT8_SCALE: GROUP_SIZE, NVFP4: NVFP4_GROUP, AWQ: GROUP_SIZE}
@@ -66,10 +66,10 @@ QUANT_KEY = "comfy_quant"
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one packed layer is.
+    """The format and sizes of one packed layer.
 
-    unsigned_from: the first column that is coded unsigned; in_features if none is. scale_blocks: B, of NVFP4's
-    second scale.
+    unsigned_from: the first input column with unsigned codes; in_features if there is none. scale_blocks: B, the number of rows of NVFP4's
+    second scale. Raises ValueError, whose message is the second half of a sentence, if the sizes don't fit each other.
     """
 
     format: str
@@ -99,7 +99,7 @@ class LayerSpec:
         return GROUP_SIZES[self.format]
 
     def tensors(self):
-        """{parameter name: (shape, dtype)} of the module's parameters, which are also the file's tensors, but for int8 scales."""
+        """{parameter name: (shape, dtype)} of the module's parameters. The file has the same tensors, except for int8 scales."""
         n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
         scale_dtype = torch.float8_e4m3fn if self.format == NVFP4 else self.dtype
         tensors = {"weight": ((n, k // 2), torch.int8), "weight_scale": ((groups, n), scale_dtype)}
@@ -116,7 +116,7 @@ class LayerSpec:
         return tensors
 
     def stored(self, int8_scale):
-        """tensors, as a file has them. int8_scale: whether as svdquant_w4a4_int8_scale."""
+        """{name: (shape, dtype)} of the layer's tensors in a file. int8_scale: whether its format is svdquant_w4a4_int8_scale."""
         if not int8_scale:
             return self.tensors()
         (groups, n), dtype = self.tensors()["weight_scale"]
@@ -140,14 +140,14 @@ class LayerSpec:
 
 
 def svdquant_spec(in_features, out_features, rank, unsigned_from, bias, dtype):
-    """The LayerSpec of a W4A4 layer; picks the format name that says what a reader must know."""
+    """The LayerSpec of a W4A4 layer. It has the format SVDQUANT_SPLIT if only some of the columns are unsigned."""
     split = 0 < unsigned_from < in_features
     return LayerSpec(SVDQUANT_SPLIT if split else SVDQUANT, in_features, out_features, rank, unsigned_from, bias, dtype)
 
 
 def layer_spec(layer, name, weight_shape, rank, bias, dtype):
-    """LayerSpec of linear `name` from its family's Layer and its weight's (N, K); rank: of its branch, if it has one; bias: whether it
-    has one. Raises ValueError naming the layer where K does not fit."""
+    """The LayerSpec of linear `name`, from its family's Layer and its weight's shape (N, K). rank: the rank of its LoRA branch, if it has
+    one; bias: whether it has a bias. Raises ValueError, which names the layer, if K can't be packed."""
     n, k = weight_shape
     try:
         if layer.packing is Packing.W4A16:
@@ -163,7 +163,7 @@ def encode_conf(conf):
 
 
 def decode_conf(data):
-    """bytes of `X.comfy_quant` -> dict. Raises ValueError where it is not a JSON object."""
+    """The dict in the bytes of `X.comfy_quant`. Raises ValueError if they are not a JSON object."""
     try:
         conf = json.loads(bytes(data).decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

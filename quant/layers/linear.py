@@ -26,7 +26,8 @@ class PackedLinear(torch.nn.Module):
     """
 
     gelu_from = None
-    bias_function = ()  # what a host does to the bias in its own `at`
+    takes_lora = False  # whether product() adds LoRAs
+    bias_function = ()  # the host's patches of the bias, which its own at() applies
     streamed = None  # streaming.StreamedLayer, while a WeightStream brings the offloaded parameters
 
     def __init__(self, spec, device="meta"):
@@ -49,6 +50,11 @@ class PackedLinear(torch.nn.Module):
                 return streamed or {name: None if p is None else p.to(device, non_blocking=True) for name, p in self._parameters.items()}
         return dict(self._parameters)
 
+    @property
+    def lora_dtype(self):
+        """The 16-bit type of a LoRA branch's factors."""
+        return self.spec.dtype
+
     def activates_from(self):
         """gelu_from, or None where a hook has the output first, or what stands in forward's place, as ComfyUI's bypass LoRA does: they
         work on what a linear gives."""
@@ -59,21 +65,25 @@ class PackedLinear(torch.nn.Module):
         p, branch = self.at(x), self.lora_branch
         if branch is None:
             return self.product(x, p, p["bias"], self.activates_from())
-        if branch.gain is None:
-            return self.added(self.product(x, p, p["bias"]), x)
-        # Of the bias, the gain is for the part that corrects the GELU shift, and that only.
-        correction = branch.gelu_shift_correction.to(x.device, self.spec.dtype)
-        y = self.product(x, p, correction) * branch.gain.to(x) - correction.to(x)
-        return self.added(y if p["bias"] is None else y + p["bias"].to(x), x)
+        if branch.gain is not None:
+            # The part of the bias that corrects the GELU shift belongs to W x, which the gain multiplies; the rest doesn't.
+            correction = branch.gelu_shift_correction.to(x.device, self.spec.dtype)
+            y = self.product(x, p, correction) * branch.gain.to(x) - correction.to(x)
+            return self.added(y if p["bias"] is None else y + p["bias"].to(x), x)
+        lora = branch.operands(x, self.lora_dtype) if self.takes_lora else ()
+        if lora and not branch.terms:
+            return self.product(x, p, p["bias"], self.activates_from(), lora)
+        return self.added(self.product(x, p, p["bias"], None, lora), x, with_lora=not lora)
 
-    def added(self, y, x):
-        """y (..., N) plus what the LoRAs add, and then through the layer's GELU; in place."""
-        return reference.activated(self.lora_branch.add(y, x), self.activates_from())
+    def added(self, y, x, with_lora=True):
+        """y (..., N) plus what the LoRA branch adds, and then through the layer's GELU; in place. with_lora: as in LoRABranch.add."""
+        return reference.activated(self.lora_branch.add(y, x, with_lora), self.activates_from())
 
-    def product(self, x, p, bias, gelu_from=None):
+    def product(self, x, p, bias, gelu_from=None, lora=()):
         """W x + bias, through GELU from output `gelu_from` on (None: no GELU): x (..., K) -> (..., N), in x's dtype.
 
-        p: {name: parameter on x's device}, as at() returns it; bias: (N,) or None, in place of the layer's own.
+        p: {name: parameter on x's device}, as at() returns it; bias: (N,) or None, in place of the layer's own; lora: if takes_lora, a LoRA
+        to add before the GELU, as LoRABranch.operands returns it.
         """
         raise NotImplementedError
 
@@ -130,19 +140,21 @@ class CachedLaunch(NamedTuple):
     """How a layer runs with inputs of one shape while nothing else changes."""
 
     launch: Callable       # ops.cached_launch's
-    gelu_from: int | None  # of the product; a LoRA branch is added before the layer's GELU
-    act_bits: int          # as they were set
+    gelu_from: int | None  # of the product; other terms of a LoRA branch are added before the layer's GELU
+    act_bits: int          # the layer's act_bits when the launch was made
     row_scale: RowScale | None
+    lora_branch: weakref.ref | None  # the branch whose LoRAs the launch adds
 
 
 class SVDQuantLinear(BranchedLinear):
-    """W4A4 with a low-rank branch: x (..., K) -> (..., N). One op, if no LoRA is loaded.
+    """W4A4 with a low-rank branch: x (..., K) -> (..., N). One op, with plain LoRAs too.
 
-    act_bits: 4, as SVDQuant is published, with one code more; 8, the same weights with int8 activations; 0, what the device is fastest
-    with.
+    act_bits: 4, as SVDQuant is published, with one code more; 8, the same weights with int8 activations; 0, the bits with which the device
+    is fastest.
     """
 
     act_bits = 0
+    takes_lora = True
 
     def __init__(self, spec, device="meta"):
         super().__init__(spec, device)
@@ -156,38 +168,54 @@ class SVDQuantLinear(BranchedLinear):
         if ops.plain(x) and (known := self._launches.get(x.shape)) is not None:
             branch, y = self._modules.get("lora_branch"), None
             if not self.bias_function and (branch is None or branch.gain is None):
-                gelu_from = None if self.gelu_from is None or branch is not None else self.activates_from()  # few layers have one
-                y = self._launched(x, gelu_from, *known)
+                others = branch is not None and len(branch.terms) > 0
+                gelu_from = None if self.gelu_from is None or others else self.activates_from()  # few layers have one
+                y = self._launched(x, gelu_from, branch, *known)
             if y is not None:
-                return y if branch is None else self.added(y, x)
+                return self.added(y, x, with_lora=False) if others else y
         return super().forward(x)
 
-    def _launched(self, x, gelu_from, launch, activated_from, act_bits, c):
-        """The layer without its LoRA branch, by a CachedLaunch; None where anything has changed since."""
+    def _launched(self, x, gelu_from, branch, launch, activated_from, act_bits, c, launched_branch):
+        """The layer with the LoRAs of its branch, by a CachedLaunch; None if anything has changed since."""
         p = self._parameters
+        if branch is not (None if launched_branch is None else launched_branch()):
+            return None
         weight_scale, proj_down, bias = p["weight_scale"], p["weight_proj_down"], p["bias"]
         if activated_from != gelu_from or act_bits != self.act_bits or c is not None and (
                 c.parameter() is not weight_scale or c.version is not None and c.version != weight_scale._version):
             return None
-        return launch(x, weight_scale, proj_down, (
-            proj_down.data_ptr(), p["weight"].data_ptr(), weight_scale.data_ptr(), p["weight_smooth_factor"].data_ptr(),
-            0 if c is None else c.address, p["weight_proj_up"].data_ptr(), 0 if bias is None else bias.data_ptr()))
+        addresses = (proj_down.data_ptr(), p["weight"].data_ptr(), weight_scale.data_ptr(), p["weight_smooth_factor"].data_ptr(),
+                     0 if c is None else c.address, p["weight_proj_up"].data_ptr(), 0 if bias is None else bias.data_ptr())
+        if branch is None or branch.lora_up is None:
+            return launch(x, weight_scale, proj_down, addresses)
+        return launch(x, weight_scale, proj_down, (*addresses, branch.lora_up.data_ptr()), branch.lora_down)
 
     def bits(self, device):
         """4 or 8: act_bits, or what they stand for on `device`."""
         return self.act_bits or ops.best_act_bits(device)
 
-    def product(self, x, p, bias, gelu_from=None):
+    def product(self, x, p, bias, gelu_from=None, lora=()):
         act_bits = self.bits(x.device)
         row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 else None
-        args = operands(p, bias, self.spec.unsigned_from, act_bits, row_scale, gelu_from)
-        if ops.plain(x) and bias is p["bias"] and all(tensor is self._parameters[name] for name, tensor in p.items()):
+        args = operands(p, bias, self.spec.unsigned_from, act_bits, row_scale, gelu_from, lora)
+        if ops.plain(x) and bias is p["bias"] and self._resident(p, lora):
             launch, known = ops.cached_launch(x, args), self._row_scale
             if launch and (row_scale is None or known.value is row_scale):
                 if len(self._launches) >= SHAPES:
                     self._launches.clear()
-                self._launches[x.shape] = CachedLaunch(launch, gelu_from, self.act_bits, None if row_scale is None else known)
+                branch = weakref.ref(self.lora_branch) if self.lora_branch is not None else None
+                self._launches[x.shape] = CachedLaunch(launch, gelu_from, self.act_bits, None if row_scale is None else known, branch)
         return ops.svdquant_linear(x, args)
+
+    def _resident(self, p, lora):
+        """Whether the tensors of a call are the layer's own, rather than copies of them."""
+        branch = self.lora_branch
+        return (all(tensor is self._parameters[name] for name, tensor in p.items())
+                and (not lora or lora[0] is branch.lora_down and lora[1] is branch.lora_up))
+
+    @property
+    def lora_dtype(self):
+        return self.weight_scale.dtype  # fp16 where preparation.compute_in has converted a bf16 layer
 
     def prepare(self, device):
         """Find what forwards with inputs on `device` need beside the parameters: the row scales, with 8-bit activations. A graph that
@@ -234,10 +262,10 @@ class SVDQuantLinear(BranchedLinear):
         return weight / self.weight_smooth_factor.to(device, torch.float32)
 
 
-def operands(p, bias, unsigned_from, act_bits, row_scale=None, gelu_from=None):
-    """The LayerOperands of an SVDQuantLinear's parameters `p`."""
+def operands(p, bias, unsigned_from, act_bits, row_scale=None, gelu_from=None, lora=()):
+    """The LayerOperands of an SVDQuantLinear's parameters `p`, with a LoRA as LoRABranch.operands returns it."""
     return LayerOperands(p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], bias,
-                         unsigned_from, act_bits, row_scale, gelu_from)
+                         unsigned_from, act_bits, row_scale, gelu_from, *lora)
 
 
 def untouched(module):
@@ -256,7 +284,7 @@ def replaced(module):
 class NVFP4Linear(BranchedLinear):
     """W4A4 in NVFP4 with a low-rank branch: x (..., K) -> (..., N). Only read from others' files, never made here."""
 
-    def product(self, x, p, bias, gelu_from=None):
+    def product(self, x, p, bias, gelu_from=None, lora=()):
         y = nvfp4_ops.nvfp4_linear(x, p["weight"], p["weight_scale"], p["weight_scale_2"], p["weight_proj_down"],
                                    p["weight_proj_up"], p["weight_smooth_factor"], bias)
         return reference.activated(y, gelu_from)
@@ -270,7 +298,7 @@ class NVFP4Linear(BranchedLinear):
 class AWQLinear(PackedLinear):
     """W4A16, for the modulation layers, which see one row a picture: x (..., K) -> (..., N)."""
 
-    def product(self, x, p, bias, gelu_from=None):
+    def product(self, x, p, bias, gelu_from=None, lora=()):
         return reference.activated(ops.awq_linear(x, p["weight"], p["weight_scale"], p["weight_zeros"], bias), gelu_from)
 
     def dense(self, device):

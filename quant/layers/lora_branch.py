@@ -1,15 +1,24 @@
-"""The LoRA branch of a packed layer: 16-bit terms beside the packed weights, which stay as they are.
+"""The LoRA branch of a packed layer: what loaded LoRAs add, in 16 bits, beside the packed weights, which stay as they are.
 
     y = gain * (W x) + sum of the terms + bias
 
 A term reads a range of the columns and adds to a range of the rows, so that a LoRA on k alone, or on the MLP's part of
 a joined linear, costs no more than its own size. `gain` is a factor per row. It is rare: DoRA and nodes that scale weights need it.
 
-N outputs, K inputs of the layer; n, k those of a term.
+The ranks of plain LoRAs are joined in one pair of factors (joined()), which a W4A4 layer's kernels take beside the layer's own low-rank
+branch. Other terms are added to the layer's output.
+
+N outputs, K inputs of the layer; n, k those of a term; parts as in cuda/operands.py's LoRASizes.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
+
+from ...cuda import reference
+from ...cuda.operands import MAX_PART_RANK, MAX_PARTS, NO_LORA, PART_ROWS, RANK_STEP, LoRASizes
 
 
 class Term(torch.nn.Module):
@@ -42,18 +51,16 @@ class Term(torch.nn.Module):
 
 
 class LowRank(Term):
-    """up (n, R), down (R, k)."""
+    """up (n, R), down (R, k), in float32."""
 
     names = ("up", "down")
 
     def dense(self):
         return self.up @ self.down
 
-    def forward(self, x):
-        return linear(linear(x, self.down.to(x)), self.up.to(x))
-
-    def stored(self, dtype, device):
-        return LowRank(self.rows, self.cols, *_balanced(self.up, self.down)).to(device, dtype)
+    def balanced(self):
+        """The same term with both factors at the same size."""
+        return LowRank(self.rows, self.cols, *_balanced(self.up, self.down))
 
 
 class Kronecker(Term):
@@ -98,36 +105,99 @@ def _balanced(left, right):
     return left / factor, right * factor
 
 
+class JoinedLoRAs(NamedTuple):
+    """The ranks of all of a layer's low-rank terms, as LayerOperands has them."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    sizes: LoRASizes
+
+
+def joined(terms, shape, dtype, device):
+    """The JoinedLoRAs of LowRank terms, in `dtype` on `device`. shape: the layer's (N, K).
+
+    Terms for some of the rows get parts of their own, if the rows' borders allow it and that takes less memory. Otherwise `up` is zero in
+    the rows that a term doesn't reach, as `down` always is in such columns.
+    """
+    n, k = shape
+    sizes = min(_possible_sizes(terms, n), key=lambda sizes: _numel(sizes, n, k))
+    rows, down = sizes.rows(n), torch.zeros(sum(sizes.ranks), k, dtype=dtype, device=device)
+    up = torch.zeros(sum((stop - start) * rank for (start, stop), rank in zip(rows, sizes.ranks)), dtype=dtype, device=device)
+    ups = up.split([(stop - start) * rank for (start, stop), rank in zip(rows, sizes.ranks)])
+    parts = [(first, last, part_down, part_up.view(last - first, -1) if len(part_down) else part_up)
+             for (first, last), part_down, part_up in zip(rows, down.split(sizes.ranks), ups)]
+    used = [0] * len(parts)
+    for term in map(LowRank.balanced, terms):
+        rank, (start, stop) = len(term.down), term.rows
+        for part, (first, last, part_down, part_up) in enumerate(parts):
+            begin, end = max(start, first), min(stop, last)
+            if begin < end:
+                slots = slice(used[part], used[part] + rank)
+                part_down[slots, slice(*term.cols)] = term.down
+                part_up[begin - first:end - first, slots] = term.up[begin - start:end - start]
+                used[part] += rank
+    return JoinedLoRAs(down, up, sizes)
+
+
+def _possible_sizes(terms, n):
+    """[LoRASizes] that LowRank terms can have: one part, and equal parts at whose borders the terms' rows begin and end."""
+    found = [LoRASizes((_padded_ranks(terms, 0, n),))]
+    borders = {row for term in terms for row in term.rows} - {0, n}
+    part_rows = math.gcd(*borders)
+    count = max(borders) // part_rows + 1 if borders else 1
+    if 1 < count <= MAX_PARTS and part_rows % PART_ROWS == 0:
+        ranks = tuple(_padded_ranks(terms, *rows) for rows in LoRASizes((0,) * count, part_rows).rows(n))
+        if max(ranks) <= MAX_PART_RANK:
+            found.append(LoRASizes(ranks, part_rows))
+    return found
+
+
+def _padded_ranks(terms, first, last):
+    """The ranks of the terms that reach a row from `first` to `last` - 1, padded."""
+    ranks = sum(len(term.down) for term in terms if term.rows[0] < last and first < term.rows[1])
+    return ranks + -ranks % RANK_STEP
+
+
+def _numel(sizes, n, k):
+    return sum(rank * (k + stop - start) for (start, stop), rank in zip(sizes.rows(n), sizes.ranks))
+
+
 class LoRABranch(torch.nn.Module):
     """All that is added to one layer.
 
-    terms: [Term]; gain: (N,) or None; gelu_shift_correction: (N,) with a gain, the part of the layer's bias that belongs to W x
-    (PackedLinear.gelu_shift_correction).
+    lora: JoinedLoRAs or None; terms: [Term], others; gain: (N,) or None; gelu_shift_correction: (N,) with a gain, the part of the layer's
+    bias that belongs to W x (PackedLinear.gelu_shift_correction).
     """
 
-    def __init__(self, terms, gain=None, gelu_shift_correction=None):
+    def __init__(self, lora, terms=(), gain=None, gelu_shift_correction=None):
         super().__init__()
+        down, up, self.lora = lora or (None, None, NO_LORA)
+        self.register_buffer("lora_down", down, persistent=False)
+        self.register_buffer("lora_up", up, persistent=False)
         self.terms = torch.nn.ModuleList(terms)
         self.register_buffer("gain", gain, persistent=False)
         self.register_buffer("gelu_shift_correction", gelu_shift_correction, persistent=False)
 
+    @classmethod
+    def of(cls, terms, shape, dtype, device, gain=None, gelu_shift_correction=None):
+        """The LoRABranch of float32 Terms in any order, in `dtype` on `device`. shape: the layer's (N, K)."""
+        low_rank = [term for term in terms if isinstance(term, LowRank)]
+        others = [term.stored(dtype, device) for term in terms if not isinstance(term, LowRank)]
+        return cls(joined(low_rank, shape, dtype, device) if low_rank else None, others, gain, gelu_shift_correction)
+
     def nbytes(self):
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    def add(self, y, x):
-        """y (..., N) plus the terms of x (..., K), in place."""
+    def operands(self, x, dtype):
+        """The last LayerOperands, on x's device in `dtype`: lora_down, lora_up, lora. () without LoRAs."""
+        if self.lora_up is None:
+            return ()
+        return *(factor.to(x.device, dtype, non_blocking=True) for factor in (self.lora_down, self.lora_up)), self.lora
+
+    def add(self, y, x, with_lora=True):
+        """y (..., N) plus the terms of x (..., K), in place. with_lora: plus the joined LoRAs too, which y doesn't have yet."""
+        if with_lora and self.lora_up is not None:
+            y += reference.lora_product(x, self.lora_down.to(x), self.lora_up.to(x), self.lora, y.shape[-1])
         for term in self.terms:
             y[..., slice(*term.rows)] += term(x[..., slice(*term.cols)])
         return y
-
-
-def merged(terms):
-    """Low-rank terms over the same rows and columns as one of all their ranks."""
-    windows = {}
-    for term in terms:
-        window = (term.rows, term.cols) if isinstance(term, LowRank) else term
-        windows.setdefault(window, []).append(term)
-    return [group[0] if len(group) == 1 else
-            LowRank(group[0].rows, group[0].cols, torch.cat([term.up for term in group], dim=1),
-                    torch.cat([term.down for term in group], dim=0))
-            for group in windows.values()]

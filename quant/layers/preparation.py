@@ -7,6 +7,7 @@ import torch
 from ...cuda import mlp, ops
 from ...cuda.choose import W4A16
 from ...cuda.errors import KernelsUnavailable
+from ...cuda.operands import NO_LORA
 from .linear import AWQLinear, SVDQuantLinear
 from .packed_mlp import PackedMLP
 
@@ -53,8 +54,10 @@ def warm_up(model, device, dtype, tokens):
             mlps += [(m, first.in_features, first.out_features, second.out_features, first.spec.rank, second.spec.rank,
                       first.spec.unsigned_from, second.spec.unsigned_from, dtype) for m in tokens]
         elif isinstance(module, SVDQuantLinear) and module not in together:
+            branch = module.lora_branch
+            gelu_from, lora = (module.gelu_from, NO_LORA) if branch is None else (None if branch.terms else module.gelu_from, branch.lora)
             layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
-                        computed(module.spec), module.gelu_from) for m in tokens]
+                        computed(module.spec), gelu_from, lora) for m in tokens]
         elif isinstance(module, AWQLinear):
             layers.append((1, module.out_features, module.in_features, 0, module.in_features, W4A16, computed(module.spec)))
     return ops.warm_up(dict.fromkeys(layers), device, [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)])

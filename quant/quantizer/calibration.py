@@ -1,9 +1,9 @@
 """Calibration: statistics of the layers' inputs on real forwards of the model, one block at a time.
 
-A few calls of the diffusion model are recorded while it samples. Then the blocks are streamed: for each block, every
-call is replayed up to it and no further, with the blocks before it replaced by their stored output, so that a block
-runs once a call in all, and only its own statistics and one hidden state a call are held. The model's own forward does
-everything between the blocks, so nothing here depends on how a ComfyUI version writes it.
+A few calls of the diffusion model are recorded while it samples. Then the blocks are streamed: for each block, every call is replayed up
+to this block, and the stored output of the previous block replaces all blocks before it. So a block runs once per call, and memory holds
+only its own statistics and one hidden state per call. The model's own forward does everything between the blocks, so nothing here depends
+on how a ComfyUI version writes it.
 """
 
 import functools
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 class InputStats:
     """Running statistics of one linear's input, float32 on `device`, or on the input's device if it is None.
 
-    absmax, rms: (K,) over all tokens seen; sample: (at most SAMPLE_TOKENS, K); gram: (K, K), the mean of x^T x, if
-    `with_gram` (it is K * K * 4 bytes: 944 MB for the widest layer of FLUX.1), over evenly spaced tokens of each
-    call, the first and the last among them: about `tokens_per_input` * K in all the expected calls, or all of them.
+    spans: absmax and rms, (K,) each, over all tokens seen; sample: (at most SAMPLE_TOKENS, K); gram: (K, K), the mean of x^T x, only
+    `with_gram` (it is K * K * 4 bytes: 944 MB for the widest layer of FLUX.1). The Gram matrix uses evenly spaced tokens of each call, from
+    the first to the last, about `tokens_per_input` * K in all the expected calls, or every token if that is None.
     """
 
     def __init__(self, expected_calls, with_gram=False, tokens_per_input=None, device=None):
@@ -203,8 +203,8 @@ def _shared(value, known):
 
 @contextmanager
 def recorded_calls(diffusion_model, calls, every=1, first=0):
-    """Within it, the arguments of every n-th forward of `diffusion_model`, from `first` on, are appended to `calls`, on the CPU. Tensors
-    that are equal in successive calls, such as the prompt, are kept once."""
+    """A context in which the arguments of every n-th forward of `diffusion_model`, from `first` on, are appended to `calls`, on the CPU.
+    Tensors that are equal in successive calls, such as the prompt, are kept once."""
     counter = itertools.count(-first)
 
     def record(_module, args, kwargs):
@@ -221,7 +221,7 @@ def recorded_calls(diffusion_model, calls, every=1, first=0):
 
 @contextmanager
 def played_back(diffusion_model, outputs):
-    """Within it the model answers call after call with the next of `outputs`, on the device of its first argument."""
+    """A context in which each forward of the model returns the next of `outputs`, on the device of its first argument."""
     remaining = iter(outputs)
     with _forward_replaced([(diffusion_model, lambda x, *args, **kwargs: next(remaining).to(x.device))]):
         yield
@@ -229,7 +229,7 @@ def played_back(diffusion_model, outputs):
 
 @contextmanager
 def recorded_outputs(diffusion_model):
-    """Within it, the list that it gives grows by the output of every forward of the model, on the CPU."""
+    """A context that yields a list, to which the output of every forward of the model is appended, on the CPU."""
     outputs = []
     hook = diffusion_model.register_forward_hook(lambda _module, _args, output: outputs.append(to_device(output, "cpu", copy=True)))
     try:
@@ -240,8 +240,8 @@ def recorded_outputs(diffusion_model):
 
 @contextmanager
 def _forward_replaced(modules_and_forwards):
-    """Within it, each module's forward is the given function; restored whatever happens, also where a module has a forward of
-    its own from elsewhere."""
+    """A context in which each module's forward is the given function. At the end every module gets its former one back, also a forward that
+    other code has set on the module itself."""
     own = [(module, module.__dict__.get("forward")) for module, _ in modules_and_forwards]
     try:
         for module, forward in modules_and_forwards:
@@ -257,7 +257,7 @@ def _forward_replaced(modules_and_forwards):
 
 @contextmanager
 def _observed(layers, stats):
-    """Within it, each layer's input goes into its InputStats. layers: {name: linear}."""
+    """A context in which each layer's input is added to its InputStats. layers: {name: linear}."""
     hooks = [layer.register_forward_pre_hook(lambda _module, args, name=name: stats[name].add(args[0]))
              for name, layer in layers.items()]
     try:
@@ -268,8 +268,8 @@ def _observed(layers, stats):
 
 
 def _replay(diffusion_model, call, memory, blocks, pass_through, index, previous):
-    """Run one recorded call up to and with block `index`; `previous` is the output of the block before. Returns its output,
-    None where the call does not run the block (some nodes skip blocks). The last block may be the model itself."""
+    """Run one recorded call up to block `index` and return this block's output, or None if the call does not run the block (some nodes skip
+    blocks). previous: the output of the block before. The last block may be the model itself."""
     reached = {}
 
     def stop(_module, _args, output):
@@ -292,20 +292,20 @@ def _replay(diffusion_model, call, memory, blocks, pass_through, index, previous
     return reached.get("output")
 
 
-def _as_it_is(name, block):
+def _unchanged(name, block):
+    """A context in which the block runs as it is."""
     return nullcontext()
 
 
 def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_through, with_gram=False, tokens_per_input=None,
-                  loaded=_as_it_is, quantized=None):
-    """Yield (block name, {layer name: InputStats}) for each block in turn; the statistics are dropped before the next.
+                  loaded=_unchanged, quantized=None):
+    """Yield (block name, {layer name: InputStats}) for one block after the other. The statistics are released before the next block.
 
-    calls: from recorded_calls, which go to the device; memory: Memory; blocks: [(name, module)] in running order, at the end the model
-    itself if layers outside the others are to be seen too (those are passed over then); layers_of(name, block): {name: linear};
-    pass_through(name): a forward that hands a block's states on as they came (families.Family); loaded(name, block): a context in which
-    the block can run; quantized(name, block): one in which it runs in 4 bits, entered after the yield, or None: the next block then sees
-    its output there, not the one in 16 bits. A call that does not run every block is left out from there on; ValueError where none is
-    left.
+    calls: from recorded_calls, moved to the device here; memory: Memory; blocks: [(name, module)] in running order, and last the model
+    itself if layers outside the blocks are calibrated too; layers_of(name, block): {name: linear}; pass_through(name): a forward that
+    returns a block's states unchanged (families.Family); loaded(name, block): a context in which the block can run; quantized(name,
+    block): a context in which it runs in 4 bits, entered after the yield, so that its output there is the next block's input; None to
+    use its 16-bit output. A call that skips a block is left out from this block on. Raises ValueError if no call is left.
     """
     # Every block re-reads them; the originals are released. Each has a few MB.
     calls[:] = to_device(calls, memory.states_on)
@@ -317,11 +317,11 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
                 return stats, [_replay(diffusion_model, call, memory, blocks, pass_through, index, state)
                                for call, state in zip(calls, memory.states)]
 
-        stats, outputs = memory.attempt(name, functools.partial(run, layers_of(name, block), _as_it_is))
+        stats, outputs = memory.attempt(name, functools.partial(run, layers_of(name, block), _unchanged))
         whole = [(call, output) for call, output in zip(calls, outputs) if output is not None]
         if not whole:
-            raise ValueError(f"The model never ran its block {name} during calibration; take nodes that skip blocks off the "
-                             "MODEL, and put them behind SVDQuant Quantize Model.")
+            raise ValueError(f"The model never ran its block {name} during calibration; remove nodes that skip blocks "
+                             "from the MODEL, and put them behind SVDQuant Quantize Model.")
         if quantized is not None:
             yield name, stats
             stats.clear()

@@ -1,9 +1,9 @@
-"""The scales of the 4-bit groups: found by the error that they leave, not by the largest weight alone.
+"""The scales of the 4-bit groups, chosen by the error that they leave and not only by the largest weight.
 
-A scale may be negative: then the group's extreme takes code -8 and the grid reaches one step further where it is needed.
-Integer scales are c_n * i, one c_n a row and i = 1..16 a group: a kernel then multiplies the codes by i in 8-bit integers and
-needs no rescaling in its loop. c_n has four significant bits, so that c_n * i is exact in bf16 and the scale tensor is the
-whole truth.
+A scale may be negative: then the group's extreme has code -8, and the grid reaches one step further on its side.
+Integer scales are c_n * i, with one c_n per row and i = 1..16 per group: a kernel then multiplies the codes by i in 8-bit integers and
+needs no rescaling in its loop. c_n has four significant bits, so that c_n * i is exact in bf16, and only the
+scale tensor needs to be stored.
 """
 
 import torch
@@ -13,11 +13,11 @@ from ...cuda.int4 import GROUP_SIZE, SIGNED_MAX
 from .rounding import row_chunks
 
 CODE_MIN, CODE_MAX = -SIGNED_MAX - 1, SIGNED_MAX
-POSITIVE_FACTORS = tuple(1 - 0.05 * i for i in range(7))  # of absmax / 7: clipping the extreme pays for finer steps
-NEGATIVE_FACTORS = tuple(1 - 0.05 * i for i in range(4))  # of absmax / 8, the extreme on code -8
-MAX_INTEGER = 16  # (code) * i must fit int8: -8 * 16 = -128
-MAX_NEGATIVE_INTEGER = 15  # -8 * -16 = 128 would not
-ROW_DIVISORS = (16, 15, 14, 13, 12, 11)  # i of the row's largest group; six choices of c_n
+POSITIVE_FACTORS = tuple(1 - 0.05 * i for i in range(7))  # times absmax / 7: clipping the extreme allows finer steps
+NEGATIVE_FACTORS = tuple(1 - 0.05 * i for i in range(4))  # times absmax / 8, with the extreme at code -8
+MAX_INTEGER = 16  # code * i must fit int8: -8 * 16 = -128
+MAX_NEGATIVE_INTEGER = 15  # -8 * -16 = 128 would not fit
+ROW_DIVISORS = (16, 15, 14, 13, 12, 11)  # candidates for i of the row's largest group, which give six choices of c_n
 
 
 def _groups(weight):
@@ -25,9 +25,9 @@ def _groups(weight):
 
 
 def group_error(groups, steps, energy):
-    """What rounding leaves: sum over a group of energy * (weight - code * step)^2.
+    """The error that rounding leaves: the sum over each group of energy * (weight - code * step)^2.
 
-    groups: (N, G, 64); steps: (N, G), not 0; energy: (G, 64), the mean square of each input. Returns (N, G).
+    groups: (N, G, 64); steps: (N, G), not 0; energy: (G, 64), the mean square of each input; all float32. Returns (N, G).
     """
     if kernel.available(groups):
         return kernel.group_error(groups, steps, energy)
@@ -37,7 +37,7 @@ def group_error(groups, steps, energy):
 
 
 def _better(groups, energy, best, error, steps):
-    """The better of two choices of steps, group by group; both come with their error."""
+    """For each group, the better of `best`, whose error is `error`, and `steps`. Returns (steps, error), (N, G) each."""
     new = group_error(groups, steps, energy)
     better = new < error
     return torch.where(better, steps, best), torch.where(better, new, error)
@@ -47,7 +47,7 @@ def free_steps(groups, energy):
     """The best step of each group among the candidates. groups: (N, G, 64), energy: (G, 64). Returns (N, G) float32."""
     index = groups.abs().argmax(dim=-1, keepdim=True)
     extreme = groups.gather(-1, index).squeeze(-1)  # (N, G), with its sign
-    # A group of zeros takes its row's largest step: any will do, and this one does not widen the row's range.
+    # A group of zeros gets its row's largest step: any step will do, and this one does not widen the row's range.
     largest = extreme.abs().amax(dim=1, keepdim=True)
     extreme = torch.where(extreme == 0, torch.where(largest == 0, torch.ones_like(largest), largest), extreme)
     best = extreme.abs() / CODE_MAX
@@ -66,7 +66,7 @@ def four_bits(values):
 
 
 def integer_steps(groups, energy, free):
-    """Steps c_n * i close to the free ones, chosen by error: c_n among six a row, then i among its neighbours.
+    """Steps c_n * i close to the free ones, chosen by error: c_n among six candidates per row, then i among its neighbours.
 
     groups: (N, G, 64); energy: (G, 64); free: (N, G). Returns (N, G) float32.
     """
@@ -92,16 +92,16 @@ def integer_steps(groups, energy, free):
 
 
 def search(weight, energy, dtype, integer=True):
-    """Scales that leave the least error in the layer's output, taking its inputs as independent.
+    """Scales that leave the least error in the layer's output, under the assumption that its inputs are independent.
 
     weight: (N, K) float32, the residual to be rounded; energy: (K,), the mean square of each smoothed input, or None for
-    equal ones; dtype: 16 bit, in which the scales are stored. Returns (G, N) in `dtype`; never worse than absmax / 7, but
-    for what the integers cost.
+    equal ones; dtype: the 16-bit type in which the scales are stored; integer: whether they are c_n * i. Returns (G, N) in `dtype`.
+    Free scales are never worse than absmax / 7.
     """
     energy = torch.ones(weight.shape[1], device=weight.device) if energy is None else energy
     energy = energy.view(-1, GROUP_SIZE)
     found = torch.empty(len(energy), weight.shape[0], dtype=dtype, device=weight.device)
-    # The kernel keeps what it computes in registers, so that nothing is won by chunks.
+    # The kernel keeps intermediate results in registers, so it gains nothing from chunks.
     for rows in [slice(None)] if kernel.available(weight) else row_chunks(weight):
         groups = _groups(weight[rows])
         steps = free_steps(groups, energy)

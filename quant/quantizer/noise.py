@@ -1,12 +1,12 @@
-"""Codes that allow for the activation's rounding.
+"""Codes that account for the activation's rounding.
 
-The packed weight Q does not meet x but x + e, e the rounding error of the 4-bit activation. What is left of the output, with R the
-smoothed weight less the branch, H the Gram matrix of the inputs and S the diagonal one of e,
+The quantized weight Q is not multiplied by x but by x + e, where e is the rounding error of the 4-bit activation. With R the smoothed
+weight minus the branch, H the Gram matrix of the inputs and S the diagonal one of e, the output error is
 
-    E |R x - Q (x + e)|^2 = |(R - Q) H^1/2|^2 + |Q S^1/2|^2 = |(T - Q) (H + S)^1/2|^2 + what no Q changes,    T = R - R S (H + S)^-1,
+    E |R x - Q (x + e)|^2 = |(R - Q) H^1/2|^2 + |Q S^1/2|^2 = |(T - Q) (H + S)^1/2|^2 + a constant,    T = R - R S (H + S)^-1,
 
-so GPTQ aims at T in the metric of H + S: where the inputs hardly move, their rounding is louder than they are, and a smaller weight
-passes on less of it. With all of S, 8-bit activations pay for what 4-bit ones gain; SHARE of it serves both.
+so GPTQ rounds T in the metric of H + S. In directions of little variance the rounding error exceeds the inputs themselves, and a smaller
+weight passes on less of it. With all of S, 8-bit activations lose what 4-bit ones gain; SHARE of it improves both.
 """
 
 import torch
@@ -14,11 +14,11 @@ import torch
 from ...cuda.int4 import GELU_SHIFT
 from ...cuda.reference import quantize_activation, scaled_codes
 
-SHARE = 0.25
+SHARE = 0.25  # of S, for which the codes account
 
 
 def activation_noise(x, smooth, unsigned_from):
-    """(K,) the mean square of what rounding to 4 bits does to each smoothed input.
+    """(K,) float32: the mean square of the error that rounding to 4 bits makes in each smoothed input.
 
     x: (M, K) float32 sample; smooth: (K,) float32; unsigned_from: int, the first column that comes out of a GELU.
     """
@@ -28,9 +28,9 @@ def activation_noise(x, smooth, unsigned_from):
 
 
 def quiet_target(residual, noise, factor):
-    """T = residual - residual S (H + S)^-1, S the diagonal matrix of `noise`: what the codes aim at.
+    """T = residual - residual S (H + S)^-1, with S the diagonal matrix of `noise`: the target of the codes.
 
-    residual: (N, K) float32; noise: (K,); factor: gptq.Factor of H + S. Returns (N, K).
+    residual: (N, K) float32; noise: (K,); factor: gptq.Factor of H + S. Returns (N, K) float32.
     """
     passed = (residual * noise)[:, factor.order]
     passed = torch.linalg.solve_triangular(factor.lower.t(), passed, upper=True, left=False)

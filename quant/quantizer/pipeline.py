@@ -1,4 +1,4 @@
-"""The pipeline: from a 16-bit linear and what it sees to a packed layer, and the record of what that cost."""
+"""The pipeline: turns a 16-bit linear and the statistics of its inputs into a packed layer and a record of its error."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from . import gptq, group_scales, learned_smoothing, lowrank, noise, rounding, s
 from .metrics import relative_error
 from .presets import MIN_RANK, make_recipe
 
-KEPT = "16 bit"  # the format of a layer that is left as it was, in its record
+KEPT = "16 bit"  # the format, in its record, of a layer that is left as it is
 SMALL_LAYER = 1 << 22  # elements of a weight up to which one CPU thread is as fast as many
 
 
@@ -25,20 +25,20 @@ class LayerRecord:
     name: str
     format: str
     rank: int
-    error: float  # relative output error on the sample; of the weight itself where no input was seen
+    error: float  # relative error of the outputs on the sampled inputs; of the weight if there are none
     error_naive: float  # the same for plain rounding to nearest, without smoothing, branch or search
     measured_on: str  # "outputs" or "weights"
     smoothing: str
-    scales: tuple  # smallest, median and largest magnitude of the group scales, and the share that is negative
+    scales: tuple  # from scale_statistics
     tokens: int
     seconds: float
-    bytes_before: int  # of the layer in 16 bits, whatever the model at hand stores it in
+    bytes_before: int  # of the layer in 16 bits, whatever type the model stores it in
     bytes_after: int
-    notes: tuple = ()  # sentences: what was unusual
+    notes: tuple = ()  # sentences about unusual events
 
 
 def choose_smoothing(weight, stats, spec, recipe, check):
-    """The smoothing factor of a layer, found for each part of its columns (before and from unsigned_from) on its own.
+    """The smoothing factor of a layer, found separately for its columns before unsigned_from and for those from it on.
 
     weight: (N, K) float32. Returns factor (K,) float32 and a label for the report.
     """
@@ -52,7 +52,7 @@ def choose_smoothing(weight, stats, spec, recipe, check):
             part_spans = {kind: span[start:stop] for kind, span in stats.spans().items()}
             unsigned = start == spec.unsigned_from
             if unsigned:
-                # What is quantized is x + shift, so a channel that is nearly dead is not small, and must not be taken for it.
+                # The layer quantizes x + shift, which is not small where x is nearly 0. A factor from a smaller span would magnify it.
                 part_spans = {kind: span.clamp_min(int4.GELU_SHIFT) for kind, span in part_spans.items()}
             found = smoothing.search(part, sample[:, start:stop], part_spans, spec.rank, unsigned, spec.dtype, check)
             factors.append(found.factor)
@@ -75,8 +75,8 @@ def choose_smoothing(weight, stats, spec, recipe, check):
 
 @dataclass(frozen=True)
 class Metric:
-    """How much each smoothed input matters. energy: (K,) its mean square; factor: of the damped Gram matrix; noise: (K,) what the
-    codes allow for of its rounding's mean square, which is in the other two, or None."""
+    """The importance of the smoothed inputs. energy: (K,) their mean squares; factor: the Factor of their damped Gram matrix; noise: (K,)
+    the mean square of the rounding errors for which the codes account, included in the other two, or None."""
 
     energy: torch.Tensor | None = None
     factor: gptq.Factor | None = None
@@ -84,32 +84,32 @@ class Metric:
 
 
 def input_metric(stats, smooth, spec, recipe, notes):
-    """The Metric of a layer's smoothed inputs; empty where nothing was calibrated. notes: a list that takes what was unusual.
+    """The Metric of a layer's smoothed inputs; empty if nothing was calibrated. notes: a list that receives sentences about unusual events.
 
-    The shift of unsigned columns is left out: what it adds to the output goes into the bias, with the weight's own error.
+    The shift of unsigned columns is left out, because the bias compensates for what it adds to the output, the weight's error included.
     """
     if not knows_inputs(stats, recipe):
         return Metric()
     energy = (stats.spans()["rms"] / smooth).square()
     if not recipe.needs_gram():
         return Metric(energy)
-    allowed = None
+    rounding_noise = None
     if recipe.quiet:
-        allowed = noise.SHARE * noise.activation_noise(stats.sample(), smooth, spec.unsigned_from)
-        energy = energy + allowed
-    return Metric(energy, input_factor(stats, notes, smooth, allowed), allowed)
+        rounding_noise = noise.SHARE * noise.activation_noise(stats.sample(), smooth, spec.unsigned_from)
+        energy = energy + rounding_noise
+    return Metric(energy, input_factor(stats, notes, smooth, rounding_noise), rounding_noise)
 
 
 def knows_inputs(stats, recipe):
-    """Whether the codes of a layer can go by its inputs: the recipe is calibrated, and some were seen that are not all zero."""
+    """Whether a layer's codes can be fitted to its inputs: the recipe is calibrated, and the recorded inputs are not all zero."""
     return stats is not None and recipe.smooth == "search" and bool(stats.spans()["absmax"].any())
 
 
-def input_factor(stats, notes, smooth=None, allowed=None):
-    """The gptq.Factor of the inputs, divided by `smooth`, with `allowed` added to their energy. notes: as input_metric."""
+def input_factor(stats, notes, smooth=None, rounding_noise=None):
+    """The gptq.Factor of the inputs, divided by `smooth`, with `rounding_noise` added to their energy. notes: as in input_metric."""
     gram = stats.gram()
     damping = gptq.damping(stats.gram_tokens, len(gram))
-    factor = gptq.damped_cholesky(gram, damping, smooth, allowed)
+    factor = gptq.damped_cholesky(gram, damping, smooth, rounding_noise)
     if factor.damping > damping:
         notes.append(f"The Gram matrix of its inputs is singular; damping was raised from {damping:g} to {factor.damping:g}.")
     return factor
@@ -123,13 +123,13 @@ def find_scales(residual, metric, dtype, recipe):
 
 
 def stored_branch(up, down, smooth, dtype):
-    """The branch as the layer stores it, and what it adds to the smoothed weight.
+    """The branch as the layer stores it, and the matrix that it contributes to the smoothed weight.
 
-    The branch reads the raw x, so down takes 1/smooth. Whatever rounding to 16 bits does to it is seen by the stages that
-    come after, which work on the weight less the stored branch. Returns up (N, R), down (K, R) in `dtype`, and (N, K) float32.
+    The branch reads the raw x, so down is divided by smooth. Later stages work on the weight minus the stored branch, so they
+    compensate for its rounding to 16 bits. Returns up (N, R), down (K, R) in `dtype`, and (N, K) float32.
     """
     down = down / smooth.unsqueeze(-1)
-    # Each rank's two vectors get the same length: the product is what it was, and neither leaves the range of fp16.
+    # The two vectors of each rank get the same norm, so that both stay within the range of fp16. Their product does not change.
     ratio = (down.norm(dim=0) / up.norm(dim=0)).sqrt()
     ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
     up, down = (up * ratio).to(dtype), (down / ratio).to(dtype)
@@ -137,22 +137,22 @@ def stored_branch(up, down, smooth, dtype):
 
 
 def alternate(smoothed, metric, spec, recipe, check):
-    """Fit branch and codes to each other, keeping the round that leaves least: L = SVD(W - Q), Q = round(W - L).
+    """Fit branch and codes to each other, L = SVD(W - Q) and Q = round(W - L), and keep the round with the smallest error.
 
     smoothed: (N, K) float32. Returns up (N, R), down (K, R), float32.
     """
-    best, least, packed = None, float("inf"), None
+    best, least, dequantized = None, float("inf"), None
     up, down = lowrank.low_rank(smoothed, spec.rank)
     if recipe.rounds == 1:
         return up, down
     for _ in range(recipe.rounds):
         check()
-        if packed is not None:
-            up, down = lowrank.low_rank(smoothed - packed, spec.rank, lowrank.WARM_ITERATIONS, start=down)
+        if dequantized is not None:
+            up, down = lowrank.low_rank(smoothed - dequantized, spec.rank, lowrank.WARM_ITERATIONS, start=down)
         residual = torch.addmm(smoothed, up, down.t(), alpha=-1)
         found = find_scales(residual, metric, spec.dtype, recipe)
-        packed = rounding.rounded(residual, found)
-        left = float(residual.sub_(packed).norm())
+        dequantized = rounding.rounded(residual, found)
+        left = float(residual.sub_(dequantized).norm())
         if left < least:
             best, least = (up, down), left
     return best
@@ -161,8 +161,8 @@ def alternate(smoothed, metric, spec, recipe, check):
 def pack_svdquant(weight, bias, factor, spec, recipe, stats=None, check=lambda: None, notes=None):
     """Split a smoothed weight into branch and 4-bit residual.
 
-    weight: (N, K) float32; bias: (N,) float32 or None; factor: (K,) float32; stats: InputStats or None; notes: a list that takes
-    what was unusual, or None. Returns {parameter name: tensor}, shapes and dtypes as spec.tensors().
+    weight: (N, K) float32; bias: (N,) float32 or None; factor: (K,) float32; stats: InputStats or None; check: called
+    often, to cancel; notes: as in input_metric, or None. Returns {parameter name: tensor}, with shapes and dtypes as in spec.tensors().
     """
     stored = factor.to(spec.dtype)
     smooth = stored.float()
@@ -194,17 +194,17 @@ def gelu_shift_corrected(bias, tensors, spec):
     """The bias minus the constant that the GELU shift of the unsigned columns adds to the output. Returns (N,) float32."""
     if spec.unsigned_from == spec.in_features:
         return bias
-    packed = reference.dequantize_weight(tensors["weight"], tensors["weight_scale"])
+    dequantized = reference.dequantize_weight(tensors["weight"], tensors["weight_scale"])
     smooth = tensors["weight_smooth_factor"].float()
-    return bias - int4.GELU_SHIFT * (packed / smooth)[:, spec.unsigned_from:].sum(dim=-1)
+    return bias - int4.GELU_SHIFT * (dequantized / smooth)[:, spec.unsigned_from:].sum(dim=-1)
 
 
 def pack_awq(weight, bias, spec, recipe, stats=None, check=lambda: None, notes=None):
-    """A W4A16 layer; arguments and result as those of pack_svdquant, without a smoothing factor.
+    """A W4A16 layer. Arguments and result are those of pack_svdquant, without a smoothing factor.
 
-    Its inputs are few, a row a picture, and close to each other, so that what the codes get wrong of them can nearly all be made up
-    for. Measured on the small trained FLUX, for prompts and steps that it was not calibrated on: the modulations' outputs are off by
-    1.55 % where the search knows no inputs, 0.80 % where it knows their energy and the bias makes up for the mean, 0.61 % with GPTQ too.
+    Such a layer has few inputs, one row per image, and they are similar, so nearly all of the codes' error can be compensated. Measured
+    on the small trained FLUX, for prompts and steps outside the calibration, the modulations' outputs have an error of 1.55 % if the
+    search ignores the inputs, of 0.80 % if it uses their energy and the bias corrects the mean, and of 0.61 % with GPTQ as well.
     """
     known = knows_inputs(stats, recipe)
     codes, scales, zeros = rounding.awq_round(weight, spec.dtype, stats.spans()["rms"].square() if known else None)
@@ -221,30 +221,30 @@ def pack_awq(weight, bias, spec, recipe, stats=None, check=lambda: None, notes=N
 
 
 def awq_tensors(codes, scales, zeros, bias, spec):
-    """{parameter name: tensor} of a W4A16 layer from what rounding.awq_round gives, and its bias (N,) or None."""
+    """{parameter name: tensor} of a W4A16 layer, from the result of rounding.awq_round and the bias, (N,) or None."""
     tensors = {"weight": int4.pack(codes), "weight_scale": scales, "weight_zeros": zeros}
     return tensors if bias is None else tensors | {"bias": bias.to(spec.dtype)}
 
 
 def awq_weight(tensors):
-    """(N, K) float32: what a W4A16 layer's tensors stand for."""
+    """(N, K) float32: the dequantized weight of a W4A16 layer."""
     return reference.dequantize_awq(tensors["weight"], tensors["weight_scale"], tensors["weight_zeros"])
 
 
 def layer_error(weight, bias, tensors, stats, spec):
-    """(relative error, "outputs" or "weights") of a packed layer against the 16-bit one."""
+    """(relative error of a packed layer, "outputs" or "weights"): of its outputs on the sampled inputs, or of its weight without stats."""
     if spec.format == layout.AWQ:
-        packed = awq_weight(tensors)
+        dequantized = awq_weight(tensors)
         if stats is None:
-            return relative_error(packed, weight), "weights"
+            return relative_error(dequantized, weight), "weights"
         x, linear = stats.sample(), torch.nn.functional.linear
         stored = None if bias is None else tensors["bias"].float()
-        return relative_error(linear(x, packed, stored), linear(x, weight, bias)), "outputs"
+        return relative_error(linear(x, dequantized, stored), linear(x, weight, bias)), "outputs"
     if stats is None:
         smooth = tensors["weight_smooth_factor"].float()
-        packed = reference.dequantize_weight(tensors["weight"], tensors["weight_scale"]) / smooth
+        dequantized = reference.dequantize_weight(tensors["weight"], tensors["weight_scale"]) / smooth
         branch = tensors["weight_proj_up"].float() @ tensors["weight_proj_down"].float().t()
-        return relative_error(packed + branch, weight), "weights"
+        return relative_error(dequantized + branch, weight), "weights"
     x = stats.sample()
     exact = torch.nn.functional.linear(x, weight, bias)
     estimate = reference.svdquant_linear(x, LayerOperands(
@@ -255,8 +255,8 @@ def layer_error(weight, bias, tensors, stats, spec):
 
 @contextmanager
 def threads_for(weight):
-    """One thread while a small layer is worked on by the CPU: LAPACK meets its threads thousands of times on the way,
-    and each meeting costs a time slice where the cores are busy with something else (measured: 20 s in place of 0.3)."""
+    """A context in which the CPU processes a small layer with one thread. LAPACK synchronizes its threads thousands of times, and each
+    time costs a time slice if the cores are busy with other work (measured: 20 s instead of 0.3)."""
     before = torch.get_num_threads()
     if weight.device.type == "cpu" and weight.numel() <= SMALL_LAYER:
         torch.set_num_threads(1)
@@ -267,7 +267,7 @@ def threads_for(weight):
 
 
 def check_finite(name, weight, bias, stats):
-    """Raise ValueError naming the layer where its weight, its bias or the input seen holds NaN or Inf."""
+    """Raise ValueError with the layer's name if its weight, its bias or its recorded inputs have NaN or Inf."""
     for part, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(f"Layer {name} has NaN or Inf in its {part}: the model file is damaged or was merged "
@@ -278,18 +278,18 @@ def check_finite(name, weight, bias, stats):
 
 
 def too_large(name, weight, stats):
-    """ValueError of a layer whose numbers are finite, and what is computed of them is not."""
+    """The ValueError for a layer whose own numbers are finite, but not the results computed from them."""
     seen = "" if stats is None else f" and its inputs {float(stats.spans()['absmax'].max()):.0e}"
-    return ValueError(f"Layer {name} can't be quantized: its weights reach {float(weight.abs().max()):.0e}{seen}, out of which nothing "
-                      "finite can be computed; load an intact copy of the model, or keep the layer in 16 bits with the input exceptions.")
+    return ValueError(f"Layer {name} can't be quantized: its weights reach {float(weight.abs().max()):.0e}{seen}, so large that the "
+                      "computation overflows; load an intact copy of the model, or keep the layer in 16 bits with the input exceptions.")
 
 
 def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
     """Quantize one linear.
 
-    weight: (N, K), bias: (N,) or None, any float dtype, on the device that is to do the work; stats: InputStats or
-    None; check: called often, to cancel. Returns ({parameter name: tensor}, LayerRecord); no tensors where the error would be larger
-    than the recipe's, so that the layer has to stay as it is.
+    weight: (N, K), bias: (N,) or None, any float dtype, on the device that does the work; stats: InputStats or None; check: called
+    often, to cancel. Returns ({parameter name: tensor}, LayerRecord); without tensors if the error exceeds recipe.largest_error, and the
+    layer has to stay as it is. Raises ValueError if a number is not finite, or too large for the layer's dtype.
     """
     start = time.perf_counter()
     notes = []
@@ -304,7 +304,7 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
             else:
                 factor, label = choose_smoothing(weight, stats, spec, recipe, check)
                 tensors = pack_svdquant(weight, bias, factor, spec, recipe, stats, check, notes)
-        except torch.linalg.LinAlgError:  # of matrices that are not finite
+        except torch.linalg.LinAlgError:  # for matrices that are not finite
             raise too_large(name, weight, stats) from None
         check()
         overflown = [part for part, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -315,17 +315,17 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
         if not math.isfinite(error):
             raise too_large(name, weight, stats)
         naive = naive_error(weight, bias, stats, spec)
-        spread = scale_statistics(tensors["weight_scale"])
+        scales = scale_statistics(tensors["weight_scale"])
     form, rank, bytes_after = spec.format, spec.rank, spec.nbytes()
     if error > recipe.largest_error:
         notes.append(f"It stays in 16 bits: in 4 bits its error would be {error:.0%}.")
         tensors, form, rank, bytes_after, error = {}, KEPT, 0, bytes_before, 0.0
-    return tensors, LayerRecord(name, form, rank, error, naive, measured_on, label, spread, 0 if stats is None else stats.tokens,
+    return tensors, LayerRecord(name, form, rank, error, naive, measured_on, label, scales, 0 if stats is None else stats.tokens,
                                 round(time.perf_counter() - start, 3), bytes_before, bytes_after, tuple(notes))
 
 
 def naive_error(weight, bias, stats, spec):
-    """What layer_error would be under plain rounding: the "before" of the report."""
+    """The layer_error of plain rounding, with which the report compares."""
     if spec.format == layout.AWQ:
         return layer_error(weight, bias, awq_tensors(*rounding.awq_plain(weight, spec.dtype), bias, spec), stats, spec)[0]
     plain = replace(spec, rank=0)
@@ -335,7 +335,7 @@ def naive_error(weight, bias, stats, spec):
 
 
 def scale_statistics(group_scales):
-    """(smallest, median, largest magnitude, share of negative ones) of (G, N) scales, as floats."""
+    """(smallest, median, largest magnitude, fraction of negative ones) of (G, N) scales, as floats."""
     magnitudes = group_scales.float().abs()
     negative = (group_scales < 0).float().mean()
     smallest, largest = magnitudes.aminmax()

@@ -1,4 +1,4 @@
-"""The settings of a quantization run: the presets, and the exceptions that a user writes."""
+"""The settings of a quantization run: the presets, and the user's exceptions."""
 
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -12,11 +12,11 @@ MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
 class Recipe:
     """The settings of a quantization run.
 
-    rank: of the branch of every layer that SVDQuant publishes; a linear that holds two of them gets twice the rank in one; smooth:
-    "search" (calibrated), "weights" (no calibration) or "none"; learned: whether the factor found is trained further; rounds:
-    how often branch and codes are fitted to each other; scales: "integer" (c_n * i), "free" or "absmax"; gptq,
-    refit: the two stages after that; passes: how often those two run, each on the branch of the one before; quiet: whether the
-    codes allow for the activation's rounding.
+    rank: of the branch of each layer in published SVDQuant files; a linear that combines two of them gets one branch of twice the rank.
+    smooth: how the smoothing factor is found: "search" (calibrated), "weights" (without calibration) or "none"; learned: whether gradient
+    descent improves it further. rounds: how often branch and codes are fitted to each other; scales: "integer" (c_n * i), "free" or
+    "absmax". gptq, refit: whether these stages run; passes: how often both run, each time on the branch of the pass before; quiet: whether
+    the codes account for the activation's rounding.
     """
 
     preset: str
@@ -29,11 +29,11 @@ class Recipe:
     refit: bool = False
     passes: int = 1
     quiet: bool = False
-    keep: tuple = ()  # patterns of layers that stay in 16 bits
+    keep: tuple = ()  # patterns of the names of layers that stay in 16 bits
     ranks: tuple = ()  # (pattern, rank) of layers with a rank of their own; the last match counts
-    tokens: int = TOKENS_PER_INPUT  # for each input of a layer, that GPTQ and refit go by
-    largest_error: float = 0.5  # of a layer in 4 bits: one that comes out worse stays in 16 bits
-    propagate: str = "exact"  # a block is calibrated on outputs of 16-bit blocks, or "quantized": of quantized ones
+    tokens: int = TOKENS_PER_INPUT  # per input channel of a layer, for GPTQ and refit
+    largest_error: float = 0.5  # relative error of a layer in 4 bits; a layer with a larger one stays in 16 bits
+    propagate: str = "exact"  # or "quantized": whether the earlier blocks run in 16 or in 4 bits while a block is calibrated
 
     def as_dict(self):
         return asdict(self)
@@ -43,7 +43,7 @@ class Recipe:
         return any(fnmatchcase(name, pattern) for pattern in self.keep)
 
     def rank_of(self, name, branches=1):
-        """The rank of layer `name`, which holds `branches` published layers."""
+        """The rank of layer `name`, which combines `branches` layers of published files."""
         return next((rank for pattern, rank in reversed(self.ranks) if fnmatchcase(name, pattern)), branches * self.rank)
 
     def needs_gram(self):
@@ -54,8 +54,8 @@ class Recipe:
 PRESETS = {
     "best": {"smooth": "search", "gptq": True, "refit": True},
     "slow": {"smooth": "search", "learned": True, "gptq": True, "refit": True, "passes": 2, "quiet": True},
-    "fast": {"smooth": "search", "refit": True},  # round to nearest in place of GPTQ
-    "data-free": {"smooth": "weights"},  # nothing is calibrated
+    "fast": {"smooth": "search", "refit": True},  # round to nearest instead of GPTQ
+    "data-free": {"smooth": "weights"},  # without calibration
     "naive": {"smooth": "none", "rounds": 1, "scales": "absmax"},  # plain rounding, no branch: the baseline to compare with
 }
 
@@ -63,7 +63,7 @@ PRESETS = {
 def make_recipe(preset, rank, exceptions=""):
     """The Recipe of a preset.
 
-    exceptions: patterns of layer names, one a line or separated by commas: `pattern` keeps its layers in 16 bits,
+    exceptions: patterns of layer names, one per line or separated by commas: `pattern` keeps its layers in 16 bits,
     `pattern = rank` gives them another rank; * stands for any text. Raises ValueError on an unknown preset, a rank outside
     16..256 in steps of 16, or an exception that can't be read.
     """

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..layers import layout
 from .pipeline import KEPT
 
-COLUMNS = ("layer", "format", "rank", "error", "plain rounding", "of", "tokens", "MB", "smoothing")
+COLUMNS = ("layer", "format", "rank", "error", "plain rounding", "measured on", "tokens", "MB", "smoothing")
 FORMATS = {layout.AWQ: "W4A16", KEPT: "16 bit"}  # Every other format is W4A4.
 BLOCK = re.compile(r".*?\.\d+\.")  # the prefix of a layer's name that names its block
 STANDS_OUT = 2.0  # times the median error of the layers of its kind
@@ -24,7 +24,7 @@ COLOURS = ((0.0, (28, 44, 84)), (0.05, (38, 140, 140)), (0.10, (240, 214, 90)), 
 
 
 def summary(records):
-    """One line: how much smaller the packed layers became, if there are any."""
+    """One line that says how much smaller the layers became."""
     if all(record.format == KEPT for record in records):
         return "no layer came out in 4 bits, and the model is as large as before"
     before, after = (sum(getattr(record, field) for record in records) for field in ("bytes_before", "bytes_after"))
@@ -38,8 +38,8 @@ def kind(record):
 
 
 def warnings(records):
-    """Sentences: what was unusual with a layer, then each one whose error stands out among the layers of its kind, worst first; an
-    error below that of most layers does not."""
+    """Sentences about unusual events, then about each layer whose error stands out among the layers of its kind, worst first. An error
+    below the median of all layers does not stand out."""
     errors = {}
     for record in records:
         errors.setdefault(kind(record), []).append(record.error)
@@ -47,7 +47,7 @@ def warnings(records):
     usual = median([record.error for record in records] or [0])
     far = [r for r in records if r.error > max(usual, STANDS_OUT * median(errors[kind(r)])) and len(errors[kind(r)]) > 2]
     return unusual + [
-        f"{r.name} stands out with an error of {r.error:.1%} (others like it: {median(errors[kind(r)]):.1%}); "
+        f"{r.name} stands out with an error of {r.error:.1%} (median of such layers: {median(errors[kind(r)]):.1%}); "
         f"{'give it more rank or ' if r.rank else ''}keep it in 16 bits with the input exceptions."
         for r in sorted(far, key=lambda r: -r.error)]
 
@@ -67,7 +67,7 @@ def table(rows):
 
 
 def text(records, recipe, notes=()):
-    """records: [LayerRecord] in model order; recipe: Recipe; notes: sentences of the whole run. Returns the report, a line a layer."""
+    """records: [LayerRecord] in model order; recipe: Recipe; notes: sentences on the whole run. Returns the report, one line per layer."""
     lines = [f"SVDQuant, preset {recipe.preset}, rank {recipe.rank}: {summary(records)}"]
     packed = [record for record in records if record.format not in FORMATS]
     if packed:
@@ -91,8 +91,8 @@ def colour(error):
 
 
 def picture(records):
-    """The errors as a ComfyUI IMAGE, (1, H, W, 3) float32 in [0, 1]: a row a kind of layer, a column a block; plain rounding
-    above, this model below."""
+    """The errors as a ComfyUI IMAGE, (1, H, W, 3) float32 in [0, 1]: one row per kind of layer, one column per block; plain
+    rounding at the top, this model below."""
     kinds = list(dict.fromkeys(kind(r) for r in records))
     blocks = list(dict.fromkeys(r.name.rsplit(kind(r), 1)[0] for r in records))
     width = max(LABELS + CELL * len(blocks) + GAP, 560)

@@ -1,8 +1,8 @@
-"""The smoothing factor: how much of the activation's outliers each input channel hands to the weight.
+"""The smoothing factor: how much of the activation's outliers each input channel moves into the weight.
 
-x / s meets W diag(s), so s moves the difficulty from the activation to the weight, where the low-rank branch takes it.
-The search tries a grid of s = x_span^a / w_span^(1-a) and keeps the one whose layer, with the branch and both
-quantizers in place, is closest to the 16-bit layer (arXiv 2411.05007, section 4.2, with spans of two kinds).
+A layer multiplies x / s by W diag(s), so s moves outliers from the activation to the weight, where the low-rank branch absorbs them.
+The search tries a grid of s = x_span^a / w_span^(1-a) and keeps the one whose layer, with branch, 4-bit weights and 4-bit activations, is
+closest to the 16-bit layer (arXiv 2411.05007, section 4.2, here with spans of two kinds).
 """
 
 import itertools
@@ -17,11 +17,11 @@ from .metrics import relative_error
 
 EXPONENTS = tuple(i / 10 for i in range(1, 11))
 SPANS = ("absmax", "rms")
-SEARCH_ROWS = 256  # rows of W that stand for all: more change nothing (measured against the whole matrix)
-ROWS_PER_RANK = 4  # a branch as wide as the rows would be exact on them, and say nothing of the rest
-LARGEST = 2.0**12  # of a factor and of its inverse: fp16 holds both, and 1 / factor in the branch beside them
+SEARCH_ROWS = 256  # rows of W that represent all of them: more change nothing (measured against the whole matrix)
+ROWS_PER_RANK = 4  # a branch with as many ranks as rows would be exact on them, and hide the error of the others
+LARGEST = 2.0**12  # bound of a factor and its inverse: fp16 can store both, and the branch divided by the factor
 SEARCH_TOKENS = 512
-BATCH_ELEMENTS = 1 << 25  # of the candidates whose branches are found together
+BATCH_ELEMENTS = 1 << 25  # elements of the candidates whose branches are computed together
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def candidates(x_spans, w_spans):
 def balanced(factors, x_rms):
     """The factors of a layer's parts, joined so that every part's smoothed input has the same mean square.
 
-    The branch is fitted to all the columns at once as if their inputs were alike; each part's own search leaves its scale open.
-    factors, x_rms: a (K,) each for every part. Returns (sum of K,), with a geometric mean of 1.
+    The branch is fitted to all columns at once, as if their inputs were alike, but the search of one part determines its factor only up to
+    a constant. factors, x_rms: for each part one (K,). Returns (sum of K,), with a geometric mean of 1.
     """
     energies = [(rms / factor).square().mean() for factor, rms in zip(factors, x_rms)]
     scaled = torch.cat([factor * (energy.sqrt() if energy > 0 else 1) for factor, energy in zip(factors, energies)])
@@ -69,7 +69,7 @@ def balanced(factors, x_rms):
 
 
 def data_free(w_spans):
-    """s from the weight alone, s = absmax(W)^(-1/2): what is left where no activation was seen."""
+    """s from the weight alone, s = absmax(W)^(-1/2), for layers without calibration."""
     ones = torch.ones_like(w_spans["absmax"])
     return candidate(ones, w_spans["absmax"], 0.5)
 
@@ -77,26 +77,26 @@ def data_free(w_spans):
 def output_error(weight, x, factor, up, unsigned_from, dtype):
     """Relative output error ‖y - ŷ‖ / ‖y‖ of a W4A4 layer with branch under smoothing `factor`.
 
-    weight: (N, K) float32, x: (M, K) float32, factor: (K,), up: (N, R), of lowrank.left_bases of weight * factor; unsigned_from:
+    weight: (N, K) float32, x: (M, K) float32, factor: (K,), up: (N, R), lowrank.left_bases of weight * factor; unsigned_from:
     int, the first column that comes out of a GELU.
     """
     smoothed = weight * factor
     down = smoothed.t() @ up
     residual = smoothed - up @ down.t()
     scales = rounding.absmax_scales(residual, dtype)
-    packed = scaled_codes(rounding.round_to_nearest(residual, scales).float(), scales.float().t())
+    dequantized = scaled_codes(rounding.round_to_nearest(residual, scales).float(), scales.float().t())
     act = scaled_codes(*quantize_activation(x, factor, unsigned_from))
     # The shift's constant contribution goes into the bias, so it does not count as an error.
-    shift = GELU_SHIFT * (packed / factor)[:, unsigned_from:].sum(dim=-1)
-    estimate = act @ packed.t() + (x / factor) @ down @ up.t() - shift
+    shift = GELU_SHIFT * (dequantized / factor)[:, unsigned_from:].sum(dim=-1)
+    estimate = act @ dequantized.t() + (x / factor) @ down @ up.t() - shift
     return relative_error(estimate, x @ weight.t())
 
 
 def search(weight, x, x_spans, rank, unsigned, dtype, check=lambda: None):
     """The best smoothing factor of the grid for one layer, or one part of a layer's columns.
 
-    weight: (N, K) float32; x: (M, K) float32 sample of the input, M at most SEARCH_TOKENS is used; x_spans: spans of
-    ALL the input seen; dtype: of the scales; check: called between candidates, to cancel.
+    weight: (N, K) float32; x: (M, K) float32 sample of the input, of which at most SEARCH_TOKENS rows are used; x_spans: spans of all the
+    recorded input; unsigned: whether the columns come out of a GELU; dtype: of the scales; check: called between candidates, to cancel.
     Returns Smoothing; never worse than s = 1 on its own objective, since s = 1 is a candidate.
     """
     w_spans = spans(weight)
@@ -123,5 +123,5 @@ def with_branches(labels_and_factors, weight, rank):
 
 
 def evenly_spaced_indices(count, most):
-    """Indices of at most `most` of `count` rows, evenly spaced, so that every part of the matrix counts."""
+    """Indices of at most `most` of `count` rows, evenly spaced, so that every part of the matrix is represented."""
     return torch.linspace(0, count - 1, min(count, most)).round().long()

@@ -2,7 +2,7 @@
 
 import torch
 from comfyui_svdquant.cuda import int4, quantize_activation, reference, row_scales, targets
-from comfyui_svdquant.cuda.operands import LayerOperands
+from comfyui_svdquant.cuda.operands import LayerOperands, LoRASizes
 
 
 def random_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16, seed=0, act_bits=4, gelu_from=None):
@@ -15,6 +15,15 @@ def random_layer(n, k, rank, unsigned_from=None, bias=True, dtype=torch.bfloat16
     up = torch.randn(n, rank, generator=g).to(dtype)
     return LayerOperands(int4.pack(codes), scale, down, up, smooth, torch.randn(n, generator=g).to(dtype) if bias else None,
                          k if unsigned_from is None else unsigned_from, act_bits, gelu_from=gelu_from)
+
+
+def with_lora(layer, ranks, part_rows=0, seed=0):
+    """The layer with a random LoRA of these LoRASizes, which adds about as much to the output as proj_up."""
+    g, k, n = torch.Generator().manual_seed(seed + 100), layer.proj_down.shape[0], layer.proj_up.shape[0]
+    lora = LoRASizes(ranks, part_rows)
+    down = torch.randn(sum(ranks), k, generator=g) / k**0.5
+    up = torch.randn(sum((stop - start) * rank for (start, stop), rank in zip(lora.rows(n), ranks)), generator=g)
+    return layer._replace(lora_down=down.to(layer.smooth), lora_up=up.to(layer.smooth), lora=lora)
 
 
 def with_row_scale(layer):

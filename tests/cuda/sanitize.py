@@ -1,8 +1,8 @@
-"""Every kernel and mode once, on small shapes, for NVIDIA's compute-sanitizer:  python tests/cuda/sanitize.py [--tools memcheck ...]
+"""Run every kernel and mode once, on small shapes, for NVIDIA's compute-sanitizer:  python tests/cuda/sanitize.py [--tools memcheck ...]
 
-Without --tools the cases run plainly, and are compared with the reference. With it the script runs itself under each tool and prints its
-summary; compute-sanitizer (of the CUDA toolkit) must be on the PATH. Tensors are made and compared on the CPU and allocated one by one, so
-that the tools check only this pack's kernels, and detect accesses beyond a tensor's end.
+Without --tools the cases run without a tool, and are compared with the reference. With --tools the script runs itself under each tool and
+prints its summary; compute-sanitizer (of the CUDA toolkit) must be on the PATH. Tensors are made and compared on the CPU and allocated one
+by one, so that the tools check only this pack's kernels, and detect accesses beyond a tensor's end.
 
 The script works around two limits of the tools. initcheck doesn't see stores of the copy engine, which cuBLAS uses too: outputs are filled
 with NaN first, and the CPU computes x @ proj_down in place of cuBLAS. racecheck counts an arrival at an mbarrier only for its own lane:
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SHAPES = [  # M, N, K, R, unsigned_from
     (1, 16, 64, 0, 64), (37, 80, 192, 32, 192), (70, 208, 384, 128, 0), (33, 400, 640, 32, 128), (45, 96, 704, 64, 64),
-    (20, 48, 12288, 32, 0)]
+    (20, 48, 12288, 32, 0), (37, 208, 192, 32, 192), (45, 1600, 192, 16, 64), (70, 112, 192, 160, 192)]
+LORAS = {208: ((24,),), 1600: ((40, 0, 8), 768), 112: ((8,),)}  # {N: LoRASizes} of the shapes that have a LoRA
 AWQ = [(1, 48, 320), (8, 64, 3072), (11, 80, 448)]  # M, N, K
 ERROR = 4e-3  # larger than in test_ops_gpu.py, since there are fewer outputs
 
@@ -43,7 +44,7 @@ def expose_allocations():
     get initial values and x @ proj_down is copied to the GPU, in ways that initcheck recognizes."""
     from comfyui_svdquant.cuda import quantize_activation, runtime
 
-    held, new_empty, multiplied = {}, torch.Tensor.new_empty, quantize_activation.multiplied
+    held, new_empty, products = {}, torch.Tensor.new_empty, quantize_activation.products
 
     def take(size, stream):
         tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -52,11 +53,12 @@ def expose_allocations():
 
     runtime._take, runtime._give = take, held.pop
     torch.Tensor.new_empty = lambda x, *size: new_empty(x, *size).fill_(torch.nan)  # the ops allocate y with new_empty
-    quantize_activation.multiplied = lambda x, proj_down: to_gpu(multiplied(x.cpu(), proj_down.cpu()))
+    quantize_activation.products = lambda *factors: to_gpu(products(*(t if t is None else t.cpu() for t in factors)))
 
 
 def to_gpu(tensors):
-    return [t.cuda() if isinstance(t, torch.Tensor) else t for t in tensors]
+    """{name: tensor} on the GPU."""
+    return {name: tensor.cuda() for name, tensor in tensors.items()}
 
 
 def cuts(storage, m, k, rank):
@@ -75,7 +77,7 @@ def svdquant_cases():
     """(name, y, the reference's output)"""
     from comfyui_svdquant.cuda import gemm_mma, gemm_wgmma, ops, quantize_activation, reference, targets
     from comfyui_svdquant.cuda.activation_layout import CodeStorage
-    from layers import on_cuda, random_input, random_layer, with_row_scale
+    from layers import on_cuda, random_input, random_layer, with_lora, with_row_scale
 
     target, sms = targets.for_device("cuda"), targets.multiprocessors(torch.device("cuda", 0))
     for seed, (m, n, k, rank, split) in enumerate(SHAPES):
@@ -84,15 +86,18 @@ def svdquant_cases():
         layer = layer._replace(weight_scale=(torch.randint(6, 17, (k // 64, n)) * row).bfloat16())
         there, tile = x.cuda(), gemm_mma.fastest_tile(gemm_mma.tiles_of(target), sms, m, n)
 
+        if n in LORAS:
+            layer = with_lora(layer, *LORAS[n])
         for operands in (layer, with_row_scale(layer)):
             act_bits, expected = operands.act_bits, reference.svdquant_linear(x.double(), operands, torch.float64)
             operands = on_cuda(operands)
-            name = f"M={m} N={n} K={k} R={rank} from {split}, {act_bits} bits"
+            name = f"M={m} N={n} K={k} R={rank} from {split}, {operands.lora}, {act_bits} bits"
             yield name, ops.svdquant_linear(there, operands), expected
             # Kernels that choose() doesn't take on this device: the other GEMM, and all tiles.
             for storage in (CodeStorage.INT8,) if act_bits == 8 else (CodeStorage.INT4_BYTES, CodeStorage.INT4_NIBBLES):
                 for cut, plans in cuts(storage, m, k, rank):
-                    q = quantize_activation.quantize(there, operands.smooth, operands.proj_down, split, storage, plans)
+                    q = quantize_activation.quantize(there, operands.smooth, operands.proj_down, split, storage, plans, operands.lora_down,
+                                                     operands.lora)
                     y = gemm_mma.gemm(storage, tile, q, operands, m)
                     yield f"{name}, {storage.name}, {cut}, by mma", y, expected
             if act_bits == 8 and target.wgmma and gemm_wgmma.takes(k, split) and k == 192:
@@ -108,7 +113,7 @@ def awq_cases():
         layer = (int4.pack(torch.randint(0, 16, (n, k))), torch.rand(k // 64, n).bfloat16(), torch.randn(k // 64, n).bfloat16(),
                  torch.randn(n).bfloat16())
         x = torch.randn(m, k).bfloat16()
-        yield (f"W4A16 M={m} N={n} K={k}", awq.linear(awq.fastest_tiles(m), x.cuda(), *to_gpu(layer)),
+        yield (f"W4A16 M={m} N={n} K={k}", awq.linear(awq.fastest_tiles(m), x.cuda(), *(t.cuda() for t in layer)),
                reference.awq_linear(x.double(), *layer))
 
 

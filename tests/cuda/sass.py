@@ -30,7 +30,7 @@ def nvdisasm():
 
 
 def missing():
-    """Why kernels can't be disassembled here, or None."""
+    """The reason why kernels can't be disassembled here, or None."""
     try:
         compiler.nvrtc()
     except KernelsUnavailable as error:

@@ -1,4 +1,4 @@
-"""Hash the machine code of every variant of every kernel, so that a change to the sources that should leave it alone can be checked:
+"""Hash the machine code of every variant of every kernel, to check that a change to the sources does not change it:
 
     python tests/cuda/sass_hashes.py before.txt                         before the change
     python tests/cuda/sass_hashes.py after.txt --against before.txt     after it
@@ -38,8 +38,8 @@ from comfyui_svdquant.cuda import compiler  # noqa: E402
 def fingerprint(variant):
     """(arch, source, entry, defines) -> (sha256 of the machine code, number of instructions, registers of a thread).
 
-    The hash is over each instruction's text and its 128 bits, so a change of the schedule alone shows. Labels count as their order;
-    the kernel's name, the parameters' and the sources' have no part in it.
+    The hash covers each instruction's text and its 128 bits, so it also detects a change of the schedule alone. Labels are replaced by
+    their order; the names of the kernel, its parameters and its sources are left out.
     """
     arch, source, entry, defines = variant
     compiled = compiler.compile_source(source, defines, arch)
@@ -58,18 +58,18 @@ def fingerprint(variant):
 def source_digest(variant):
     """A hash of everything that a variant's fingerprint depends on: its options, and its source with the headers that it includes."""
     arch, source, entry, defines = variant
-    texts, wanted = {}, [source]
-    while wanted:
-        name = wanted.pop()
+    texts, names = {}, [source]
+    while names:
+        name = names.pop()
         if name not in texts:
             texts[name] = (compiler.SOURCES / name).read_text(encoding="utf-8")
-            wanted += re.findall(r'#include "([^"]+)"', texts[name])
+            names += re.findall(r'#include "([^"]+)"', texts[name])
     everything = arch, source, entry, defines, compiler.OPTIONS, compiler.nvrtc().version, sorted(texts.items())
     return hashlib.sha256(repr(everything).encode()).hexdigest()
 
 
 def fingerprints(variants, jobs, cache):
-    """[fingerprint] of the variants, by `jobs` compilers at a time. cache: a JSON file of those known from earlier runs, or None."""
+    """[fingerprint] of the variants, with `jobs` compilers at a time. cache: a JSON file of the fingerprints of earlier runs, or None."""
     known = json.loads(cache.read_text()) if cache and cache.exists() else {}
     keys = {variant: source_digest(variant) for variant in variants}
     missing = [variant for variant in variants if keys[variant] not in known]
@@ -84,7 +84,7 @@ def fingerprints(variants, jobs, cache):
 
 
 def described(variant):
-    """A variant as the beginning of its line: arch, source, entry, defines."""
+    """The beginning of a variant's line: arch, source, entry, defines."""
     arch, source, entry, defines = variant
     return " ".join((arch, source, entry, ",".join(f"{name}={value}" for name, value in defines) or "-"))
 
@@ -111,12 +111,12 @@ def main():
     args = parser.parse_args()
     if reason := sass.missing():
         sys.exit(f"sass_hashes.py: {reason}")
-    wanted = []
+    selected = []
     for arch in args.arch:
         of_arch = [variant for kernel in variants.variants(sass.ARCHITECTURES[arch]).values() for variant in kernel]
-        wanted += [(arch, *variant) for variant in dict.fromkeys(of_arch) if not args.source or variant[0] in args.source]
+        selected += [(arch, *variant) for variant in dict.fromkeys(of_arch) if not args.source or variant[0] in args.source]
     lines = [f"{described(variant)} {' '.join(map(str, found))}"
-             for variant, found in zip(wanted, fingerprints(wanted, args.jobs, args.cache))]
+             for variant, found in zip(selected, fingerprints(selected, args.jobs, args.cache))]
     args.file.write_text("".join(f"{line}\n" for line in lines))
     found = list(differences(lines, args.against)) if args.against else []
     print("\n".join([*found, f"{len(lines)} variants, {len(found)} differences" if args.against else f"{len(lines)} variants"]))

@@ -1,4 +1,4 @@
-"""The W4A16 kernel against float64, and how fast its weights stream.
+"""The W4A16 kernel against float64, and the bandwidth at which it reads its weights.
 
     python -m pytest tests/cuda/test_awq_gpu.py -s        prints the timings too
 """

@@ -57,7 +57,7 @@ def forget():
 
 
 class FakeNvrtc:
-    """Counts its compilations; the machine code is the text of the request."""
+    """An NVRTC that counts its compilations; its machine code is the text of the request."""
 
     def __init__(self, version=(13, 0), architectures=(75, 80, 86, 89, 90, 100, 120)):
         self.version, self.architectures, self.calls = version, architectures, 0
@@ -85,7 +85,7 @@ def test_a_second_compilation_reads_the_disk_cache(sources, fake):
 
 
 def test_the_cache_key(sources, fake):
-    """A change of source, headers, definitions, architecture or NVRTC is another kernel."""
+    """A change of source, headers, definitions, architecture or NVRTC changes the key."""
     def compiled():
         forget()
         compiler.compile_cubin("probe.cu", (("VALUE", 1),), "sm_89")
@@ -143,7 +143,7 @@ def test_cache_folder(monkeypatch, tmp_path):
 # --- Architectures ----------------------------------------------------------------------------------------------------
 
 
-def test_unknown_sibling_runs_the_older_code(sources, fake):
+def test_an_unknown_gpu_of_a_family_runs_the_older_code(sources, fake):
     assert b"-arch=sm_120'" in compiler.compile_cubin("probe.cu", (), "sm_121")
     assert b"-arch=sm_90a'" in compiler.compile_cubin("probe.cu", (), "sm_90a")
 
@@ -151,7 +151,7 @@ def test_unknown_sibling_runs_the_older_code(sources, fake):
 # --- Messages ---------------------------------------------------------------------------------------------------------
 
 
-def test_too_old_an_nvrtc(sources, fake):
+def test_an_nvrtc_that_is_too_old(sources, fake):
     fake.architectures, fake.version = (80, 89, 90), (12, 4)
     with pytest.raises(KernelsUnavailable, match=r"NVRTC 12\.4 can't compile for this GPU \(sm_120\)"):
         compiler.compile_cubin("probe.cu", (), "sm_120")
@@ -173,7 +173,7 @@ def test_no_nvrtc(monkeypatch):
         compiler.nvrtc.__wrapped__()
 
 
-def test_an_nvrtc_without_memory_may_have_some_the_next_time():
+def test_running_out_of_memory_in_nvrtc_is_not_permanent():
     library = types.SimpleNamespace(nvrtcGetErrorString=lambda status: b"some error", nvrtcVersion=lambda *args: compiler.OUT_OF_MEMORY)
     made = object.__new__(compiler.Nvrtc)
     made.library = library

@@ -14,7 +14,7 @@ from comfyui_svdquant.cuda.errors import KernelsUnavailable
 ROOT = Path(cupy_import.__file__).parents[1]
 
 
-def test_nothing_of_it_is_imported_with_the_pack():
+def test_the_pack_does_not_import_it():
     """CuPy's import takes a second, and a CPU doesn't need it."""
     code = "import sys; from cuda import ops; print('cupy' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"

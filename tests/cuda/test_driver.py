@@ -8,7 +8,7 @@ from comfyui_svdquant.cuda.errors import KernelsUnavailable
 
 
 @pytest.mark.parametrize("version, number, expected", [(13000, 90, True), (12030, 120, True), (12020, 90, False), (13000, 89, False)])
-def test_who_has_dependent_launches(monkeypatch, version, number, expected):
+def test_the_devices_and_drivers_with_dependent_launches(monkeypatch, version, number, expected):
     def get_version(pointer):
         pointer._obj.value = version
         return 0

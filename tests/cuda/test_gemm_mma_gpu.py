@@ -1,8 +1,8 @@
 """The mma.sync GEMM against float64, in every storage of codes and every tile, on activations that torch laid out from random codes.
 
-What the bounds allow: the one rounding of y to 16 bits, and of the sums only what fp32 accumulation costs (int4: one rounding a group
-of 64, the sums within a group being exact integers; int8: int32 throughout, but for one rounding at the border of two parts). A wrong
-scale, a swapped nibble or a token's neighbour is thousands of times as far off.
+The bounds allow the one rounding of y to 16 bits, and the rounding of the sums. In int4 the sums are rounded in fp32 once per group of 64,
+within which they are exact integers; in int8 they are int32, with one rounding at the border of two parts. The error of a wrong scale, a
+swapped nibble or another token is thousands of times as large.
 
 Hopper has no 4-bit MMA; its compiler emulates one, so that the paths of sm_80 .. sm_89 and of Turing run here as well.
 """
@@ -117,7 +117,7 @@ def random_case(path, m, n, k, rank, unsigned_from, bias, seed=0):
 
 
 def padded_rows(vectors):
-    """(.., M) -> (.., padded M); the padding, which no row of y may see, is NaN."""
+    """(.., M) -> (.., padded M). The padding, which must not affect y, is NaN."""
     return torch.nn.functional.pad(vectors, (0, -vectors.shape[-1] % 16), value=float("nan")).contiguous()
 
 
@@ -195,7 +195,7 @@ def test_gelu_of_every_number(path):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_a_token_does_not_see_its_neighbours(path):
+def test_a_token_does_not_depend_on_its_neighbours(path):
     case = random_case(path, 150, 160, 320, 32, 192, True)
     whole = run(path, case)
     for rows in (slice(0, 1), slice(3, 100), slice(149, 150)):
@@ -215,7 +215,7 @@ def test_nan_stays_in_its_row(path, row, gelu_from):
 
 
 @pytest.mark.parametrize("path", [p for p in PATHS if p.dtype == torch.float16], ids=str)
-def test_fp16_overflow_shows(path):
+def test_fp16_overflow_is_visible(path):
     case = random_case(path, 20, 32, 128, 16, 128, True)
     case.weight_scale.mul_(1024)
     if case.row_scale is not None:
@@ -242,7 +242,7 @@ def test_more_tokens_than_a_band_and_a_flux_layer(storage):
 
 def test_shapes_that_do_not_fit_are_refused():
     path = Path(INT8, SMALL, None, torch.bfloat16)
-    case = random_case(path, 20, 32, 192, 16, 192, False)  # a scale per part, while int4 has one per group
+    case = random_case(path, 20, 32, 192, 16, 192, False)  # int8 has a scale per part, int4 one per group
     q = Quantized(lay_out_codes(case.codes, INT4_BYTES), padded_rows(case.act_scale), None, None)
     with pytest.raises(ValueError, match="activation is"):
         gemm_mma.gemm(INT4_BYTES, SMALL, q, case.operands(), 20)

@@ -138,7 +138,7 @@ def test_function_attributes_of_large_kernels(monkeypatch, shared, defines, expe
     assert set_attributes == expected
 
 
-def test_quantizing_without_kernels_says_why_once(monkeypatch, caplog):
+def test_quantizing_without_kernels_logs_the_reason_once(monkeypatch, caplog):
     def missing(*args):
         return KernelsUnavailable("The CUDA kernels need CuPy. Install it.")
 

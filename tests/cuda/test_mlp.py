@@ -110,7 +110,7 @@ def test_layers_that_the_kernels_do_not_take(launched, patch, number, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"second_rank": 80}])
-def test_prepared_kernels_are_all_that_is_asked_for(launched, patch, options):
+def test_preparing_builds_all_kernels_of_a_call(launched, patch, options):
     """For an MLP that the kernels take, and for one whose layers run one after the other."""
     asked, kernel = [], kernel_loader.kernel
     patch.setattr(kernel_loader, "kernel", lambda *args: asked.append(args[:3]) or kernel(*args))

@@ -120,14 +120,14 @@ def bits(tensor):
 def compiled():
     """Compile all kernels in parallel."""
     target = targets.for_device(DEVICE)
-    wanted = [(mlp.PARTIAL_SUMS, mlp.add_defines(dtype, ranks)) for dtype in (torch.bfloat16, torch.float16) for ranks in (32, 64)]
+    kernels = [(mlp.PARTIAL_SUMS, mlp.add_defines(dtype, ranks)) for dtype in (torch.bfloat16, torch.float16) for ranks in (32, 64)]
     for path in PATHS:
-        wanted += [(gemm_mma.SOURCE, gemm_mma.defines_of(path.storage, path.tile, target, path.dtype, next_ranks=ranks))
+        kernels += [(gemm_mma.SOURCE, gemm_mma.defines_of(path.storage, path.tile, target, path.dtype, next_ranks=ranks))
                    for ranks in (32, 64)]
-        wanted += [(gemm_mma.SOURCE, gemm_mma.defines_of(path.storage, tile, target, path.dtype, gelu=gelu))
+        kernels += [(gemm_mma.SOURCE, gemm_mma.defines_of(path.storage, tile, target, path.dtype, gelu=gelu))
                    for tile in gemm_mma.tiles_of(target) for gelu in (False, True)]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda w: compiler.compile_cubin(*w, target.arch), dict.fromkeys(wanted)))
+        list(pool.map(lambda w: compiler.compile_cubin(*w, target.arch), dict.fromkeys(kernels)))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
@@ -200,7 +200,7 @@ def test_zeros(path):
     assert (q.lora_act == 0).all() and (q.lora_act_scale[:33] == 1).all()
 
 
-def test_a_token_does_not_see_its_neighbours():
+def test_a_token_does_not_depend_on_its_neighbours():
     for path in PATHS:
         case = random_case(150, 128, 256, 64, 16, 32, 0, path.dtype)
         whole, x = run(path, case)[0], case.x

@@ -90,7 +90,7 @@ def test_16_bit_results_are_close_to_float64(dtype, bound):
     assert error < bound, f"relative error {error:.2e}"
 
 
-def test_the_bounds_catch_a_wrong_scale_and_a_swapped_byte():
+def test_the_bounds_detect_a_wrong_scale_and_a_swapped_byte():
     tensors, x = layer(5), random_input(40, K)
     right = exact(x, *tensors)
     for i, change in ((0, lambda t: t.view(torch.uint8)[0, 0].bitwise_xor_(0x90)), (1, lambda t: t.view(torch.uint8)[3, 4].add_(2)),

@@ -6,10 +6,10 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import int4, ops, reference, targets
 from comfyui_svdquant.cuda.choose import W4A16
-from comfyui_svdquant.cuda.operands import LayerOperands
+from comfyui_svdquant.cuda.operands import NO_LORA, LayerOperands, LoRASizes
 
 from .launches import addresses, aligned, recorded
-from .layers import random_input, random_layer, with_row_scale
+from .layers import random_input, random_layer, with_lora, with_row_scale
 
 
 def awq_layer():
@@ -20,28 +20,36 @@ def awq_layer():
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):
     layer = random_layer(96, 128, 16, 64, bias)
-    for operands in (layer, with_row_scale(layer)._replace(gelu_from=32)):
-        torch.library.opcheck(torch.ops.svdquant.linear.default, (random_input(5, 128, torch.bfloat16), *operands))
+    for operands in (layer, with_row_scale(layer)._replace(gelu_from=32), with_lora(layer, (8,))):
+        torch.library.opcheck(torch.ops.svdquant.linear.default, (random_input(5, 128, torch.bfloat16), *operands.flat))
     weight, scale, zeros, awq_bias = awq_layer()
     torch.library.opcheck(torch.ops.svdquant.awq_linear.default, (random_input(2, 128), weight, scale, zeros, awq_bias if bias else None))
 
 
 def test_the_op_is_the_reference():
     layer, x = random_layer(96, 128, 16), random_input(5, 128, torch.float16)
-    for operands in (layer, with_row_scale(layer)):
+    for operands in (layer, with_row_scale(layer), with_lora(layer, (24,))):
         for gelu_from in (None, 32):
             operands = operands._replace(gelu_from=gelu_from)
             expected = reference.svdquant_linear(x, operands)
             assert torch.equal(ops.svdquant_linear(x, operands), expected)
-            assert torch.equal(torch.ops.svdquant.linear(x, *operands), expected)
+            assert torch.equal(torch.ops.svdquant.linear(x, *operands.flat), expected)
+
+
+def test_a_lora_of_parts():
+    """Each part of the rows gets the product of its own ranks, and a part without ranks gets nothing."""
+    layer, x = with_lora(random_layer(2000, 64, 16), (8, 0, 24), 768), random_input(5, 64, torch.float64)
+    down, up = layer.lora_down.double(), layer.lora_up.double()
+    added = reference.svdquant_linear(x, layer, torch.float64) - reference.svdquant_linear(x, random_layer(2000, 64, 16), torch.float64)
+    first, last = x @ down[:8].t() @ up[:768 * 8].view(768, 8).t(), x @ down[8:].t() @ up[768 * 8:].view(464, 24).t()
+    torch.testing.assert_close(added, torch.cat((first, torch.zeros(5, 768), last), dim=1))
 
 
 def test_the_schema_is_the_operands():
-    """The op's flat arguments are x and the fields of LayerOperands, in their order and with their defaults."""
+    """The op's arguments are x and the fields of LayerOperands and LoRASizes, in their order."""
     arguments = torch.ops.svdquant.linear.default._schema.arguments
-    assert [argument.name for argument in arguments] == ["x", *LayerOperands._fields]
-    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    assert defaults.items() <= LayerOperands._field_defaults.items()
+    lora = [f"lora_{name}" for name in LoRASizes._fields]
+    assert [argument.name for argument in arguments] == ["x", *LayerOperands._fields[:-1], *lora]
 
 
 def test_one_graph_under_torch_compile():
@@ -97,19 +105,21 @@ FLUX = [  # N, K, unsigned_from, gelu_from of FLUX.1's linears
     (3072, 15360, 3072, None)]
 
 
-@pytest.mark.parametrize(("number", "sms", "most_shared"), [
-    (75, 30, 64), (80, 108, 163), (86, 16, 99), (86, 82, 99), (87, 16, 163), (89, 24, 99), (89, 128, 99), (90, 132, 227), (100, 148, 227),
-    (103, 148, 227), (110, 20, 227), (120, 36, 99), (120, 170, 99), (121, 48, 99)])
-def test_every_gpu_runs_fluxs_layers_by_two_launches(monkeypatch, number, sms, most_shared):
-    """Every GPU, both types, 4 and 8 bits: there is a plan, and it fits in the GPU's shared memory."""
+@pytest.mark.parametrize("sms", [16, 68, 132, 170])
+@pytest.mark.parametrize("number", targets.TARGETS)
+def test_every_gpu_runs_fluxs_layers_by_two_launches(monkeypatch, number, sms):
+    """For every GPU, both types, and 4 and 8 bits there is a plan, and it fits in the GPU's shared memory."""
+    target = targets.TARGETS[number]
     with recorded(monkeypatch), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(targets, "for_device", lambda device: targets.TARGETS[number])
+        patch.setattr(targets, "for_device", lambda device: target)
         patch.setattr(targets, "multiprocessors", lambda device: sms)
-        for m, rank, act_bits, dtype in itertools.product((1, 512, 4608), (0, 32, 64, 128), (4, 8), targets.TARGETS[number].dtypes):
+        for m, rank, act_bits, dtype in itertools.product((1, 512, 4608), (0, 32, 64, 128), (4, 8), target.dtypes):
             for n, k, unsigned_from, gelu_from in FLUX:
-                launches = ops._launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, k, torch.device("cuda", 0))
-                assert max(launches.quantize.kernel.shared, launches.gemm.kernel.shared) <= most_shared << 10
-                assert min(launches.quantize.head[:3] + launches.gemm.head[:3]) > 0
+                for lora in (NO_LORA, LoRASizes((16,)), LoRASizes((64, 0, 160), 3072)):
+                    layer = m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora
+                    launches = ops._launches(*layer, k, torch.device("cuda", 0))
+                    assert max(launches.quantize.kernel.shared, launches.gemm.kernel.shared) <= target.shared_per_cta
+                    assert min(launches.quantize.head[:3] + launches.gemm.head[:3]) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,28 +151,32 @@ def test_kernels_are_prepared_in_the_type_that_they_compute_in(monkeypatch, numb
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
-@pytest.mark.parametrize("rank", [0, 32, 128])
-def test_the_kernels_arguments(monkeypatch, rank, act_bits):
+@pytest.mark.parametrize(("rank", "lora"), [(0, ()), (32, ()), (128, ()), (32, (8,)), (0, (8,)), (160, ())])
+def test_the_kernels_arguments(monkeypatch, rank, lora, act_bits):
     """The first call and a cached launch pass the right addresses, and the parts of the work memory don't overlap."""
     m, n, k = 37, 208, 256
     layer = random_layer(n, k, rank, bias=rank != 32, act_bits=act_bits)._replace(row_scale=torch.rand(n) if act_bits == 8 else None)
+    layer = with_lora(layer, lora) if lora else layer
     x = aligned(random_input(m, k, torch.bfloat16)).view(1, m, k)
-    constant = addresses(**{name: getattr(layer, name) for name in ops.CONSTANT})
+    names = (*ops.CONSTANT, *(("lora_up",) if lora else ()))
+    constant = addresses(**{name: getattr(layer, name) for name in (*ops.CONSTANT, "lora_up")})
     with recorded(monkeypatch) as calls:
         y = [ops.svdquant_linear(x, layer)]
         launch = ops.cached_launch(x, layer)
-        y.append(launch(x, layer.weight_scale, layer.proj_down, tuple(constant[name] for name in ops.CONSTANT)))
+        y.append(launch(x, layer.weight_scale, layer.proj_down, tuple(constant[name] for name in names), layer.lora_down))
         assert len(calls) == 2
     for call, out in zip(calls, y):
         assert out.shape == (1, m, n) and out.dtype == x.dtype
-        if rank == 128:  # cuBLAS multiplies
+        if rank >= 128:  # cuBLAS multiplies
             assert call.pop("proj_down") != layer.proj_down.data_ptr()
+        assert ("lora_product" in call) is bool(lora) and ("lora_up" in call) is (bool(lora) or rank == 160 and act_bits == 8)
         assert call.items() >= {name: constant[name] for name in call.keys() & constant.keys()}.items()
         assert call["x"] == x.data_ptr() and call["y"] == out.data_ptr()
-        assert call["act_scale"] >= call["act"] + 48 * k and (call["lora_act"] != 0) is (call["lora_act_scale"] != 0) is (rank > 0)
-        if rank:
+        assert call["act_scale"] >= call["act"] + 48 * k
+        assert (call["lora_act"] != 0) is (call["lora_act_scale"] != 0) is (rank + len(lora) > 0)
+        if rank or lora:
             assert call["lora_act"] >= call["act_scale"] + 4 * 48 * (2 if act_bits == 8 else k // 64)
-            assert call["lora_act_scale"] >= call["lora_act"] + 2 * 48 * rank
+            assert call["lora_act_scale"] >= call["lora_act"] + 2 * 48 * (rank + 32 * len(lora))
 
 
 def test_8_bits_on_a_gpu_need_a_row_scale(monkeypatch):

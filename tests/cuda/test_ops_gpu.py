@@ -146,7 +146,7 @@ def test_a_layer_with_gelu_and_loras(act_bits):
     """LoRAs are added and removed, and their output is added before the GELU."""
     module, x = module_of(384, 256, 32, act_bits), random_input(70, 256, torch.bfloat16).cuda()
     plain = module(x)
-    added = LoRABranch([LowRank((64, 320), (0, 256), torch.randn(256, 4), torch.randn(4, 256) / 16)]).cuda()
+    added = LoRABranch.of([LowRank((64, 320), (0, 256), torch.randn(256, 4), torch.randn(4, 256) / 16)], (384, 256), torch.bfloat16, "cuda")
     loaded = reference.activated(added.add(plain.clone(), x), 128)
     module.gelu_from = 128
     fused = by_the_op(module, x)

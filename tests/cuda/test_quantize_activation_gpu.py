@@ -18,7 +18,7 @@ from .layers import plans_here
 pytestmark = pytest.mark.gpu
 
 INT8, INT4_BYTES, INT4_NIBBLES = CodeStorage
-TINY = 2.0**-100  # the kernel takes a maximum below this for zero
+TINY = 2.0**-100  # the kernel treats a smaller maximum as zero
 POISON = 0x5A
 
 
@@ -219,7 +219,7 @@ def test_registers_is_float64s(m, k, rank, unsigned_from, tiles, ctas, loop, dty
 
 @pytest.mark.parametrize("rank", [32, 128])
 def test_little_shared_memory(rank, monkeypatch):
-    """As on other GPUs, shared memory holds neither all of x nor all of 1 / smooth."""
+    """As on other GPUs, shared memory is too small for all of x and for all of 1 / smooth."""
     small = replace(targets.for_device("cuda"), shared_per_sm=72 << 10, shared_per_cta=71 << 10)
     monkeypatch.setattr(targets, "for_device", lambda device: small)
     poisoned(monkeypatch)
@@ -287,7 +287,7 @@ def test_same_bits(m, k, rank, storage):
 
 
 def test_fp16_branch_beyond_fp16():
-    """Sums of 1e7 don't fit fp16; they come with a lora_act_scale."""
+    """Sums of 1e7 exceed fp16, and are stored with a lora_act_scale."""
     x, smooth, down = random_case(20, 1024, 32, torch.float16)
     x[3], down[:, 5] = 60000, 1
     for ranks in (down, torch.cat([down] * 5, dim=1)):

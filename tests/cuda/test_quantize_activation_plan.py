@@ -1,5 +1,5 @@
-"""The plans of quantize_activation.py, without a GPU: every shape has a plan that fits, and FLUX's shapes have the plans that were
-measured to be the fastest."""
+"""The plans of quantize_activation.py, without a GPU: every shape has a plan that fits, and FLUX's shapes have the plans that were the
+fastest in measurements."""
 
 from types import SimpleNamespace
 
@@ -10,8 +10,8 @@ from comfyui_svdquant.cuda.activation_layout import BLOCK, CodeStorage
 from comfyui_svdquant.cuda.targets import TARGETS
 
 INT8, INT4_BYTES, INT4_NIBBLES = CodeStorage
-SMS = {75: 68, 80: 108, 86: 82, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 110: 20, 120: 170, 121: 48}
-MOST_SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}  # KiB of a CTA
+# {compute capability: the number of SMs of one such GPU}
+SMS = dict.fromkeys(TARGETS, 132) | {75: 68, 80: 108, 86: 82, 87: 16, 89: 128, 100: 148, 103: 148, 110: 20, 120: 170, 121: 48}
 
 
 def fastest(m, k, rank, storage, number, sms, **cut):
@@ -20,14 +20,15 @@ def fastest(m, k, rank, storage, number, sms, **cut):
 
 @pytest.mark.parametrize(("number", "sms"), [*SMS.items(), (90, 16), (90, 6), (120, 8)])  # the last ones are slices of a GPU
 def test_every_shape_has_a_plan_that_fits(number, sms):
+    target = TARGETS[number]
     for m in (1, 16, 77, 512, 4096, 4608, 65536):
         for k in (64, 128, 192, 1088, 3072, 12224, 12288, 15360, 15424, 30720):
             for rank in (0, 16, 32, 48, 64, 128, 160):
-                for storage in (INT8, INT4_NIBBLES if number < 90 else INT4_BYTES):
+                for storage in (INT8, INT4_NIBBLES if target.native_int4 else INT4_BYTES):
                     plan = fastest(m, k, rank, storage, number, sms)
-                    assert plan.shared <= MOST_SHARED[number] << 10 and plan.threads <= 1024
+                    assert plan.shared <= target.shared_per_cta and plan.threads <= 1024
                     assert plan.ranks in (0, rank) and plan.grid == -(-m // (16 * plan.tiles)) * plan.ctas
-                    assert plan.ctas == 1 or number >= 90
+                    assert plan.ctas <= target.max_cluster
                     if plan.warps:
                         assert plan.warps * plan.ctas * BLOCK >= k and storage == INT8
 
@@ -42,13 +43,14 @@ def test_the_fastest_on_hopper(m, k, rank, loop, tiles, ctas):
 
 
 def test_branches_that_cublas_multiplies():
-    """Branches of more than 64 ranks; of more than 32 in 4 bits, or if proj_down doesn't fit in shared memory."""
+    """cuBLAS multiplies branches of more than 64 ranks, or of more than 32 in 4 bits or if proj_down doesn't fit in shared memory."""
     for m, k, rank, storage, number in ((4096, 3072, 128, INT8, 90), (4096, 3072, 64, INT4_BYTES, 90), (4096, 15360, 64, INT8, 120)):
         assert fastest(m, k, rank, storage, number, SMS[number]).ranks == 0
 
 
 def test_plans_of_quantize_cu():
-    """4 bits, no clusters, a single block of columns, more columns than a cluster's registers hold, and forms for which ptxas spills."""
+    """quantize.cu runs for 4 bits, without clusters, for a single block of columns, for more columns than a cluster's registers hold, and
+    for forms in which ptxas spills."""
     for m, k, rank, storage, number in ((4096, 3072, 32, INT4_BYTES, 90), (4096, 3072, 32, INT8, 89), (16, 64, 0, INT8, 90),
                                         (100, 16448, 0, INT8, 90)):
         assert not fastest(m, k, rank, storage, number, 132).warps
@@ -63,7 +65,7 @@ def test_plans_of_quantize_cu():
 @pytest.mark.parametrize(("fit", "ctas", "grid"), [
     ({16: 7, 8: 15, 6: 18, 2: 66}, 16, 112), ({16: 5, 8: 14, 6: 18, 2: 66}, 8, 112), ({}, 1, None)])
 def test_clusters_that_a_gpu_has_no_room_for(fit, ctas, grid, monkeypatch):
-    """A slice of a GPU, or a GPU with smaller GPCs: the next plan is taken."""
+    """On a slice of a GPU, or a GPU with smaller GPCs, the next plan is used."""
     kernel = SimpleNamespace(active_clusters=lambda size, threads: fit.get(size, 0), launcher=lambda grid, *args: grid[0])
     monkeypatch.setattr(quantize_activation.kernel_loader, "kernel", lambda *args: kernel)
 

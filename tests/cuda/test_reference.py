@@ -1,8 +1,8 @@
 """The reference against comfy-kitchen's implementation of the same contract, and against itself in float64.
 
 comfy-kitchen's eager backend computes svdquant_w4a4 and awq_w4a16 from the same tensors. Given float32 tensors it
-takes the same steps in another order, so the two agree to rounding; one wrong scale or swapped nibble is 1e-3 and more. Its 4-bit
-activations are the published ones, so here ours are too.
+takes the same steps in another order, so the two agree to rounding; the error of one wrong scale or swapped nibble is 1e-3 or more. Its
+4-bit activations are the published ones, so these tests use the published ones too.
 """
 
 import pytest
@@ -18,7 +18,7 @@ FP32_ROUNDING = 2e-6  # float32 sums of a few hundred terms
 
 
 def kitchen(x, layer, unsigned):
-    """comfy-kitchen's answer in float32."""
+    """comfy-kitchen's result in float32."""
     f32 = [t if t is None or t.dtype == torch.int8 else t.float() for t in layer.tensors]
     weight, weight_scale, down, up, smooth, bias = f32
     shifted = x + int4.GELU_SHIFT if unsigned else x
@@ -65,7 +65,7 @@ def test_float32_is_float64_to_rounding(unsigned_from, act_bits):
     assert error < 2e-4, f"relative error {error:.2e}"
 
 
-def test_the_bound_catches_one_wrong_scale_and_one_swapped_byte():
+def test_the_bound_detects_one_wrong_scale_and_one_swapped_byte():
     layer, x = random_layer(48, 128, 32, seed=3), random_input(5, 128)
     right = reference.svdquant_linear(x, layer)
     layer.weight_scale[0, 0] *= 1.1
@@ -149,7 +149,7 @@ def test_sixteen_bit_inputs_give_sixteen_bit_outputs_rounded_once(dtype):
     assert torch.equal(y, exact.to(dtype))
 
 
-def test_each_token_has_the_same_bits_wherever_it_stands():
+def test_each_token_has_the_same_bits_at_any_position():
     layer, x = random_layer(64, 128, 16), random_input(8, 128)
     codes, scales = reference.quantize_activation(x, layer.smooth, 128)
     shuffled = torch.randperm(8)

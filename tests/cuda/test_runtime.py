@@ -55,7 +55,7 @@ def test_launch_arguments(launches):
 
 
 def test_dependent_launch(launches):
-    """CUlaunchAttribute: id 6, padding, a union of 64 bytes that begins with 1. Only where the device knows it."""
+    """CUlaunchAttribute is id 6, padding, and a union of 64 bytes that begins with 1. It is set only if the device supports it."""
     kernel, driver = launches
     for dependent in (True, False):
         kernel.dependent = dependent
@@ -65,7 +65,7 @@ def test_dependent_launch(launches):
 
 
 def test_a_chain(launches, monkeypatch):
-    """Two kernels that share ints, each with its own grid and constants; what changes is the ints and the stream."""
+    """Two kernels share ints, and have their own grids and constants. Only the ints and the stream change from launch to launch."""
     kernel, driver = launches
     other = runtime.Kernel(0x88, 0, 0, dependent=True)
     first, second = kernel.launcher((2, 3), (64,), 3, (-7, 8)), other.launcher((9,), (32,), 4, (6,), pdl=True)
@@ -260,7 +260,7 @@ def test_a_driver_that_knows_no_clusters(launches, monkeypatch, status):
     assert kernel.active_clusters(8, 512) == 0
 
 
-def test_an_error_of_something_else_is_no_lack_of_clusters(launches, monkeypatch):
+def test_an_unrelated_error_is_not_a_lack_of_clusters(launches, monkeypatch):
     """An illegal address in an earlier kernel must be raised: the plan without clusters would only fail later, and would be cached."""
     kernel, driver = launches
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())

@@ -1,6 +1,6 @@
-"""What ptxas makes of every kernel for every architecture, without a GPU: whatever would make a kernel slow shows here first.
+"""ptxas's machine code of every kernel for every architecture, read without a GPU: causes of a slow kernel are found here first.
 
-A new kernel is one line in KERNELS and one in variants.py; a new GPU comes with its row in cuda/targets.py.
+A new kernel needs one line in KERNELS and one in variants.py; a new GPU needs only its row in cuda/targets.py.
 """
 
 import functools
@@ -24,21 +24,21 @@ REGISTERS = 65536  # of an SM, in all architectures
 
 @dataclass(frozen=True)
 class Kernel:
-    """What holds for every variant. The functions take the defines as a dict, and the architecture."""
+    """The properties of every variant of a kernel, as functions of its defines (a dict) and the architecture."""
 
-    threads: Callable         # of a CTA
-    ctas: Callable            # planned on an SM: so many have to fit the registers
-    mma: Callable             # (pattern of the opcodes, number) in a turn of the main loop, or a multiple; None: no tensor cores
+    threads: Callable  # threads of a CTA
+    ctas: Callable     # CTAs that are planned on an SM, whose registers must suffice for all of them
+    mma: Callable      # (pattern of the opcodes, divisor of their number in the main loop); None: no tensor cores
 
 
 def awq_mma(defines, arch):
-    """A group: for each tile of tokens four MMAs for each 16 rows' codes, four for the tokens' sums. Turing's are half as deep."""
+    """A group has, for each tile of tokens, four MMAs for each 16 rows' codes, and four for the tokens' sums. Turing's have half the K."""
     return (r"HMMA\.1688\." if arch == "sm_75" else r"HMMA\.16816\."), (2 if arch == "sm_75" else 1) * 12 * defines["TILES"]
 
 
 def gemm_mma_mma(defines, arch):
-    """A group: a warp has 4 x TILES tiles of 16 x 8 and takes two steps of K in 8 bits, one in 4 bits, which is there once for
-    signed and once for unsigned activations. Turing's MMAs are 8 x 8 and half as deep."""
+    """For a group, a warp has 4 x TILES tiles of 16 x 8, with two steps of K in 8 bits. In 4 bits it has one step, which exists twice, for
+    signed and for unsigned activations. Turing's MMAs are 8 x 8, with half the K."""
     if defines["CODES"] == CodeStorage.INT4_NIBBLES:
         opcode = r"IMMA\.8832\.[SU]4\.[SU]4" if arch == "sm_75" else r"IMMA\.16864\.[SU]4\.[SU]4"
     else:
@@ -79,13 +79,13 @@ KERNELS = {
 
 
 def in_fp16(arch):
-    """Which of the two types is looked at, since they differ in a few conversions: fp16 where there is no bf16, and on sm_86, which is
-    otherwise as sm_89."""
+    """Whether the tests compile for fp16. They compile for one type only, since the two differ in a few conversions: fp16 without bf16, and
+    on sm_86, which otherwise equals sm_89."""
     return arch in ("sm_75", "sm_86")
 
 
 def alike(arch):
-    """Whether an older GPU in the table has the same properties and the same type is looked at: then a few variants stand for all."""
+    """Whether the table has an older GPU with the same properties that is compiled for the same type. A few variants then represent all."""
     target = sass.ARCHITECTURES[arch]
     return any(older.number < target.number and replace(older, number=target.number) == target and in_fp16(older.arch) == in_fp16(arch)
                for older in sass.ARCHITECTURES.values())
@@ -93,21 +93,21 @@ def alike(arch):
 
 @functools.cache
 def variants(name, arch):
-    """The variants of a kernel that are compiled: all of one type, or where an older GPU is alike, the first one and the last."""
+    """The variants of a kernel that are compiled: all of one type, or only the first and the last one if an older GPU is alike."""
     found = [v for v in all_variants(sass.ARCHITECTURES[arch])[name] if dict(v[2]).get("HALF", in_fp16(arch)) == in_fp16(arch)]
     return list(dict.fromkeys((found[0], found[-1]))) if found and alike(arch) else found
 
 
 def listings(name, arch):
-    """[(text of the variant, its defines, its listing)], compiled beside each other."""
-    wanted = variants(name, arch)
+    """[(text of the variant, its defines, its listing)], compiled in parallel."""
+    found = variants(name, arch)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(lambda v: sass.listing(*v, arch), wanted))
-    return [(" ".join([v[0], *(f"{key}={value}" for key, value in v[2])]), dict(v[2]), listing) for v, listing in zip(wanted, done)]
+        done = list(pool.map(lambda v: sass.listing(*v, arch), found))
+    return [(" ".join([v[0], *(f"{key}={value}" for key, value in v[2])]), dict(v[2]), listing) for v, listing in zip(found, done)]
 
 
-# gemm_mma.cu's int8 codes in the large tile: ptxas keeps one or two registers in local memory from before the loops until after them, five
-# instructions of 3600. Two stages of the ring in place of three would avoid it; which of the two is faster has not been measured.
+# For gemm_mma.cu's int8 codes in the large tile, ptxas keeps one or two registers in local memory from before the loops until after them,
+# which takes five instructions of 3600. A ring of two stages would avoid it; whether that is faster than three has not been measured.
 SPILLS = ("sm_87", "sm_90a")
 
 
@@ -117,7 +117,7 @@ def spills(defines, arch):
 
 
 def problems(kernel, defines, listing, arch):
-    """Everything that is wrong with one variant, as text."""
+    """Yield the problems of one variant, as text."""
     if calls := {i.operands for i in listing.subroutines()}:
         yield f"calls {', '.join(sorted(calls))}"
     local = listing.count("LDL|STL")
@@ -160,14 +160,14 @@ def test_machine_code(name, arch):
     assert not found, f"{arch}:\n" + "\n".join(found)
 
 
-ACTIVATED = {  # outputs of a lane with GELU
+ACTIVATED = {  # number of a lane's outputs with GELU
     "gemm_mma": lambda d: d["GELU"] * 16 * d["TILES"], "gemm_wgmma": lambda d: d["GELU"] * d["TOKENS"] // 2 // d["SPLIT"],
     "mlp": lambda d: 16 * d["TILES"] if "NEXT" in d else 0}
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in ACTIVATED for arch in sass.ARCHITECTURES if variants(name, arch)])
-def test_gelu_is_one_tanh_an_output(name, arch):
+def test_gelu_is_one_tanh_per_output(name, arch):
     """MUFU is the slowest unit: an output with GELU takes one of its instructions, a kernel without GELU none."""
     for text, defines, listing in listings(name, arch):
         assert listing.count(r"MUFU\.TANH") == ACTIVATED[name](defines), text
@@ -175,19 +175,19 @@ def test_gelu_is_one_tanh_an_output(name, arch):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89"])
 def test_int4_issue_slots(arch):
-    """Instructions for each 4-bit MMA of the largest tile, with the rescaling of every group: sm_86 and sm_89 are busy with an MMA
-    for 16 clocks, and a scheduler issues an instruction a clock. Nunchaku's loop takes 13.3 on sm_89 and 17.3 on sm_80."""
+    """The number of instructions per 4-bit MMA of the largest tile, with the rescaling of every group. On sm_86 and sm_89 an MMA takes 16
+    clocks, in which a scheduler issues 16 instructions. Nunchaku's loop has 13.3 on sm_89 and 17.3 on sm_80."""
     tile = max(gemm_mma.tiles_of(sass.ARCHITECTURES[arch]), key=lambda tile: tile.tiles)
     slots = {(text, other): listing.slots(avoid=other) for text, defines, listing in listings("gemm_mma", arch)
              if defines["CODES"] == CodeStorage.INT4_NIBBLES and defines["TILES"] == tile.tiles
-             for other in (r"IMMA\S+[.]U4", r"IMMA\S+S4[.]S4")}  # the signed way, the unsigned way
+             for other in (r"IMMA\S+[.]U4", r"IMMA\S+S4[.]S4")}  # the signed path, the unsigned path
     print(slots)
     assert slots and max(slots.values()) < 13.3, slots
 
 
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_no_emulated_mma(arch):
-    """An MMA that the architecture doesn't have is a subroutine of ptxas's: the helper module sees one where there is one."""
+    """ptxas emulates an MMA that the architecture doesn't have by a subroutine, which the helper module must find."""
     source = """extern "C" __global__ void k(int* p) {
       int d[4] = {}; unsigned a = p[0];
       asm volatile("mma.sync.aligned.m8n8k32.row.col.s32.s4.s4.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
@@ -199,7 +199,7 @@ def test_no_emulated_mma(arch):
     assert native == (not list(listing.subroutines()) and not re.search("internal", listing.log))
 
 
-def test_helper_sees_spills_and_loops():
+def test_the_helper_finds_spills_and_loops():
     source = """extern "C" __global__ void __launch_bounds__(1024, 2) k(float* p, int n) {
       float v[64];
       #pragma unroll
@@ -217,8 +217,8 @@ def test_helper_sees_spills_and_loops():
     assert listing.main_loop() is None
 
 
-def test_awq_reads_nothing_before_the_kernel_before_has_ended():
-    """The compiler may move reads of memory that it takes for constant, but not over the wait."""
+def test_awq_reads_nothing_before_the_previous_kernel_has_ended():
+    """The compiler may move reads of memory that it considers constant, but not before the wait."""
     for name, _, listing in listings("awq", "sm_90a"):
         opcodes = [i.opcode for i in listing.instructions]
         first = next(i for i, opcode in enumerate(opcodes) if opcode.startswith(("LDG", "STG")))

@@ -1,17 +1,17 @@
-"""Every kernel that a GPU may compile, from what choose() can return for it, so that none is left out of the tests."""
+"""Every kernel that a GPU may compile, found through choose(), so that the tests cover all of them."""
 
 from comfyui_svdquant.cuda import awq, gemm_mma, gemm_wgmma, gptq, group_error, mlp, quantize_activation
 from comfyui_svdquant.cuda.choose import MLP, Layer, choose
 
-# (M, N, K): FLUX's at 1024 x 1024, some of fewer tokens, and of few columns.
+# (M, N, K): FLUX's at 1024 x 1024, some with fewer tokens, and some with few columns.
 SHAPES = ((512, 3072, 3072), (1024, 3072, 3072), (4096, 3072, 3072), (4608, 3072, 3072), (512, 3072, 12288), (4096, 3072, 12288),
           (4608, 3072, 15360), (300, 3072, 192), (9000, 3072, 1536))
 SMS = 132
 
 
 def linear_choices(target):
-    """[(dtype, LinearKernels)] that stand for all that choose() gives SVDQuant layers on a Target: both widths of codes, and layers of two
-    parts whose border lies between two blocks of columns and within one."""
+    """[(dtype, LinearKernels)] that represent all choices for SVDQuant layers on a Target: both widths of codes, and layers of two parts
+    whose border lies between two blocks of columns or within one."""
     return [(dtype, choose(Layer(m, n, k, rank, unsigned_from, act_bits, dtype), target, SMS))
             for dtype in target.dtypes for act_bits in (8, 4) for rank in (0, 32, 64) for m, n, k in SHAPES for unsigned_from in (k, 64)]
 
@@ -22,11 +22,11 @@ def mlp_choice(target):
 
 
 def variants(target):
-    """{kernel: [(source, entry, defines)]}. Of a kernel that choose() takes for some layer, every tile is here: which one a layer gets
-    depends on its size."""
+    """{kernel: [(source, entry, defines)]}, with every tile of each kernel that choose() returns: the tile depends on a layer's size."""
     chosen, fused = linear_choices(target), mlp_choice(target)
     by_mma = sorted({kernels.storage for _, kernels in chosen if not kernels.wgmma})
-    quantize = [quantize_activation.variant(dtype, kernels.storage, kernels.plans[0]) for dtype, kernels in chosen]
+    quantize = [quantize_activation.variant(dtype, kernels.storage, kernels.plans[0], lora) for dtype, kernels in chosen
+                for lora in (False, True)]
     return {
         "awq": awq.variants(target), "gptq": gptq.variants(), "group_error": group_error.variants(),
         "gemm_mma": [variant for storage in by_mma for variant in gemm_mma.variants(storage, target)],

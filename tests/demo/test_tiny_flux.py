@@ -33,7 +33,7 @@ def test_pictures_are_in_range_and_objects_inside():
     assert (batch.centers - reach).min() > 0 and (batch.centers + reach).max() < 1
 
 
-def test_every_caption_survives_the_way_back():
+def test_every_caption_is_decoded_to_itself():
     batch = random_scenes(256, 2)
     for ids, caption in zip(batch.words, batch.captions()):
         assert words.word_ids(caption) == ids.tolist()
@@ -54,7 +54,7 @@ def test_colours_hidden_by_the_ground_are_not_drawn():
             assert (words.COLOURS[colour], words.GROUNDS[ground]) not in scenes.HIDDEN
 
 
-def test_word_order_changes_the_context_and_not_the_pooled():
+def test_word_order_changes_the_context_but_not_the_pooled_output():
     a, pooled_a = words.encode("red circle left of blue star on white")
     b, pooled_b = words.encode("blue circle left of red star on white")
     assert a.shape == (1, words.LENGTH, words.CONTEXT_DIM) and pooled_a.shape == (1, words.POOLED_DIM)
@@ -85,7 +85,7 @@ def random_flux(seed=0):
 
 
 @needs_comfyui
-def test_outlier_channels_leave_the_function_alone():
+def test_outlier_channels_do_not_change_the_function():
     flux = random_flux()
     context, pooled = words.encode("small red circle left of large blue star on white")
     inputs = (torch.randn(1, 16, 8, 8), torch.tensor([0.7]), context, pooled, torch.tensor([3.5]))
@@ -95,7 +95,7 @@ def test_outlier_channels_leave_the_function_alone():
 
 
 @needs_comfyui
-def test_the_vae_draws_fresh_pictures_back():
+def test_the_vae_reproduces_new_pictures():
     vae = host.new_vae()
     vae.load_state_dict({name: tensor.float() for name, tensor in load_file(FOLDER / "tiny_vae.safetensors").items()})
     pictures = scenes.draw(random_scenes(4, 99))

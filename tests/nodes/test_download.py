@@ -1,4 +1,4 @@
-"""SVDQuant Download Model against a Hub on the loopback: the file goes into the folder in which the other nodes search."""
+"""SVDQuant Download Model with a Hub on this machine: the file is saved to the folder in which the other nodes search."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def download(model=OWN_CHOICE, repository="owner/flux", file="deep/model.sft", r
     return SVDQuantDownloadModel.execute(model, repository, file, revision, filename).result[0]
 
 
-def test_a_file_of_ones_own_choice(server):
+def test_a_repository_and_file_of_the_users_choice(server):
     assert download(repository=" owner/flux ") == "model.sft"
     assert (FOLDER / "model.sft").read_bytes() == DATA
     assert "model.sft" in folder_paths.get_filename_list("diffusion_models")
@@ -57,7 +57,7 @@ def test_a_preset_needs_no_other_input(server):
     assert (FOLDER / file).read_bytes() == DATA
 
 
-def test_every_preset_names_a_file_that_can_be_asked_for():
+def test_every_preset_is_a_valid_name_of_a_file():
     for label, (repository, file) in PRESETS.items():
         hub.check_names(repository, file, "main")
         assert label.endswith(" GB)")

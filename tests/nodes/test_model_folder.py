@@ -1,4 +1,4 @@
-"""The name that a node returns leads ComfyUI's search to the file that the node has written."""
+"""Under the name that a node returns, ComfyUI finds the file that the node has written."""
 
 import os
 import re
@@ -27,7 +27,7 @@ DATA = safetensors()
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """A function that makes ComfyUI search its own two folders, below a temporary folder, and those of a yaml file's lines."""
+    """A function that makes ComfyUI search its own two folders, below a temporary folder, and those of a yaml file with these lines."""
     own = [str(tmp_path / "models" / name) for name in ("unet", "diffusion_models")]
     for folder in own:
         os.makedirs(folder)
@@ -71,7 +71,7 @@ def quantized_model(tmp_path_factory):
     (("is_default: true", "diffusion_models: flux/"), "models/diffusion_models"), (("diffusion_models: flux/",), "extra/flux"),
 ])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_save_refuses_a_name_that_another_folder_has(folders, quantized_model, lines, other, overwrite):
+def test_save_refuses_the_name_of_a_file_in_another_folder(folders, quantized_model, lines, other, overwrite):
     base = folders(*lines)
     write_flux(base / other / "x.safetensors", depth_single=1)
     with pytest.raises(ValueError, match=f"There is a x.safetensors in {re.escape(str(base / other))} already, and ComfyUI opens only one"):

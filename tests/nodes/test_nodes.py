@@ -48,7 +48,7 @@ def quantize(**inputs):
     return SVDQuantQuantizeModel.execute(**({"model": model, "steps": 2, "seed": 0, "rank": 16, "preset": "data-free"} | inputs)).result
 
 
-def test_the_extension_offers_the_nodes():
+def test_the_extension_registers_the_nodes():
     extension = asyncio.run(comfy_entrypoint())
     ids = [node.GET_SCHEMA().node_id for node in asyncio.run(extension.get_node_list())]
     assert ids == [node.GET_SCHEMA().node_id for node in NODES]
@@ -89,7 +89,7 @@ def test_exceptions_keep_layers_in_16_bits_or_give_them_rank():
     specs = {name: layer.spec for name, layer in quantized_model.packed_layers().items()}
     assert not any(name.startswith("single_blocks.5.") for name in specs) and "single_blocks.5" not in report
     assert specs["single_blocks.0.linear2"].rank == 64 and specs["double_blocks.0.txt_mlp.2"].rank == 48
-    assert specs["single_blocks.0.linear1"].rank == 2 * specs["double_blocks.0.img_mlp.2"].rank == 32  # linear1 is two layers in one
+    assert specs["single_blocks.0.linear1"].rank == 2 * specs["double_blocks.0.img_mlp.2"].rank == 32  # linear1 combines two layers
     name = SVDQuantSaveModel.execute(quantized_model, "exceptions", True).result[0]
     again = SVDQuantLoadModel.execute(name, "auto").result[0].model.state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in quantized_model.model.state_dict().items())
@@ -133,8 +133,8 @@ def test_a_changed_file_changes_the_fingerprint():
 
 
 @pytest.mark.parametrize(("filename", "says"), [
-    *((name, "has .. for a folder") for name in ("../escape", "a/../../escape", "..\\..\\escape", "..")), (".", "has . for a folder"),
-    ("a/.../b", "has ... for a folder"), ("", "is empty"), (" ", "is empty"),
+    *((name, "has .. as a folder") for name in ("../escape", "a/../../escape", "..\\..\\escape", "..")), (".", "has . as a folder"),
+    ("a/.../b", "has ... as a folder"), ("", "is empty"), (" ", "is empty"),
     *((name, "a slash") for name in ("/etc/x", "a/", "/", "a//b")),
     *((name, f"has a {name[1]} in it") for name in ("a:b", "a?b", "a*b", "a<b>", 'a"b', "a|b", "C:\\x", "C:/../../escape", "a>.sft")),
     ("a\nb", "U+000A"), ("a\tb", "U+0009"), ("a\u202eb", "U+202E"), ("nul\0x", "U+0000"), ("a\u2028b", "U+2028"), ("a\ud800", "U+D800"),
@@ -143,7 +143,7 @@ def test_a_changed_file_changes_the_fingerprint():
     *((name, "ends in a dot or a space") for name in ("dir./x", "dir /x", "x.")),
     *((name, "is too long") for name in (222 * "x", 256 * "x" + "/a", 111 * "\u00fc", 75 * "\u4e2d", 10_000 * "x")),
 ])
-def test_a_filename_that_no_system_or_not_every_one_takes_is_refused(filename, says):
+def test_filenames_that_are_not_valid_on_every_system_are_refused(filename, says):
     with pytest.raises(ValueError) as caught:
         target_path(filename)
     message = str(caught.value)
@@ -159,7 +159,7 @@ def test_the_usual_filenames(name):
     assert within == os.path.join(*f"{name}.safetensors".split("/")) and path == str(FOLDER / within)
 
 
-def test_the_extension_is_added_where_there_is_none():
+def test_the_extension_is_added_if_it_is_missing():
     assert target_path("flux")[1] == "flux.safetensors" == target_path(" flux.safetensors ")[1]
     assert target_path("mine\\flux")[1] == os.path.join("mine", "flux.safetensors")
     assert [target_path(name)[1] for name in ("X.SAFETENSORS", "x.Sft", "x.bin")] == ["X.SAFETENSORS", "x.Sft", "x.bin.safetensors"]
@@ -223,7 +223,7 @@ def test_saving_a_model_that_computes_in_another_type(layout):
 
 def test_saving_in_nunchakus_layout_and_back():
     """Codes, scales and branches don't change; modulation layers are rounded once."""
-    quantized_model, *_ = quantize(exceptions="*.linear? = 16")  # one rank for all layers, as Nunchaku has it
+    quantized_model, *_ = quantize(exceptions="*.linear? = 16")  # one rank for all layers, as in Nunchaku's files
     name = SVDQuantSaveModel.execute(quantized_model, "theirs", True, "nunchaku").result[0]
     loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
     assert loaded.recipe == json.loads(json.dumps(quantized_model.recipe)) and loaded.source == "tiny_flux.safetensors"
@@ -329,7 +329,7 @@ def test_comfyui_shows_an_error_under_a_short_name(error):
     assert execution.full_type_name(type(error)) == type(error).__name__
 
 
-def test_overwrite_replaces_quantized_models_alone():
+def test_overwrite_replaces_only_quantized_models():
     """The 16-bit source model and all other files are not overwritten."""
     quantized_model, *_ = quantize()
     save_file({"a": torch.zeros(1)}, FOLDER / "other.safetensors")
@@ -364,7 +364,7 @@ def test_a_quantized_model_that_comfyuis_own_node_saved_is_recognized():
             read()
 
 
-def test_inspect_shows_no_text_of_the_file_before(monkeypatch):
+def test_inspect_does_not_show_the_text_of_the_previous_file(monkeypatch):
     said = []
     monkeypatch.setattr(NodeProgress, "say", lambda self, text: said.append(text))
     report = SVDQuantInspect.execute("tiny_flux.safetensors").result[0]

@@ -64,7 +64,7 @@ def saves(monkeypatch):
 
 @pytest.mark.parametrize("linked", [(), ("filename",)])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_save_runs_again_where_its_file_is_gone(folder, quantized_models, saves, linked, overwrite):
+def test_save_runs_again_if_its_file_is_missing(folder, quantized_models, saves, linked, overwrite):
     cache, inputs = Cache(SVDQuantSaveModel, linked), {"model": quantized_models[0], "filename": "sub/x", "overwrite": overwrite}
     path = folder / "sub" / "x.safetensors"
     for times in (1, 2):
@@ -74,7 +74,7 @@ def test_save_runs_again_where_its_file_is_gone(folder, quantized_models, saves,
     assert cache.queue(**inputs)
 
 
-def test_save_runs_again_where_its_file_was_replaced(folder, quantized_models, saves):
+def test_save_runs_again_if_its_file_was_replaced(folder, quantized_models, saves):
     cache, inputs = Cache(SVDQuantSaveModel), {"model": quantized_models[0], "filename": "x", "overwrite": True}
     cache.queue(**inputs)
     native.save(str(folder / "x.safetensors"), *packed_flux(), {"preset": "other"}, "flux", True)
@@ -87,7 +87,7 @@ def test_save_runs_again_where_its_file_was_replaced(folder, quantized_models, s
 
 
 def test_two_workflows_that_save_under_one_name(folder, quantized_models, saves):
-    """When the first workflow is queued again, the second workflow's file is not taken for its own."""
+    """If the first workflow is queued again, it does not use the second workflow's file as its own."""
     cache = Cache(SVDQuantSaveModel)
     first, second = ({"model": quantized_model, "filename": "x", "overwrite": True} for quantized_model in quantized_models)
     for inputs, times in ((first, 1), (second, 2), (first, 3)):
@@ -125,7 +125,7 @@ DOWNLOAD = {"model": OWN_CHOICE, "repository": "owner/flux", "file": "x.safetens
 
 
 @pytest.mark.parametrize("linked", [(), ("filename",), ("repository", "file")])
-def test_download_runs_again_where_its_file_is_gone_or_replaced(folder, remote, linked):
+def test_download_runs_again_if_its_file_is_missing_or_replaced(folder, remote, linked):
     cache, path = Cache(SVDQuantDownloadModel, linked), folder / "x.safetensors"
     for times in (1, 2):
         assert cache.queue(**DOWNLOAD) and path.read_bytes() == DATA
@@ -137,7 +137,7 @@ def test_download_runs_again_where_its_file_is_gone_or_replaced(folder, remote, 
         cache.queue(**DOWNLOAD)
 
 
-def test_download_runs_again_where_the_copy_that_it_used_is_gone(folder, remote):
+def test_download_runs_again_if_the_copy_that_it_used_is_missing(folder, remote):
     cache, copy = Cache(SVDQuantDownloadModel), folder.parent / "unet" / "x.safetensors"
     copy.write_bytes(DATA)
     assert cache.queue(**DOWNLOAD) and not cache.queue(**DOWNLOAD) and remote.gets == []

@@ -5,6 +5,7 @@ import copy
 import comfy.lora
 import comfy.sd
 import torch
+from comfyui_svdquant.cuda import reference
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 RANK = 4
@@ -68,6 +69,12 @@ def layer_of(patcher, name):
     return patcher.packed_layers()[name]
 
 
+def lora_weight(branch, n):
+    """(n, K) float32: the weight that a LoRA branch's joined LoRAs stand for."""
+    down, up = branch.lora_down.cpu().float(), branch.lora_up.cpu().float()
+    return reference.lora_product(torch.eye(down.shape[1]), down, up, branch.lora, n).t()
+
+
 def effective(layer):
     """(N, K) float32: a layer's effective weight, including its LoRA branch."""
     weight = layer.dense("cpu")
@@ -75,6 +82,8 @@ def effective(layer):
         return weight
     if layer.lora_branch.gain is not None:
         weight = weight * layer.lora_branch.gain[:, None]
+    if layer.lora_branch.lora_up is not None:
+        weight += lora_weight(layer.lora_branch, weight.shape[0])
     for term in layer.lora_branch.terms:
         weight[slice(*term.rows), slice(*term.cols)] += copy.deepcopy(term).float().dense()
     return weight

@@ -1,1 +1,1 @@
-"""Nunchaku's FLUX.1 checkpoints: read and written."""
+"""Read and write Nunchaku's checkpoints."""

@@ -1,7 +1,7 @@
-"""Two of Nunchaku's layers as one of ours, and back, as a family's Joined says.
+"""Join two of Nunchaku's layers into one of ours and split it again, as a family's Joined declares.
 
-rows: the two read the same input (q k v; MLP up), so that one is above the other; else their outputs are added (attention out | MLP
-down), and they lie side by side. Parameters are in our order, as layers/layout.py lists them.
+rows: True if both layers read the same input (q k v; MLP up), so that their weights are stacked in rows; False if their outputs are added
+(attention out | MLP down), so that their weights are side by side. Parameters are in our order, as in layers/layout.py.
 """
 
 import math
@@ -11,17 +11,17 @@ import torch
 
 from ...layers.layout import GROUP_SIZE
 
-# The dimension along which a part of a layer falls in two; the others belong to both halves (the bias to the second).
+# The dimension along which a parameter is split. Parameters that are not listed belong to both halves, the bias to the second.
 ROWS = {"weight": 0, "weight_scale": 1, "bias": 0, "weight_proj_up": 0}
 COLUMNS = {"weight": 1, "weight_scale": 0, "weight_smooth_factor": 0, "weight_proj_down": 0}
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # NumPy's, for bits of any type
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # {bytes: integer type}, since NumPy lacks bf16 and fp8
 
 
 def join(parts, rows, joint):
-    """Two layers but for their codes as one: ({parameter name: tensor}, the other's) -> {parameter name: tensor}.
+    """Join the parameters of two layers, without their codes: ({parameter name: tensor}, {...}) -> {parameter name: tensor}.
 
-    joint: they have the same proj_down (rows) or proj_up (columns), so that the branch keeps its rank; else it gets
-    the ranks of both, with zeros where they do not meet.
+    joint: whether both have the same proj_down (rows) or proj_up (columns), so that the joined branch keeps their rank. Otherwise its rank
+    is the sum of theirs, and it is block diagonal.
     """
     first, second = parts
 
@@ -48,7 +48,7 @@ def join(parts, rows, joint):
             "weight_proj_up": first["weight_proj_up"] if joint else cat("weight_proj_up", 1)}
 
 
-# PyTorch would hand these copies to threads of its own, from each of the threads in which layers are read.
+# NumPy copies in the calling thread. PyTorch would start more threads from each of the threads that read layers.
 
 
 def _cat(tensors, dim):
@@ -66,14 +66,14 @@ def _bits(tensor):
 
 
 def scale_blocks(*columns):
-    """How many rows of NVFP4's second scales each of two layers side by side takes, where a row is for as many columns in both."""
+    """The number of rows of NVFP4's second scales for each of two layers side by side, if every row covers the same number of columns."""
     return [part // math.gcd(*columns) for part in columns]
 
 
 def split(tensors, at, rows):
-    """The inverse of join, at row or column `at`; of a layer's branch alone, too. Ranks that a half has no use for are
-    left out of it, so that what join put together comes apart as it was."""
-    units = {"weight": (at, at // 2), "weight_scale": (at // GROUP_SIZE, at)}  # of dimension 0 and 1
+    """The inverse of join, at row or column `at`. `tensors` may also be a layer's branch alone. Each half keeps only the ranks that it
+    uses, so that a layer from `join` is split into the two original ones."""
+    units = {"weight": (at, at // 2), "weight_scale": (at // GROUP_SIZE, at)}  # in dimensions 0 and 1
     cuts = ROWS if rows else COLUMNS
     first, second = {}, {}
     for part, tensor in tensors.items():

@@ -1,27 +1,28 @@
-"""Nunchaku's byte order against ours: every packed array of its INT4 files, both ways, and NVFP4's scales.
+"""Convert between Nunchaku's byte order and ours: every packed array of INT4 files in both directions, and NVFP4's scales from Nunchaku's.
 
-Each array is a permutation of ours, chosen so that one warp's mma fragments lie side by side. An index is split by
-writing it as a sum, and the axes are listed slowest to fastest (a lower-case axis has the length in brackets):
+Each array is a permutation of ours in which one warp's mma fragments lie side by side. Below, each index is written as a sum of axes, and
+the axes are listed from slowest to fastest (the number in brackets is the length of a lower-case axis):
 
     codes    n = 128 T + 16 p[8] + 8 a[2] + i[8],  k = 64 G + 32 b[2] + 8 j[4] + c[8]       int32 words of 8 codes c
              file T G p i j a b,   ours T p a i G b j
-    vector   n = 128 T + 16 p[8] + 8 a[2] + 2 d[4] + e[2], one value a group G (scales) or one in all (bias, smooth)
+    vector   n = 128 T + 16 p[8] + 8 a[2] + 2 d[4] + e[2], one value per group G (scales) or one in all (bias, smooth)
              file T G p d a e,     ours G T p a d e
     down     k = 16 C + 8 c[2] + 2 d[4] + e[2],  r = 16 R + 8 a[2] + x[8];  file C R x d a c e,  ours C c d e R a x
     up       n = 16 C + 8 a[2] + x[8],  r = 16 R + 8 c[2] + 2 d[4] + e[2];  file C R x d a c e,  ours C a x R c d e
     e4m3     n = 128 T + 32 p[4] + 8 q[4] + i[8],  k = 64 G + 16 g[4] (scales of NVFP4, bytes)
              file T G i q p g,     ours G g T p q i
 
-The eight codes of a word have the same places in both, so codes move as whole words and are never unpacked.
+The eight codes of a word are in the same order in both, so codes move as whole words and are never unpacked.
 
-The large arrays of a file (codes, NVFP4's scales) may be tensors or header.StoredTensor, which is read block by block: what is
-read goes to its place while it lies in a core's own cache, and no memory is touched but the result's. What is here runs in
-several threads at once, so it does without PyTorch's own (copies and arithmetic of many numbers), which would wait for each other,
-and loops over blocks in NumPy: each of PyTorch's calls, be it a view, hands the interpreter over.
+The large arrays of a file (codes, NVFP4's scales) may be tensors or header.StoredTensor. The latter is read block by block: a block is
+moved to its final place while it is in a core's own cache, and the result is the only large memory. These functions run in several
+threads at once. They avoid the operations for which PyTorch starts threads of its own (copies and arithmetic of many numbers), since
+those threads would wait for each other, and they loop over blocks in NumPy, since every PyTorch call, even a view, releases the
+interpreter lock.
 
-Modulation layers (W4A16) have codes 0..15, four rows side by side, and in each run of 32 columns eight 16-bit words
-that hold the columns j, 8 + j, 16 + j, 24 + j. Their rows are interleaved: row j S + s of the file is row s d + j of
-the layer, S = 6 or 3 chunks (shift, scale, gate once or twice) of d rows. The bias of the scale chunks has 1 added.
+Modulation layers (W4A16) have codes 0..15, four rows side by side. Each run of 32 columns is eight 16-bit words, which hold the columns
+j, 8 + j, 16 + j, 24 + j. The rows are interleaved: row j S + s of the file is row s d + j of the layer, with S = 6 or 3 chunks (shift,
+scale, gate once or twice) of d rows. In the scale chunks, 1 is added to the bias.
 """
 
 import threading
@@ -35,21 +36,22 @@ from ...layers.layout import GROUP_SIZE
 
 TILE = 128  # N and K are multiples of it
 RANK_TILE = 16  # the rank is a multiple of it
-BRANCH_TILE = 24 * TILE  # channels of a branch that are moved at a time, where they divide all
-BLOCK = 9 << 17  # bytes that are moved at a time: few enough for a cache, so many that calls from Python cost little
-AWQ_ROWS = 4  # rows that lie side by side
+BRANCH_TILE = 24 * TILE  # channels of a branch that are moved at a time, if they divide the total
+BLOCK = 9 << 17  # bytes that are moved at a time: few enough for a cache, enough to make the cost of Python calls small
+AWQ_ROWS = 4  # rows side by side
 AWQ_GROUP_TILE = 16  # groups are padded to a multiple of it
-ADDED = 1 << 15  # numbers that are added at a time; of more PyTorch makes threads of its own
-AWQ_UNIT = 12  # rows of which a block has a multiple: AWQ_ROWS, and 3 or 6 chunks
+ADDED = 1 << 15  # numbers that are added at a time; for more, PyTorch starts threads of its own
+AWQ_UNIT = 12  # a block's number of rows is a multiple of it, and so of AWQ_ROWS and of 3 or 6 chunks
 AWQ_PLANES = (0, 2, 1, 3)  # the plane of each byte of a word
 
-# Steps of _exchange: (index of the planes that it is between, bits to shift by, which bits of the one).
+# Steps of _exchange: (axis of the planes, bits to shift by, mask).
 AWQ_STEPS = ((1, 4, 0x0F0F0F0F0F0F0F0F),)
 NVFP4_STEPS = ((0, 16, 0x0000FFFF0000FFFF), (1, 8, 0x00FF00FF00FF00FF))
 
 
 def empty(*shape):
-    """Memory for (...) int8. NumPy asks for large pages, which are had several times as fast as the ones that PyTorch gets."""
+    """An uninitialized int8 tensor of this shape. NumPy requests large pages, which the system provides several times as fast as those that
+    PyTorch requests."""
     return torch.from_numpy(np.empty(shape, np.int8))
 
 
@@ -57,7 +59,7 @@ _kept = threading.local()
 
 
 def _scratch(use, count):
-    """Memory for so many int32, kept for the thread's next block: what is freed between results leaves holes between them."""
+    """A buffer of `count` int32, reused by the thread's next call with the same `use`; freeing it would fragment the memory."""
     memory = vars(_kept).get(use)
     if memory is None or memory.size < count:
         memory = vars(_kept)[use] = np.empty(count, np.int32)
@@ -65,28 +67,28 @@ def _scratch(use, count):
 
 
 def _words(tensor, counts):
-    """Blocks of so many 32-bit words, one after the other, of a tensor or a StoredTensor, as NumPy arrays; each lasts until the next
-    is asked for."""
+    """The 32-bit words of a tensor or StoredTensor in consecutive blocks of `counts` words, as NumPy arrays. An array is valid until the
+    next one is requested."""
     if isinstance(tensor, torch.Tensor):
         return np.split(tensor.contiguous().flatten().view(torch.int32).numpy(), np.cumsum(counts[:-1]))
     return tensor.words(counts, _scratch("words", max(counts)))
 
 
 def _cut(total, most):
-    """total as a list of numbers of which none is above `most`."""
+    """`total` as a sum of numbers that are at most `most`; a list."""
     return [min(most, total - start) for start in range(0, total, most)]
 
 
 @lru_cache(maxsize=32)
 def _places(axes, order):
-    """Where in a tile with `axes` each word comes from when they are permuted to `order`, one after the other; int32."""
+    """The source indices of a tile's words if its `axes` are permuted to `order`; (words,) int32."""
     return torch.arange(prod(axes), dtype=torch.int32).view(axes).permute(order).reshape(-1)
 
 
 def _reorder(source, axes, order, target):
-    """Permute every tile: source, target (tiles, ...) of words; a tile's words have `axes` in the source.
+    """Permute the words of every tile from `axes` to `order`. source, target: (tiles, ...) of words.
 
-    A gather by a table is several times as fast on a CPU as copying a permuted view, whose inner loops are short.
+    On a CPU, a gather by a table is several times as fast as copying a permuted view, whose inner loops are short.
     """
     places = _places(axes, order)
     for words, out in zip(source.flatten(1), target):
@@ -95,10 +97,10 @@ def _reorder(source, axes, order, target):
 
 
 def _apart(words):
-    """32-bit words -> (4, words / 4): the first, the second, ... of every four. Lasts until the thread asks for the next."""
+    """32-bit words -> (4, words / 4): the first, second, third and fourth of every four words. Valid until the thread's next call."""
     planes = _scratch("apart", words.size).reshape(4, -1)
     for plane, own in zip(planes, words.reshape(-1, 4).T):
-        plane[:] = own  # one loop each, and a long one
+        plane[:] = own  # one long inner loop per plane
     return planes
 
 
@@ -111,8 +113,8 @@ def _together(planes):
 
 
 def _exchange(planes, steps):
-    """planes: (2, 2, ...) int64, changed in place. A step exchanges, between the planes with index 0 and 1 on one axis, the bits
-    `mask` of the second with those of the first that are `shift` above. The inverse: the steps in the reverse order."""
+    """Exchange bits between planes (2, 2, ...) int64, in place. Each step takes the planes with index 0 and 1 on its axis and exchanges
+    the bits `mask` of the second with the bits `mask << shift` of the first. The inverse is the same steps in reverse order."""
     spare = _scratch("spare", planes[0].size * 2).view(np.int64).reshape(planes[0].shape)
     for axis, shift, mask in steps:
         first, second = planes.swapaxes(0, axis)
@@ -131,20 +133,20 @@ def _codes(codes):
 
 @lru_cache(maxsize=8)
 def _code_places(tiles, groups):
-    """Where each run of four words of so many tiles of our codes comes from, in planes of the file's (a b T G p i)."""
+    """The source indices of our codes' runs of four words for this many tiles, in planes of the file's words (a b T G p i)."""
     places = np.arange(tiles * groups * TILE * 2, dtype=np.intp).reshape(2, 2, tiles, groups, 8, 8)
     return places.transpose(2, 4, 0, 5, 3, 1).reshape(-1)
 
 
 def unpack_codes(qweight, out=None):
-    """(N, K/2) int8 in Nunchaku's order (or a StoredTensor) -> the same shape in ours (cuda/int4.py), in `out` if given."""
+    """(N, K/2) int8 in Nunchaku's order (or a StoredTensor) -> the same shape in our order (cuda/int4.py), in `out` if given."""
     out = empty(*qweight.shape) if out is None else out
     n, half = qweight.shape
     blocks = _cut(n // TILE, max(1, BLOCK // (TILE * half)))
     moved = _scratch("moved", blocks[0] * TILE * half // 4).view(np.int8).reshape(-1, half)
     rows = np.split(out.numpy(), np.cumsum(blocks[:-1]) * TILE)
     for words, tiles, target in zip(_words(qweight, [tiles * TILE * half // 4 for tiles in blocks]), blocks, rows):
-        runs = _apart(words).reshape(-1).view(np.complex128)  # a plane for each a and b: runs of four j
+        runs = _apart(words).reshape(-1).view(np.complex128)  # one plane for each (a, b): runs of four j
         whole = target if target.flags.c_contiguous else moved[: len(target)]
         np.take(runs, _code_places(tiles, half // 32), out=whole.reshape(-1).view(runs.dtype), mode="clip")
         if whole is not target:
@@ -160,26 +162,26 @@ def pack_codes(weight):
 
 
 def unpack_scales(wscales):
-    """(G, N) 16 bit, nominally; row g of the file is not group g. Returns (G, N) in our order."""
+    """(G, N) 16-bit in Nunchaku's order, in which row g is not group g -> (G, N) in ours."""
     groups, n = wscales.shape
     return _whole(wscales, (n // TILE, groups, 8, 4, 2), (1, 0, 2, 4, 3))
 
 
 def pack_scales(scales):
-    """(G, N) 16 bit -> the same shape in Nunchaku's order."""
+    """(G, N) 16-bit in our order -> the same shape in Nunchaku's."""
     groups, n = scales.shape
     return _whole(scales, (groups, n // TILE, 8, 2, 4), (1, 0, 2, 4, 3))
 
 
 def unpack_nvfp4_scales(wscales):
-    """(K/16, N) e4m3 in Nunchaku's order, nominally (or a StoredTensor) -> (K/16, N) in ours."""
+    """(K/16, N) e4m3 in Nunchaku's order (or a StoredTensor) -> (K/16, N) in ours."""
     groups, n = wscales.shape
     out = empty(groups, n)
     target = out.view(torch.int32).numpy().reshape(groups // 4, 4, n // TILE, TILE // 4)
     tiles, start = _cut(n // TILE, max(1, BLOCK // (groups * TILE))), 0
     planes = _scratch("planes", groups // 4 * tiles[0] * TILE)
     for words, count in zip(_words(wscales, [groups // 4 * count * TILE for count in tiles]), tiles):
-        # The four g of a word, and four i in as many planes, change places.
+        # A transposition: the four g within a word against four i in four planes.
         block, places = planes[: words.size], _places((count, groups // 4, 2, 2, 2, 4, 4), (3, 4, 1, 0, 6, 5, 2))
         torch.index_select(torch.from_numpy(words), 0, places, out=torch.from_numpy(block))
         _exchange(block.view(np.int64).reshape(2, 2, -1), NVFP4_STEPS)
@@ -194,12 +196,12 @@ def unpack_vector(vector):
 
 
 def pack_vector(vector):
-    """(N) or (K) 16 bit -> in Nunchaku's order."""
+    """(N) or (K) 16-bit in our order -> in Nunchaku's."""
     return vector.view(-1, 2, 4, 2).transpose(1, 2).reshape(-1)
 
 
 def _whole(tensor, axes, order, word=torch.int32):
-    """A tensor's words permuted, all of them in one."""
+    """A copy of a tensor with all its words permuted as one tile."""
     tensor = tensor.contiguous()
     out = torch.empty_like(tensor)
     _reorder(tensor.view(word).view(1, -1), axes, order, out.view(word).view(1, -1))
@@ -207,7 +209,7 @@ def _whole(tensor, axes, order, word=torch.int32):
 
 
 def _branch(tensor, axes, order, word):
-    """A branch (channels, R), some channels at a time; axes: of 16 channels, behind their count."""
+    """A copy of a branch (channels, R) with its words permuted, some channels at a time. axes: those of one group of 16 channels."""
     tensor = tensor.contiguous()
     out, channels = torch.empty_like(tensor), gcd(BRANCH_TILE, tensor.shape[0])
     source, target = (t.view(word).unflatten(0, (-1, channels)) for t in (tensor, out))
@@ -216,7 +218,7 @@ def _branch(tensor, axes, order, word):
 
 
 def unpack_down(lora_down):
-    """(K, R) 16 bit in Nunchaku's order -> weight_proj_down, (K, R)."""
+    """(K, R) 16-bit in Nunchaku's order -> weight_proj_down, (K, R)."""
     return _branch(lora_down, (lora_down.shape[1] // 16, 8, 4, 2, 2, 2), (0, 5, 3, 6, 1, 4, 2), torch.int16)
 
 
@@ -226,7 +228,7 @@ def pack_down(proj_down):
 
 
 def unpack_up(lora_up):
-    """(N, R) 16 bit in Nunchaku's order -> weight_proj_up, (N, R)."""
+    """(N, R) 16-bit in Nunchaku's order -> weight_proj_up, (N, R)."""
     return _branch(lora_up, (lora_up.shape[1] // 16, 8, 4, 2, 2), (0, 4, 2, 1, 5, 3), torch.int32)
 
 
@@ -240,13 +242,13 @@ def pack_up(proj_up):
 
 @lru_cache(maxsize=8)
 def _awq_places(rows, columns, chunks):
-    """Where in so many rows of a modulation layer's file the 64 columns of each of the layer's rows come from: (chunks, ...)."""
+    """The source indices of the layer's runs of 64 columns in this many rows of a modulation layer's file; (chunks, ...)."""
     runs = np.arange(rows * columns // GROUP_SIZE, dtype=np.intp).reshape(-1, columns // GROUP_SIZE, AWQ_ROWS).swapaxes(1, 2)
     return runs.reshape(-1, chunks, columns // GROUP_SIZE).swapaxes(0, 1).reshape(chunks, -1)
 
 
 def _awq_blocks(weight, chunks):
-    """Views of so many rows of each chunk of our codes (N, K/2) as are worked on at a time: (chunks, rows, K/16) int64."""
+    """Views of our codes (N, K/2), with the rows of each chunk that are processed at a time: [(chunks, rows, K/16) int64]."""
     n, half = weight.shape
     rows = max(1, BLOCK // (AWQ_UNIT * half)) * AWQ_UNIT // chunks
     chunked = weight.view(torch.int64).numpy().reshape(chunks, n // chunks, -1)
@@ -271,13 +273,13 @@ def _awq_bias(bias, chunks, one):
 
 
 def unpack_awq(qweight, wscales, wzeros, bias, chunks):
-    """A modulation layer: (N/4, K/2) int32, (padded G, N), (padded G, N), (N) as the file has them.
+    """A modulation layer in Nunchaku's order: (N/4, K/2) int32, (padded G, N), (padded G, N), (N) -> {parameter name: tensor} of our
+    awq_w4a16 layer.
 
-    Returns {parameter name: tensor} of our awq_w4a16 layer. The file says w = code * s + z, we say
-    w = (code - 8) * s + z'; z' = z + 8 s is rounded to the dtype once, which moves a group by at most 2^-9 of z', and
-    as z is about -7 s, z' is about s: a five-hundredth of a code's step. What adding 1 cost the bias of the scale chunks
-    was lost when the file was written; taking it off is exact where the file says 0.5 or more, and rounds by at most
-    2^-9 in bf16 where it says less, as computing 1 + scale in that type does.
+    In the file w = code * s + z, in our layer w = (code - 8) * s + z'. z' = z + 8 s is rounded to the dtype once, which shifts a group by
+    at most 2^-9 of z'. Since z is about -7 s, z' is about s, and the shift is about 1/500 of a code's step. Adding 1 to the bias of the
+    scale chunks lost precision when the file was written. Subtracting it is exact for stored values of 0.5 or more, and rounds by at most
+    2^-9 in bf16 for smaller ones, as computing 1 + scale in that type does.
     """
     n, k = qweight.shape[0] * AWQ_ROWS, qweight.shape[1] * 2
     weight = empty(n, k // 2)
@@ -286,7 +288,7 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
         shifted, planes = (_scratch(use, words.size) for use in ("moved", "planes"))
         for byte, plane in zip((0, 8, 16, 24), AWQ_PLANES):
             lowest = np.right_shift(words, byte, out=shifted) if byte else words
-            np.copyto(planes.view(np.uint8).reshape(4, -1)[plane], lowest, casting="unsafe")  # the lowest byte of each
+            np.copyto(planes.view(np.uint8).reshape(4, -1)[plane], lowest, casting="unsafe")  # the lowest byte of each word
         _exchange(planes.view(np.int64).reshape(2, 2, -1), AWQ_STEPS)
         runs = _together(planes.reshape(4, -1)).view(np.int64).reshape(-1, 4)
         for rows, places in zip(ours, _awq_places(len(ours) * ours.shape[1], k, chunks)):
@@ -303,11 +305,11 @@ def unpack_awq(qweight, wscales, wzeros, bias, chunks):
 
 
 def pack_awq(weight, weight_scale, weight_zeros, bias, chunks):
-    """The inverse of unpack_awq: {leaf name: tensor} as the file has them.
+    """The inverse of unpack_awq: {leaf name: tensor} in Nunchaku's order.
 
-    z = z' - 8 s is rounded to the dtype: not at all where it is the smallest weight of its group and the weights had that
-    dtype, else by at most 2^-9 of z, a sixtieth of a code's step. 1 more on the bias of the scale chunks rounds it to
-    multiples of 2^-7 in bf16 (2^-10 in fp16), as computing 1 + scale in that type does.
+    z = z' - 8 s is rounded to the dtype. The rounding is exact if z is the smallest weight of its group and the weights had that dtype;
+    otherwise its error is at most 2^-9 of z, about 1/60 of a code's step. Adding 1 to the bias of the scale chunks rounds it to multiples
+    of 2^-7 in bf16 (2^-10 in fp16), as computing 1 + scale in that type does.
     """
     (n, half), groups = weight.shape, weight_scale.shape[0]
     qweight, blocks = empty(n, half).view(torch.int32), _awq_blocks(weight, chunks)

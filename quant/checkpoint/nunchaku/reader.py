@@ -1,12 +1,12 @@
-"""Nunchaku's INT4 and NVFP4 checkpoints: read, without a second copy of the model in memory.
+"""Read Nunchaku's INT4 and NVFP4 checkpoints, without a second copy of the model in memory.
 
-A layer of theirs has the same parts as ours, in another byte order (layout.py) and under other names (names.py), in one file or two
-(source.py). What an INT4 file does not say: the second layer of an MLP
-codes its input unsigned, and its bias holds the shift. NVFP4 has neither; its modulation layers are INT4 all the same.
+Nunchaku's layers have the same tensors as ours, in another byte order (layout.py) and under other names (names.py), in one file or two
+(source.py). INT4 files do not state that the second layer of an MLP has unsigned inputs and that its bias includes the GELU shift
+correction. NVFP4 files have neither; their modulation layers are INT4 as well.
 
-A linear of ours that holds two published layers (families.family.Joined) is two layers there, with a branch each. The two branches of
-rank R become one of rank 2R that has zeros where they do not meet; where the files share what can be shared (as writer.py does), it stays
-one of rank R.
+A linear of ours that combines two published layers (families.family.Joined) is two layers there, each with its own branch. The two
+branches of rank R become one block-diagonal branch of rank 2R. If both layers have the same proj_down or proj_up, as in files from
+writer.py, the joined branch keeps rank R.
 """
 
 import os
@@ -17,29 +17,31 @@ from dataclasses import dataclass
 import torch
 
 from ...layers import layout
+from .. import completeness
 from ..header import CheckpointError
 from ..packed import PackedFile
 from . import halves, names
 from . import layout as order
 from .source import BLOCKS_FILE, REST_FILE, gather
 
-READERS = min(4, os.cpu_count() or 1)  # threads; more than there are cores only wait for each other
-AHEAD = 4  # layers that are read before they are asked for
+READERS = min(4, os.cpu_count() or 1)  # threads; more threads than cores would only wait for each other
+AHEAD = 4  # number of layers that are read ahead
 HALF_TYPES = (torch.bfloat16, torch.float16)
 FLOAT_TYPES = (*HALF_TYPES, torch.float32)
-UNUSED = ("smooth_orig",)  # what the smoothing was before it was merged into another layer; nobody reads it
-LEAVES = ("qweight", "wscales", "wzeros", "wcscales", "wtscale", "smooth", "bias", "lora_down", "lora_up")  # what is read of a layer
+UNUSED = ("smooth_orig",)  # the smoothing factor before it was merged into another layer; it has no use
+LEAVES = ("qweight", "wscales", "wzeros", "wcscales", "wtscale", "smooth", "bias", "lora_down", "lora_up")  # tensors read of a layer
 SECOND_SCALES = ("wtscale", "wcscales")  # NVFP4's
 
+
 def matches(header):
-    """Whether the file is a Nunchaku model, or the half of one that holds no packed layer."""
+    """Whether the file is a Nunchaku model, or that one of its two files that has no packed layer."""
     if any(name.endswith(".qweight") for name in header.tensors):
         return True
     return header.file == REST_FILE and os.path.isfile(os.path.join(os.path.dirname(header.path), BLOCKS_FILE))
 
 
 def open_file(header):
-    """PackedFile of a Nunchaku model, of which `header` is the file or one of the two.
+    """The PackedFile of a Nunchaku model. header: the header of its file, or of one of its two files.
 
     Raises CheckpointError, before any weight is read, unless every tensor is there with the right shape and type.
     """
@@ -62,7 +64,9 @@ def open_file(header):
     shapes |= {name: source.info(stored).shape for name, stored in plain.items()}
     dtypes = {f"{name}.{part}": dtype for name, spec in specs.items() for part, (_, dtype) in spec.tensors().items()}
     dtypes |= {name: source.info(stored).dtype for name, stored in plain.items()}
-    return PackedFile(header, source.family, specs, shapes, dtypes, _config(source), _recipe(source, specs, nvfp4),
+    config = completeness.configuration(header, source.family, shapes, _config(source))
+    completeness.check(header, source.family, config, shapes, specs)
+    return PackedFile(header, source.family, specs, shapes, dtypes, config, _recipe(source, specs, nvfp4),
                       source.metadata.get("svdquant.source", header.file), lambda: _tensors(source, layers, plain),
                       stored=source.infos(), modules=source.packed_modules(), paths=source.paths())
 
@@ -71,14 +75,14 @@ def open_file(header):
 
 
 def _check_supported(source):
-    """Raise CheckpointError where it is a Nunchaku model of something else than the family whose tensors it has."""
+    """Raise CheckpointError if the metadata name another model than the family whose tensors the file has."""
     title, classes = source.family.title, source.family.nunchaku.model_classes
     if (model_class := source.metadata.get("model_class", classes[0])) not in classes:
         raise CheckpointError(f"{source.header.file} is a Nunchaku model that is a {model_class}; choose a Nunchaku {title} model.")
 
 
 def _is_nvfp4(source):
-    """What the metadata say; where they are silent, any float8 tensor tells."""
+    """Whether the model is NVFP4, from its metadata; without those, whether it has a float8 tensor."""
     weight = source.json("quantization_config").get("weight")
     stated = weight.get("dtype") if isinstance(weight, dict) else None
     if isinstance(stated, str):
@@ -87,7 +91,7 @@ def _is_nvfp4(source):
 
 
 def _config(source):
-    """The host's configuration, as far as the metadata has it."""
+    """The host's configuration, as far as the metadata state it."""
     diffusers, comfy = source.json("config"), source.json("comfy_config").get("model_config", {})
     if not isinstance(comfy, dict):
         raise CheckpointError(f"{source.header.file} has no valid comfy_config in its metadata; download it again.")
@@ -100,7 +104,7 @@ def _config(source):
 
 
 def _recipe(source, specs, nvfp4):
-    """What a file of ours that is written on says of its quantization."""
+    """The recipe of the model, from its metadata; a short one if the metadata have none."""
     rank = max((spec.rank for name, spec in specs.items() if not source.family.layer(name).joined), default=0)
     return source.json("svdquant.recipe") or {"preset": f"Nunchaku {_kind(nvfp4)}", "rank": rank}
 
@@ -114,8 +118,8 @@ def _kind(nvfp4):
 
 @dataclass(frozen=True)
 class _Layer:
-    """One packed layer of ours. parts: v1 prefixes of theirs; joint: both parts share what one branch shares; chunks:
-    of a modulation layer, else 0."""
+    """One packed layer of ours. parts: v1 prefixes of Nunchaku's layers in it; joint: as in halves.join; chunks: number of vectors that a
+    modulation layer computes, else 0."""
 
     spec: layout.LayerSpec
     parts: tuple
@@ -124,12 +128,12 @@ class _Layer:
 
 
 def _linear_spec(source, part, nvfp4):
-    """LayerSpec of one W4A4 layer of theirs, unsigned_from left out. Its tensors are checked."""
+    """The LayerSpec of one of Nunchaku's W4A4 layers, without unsigned_from. Raises CheckpointError unless its tensors are valid."""
     kind = layout.NVFP4 if nvfp4 else layout.SVDQUANT
     shape, file = source.info(f"{part}.qweight").shape, source.header.file
     if len(shape) != 2 or shape[0] % order.TILE or shape[1] * 2 % order.TILE or 0 in shape:
-        raise CheckpointError(f"{file}: tensor {part}.qweight has shape {list(shape)} where (N, K/2) with N and K multiples "
-                              f"of {order.TILE} is due; choose a Nunchaku {source.family.title} model.")
+        raise CheckpointError(f"{file}: tensor {part}.qweight has shape {list(shape)} instead of (N, K/2) with N and K "
+                              f"multiples of {order.TILE}; choose a Nunchaku {source.family.title} model.")
     n, k = shape[0], shape[1] * 2
     source.check(f"{part}.qweight", shape, (torch.int8,))
     dtype = source.check(f"{part}.bias", (n,), HALF_TYPES)
@@ -149,7 +153,8 @@ def _linear_spec(source, part, nvfp4):
 
 
 def _check_second_scales(source, part, n):
-    """A layer of one matrix has wtscale, one number; fused q k v have wcscales, one a row. Very old files have neither."""
+    """Raise CheckpointError unless the second scales are valid: wtscale, one number for a layer of one matrix, or wcscales, one number per
+    row of a fused q k v layer. Very old files have neither."""
     if f"{part}.wtscale" in source.tensors:
         shape = source.info(f"{part}.wtscale").shape
         source.check(f"{part}.wtscale", shape if shape == () else (1,), FLOAT_TYPES)
@@ -158,8 +163,8 @@ def _check_second_scales(source, part, n):
 
 
 def _check_uniform(source, layers, nvfp4):
-    """Raise CheckpointError where some W4A4 layers have second scales, or a branch, and others have none. Very old files have none at all;
-    in a newer one a layer that lacks them has lost them, and would compute a wrong picture."""
+    """Raise CheckpointError if some W4A4 layers have second scales, or a branch, and others have none. Very old files have none at all. In
+    newer files a layer without them is damaged and would give wrong images."""
     parts = [part for layer in layers.values() if not layer.chunks for part in layer.parts]
     for leaves in ((SECOND_SCALES,) if nvfp4 else ()) + (("lora_down", "lora_up"),):
         with_them = [part for part in parts if any(f"{part}.{leaf}" in source.tensors for leaf in leaves)]
@@ -170,7 +175,7 @@ def _check_uniform(source, layers, nvfp4):
 
 
 def _linear(source, name, parts, nvfp4):
-    """_Layer of our linear `name`, which is one or two of theirs."""
+    """The _Layer of our linear `name`, which is one or two of Nunchaku's layers."""
     specs = [_linear_spec(source, part, nvfp4) for part in parts]
     n, k, rank = specs[0].out_features, specs[0].in_features, specs[0].rank
     joint = True
@@ -189,8 +194,8 @@ def _linear(source, name, parts, nvfp4):
         n, k = (n + specs[1].out_features, k) if rows else (n, k + specs[1].in_features)
     unsigned_from = source.family.layer(name).unsigned_from(k, n)
     if len(specs) == 2 and not rows and unsigned_from != specs[0].in_features:
-        raise CheckpointError(f"{source.header.file}: layer {parts[0]} has {specs[0].in_features} input columns where "
-                              f"{unsigned_from} are due; the file is damaged, download it again.")
+        raise CheckpointError(f"{source.header.file}: layer {parts[0]} has {specs[0].in_features} input columns instead of "
+                              f"{unsigned_from}; the file is damaged, download it again.")
     if nvfp4:
         blocks = (1,) if len(specs) == 1 or rows else halves.scale_blocks(*(spec.in_features for spec in specs))
         return _Layer(layout.LayerSpec(layout.NVFP4, k, n, rank, dtype=specs[0].dtype, scale_blocks=sum(blocks)), tuple(parts), joint)
@@ -202,12 +207,12 @@ def _linear(source, name, parts, nvfp4):
 
 
 def _by_rows(source, name):
-    """Whether the two parts of our layer are its rows and not its columns."""
+    """Whether the two parts of our layer split its rows, not its columns."""
     return source.family.layer(name).joined.rows
 
 
 def _is_dense(source, part):
-    """Whether a modulation layer is in 16 bits, as diffusers has it: nunchaku-lite leaves that to the file."""
+    """Whether a modulation layer is in 16 bits, as in diffusers' files: nunchaku-lite reads both forms."""
     return f"{part}.weight" in source.tensors
 
 
@@ -215,10 +220,10 @@ def _modulation(source, part, chunks):
     shape, width = source.info(f"{part}.qweight").shape, (*source.info(f"{source.family.nunchaku.inputs[0]}.weight").shape, 0)[0]
     source.check(f"{part}.qweight", shape, (torch.int32,))
     n, k = (shape[0] * order.AWQ_ROWS, shape[1] * 2) if len(shape) == 2 else (0, 0)
-    # Scales are padded, so that they would not tell of a K that isn't the model's.
+    # The padded scales do not determine K, so K is compared with the model's width.
     if not n or not k or n % chunks or k != width or k % layout.GROUP_SIZE:
-        raise CheckpointError(f"{source.header.file}: tensor {part}.qweight has shape {list(shape)} where (N/4, K/2) with N a "
-                              f"multiple of {chunks} and K {width} is due; the file is damaged, download it again.")
+        raise CheckpointError(f"{source.header.file}: tensor {part}.qweight has shape {list(shape)} instead of (N/4, K/2) with N a "
+                              f"multiple of {chunks} and K {width}; the file is damaged, download it again.")
     groups = k // layout.GROUP_SIZE
     groups += -groups % order.AWQ_GROUP_TILE
     dtype = source.check(f"{part}.wscales", (groups, n), HALF_TYPES)
@@ -241,13 +246,13 @@ def _plain(source, depths):
         shape = source.info(stored).shape
         source.check(stored, shape, FLOAT_TYPES)
         if name.startswith(source.family.nunchaku.swapped) and (not shape or shape[0] % 2):
-            raise CheckpointError(f"{source.header.file}: tensor {stored} has shape {list(shape)} where an even number of rows "
-                                  "is due; the file is damaged, download it again.")
+            raise CheckpointError(f"{source.header.file}: tensor {stored} has shape {list(shape)} instead of an even number of "
+                                  "rows; the file is damaged, download it again.")
     return plain
 
 
 def _check_left_over(source, layers, plain, nvfp4):
-    """Raise CheckpointError where the file has a tensor that no layer uses."""
+    """Raise CheckpointError if the file has a tensor that no layer uses."""
     used, linear = set(plain.values()), ("smooth", "lora_down", "lora_up", *UNUSED, *(SECOND_SCALES if nvfp4 else ()))
     for layer in layers.values():
         leaves = ("qweight", "wscales", "bias", *(("wzeros",) if layer.chunks else linear))
@@ -262,7 +267,7 @@ def _check_left_over(source, layers, plain, nvfp4):
 
 
 def _tensors(source, layers, plain):
-    """Yield (our name, tensor) of the whole model, a layer at a time, in the order in which the file has them."""
+    """Yield (our name, tensor) of the whole model, one layer at a time, in the order of the file."""
     def stored(name):
         return [f"{part}.{leaf}" for part in layers[name].parts for leaf in LEAVES] if name in layers else [plain[name]]
 
@@ -279,8 +284,8 @@ def _tensors(source, layers, plain):
 
 
 def _ahead(function, items, announce):
-    """map(function, items), in order, with a few calls running ahead: reading and unpacking both take their time. announce: called
-    with each item some time before function is."""
+    """map(function, items), in order, with a few calls running ahead in threads, so that reading and unpacking overlap. announce: called
+    with each item some time before `function`."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting = deque()
         try:
@@ -303,8 +308,8 @@ def _read_modulation(source, _name, layer):
 
 
 def _read_part(source, part, spec):
-    """{parameter name: tensor} of one W4A4 layer of theirs but for its codes, in our order. spec: of the layer of ours that it
-    belongs to."""
+    """{parameter name: tensor} of one of Nunchaku's W4A4 layers without its codes, in our order. spec: the LayerSpec of our layer that
+    contains it."""
     nvfp4, wscales = spec.format == layout.NVFP4, f"{part}.wscales"
     tensors = {"weight_scale": order.unpack_nvfp4_scales(source.stored(wscales)) if nvfp4 else order.unpack_scales(source.read(wscales)),
                "weight_smooth_factor": order.unpack_vector(source.read(f"{part}.smooth")),
@@ -319,7 +324,7 @@ def _read_part(source, part, spec):
 
 
 def _read_second_scales(source, part, n):
-    """(1, N) float32, in which the product of two numbers of 16 bits is exact."""
+    """The product of both second scales, (1, N) float32, in which the product of two 16-bit numbers is exact."""
     second = torch.ones(n)
     if f"{part}.wtscale" in source.tensors:
         second *= source.read(f"{part}.wtscale").float()

@@ -1,4 +1,4 @@
-"""Where the tensors of a Nunchaku model lie: in one file with metadata, or in a folder of two files and config.json."""
+"""Locate the tensors of a Nunchaku model: in one file with metadata, or in a folder with two files and config.json."""
 
 import json
 import os
@@ -19,9 +19,9 @@ KNOWN_CLASSES = {name for family in WITH_FILES for name in family.nunchaku.model
 
 @dataclass(frozen=True)
 class Source:
-    """The tensors and the metadata of a family's Nunchaku model, whether it lies in one file or in two.
+    """The tensors and the metadata of a family's Nunchaku model, which is one file or two.
 
-    header: of the file that the user chose; tensors: {v1 name: (Header, name in its file)}; metadata: {str: str}
+    header: the header of the file that the user chose; tensors: {v1 name: (Header, name in its file)}; metadata: {str: str}
     """
 
     header: Header
@@ -34,7 +34,7 @@ class Source:
         return {name: header.tensors[stored] for name, (header, stored) in self.tensors.items()}
 
     def packed_modules(self):
-        """v1 names of the modules that have codes."""
+        """v1 names of the modules with packed weights."""
         return frozenset(name.removesuffix(".qweight") for name in self.tensors if name.endswith(".qweight"))
 
     def paths(self):
@@ -42,23 +42,23 @@ class Source:
         return tuple({header.path: None for header, _ in self.tensors.values()})
 
     def info(self, name):
-        """TensorInfo of a v1 name. Raises CheckpointError where the file lacks it."""
+        """The TensorInfo of a tensor by its v1 name. Raises CheckpointError if the file lacks it."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.header.file} lacks tensor {name}; the file is incomplete, download it again.")
         header, stored = self.tensors[name]
         return header.tensors[stored]
 
     def read(self, name):
-        """One tensor, in memory of its own."""
+        """One tensor, read into its own memory."""
         header, stored = self.tensors[name]
         return header.read_tensor(stored)
 
     def stored(self, name):
-        """StoredTensor of a large tensor, which is read while it is unpacked."""
+        """The StoredTensor of a large tensor, which is read block by block while it is unpacked."""
         return StoredTensor(*self.tensors[name])
 
     def announce(self, names):
-        """Prefetch tensors, where supported; names that a very old file lacks are left out."""
+        """Prefetch tensors, where supported. Names that a very old file lacks are skipped."""
         found = [self.tensors[name] for name in names if name in self.tensors]
         for header in {header.path: header for header, _ in found}.values():
             header.announce([stored for owner, stored in found if owner is header])
@@ -69,7 +69,7 @@ class Source:
         return header.read_bytes(stored)
 
     def json(self, key):
-        """A JSON object of the metadata, {} where it is absent."""
+        """A JSON object in the metadata, as a dict; {} if it is absent. Raises CheckpointError if it is damaged."""
         if key not in self.metadata:
             return {}
         try:
@@ -84,16 +84,17 @@ class Source:
         """Raise CheckpointError unless tensor `name` has this shape and one of these dtypes. Returns its dtype."""
         info = self.info(name)
         if info.shape != tuple(shape):
-            raise CheckpointError(f"{self.header.file}: tensor {name} has shape {list(info.shape)} where {list(shape)} is "
-                                  "due; the file is damaged, download it again.")
+            raise CheckpointError(f"{self.header.file}: tensor {name} has shape {list(info.shape)} instead of "
+                                  f"{list(shape)}; the file is damaged, download it again.")
         if info.dtype not in dtypes:
-            raise CheckpointError(f"{self.header.file}: tensor {name} is {info.dtype} where {dtypes[0]} is due; the file "
+            raise CheckpointError(f"{self.header.file}: tensor {name} is {info.dtype} instead of {dtypes[0]}; the file "
                                   "is damaged, download it again.")
         return info.dtype
 
 
 def gather(header):
-    """Source of a file, with its neighbour if it is one of two."""
+    """The Source of a file, or of both files of a model in two. Raises CheckpointError if the second file is missing, if a tensor is there
+    twice, or if the model is of no family with Nunchaku files."""
     headers, metadata, folder = [header], dict(header.metadata), os.path.dirname(header.path)
     neighbour = {BLOCKS_FILE: REST_FILE, REST_FILE: BLOCKS_FILE}.get(header.file)
     if neighbour is not None:

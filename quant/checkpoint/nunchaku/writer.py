@@ -1,4 +1,4 @@
-"""A quantized model as a Nunchaku INT4 file: the inverse of reader.py."""
+"""Write a quantized model as a Nunchaku INT4 file: the inverse of reader.py."""
 
 import json
 from collections import ChainMap
@@ -19,13 +19,13 @@ from .reader import FLOAT_TYPES, HALF_TYPES
 
 
 def save(path, tensors, specs, config, recipe, source, overwrite=False, source_card=None, counted=lambda tensors, total: tensors):
-    """Write a checkpoint in Nunchaku's layout, as write.write does.
+    """Write a checkpoint in Nunchaku's layout as write.write does.
 
     tensors: mapping {name: tensor} of the whole diffusion model, read one at a time; specs: {layer name: LayerSpec} of
-    its packed layers; config, recipe: JSON-able dicts; source: str; source_card: card.of_source of what was quantized.
-    Codes, scales and branches are written as they are; every layer gets the same rank, the largest, filled up with zeros.
-    counted: (iterable of (name, tensor), their number) -> the same iterable, which may show progress. Raises CheckpointError where a
-    layer has no place in Nunchaku's layout, and as write.write does.
+    its packed layers; config, recipe: JSON-able dicts; source: str; source_card: card.of_source of the quantized model's
+    file. Codes, scales and branches keep their values; every layer gets the largest rank, padded with zeros. counted: (iterable of
+    (name, tensor), their number) -> the same iterable, which may show progress. Raises CheckpointError if Nunchaku's layout can't hold a
+    layer, and as write.write does.
     """
     check_target(path, overwrite)
     family = families.of_image_model(config["image_model"])
@@ -46,13 +46,13 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     write(path, infos, counted(_stream(family, tensors, specs, layers, plain, rank), len(infos)), metadata, overwrite)
 
 
-def save_packed(path, packed, config, overwrite, source_card, counted):
-    """Write a PackedFile of another format, as save does. Its tensors have to be readable one by one (packed.read)."""
-    save(path, StoredTensors(packed), packed.specs, config, packed.recipe, packed.source, overwrite, source_card, counted)
+def save_packed(path, packed, overwrite, source_card, counted):
+    """Write a PackedFile of another format as `save` does. Its tensors must be readable one by one (packed.read)."""
+    save(path, StoredTensors(packed), packed.specs, packed.config, packed.recipe, packed.source, overwrite, source_card, counted)
 
 
 def _layers(tables, depths):
-    """{our layer: (their prefixes, chunks of a modulation layer or 0)}."""
+    """{our layer: (prefixes of Nunchaku's layers, chunks of a modulation layer or 0)}."""
     layers = {}
     for ours, theirs, kind in names.blocks(tables, depths):
         layers |= {f"{ours}.{name}": (tuple(f"{theirs}.{part}" for part in parts), 0)
@@ -63,9 +63,9 @@ def _layers(tables, depths):
 
 
 def _check_layer(layer, name, spec):
-    """Raise CheckpointError where a layer can't be written as Nunchaku reads it."""
+    """Raise CheckpointError if a layer can't be written in a form that Nunchaku reads."""
     if spec is not None and spec.format == layout.NVFP4:
-        raise CheckpointError(f"Layer {name} is NVFP4, and Nunchaku's layout is written of INT4 models only; choose layout native.")
+        raise CheckpointError(f"Layer {name} is NVFP4, and Nunchaku's layout is written for INT4 models only; choose layout native.")
     why = None
     if spec is None:
         why = "is not in 4 bits"
@@ -76,20 +76,20 @@ def _check_layer(layer, name, spec):
     elif spec.format != layout.AWQ and (spec.in_features % order.TILE or spec.out_features % order.TILE):
         why = f"is {spec.out_features} x {spec.in_features}, not multiples of {order.TILE}"
     elif spec.format != layout.AWQ and spec.unsigned_from != layer.unsigned_from(spec.in_features, spec.out_features):
-        why = "codes the sign of its input otherwise"
+        why = "has other unsigned input columns"
     if why:
         raise CheckpointError(f"Layer {name} {why}, which Nunchaku's layout has no place for; choose layout native.")
 
 
 def _with_16_bits_outside(tables, tensors, specs):
-    """The tensors with those layers outside the blocks unpacked that Nunchaku has in 16 bits."""
+    """The tensors, with packed layers outside the blocks converted to 16 bits, as Nunchaku stores them."""
     dense = {f"{name}.weight": reference.dequantize_awq(*(tensors[f"{name}.{part}"] for part in ("weight", "weight_scale", "weight_zeros"))
                                                         ).to(specs[name].dtype) for name in tables.outside if name in specs}
     return ChainMap(dense, tensors)
 
 
 def _plain(tables, tensors, depths):
-    """{our name: their name} of the tensors that are not packed."""
+    """{our name: Nunchaku's name} of the tensors that are not packed. Raises CheckpointError if one of them is missing."""
     plain = {f"{ours}.{name}": f"{theirs}.{stored}" for ours, theirs, kind in names.blocks(tables, depths)
              for name, stored in tables.norms[kind].items()}
     for name, stored in tables.outside.items():
@@ -102,7 +102,7 @@ def _plain(tables, tensors, depths):
 
 
 def _parts(joined, tensors, name, spec):
-    """[{parameter name: tensor}] of the layers of theirs that a W4A4 layer of ours is. joined: its family's, or None."""
+    """[{parameter name: tensor}] of the one or two Nunchaku layers in our W4A4 layer. joined: the layer's Joined, or None."""
     own = {part: tensors[f"{name}.{part}"].detach().cpu() for part in spec.tensors()}
     if not spec.bias:
         own["bias"] = torch.zeros(spec.out_features, dtype=spec.dtype)
@@ -110,7 +110,7 @@ def _parts(joined, tensors, name, spec):
 
 
 def _common_rank(family, tensors, specs, layers):
-    """The rank of every layer in the file: Nunchaku's fused MLP wants fc1's and fc2's to be the same."""
+    """The rank of all layers in the file: Nunchaku's fused MLP requires the same rank of fc1 and fc2."""
     rank = order.RANK_TILE
     for name, (parts, chunks) in layers.items():
         if len(parts) == 1 and not chunks:
@@ -124,7 +124,7 @@ def _common_rank(family, tensors, specs, layers):
 
 
 def _layout(joined, spec, parts, chunks, rank):
-    """{their name: (shape, dtype)} of a layer of ours."""
+    """{Nunchaku's name: (shape, dtype)} of our layer's tensors."""
     n, k, groups = spec.out_features, spec.in_features, spec.in_features // layout.GROUP_SIZE
     if chunks:
         scales = ((groups + -groups % order.AWQ_GROUP_TILE, n), spec.dtype)
@@ -145,7 +145,7 @@ def _layout(joined, spec, parts, chunks, rank):
 
 
 def _stream(family, tensors, specs, layers, plain, rank):
-    """Yield (their name, tensor) of the whole file."""
+    """Yield (Nunchaku's name, tensor) of the whole file."""
     for name, (parts, chunks) in layers.items():
         if chunks:
             spec = specs[name]
@@ -162,7 +162,7 @@ def _stream(family, tensors, specs, layers, plain, rank):
 
 
 def _pack_linear(own, rank):
-    """{leaf name: tensor} of one W4A4 layer of theirs, its branch filled up to `rank`."""
+    """{leaf name: tensor} of one of Nunchaku's W4A4 layers, its branch padded to `rank` with zeros."""
     missing = rank - own["weight_proj_up"].shape[1]
     down, up = (torch.nn.functional.pad(own[part], (0, missing)) for part in ("weight_proj_down", "weight_proj_up"))
     smooth = order.pack_vector(own["weight_smooth_factor"])
@@ -172,7 +172,7 @@ def _pack_linear(own, rank):
 
 
 def _metadata(family, tensors, config, rank):
-    """What Nunchaku's loaders read."""
+    """The metadata that Nunchaku's loaders read."""
     four_bits = {"dtype": "int4", "scale_dtype": None, "group_size": layout.GROUP_SIZE}
     tables = family.nunchaku
     first, last = (next(ours for ours, theirs in tables.outside.items() if theirs == name) for name in (tables.inputs[0], tables.output))

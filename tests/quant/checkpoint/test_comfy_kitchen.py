@@ -73,14 +73,14 @@ def test_descriptions_in_both_places(ours, model, tmp_path):
     metadata = take_descriptions(dict(tensors))
     same(opened(write(tmp_path / "both.safetensors", tensors, metadata)), model)
     tensors[f"{QKV}.comfy_quant"] = layout.encode_conf({"format": "svdquant_w4a4", "act_unsigned": True})
-    with pytest.raises(CheckpointError, match=f"both.safetensors describes layer {QKV} in two ways"):
+    with pytest.raises(CheckpointError, match=f"both.safetensors has two different descriptions of layer {QKV}, in"):
         opened(write(tmp_path / "both.safetensors", tensors, metadata))
 
 
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize(("name", "changes", "says"), [
     (QKV, {"act_unsigned": True}, f"layer {QKV} has its first unsigned column at 0, where a FLUX.1 has it at 128"),
-    (QKV, {"act_unsigned": 1}, "says act_unsigned = 1 where true or false is due"),
+    (QKV, {"act_unsigned": 1}, "says act_unsigned = 1 instead of true or false"),
     ("single_blocks.0.linear1", {"format": "svdquant_w4a4_split", "act_unsigned_from": 64}, "has its first unsigned column at 64"),
     (LINEAR2, {"act_unsigned_from": 0, "act_unsigned": True}, "has its first unsigned column at 0"),
     (LINEAR2, {"act_unsigned_from": 256}, "has its first unsigned column at 256, where a FLUX.1 has it at 128"),
@@ -175,9 +175,9 @@ def test_both_forms_at_once_convert_to_both_layouts(ours, model, tmp_path):
         assert all("mod" in name for name in unequal) if to == "nunchaku" else not unequal
 
 
-@pytest.mark.parametrize(("shape", "says"), [((10, 4, 32, 32), "where (N, K/2) is due"), ((40960,), "where (N, K/2) is due"),
-                                             ((10, 32, 128), "where (N, K/2) is due"), ((5, 2, 32, 128), "where [2, 640] is due"),
-                                             ((640, 64), "where [2, 640] is due")])
+@pytest.mark.parametrize(("shape", "says"), [((10, 4, 32, 32), "instead of (N, K/2)"), ((40960,), "instead of (N, K/2)"),
+                                             ((10, 32, 128), "instead of (N, K/2)"), ((5, 2, 32, 128), "instead of [2, 640]"),
+                                             ((640, 64), "instead of [2, 640]")])
 def test_other_shapes_of_codes_are_refused(ours, tmp_path, shape, says):
     tensors = load_file(ours)
     tensors[f"{LINEAR2}.weight"] = tensors[f"{LINEAR2}.weight"].reshape(shape)
@@ -229,5 +229,5 @@ def test_a_branch_that_reads_the_smoothed_input(ours, model, tmp_path):
 def test_a_branch_with_another_input_is_refused(ours, model, tmp_path):
     tensors = load_file(ours)
     by_comfy_quants(model, tensors, QKV, "rotated")
-    with pytest.raises(CheckpointError, match=f"layer {QKV} has a branch whose input is 'rotated'"):
+    with pytest.raises(CheckpointError, match=f"layer {QKV} has lowrank_branch_input_basis 'rotated'"):
         opened(write(tmp_path / "rotated.safetensors", tensors))

@@ -49,20 +49,21 @@ def listed(*layers):
     return {"_quantization_metadata": json.dumps({"layers": dict.fromkeys(layers, FP8)})}
 
 
-UNTOLD = "and no word of the format"
+NO_FORMAT = ", and does not describe the format"
 
 # {kind of file: (file's name, change of a FLUX.1 with 3 blocks of each kind, text in the message)}
 REFUSED = {
     "a double block is missing": ("a.safetensors", without("double_blocks.1."), "has double_blocks.2 and no double_blocks.1;"),
     "a single block is missing": ("a.safetensors", without("single_blocks.0."), "has single_blocks.2 and no single_blocks.0;"),
     "another prefix": ("a.safetensors", renamed("transformer."), "under names that begin with 'transformer.'"),
-    "LongCat-Image": ("a.safetensors", without("vector_in.", "guidance_in."), "no vector_in, as LongCat-Image has"),
+    "LongCat-Image": ("a.safetensors", without("vector_in.", "guidance_in."), "no vector_in, like LongCat-Image"),
     "NF4": ("a.safetensors", nf4, "is a FLUX.1 in bitsandbytes' 4 bits"),
-    "codes without a word": ("a.safetensors", with_(weight=CODES), f"has {QKV}.weight {UNTOLD}"),
-    "fp8 without a word": ("a.safetensors", with_(weight=SCALED, weight_scale=torch.ones(())), f"has {QKV}.weight_scale {UNTOLD}"),
-    "scaled fp8 without its mark": ("a.safetensors", with_(weight=SCALED, scale_weight=torch.ones(())), f"{QKV}.scale_weight {UNTOLD}"),
-    "the first shard": ("flux-00001-of-00003.safetensors", without("single_blocks.2."), "is a part of a model that lies in 3 files"),
-    "another shard": ("flux-00002-of-00003.safetensors", without("img_in", "double_blocks."), "is a part of a model that lies in 3 files"),
+    "bitsandbytes' int8": ("a.safetensors", with_(weight=CODES, SCB=torch.ones(192)), "is a FLUX.1 in bitsandbytes' 8 bits (LLM.int8),"),
+    "codes without a description": ("a.safetensors", with_(weight=CODES), f"has {QKV}.weight{NO_FORMAT}"),
+    "fp8 without a description": ("a.safetensors", with_(weight=SCALED, weight_scale=torch.ones(())), f"has {QKV}.weight_scale{NO_FORMAT}"),
+    "scaled fp8 without its mark": ("a.safetensors", with_(weight=SCALED, scale_weight=torch.ones(())), f"{QKV}.scale_weight{NO_FORMAT}"),
+    "the first shard": ("flux-00001-of-00003.safetensors", without("single_blocks.2."), "is a part of a model in 3 files"),
+    "another shard": ("flux-00002-of-00003.safetensors", without("img_in", "double_blocks."), "is a part of a model in 3 files"),
 }
 
 
@@ -107,26 +108,29 @@ def test_relatives_are_recognized_by_their_names(tmp_path, key, what):
 def test_a_whole_model_may_have_numbers_in_its_name(tmp_path):
     tensors = flux_tensors(hidden=128)
     assert foreign.find(header_of(tmp_path / "checkpoint-3-of-10.safetensors", tensors)) == (FAMILY, "")
-    with pytest.raises(CheckpointError, match="is a part of a model that lies in 10 files"):
+    with pytest.raises(CheckpointError, match="is a part of a model in 10 files"):
         foreign.find(header_of(tmp_path / "checkpoint-3-of-10.safetensors", without("vector_in.")(tensors)))
 
 
 def test_what_is_called_a_lora(tmp_path):
     lora = {"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.zeros(2, 2)}
     assert foreign.kind(header_of(tmp_path / "a.safetensors", lora)) == "a LoRA"
+    few = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2), "c.lora_down.weight": torch.zeros(2, 2)}
+    assert foreign.kind(header_of(tmp_path / "a.safetensors", few)) is None
+    assert foreign.kind(header_of(tmp_path / "a.safetensors", lora | {"text.alpha": torch.zeros(())})) == "a LoRA"
     nunchaku = {"transformer_blocks.0.qkv_proj.qweight": CODES, "transformer_blocks.0.qkv_proj.lora_down": torch.zeros(2, 2)}
     assert foreign.kind(header_of(tmp_path / "a.safetensors", nunchaku)) is None
 
 
 OTHER = "double_blocks.0.txt_attn.qkv"
 LOST = {
-    "a scale of another tool's": (with_(weight=SCALED, weight_scale_inv=torch.ones(())), None, f"{QKV}.weight_scale_inv {UNTOLD}"),
-    "a scale by its bare name": (with_(weight=SCALED, scale=torch.ones(())), None, f"{QKV}.scale {UNTOLD}"),
-    "a scale below the weight": (with_(**{"weight": SCALED, "weight._scale": torch.ones(())}), None, f"{QKV}.weight._scale {UNTOLD}"),
-    "fp8, another layer listed": (with_(weight=SCALED, weight_scale=torch.ones(())), listed(OTHER), f"{QKV}.weight_scale {UNTOLD}"),
-    "int8, another layer listed": (with_(weight=CODES), listed(OTHER), f"{QKV}.weight {UNTOLD}"),
-    "listed under another prefix": (with_(weight=SCALED, weight_scale=torch.ones(())), listed(f"model.diffusion_model.{QKV}"), UNTOLD),
-    "the mark beside a list": (with_(weight=SCALED, scale_weight=torch.ones(())), listed(OTHER), f"{QKV}.scale_weight {UNTOLD}"),
+    "a scale of another tool's": (with_(weight=SCALED, weight_scale_inv=torch.ones(())), None, f"{QKV}.weight_scale_inv{NO_FORMAT}"),
+    "a scale by its bare name": (with_(weight=SCALED, scale=torch.ones(())), None, f"{QKV}.scale{NO_FORMAT}"),
+    "a scale below the weight": (with_(**{"weight": SCALED, "weight._scale": torch.ones(())}), None, f"{QKV}.weight._scale{NO_FORMAT}"),
+    "fp8, another layer listed": (with_(weight=SCALED, weight_scale=torch.ones(())), listed(OTHER), f"{QKV}.weight_scale{NO_FORMAT}"),
+    "int8, another layer listed": (with_(weight=CODES), listed(OTHER), f"{QKV}.weight{NO_FORMAT}"),
+    "listed under another prefix": (with_(weight=SCALED, weight_scale=torch.ones(())), listed(f"model.diffusion_model.{QKV}"), NO_FORMAT),
+    "the mark beside a list": (with_(weight=SCALED, scale_weight=torch.ones(())), listed(OTHER), f"{QKV}.scale_weight{NO_FORMAT}"),
     "a damaged description": (with_(comfy_quant=torch.full((9,), 65, dtype=torch.uint8)), None, f"{QKV}.comfy_quant is not JSON"),
 }
 

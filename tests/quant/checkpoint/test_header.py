@@ -56,7 +56,7 @@ def test_a_pickle_is_named_as_one(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    (b"", "is empty, so its download went wrong"), (b"\0\0", "is not a safetensors file, whatever its name says"),
+    (b"", "is empty, so its download went wrong"), (b"\0\0", "is not a safetensors file, despite its name"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1234\n", "is a Git LFS pointer, a few lines that stand for"),
     (b"<!DOCTYPE html>\n<html lang=en>", "is a web page"), (b"\xef\xbb\xbf \n<html>\n<body>", "is a web page"),
     (b"GGUF\x03\0\0\0\xff\xff", "is a GGUF file, which SVDQuant does not read"),

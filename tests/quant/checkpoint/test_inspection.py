@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from comfyui_svdquant.quant.checkpoint import card, convert, inspection, native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
+from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.layers import layout
 from safetensors.torch import load_file, save_file
 
 from ..nunchaku_nvfp4 import write_nvfp4
 from ..packed_flux import packed_flux
-from ..random_flux import flux_tensors
+from ..random_flux import flux_shapes, flux_tensors
 
 ROOT = Path(__file__).resolve().parents[3]
 ERRORS = {"double_blocks.0.img_attn.qkv": 0.08, "double_blocks.0.img_mlp.2": 0.12, "single_blocks.0.linear1": 0.07}
@@ -99,7 +101,7 @@ def test_other_kinds_of_files(files, tmp_path, no_weights):
     assert facts["format"] == "comfy-kitchen layout, INT4" and facts["errors"] == {} and facts["card"] == {}
     assert facts["bytes_by_kind"] == inspect(files / "native.safetensors")["bytes_by_kind"]
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="other.safetensors is no FLUX.1"):
+    with pytest.raises(CheckpointError, match="other.safetensors is not a FLUX.1 or Chroma model; choose"):
         inspect(tmp_path / "other.safetensors")
 
 
@@ -115,12 +117,16 @@ def test_other_precisions_are_called_by_their_names(tmp_path, change, says):
 
 
 def test_a_model_under_diffusers_names_is_one(tmp_path):
-    names = ("transformer_blocks.0.attn.norm_added_k.weight", "x_embedder.weight", "x_embedder.bias",
-             "time_text_embed.text_embedder.linear_1.weight")
-    save_file({name: torch.zeros(4, dtype=torch.bfloat16) for name in names}, tmp_path / "model.safetensors")
+    config = FAMILY.configuration.of(flux_shapes())
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in FAMILY.diffusers.tensors(config).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
     info = inspect(tmp_path / "model.safetensors")
-    assert info["format"] == "a FLUX.1 that is not quantized, under diffusers' names"
-    assert "under diffusers' names" in inspection.text(info)
+    assert info["format"] == "a FLUX.1 that is not quantized, under diffusers' names" and info["model"] == config
+    assert "under diffusers' names\nFLUX.1: 1 double and 2 single blocks, hidden size 256" in inspection.text(info)
+    header = read_header(str(tmp_path / "model.safetensors"))
+    for name in tensors:
+        with pytest.raises(CheckpointError, match=r"^model\.safetensors (lacks|has|is not) [^;]*; "):
+            inspection.inspect(replace(header, tensors={key: value for key, value in header.tensors.items() if key != name}))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -199,7 +199,7 @@ def test_inspection_lists_them(path, model, tmp_path):
     linears = sum(spec.format != layout.AWQ for spec in model[1].values())
     assert (new["int8_scales"], before["int8_scales"]) == (linears - 1, 0) and new["layers"] == before["layers"]
     assert before["bytes_by_kind"]["scales"] - new["bytes_by_kind"]["scales"] == data_bytes(old) - data_bytes(path)
-    line = f"scales: 8-bit integers times a number of their row, in {linears - 1} layers"
+    line = f"scales: 8-bit integers times one number per row, in {linears - 1} layers"
     assert line in inspection.text(new).splitlines() and "8-bit" not in inspection.text(before)
 
 
@@ -230,12 +230,12 @@ def describe(name, **changes):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (put(f"{LINEAR2}.weight_scale", lambda t: t.bfloat16()), f"{LINEAR2}.weight_scale is torch.bfloat16 where torch.int8 is due"),
-    (put(f"{LINEAR2}.weight_scale", lambda t: t.t()), f"{LINEAR2}.weight_scale has shape [128, 10] where [10, 128] is due"),
-    (put(f"{LINEAR2}.weight_scale_2", lambda t: t[:-1]), f"{LINEAR2}.weight_scale_2 has shape [127] where [128] is due"),
-    (put(f"{LINEAR2}.weight_scale_2", lambda t: t[None]), f"{LINEAR2}.weight_scale_2 has shape [1, 128] where [128] is due"),
+    (put(f"{LINEAR2}.weight_scale", lambda t: t.bfloat16()), f"{LINEAR2}.weight_scale is torch.bfloat16 instead of torch.int8"),
+    (put(f"{LINEAR2}.weight_scale", lambda t: t.t()), f"{LINEAR2}.weight_scale has shape [128, 10] instead of [10, 128]"),
+    (put(f"{LINEAR2}.weight_scale_2", lambda t: t[:-1]), f"{LINEAR2}.weight_scale_2 has shape [127] instead of [128]"),
+    (put(f"{LINEAR2}.weight_scale_2", lambda t: t[None]), f"{LINEAR2}.weight_scale_2 has shape [1, 128] instead of [128]"),
     (put(f"{LINEAR2}.weight_scale_2", lambda t: t.float()), f"layer {LINEAR2} has scales of type torch.float32"),
-    (put(f"{LINEAR2}.weight_scale_2", lambda t: t.half()), "is torch.bfloat16 where torch.float16 is due"),
+    (put(f"{LINEAR2}.weight_scale_2", lambda t: t.half()), "is torch.bfloat16 instead of torch.float16"),
     (drop(f"{LINEAR2}.weight_scale_2"), f"lacks tensor {LINEAR2}.weight_scale_2"),
     (drop(f"{LINEAR2}.weight_scale"), f"lacks tensor {LINEAR2}.weight_scale"),
     (put(f"{PROJ}.weight_scale", lambda t: t.to(torch.int8)), f"layer {PROJ} has scales of type torch.int8"),
@@ -244,11 +244,11 @@ def describe(name, **changes):
     (describe(QKV, format="svdquant_w4a4"), f"has tensor {QKV}.weight_scale_2, which a layer of format svdquant_w4a4 has no place for"),
     (describe(LINEAR2, act_unsigned_from=True), f"{LINEAR2}.comfy_quant lacks a valid act_unsigned_from"),
     (describe(LINEAR2, act_unsigned_from=96), "not at a multiple of 64"),
-    (describe(PROJ, act_unsigned=1), f"{PROJ}.comfy_quant says act_unsigned = 1 where true or false is due"),
-    (describe(QKV, act_unsigned="x"), f"{QKV}.comfy_quant says act_unsigned = 'x' where true or false is due"),
+    (describe(PROJ, act_unsigned=1), f"{PROJ}.comfy_quant says act_unsigned = 1 instead of true or false"),
+    (describe(QKV, act_unsigned="x"), f"{QKV}.comfy_quant says act_unsigned = 'x' instead of true or false"),
     (describe(PROJ, act_unsigned=True), f"layer {PROJ} has its first unsigned column at 0, where a FLUX.1 has it at 128"),
     (describe(QKV, act_unsigned=True, act_unsigned_from=0), f"layer {QKV} has its first unsigned column at 0, where a FLUX.1"),
-    (describe(QKV, act_unsigned=True), f"{QKV}.comfy_quant lacks a valid act_unsigned_from, or says another act_unsigned"),
+    (describe(QKV, act_unsigned=True), f"{QKV}.comfy_quant lacks a valid act_unsigned_from, or contradicts it in act_unsigned"),
     (describe(LINEAR2, act_unsigned_from=64), f"layer {LINEAR2} has its first unsigned column at 64, where a FLUX.1 has it at 128"),
     (describe(LINEAR2, act_unsigned_from=640), f"layer {LINEAR2} has its first unsigned column at 640, where a FLUX.1 has it at 128"),
 ])
@@ -262,7 +262,7 @@ def test_tensors_that_do_not_fit(path, tmp_path, change, says):
 
 def test_version_1_has_no_int8_scales(path, tmp_path):
     bad = rewritten(path, tmp_path / "bad.safetensors", lambda tensors: None, {"svdquant.version": "1"})
-    with pytest.raises(CheckpointError, match="bad.safetensors says .* format version 1, and .*weight_scale is of version 2"):
+    with pytest.raises(CheckpointError, match="bad.safetensors says .* format version 1, but .*weight_scale needs version 2"):
         native.open_file(read_header(str(bad)))
 
 

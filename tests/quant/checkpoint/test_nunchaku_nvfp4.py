@@ -162,7 +162,7 @@ def test_converted_to_our_layout_and_read_back_it_is_the_same_to_the_bit(model, 
 def test_nunchakus_int4_layout_is_refused(model, tmp_path):
     convert.convert(str(model[0]), str(tmp_path / "native.safetensors"), "native")
     for source, says in ((model[0], "is in the nunchaku layout already"),
-                         (tmp_path / "native.safetensors", "is NVFP4, and Nunchaku's layout is written of INT4 models only")):
+                         (tmp_path / "native.safetensors", "is NVFP4, and Nunchaku's layout is written for INT4 models only")):
         with pytest.raises(CheckpointError, match=says) as caught:
             convert.convert(str(source), str(tmp_path / "out.safetensors"), "nunchaku")
         assert str(caught.value).endswith(".")
@@ -171,14 +171,14 @@ def test_nunchakus_int4_layout_is_refused(model, tmp_path):
 
 @pytest.mark.parametrize(("change", "says"), [
     (drop(f"{BLOCK}.mlp_fc2.wscales"), f"lacks tensor {BLOCK}.mlp_fc2.wscales"),
-    (put(f"{BLOCK}.mlp_fc2.wscales", lambda t: t.bfloat16()), "torch.bfloat16 where torch.float8_e4m3fn is due"),
-    (put(f"{BLOCK}.mlp_fc2.wscales", lambda t: t[::4].contiguous()), "has shape [8, 128] where [32, 128] is due"),
-    (put(f"{BLOCK}.mlp_fc2.wtscale", lambda t: t.repeat(2)), "has shape [2] where [1] is due"),
-    (put(f"{BLOCK}.mlp_fc2.wtscale", lambda t: t.to(torch.int8)), "torch.int8 where torch.bfloat16 is due"),
-    (put(f"{BLOCK}.qkv_proj.wcscales", lambda t: t[:128]), "has shape [128] where [384] is due"),
-    (put(f"{BLOCK}.qkv_proj.wcscales", lambda t: t.float()), "torch.float32 where torch.bfloat16 is due"),
-    (put(f"{BLOCK}.qkv_proj.qweight", lambda t: t.view(torch.float8_e4m3fn)), "torch.float8_e4m3fn where torch.int8 is due"),
-    (put(f"{BLOCK}.norm.linear.wscales", lambda t: t.to(torch.float8_e4m3fn)), "where torch.bfloat16 is due"),
+    (put(f"{BLOCK}.mlp_fc2.wscales", lambda t: t.bfloat16()), "torch.bfloat16 instead of torch.float8_e4m3fn"),
+    (put(f"{BLOCK}.mlp_fc2.wscales", lambda t: t[::4].contiguous()), "has shape [8, 128] instead of [32, 128]"),
+    (put(f"{BLOCK}.mlp_fc2.wtscale", lambda t: t.repeat(2)), "has shape [2] instead of [1]"),
+    (put(f"{BLOCK}.mlp_fc2.wtscale", lambda t: t.to(torch.int8)), "torch.int8 instead of torch.bfloat16"),
+    (put(f"{BLOCK}.qkv_proj.wcscales", lambda t: t[:128]), "has shape [128] instead of [384]"),
+    (put(f"{BLOCK}.qkv_proj.wcscales", lambda t: t.float()), "torch.float32 instead of torch.bfloat16"),
+    (put(f"{BLOCK}.qkv_proj.qweight", lambda t: t.view(torch.float8_e4m3fn)), "torch.float8_e4m3fn instead of torch.int8"),
+    (put(f"{BLOCK}.norm.linear.wscales", lambda t: t.to(torch.float8_e4m3fn)), "instead of torch.bfloat16"),
     (put(f"{BLOCK}.norm.linear.wtscale", lambda t: torch.ones(1)), f"has tensor {BLOCK}.norm.linear.wtscale"),
     (put(f"{BLOCK}.mlp_fc1.smooth", lambda t: t + 1), "different smoothing factors"),
 ])
@@ -192,7 +192,7 @@ def test_damaged_files(model, tmp_path, change, says):
 def test_metadata_that_do_not_fit_the_tensors(model, tmp_path):
     metadata = read_header(str(model[0])).metadata
     stated = json.dumps({"weight": {"dtype": "int4"}})
-    with pytest.raises(CheckpointError, match=r"wscales has shape \[8, 384\] where \[2, 384\] is due"):
+    with pytest.raises(CheckpointError, match=r"wscales has shape \[8, 384\] instead of \[2, 384\]"):
         opened(rewritten(model[0], tmp_path / "bad.safetensors", metadata=metadata | {"quantization_config": stated}))
 
 
@@ -203,9 +203,9 @@ NAME = "single_blocks.0.linear2"
     (drop(f"{NAME}.weight_scale_2"), f"lacks tensor {NAME}.weight_scale_2"),
     (put(f"{NAME}.weight_scale_2", lambda t: t[:3]), "has 3 rows of second scales"),
     (put(f"{NAME}.weight_scale_2", lambda t: t[0].clone()), "second scales"),
-    (put(f"{NAME}.weight_scale_2", lambda t: t.bfloat16()), "torch.bfloat16 where torch.float32 is due"),
-    (put(f"{NAME}.weight_scale", lambda t: t.view(torch.int8)), "torch.int8 where torch.float8_e4m3fn is due"),
-    (put(f"{NAME}.weight_scale", lambda t: t[:10]), "has shape [10, 128] where [40, 128] is due"),
+    (put(f"{NAME}.weight_scale_2", lambda t: t.bfloat16()), "torch.bfloat16 instead of torch.float32"),
+    (put(f"{NAME}.weight_scale", lambda t: t.view(torch.int8)), "torch.int8 instead of torch.float8_e4m3fn"),
+    (put(f"{NAME}.weight_scale", lambda t: t[:10]), "has shape [10, 128] instead of [40, 128]"),
     (put(f"{NAME}.comfy_quant", lambda t: layout.encode_conf({"format": "svdquant_nvfp4", "group_size": 64})), "group size 64"),
     (put(f"{NAME}.comfy_quant", lambda t: layout.encode_conf({"format": ["svdquant_nvfp4"]})), "format ['svdquant_nvfp4']"),
 ])

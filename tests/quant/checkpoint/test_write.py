@@ -41,7 +41,7 @@ def test_names_that_the_disk_does_not_take(tmp_path):
     assert "is too long for the disk; choose a shorter filename" in refusal(long)
     (tmp_path / "file").write_bytes(b"mine")
     for path in (tmp_path / "file" / "x.safetensors", tmp_path / "file" / "deep" / "x.safetensors"):
-        assert "what its path has for a folder is a file; choose another filename" in refusal(path)
+        assert "a folder in its path is a file; choose another filename" in refusal(path)
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"mine"
 
 

@@ -20,7 +20,7 @@ DATA = safetensors()
 REPOSITORY, FILE = "owner/flux", "sub/flux_4bit.safetensors"
 
 
-class Watch:
+class Progress:
     """A node's progress object for a download: it records its calls, and cancels when `stop` is set."""
 
     def __init__(self):
@@ -61,11 +61,11 @@ def server(use):
         yield running
 
 
-def fetch(folder, watch=None, repository=REPOSITORY, file=FILE, revision="main"):
-    watch = watch or Watch()
-    remote = hub.look_up(repository, file, revision, watch)
-    hub.download(remote, str(folder / "flux.safetensors"), watch)
-    return watch
+def fetch(folder, progress=None, repository=REPOSITORY, file=FILE, revision="main"):
+    progress = progress or Progress()
+    remote = hub.look_up(repository, file, revision, progress)
+    hub.download(remote, str(folder / "flux.safetensors"), progress)
+    return progress
 
 
 def refusal(*args, **kwargs):
@@ -77,18 +77,18 @@ def refusal(*args, **kwargs):
 
 
 def test_a_file_arrives_whole_and_its_size_is_reported_first(server, tmp_path):
-    watch = fetch(tmp_path)
+    progress = fetch(tmp_path)
     assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
-    assert watch.said[0].startswith("flux.safetensors: 0.2 MB from owner/flux at 01234567; the disk has ")
-    assert watch.points[-1] == (len(DATA), len(DATA)) and "flux.safetensors: checking the SHA-256 of 0.2 MB" in watch.said
-    assert watch.said[-1] == "flux.safetensors is downloaded: 0.2 MB, and its SHA-256 matches the Hub's"
+    assert progress.said[0].startswith("flux.safetensors: 0.2 MB from owner/flux at 01234567; the disk has ")
+    assert progress.points[-1] == (len(DATA), len(DATA)) and "flux.safetensors: checking the SHA-256 of 0.2 MB" in progress.said
+    assert progress.said[-1] == "flux.safetensors is downloaded: 0.2 MB, and its SHA-256 matches the Hub's"
     assert server.gets == [(f"/owner/flux/resolve/{COMMIT}/{FILE}", None, "Bearer hf_secret")]
 
 
-def test_a_file_that_is_there_is_used_after_its_hash_is_checked(server, tmp_path):
+def test_an_existing_file_is_used_after_its_hash_is_checked(server, tmp_path):
     (tmp_path / "flux.safetensors").write_bytes(DATA)
-    watch = fetch(tmp_path)
-    assert server.gets == [] and "is already downloaded" in watch.said[-1] and "SHA-256" in watch.said[-1]
+    progress = fetch(tmp_path)
+    assert server.gets == [] and "is already downloaded" in progress.said[-1] and "SHA-256" in progress.said[-1]
 
 
 @pytest.mark.parametrize("other", [DATA[:-1] + b"?", DATA[:100], b""])
@@ -98,11 +98,11 @@ def test_another_file_of_that_name_is_left_alone(server, tmp_path, other):
     assert (tmp_path / "flux.safetensors").read_bytes() == other and server.gets == []
 
 
-def test_a_cut_connection_is_gone_on_with(server, tmp_path):
+def test_a_download_continues_after_a_cut_connection(server, tmp_path):
     server.cuts = [70_000, 50_000]
     fetch(tmp_path)
     assert (tmp_path / "flux.safetensors").read_bytes() == DATA
-    starts = [int(wanted[6:-1]) for _, wanted, _ in server.gets if wanted]
+    starts = [int(byte_range[6:-1]) for _, byte_range, _ in server.gets if byte_range]
     assert len(server.gets) == 3 and starts == [70_000, 120_000]
 
 
@@ -113,17 +113,17 @@ def test_an_interrupted_download_is_resumed(server, tmp_path, monkeypatch):
     part, = os.listdir(tmp_path)
     assert part.endswith(".part") and (tmp_path / part).read_bytes() == DATA[:70_000]
     server.cuts, server.gets = [], []
-    watch = fetch(tmp_path)
+    progress = fetch(tmp_path)
     assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
-    assert [wanted for _, wanted, _ in server.gets] == ["bytes=70000-"] and "0.1 MB of it already downloaded" in watch.said[0]
+    assert [byte_range for _, byte_range, _ in server.gets] == ["bytes=70000-"] and "0.1 MB of it already downloaded" in progress.said[0]
 
 
 def test_cancel_stops_at_once_and_keeps_the_downloaded_part(server, tmp_path):
-    server.hold, watch = threading.Event(), Watch()
-    threading.Thread(target=lambda: server.halfway.wait(20) and watch.stop.set(), daemon=True).start()
+    server.hold, progress = threading.Event(), Progress()
+    threading.Thread(target=lambda: server.halfway.wait(20) and progress.stop.set(), daemon=True).start()
     before = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        fetch(tmp_path, watch)
+        fetch(tmp_path, progress)
     assert time.monotonic() - before < 10
     server.hold.set()
     part, = os.listdir(tmp_path)
@@ -138,11 +138,11 @@ def test_cancel_stops_at_once_and_keeps_the_downloaded_part(server, tmp_path):
 def test_cancel_does_not_wait_for_a_silent_server(use, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use(f"http://127.0.0.1:{silent.getsockname()[1]}")
-        watch = Watch()
-        threading.Timer(0.5, watch.stop.set).start()
+        progress = Progress()
+        threading.Timer(0.5, progress.stop.set).start()
         before = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            fetch(tmp_path, watch)
+            fetch(tmp_path, progress)
         assert time.monotonic() - before < 2
 
 
@@ -224,15 +224,16 @@ def test_the_address_of_a_page_gives_the_names(given, found):
     ((PAGE, f"https://huggingface.co/owner/other/blob/main/{FILE}", "main"), "two repositories, 'owner/flux' and 'owner/other'"),
     ((f"{PAGE}/blob/main/a.sft", "b.sft", "main"), "two files"), ((f"{PAGE}/blob/v1/a.sft", "", "v2"), "two revisions"),
 ])
-def test_names_that_are_missing_or_contradict_each_other(given, says):
+def test_missing_or_contradictory_names_are_refused(given, says):
     with pytest.raises(HubError, match=says):
         hub.names(*given)
 
 
 @pytest.mark.parametrize("page", ["https://example.org/owner/flux", "https://huggingface.co/datasets/owner/flux",
-                                  f"{PAGE}/blob/main/../../x.sft", f"{PAGE}/resolve/main/%2e%2e/%2e%2e/x.sft", f"{PAGE}/discussions/1", "https://huggingface.co.evil/a/b",
+                                  f"{PAGE}/blob/main/../../x.sft", f"{PAGE}/resolve/main/%2e%2e/%2e%2e/x.sft", f"{PAGE}/discussions/1",
+                                  "https://huggingface.co.evil/a/b",
                                   "https://huggingface.co/../b/blob/main/x.sft", f"{PAGE}/blob/..%2F..%2Fapi/x.sft"])
-def test_other_addresses_are_not_asked_for(page):
+def test_other_addresses_are_refused(page):
     with pytest.raises(HubError):
         hub.check_names(*hub.names("", page, "main"))
     with pytest.raises(HubError):
@@ -251,14 +252,14 @@ def test_a_missing_file_or_repository_is_named(server, tmp_path):
     assert "no revision v2" in refusal(tmp_path, revision="v2")
 
 
-def test_a_gated_repository_and_an_ill_server(server, tmp_path):
+def test_a_gated_repository_and_a_failing_server(server, tmp_path):
     server.status, server.error_code = 403, "GatedRepo"
     assert "is gated: accept its licence" in refusal(tmp_path)
     server.status, server.error_code = 500, "Unavailable"
     assert "answered 500" in refusal(tmp_path)
 
 
-def test_a_server_that_is_no_hub(server, tmp_path):
+def test_a_server_that_is_not_a_hub_is_refused(server, tmp_path):
     server.etag = "12345"
     assert "no SHA-256 for sub/flux_4bit.safetensors" in refusal(tmp_path)
     server.etag, server.commit = None, "../../api"
@@ -281,12 +282,12 @@ def test_too_little_disk_space_is_reported_before_the_download(server, tmp_path)
     assert os.listdir(tmp_path) == [] and server.gets == []
 
 
-def test_trouble_of_the_disk_is_one_sentence(server, tmp_path, monkeypatch):
+def test_a_disk_error_is_one_sentence(server, tmp_path, monkeypatch):
     (tmp_path / "flux.safetensors").mkdir()
     assert refusal(tmp_path) == "flux.safetensors is a folder; choose another filename."
     (tmp_path / "flux.safetensors").rmdir()
     (tmp_path / "taken").write_bytes(b"mine")
-    assert "what its path has for a folder is a file" in refusal(tmp_path / "taken") and server.gets == []
+    assert "a folder in its path is a file" in refusal(tmp_path / "taken") and server.gets == []
 
     def rename(source, target):
         raise PermissionError(13, "Permission denied", source, None, target)
@@ -297,7 +298,7 @@ def test_trouble_of_the_disk_is_one_sentence(server, tmp_path, monkeypatch):
     assert message.startswith("Downloading flux.safetensors failed: its folder can't be written") and ".part" not in message
 
 
-def test_more_than_was_stated_is_not_written(server, tmp_path):
+def test_more_bytes_than_were_stated_are_not_written(server, tmp_path):
     server.size = 1000
     refusal(tmp_path)
     assert not (tmp_path / "flux.safetensors").exists()
@@ -326,8 +327,8 @@ def in_thread(function, outcomes):
 
 @pytest.mark.parametrize(("other", "says"), [(b"mine", " and differs from "), (DATA, None)])
 def test_a_file_that_appears_meanwhile_is_not_replaced(server, tmp_path, other, says):
-    server.hold, outcomes, watch = threading.Event(), [], Watch()
-    thread = in_thread(lambda: fetch(tmp_path, watch), outcomes)
+    server.hold, outcomes, progress = threading.Event(), [], Progress()
+    thread = in_thread(lambda: fetch(tmp_path, progress), outcomes)
     assert server.halfway.wait(20)
     (tmp_path / "flux.safetensors").write_bytes(other)
     server.hold.set()
@@ -339,43 +340,43 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(server, tmp_path, other, 
         gets = len(server.gets)
         fetch(tmp_path)
         assert len(server.gets) == gets, "the downloaded file was complete, and is used"
-    assert outcomes[0] is watch or says
+    assert outcomes[0] is progress or says
     assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_second_download_waits_for_the_first(server, tmp_path, cancelled):
     """Two downloads that append to one file would damage it. The second can be cancelled as fast as the first."""
-    server.hold, outcomes, watches = threading.Event(), [], (Watch(), Watch())
-    threads = [in_thread(lambda: fetch(tmp_path, watches[0]), outcomes)]
+    server.hold, outcomes, progresses = threading.Event(), [], (Progress(), Progress())
+    threads = [in_thread(lambda: fetch(tmp_path, progresses[0]), outcomes)]
     assert server.halfway.wait(20)
-    threads.append(in_thread(lambda: fetch(tmp_path, watches[1]), outcomes))
-    while "flux.safetensors: another ComfyUI is downloading it" not in watches[1].said:
+    threads.append(in_thread(lambda: fetch(tmp_path, progresses[1]), outcomes))
+    while "flux.safetensors: another ComfyUI is downloading it" not in progresses[1].said:
         time.sleep(0.01)
     if cancelled:
-        watches[1].stop.set()
+        progresses[1].stop.set()
         threads[1].join(5)
         assert isinstance(outcomes[0], KeyboardInterrupt)
     server.hold.set()
     for thread in threads:
         thread.join(20)
     assert len(server.gets) == 1 and os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
-    assert cancelled or outcomes == list(watches) and "is already downloaded" in watches[1].said[-1]
+    assert cancelled or outcomes == list(progresses) and "is already downloaded" in progresses[1].said[-1]
 
 
 def test_a_waiting_download_resumes_the_first_one(server, tmp_path):
-    server.hold, outcomes, watches = threading.Event(), [], (Watch(), Watch())
-    first = in_thread(lambda: fetch(tmp_path, watches[0]), outcomes)
+    server.hold, outcomes, progresses = threading.Event(), [], (Progress(), Progress())
+    first = in_thread(lambda: fetch(tmp_path, progresses[0]), outcomes)
     assert server.halfway.wait(20)
-    second = in_thread(lambda: fetch(tmp_path, watches[1]), outcomes)
-    while not watches[1].said:
+    second = in_thread(lambda: fetch(tmp_path, progresses[1]), outcomes)
+    while not progresses[1].said:
         time.sleep(0.01)
-    watches[0].stop.set()
+    progresses[0].stop.set()
     first.join(20)
     hold, server.hold = server.hold, None
     hold.set()
     second.join(20)
-    assert isinstance(outcomes[0], KeyboardInterrupt) and outcomes[1] is watches[1]
+    assert isinstance(outcomes[0], KeyboardInterrupt) and outcomes[1] is progresses[1]
     assert os.listdir(tmp_path) == ["flux.safetensors"] and (tmp_path / "flux.safetensors").read_bytes() == DATA
 
 

@@ -1,7 +1,8 @@
 """Draw with 4-bit MODELs in a ComfyUI that was started with certain options:  python draw_with_flags.py FOLDER [OPTION...]
 
-FOLDER holds flux.safetensors and flux_4bit.safetensors of a random FLUX.1, and gets draws.safetensors: the latents of four MODELs.
-`plain` and `loaded` are those files, `quantized` is made of the first in this process, `reloaded` is that one's own file.
+FOLDER holds flux.safetensors and flux_4bit.safetensors of a random FLUX.1. The script writes draws.safetensors there, with the latents of
+four MODELs: `plain` and `loaded` come from these two files, `quantized` is made from the first in this process, and `reloaded` comes from
+the file of `quantized`.
 """
 
 import sys

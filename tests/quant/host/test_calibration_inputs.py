@@ -1,4 +1,4 @@
-"""The MODELs, conditionings and latents from which a run can calibrate, and those that it refuses in one sentence."""
+"""The MODELs, conditionings and latents with which a run can calibrate, and those that it refuses in one sentence."""
 
 import comfy.patcher_extension
 import pytest
@@ -33,8 +33,8 @@ def test_batches_lengths_and_large_seeds(patcher):
     assert tokens["double_blocks.0.txt_attn.qkv"] == 2 * 2 * (12 + 1) and tokens["double_blocks.0.img_attn.qkv"] == 2 * 2 * 2 * 15
 
 
-def test_streaming_a_real_flux_sees_its_blocks_inputs(patcher):
-    """Streaming sees the same inputs as hooks on ordinary forwards, with control residuals between the blocks and batch 2."""
+def test_streaming_records_the_inputs_of_a_real_flux(patcher):
+    """Streaming records the same inputs as hooks on ordinary forwards, with control residuals between the blocks and batch 2."""
     model = patcher.model.diffusion_model
     g = torch.Generator().manual_seed(0)
 
@@ -67,7 +67,7 @@ def test_streaming_a_real_flux_sees_its_blocks_inputs(patcher):
     assert not seen, "every layer was calibrated"
 
 
-def test_nodes_that_would_go_on_running_the_16_bit_model_are_refused(patcher):
+def test_nodes_that_would_keep_running_the_16_bit_model_are_refused(patcher):
     compiled = patcher.clone()
     compiled.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "torch.compile", lambda *args: None)
     with pytest.raises(ValueError, match="TorchCompileModel"):
@@ -99,7 +99,7 @@ def test_a_latent_of_another_kind_is_refused(patcher, shape):
         run(patcher, latent={"samples": torch.ones(shape)})
 
 
-def test_an_empty_latent_of_four_channels_will_do(patcher):
+def test_an_empty_latent_of_four_channels_is_accepted(patcher):
     assert run(patcher, latent={"samples": torch.zeros(1, 4, 8, 8)}, preset="fast")[1]
 
 

@@ -1,4 +1,4 @@
-"""Settings of a MODEL that hold its diffusion model, and so can't be carried over to the quantized model."""
+"""Settings of a MODEL that hold its diffusion model, and therefore can't be carried over to the quantized model."""
 
 import dataclasses
 import functools
@@ -190,12 +190,12 @@ def test_settings_that_reach_the_model_are_refused(plain, put):
 
 
 @pytest.mark.parametrize("thing", [lambda patcher: patcher, lambda patcher: patcher.model, lambda patcher: patcher.model.apply_model])
-def test_the_model_around_the_diffusion_model_counts_too(plain, thing):
+def test_an_object_that_holds_the_base_model_is_refused(plain, thing):
     with pytest.raises(ValueError, match=re.escape("holds parts of the 16-bit model (its diffusion_model wrapper['cache']")):
         carried.check_carried(placed("wrapper")(plain, thing(plain)))
 
 
-def test_an_additional_model_that_is_another_one_is_carried(pair_files, plain):
+def test_an_unrelated_additional_model_is_carried(pair_files, plain):
     carried.check_carried(placed("additional model")(plain, load(pair_files[0])))
     with pytest.raises(ValueError, match="its additional model cache"):
         carried.check_carried(placed("additional model")(plain, plain.clone()))
@@ -213,7 +213,7 @@ def test_comfyuis_own_nodes_are_carried(plain, module, name, options):
     carried.check_carried(node(module, name, model=plain, **options))
 
 
-def test_the_source_is_collected_where_it_is_not_reached(pair_files):
+def test_the_source_is_collected_if_nothing_reaches_it(pair_files):
     patched = placed("wrapper")(load(pair_files[0]), lambda run, *args, **kwargs: run(*args, **kwargs))
     patched = placed("attachment")(patched, Model())
     carried.check_carried(patched)

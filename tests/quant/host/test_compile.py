@@ -70,7 +70,7 @@ def layers_of(patcher):
     return [module for module in patcher.model.modules() if isinstance(module, SVDQuantLinear)]
 
 
-def test_row_scales_are_there_when_a_layer_gets_its_weights(pair_files):
+def test_row_scales_are_computed_when_a_layer_gets_its_weights(pair_files):
     """They are kept after loading, moves and another state dict; in another dtype they are computed again."""
     patcher = loader.load_model(pair_files[1], act_bits=8)
     before = [layer._row_scale for layer in layers_of(patcher)]
@@ -87,7 +87,7 @@ def test_row_scales_are_there_when_a_layer_gets_its_weights(pair_files):
     assert all(layer._row_scale.is_of(layer.weight_scale) and layer._row_scale.value.dtype == torch.float32 for layer in layers_of(patcher))
 
 
-def test_bits_that_change_after_loading_still_keep_the_search_out_of_the_graph(pair_files):
+def test_the_search_is_not_in_the_graph_if_act_bits_change_after_loading(pair_files):
     patcher, graphs = compiled(loader.load_model(pair_files[1]))
     preparation.set_act_bits(patcher.model, 8)
     sample(patcher)

@@ -75,7 +75,7 @@ def diffusers(tensors):
     renamed = {}
     for theirs, ours in names.items():
         ours, offset = (ours, None) if isinstance(ours, str) else ours[:2]
-        ours = ours.replace("_norm.weight", "_norm.scale")  # what newer ComfyUI calls it
+        ours = ours.replace("_norm.weight", "_norm.scale")  # the name in newer ComfyUI
         if ours in tensors:
             renamed[theirs] = (tensors[ours] if offset is None else tensors[ours].narrow(*offset)).contiguous()
     return renamed
@@ -132,7 +132,7 @@ def test_a_union_of_controls_and_a_lora(plain, quantized_model, drift):
 
 
 def test_a_model_is_calibrated_under_a_controlnet(tmp_path):
-    """With a ControlNet on the prompts, the replay of the blocks has its residuals."""
+    """With a ControlNet on the prompts, the replay of the blocks adds its residuals."""
     plain = loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1))
     quantized_model, _ = quantized(plain, conditioning=controlled("union", count=2))
     cond = controlled("union")

@@ -1,11 +1,11 @@
-"""Files whose layers are in formats of ComfyUI's own: handed to its loader where it reads them, else refused by the format's name."""
+"""Files whose layers are in ComfyUI's own formats: ComfyUI's loader loads them if it reads the format; otherwise the error names it."""
 
 import comfy.sd
 import comfy.utils
 import pytest
 import torch
 from comfy import quant_ops
-from comfyui_svdquant.quant.checkpoint import inspection
+from comfyui_svdquant.quant.checkpoint import core_formats, inspection
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import loader
 from comfyui_svdquant.quant.layers import layout
@@ -22,14 +22,16 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise", 
 
 
 def write(path, name):
-    """A FLUX.1 with one layer in ComfyUI's format `name`, as ComfyUI stores it, or with made-up shapes where this one lacks the format."""
+    """A FLUX.1 with one layer in ComfyUI's format `name`, as ComfyUI stores it, or with made-up shapes if this ComfyUI lacks the format."""
     tensors = flux_tensors(depth_single=1)
     weight = tensors.pop(f"{QKV}.weight")
     if DESCRIBED and name in quant_ops.QUANT_ALGOS:
         quantized = quant_ops.QuantizedTensor.from_float(weight, quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"])
         tensors |= {key: tensor.contiguous() for key, tensor in quantized.state_dict(f"{QKV}.weight").items()}
     else:
-        tensors |= {f"{QKV}.weight": weight.to(torch.float8_e4m3fn), f"{QKV}.weight_scale": torch.ones(())}
+        stored = core_formats.FORMATS[name]
+        tensors[f"{QKV}.weight"] = torch.zeros(core_formats.stored_shape(name, weight.shape)).to(stored.dtype)
+        tensors |= {f"{QKV}.{scale}": torch.ones(()) for scale in stored.scales}
     tensors[f"{QKV}.comfy_quant"] = layout.encode_conf({"format": name})
     save_file(tensors, path)
     return str(path)
@@ -49,8 +51,8 @@ def test_comfyui_reads_its_own_formats_and_others_are_named(tmp_path, name):
 @pytest.mark.skipif(not DESCRIBED, reason="this ComfyUI reads no descriptions")
 @pytest.mark.parametrize(("changes", "says"), [
     ({"weight_scale": None}, f"lacks tensor {QKV}.weight_scale, a scale of format float8_e4m3fn"),
-    ({"weight": torch.zeros(768, 256, dtype=torch.int8)}, "is torch.int8 where format float8_e4m3fn has torch.float8_e4m3fn"),
-    ({"weight": torch.zeros(768, 64, dtype=torch.float8_e4m3fn)}, r"has shape \[768, 64\] where \[768, 256\] is due"),
+    ({"weight": torch.zeros(768, 256, dtype=torch.int8)}, "is torch.int8 instead of torch.float8_e4m3fn, the type in format float8_e4m3fn"),
+    ({"weight": torch.zeros(768, 64, dtype=torch.float8_e4m3fn)}, r"has shape \[768, 64\] instead of \[768, 256\]"),
 ])
 def test_damaged_layers_are_refused_before_comfyui_draws_with_them(tmp_path, changes, says):
     path = write(tmp_path / "model.safetensors", "float8_e4m3fn")

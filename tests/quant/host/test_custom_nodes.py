@@ -112,7 +112,7 @@ def test_a_deep_copy_keeps_its_lora(plain, quantized_model):
 
 
 @pytest.mark.parametrize("name", ["", ".single_blocks.0"])
-def test_a_lora_stays_where_a_module_is_compiled_in_its_place(quantized_model, name):
+def test_a_lora_stays_if_a_module_is_replaced_by_its_compiled_form(quantized_model, name):
     """With torch.compile as an object patch the modules' names are longer, and ComfyUI loses a 16-bit model's LoRA."""
     patched = with_lora(quantized_model)
     target = f"diffusion_model{name}"
@@ -137,7 +137,7 @@ def own_partially_load(self, device_to, extra_memory=0, force_patch_weights=Fals
     return 0
 
 
-def test_a_lora_stays_where_others_load_the_layers(quantized_model, monkeypatch):
+def test_a_lora_stays_if_other_code_loads_the_layers(quantized_model, monkeypatch):
     patched = with_lora(quantized_model)
     before, expected = sample(quantized_model), sample(patched)
     comfy.model_management.unload_all_models()
@@ -147,11 +147,11 @@ def test_a_lora_stays_where_others_load_the_layers(quantized_model, monkeypatch)
     assert torch.equal(sample(patched), expected)
 
 
-# --- what is left in the model -------------------------------------------------------------------------------------
+# --- changes to the model itself -----------------------------------------------------------------------------------
 
 
 def hung_into(patcher):
-    """Modules and a forward that a node sets on the diffusion model itself and never removes."""
+    """Add modules and a forward to the diffusion model itself, as a node that never removes them."""
     model = patcher.model.diffusion_model
     model.faces = torch.nn.ModuleList([torch.nn.Linear(HIDDEN, HIDDEN)])
     model.double_blocks[0].processor = torch.nn.Linear(4, 4)
@@ -173,7 +173,7 @@ def test_is_not_saved(quantized_model, pair_files, tmp_path, technique):
     assert torch.equal(sample(load(path)), expected)
 
 
-def test_a_model_that_lacks_something_is_not_saved(quantized_model):
+def test_a_model_that_lacks_a_tensor_is_not_saved(quantized_model):
     quantized_model.model.diffusion_model.single_blocks[0] = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"has single_blocks\.0\..*; load the MODEL again"):
         stored_tensors(quantized_model)

@@ -1,15 +1,17 @@
-"""A 16-bit FLUX.1 in diffusers' naming, with separate q, k and v: the same model as in ComfyUI's naming, or a refusal."""
+"""A 16-bit FLUX.1 in diffusers' naming, with separate q, k and v, is the same model as in ComfyUI's naming, or is refused."""
 
 import comfy.utils
 import pytest
 import torch
-from comfyui_svdquant.quant.checkpoint.header import CheckpointError
+from comfyui_svdquant.quant.checkpoint import inspection
+from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import loader
 from comfyui_svdquant.quant.layers import layout
 from safetensors.torch import save_file
 
 from ..comfy_models import sample, write_flux
-from ..random_flux import flux_tensors
+from ..random_flux import flux_shapes, flux_tensors
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -17,7 +19,7 @@ HIDDEN = 256
 
 
 def diffusers_tensors(**changes):
-    """flux_tensors under diffusers' names, by ComfyUI's own map of them."""
+    """flux_tensors under diffusers' names, by ComfyUI's own table of names."""
     plain = flux_tensors(hidden=HIDDEN, **changes)
     names = comfy.utils.flux_to_diffusers({"depth": 1, "depth_single_blocks": 2, "hidden_size": HIDDEN})
     found = {}
@@ -32,33 +34,40 @@ def diffusers_tensors(**changes):
     return found
 
 
+@pytest.mark.parametrize("guidance", [True, False])
+def test_the_declared_tensors_are_those_of_comfyuis_conversion(guidance):
+    shapes = {name: tuple(tensor.shape) for name, tensor in diffusers_tensors(guidance=guidance).items()}
+    assert FAMILY.diffusers.tensors(FAMILY.configuration.of(flux_shapes(hidden=HIDDEN, guidance=guidance))) == shapes
+
+
 def refusal(path, tensors):
+    """The message with which loading refuses the tensors, as inspection does in its own words or the same."""
     save_file(tensors, path)
     with pytest.raises(CheckpointError) as caught:
         loader.load_model(str(path))
+    with pytest.raises(CheckpointError):
+        inspection.inspect(read_header(str(path)))
     assert path.name in str(caught.value) and "\n" not in str(caught.value) and str(caught.value).endswith(".")
     return str(caught.value)
 
 
 @pytest.mark.parametrize("changes", [{}, {"guidance": False}])
-def test_it_is_the_model_that_it_is_in_comfyuis_naming(tmp_path, changes):
+def test_it_is_the_same_model_as_in_comfyuis_naming(tmp_path, changes):
     save_file(diffusers_tensors(**changes), tmp_path / "diffusers.safetensors")
     path = write_flux(tmp_path / "comfyui.safetensors", hidden=HIDDEN, **changes)
     theirs, ours = (loader.load_model(str(file)) for file in (tmp_path / "diffusers.safetensors", path))
     assert torch.equal(sample(theirs), sample(ours))
 
 
-@pytest.mark.parametrize(("missing", "named"), [
-    ("transformer_blocks.0.attn.to_k.weight", None), ("single_transformer_blocks.1.attn.to_v.bias", None),
-    ("single_transformer_blocks.0.proj_mlp.weight", None), ("x_embedder.bias", None),
-    ("norm_out.linear.weight", "final_layer.adaLN_modulation.1.weight"),
-    ("transformer_blocks.0.ff.net.2.bias", "double_blocks.0.img_mlp.2.bias"),
+@pytest.mark.parametrize("missing", [
+    "transformer_blocks.0.attn.to_k.weight", "single_transformer_blocks.1.attn.to_v.bias", "x_embedder.bias", "norm_out.linear.weight",
+    "single_transformer_blocks.0.proj_mlp.weight", "transformer_blocks.0.ff.net.2.bias",
 ])
-def test_a_missing_tensor_is_named(tmp_path, missing, named):
+def test_a_missing_tensor_is_named(tmp_path, missing):
     """ComfyUI would load the other tensors, with uninitialized memory in place of the missing one."""
     tensors = diffusers_tensors()
     del tensors[missing]
-    assert f"lacks tensor {named or missing}" in refusal(tmp_path / "model.safetensors", tensors)
+    assert f"lacks tensor {missing};" in refusal(tmp_path / "model.safetensors", tensors)
 
 
 @pytest.mark.parametrize(("name", "shape"), [
@@ -90,18 +99,19 @@ def coded(dtype, **beside):
     (coded(FP8, scale_weight=torch.tensor(0.01)), f"{QKV}.scale_weight"),
     (coded(FP8, weight_scale=torch.tensor(0.01)), f"{QKV}.weight_scale"),
     (coded(FP8, weight_scale=torch.tensor(0.01), comfy_quant=layout.encode_conf({"format": "float8_e4m3fn"})), QKV),
-    (coded(INT8, weight_scale=torch.tensor(0.01)), QKV), (coded(INT8), f"{QKV}.weight"), (coded(INT8, SCB=torch.ones(HIDDEN)), QKV),
+    (coded(INT8, weight_scale=torch.tensor(0.01)), QKV), (coded(INT8), f"{QKV}.weight"),
+    (coded(INT8, SCB=torch.ones(HIDDEN)), "(LLM.int8)"),
     (lambda tensors: tensors | {"scaled_fp8": torch.zeros(2, dtype=FP8)}, "scaled_fp8"),
     (lambda tensors: tensors | {f"{QKV}.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}, "(NF4 or FP4)"),
     (lambda tensors: tensors | {"transformer_blocks.0.attn.to_gate.weight": torch.zeros(4, 4)}, "transformer_blocks.0.attn.to_gate.weight"),
 ])
 def test_what_the_conversion_would_drop_is_refused(tmp_path, change, named):
-    """ComfyUI's conversion takes the names that it knows: without their scales, 8-bit weights were another model in silence."""
+    """ComfyUI's conversion keeps only names that it knows: without their scales, 8-bit weights would silently be another model."""
     assert named in refusal(tmp_path / "model.safetensors", change(diffusers_tensors()))
 
 
 def test_plain_fp8_is_the_model(tmp_path):
-    """fp8 without a scale is what it says."""
+    """fp8 codes without a scale are the weights themselves."""
     tensors = diffusers_tensors()
     tensors[f"{QKV}.weight"] = tensors[f"{QKV}.weight"].to(FP8)
     save_file(tensors, tmp_path / "fp8.safetensors")
@@ -112,7 +122,7 @@ def test_plain_fp8_is_the_model(tmp_path):
 
 @pytest.mark.parametrize(("fp8", "large"), [("to_v", "to_q"), ("to_k", "to_q"), ("to_q", "to_v")])
 def test_parts_of_several_types_are_joined_without_loss(tmp_path, fp8, large):
-    """ComfyUI's conversion stores q, k and v in the type of one of them, in which values of the others may be too large."""
+    """ComfyUI's conversion stores q, k and v in the type of one of them, which may be too small for values of the others."""
     attention, tensors = "transformer_blocks.0.attn", diffusers_tensors()
     tensors[f"{attention}.{fp8}.weight"] = tensors[f"{attention}.{fp8}.weight"].to(FP8)
     tensors[f"{attention}.{large}.weight"] *= 4000

@@ -11,8 +11,8 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_packed_layers_are_taken_to_the_models_type(flux_file, native_file, monkeypatch, dtype):
-    """For a file and for a newly quantized model, on the device on which it will run; the warm-up expects the same dtype."""
+def test_packed_layers_are_converted_to_the_models_type(flux_file, native_file, monkeypatch, dtype):
+    """This holds for a file and for a newly quantized model, on the device on which it will run. The warm-up expects the same dtype."""
     taken, warmed = [], []
     monkeypatch.setattr(build, "compute_in", lambda model, *rest: taken.append((len(model.diffusion_model.state_dict()), *rest)))
     monkeypatch.setattr(loader, "warm_up", lambda model, *rest: warmed.append(rest))

@@ -23,7 +23,7 @@ def mappings(path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's list of mapped files")
-def test_only_the_scales_are_in_memory_of_their_own(pair_files):
+def test_only_the_scales_are_in_separate_memory(pair_files):
     quantized_model = loader.load_model(pair_files[1])
     packed = native.open_file(read_header(pair_files[1]))
     assert packed.computed == {f"{name}.weight_scale" for name, layer in quantized_model.packed_layers().items() if layer.spec.rank}
@@ -47,7 +47,7 @@ def test_a_loaded_model_draws_and_saves_the_same(pair_files, tmp_path):
     assert torch.equal(sample(before), sample(quantized_model))
 
 
-def test_values_that_are_no_scales_end_a_load_in_a_sentence(pair_files, tmp_path):
+def test_invalid_scales_are_refused_in_one_sentence(pair_files, tmp_path):
     tensors = load_file(pair_files[1])
     tensors["single_blocks.0.linear2.weight_scale"][0, 0] = -16
     save_file(tensors, tmp_path / "bad.safetensors", metadata=read_header(pair_files[1]).metadata)

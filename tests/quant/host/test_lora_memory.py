@@ -120,7 +120,7 @@ def test_hook_schedules(plain, quantized_model):
     assert torch.equal(sample(quantized_model, steps=4), before)
 
 
-def test_two_prompts_with_hooks_of_their_own(plain, quantized_model, drift):
+def test_two_prompts_with_separate_hooks(plain, quantized_model, drift):
     """The LoRA branches alternate within a step, and are kept for the next step."""
     first, second = generic(*shapes(quantized_model).items()), generic(*shapes(quantized_model).items(), rank=2)
     before = sample(quantized_model)

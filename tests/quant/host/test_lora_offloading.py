@@ -1,7 +1,7 @@
 """Patches outside the packed weights (biases, norms, 16-bit layers) while the memory that a model may take changes: each is applied once.
 
-ComfyUI patches a parameter in place where its module is on the device, and at every call where it is not. Histories of loads with
-different budgets, by clones with different LoRAs, are compared with a load of the whole model.
+ComfyUI patches a parameter in place if its module is on the device, and at every call if it is not. The tests compare histories of loads
+with different budgets, by clones with different LoRAs, with a load of the whole model.
 """
 
 import random as python_random
@@ -80,7 +80,7 @@ def put_on(patcher, budget, current):
 ROUNDINGS = 0.008
 
 
-def test_histories_of_budgets_end_as_a_load_of_the_whole_model(pair_files, quantized_model, loras):
+def test_a_history_of_budgets_has_the_result_of_a_full_load(pair_files, quantized_model, loras):
     original = {name: tensor.clone() for name, tensor in stored_tensors(quantized_model).items()}
     patchers, fresh, expected = clones(quantized_model, loras), clones(load(pair_files[1]), loras), {}
 
@@ -125,7 +125,7 @@ def test_histories_of_budgets_end_as_a_load_of_the_whole_model(pair_files, quant
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5])
-def test_img_in_is_widened_where_it_is_offloaded(quantized_model, loras, monkeypatch, part):
+def test_img_in_is_widened_while_it_is_offloaded(quantized_model, loras, monkeypatch, part):
     """ComfyUI selects the model's input channels by img_in's width."""
     patcher = clones(quantized_model, loras)[3]
     expected, without = sample(patcher), sample(quantized_model)

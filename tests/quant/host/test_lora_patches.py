@@ -41,7 +41,7 @@ def test_the_names_are_those_of_the_tensors_in_a_file(quantized_model, what):
 
 @pytest.mark.parametrize("adapter", [LoRAAdapter(set(), (*factors(N, K), None, None, None, None, None)),
                                      LoKrAdapter(set(), (random(8, 8), random(N // 8, K // 8)))])
-def test_adapters_of_another_form_are_refused_in_words(quantized_model, adapter):
+def test_adapters_of_an_unknown_form_are_refused(quantized_model, adapter):
     """A newer ComfyUI may have such adapters."""
     before = sample(quantized_model)
     known = len(patches.PARTS[adapter.name]._fields)
@@ -74,7 +74,7 @@ def test_a_patch_that_comfyui_only_logs_is_an_error(quantized_model, tensors, wh
 
 
 @pytest.mark.parametrize("what", ["LoHa", "difference", "OFT", "GLoRA"])
-def test_a_patch_that_changes_nothing_is_none(quantized_model, what):
+def test_a_patch_without_effect_is_ignored(quantized_model, what):
     tensors = {part: torch.zeros_like(tensor) for part, tensor in adapter_tensors(what, N, K).items()}
     assert torch.equal(sample(fc1_lora(quantized_model, tensors)), sample(quantized_model))
 
@@ -95,7 +95,7 @@ def test_another_modules_warning_is_ignored(quantized_model, monkeypatch):
 
 
 @pytest.mark.parametrize("hook", [False, True])
-def test_adding_patches_key_by_key_walks_no_more_than_comfyuis_own_patcher(plain, quantized_model, monkeypatch, hook):
+def test_adding_patches_key_by_key_walks_the_model_no_more_than_comfyuis_patcher(plain, quantized_model, monkeypatch, hook):
     """Some loaders add patches this way; at FLUX.1's depth one more walk for each of 308 keys took 4.7 s."""
     patched = load_lora(quantized_model, generic(*shapes(quantized_model).items()))
     added = {key: patches.patch_of(entries[0]).value for key, entries in patched.patches.items()}

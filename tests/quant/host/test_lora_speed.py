@@ -26,8 +26,8 @@ MILLISECONDS = 13 * 20
 
 @pytest.fixture(scope="module")
 def wide_file(tmp_path_factory):
-    """A quantized FLUX.1 with a block of each kind in full width. Its weights are a hole in the file,
-    without disk space, or memory until they are used."""
+    """A quantized FLUX.1 with a block of each kind in full width. Its weights are a hole in the file, which takes neither disk space nor,
+    until they are used, memory."""
     shapes, entries = flux_shapes(hidden=HIDDEN, depth=1, depth_single=1), {}
     for name, shape in shapes.items():
         layer, _, leaf = name.rpartition(".")

@@ -43,7 +43,7 @@ def test_a_control_lora_is_baked_in(plain, drift, preset, loaded_before):
     assert plain.model.diffusion_model.img_in.weight.shape == (HIDDEN, 64)
 
 
-def test_its_file_says_the_width_and_loads_to_the_bit(plain, tmp_path):
+def test_its_file_records_the_width_and_loads_to_the_bit(plain, tmp_path):
     quantized_model, path = quantized(load_lora(plain, control_lora(plain))), tmp_path / "canny.safetensors"
     config = build.stored_config(quantized_model.model)
     assert config["in_channels"] == 32 and build.stored_config(plain.model)["in_channels"] == 16

@@ -1,4 +1,4 @@
-"""A model's MLPs in a real ComfyUI: each is one op as long as nothing else must run between its layers."""
+"""A model's MLPs in a real ComfyUI: each is one op unless other operations must run between its layers."""
 
 import comfy.model_management
 import pytest
@@ -11,7 +11,7 @@ from ..comfy_models import HIDDEN, prompts, sample
 from ..lora_tensors import FC1, FC2, generic, load_lora, loaded, random, shapes
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-STEPS = 2  # of sample(), each a call of the model, which has an MLP for the picture and one for the text
+STEPS = 2  # steps of sample(); each calls the model, which has an MLP for the picture and one for the text
 # Relative error of the latent with the MLPs' layers apart. On a GPU the codes between them are the same to the bit, but the second
 # one's x @ proj_down is summed in another order: a few outputs may be a 16-bit step off, and a few codes after them a 4-bit one. With a
 # tenth of x @ proj_down rounded the other way the CPU's latent is 0.034 off; that of 8-bit activations 0.047, the 16-bit model's 0.099.
@@ -39,7 +39,7 @@ def mlps(patcher):
     return block.img_mlp, block.txt_mlp
 
 
-def test_a_model_runs_the_op_and_looks_as_it_did(plain, quantized_model, fused):
+def test_a_model_runs_the_op_and_keeps_its_structure(plain, quantized_model, fused):
     preparation.set_act_bits(quantized_model.model, 4)
     assert [name for name, _ in quantized_model.model.named_modules()] == [name for name, _ in plain.model.named_modules()]
     assert all(isinstance(mlp, torch.nn.Sequential) and isinstance(mlp[0], linear.SVDQuantLinear) for mlp in mlps(quantized_model))
@@ -51,7 +51,7 @@ def test_a_model_runs_the_op_and_looks_as_it_did(plain, quantized_model, fused):
 
 
 @pytest.mark.parametrize(("name", "left"), [(FC1, 1), (FC2, 0)])
-def test_a_lora_on_one_layer_takes_its_mlp_apart_until_it_goes(quantized_model, fused, name, left):
+def test_a_lora_on_one_layer_splits_its_mlp_until_it_is_removed(quantized_model, fused, name, left):
     preparation.set_act_bits(quantized_model.model, 4)
     before = sample(quantized_model)
     patched = load_lora(quantized_model, generic((name, shapes(quantized_model)[name])))

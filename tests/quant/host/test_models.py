@@ -46,7 +46,7 @@ def test_fp8_files_load_and_quantize(tmp_path):
     assert error < 0.3, f"4 bits against fp8: relative error {error:.3f}"
 
 
-def test_the_compute_dtype_is_the_users(flux_file, native_file):
+def test_the_user_selects_the_compute_dtype(flux_file, native_file):
     for path in (flux_file, native_file):
         patcher = loader.load_model(path, torch.bfloat16)
         seen = []
@@ -56,7 +56,7 @@ def test_the_compute_dtype_is_the_users(flux_file, native_file):
         assert set(seen) == {torch.bfloat16}
 
 
-def test_quantizing_leaves_the_model_alone_and_stays_close(flux_file):
+def test_quantizing_does_not_change_the_model_and_the_result_is_close(flux_file):
     patcher = loader.load_model(flux_file)
     before, weights = sample(patcher), {name: t.clone() for name, t in patcher.model.state_dict().items()}
     progress = Progress()
@@ -73,7 +73,7 @@ def test_quantizing_leaves_the_model_alone_and_stays_close(flux_file):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_models_own_parameters_are_neither_learned_from_nor_shared(tmp_path, monkeypatch, dtype):
-    """Nothing copies the weights before the quantizer in float32, or before the quantized model in bf16."""
+    """No step copies float32 weights before the quantizer, or bf16 weights before the quantized model."""
     monkeypatch.setattr(smoothing, "EXPONENTS", (0.5,))
     patcher = loader.load_model(write_flux(tmp_path / "flux.safetensors", dtype=dtype, depth_single=1), dtype)
     parameters = dict(patcher.model.diffusion_model.named_parameters())
@@ -92,7 +92,7 @@ def test_the_models_own_parameters_are_neither_learned_from_nor_shared(tmp_path,
 
 
 @pytest.mark.parametrize("exceptions", ["*", "*_blocks.*, *_in.*layer\n*.adaLN_modulation.1\n* = 32"])
-def test_exceptions_that_leave_nothing_are_refused_before_the_run(flux_file, exceptions):
+def test_exceptions_that_keep_all_layers_are_refused_before_the_run(flux_file, exceptions):
     progress = Progress()
     with pytest.raises(ValueError, match="^These exceptions leave no layer to quantize: they keep all 20 in 16 bits; [^.]+\\.$"):
         quantize.quantize(loader.load_model(flux_file), presets.make_recipe("fast", 16, exceptions), prompts(), LATENT, 2, 0, progress)
@@ -133,7 +133,7 @@ def test_calibration_sees_the_lora_that_is_on_the_model(flux_file):
     assert error < 0.3 < without, f"with the LoRA baked in {error:.3f}, without {without:.3f}"
 
 
-def test_a_weight_is_taken_as_it_is_stored_while_comfyui_has_patches_in_it(flux_file):
+def test_applied_patches_are_not_quantized_twice(flux_file):
     """A LoRA counts once; a hook's patch for a part of the steps doesn't count."""
     patcher, name = loader.load_model(flux_file).clone(), "single_blocks.0.linear1.weight"
     key = f"diffusion_model.{name}"
@@ -146,7 +146,7 @@ def test_a_weight_is_taken_as_it_is_stored_while_comfyui_has_patches_in_it(flux_
     patcher.hook_backup.clear()
 
 
-def test_other_nodes_settings_come_along(flux_file):
+def test_other_nodes_settings_are_carried_over(flux_file):
     patcher = loader.load_model(flux_file)
     patcher.model_options["transformer_options"]["mark"] = 7
     sampling = patcher.get_model_object("model_sampling")
@@ -191,7 +191,7 @@ def test_the_file_holds_the_documented_names(native_file):
     assert native.config(header)["num_heads"] == 2 and native.recipe(header)["preset"] == "fast"
 
 
-def test_an_existing_file_is_left_alone_unless_asked(native_file, flux_file, tmp_path):
+def test_an_existing_file_is_kept_unless_overwrite_is_on(native_file, flux_file, tmp_path):
     quantized_model = loader.load_model(native_file)
     path = tmp_path / "taken.safetensors"
     path.write_bytes(b"mine")
@@ -203,8 +203,8 @@ def test_an_existing_file_is_left_alone_unless_asked(native_file, flux_file, tmp
 
 
 @pytest.mark.parametrize("taken", [True, False])
-def test_a_full_disk_leaves_nothing_half_written(native_file, tmp_path, taken):
-    """A file size limit stands for the full disk: the write fails in the middle of the data."""
+def test_a_full_disk_leaves_no_incomplete_file(native_file, tmp_path, taken):
+    """A file size limit simulates the full disk: the write fails in the middle of the data."""
     resource = pytest.importorskip("resource", reason="Windows has no file size limit to stand for a full disk")
     quantized_model, path = loader.load_model(native_file), tmp_path / "big.safetensors"
     if taken:
@@ -286,7 +286,7 @@ def test_files_of_other_models_are_named(tmp_path, kind):
 
 
 @pytest.mark.parametrize("key", ["distilled_guidance_layer.in_proj.weight", "double_stream_modulation_img.lin.weight"])
-def test_cousins_of_flux_are_named(tmp_path, key):
+def test_relatives_of_flux_are_named(tmp_path, key):
     path = tmp_path / "cousin.safetensors"
     save_file(flux_tensors() | {key: torch.zeros(4, 4)}, path)
     assert ("Chroma" if "distilled" in key else "FLUX.2") in refusal(path)
@@ -417,7 +417,7 @@ def test_a_conditioning_of_the_wrong_width_is_refused(flux_file):
         quantized(loader.load_model(flux_file), conditioning=prompts(2, width=96))
 
 
-def test_calibrating_on_nothing_is_refused(flux_file):
+def test_calibrating_without_prompts_is_refused(flux_file):
     with pytest.raises(ValueError, match="connect positive and latent"):
         quantize.quantize(loader.load_model(flux_file), presets.make_recipe("fast", 16), None, None, 2, 0, Progress())
     with pytest.raises(ValueError, match="prompt"):
@@ -434,7 +434,7 @@ def test_other_models_are_refused(flux_file):
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def test_the_patcher_knows_the_true_size(native_file):
+def test_the_patcher_reports_the_packed_size(native_file):
     quantized_model = loader.load_model(native_file)
     stored = sum(t.nbytes for t in quantized_model.model.diffusion_model.state_dict().values())
     sampling = sum(t.nbytes for t in quantized_model.model.model_sampling.state_dict().values())

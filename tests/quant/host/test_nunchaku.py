@@ -46,7 +46,7 @@ def edited(source, path, change=lambda tensors: None, metadata=None):
     return path
 
 
-def test_a_nunchaku_file_is_the_model_that_was_written(files):
+def test_a_nunchaku_file_holds_the_model_that_was_saved(files):
     ours, theirs = (loader.load_model(str(file)) for file in files)
     assert theirs.recipe == RECIPE and theirs.source == "flux"
     assert {name: layer.spec for name, layer in theirs.packed_layers().items()} == {

@@ -54,7 +54,7 @@ def test_it_stays_in_4_bits(files, quantized_model):
         assert torch.isfinite(sample(loader.load_model(files[0], compute_dtype))).all()
 
 
-def test_the_load_node_says_that_its_inputs_stay_nvfp4(files, monkeypatch):
+def test_the_load_node_shows_that_its_activations_stay_nvfp4(files, monkeypatch):
     """The user selects int8 activations, which these layers do not have."""
     said = []
     monkeypatch.setattr(load_model.NodeProgress, "say", lambda self, text: said.append(text))
@@ -101,7 +101,7 @@ def test_a_lora_has_the_effect_that_it_has_on_the_16_bit_model(plain, quantized_
 
 
 @pytest.mark.parametrize("name", [LINEAR1, LINEAR2, FC2])
-def test_dora_and_weight_scaling_know_that_the_bias_has_no_gelu_shift_correction(quantized_model, name):
+def test_dora_and_weight_scaling_of_a_bias_without_gelu_shift_correction(quantized_model, name):
     n, k = shapes(quantized_model)[name]
     tensors = {f"diffusion_model.{name}.{part}": t for part, t in (
         ("lora_up.weight", random(n, 4) / 8), ("lora_down.weight", random(4, k) / k**0.5), ("dora_scale", 1 + 0.2 * random(n, 1)))}

@@ -1,4 +1,4 @@
-"""ComfyUI's own model nodes on a MODEL in 4 bits, beside the same model in 16 bits: they work, or say why they can't."""
+"""ComfyUI's own model nodes on a MODEL in 4 bits, compared with the same model in 16 bits: they work, or the error gives the reason."""
 
 import importlib
 
@@ -126,13 +126,13 @@ def test_a_bypass_lora_is_added_before_the_gelu(quantized_model, bypass):
     assert all(map(torch.equal, outputs(quantized_model), before)) and mlp.fuses(x.device)
 
 
-def test_a_lora_beside_the_layers_is_not_lost_in_a_file(quantized_model):
+def test_a_model_with_a_bypass_lora_is_not_saved(quantized_model):
     bypassed = by_hand(quantized_model, generic((FC1, shapes(quantized_model)[FC1])))
     with pytest.raises(ValueError, match="LoRAs or other weight patches on this 4-bit MODEL, which its file can't hold"):
         SVDQuantSaveModel.execute(bypassed, "bypassed", False)
 
 
-def test_hooks_of_a_layers_output_get_the_linears(quantized_model):
+def test_hooks_get_the_output_of_the_linear(quantized_model):
     """The model then applies the GELU itself again."""
     layer, between = layer_of(quantized_model, FC1), quantized_model.model.diffusion_model.double_blocks[0].img_mlp[1]
     x, seen = random(5, HIDDEN, seed=7), []
@@ -199,11 +199,11 @@ def test_training_is_refused(quantized_model, bypass):
     assert torch.equal(draw(quantized_model), before)
 
 
-# --- a model of one's own for another device -----------------------------------------------------------------------
+# --- a copy of the model for another device ------------------------------------------------------------------------
 
 
 @newer
-def test_a_copy_for_another_device_is_whole_and_shares_nothing(quantized_model):
+def test_a_copy_for_another_device_is_complete_and_shares_no_memory(quantized_model):
     lora = load_lora(quantized_model, generic((FC1, shapes(quantized_model)[FC1]), ("img_in", (HIDDEN, 64))))
     layer_of(quantized_model, FC1).act_bits = 8
     before, with_lora = draw(quantized_model), draw(lora)
@@ -215,7 +215,7 @@ def test_a_copy_for_another_device_is_whole_and_shares_nothing(quantized_model):
 
 @pytest.fixture
 def two_devices(monkeypatch):
-    """The CPU plays both devices."""
+    """The CPU serves as both devices."""
     devices = [torch.device("cpu"), torch.device("cpu", 0)]
     monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: devices)
 

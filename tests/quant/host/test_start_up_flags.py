@@ -93,7 +93,7 @@ def draw(pair_files, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("options", "allowed"), [*sets(SAME, 0), *sets(NEARLY, 0.01), *sets(ON_GPU, 0, pytest.mark.gpu)])
-def test_4_bit_models_draw_under_it_as_without(draw, options, allowed):
+def test_4_bit_models_draw_the_same_as_without_options(draw, options, allowed):
     expected, found = draw(), draw(*options)
     if not ON_CPU:  # the options may change the device's compute dtype
         allowed += 2 * relative_error(found["plain"], expected["plain"])

@@ -129,8 +129,8 @@ def test_without_pinned_memory_nothing_is_streamed(quantized_model, pinned, monk
 
 
 def test_lora_branches_are_counted_where_they_stay(quantized_model, pinned):
-    patcher = on_simulated_gpu(load_lora(quantized_model, generic(*shapes(quantized_model).items(), rank=1)))
-    for part in (0.8, 0.7):
+    patcher = on_simulated_gpu(load_lora(quantized_model, generic(*shapes(quantized_model).items(), rank=8)))
+    for part in (0.9, 0.8):
         put_on(patcher, int(part * patcher.model_size()))
         assert offloaded(patcher) and patcher.loaded_size() <= part * patcher.model_size()
         layers = patcher.packed_layers()

@@ -62,7 +62,7 @@ def with_lora(patcher, strength=1.0):
 
 
 @pytest.mark.parametrize("cancel_at", [None, 4, 9, 17])
-def test_a_model_streamed_through_the_device_gives_the_same_bytes_and_stays_as_it_was(patcher, monkeypatch, cancel_at):
+def test_a_model_streamed_through_the_device_gives_the_same_bytes_and_does_not_change(patcher, monkeypatch, cancel_at):
     """Blocks are streamed with the LoRA applied; afterwards the model has its original parameter objects."""
     patched, before, there = with_lora(patcher), {name: p.clone() for name, p in patcher.model.named_parameters()}, {}
     resident = run(patched)[0].model.state_dict()
@@ -85,7 +85,7 @@ def test_a_model_streamed_through_the_device_gives_the_same_bytes_and_stays_as_i
     assert not patched.backup
 
 
-def test_the_device_is_asked_for_a_block_at_a_time(patcher, monkeypatch):
+def test_the_device_holds_one_block_at_a_time(patcher, monkeypatch):
     """At any time the device holds the layers outside the blocks, and one block."""
     there, most = [], []
     on_device = calibrate.on_device
@@ -151,7 +151,7 @@ def test_running_out_of_memory_in_a_layer_ends_on_the_cpu(patcher, monkeypatch, 
     assert second == "The GPU has no room for double_blocks.0.img_mod.lin: the CPU quantizes it, which takes longer."
 
 
-def test_another_error_is_no_lack_of_memory(patcher, monkeypatch):
+def test_another_error_is_not_treated_as_a_lack_of_memory(patcher, monkeypatch):
     monkeypatch.setattr(calibration, "_replay", failing(calibration._replay, 1, RuntimeError("shapes")))
     with pytest.raises(RuntimeError, match="shapes"):
         run(patcher)
@@ -299,7 +299,7 @@ def test_progress_that_cannot_be_written_is_logged_once(tmp_path, monkeypatch, c
     assert not kept.keeps and sum("is not kept" in r.getMessage() for r in caplog.records) == 1
 
 
-def test_a_model_that_can_not_be_compared_is_not_resumed(patcher, tmp_path):
+def test_a_model_that_can_not_be_hashed_is_not_resumed(patcher, tmp_path):
     wrapped = patcher.clone()
     wrapped.set_model_unet_function_wrapper(lambda apply, args: apply(args["input"], args["timestep"], **args["c"]))
     with pytest.raises(KeyboardInterrupt):

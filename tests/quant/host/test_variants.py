@@ -153,14 +153,14 @@ def relative(kind, **changes):
 
 @pytest.mark.skipif(not hasattr(comfy.supported_models, "LongCatImage"), reason="this ComfyUI has neither")
 def test_longcat_and_ovis_are_refused_by_name():
-    """They run on FLUX.1's own class. Unsigned codes would clip the input of Ovis' linear2, which is no GELU's, and neither could be
-    loaded again."""
+    """They run on FLUX.1's own class. Unsigned codes would clip the input of Ovis' linear2, which does not come from a GELU, and the files
+    of neither could be loaded."""
     for name, model in (("LongCatImage", relative("LongCatImage")), ("Ovis-Image", relative("FluxSchnell", yak_mlp=True, txt_norm=True))):
         with pytest.raises(ValueError, match=f"this MODEL is {name}; connect one of those."):
             checks.check_model(model)
 
 
-def test_another_packs_transformer_is_no_flux_of_comfyuis(tmp_path):
+def test_another_packs_transformer_is_refused(tmp_path):
     patcher = loader.load_model(write_flux(tmp_path / "flux.safetensors", depth_single=1))
     patcher.model.diffusion_model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="this MODEL runs on another pack's Linear; load the 16-bit model"):
@@ -200,7 +200,7 @@ def mxfp8_file(path, listed=False):
 
 @pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="this PyTorch has no type of such scales")
 @pytest.mark.parametrize("listed", [False, True])
-def test_mxfp8_is_called_by_its_name(tmp_path, listed):
+def test_mxfp8_is_named(tmp_path, listed):
     path = mxfp8_file(tmp_path / "mx.safetensors", listed)
     facts = inspection.inspect(read_header(path))
     assert facts["format"] == "a FLUX.1 with layers in ComfyUI's format mxfp8" and "float8_e8m0fnu" in facts["bytes_by_dtype"]
@@ -213,17 +213,17 @@ def test_mxfp8_is_called_by_its_name(tmp_path, listed):
 
 @pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="this PyTorch has no type of such scales")
 @pytest.mark.parametrize("part", ["weight", "bias"])
-def test_a_type_of_scales_is_none_of_weights(tmp_path, part):
+def test_weights_in_a_type_for_scales_are_refused(tmp_path, part):
     tensors = flux_tensors(depth_single=1)
     name = f"double_blocks.0.img_attn.qkv.{part}"
     tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     save_file(tensors, tmp_path / "odd.safetensors")
     for read in (loader.load_model, lambda path: inspection.inspect(read_header(path))):
-        with pytest.raises(CheckpointError, match=f"odd.safetensors has {name} and no word of the format"):
+        with pytest.raises(CheckpointError, match=f"odd.safetensors has {name}, and does not describe the format"):
             read(str(tmp_path / "odd.safetensors"))
 
 
-def test_a_matrix_of_no_columns_is_no_model(tmp_path):
+def test_a_matrix_without_columns_is_refused(tmp_path):
     tensors = flux_tensors(depth_single=1) | {"txt_in.weight": torch.zeros(0, 0)}
     save_file(tensors, tmp_path / "empty.safetensors")
     with pytest.raises(CheckpointError, match="empty.safetensors has no matrix txt_in.weight"):
@@ -251,14 +251,14 @@ def test_relatives_are_refused_by_name(tmp_path, what):
 
 
 @pytest.mark.parametrize("name", ["double_blocks.0.img_attn.qkv.lora_down.weight", "double_blocks.0.img_attn.gate.weight"])
-def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path, name):
+def test_a_tensor_that_the_model_does_not_have_is_named(tmp_path, name):
     save_file(flux_tensors(depth_single=1) | {name: torch.zeros(4, 4)}, tmp_path / "odd.safetensors")
-    with pytest.raises(CheckpointError, match=f"odd.safetensors has tensor {name}, which its model has no place for"):
+    with pytest.raises(CheckpointError, match=f"odd.safetensors has tensor {name}, which a FLUX.1 of its size has no place for"):
         loader.load_model(str(tmp_path / "odd.safetensors"))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_other_models_in_the_file_are_passed_over(tmp_path, prefix):
+def test_other_models_in_the_file_are_ignored(tmp_path, prefix):
     tensors = {prefix + name: tensor for name, tensor in flux_tensors(depth_single=1).items()}
     save_file(tensors | {"vae.decoder.conv_in.weight": torch.zeros(4, 4), "text_encoders.t5xxl.scaled_fp8": torch.zeros(2)},
               tmp_path / "whole.safetensors")

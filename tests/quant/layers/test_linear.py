@@ -8,9 +8,9 @@ import torch
 from comfyui_svdquant.cuda import ops, reference, row_scales, targets
 from comfyui_svdquant.cuda.choose import W4A16
 from comfyui_svdquant.cuda.errors import KernelsUnavailable
-from comfyui_svdquant.cuda.operands import LayerOperands
+from comfyui_svdquant.cuda.operands import NO_LORA, LayerOperands
 from comfyui_svdquant.quant.layers import layout, linear, preparation
-from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
+from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank
 
 from ...cuda.launches import addresses, aligned, recorded
 
@@ -58,8 +58,9 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed)
     preparation.warm_up(model, torch.device("cuda", 1), dtype, tokens=(70, 5))
     (layers, device, others), = asked
     assert device == torch.device("cuda", 1) and others == []
-    assert layers == [(70, 64, 128, 16, 128, 8, computed, None), (5, 64, 128, 16, 128, 8, computed, None),
-                      (70, 64, 256, 16, 128, 8, computed, 64), (5, 64, 256, 16, 128, 8, computed, 64),
+    lora = NO_LORA
+    assert layers == [(70, 64, 128, 16, 128, 8, computed, None, lora), (5, 64, 128, 16, 128, 8, computed, None, lora),
+                      (70, 64, 256, 16, 128, 8, computed, 64, lora), (5, 64, 256, 16, 128, 8, computed, 64, lora),
                       (1, 192, 128, 0, 128, W4A16, computed)]
 
 
@@ -140,30 +141,31 @@ def test_the_second_call_looks_nothing_up(module, monkeypatch):
         assert [generals(one), generals(one)] == [1, 0]
         module.act_bits = 4
         assert [generals(one), generals(one)] == [1, 0]
-        module.lora_branch, added = torch.nn.Module(), []
-        module.lora_branch.gain, module.lora_branch.add = None, lambda y, x: added.append(y) or y
-        assert generals(one) == 0 and added.pop().shape == (5, 208)
-        module.lora_branch.gain, module.lora_branch.gelu_shift_correction = torch.ones(208), torch.zeros(208)
-        assert [generals(one), generals(one)] == [1, 1] and len(added) == 2
+        for kind, expected in (("lora", [1, 0]), ("lora", [1, 0]), ("other", [1, 0]), ("gain", [1, 1])):
+            module.lora_branch = lora_branch(kind, torch.bfloat16)
+            assert [generals(one), generals(one)] == expected, kind
         module.lora_branch = None
-        assert generals(one) == 0 and len(added) == 2
+        assert [generals(one), generals(one)] == [1, 0]
         module.bias_function = [torch.neg]
         assert generals(one) == 1
         module.bias_function = []
         assert [generals(one), generals(one[:, :].float()), generals(one)] == [0, 1, 0]
+        assert len(calls) == 22  # one input was float32, which has no cached launch
         for m in range(20, 20 + 2 * linear.SHAPES):
             module(aligned(torch.randn(m, 256).bfloat16()))
         assert len(module._launches) <= linear.SHAPES
-        assert len(calls) == 17 - 1 + 2 * linear.SHAPES  # one input was float32, which has no cached launch
+        assert len(calls) == 22 + 2 * linear.SHAPES
 
 
-def lora_branch(kind):
-    """A LoRA branch of 256 x 208: some terms, terms with a gain, or none."""
-    terms = [LowRank((64, 192), (0, 256), torch.randn(128, 4), torch.randn(4, 256))]
-    return {"none": None, "terms": LoRABranch(terms), "gain": LoRABranch(terms, torch.rand(208) + 0.5, torch.randn(208))}[kind]
+def lora_branch(kind, dtype=torch.float32):
+    """A LoRA branch of 208 x 256: a LoRA, with another term or with a gain; or none."""
+    lora, other = LowRank((64, 192), (0, 256), torch.randn(128, 4), torch.randn(4, 256)), Dense((0, 64), (0, 256), torch.randn(64, 256))
+    gain = (torch.rand(208) + 0.5, torch.randn(208)) if kind == "gain" else ()
+    terms = [lora, other] if kind == "other" else [lora]
+    return None if kind == "none" else LoRABranch.of(terms, (208, 256), dtype, "cpu", *gain)
 
 
-@pytest.mark.parametrize("kind", ["none", "terms", "gain"])
+@pytest.mark.parametrize("kind", ["none", "lora", "other", "gain"])
 @pytest.mark.parametrize("form", [layout.SVDQUANT, layout.AWQ])
 def test_gelu_comes_after_everything_else(form, kind):
     """The layer's GELU equals a GELU after the layer, up to the rounding between the two."""
@@ -183,11 +185,11 @@ def test_gelu_is_the_kernels_unless_something_is_added(module, monkeypatch):
     monkeypatch.setattr(reference, "activated", lambda y, gelu_from: after.append(gelu_from) or activated(y, gelu_from))
     module.gelu_from = 128
     with recorded(monkeypatch):
-        for kind in ("none", "none", "terms", "terms", "none", "terms", "none"):
-            module.lora_branch = lora_branch(kind)
+        for kind in ("none", "none", "lora", "other", "other", "none", "lora", "lora", "other", "none"):
+            module.lora_branch = lora_branch(kind, torch.bfloat16)
             module(x)
-            assert module._launches[x.shape].gelu_from == (128 if kind == "none" else None)
-            assert after == ([] if kind == "none" else [128])
+            assert module._launches[x.shape].gelu_from == (None if kind == "other" else 128)
+            assert after == ([128] if kind == "other" else [])
             after.clear()
 
 

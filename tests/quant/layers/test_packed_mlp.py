@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from comfyui_svdquant.cuda import targets
+from comfyui_svdquant.cuda.operands import NO_LORA
 from comfyui_svdquant.quant.layers import layout, linear, packed_mlp, preparation
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
@@ -91,7 +92,8 @@ def added(index, gain=False):
     def change(mlp):
         n, k = mlp[index].out_features, mlp[index].in_features
         terms = [LowRank((0, n), (0, k), torch.randn(n, 4), torch.randn(4, k))]
-        mlp[index].lora_branch = LoRABranch(terms, torch.rand(n) + 0.5, torch.randn(n)) if gain else LoRABranch(terms)
+        gain_and_correction = (torch.rand(n) + 0.5, torch.randn(n)) if gain else ()
+        mlp[index].lora_branch = LoRABranch.of(terms, (n, k), torch.bfloat16, "cpu", *gain_and_correction)
         return lambda: setattr(mlp[index], "lora_branch", None)
     return change
 
@@ -226,7 +228,7 @@ def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, d
     preparation.set_act_bits(model, act_bits)
     preparation.warm_up(model, device, dtype, tokens=(70, 5))
     computed = torch.bfloat16 if dtype == torch.float32 else dtype
-    fc1, fc2 = ([(m, n, k, 16, unsigned_from, act_bits, computed, gelu_from) for m in (70, 5)]
+    fc1, fc2 = ([(m, n, k, 16, unsigned_from, act_bits, computed, gelu_from, NO_LORA) for m in (70, 5)]
                 for n, k, unsigned_from, gelu_from in ((HIDDEN, K, K, 0), (N, HIDDEN, 0, None)))
     assert asked == (fc1 if together else [*fc1, *fc2])
     assert prepared == ([(m, K, HIDDEN, N, 16, 16, K, 0, dtype, device) for m in (70, 5)] if together else [])

@@ -65,7 +65,7 @@ def test_tensors_that_two_calls_share_are_kept_once():
 
 
 @torch.no_grad()
-def test_every_block_is_seen_as_in_an_ordinary_forward():
+def test_every_block_gets_the_inputs_of_an_ordinary_forward():
     torch.manual_seed(0)
     model, blocks = Model(), None
     blocks = named_blocks(model)
@@ -118,7 +118,7 @@ def test_an_error_inside_the_model_reaches_the_caller():
                                         lambda name, block: {name: block.lin}, pass_through))
 
 
-def test_the_sample_hears_every_call_and_stays_small():
+def test_the_sample_has_tokens_of_every_call_and_stays_small():
     stats = calibration.InputStats(expected_calls=16)
     for i in range(16):
         stats.add(torch.full((4096, 4), float(i)))
@@ -158,7 +158,7 @@ def test_a_call_that_skips_a_block_is_left_out_from_there_on():
             list(calibration.stream_blocks(model, [call(True)], calibration.Memory("cpu"), blocks, layers, pass_through))
 
 
-def test_a_forward_that_a_module_has_of_its_own_stays():
+def test_a_forward_that_is_set_on_a_module_stays():
     model = Model()
     block = model.double_blocks[0]
     own = block.forward = block.forward
@@ -170,7 +170,7 @@ def test_a_forward_that_a_module_has_of_its_own_stays():
 
 
 class FakeDevice:
-    """A CUDA device that no machine needs to have: records the order of the calls, and multiplies or raises."""
+    """Replaces the CUDA calls of calibration: it records their order, and multiplies or raises."""
 
     def __init__(self, monkeypatch, product=None, pending=None):
         self.calls, self.product, self.pending = [], product, pending
@@ -222,13 +222,13 @@ def test_a_fault_that_comes_late_is_not_taken_for_a_missing_product(monkeypatch,
         FakeDevice(monkeypatch, product, pending).sums_in_float32()
 
 
-def test_off_cuda_no_product_is_tried(monkeypatch):
+def test_without_cuda_no_product_is_tried(monkeypatch):
     device = FakeDevice(monkeypatch)
     assert calibration._sums_in_float32.__wrapped__(torch.device("cpu")) is False and device.calls == []
 
 
 @pytest.mark.parametrize("status", ["CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"])
-def test_cuda_libraries_out_of_memory_are_recognised(status):
+def test_cuda_libraries_out_of_memory_are_recognized(status):
     assert calibration.is_out_of_memory(RuntimeError(f"CUDA error: {status} when calling `cublasCreate(handle)`"))
 
 

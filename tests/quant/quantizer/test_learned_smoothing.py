@@ -25,8 +25,8 @@ def test_learning_improves_on_no_smoothing(seed, unsigned):
     w, x = layer(seed=seed, unsigned=unsigned)
     found = learned(w, x, torch.ones(256), unsigned)
     assert found.error < 0.97 * found.error_before, f"error {found.error:.4f}, before {found.error_before:.4f}"
-    judges = learned_smoothing.split(x)[1]
-    assert found.error == learned_smoothing.measured_error(w, judges, found.factor, 16, 0 if unsigned else 256, torch.bfloat16)
+    held_out = learned_smoothing.split(x)[1]
+    assert found.error == learned_smoothing.measured_error(w, held_out, found.factor, 16, 0 if unsigned else 256, torch.bfloat16)
 
 
 @pytest.mark.parametrize("unsigned", [False, True])

@@ -30,10 +30,10 @@ def test_the_target_is_the_minimum_in_closed_form():
     """The target equals float64 with explicit inverses, and no step away from it lowers the error."""
     k = 96
     residual, x = torch.randn(8, k, generator=torch.Generator().manual_seed(0)), inputs(400, k, 1)
-    loud = torch.rand(k, generator=torch.Generator().manual_seed(2)) * 0.1
+    variance = torch.rand(k, generator=torch.Generator().manual_seed(2)) * 0.1
     gram = x.t() @ x / len(x) + 0.05 * torch.eye(k)
-    target = noise.quiet_target(residual, loud, gptq.damped_cholesky(gram, 0, noise=loud))
-    h, s, r = gram.double(), torch.diag(loud.double()), residual.double()
+    target = noise.quiet_target(residual, variance, gptq.damped_cholesky(gram, 0, noise=variance))
+    h, s, r = gram.double(), torch.diag(variance.double()), residual.double()
     assert torch.allclose(target.double(), r @ h @ torch.linalg.inv(h + s), atol=1e-4)
 
     def left(q):
@@ -62,4 +62,4 @@ def test_quiet_codes_and_a_second_pass_are_better_on_fresh_tokens(unsigned_from,
         y = reference.svdquant_linear(fresh, LayerOperands(t["weight"], t["weight_scale"], t["weight_proj_down"], t["weight_proj_up"],
                                                            t["weight_smooth_factor"], t["bias"], unsigned_from, bits))
         errors.append(relative_error(y, fresh @ w.t()))
-    assert errors[1] < most * errors[0], f"error {errors[1]:.5f}, of one pass that allows for nothing {errors[0]:.5f}"
+    assert errors[1] < most * errors[0], f"error {errors[1]:.5f}, of one plain pass {errors[0]:.5f}"

@@ -24,7 +24,7 @@ def test_a_layer_that_stands_out_is_named_with_a_remedy():
     assert json.loads(report.as_json(bad, presets.make_recipe("best", 32)))["warnings"] == [warning]
 
 
-def test_a_modulation_layer_stands_out_where_its_error_is_no_small_one_and_gets_no_advice_on_rank():
+def test_a_modulation_layer_stands_out_only_with_a_large_error_and_gets_no_advice_on_rank():
     def modulation(i, error):
         return dataclasses.replace(record(f"single_blocks.{i}.modulation.lin", error, form=layout.AWQ), rank=0)
 

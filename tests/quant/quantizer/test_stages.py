@@ -22,7 +22,7 @@ def weight(n, k, seed=0):
 
 
 def tokens(m, k, seed=1):
-    """Inputs with a few outlier channels, the same ones whatever the seed."""
+    """Inputs with a few outlier channels, which are the same for every seed."""
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
     x[:, :: max(1, k // 8)] *= 20
     return x
@@ -107,7 +107,7 @@ def test_awq_is_better_than_the_whole_range_in_every_group(offset):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_awq_by_its_inputs_energy_is_never_worse_than_the_whole_range_and_better_than_without(seed):
+def test_awq_weighted_by_input_energy_is_never_worse_than_the_whole_range_and_better_than_unweighted(seed):
     w, energy = weight(96, 256, seed), tokens(400, 256).square().mean(0)
     plain, blind, found = ((awq_values(w, *csz) - w).square().mul(energy).unflatten(-1, (-1, 64)).sum(-1) for csz in (
         rounding.awq_plain(w, torch.bfloat16), rounding.awq_round(w, torch.bfloat16), rounding.awq_round(w, torch.bfloat16, energy)))
@@ -116,7 +116,7 @@ def test_awq_by_its_inputs_energy_is_never_worse_than_the_whole_range_and_better
 
 
 @pytest.mark.parametrize("dead", [slice(0, 64), slice(10, 20), slice(0, 128)])
-def test_awq_with_dead_inputs_is_finite_and_knows_equal_energies_as_none(dead):
+def test_awq_with_dead_inputs_is_finite_and_equal_energies_change_nothing(dead):
     w, energy = weight(32, 128), torch.rand(128, generator=torch.Generator().manual_seed(0))
     energy[dead] = 0
     assert all(torch.isfinite(tensor).all() for tensor in rounding.awq_round(w, torch.float16, energy))
@@ -209,7 +209,7 @@ def test_gptq_on_independent_inputs_is_rounding_to_nearest():
     assert torch.equal(gptq.gptq_round(w, found, gptq.damped_cholesky(torch.eye(128), 0.1)), rounding.round_to_nearest(w, found))
 
 
-def test_gptq_gives_codes_without_a_scale_nothing_to_make_up_for():
+def test_gptq_ignores_groups_without_a_scale():
     """A group of zeros has scale 0, so that its codes have no effect."""
     w, x = 100 * weight(32, 128), correlated_tokens(500, 128)
     w[:, 64:] = 0
@@ -475,7 +475,7 @@ def test_nearly_dead_gelu_channels_do_not_spoil_their_groups():
     assert errors[1] < 1.15 * errors[0], f"error {errors[1]:.4f} with dead channels, {errors[0]:.4f} without"
 
 
-def test_the_search_means_something_at_the_highest_rank(monkeypatch):
+def test_the_search_measures_a_real_error_at_the_highest_rank(monkeypatch):
     monkeypatch.setattr(smoothing, "EXPONENTS", (0.5,))  # one candidate per pair of spans is enough here
     w, x = weight(1200, 320), tokens(400, 320)
     found = smoothing.search(w, x, smoothing.spans(x), 256, False, torch.bfloat16)
