@@ -263,7 +263,9 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             ring = 0
         stream.fit(self.load_device, ring)
         if not full_load:  # else ComfyUI counts the whole model
-            self.model.model_loaded_weight_memory += ring + branches
+            # ComfyUI does not count modules that a larger budget has loaded before, and which it leaves where they are.
+            loaded = sum(size for _, size, _, module, *_ in self._load_list() if getattr(module, "comfy_patched_weights", False))
+            self.model.model_loaded_weight_memory = max(self.model.model_loaded_weight_memory, loaded) + ring + branches
         self._keep_branches()
         self._patch_once()
 
