@@ -3,6 +3,7 @@
 import logging
 
 import comfy.hooks
+import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 from comfy.model_patcher import LowVramPatch
@@ -10,12 +11,14 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..layers.linear import PackedLinear
 from ..layers.preparation import warm_up
+from ..layers.streaming import WeightStream, block_bytes, offload_order, ring_bytes
 from . import lora
 from .model_family import family_of
 from .patches import nbytes, padded, patch_of, widened_columns, widest_last
 
 PREFIX = "diffusion_model."
 COMPILED = "_orig_mod."  # torch.compile, in a module's place, puts it into the names of the module's parameters
+BRANCH_SHARE = 4  # LoRA branches of offloaded layers stay on the GPU if they take at most a quarter of the budget
 CACHED_SVDS = 4  # per packed layer: two LoRAs beside each other, and the two before them
 
 
@@ -39,17 +42,29 @@ def unpatched(model, backup):
     return tensors
 
 
+def pin_memory(tensor):
+    return comfy.model_management.pin_memory(tensor)
+
+
+def unpin_memory(tensor):
+    return comfy.model_management.unpin_memory(tensor)
+
+
 class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     """ComfyUI's classic patcher: it moves and offloads whole layers, all tensors of a packed one together.
 
     Patches of packed weights stay where ComfyUI puts them, in `patches` and `hook_patches`. They never touch the weights:
     loading turns them into LoRA branches on the layers (lora.py), unloading takes those away.
 
+    The parameters of offloaded layers reach a GPU through a WeightStream, whose ring counts as loaded memory while a part of the model is
+    offloaded. The layers' LoRA branches stay on the GPU.
+
     source: the name of the model that was quantized; recipe: how. Both go into a saved file.
     """
 
     source = ""
     recipe = None
+    dying = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,6 +74,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             self.model.svdquant_decomposed = {}  # lora.build's cache of the loaded patches' SVDs
             self.model.svdquant_unhooked = {}  # {key: the LoRA branch that a hook has replaced, or None}
             self.model.svdquant_attached = None  # the patches_uuid that the LoRA branches were made for
+            self.model.svdquant_stream = WeightStream(pin_memory, unpin_memory)
+            self.model.svdquant_branches_stay = False  # on the GPU, while their layers are offloaded
         self.keeps_device = False  # while a loaded model changes its patches
         self.logged = set()  # lines that are in the log already
         self.hook_notes = []  # lora.build's notes on the hooks that are being applied
@@ -175,15 +192,22 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             warm_up(self.model.diffusion_model, self.load_device, self.model.get_dtype(), family_of(self.model).tokens)
 
     def _load_list(self, *args, **kwargs):
-        # ComfyUI would reserve room to cast and patch a packed weight as a dense one, and count no LoRA branch. It has no public way to
-        # say what a layer takes: its sizes are those of state_dict().
-        def sized(offload, size, name, module, *rest):
-            if isinstance(module, PackedLinear):
-                size += module.lora_branch.nbytes() if module.lora_branch else 0
-                offload = size
-            return offload, size, name, module, *rest
+        # ComfyUI loads the entries with the largest first number first, and offloads the others. It has no public way to set the order, nor
+        # to say what a layer takes: by its own numbers it would reserve room to cast and patch a packed weight as a dense one, count no
+        # LoRA branch, and offload one part of the model as a whole.
+        entries = super()._load_list(*args, **kwargs)
+        sizes = {name: block_bytes(module) for _, _, name, module, *_ in entries if isinstance(module, PackedLinear)}
+        largest = max(sizes.values(), default=0)
+        numbers = {name: largest + place for place, name in enumerate(offload_order(sizes))}
 
-        return [sized(*entry) for entry in super()._load_list(*args, **kwargs)]
+        def sized(offload, size, name, module, *rest):
+            if name not in numbers:
+                return offload + largest + len(numbers), size, name, module, *rest
+            if module.lora_branch and not self.model.svdquant_branches_stay:
+                size += module.lora_branch.nbytes()
+            return numbers[name], size, name, module, *rest
+
+        return [sized(*entry) for entry in entries]
 
     def patch_weight_to_device(self, key, *args, **kwargs):
         if layer := self.packed_at(key):
@@ -220,16 +244,78 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             if key in self.backup or not at_every_call or any(widened_columns(patch_of(entry).value) for entry in patches):
                 self._patch_in_place(key)
 
-    def load(self, *args, **kwargs):
+    def _streams(self):
+        """Whether offloaded layers can be streamed: only copies from pinned memory overlap with computation."""
+        return self.load_device.type == "cuda" and comfy.model_management.MAX_PINNED_MEMORY > 0
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         self.unpatch_hooks()
         self._attach()
-        super().load(*args, **kwargs)
+        layers, stream, ring, branches = self.packed_layers().values(), self.model.svdquant_stream, 0, 0
+        self.model.svdquant_branches_stay = False
+        if self._streams():
+            branches = sum(layer.lora_branch.nbytes() for layer in layers if layer.lora_branch)
+            self.model.svdquant_branches_stay = full_load or BRANCH_SHARE * branches <= lowvram_model_memory
+            if not full_load:
+                ring = ring_bytes(layers)
+                branches = branches if self.model.svdquant_branches_stay else 0
+        super().load(device_to, max(0, lowvram_model_memory - ring - branches), force_patch_weights, full_load)
+        if not self.model.model_lowvram:
+            ring = 0
+        stream.fit(self.load_device, ring)
+        if not full_load:  # else ComfyUI counts the whole model
+            # ComfyUI does not count modules that a larger budget has loaded before, and which it leaves where they are.
+            loaded = sum(size for _, size, _, module, *_ in self._load_list() if getattr(module, "comfy_patched_weights", False))
+            self.model.model_loaded_weight_memory = max(self.model.model_loaded_weight_memory, loaded) + ring + branches
+        self._keep_branches()
         self._patch_once()
 
-    def partially_unload(self, *args, **kwargs):
-        freed = super().partially_unload(*args, **kwargs)
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        stream, ring = self.model.svdquant_stream, 0
+        stream.forget()
+        if self._streams() and not self.model.model_lowvram:  # the ring comes into being
+            ring = ring_bytes(self.packed_layers().values())
+            stream.fit(self.load_device, ring)
+        freed = super().partially_unload(device_to, memory_to_free + ring, force_patch_weights)
+        self.model.model_loaded_weight_memory += ring
+        self._keep_branches()
         self._patch_once()
-        return freed
+        return max(0, freed - ring)
+
+    def _branch_device(self, layer):
+        return self.load_device if self.model.svdquant_branches_stay else layer.weight.device
+
+    def _keep_branches(self):
+        """Bring LoRA branches back to the GPU that were offloaded with their layers."""
+        if self.model.svdquant_branches_stay:
+            for layer in self.packed_layers().values():
+                if layer.lora_branch:
+                    layer.lora_branch.to(self.load_device)
+
+    # --- pinned memory ---------------------------------------------------------------------------------------------
+
+    # ComfyUI pins and unpins the parameters of offloaded modules one by one, by their keys. Those of a packed layer are one block, which
+    # the key of its weight stands for.
+
+    def pin_weight_to_device(self, key):
+        layer = self._layer_of(key)
+        if layer is None:
+            super().pin_weight_to_device(key)
+        elif self._streams() and self.model.svdquant_stream.pin(layer):
+            self.pinned.add(f"{key.rpartition('.')[0]}.weight")
+
+    def unpin_weight(self, key):
+        layer = self._layer_of(key)
+        if layer is None:
+            super().unpin_weight(key)
+        elif key in self.pinned and not self.dying:
+            self.pinned.remove(key)
+            self.model.svdquant_stream.unpin(layer)
+
+    def __del__(self):
+        # ComfyUI unpins what a patcher that goes has pinned, while its clones still run the model.
+        self.dying = True
+        super().__del__()
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
@@ -239,6 +325,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             self.model.svdquant_attached = None
         keeps_device, self.keeps_device = self.keeps_device, False
         super().unpatch_model(None if keeps_device else device_to, unpatch_weights)
+        if unpatch_weights:
+            self.model.svdquant_stream.release()
 
     def _change_patches(self, room):
         """Give a model that is whole on its device this patcher's patches in place of another clone's, without the walks over all modules
@@ -280,9 +368,12 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         finally:
             self.keeps_device = False
         if whole and self.model.model_lowvram:  # it no longer fits as a whole
-            for module in self.model.modules():
+            for name, module in self.model.named_modules():
                 if hasattr(module, "comfy_cast_weights") and not getattr(module, "comfy_patched_weights", False):
                     module.to(self.offload_device)
+                    for parameter, _ in module.named_parameters(recurse=False):
+                        self.pin_weight_to_device(f"{name}.{parameter}")
+            self._keep_branches()
         return loaded
 
     # --- hooks -----------------------------------------------------------------------------------------------------
@@ -290,7 +381,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def _hook(self, key, layer, branch):
         if key not in self.model.svdquant_unhooked:
             self.model.svdquant_unhooked[key] = layer.lora_branch
-        layer.set_lora_branch(branch and branch.to(layer.weight.device))
+        layer.set_lora_branch(branch and branch.to(self._branch_device(layer)))
 
     def _before_hook(self, key):
         """A hook's weight is the patched one with the hook's patches: a LowVramPatch would add the MODEL's own a second time, or undo the
@@ -321,6 +412,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         self._hook(key, layer, branch)
 
     def patch_hooks(self, hooks):
+        self.model.svdquant_stream.forget()  # ComfyUI patches biases in place
         self.hook_notes = []
         super().patch_hooks(hooks)
         self._log(self.hook_notes)
@@ -332,8 +424,9 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         return super().patch_cached_hook_weights(cached_weights, key, *args, **kwargs)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
+        self.model.svdquant_stream.forget()
         for key in list(self.model.svdquant_unhooked):
             if not whitelist_keys_set or key in whitelist_keys_set:
                 layer, branch = self.packed_at(key), self.model.svdquant_unhooked.pop(key)
-                layer.set_lora_branch(branch and branch.to(layer.weight.device))
+                layer.set_lora_branch(branch and branch.to(self._branch_device(layer)))
         super().unpatch_hooks(whitelist_keys_set)

@@ -11,6 +11,7 @@ from ...cuda.int4 import GELU_SHIFT
 from ...cuda.operands import LayerOperands
 
 SHAPES = 8  # input shapes whose launch plan a layer caches
+SHARING = {"cuda"}  # types of devices on which a LoRA branch and its layer share memory; in host memory streaming.py lays it out
 
 
 class PackedLinear(torch.nn.Module):
@@ -28,6 +29,7 @@ class PackedLinear(torch.nn.Module):
     gelu_from = None
     takes_lora = False  # whether product() adds LoRAs
     bias_function = ()  # the host's patches of the bias, which its own at() applies
+    streamed = None  # streaming.StreamedLayer, while a WeightStream brings the offloaded parameters
 
     def __init__(self, spec, device="meta"):
         super().__init__()
@@ -49,7 +51,8 @@ class PackedLinear(torch.nn.Module):
         device = x.device
         for p in self._parameters.values():  # most times they are there: to look is a tenth of what to() takes
             if p is not None and p.device != device:
-                return {name: None if p is None else p.to(device, non_blocking=True) for name, p in self._parameters.items()}
+                streamed = None if self.streamed is None else self.streamed.at(self._parameters, x)
+                return streamed or {name: None if p is None else p.to(device, non_blocking=True) for name, p in self._parameters.items()}
         return dict(self._parameters)
 
     @property
@@ -221,8 +224,8 @@ class SVDQuantLinear(BranchedLinear):
 
     def set_lora_branch(self, branch):
         """Take a LoRABranch made for this layer. The first rows of its lora_down get the layer's own proj_down, so that one product
-        computes all ranks. While both are on one device, weight_proj_down is a view of these rows, and the branch takes only the LoRAs'
-        memory. Raises ValueError if the branch has other rows for the layer's ranks."""
+        computes all ranks. While both are on one GPU, weight_proj_down is a view of these rows, and the branch takes only the LoRAs' memory.
+        Raises ValueError if the branch has other rows for the layer's ranks."""
         if branch is not None and branch.lora_down is not None and branch.own != self.spec.rank:
             raise ValueError(f"The LoRA branch is for a layer of rank {branch.own}; this one has rank {self.spec.rank}.")
         self.lora_branch = branch
@@ -235,8 +238,8 @@ class SVDQuantLinear(BranchedLinear):
             return
         own = branch.lora_down[:branch.own]
         own.copy_(proj_down.data.t())
-        shared = own.device == proj_down.device and own.dtype == proj_down.dtype and not proj_down.is_pinned()
-        proj_down.data = own.t() if shared else proj_down.data.contiguous()
+        branch.shares = own.device == proj_down.device and own.dtype == proj_down.dtype and own.device.type in SHARING
+        proj_down.data = own.t() if branch.shares else proj_down.data.contiguous()
 
     def prepare(self, device):
         """Find what forwards with inputs on `device` need beside the parameters: the row scales, with 8-bit activations. A graph that

@@ -175,6 +175,7 @@ class LoRABranch(torch.nn.Module):
         super().__init__()
         down, up, self.lora = lora or (None, None, NO_LORA)
         self.own = own
+        self.shares = False  # whether the rows of the layer's own ranks are the layer's memory
         self.register_buffer("lora_down", down, persistent=False)
         self.register_buffer("lora_up", up, persistent=False)
         self.terms = torch.nn.ModuleList(terms)
@@ -189,9 +190,8 @@ class LoRABranch(torch.nn.Module):
         return cls(joined(low_rank, shape, own, dtype, device) if low_rank else None, own, others, gain, gelu_shift_correction)
 
     def nbytes(self):
-        """Bytes of the branch, without the rows of the layer's own ranks, which share the layer's memory."""
-        own = 0 if self.lora_down is None else self.lora_down[:self.own].nbytes
-        return sum(buffer.nbytes for buffer in self.buffers()) - own
+        """Bytes that the branch takes beside the layer."""
+        return sum(buffer.nbytes for buffer in self.buffers()) - (self.lora_down[:self.own].nbytes if self.shares else 0)
 
     def operands(self, x, dtype):
         """The last LayerOperands, on x's device in `dtype`: lora_down, lora_up, lora. () without LoRAs."""

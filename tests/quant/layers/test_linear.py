@@ -194,8 +194,9 @@ def test_gelu_is_the_kernels_unless_something_is_added(module, monkeypatch):
             after.clear()
 
 
-def test_a_branch_shares_the_memory_of_proj_down(module):
+def test_a_branch_shares_the_memory_of_proj_down(module, monkeypatch):
     """While a layer has a LoRA, its proj_down is a view of the branch's factor, also after a move, with the same values."""
+    monkeypatch.setattr(linear, "SHARING", {"cpu"})
     state = {name: t.clone() for name, t in module.state_dict().items()}
     layout_before = module.weight_proj_down.stride()
 
@@ -219,6 +220,14 @@ def test_a_branch_shares_the_memory_of_proj_down(module):
     assert all(torch.equal(t, state[name]) for name, t in module.state_dict().items())
     with pytest.raises(ValueError, match="The LoRA branch is for a layer of rank 16; this one has rank 32."):
         module.set_lora_branch(lora_branch("lora", rank=16))
+
+
+def test_in_host_memory_nothing_is_shared(module):
+    """There the parameters keep their layout, which streaming needs, and the branch counts its copy of proj_down."""
+    address, branch = module.weight_proj_down.data_ptr(), lora_branch("lora")
+    module.set_lora_branch(branch)
+    assert module.weight_proj_down.data_ptr() == address and torch.equal(branch.lora_down[:32].t(), module.weight_proj_down)
+    assert branch.nbytes() == 2 * branch.lora_up.numel() + 2 * (32 + 8) * 256
 
 
 def test_copies_are_layers_of_their_own(module, monkeypatch):
