@@ -224,8 +224,8 @@ class SVDQuantLinear(BranchedLinear):
 
     def set_lora_branch(self, branch):
         """Take a LoRABranch made for this layer. The first rows of its lora_down get the layer's own proj_down, so that one product
-        computes all ranks. While both are on one GPU, weight_proj_down is a view of these rows, and the branch takes only the LoRAs' memory.
-        Raises ValueError if the branch has other rows for the layer's ranks."""
+        computes all ranks. While both are on one GPU, weight_proj_down is a view of these rows, and the branch takes only the LoRAs'
+        memory. Raises ValueError if the branch has other rows for the layer's ranks."""
         if branch is not None and branch.lora_down is not None and branch.own != self.spec.rank:
             raise ValueError(f"The LoRA branch is for a layer of rank {branch.own}; this one has rank {self.spec.rank}.")
         self.lora_branch = branch
