@@ -6,6 +6,7 @@ from comfyui_svdquant.cuda import autotune, awq, compiler, gemm_mma, kernel_reco
 from comfyui_svdquant.cuda.choose import W4A16, Layer, choose
 from comfyui_svdquant.cuda.errors import KernelsUnavailable
 from comfyui_svdquant.cuda.gemm_mma import LARGE, MEDIUM, SMALL
+from comfyui_svdquant.cuda.operands import LoRASizes
 from comfyui_svdquant.cuda.targets import TARGETS
 
 BF16 = torch.bfloat16
@@ -243,7 +244,8 @@ def test_the_alternatives_of_an_mlp():
     assert set(values["second_tile"]) == {LARGE, MEDIUM, SMALL}
 
 
-@pytest.mark.parametrize("layer", [LAYER, LAYER._replace(act_bits=8, gelu_from=64), LAYER._replace(act_bits=W4A16, rank=0)])
+@pytest.mark.parametrize("layer", [LAYER, LAYER._replace(act_bits=8, gelu_from=64), LAYER._replace(act_bits=W4A16, rank=0),
+                                   LAYER._replace(lora=LoRASizes((16,)))])
 def test_the_operands_run(layer):
     """They are what the op takes, and give numbers."""
     x, *operands = autotune._operands(layer, CPU)
