@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from machine import description, load_pack
@@ -110,7 +111,8 @@ def compile_times(act_bits):
                 if done.returncode:
                     raise SystemExit(done.stderr)
                 found[f"{state}, {how}"] = float(done.stdout.split()[-1])
-                print(f"W4A{act_bits} {state}, {how}: {found[f'{state}, {how}']:.2f} s ({len(os.listdir(folder))} kernels)", flush=True)
+                kernels = sum(1 for _ in Path(folder).glob("*.cubin"))
+                print(f"W4A{act_bits} {state}, {how}: {found[f'{state}, {how}']:.2f} s ({kernels} kernels)", flush=True)
     return found
 
 

@@ -21,17 +21,17 @@ def fastest_tiles(m):
 
 def variants(target):
     """Every (source, entry, defines) that `launcher` may ask for."""
-    return [(SOURCE, ENTRY, _defines(dtype, tiles)) for dtype in target.dtypes for tiles in TILES]
+    return [(SOURCE, ENTRY, defines_of(dtype, tiles)) for dtype in target.dtypes for tiles in TILES]
 
 
-def _defines(dtype, tiles):
+def defines_of(dtype, tiles):
     return ("HALF", int(dtype == torch.float16)), ("TILES", tiles)
 
 
 @functools.lru_cache(maxsize=256)
 def launcher(tiles, m, n, dtype, device):
     """A function that launches the kernel for m tokens; its arguments are the kernel's, as ints. tiles: one of TILES."""
-    kernel = kernel_loader.kernel(SOURCE, ENTRY, _defines(dtype, tiles), device)
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, defines_of(dtype, tiles), device)
     return kernel.launcher((-(-n // ROWS), -(-m // (8 * tiles))), (32 * WARPS,), 10, pdl=True)
 
 

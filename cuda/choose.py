@@ -1,7 +1,8 @@
 """The one place that chooses the kernels for a layer on a GPU.
 
-choose() is a pure function of the layer's sizes, the GPU's generation and its number of multiprocessors, so that every GPU's choice can be
-tested without that GPU. Each kernel's module holds the cost model by which choose() compares its tiles or plans.
+choose() is a pure function of the layer's sizes, the GPU's generation, its number of multiprocessors and the kernels that failed there, so
+that every GPU's choice can be tested without that GPU. Each kernel's module holds the cost model by which choose() compares its tiles or
+plans.
 """
 
 from typing import NamedTuple, Optional
@@ -40,6 +41,15 @@ class MLP(NamedTuple):
     second: Layer
 
 
+class Kind(NamedTuple):
+    """A kind of kernel: all that is compiled from a source for one storage of codes. choose() uses all of it or, after a wrong result on
+    this GPU (self_test.py), none of it."""
+
+    source: str                            # in kernels/
+    storage: Optional[CodeStorage] = None  # None for kernels without codes of an activation
+    feeds_next: bool = False               # whether the GEMM ends with the next layer's codes, as an MLP's first one does
+
+
 class LinearKernels(NamedTuple):
     """The kernels of an SVDQuant layer: quantize, then a GEMM."""
 
@@ -67,20 +77,23 @@ class MLPKernels(NamedTuple):
     second_tile: gemm_mma.Tile  # tile of the second layer's GEMM
 
 
-def choose(layer, target, sms):
+def choose(layer, target, sms, failed=frozenset()):
     """The kernels for a Layer or an MLP on a GPU of a Target with `sms` multiprocessors: LinearKernels, AWQKernel or MLPKernels. None if
-    the reference must compute the Layer, or if the MLP must run as two layers."""
+    the reference must compute the Layer, or if the MLP must run as two layers. failed: the Kinds that must not be used."""
     if isinstance(layer, MLP):
-        return _choose_mlp(layer, target, sms)
+        return _choose_mlp(layer, target, sms, failed)
     if not layer.m or layer.k % GROUP_SIZE or layer.n % OUTPUTS or layer.n * layer.k >= gemm_mma.MAX_WEIGHTS:
         return None
-    return AWQKernel(awq.fastest_tiles(layer.m)) if layer.act_bits == W4A16 else _choose_linear(layer, target, sms)
+    if layer.act_bits != W4A16:
+        return _choose_linear(layer, target, sms, failed)
+    return None if Kind(awq.SOURCE) in failed else AWQKernel(awq.fastest_tiles(layer.m))
 
 
-def _choose_linear(layer, target, sms):
+def _choose_linear(layer, target, sms, failed):
     m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora = layer
     storage = code_storage(act_bits, target)
-    wgmma = storage == CodeStorage.INT8 and target.wgmma and gemm_wgmma.takes(k, unsigned_from)
+    wgmma = (storage == CodeStorage.INT8 and target.wgmma and gemm_wgmma.takes(k, unsigned_from)
+             and Kind(gemm_wgmma.SOURCE, storage) not in failed)
     ranks = rank + -rank % RANKS
     if gelu_from is not None and gelu_from % GELU_COLUMNS:
         gelu_from = None
@@ -88,20 +101,36 @@ def _choose_linear(layer, target, sms):
         tile = gemm_wgmma.fastest_tile(m, n, k, sms, unsigned_from)
     else:
         tile = gemm_mma.fastest_tile(gemm_mma.tiles_of(target), sms, m, n)
-    plans = quantize_activation.plans_for(m, k, ranks, storage, target, sms, fused=not lora.ranks)
+    plans = _plans(m, k, ranks, storage, target, sms, failed, fused=not lora.ranks)
+    if not plans or not wgmma and Kind(gemm_mma.SOURCE, storage) in failed:
+        return None
     whole = dtype in target.dtypes and ranks == rank and gelu_from == layer.gelu_from
     return LinearKernels(storage, plans, wgmma, tile, ranks, gelu_from, whole)
 
 
-def _choose_mlp(layers, target, sms):
+def _plans(m, k, ranks, storage, target, sms, failed, fused=True):
+    """quantize_activation.plans_for without the plans of kernels that failed. None are left without quantize.cu, since another kernel's
+    clusters may not fit on the GPU."""
+    plans = quantize_activation.plans_for(m, k, ranks, storage, target, sms, fused=fused)
+    if not failed:
+        return plans
+    if Kind(quantize_activation.SOURCE, storage) in failed:
+        return ()
+    return tuple(plan for plan in plans if Kind(quantize_activation.source(plan), storage) not in failed)
+
+
+def _choose_mlp(layers, target, sms, failed):
     (first, second), storage = layers, code_storage(4, target)
     if (not target.async_copies or first.dtype not in target.dtypes or not first.m
             or first.k % GROUP_SIZE or second.n % OUTPUTS or first.n % gemm_mma.WIDE.rows
             or first.rank % RANKS or second.rank % RANKS or not 0 < second.rank <= gemm_mma.NEXT_RANKS
-            or max(first.k, second.n) * first.n >= gemm_mma.MAX_WEIGHTS):
+            or max(first.k, second.n) * first.n >= gemm_mma.MAX_WEIGHTS
+            or not failed.isdisjoint((Kind(gemm_mma.SOURCE, storage), Kind(gemm_mma.SOURCE, storage, True)))):
         return None
-    return MLPKernels(storage, quantize_activation.plans_for(first.m, first.k, first.rank, storage, target, sms),
-                      gemm_mma.fastest_tile(gemm_mma.next_tiles_of(storage), sms, first.m, first.n),
+    plans = _plans(first.m, first.k, first.rank, storage, target, sms, failed)
+    if not plans:
+        return None
+    return MLPKernels(storage, plans, gemm_mma.fastest_tile(gemm_mma.next_tiles_of(storage), sms, first.m, first.n),
                       gemm_mma.fastest_tile(gemm_mma.tiles_of(target), sms, second.m, second.n))
 
 

@@ -178,15 +178,14 @@ def compile_source(source, defines, arch):
 
 def compile_cubin(source, defines, arch):
     """The machine code of kernels/`source`, from the disk cache if it has it."""
-    key = _key(source, defines, arch)
-    path = cache_folder() / f"{Path(source).stem}-{arch}-{key[:32]}.cubin"
-    cubin = _read(path)
+    path = cache_folder() / f"{Path(source).stem}-{arch}-{digest(source, defines, arch)[:32]}.cubin"
+    cubin = read_entry(path)
     if cubin is None:
         compiled = compile_source(source, defines, arch)
         for line in complaints(compiled.log):
             log.warning("%s for %s: %s", source, arch, line)
         cubin = compiled.cubin
-        _write(path, cubin)
+        write_entry(path, cubin)
     return cubin
 
 
@@ -201,10 +200,17 @@ def _options(defines, arch):
     return (f"-arch={_compilable(arch)}", *OPTIONS, *(f"-D{name}={value}" for name, value in defines))
 
 
-def _key(source, defines, arch):
-    """A digest of everything that determines the machine code."""
+def digest(source, defines, arch):
+    """A digest of everything that determines the machine code, as a hexadecimal number."""
     everything = (source, _source_text(source), tuple(_headers().items()), _options(defines, arch), nvrtc().version)
     return hashlib.sha256(repr(everything).encode()).hexdigest()
+
+
+@functools.cache
+def all_sources_digest():
+    """A digest of all kernels' sources and of the compiler, as a hexadecimal number."""
+    sources = [(path.name, path.read_text(encoding="utf-8")) for path in sorted(SOURCES.glob("*.cu*"))]
+    return hashlib.sha256(repr((sources, OPTIONS, nvrtc().version)).encode()).hexdigest()
 
 
 # --- Disk cache ------------------------------------------------------------------------------------------------------
@@ -223,27 +229,27 @@ def cache_folder():
     return Path(root) / "comfyui-svdquant" / "kernels"
 
 
-def _read(path):
-    """The cubin of a cache entry, which is the cubin's SHA-256 and the cubin. None if the entry is missing or damaged."""
+def read_entry(path):
+    """The data of a cache entry, which is the data's SHA-256 and the data. None if the entry is missing or damaged."""
     try:
         entry = path.read_bytes()
     except OSError:
         return None
-    digest, cubin = entry[:32], entry[32:]
-    return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
+    checksum, data = entry[:32], entry[32:]
+    return data if data and hashlib.sha256(data).digest() == checksum else None
 
 
-def _write(path, cubin):
+def write_entry(path, data):
     """Write a cache entry atomically: other processes see no entry or a whole one. A cache that can't be written only costs time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(cubin).digest() + cubin)
+                file.write(hashlib.sha256(data).digest() + data)
             os.replace(temporary, path)
         except OSError:  # Windows also refuses while another process reads the entry
             os.unlink(temporary)
             raise
     except OSError as error:
-        log.debug("The compiled kernel %s was not cached: %s", path, error)
+        log.debug("%s was not cached: %s", path, error)

@@ -1,8 +1,10 @@
 """The CUDA driver through ctypes. Its library is loaded with the first kernel."""
 
+import contextlib
 import ctypes
 import functools
 import os
+import re
 
 import torch
 
@@ -37,6 +39,25 @@ def driver():
         raise KernelsUnavailable("The CUDA kernels need an NVIDIA driver for CUDA 12 or newer. Update the driver.")
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4  # ctypes then accepts ints as pointers
     return library
+
+
+VERSION_FILE = "/proc/driver/nvidia/version"  # Linux has it, WSL doesn't; NVML takes 50 ms to start
+
+
+@functools.cache
+def version():
+    """The version of NVIDIA's driver as its own programs print it, such as "580.159.04"; "unknown" if the driver doesn't say it."""
+    with contextlib.suppress(OSError), open(VERSION_FILE, encoding="utf-8", errors="replace") as file:
+        if found := re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", file.readline()):
+            return found[0]
+    text = ctypes.create_string_buffer(96)
+    try:
+        library = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
+        if library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(text, len(text)):
+            return "unknown"
+    except (OSError, AttributeError):
+        return "unknown"
+    return text.value.decode(errors="replace") or "unknown"
 
 
 def check(name, status):

@@ -19,7 +19,7 @@ STAGES = {(192, 192, 1): 4, (192, 128, 1): 6, (192, 64, 1): 9, (128, 256, 1): 4,
 WAITS = {64: 410, 128: 205, 192: 70, 256: 40}
 
 
-def _defines(tile, dtype, gelu, lora):
+def defines_of(tile, dtype, gelu, lora):
     rows, tokens, split = tile
     return (("HALF", int(dtype == torch.float16)), ("ROWS", rows), ("TOKENS", tokens), ("STAGES", STAGES[tile]), ("CLUSTER", PAIR // split),
             ("SPLIT", split), ("GELU", int(gelu)), ("LORA", int(lora)))
@@ -27,7 +27,7 @@ def _defines(tile, dtype, gelu, lora):
 
 def variants():
     """Every (source, entry, defines) that `launcher` may compile."""
-    return [(SOURCE, ENTRY, _defines(tile, dtype, gelu, lora))
+    return [(SOURCE, ENTRY, defines_of(tile, dtype, gelu, lora))
             for tile in STAGES for dtype in (torch.bfloat16, torch.float16) for gelu in (False, True) for lora in (False, True)]
 
 
@@ -91,7 +91,7 @@ def launcher(tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, 
     gelu, with_lora = gelu_from is not None, takes_lora(rank, lora)
     if not divisible(k, unsigned_from):
         tile = *tile[:2], 1
-    kernel = kernel_loader.kernel(SOURCE, ENTRY, _defines(tile, dtype, gelu, with_lora), device, shared_bytes(tile))
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, defines_of(tile, dtype, gelu, with_lora), device, shared_bytes(tile))
     clusters = min(targets.multiprocessors(device) // PAIR, count_tiles(tile, m, n))
     sizes = (m, padded(m, ROWS), n, k, rank, border(k, unsigned_from), int(unsigned_from < k), *(lora.arguments if with_lora else ()),
              *((gelu_from,) if gelu else ()))

@@ -1,6 +1,6 @@
 """Launch of kernels/gptq.cu: GPTQ's inner loop, a block of columns of the weight rounded one after the other."""
 
-from . import kernel_loader, targets
+from . import kernel_loader, self_test, targets
 
 SOURCE, ENTRY = "gptq.cu", "gptq_block"
 COLUMNS = 128  # the most in a block, as in gptq.cu
@@ -14,8 +14,10 @@ def variants():
 
 
 def available(weight):
-    """Whether the kernel runs on weight's device."""
-    return kernel_loader.has_kernel(SOURCE, ENTRY, weight.device, SHARED)
+    """Whether the kernel runs on weight's device, and runs right."""
+    device = weight.device
+    return kernel_loader.has_kernel(SOURCE, ENTRY, device, SHARED) and self_test.kernel_passes(
+        SOURCE, device, lambda: self_test.round_block_is_right(round_block, device))
 
 
 def round_block(weight, pending, steps, inverse, groups, lower, codes):

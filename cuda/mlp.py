@@ -166,3 +166,7 @@ def variants(storage, target):
         defines = gemm_mma.defines_of(storage, gemm_mma.next_tiles_of(storage)[0], target, dtype, next_ranks=gemm_mma.NEXT_RANKS)
         found += [(gemm_mma.SOURCE, gemm_mma.ENTRY, defines), (PARTIAL_SUMS, PARTIAL_SUMS_ENTRY, add_defines(dtype, gemm_mma.NEXT_RANKS))]
     return found
+
+
+ops.runners[choose.MLP] = lambda kernels, x, first, second: fused(x, first, second, kernels)
+ops.choices.append(_launches)

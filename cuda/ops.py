@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import awq, gemm_mma, gemm_wgmma, quantize_activation, reference, runtime, targets
-from .choose import W4A16, Layer, choose
+from . import autotune, awq, gemm_mma, gemm_wgmma, quantize_activation, reference, runtime, self_test, targets
+from .choose import W4A16, AWQKernel, Layer, choose
 from .errors import KernelsUnavailable
 from .operands import NO_LORA, LayerOperands, LoRASizes
 
@@ -112,8 +112,24 @@ def computed_in(dtype, x, run):
 
 @functools.lru_cache(maxsize=4096)
 def chosen(layer, device):
-    """choose()'s kernels for a choose.Layer or choose.MLP on this device."""
-    return choose(layer, targets.for_device(device), targets.multiprocessors(device))
+    """The kernels for a choose.Layer or choose.MLP on this device: choose()'s, or faster ones that autotune.py measured here. They have
+    passed their self-test. None as of choose()."""
+    target, run = targets.for_device(device), runners[type(layer)]
+    runs = (layer if isinstance(layer, Layer) else layer.first).dtype in target.dtypes  # if not, the caller computes in another type
+    while True:
+        kernels = choose(layer, target, targets.multiprocessors(device), self_test.failed(device))
+        if kernels is None or not runs:
+            return kernels
+        kernels = autotune.tuned(kernels, layer, target, device)
+        if self_test.passes(kernels, layer, device, run):
+            return kernels
+
+
+def _run(kernels, x, *operands):
+    """A layer by the kernels of a choose.Layer. operands: LayerOperands, or a W4A16 layer's arguments."""
+    if isinstance(kernels, AWQKernel):
+        return awq.linear(kernels.tiles, x, *operands)
+    return _steps_in_one_dtype(x, *operands, kernels)
 
 
 class _Launches(NamedTuple):
@@ -155,6 +171,16 @@ def _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, st
     return launches._replace(run=_both(launches, ("x", "y", *product, *constant)))
 
 
+runners = {Layer: _run}       # {type of layer: a function that runs it by given kernels}; mlp.py adds its own
+choices = [chosen, _launches]  # the caches that hold chosen kernels; mlp.py adds its own
+
+
+def choose_again():
+    """Forget all choices, so that the next calls make them anew. Layers' cached launches stay: they compute the same."""
+    for cache in choices:
+        cache.cache_clear()
+
+
 def _both(launches, names, constants=()):
     gemm = (*GEMM, "lora_up") if "lora_up" in launches.constant else GEMM
     return runtime.chain(names, (launches.quantize, QUANTIZE), (launches.gemm, gemm), work=launches.work, constants=constants)
@@ -170,8 +196,8 @@ def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, lora=
 
 
 def warm_up(layers, device, others=()):
-    """Compile and load the kernels of these layers in threads, while the caller goes on. A kernel that is unavailable is skipped: the
-    layer's first call logs the reason.
+    """Compile, load and test the kernels of these layers in threads, while the caller goes on, and then measure them where autotune.py is
+    to. A kernel that is unavailable is skipped: the layer's first call logs the reason.
 
     layers: [as choose.Layer, or without gelu_from and lora], with contiguous inputs; device: a CUDA device with its index; others:
     functions that prepare more than a layer. They take longest and so start first. Returns the threads' futures.
@@ -187,8 +213,17 @@ def warm_up(layers, device, others=()):
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="svdquant-compiler")
     single = (functools.partial(prepare, *layer, device=device) for layer in dict.fromkeys(layers))
     futures = [pool.submit(attempt, job) for job in (*others, *single)]
+    futures.append(pool.submit(attempt, functools.partial(_measure, device, tuple(futures))))
     pool.shutdown(wait=False)
     return futures
+
+
+def _measure(device, prepared):
+    """warm_up's last job: wait for the others, and measure what autotune.py is to."""
+    for future in prepared:
+        future.result()
+    self_test.forget_problems()
+    autotune.tune(device, runners, choose_again)
 
 
 def _by_kernels(x, operands):

@@ -15,6 +15,7 @@ from .activation_layout import BLOCK, RANK_BLOCK, ROWS, CodeStorage, padded
 from .int4 import GROUP_SIZE
 from .operands import NO_LORA
 
+SOURCE, REGISTERS_SOURCE = "quantize.cu", "quantize_registers.cu"
 DEPTH = 4         # blocks of x in flight, as in quantize.cu
 REGISTERS_RANKS = 64  # the most ranks that quantize_registers.cu computes
 FILLED = 0.75     # a persistent plan needs this fraction of its estimated resident CTAs; with fewer, another plan is faster
@@ -134,13 +135,18 @@ class Plan(NamedTuple):
     fits: int     # with `loop`: estimated CTAs that fit on the GPU at once
 
 
+def source(plan):
+    """The kernel of a Plan, a file in kernels/."""
+    return REGISTERS_SOURCE if plan.warps else SOURCE
+
+
 def variant(dtype, storage, plan, lora=False):
     """(source, entry, defines) of one compiled kernel. lora: whether x @ proj_down also has LoRAs' ranks."""
     defines = (("HALF", int(dtype == torch.float16)), ("CODES", int(storage)), ("CTAS", plan.ctas),
                ("RANKS", padded(plan.ranks, RANK_BLOCK)), ("TILES", plan.tiles), ("LORA", int(lora)))
     if plan.warps:
-        return "quantize_registers.cu", "quantize_registers", (*defines, ("WARPS", plan.warps), ("LOOP", int(plan.loop)))
-    return "quantize.cu", "quantize", defines
+        return source(plan), "quantize_registers", (*defines, ("WARPS", plan.warps), ("LOOP", int(plan.loop)))
+    return source(plan), "quantize", defines
 
 
 def plans_for(m, k, rank, storage, target, sms, registers=None, tiles=None, ctas=None, loop=None, fused=True):

@@ -29,6 +29,7 @@ class Target:
     register_tiles: int     # quantize_registers.cu: 16-token tiles per CTA that fit in registers; 0: no clusters, which it needs
     default_act_bits: int   # 4 if 4-bit MMAs are fast. On A100 and Orin the rescaling of each group takes longer than the MMAs
     fused_mlp: bool         # mlp.py is faster. With 4-bit codes in bytes it isn't: 1893 us against 1601 on an H100 (benchmarks/NOTES.md)
+    measured: bool = False  # the cost models of the kernels were measured on this generation; autotune.py measures on the others
 
     @property
     def arch(self):
@@ -60,7 +61,7 @@ TARGETS = {target.number: target for target in (
     row(86, (100, 99), AMPERE),                                                                     # Ampere: RTX 30
     row(87, (164, 163), AMPERE, default_act_bits=8),                                                # Ampere: Orin
     row(89, (100, 99), AMPERE),                                                                     # Ada: RTX 40
-    row(90, (228, 227), BLACKWELL, wgmma=True, max_cluster=16, register_tiles=2),                   # Hopper: H100, H200
+    row(90, (228, 227), BLACKWELL, wgmma=True, max_cluster=16, register_tiles=2, measured=True),    # Hopper: H100, H200
     row(100, (228, 227), BLACKWELL),                                                                # Blackwell: B200
     row(103, (228, 227), BLACKWELL),                                                                # Blackwell: B300
     row(110, (228, 227), BLACKWELL),                                                                # Blackwell: Thor
@@ -75,7 +76,7 @@ def for_capability(capability):
 
     A GPU without a row gets the properties of the nearest older one, since a generation keeps what the previous one has. Exceptions:
     only Hopper has wgmma; shared memory has the smallest size of any GPU since Ampere; clusters have at most 8 CTAs; activations get 8
-    bits, which is fast on every GPU.
+    bits, which is fast on every GPU; nothing was measured on it.
     """
     number = 10 * capability[0] + capability[1]
     if number < OLDEST:
@@ -86,7 +87,7 @@ def for_capability(capability):
     older = TARGETS[max(known for known in TARGETS if known < number)]
     return replace(older, number=number, shared_per_sm=min(older.shared_per_sm, 100 << 10),
                    shared_per_cta=min(older.shared_per_cta, 99 << 10), wgmma=False, max_cluster=min(older.max_cluster, 8),
-                   register_tiles=min(older.register_tiles, 1), default_act_bits=8)
+                   register_tiles=min(older.register_tiles, 1), default_act_bits=8, measured=False)
 
 
 @functools.cache

@@ -20,8 +20,8 @@ package.__path__ = [str(Path(sys.argv[1]).parent)]
 from kernels import compiler
 path = Path(sys.argv[2])
 for _ in range(200):
-    compiler._write(path, bytes([int(sys.argv[3])]) * 50_000)
-    entry = compiler._read(path)
+    compiler.write_entry(path, bytes([int(sys.argv[3])]) * 50_000)
+    entry = compiler.read_entry(path)
     assert entry is not None and len(entry) == 50_000 and len(set(entry)) == 1, "a torn entry"
 """
 

@@ -28,3 +28,25 @@ def test_no_driver_or_an_old_one(monkeypatch):
         monkeypatch.setattr(driver.ctypes, "CDLL", library)
         with pytest.raises(KernelsUnavailable, match=message):
             driver.driver.__wrapped__()
+
+
+@pytest.mark.parametrize(("line", "nvml", "expected"), [
+    ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (root@host)  Tue Oct  1", None, "580.159.04"),
+    ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54  Mon Jun 12", None, "535.54"), (None, b"581.29", "581.29"),
+    ("something else", b"581.29", "581.29"), (None, b"", "unknown"), (None, None, "unknown")])
+def test_the_drivers_version(monkeypatch, tmp_path, line, nvml, expected):
+    """It is in a file on Linux, and NVML has it elsewhere."""
+    def get_version(text, size):
+        text.value = nvml
+        return 0
+
+    def load(name):
+        if nvml is None:
+            raise OSError(f"{name}: no such file")
+        return types.SimpleNamespace(nvmlInit_v2=lambda: 0, nvmlSystemGetDriverVersion=get_version)
+
+    if line:
+        (tmp_path / "version").write_text(line + "\nGCC version: 14.2.0\n")
+    monkeypatch.setattr(driver, "VERSION_FILE", str(tmp_path / "version"))
+    monkeypatch.setattr(driver.ctypes, "CDLL", load)
+    assert driver.version.__wrapped__() == expected

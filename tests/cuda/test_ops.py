@@ -139,6 +139,8 @@ def test_kernels_are_prepared_in_the_type_that_they_compute_in(monkeypatch, numb
     asked = []
     monkeypatch.setattr(targets, "for_device", lambda device: targets.TARGETS[number])
     monkeypatch.setattr(targets, "multiprocessors", lambda device: 68)
+    monkeypatch.setattr(ops.self_test, "passes", lambda *args: True)
+    monkeypatch.setattr(ops.autotune, "wanted", lambda target: False)
     monkeypatch.setattr(ops, "_launches", lambda *layer: asked.append(layer[6]))
     monkeypatch.setattr(ops.awq, "launcher", lambda *args: asked.append(args[-2]))
     for cache in (ops.compute_dtype, ops.chosen):
