@@ -62,3 +62,11 @@ def drift(pair_files):
     with torch.inference_mode():
         exact, quantized = (sample(load(path)) for path in pair_files)
         return relative_error(quantized, exact)
+
+
+@pytest.fixture
+def shared_memory(monkeypatch):
+    """LoRA branches share memory with their layers, as they do on a GPU."""
+    from comfyui_svdquant.quant.layers import linear
+
+    monkeypatch.setattr(linear, "SHARING", {"cpu", "cuda"})

@@ -66,6 +66,7 @@ def test_each_model_is_as_if_loaded_anew(quantized_model, loads):
     assert not loads, "ComfyUI carried the model out and in"
 
 
+@pytest.mark.usefixtures("shared_memory")
 def test_memory_is_counted(quantized_model):
     patchers = histories(quantized_model)
     for patcher in patchers:

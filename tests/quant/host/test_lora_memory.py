@@ -43,6 +43,7 @@ def test_a_lora_survives_offloading(quantized_model):
     assert torch.equal(sample(patched), whole)
 
 
+@pytest.mark.usefixtures("shared_memory")
 def test_lora_branches_are_counted_as_memory(quantized_model):
     size = quantized_model.model_size()
     patched = load_lora(quantized_model, generic(*shapes(quantized_model).items()))
