@@ -99,6 +99,8 @@ def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, p
     `rank`, or if there is a LoRA, multiplied() replaces proj_down.
     plans: of plans_for, the fastest first; the first one whose clusters fit on the GPU runs. Raises ValueError if none fits.
     """
+    if lora.ranks and any(plan.ranks for plan in plans):
+        raise ValueError("With a LoRA, cuBLAS multiplies all ranks: the plans must be those of plans_for(..., fused=False).")
     for plan in plans:
         kernel = kernel_loader.kernel(*variant(dtype, storage, plan, bool(lora.ranks)), device, plan.shared)
         if plan.ctas == 1:

@@ -21,7 +21,7 @@ def with_lora(layer, ranks, part_rows=0, seed=0):
     """The layer with a random LoRA of these LoRASizes, which adds about as much to the output as proj_up."""
     g, k, n = torch.Generator().manual_seed(seed + 100), layer.proj_down.shape[0], layer.proj_up.shape[0]
     lora = LoRASizes(ranks, part_rows)
-    down = torch.cat((layer.proj_down.t().float(), torch.randn(sum(ranks), k, generator=g) / k**0.5))
+    down = torch.cat((layer.proj_down.t().cpu().float(), torch.randn(sum(ranks), k, generator=g) / k**0.5))
     up = torch.randn(sum((stop - start) * rank for (start, stop), rank in zip(lora.rows(n), ranks)), generator=g)
     return layer._replace(lora_down=down.to(layer.smooth), lora_up=up.to(layer.smooth), lora=lora)
 

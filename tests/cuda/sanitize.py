@@ -56,14 +56,14 @@ def expose_allocations():
     quantize_activation.multiplied = lambda x, down: [product.cuda() for product in multiplied(x.cpu(), down.cpu())]
 
 
-def cuts(storage, m, k, rank):
+def cuts(storage, m, k, rank, fused):
     """The plans of each quantize kernel, as (name, plans)."""
     from layers import plans_here
 
     registers = [dict(registers=True, tiles=1, loop=False), dict(registers=True, tiles=2, loop=False), dict(registers=True, loop=True)]
     for cut in (dict(registers=False), *registers):
         try:
-            yield cut, plans_here(m, k, rank, storage, **cut)
+            yield cut, plans_here(m, k, rank, storage, fused=fused, **cut)
         except ValueError:  # 4 bits, no clusters, too few columns
             continue
 
@@ -90,7 +90,7 @@ def svdquant_cases():
             yield name, ops.svdquant_linear(there, operands), expected
             # Kernels that choose() doesn't take on this device: the other GEMM, and all tiles.
             for storage in (CodeStorage.INT8,) if act_bits == 8 else (CodeStorage.INT4_BYTES, CodeStorage.INT4_NIBBLES):
-                for cut, plans in cuts(storage, m, k, rank):
+                for cut, plans in cuts(storage, m, k, rank, not operands.lora.ranks):
                     q = quantize_activation.quantize(there, operands.smooth, operands.proj_down, split, storage, plans, operands.lora_down,
                                                      operands.lora)
                     y = gemm_mma.gemm(storage, tile, q, operands, m)
