@@ -70,7 +70,7 @@ def lines(notes):
 
 
 class _Sketch:
-    """A LoRA branch under construction: the float32 terms and the gain of the patches so far, in order."""
+    """A LoRA branch under construction: the terms and the gain of the patches so far, in order."""
 
     def __init__(self, key, layer, device, cache):
         self.key, self.layer, self.device, self.cache = key, layer, device, cache
@@ -80,10 +80,10 @@ class _Sketch:
     def branch(self):
         """The LoRABranch, or None if the patches change nothing."""
         own = self.layer.spec.rank if self.layer.takes_lora else 0
-        kept = self.terms, self.shape, self.layer.lora_dtype, self.device, own
+        kept, before = (self.terms, self.shape, self.layer.lora_dtype, self.device, own), self.layer.lora_branch
         if self.gain is not None:
-            return LoRABranch.of(*kept, self.gain[:, 0], self.layer.gelu_shift_correction(self.device))
-        return LoRABranch.of(*kept) if self.terms else None
+            return LoRABranch.of(*kept, self.gain[:, 0], self.layer.gelu_shift_correction(self.device), before)
+        return LoRABranch.of(*kept, before=before) if self.terms else None
 
     def weight(self):
         """(N, K) float32: the layer's dense weight with the patches so far."""
@@ -143,7 +143,7 @@ class _Sketch:
             raise self.misfit(f"a weight of {list(adapter.reshape)}")
         if adapter.mid is not None:
             return None
-        up, down = (factor.flatten(1).to(self.device) for factor in (adapter.up, adapter.down))
+        up, down = adapter.up.flatten(1).to(self.device), adapter.down if adapter.down.ndim == 2 else adapter.down.flatten(1)
         if (up.shape[0], down.shape[1]) != (n, k):
             raise self.misfit(f"{[up.shape[0], down.shape[1]]} in place of {[n, k]}")
         scale = 1.0 if adapter.alpha is None else adapter.alpha / down.shape[0]
@@ -195,8 +195,8 @@ class _Sketch:
                 return self.add_difference(strength * difference, rows, cols)
             # Keeping `value` keeps Python from reusing the ids of its tensors.
             self.cache[what] = (*(factor.to(self.layer.spec.dtype).cpu() for factor in factors), value)
-        up, down = self.floats(*self.cache[what][:2])
-        self.terms.append(LowRank(rows, cols, up * strength, down))
+        up, down = self.cache[what][:2]
+        self.terms.append(LowRank(rows, cols, self.floats(up)[0] * strength, down))
         return up.shape[1]
 
     def applied(self, weight, strength, value, offset, function):

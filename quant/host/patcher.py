@@ -33,6 +33,11 @@ def packed_layers(diffusion_model):
     return {name.replace(COMPILED, ""): module for name, module in diffusion_model.named_modules() if isinstance(module, PackedLinear)}
 
 
+def branch_bytes(layers):
+    """Bytes of the LoRA branches of packed layers."""
+    return sum(layer.lora_branch.nbytes() for layer in layers if layer.lora_branch)
+
+
 def unpatched(model, backup):
     """{name: tensor} of a BaseModel's diffusion model as it is without patches. backup: a patcher's, which its clones share. While one of
     them is loaded with LoRAs, the backup holds the model's own tensors."""
@@ -254,7 +259,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         layers, stream, ring, branches = self.packed_layers().values(), self.model.svdquant_stream, 0, 0
         self.model.svdquant_branches_stay = False
         if self._streams():
-            branches = sum(layer.lora_branch.nbytes() for layer in layers if layer.lora_branch)
+            branches = branch_bytes(layers)
             self.model.svdquant_branches_stay = full_load or BRANCH_SHARE * branches <= lowvram_model_memory
             if not full_load:
                 ring = ring_bytes(layers)
@@ -336,7 +341,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         if (patched in (None, self.patches_uuid) or replaced or self.get_all_callbacks(CallbacksMP.ON_LOAD)
                 or self.model_size() - model.model_loaded_weight_memory > room):
             return False
-        before = self._branch_bytes()
+        layers = self.packed_layers().values()
+        before = branch_bytes(layers)
         try:
             self.unpatch_hooks()
             for key, original in self.backup.items():
@@ -351,12 +357,9 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             self.keeps_device = False
             self.detach()
             raise
-        model.model_loaded_weight_memory += self._branch_bytes() - before
+        model.model_loaded_weight_memory += branch_bytes(layers) - before
         model.current_weight_patches_uuid = self.patches_uuid
         return True
-
-    def _branch_bytes(self):
-        return sum(layer.lora_branch.nbytes() for layer in self.packed_layers().values() if layer.lora_branch)
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         # A model that is whole on its device stays there when its patches change; ComfyUI would carry it out and in.

@@ -237,7 +237,8 @@ class SVDQuantLinear(BranchedLinear):
             proj_down.data = proj_down.data.contiguous()
             return
         own = branch.lora_down[:branch.own]
-        own.copy_(proj_down.data.t())
+        if own.data_ptr() != proj_down.data_ptr():
+            own.copy_(proj_down.data.t())
         branch.shares = own.device == proj_down.device and own.dtype == proj_down.dtype and own.device.type in SHARING
         proj_down.data = own.t() if branch.shares else proj_down.data.contiguous()
 

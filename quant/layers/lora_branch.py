@@ -12,6 +12,7 @@ N outputs, K inputs of the layer; n, k those of a term; parts as in cuda/operand
 """
 
 import math
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -51,16 +52,17 @@ class Term(torch.nn.Module):
 
 
 class LowRank(Term):
-    """up (n, R), down (R, k). Their dtypes may differ."""
+    """up (n, R), down (R, k). Their dtypes and devices may differ. `down` is a LoRA's own tensor, and strengths are factors of `up` alone,
+    so that a branch with the same LoRAs at other strengths needs no other `down`."""
 
     names = ("up", "down")
 
     def dense(self):
-        return self.up.float() @ self.down.float()
+        return self.up.float() @ self.down.to(self.up.device).float()
 
     def balanced(self, dtype):
         """(up, down) of the same product, which `dtype` can hold: in fp16 both are of the same size, in bf16 any size will do."""
-        return _balanced(self.up.float(), self.down.float()) if dtype == torch.float16 else (self.up, self.down)
+        return _balanced(self.up.float(), self.down.to(self.up.device).float()) if dtype == torch.float16 else (self.up, self.down)
 
 
 class Kronecker(Term):
@@ -111,10 +113,12 @@ class JoinedLoRAs(NamedTuple):
     down: torch.Tensor  # its first rows are for the layer's own proj_down, and have no values yet
     up: torch.Tensor
     sizes: LoRASizes
+    sources: tuple = ()  # (weak reference to its `down`, rows, cols) of each term, whose values `down` has as they are
 
 
-def joined(terms, shape, own, dtype, device):
-    """The JoinedLoRAs of LowRank terms, in `dtype` on `device`. shape: the layer's (N, K); own: rows of `down` for its own ranks.
+def joined(terms, shape, own, dtype, device, before=None):
+    """The JoinedLoRAs of LowRank terms, in `dtype` on `device`. shape: the layer's (N, K); own: rows of `down` for its own ranks; before:
+    the layer's LoRABranch so far, whose `down` serves again if it is from the same tensors.
 
     Terms for some of the rows get parts of their own, if the rows' borders allow it and that takes less memory. Otherwise `up` is zero in
     the rows that a term doesn't reach, as `down` always is in such columns.
@@ -125,7 +129,10 @@ def joined(terms, shape, own, dtype, device):
     numel = [(stop - start) * rank for (start, stop), rank in zip(rows, ranks)]
     whole = sum(term.up.numel() + term.down.numel() for term in terms) == sum(ranks) * k + sum(numel)  # nothing stays zero
     new = torch.empty if whole else torch.zeros
-    down, up = new(own + sum(ranks), k, dtype=dtype, device=device), new(sum(numel), dtype=dtype, device=device)
+    up = new(sum(numel), dtype=dtype, device=device)
+    sources = () if dtype == torch.float16 else tuple((weakref.ref(term.down), term.rows, term.cols) for term in terms)
+    known = before is not None and before.has_down(sources, sizes, own, up)
+    down = before.lora_down if known else new(own + sum(ranks), k, dtype=dtype, device=device)
     parts = [(first, last, part_down, part_up.view(last - first, -1) if len(part_down) else part_up)
              for (first, last), part_down, part_up in zip(rows, down[own:].split(ranks), up.split(numel))]
     used = [0] * len(parts)
@@ -135,10 +142,11 @@ def joined(terms, shape, own, dtype, device):
             begin, end = max(start, first), min(stop, last)
             if begin < end:
                 slots = slice(used[part], used[part] + rank)
-                part_down[slots, slice(*term.cols)].copy_(term_down)
+                if not known:
+                    part_down[slots, slice(*term.cols)].copy_(term_down)
                 part_up[begin - first:end - first, slots].copy_(term_up[begin - start:end - start])
                 used[part] += rank
-    return JoinedLoRAs(down, up, sizes)
+    return JoinedLoRAs(down, up, sizes, sources)
 
 
 def _possible_sizes(terms, n):
@@ -173,7 +181,7 @@ class LoRABranch(torch.nn.Module):
 
     def __init__(self, lora, own=0, terms=(), gain=None, gelu_shift_correction=None):
         super().__init__()
-        down, up, self.lora = lora or (None, None, NO_LORA)
+        down, up, self.lora, self.sources = lora or (None, None, NO_LORA, ())
         self.own = own
         self.shares = False  # whether the rows of the layer's own ranks are the layer's memory
         self.register_buffer("lora_down", down, persistent=False)
@@ -183,11 +191,22 @@ class LoRABranch(torch.nn.Module):
         self.register_buffer("gelu_shift_correction", gelu_shift_correction, persistent=False)
 
     @classmethod
-    def of(cls, terms, shape, dtype, device, own=0, gain=None, gelu_shift_correction=None):
-        """The LoRABranch of Terms in any order, in `dtype` on `device`. shape: the layer's (N, K); own: as in LoRABranch."""
+    def of(cls, terms, shape, dtype, device, own=0, gain=None, gelu_shift_correction=None, before=None):
+        """The LoRABranch of Terms in any order, in `dtype` on `device`. shape: the layer's (N, K); own: as in LoRABranch; before: as in
+        joined."""
         low_rank = [term for term in terms if isinstance(term, LowRank)]
         others = [term.stored(dtype, device) for term in terms if not isinstance(term, LowRank)]
-        return cls(joined(low_rank, shape, own, dtype, device) if low_rank else None, own, others, gain, gelu_shift_correction)
+        lora = joined(low_rank, shape, own, dtype, device, before) if low_rank else None
+        return cls(lora, own, others, gain, gelu_shift_correction)
+
+    def __getstate__(self):  # weak references can't be copied
+        return self.__dict__ | {"sources": ()}
+
+    def has_down(self, sources, sizes, own, like):
+        """Whether lora_down is what joined() would make of these sources, in the dtype and on the device of `like`."""
+        return (len(self.sources) == len(sources) > 0 and self.lora == sizes and self.own == own
+                and all(mine[0]() is other[0]() and mine[1:] == other[1:] for mine, other in zip(self.sources, sources))
+                and self.lora_down.dtype == like.dtype and self.lora_down.device == like.device)
 
     def nbytes(self):
         """Bytes that the branch takes beside the layer."""

@@ -71,6 +71,29 @@ def test_factors_of_very_different_size_in_fp16():
     assert relative_error(lora.up.float().view(N, 16) @ lora.down.float(), one.dense()) < 1e-3
 
 
+def test_another_strength_keeps_the_factor_that_it_does_not_change():
+    """Only the same tensors serve again, at the same place, for a layer of the same rank and type."""
+    def branch(terms, own=4, dtype=torch.bfloat16):
+        return LoRABranch.of(terms, (N, K), dtype, "cpu", own, before=first)
+
+    first, a, b = None, term(Q, 8), term(V, 16, seed=1)
+    first = branch([a, b])
+    first.lora_down[:4] = 7  # the layer's own ranks
+    changed = branch([a.scaled(Q, 0.5), b])
+    assert changed.lora_down.data_ptr() == first.lora_down.data_ptr()
+    x = torch.randn(3, K)
+    assert relative_error(changed.add(torch.zeros(3, N), x), x @ weight([a.scaled(Q, 0.5), b], (N, K)).t()) < 0.01
+    copied = LowRank(a.rows, a.cols, a.up, a.down.clone())
+    moved = LowRank(V, a.cols, a.up, a.down)
+    for other in ([a], [a, b, b], [b, a], [copied, b], [moved, b]):
+        assert branch(other).lora_down.data_ptr() != first.lora_down.data_ptr()
+    for kwargs in ({"own": 5}, {"dtype": torch.float32}, {"dtype": torch.float16}):
+        assert branch([a, b], **kwargs).lora_down.data_ptr() != first.lora_down.data_ptr()
+    del a, copied
+    a = term(Q, 8, seed=5)  # perhaps at the address of the tensor that is gone
+    assert branch([a, b]).lora_down.data_ptr() != first.lora_down.data_ptr()
+
+
 def test_a_branch_adds_all_of_it():
     terms = [term(Q, 8), term(V, 16, seed=1)]
     branch, x = LoRABranch.of(terms, (N, K), torch.float32, "cpu"), torch.randn(2, 3, K)
