@@ -17,13 +17,13 @@ from .model_family import family_of
 from .patches import nbytes, padded, patch_of, widened_columns, widest_last
 
 PREFIX = "diffusion_model."
-COMPILED = "_orig_mod."  # torch.compile, in a module's place, puts it into the names of the module's parameters
+COMPILED = "_orig_mod."  # in the names of parameters of a module that torch.compile has replaced
 BRANCH_SHARE = 4  # LoRA branches of offloaded layers stay on the GPU if they take at most a quarter of the budget
 CACHED_SVDS = 4  # per packed layer: two LoRAs beside each other, and the two before them
 
 
 def refuse_to_save(*args, **kwargs):
-    """In place of the state_dict_for_saving that ComfyUI's own saving nodes call, each version with other arguments."""
+    """Replaces the BaseModel's state_dict_for_saving, which ComfyUI's saving nodes call, with arguments that depend on the version."""
     raise ValueError("ComfyUI's own nodes can't save a MODEL in 4 bits, as their file would not say how its layers are packed; save it "
                      "with SVDQuant Save Model.")
 
@@ -56,7 +56,7 @@ def unpin_memory(tensor):
 
 
 class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
-    """ComfyUI's classic patcher: it moves and offloads whole layers, all tensors of a packed one together.
+    """ComfyUI's classic patcher, which moves and offloads whole layers: all tensors of a packed layer together.
 
     Patches of packed weights stay where ComfyUI puts them, in `patches` and `hook_patches`. They never touch the weights:
     loading turns them into LoRA branches on the layers (lora.py), unloading takes those away.

@@ -1,4 +1,4 @@
-"""The packed linear layers. Parameters as layout.py lists them; forward is one op, and what LoRAs add to it."""
+"""The packed linear layers. Their parameters are those of layout.py. A forward is one op, and additions for what the op doesn't take."""
 
 import weakref
 from collections.abc import Callable
@@ -15,15 +15,14 @@ SHARING = {"cuda"}  # types of devices on which a LoRA branch and its layer shar
 
 
 class PackedLinear(torch.nn.Module):
-    """The base class: it has the parameters of a LayerSpec, under the names of the file.
+    """The base class: it has the parameters of a LayerSpec, under their names in the file.
 
-    The parameters are allocated on `device`; "meta" allocates nothing, until load_state_dict(assign=True) puts the
-    file's own tensors in. They may lie on another device than the input (ComfyUI's offloading): forward brings each
-    to the input.
+    The parameters are allocated on `device`; "meta" allocates nothing, until load_state_dict(assign=True) takes the file's own tensors.
+    They may be on another device than the input (ComfyUI's offloading): forward copies each to the input's device.
 
     lora_branch: lora_branch.LoRABranch of the loaded LoRAs, None without any; set by set_lora_branch. It is no part of the parameters.
     gelu_from: first output column to which the layer itself applies GELU; None if there is none. It is set before the first call. While
-    something stands between the layer and its caller, the model applies the GELU instead (activates_from).
+    a hook or another forward sees the layer's output first, the model applies the GELU instead (activates_from).
     """
 
     gelu_from = None
@@ -47,9 +46,9 @@ class PackedLinear(torch.nn.Module):
         self.lora_branch = branch
 
     def at(self, x):
-        """{name: the parameter on x's device}, the caller's to change."""
+        """{name: the parameter on x's device}, a new dict."""
         device = x.device
-        for p in self._parameters.values():  # most times they are there: to look is a tenth of what to() takes
+        for p in self._parameters.values():  # they usually are there, and this check takes a tenth of the time of to()
             if p is not None and p.device != device:
                 streamed = None if self.streamed is None else self.streamed.at(self._parameters, x)
                 return streamed or {name: None if p is None else p.to(device, non_blocking=True) for name, p in self._parameters.items()}
@@ -61,8 +60,8 @@ class PackedLinear(torch.nn.Module):
         return self.spec.dtype
 
     def activates_from(self):
-        """gelu_from, or None where a hook has the output first, or what stands in forward's place, as ComfyUI's bypass LoRA does: they
-        work on what a linear gives."""
+        """gelu_from, or None if a hook or a replaced forward, such as that of ComfyUI's bypass LoRA, works on the layer's output: it
+        expects the output of a linear, before the GELU."""
         own = self.__dict__
         return None if own["_forward_hooks"] or "forward" in own and replaced(self) else self.gelu_from
 
@@ -97,8 +96,8 @@ class PackedLinear(torch.nn.Module):
         raise NotImplementedError
 
     def gelu_shift_correction(self, device):
-        """(N,) float32 on `device`: the part of the stored bias that corrects the shift of the GELU's output, and is none of the linear's
-        own bias."""
+        """(N,) float32 on `device`: the part of the stored bias that corrects the shift of the GELU's output. The rest is the linear's own
+        bias."""
         raise NotImplementedError
 
     def extra_repr(self):
@@ -117,24 +116,24 @@ class BranchedLinear(PackedLinear):
 
 
 class RowScale(NamedTuple):
-    """row_scales.row_scale of a layer, and of which contents of which parameter it is."""
+    """A layer's row scale (row_scales.row_scale), and the parameter and its state from which it was computed."""
 
     value: torch.Tensor
     address: int
     parameter: weakref.ref
-    version: int | None  # None where PyTorch doesn't count the writes: of tensors made in inference mode
+    version: int | None  # number of writes to the parameter; None for tensors made in inference mode, whose writes PyTorch doesn't count
 
     @classmethod
     def of(cls, value, parameter):
         return cls(value, value.data_ptr(), weakref.ref(parameter), version_of(parameter))
 
     def is_of(self, parameter, changed=False):
-        """Whether it is the row scale of `parameter` as it is now; changed: or as it was before a write."""
+        """Whether this is the row scale of `parameter`. changed: also if the parameter was written to since."""
         return self.parameter() is parameter and (changed or self.version == version_of(parameter))
 
 
 def version_of(tensor):
-    """How often a tensor was written to; None where PyTorch doesn't count."""
+    """The number of writes to a tensor; None if PyTorch doesn't count them."""
     try:
         return tensor._version
     except RuntimeError:
@@ -142,7 +141,7 @@ def version_of(tensor):
 
 
 class CachedLaunch(NamedTuple):
-    """How a layer runs with inputs of one shape while nothing else changes."""
+    """How a layer runs with inputs of one shape, as long as nothing else changes."""
 
     launch: Callable       # ops.cached_launch's
     gelu_from: int | None  # of the product; other terms of a LoRA branch are added before the layer's GELU
@@ -166,7 +165,7 @@ class SVDQuantLinear(BranchedLinear):
         self._row_scale = None  # RowScale
         self._launches = {}  # {x's shape: CachedLaunch}
 
-    def __getstate__(self):  # a copy looks things up for itself
+    def __getstate__(self):  # a copy makes its own
         return self.__dict__ | {"_row_scale": None, "_launches": {}}
 
     def forward(self, x):
@@ -243,13 +242,13 @@ class SVDQuantLinear(BranchedLinear):
         proj_down.data = own.t() if branch.shares else proj_down.data.contiguous()
 
     def prepare(self, device):
-        """Find what forwards with inputs on `device` need beside the parameters: the row scales, with 8-bit activations. A graph that
-        torch.compile traces then has nothing to compute but the op."""
+        """Compute the row scales that forwards on `device` need with 8-bit activations, so that a graph of torch.compile has nothing to
+        compute but the op."""
         if self.bits(device) == 8:
             self._find_row_scale(self._parameters["weight_scale"].to(device))
 
     def row_scale(self, weight_scale):
-        """row_scales.row_scale of the layer. weight_scale: the parameter, on the device where the row scales are wanted."""
+        """The layer's row scale. weight_scale: the parameter, on the device for which the row scale is."""
         known, parameter = self._row_scale, self._parameters["weight_scale"]
         if torch.compiler.is_dynamo_compiling():
             return self._find_row_scale(weight_scale) if known is None else known.value
@@ -257,14 +256,14 @@ class SVDQuantLinear(BranchedLinear):
             return self._find_row_scale(weight_scale)
         return known.value
 
-    @torch.compiler.disable  # outside of a graph: the search is 61 candidates
+    @torch.compiler.disable  # the search tries 61 candidates, which would all become part of a traced graph
     def _find_row_scale(self, weight_scale):
         value = row_scales.row_scale(weight_scale)
         self._row_scale = RowScale.of(value, self._parameters["weight_scale"])
         return value
 
     def _apply(self, fn, recurse=True):
-        """Module.to and the like. The row scales are the same on every device, and others in another type."""
+        """Module.to and the like. The row scales depend on the dtype of weight_scale, but not on its device."""
         before = self._parameters["weight_scale"]
         result = super()._apply(fn, recurse)
         if self.lora_branch is not None:
@@ -296,20 +295,20 @@ def operands(p, bias, unsigned_from, act_bits, row_scale=None, gelu_from=None, l
 
 
 def untouched(module):
-    """Whether a call of the module is its class's forward without a LoRA branch, and nothing before or after it."""
+    """Whether a call of the module runs its class's forward alone, without hooks and without a LoRA branch."""
     own = module.__dict__
     return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or replaced(module) or own["_modules"].get("lora_branch") is not None)
 
 
 def replaced(module):
-    """Whether something else is called in the place of the module's forward. ComfyUI's bypass LoRA leaves the forward of its class there
-    when it goes."""
+    """Whether the module has a forward of its own in place of its class's. ComfyUI's bypass LoRA, when it is removed, leaves the class's
+    forward as the module's own."""
     forward = module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 class NVFP4Linear(BranchedLinear):
-    """W4A4 in NVFP4 with a low-rank branch: x (..., K) -> (..., N). Only read from others' files, never made here."""
+    """W4A4 in NVFP4 with a low-rank branch: x (..., K) -> (..., N). This pack reads such layers from others' files, and makes none."""
 
     def product(self, x, p, bias, gelu_from=None, lora=()):
         y = nvfp4_ops.nvfp4_linear(x, p["weight"], p["weight_scale"], p["weight_scale_2"], p["weight_proj_down"],
@@ -323,7 +322,7 @@ class NVFP4Linear(BranchedLinear):
 
 
 class AWQLinear(PackedLinear):
-    """W4A16, for the modulation layers, which see one row a picture: x (..., K) -> (..., N)."""
+    """W4A16, for the modulation layers, whose input has one row per picture: x (..., K) -> (..., N)."""
 
     def product(self, x, p, bias, gelu_from=None, lora=()):
         return reference.activated(ops.awq_linear(x, p["weight"], p["weight_scale"], p["weight_zeros"], bias), gelu_from)

@@ -23,8 +23,8 @@ from ...cuda.operands import MAX_PART_RANK, MAX_PARTS, NO_LORA, PART_ROWS, RANK_
 
 
 class Term(torch.nn.Module):
-    """One addend of the weight. rows, cols: (start, stop) within the layer; its tensors are buffers, so that they move
-    with the layer, and not persistent, so that they belong to no checkpoint."""
+    """One addend of the weight. rows, cols: (start, stop) within the layer. Its tensors are buffers, so that they move with the layer, and
+    not persistent, so that they are not part of a checkpoint."""
 
     def __init__(self, rows, cols, *factors):
         super().__init__()
@@ -36,7 +36,7 @@ class Term(torch.nn.Module):
         return [getattr(self, name) for name in self.names]
 
     def stored(self, dtype, device):
-        """The same term as it is kept: in 16 bits, on the layer's device."""
+        """The same term as a LoRA branch keeps it: in 16 bits, on the layer's device."""
         return type(self)(self.rows, self.cols, *(factor.to(device, dtype) for factor in self.factors()))
 
     def scaled(self, rows, factor):
@@ -66,7 +66,7 @@ class LowRank(Term):
 
 
 class Kronecker(Term):
-    """left (a, b), right (c, d): the weight is their Kronecker product, n = a c, k = b d; it is never formed."""
+    """left (a, b), right (c, d): the weight is their Kronecker product, n = a c, k = b d, which is never computed."""
 
     names = ("left", "right")
 
@@ -99,7 +99,7 @@ class Dense(Term):
 
 
 def _balanced(left, right):
-    """Both factors at the same size, by a power of two, which rounds nothing: alpha/rank may make one too small for
+    """Both factors, scaled by a power of two to the same magnitude, which rounds nothing. Otherwise alpha / rank may make one too small for
     fp16, or the other too large."""
     tiny = torch.finfo(torch.float32).tiny
     ratio = left.abs().amax().clamp_min(tiny) / right.abs().amax().clamp_min(tiny)
@@ -173,7 +173,7 @@ def _numel(sizes, n, k):
 
 
 class LoRABranch(torch.nn.Module):
-    """All that is added to one layer.
+    """Everything that loaded LoRAs add to one layer.
 
     lora: JoinedLoRAs or None; own: rows of its `down` for the layer's own ranks; terms: [Term], others; gain: (N,) or None;
     gelu_shift_correction: (N,) with a gain, the part of the layer's bias that belongs to W x (PackedLinear.gelu_shift_correction).

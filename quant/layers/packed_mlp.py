@@ -8,14 +8,14 @@ from .linear import SVDQuantLinear, operands, untouched
 
 
 class PackedMLP(torch.nn.Sequential):
-    """In the place of a Sequential of fc1, which applies the GELU, nothing in the GELU's place, and fc2. While both layers are W4A4 and
-    nothing else is to be done on the way, it is one op; otherwise they run one after the other."""
+    """A Sequential of fc1, which also applies the GELU, an Identity in place of the GELU, and fc2. It is one op if both layers are W4A4 and
+    nothing else happens between them; otherwise they run one after the other."""
 
     def forward(self, x):
         return self.fused(x) if self.fuses(x.device) else super().forward(x)
 
     def fuses(self, device):
-        """Whether the layers, as they are now, are one op on `device`."""
+        """Whether the layers in their present state are one op on `device`."""
         if len(self._modules) != 3:
             return False
         first, between, second = self._modules.values()

@@ -1,4 +1,4 @@
-"""What is done to all the packed layers of a model before it draws: types, activation bits, row scales, kernels."""
+"""The preparation of a model's packed layers before it runs: dtypes, activation bits, row scales, compiled kernels."""
 
 import functools
 
@@ -15,9 +15,9 @@ HALVES = torch.bfloat16, torch.float16
 
 
 def compute_in(model, dtype, device):
-    """Have the layers' bf16 tensors in fp16, where the kernels on `device` compute in that while the model is in `dtype`, so that no call
-    has to convert them. The specs go on to say how they were stored; the way back is exact but for what is below 2^-17, to within 2^-25.
-    Tensors in fp16 stay so in a bf16 model, where their last bits would be lost."""
+    """Convert the layers' bf16 tensors to fp16 if the kernels on `device` compute a model in `dtype` in fp16, so that no call has to
+    convert them. The specs keep the dtype of the file. A conversion back gives the same numbers, except for those below 2^-17, which are within
+    2^-25. fp16 tensors of a bf16 model are left as they are, because bf16 would lose their last bits."""
     if device.type != "cuda" or torch.version.hip:
         return
     for module in model.modules():
@@ -33,10 +33,10 @@ def compute_in(model, dtype, device):
 
 
 def warm_up(model, device, dtype, tokens):
-    """Have the kernels that the model's packed layers will ask for on `device` compiled in threads, beside what the caller does next.
+    """Compile the kernels that the model's packed layers need on `device` in threads, while the caller goes on.
 
-    dtype: the model's, of the layers' inputs; tokens: the numbers of them to compile for; others may want a kernel more. Returns the
-    threads' futures; none off CUDA.
+    dtype: of the model, and so of the layers' inputs; tokens: numbers of tokens to compile for. Other numbers may need another kernel.
+    Returns the threads' futures; an empty list for other devices than CUDA's.
     """
     if device.type != "cuda" or torch.version.hip:
         return []
@@ -64,14 +64,14 @@ def warm_up(model, device, dtype, tokens):
 
 
 def set_act_bits(model, act_bits):
-    """Have every W4A4 layer of the model quantize its input to act_bits (SVDQuantLinear says which there are)."""
+    """Set the activation bits of every W4A4 layer of the model, as in SVDQuantLinear."""
     for module in model.modules():
         if isinstance(module, SVDQuantLinear):
             module.act_bits = act_bits
 
 
 def prepare(model, device):
-    """Have every layer find what its forwards on `device` need beside its parameters (SVDQuantLinear.prepare)."""
+    """Prepare every W4A4 layer for forwards on `device` (SVDQuantLinear.prepare)."""
     for module in model.modules():
         if isinstance(module, SVDQuantLinear):
             module.prepare(device)
