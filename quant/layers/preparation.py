@@ -16,8 +16,8 @@ HALVES = torch.bfloat16, torch.float16
 
 def compute_in(model, dtype, device):
     """Convert the layers' bf16 tensors to fp16 if the kernels on `device` compute a model in `dtype` in fp16, so that no call has to
-    convert them. The specs keep the dtype of the file. A conversion back gives the same numbers, except for those below 2^-17, which are within
-    2^-25. fp16 tensors of a bf16 model are left as they are, because bf16 would lose their last bits."""
+    convert them. The specs keep the dtype of the file. A conversion back gives the same numbers, except for those below 2^-17, which are
+    within 2^-25. fp16 tensors of a bf16 model are left as they are, because bf16 would lose their last bits."""
     if device.type != "cuda" or torch.version.hip:
         return
     for module in model.modules():
