@@ -56,7 +56,7 @@ class PackedLinear(torch.nn.Module):
 
     @property
     def lora_dtype(self):
-        """The 16-bit type of a LoRA branch's factors."""
+        """The 16-bit type of a LoRA branch's factors, and of the bias that a gain needs."""
         return self.spec.dtype
 
     def activates_from(self):
@@ -71,7 +71,7 @@ class PackedLinear(torch.nn.Module):
             return self.product(x, p, p["bias"], self.activates_from())
         if branch.gain is not None:
             # The part of the bias that corrects the GELU shift belongs to W x, which the gain multiplies; the rest doesn't.
-            correction = branch.gelu_shift_correction.to(x.device, self.spec.dtype)
+            correction = branch.gelu_shift_correction.to(x.device, self.lora_dtype)
             y = self.product(x, p, correction) * branch.gain.to(x) - correction.to(x)
             return self.added(y if p["bias"] is None else y + p["bias"].to(x), x)
         lora = branch.operands(x, self.lora_dtype) if self.takes_lora else ()
@@ -224,7 +224,8 @@ class SVDQuantLinear(BranchedLinear):
     def set_lora_branch(self, branch):
         """Take a LoRABranch made for this layer. The first rows of its lora_down get the layer's own proj_down, so that one product
         computes all ranks. While both are on one GPU, weight_proj_down is a view of these rows, and the branch takes only the LoRAs'
-        memory. Raises ValueError if the branch has other rows for the layer's ranks."""
+        memory; not with a gain, since the kernels then read weight_proj_down itself, which must be contiguous. Raises ValueError if the
+        branch has other rows for the layer's ranks."""
         if branch is not None and branch.lora_down is not None and branch.own != self.spec.rank:
             raise ValueError(f"The LoRA branch is for a layer of rank {branch.own}; this one has rank {self.spec.rank}.")
         self.lora_branch = branch
@@ -237,8 +238,10 @@ class SVDQuantLinear(BranchedLinear):
             return
         own = branch.lora_down[:branch.own]
         if own.data_ptr() != proj_down.data_ptr():
-            own.copy_(proj_down.data.t())
-        branch.shares = own.device == proj_down.device and own.dtype == proj_down.dtype and own.device.type in SHARING
+            with torch.inference_mode():  # elsewhere a branch that was made in inference mode can't be written to
+                own.copy_(proj_down.data.t())
+        branch.shares = (branch.gain is None and own.device == proj_down.device and own.dtype == proj_down.dtype
+                         and own.device.type in SHARING)
         proj_down.data = own.t() if branch.shares else proj_down.data.contiguous()
 
     def prepare(self, device):
@@ -279,6 +282,8 @@ class SVDQuantLinear(BranchedLinear):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
+        if self.lora_branch is not None:
+            self._share_proj_down()
         if self._row_scale is not None:
             self._find_row_scale(self._parameters["weight_scale"].to(self._row_scale.value.device))
 

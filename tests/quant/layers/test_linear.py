@@ -214,12 +214,47 @@ def test_a_branch_shares_the_memory_of_proj_down(module, monkeypatch):
         copied.set_lora_branch(None)
         assert all(torch.equal(t, state[name]) for name, t in copied.state_dict().items()) and shares(module)
     module.set_lora_branch(lora_branch("gain"))
-    assert shares(module)
+    assert not shares(module), "its kernels read proj_down itself"
     module.set_lora_branch(None)
     assert module.weight_proj_down.stride() == layout_before
     assert all(torch.equal(t, state[name]) for name, t in module.state_dict().items())
     with pytest.raises(ValueError, match="The LoRA branch is for a layer of rank 16; this one has rank 32."):
         module.set_lora_branch(lora_branch("lora", rank=16))
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "other", "gain"])
+def test_kernels_get_operands_in_the_layout_and_the_type_they_read(module, monkeypatch, kind):
+    """Kernels take addresses only: a proj_down that they read is contiguous, and all floats are of weight_scale's type."""
+    monkeypatch.setattr(linear, "SHARING", {"cpu"})
+    given, svdquant_linear = [], ops.svdquant_linear
+    monkeypatch.setattr(ops, "svdquant_linear", lambda x, operands: given.append(operands) or svdquant_linear(x, operands))
+    for parameter in module.parameters():  # as preparation.compute_in does
+        parameter.data = parameter.data.half() if parameter.dtype == torch.bfloat16 else parameter.data
+    module.set_lora_branch(lora_branch(kind, torch.float16))
+    module(torch.randn(5, 256).half())
+    operands, = given
+    assert operands.lora_down is not None or operands.proj_down.is_contiguous()
+    tensors = {name: t for name in ops.FLOATS if (t := getattr(operands, name)) is not None}
+    assert {name: t.dtype for name, t in tensors.items()} == dict.fromkeys(tensors, torch.float16)
+
+
+@pytest.mark.parametrize("sharing", [{"cpu"}, set()])
+def test_a_layer_with_a_lora_is_moved_outside_of_inference_mode(module, monkeypatch, sharing):
+    """ComfyUI makes LoRA branches in inference mode. Nodes that train models have ComfyUI move layers outside of it."""
+    monkeypatch.setattr(linear, "SHARING", sharing)
+    with torch.inference_mode():
+        module.set_lora_branch(lora_branch("lora"))
+    before = module.weight_proj_down.clone()
+    module.to("cpu")
+    assert torch.equal(module.weight_proj_down, before) and torch.equal(module.lora_branch.lora_down[:32].t(), before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_branch_has_the_proj_down_of_a_state_dict(module, assign):
+    module.set_lora_branch(lora_branch("lora"))
+    state = module.state_dict() | {"weight_proj_down": torch.randn(256, 32).bfloat16()}
+    module.load_state_dict(state, assign=assign)
+    assert torch.equal(module.lora_branch.lora_down[:32].t(), state["weight_proj_down"])
 
 
 def test_in_host_memory_nothing_is_shared(module):
