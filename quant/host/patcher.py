@@ -79,6 +79,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             self.model.svdquant_decomposed = {}  # lora.build's cache of the loaded patches' SVDs
             self.model.svdquant_unhooked = {}  # {key: the LoRA branch that a hook has replaced, or None}
             self.model.svdquant_attached = None  # the patches_uuid that the LoRA branches were made for
+            self.model.svdquant_casts = None  # _casts of the patcher that was loaded last
             self.model.svdquant_stream = WeightStream(pin_memory, unpin_memory)
             self.model.svdquant_branches_stay = False  # on the GPU, while their layers are offloaded
         self.keeps_device = False  # while a loaded model changes its patches
@@ -265,6 +266,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
                 ring = ring_bytes(layers)
                 branches = branches if self.model.svdquant_branches_stay else 0
         super().load(device_to, max(0, lowvram_model_memory - ring - branches), force_patch_weights, full_load)
+        self.model.svdquant_casts = self._casts()
         if not self.model.model_lowvram:
             ring = 0
         stream.fit(self.load_device, ring)
@@ -337,17 +339,17 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         """Give a model that is whole on its device this patcher's patches in place of another clone's, without the walks over all modules
         that ComfyUI makes for this. room: bytes by which it may grow. Returns whether it was done."""
         model, patched = self.model, self.model.current_weight_patches_uuid
-        replaced = any(key.startswith(PREFIX.rstrip(".")) for key in self.object_patches_backup)
-        if (patched in (None, self.patches_uuid) or replaced or self.get_all_callbacks(CallbacksMP.ON_LOAD)
-                or self.model_size() - model.model_loaded_weight_memory > room):
+        replaced = any(key.startswith(PREFIX.rstrip(".")) for key in (*self.object_patches, *self.object_patches_backup))
+        if (patched in (None, self.patches_uuid) or replaced or self._casts() != model.svdquant_casts
+                or self.get_all_callbacks(CallbacksMP.ON_LOAD) or self.model_size() - model.model_loaded_weight_memory > room):
             return False
         layers = self.packed_layers().values()
-        before = branch_bytes(layers)
         try:
             self.unpatch_hooks()
+            before = branch_bytes(layers)
             for key, original in self.backup.items():
                 restore = comfy.utils.copy_to_param if original.inplace_update else comfy.utils.set_attr_param
-                restore(model, key, original.weight)
+                restore(model, key, original.weight.to(model.device))  # the originals are on the offload device
             self.backup.clear()
             self._attach()
             for key in self.patches:
@@ -360,6 +362,10 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         model.model_loaded_weight_memory += branch_bytes(layers) - before
         model.current_weight_patches_uuid = self.patches_uuid
         return True
+
+    def _casts(self):
+        """What a load sets on modules beside patches: whether they cast their weights, and other nodes' functions around weights."""
+        return self.force_cast_weights, dict(self.weight_wrapper_patches)
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         # A model that is whole on its device stays there when its patches change; ComfyUI would carry it out and in.

@@ -1,5 +1,8 @@
 """Another strength, another LoRA, or none, on a model that is whole on its device: the same model as one loaded anew, without a reload."""
 
+import copy
+
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -89,6 +92,71 @@ def test_callbacks_of_a_load_are_called(quantized_model, loads):
     patched.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, lambda *args: called.append(args))
     loaded(patched)
     assert len(called) == 1
+
+
+def test_weights_return_to_the_device_of_the_model(quantized_model):
+    """ComfyUI keeps the originals of patched weights on the offload device. The meta device stands for a GPU."""
+    others = {"diffusion_model.img_in.diff": 0.1 * random(*quantized_model.model.diffusion_model.img_in.weight.shape)}
+    patched, device = load_lora(quantized_model, others), torch.device("meta")
+    for patcher in (patched, quantized_model):
+        patcher.load_device = device
+        patcher.partially_load(device, extra_memory=1e32)
+        assert {t.device for t in patcher.model.diffusion_model.state_dict().values()} == {device}
+
+
+def test_weight_wrappers_come_and_go(quantized_model, loads):
+    """Functions of other nodes around 16-bit weights, which ComfyUI attaches when it loads a model."""
+    def wrapper(weight):
+        return weight
+
+    plain, patched = histories(quantized_model)[:2]
+    wrapped, layer = plain.clone(), plain.model.diffusion_model.img_in
+    wrapped.add_weight_wrapper("diffusion_model.img_in.weight", wrapper)
+    for patcher in (patched, wrapped, load_lora(wrapped, generic((QKV, shapes(plain)[QKV]))), plain, patched):
+        loaded(patcher)
+        assert layer.weight_function == (patcher.weight_wrapper_patches and [wrapper] or [])
+    assert len(loads) == 3, "with the same wrappers ComfyUI need not load the model"
+
+
+def test_patches_of_a_module_that_a_node_replaces(quantized_model):
+    """A weight patch is for the module that an object patch puts in place of the model's own."""
+    others = {"diffusion_model.img_in.diff": 0.1 * random(*quantized_model.model.diffusion_model.img_in.weight.shape)}
+    replaced = load_lora(quantized_model, others)
+    replaced.add_object_patch("diffusion_model.img_in", copy.deepcopy(quantized_model.model.diffusion_model.img_in))
+    expected = anew(replaced)
+    loaded(quantized_model)
+    found = tensors_of(loaded(replaced))
+    assert all(torch.equal(t, found[name]) for name, t in expected.items())
+    comfy.model_management.unload_all_models()
+
+
+@pytest.mark.parametrize("fails", ["_attach", "_patch_in_place"])
+def test_a_change_that_fails_unloads_the_model(quantized_model, monkeypatch, fails):
+    plain, _, _, patched = histories(quantized_model)[:4]
+    before = tensors_of(loaded(plain))
+
+    def failing(self, *args):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(type(patched), fails, failing)
+        loaded(patched)
+    assert plain.loaded_size() == 0 and plain.model.current_weight_patches_uuid is None
+    found = tensors_of(loaded(plain))
+    assert found.keys() == before.keys() and all(torch.equal(t, before[name]) for name, t in found.items())
+
+
+@pytest.mark.usefixtures("shared_memory")
+def test_memory_is_counted_while_hooks_are_applied(quantized_model):
+    plain, patched = histories(quantized_model)[:2]
+    hook = comfy.hooks.WeightHook()
+    plain.add_hook_patches(hook, {f"diffusion_model.{QKV}.weight": patched.patches[f"diffusion_model.{QKV}.weight"][0][1]})
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    loaded(plain).patch_hooks(group)
+    assert plain.packed_layers()[QKV].lora_branch is not None
+    assert loaded(patched).loaded_size() == patched.model_size()
+    comfy.model_management.unload_all_models()
 
 
 def test_pictures(quantized_model):
