@@ -77,8 +77,8 @@ DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool exi
 }
 
 // For ranks that cuBLAS has multiplied: stores rows first, first + step, .. of an (M, R) product, with rows `pitch` apart, in the
-// activation layout. This is `thread` of `threads`, which share the work. scale: where to write lora_act_scale, which is 1 in bf16; null if it is
-// written elsewhere, as always in fp16.
+// activation layout. This is `thread` of `threads`, which share the work. scale: where to write lora_act_scale, which is 1 in bf16; null
+// if it is written elsewhere, as always in fp16.
 DEVICE void copy_lora_act(const u16* product, int pitch, u16* lora_act, float* scale, int M, int padded, int R, int first, int step,
                           int count, int thread, int threads) {
   const int pieces = (R + 31) / 32 * 4;
