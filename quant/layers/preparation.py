@@ -54,8 +54,10 @@ def warm_up(model, device, dtype, tokens):
             mlps += [(m, first.in_features, first.out_features, second.out_features, first.spec.rank, second.spec.rank,
                       first.spec.unsigned_from, second.spec.unsigned_from, dtype) for m in tokens]
         elif isinstance(module, SVDQuantLinear) and module not in together:
-            branch = module.lora_branch
-            gelu_from, lora = (module.gelu_from, NO_LORA) if branch is None else (None if branch.terms else module.gelu_from, branch.lora)
+            branch, gelu_from, lora = module.lora_branch, module.gelu_from, NO_LORA
+            if branch is not None:  # as PackedLinear.forward computes it
+                gelu_from = None if branch.terms or branch.gain is not None else gelu_from
+                lora = branch.lora if branch.gain is None else NO_LORA
             layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
                         computed(module.spec), gelu_from, lora) for m in tokens]
         elif isinstance(module, AWQLinear):

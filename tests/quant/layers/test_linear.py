@@ -124,6 +124,20 @@ def test_the_kernels_get_the_present_parameters(module, monkeypatch, name, chang
             assert calls[-1]["y"] == y.data_ptr() and calls[-1]["x"] == x.data_ptr()
 
 
+@pytest.mark.parametrize(("kind", "gelu", "joined"), [("none", True, False), ("lora", True, True), ("other", False, True),
+                                                      ("gain", False, False)])
+def test_warm_up_asks_for_the_kernels_of_a_forward(module, monkeypatch, kind, gelu, joined):
+    asked, given = [], []
+    monkeypatch.setattr(ops, "warm_up", lambda layers, *others: asked.extend(layers))
+    monkeypatch.setattr(ops, "svdquant_linear", lambda x, operands: given.append(operands) or x.new_zeros(*x.shape[:-1], 208))
+    module.gelu_from = 64
+    module.set_lora_branch(branch := lora_branch(kind))
+    preparation.warm_up(module, torch.device("cuda", 0), torch.bfloat16, (5,))
+    module(torch.randn(5, 256).bfloat16())
+    assert [layer[7:] for layer in asked] == [(given[0].gelu_from, given[0].lora)]
+    assert given[0].gelu_from == (64 if gelu else None) and given[0].lora == (branch.lora if joined else NO_LORA)
+
+
 def test_the_second_call_looks_nothing_up(module, monkeypatch):
     """A cached launch serves the same shape and earlier shapes; each call checks settings, LoRA branches and bias patches."""
     general, op = [], ops.svdquant_linear
