@@ -89,13 +89,13 @@ def test_every_tile_of_mma(storage, tile, turing):
         check(y, x, layer, f"M={m} N={n} K={k} R={rank} LoRA {lora}, {storage.name}")
 
 
-def lora_branch(seed, *windows, n=2304, k=256, other=False):
-    """A LoRABranch of ranks 16 for windows of rows."""
+def lora_branch(seed, *windows, n=2304, k=256, other=False, **gain):
+    """A LoRABranch of ranks 16 for windows of rows. gain: as in LoRABranch."""
     g = torch.Generator().manual_seed(seed)
     terms = [LowRank((start, stop), (0, k), torch.randn(stop - start, 16, generator=g), torch.randn(16, k, generator=g) / 64)
              for start, stop in windows]
     terms += [Dense((0, 64), (0, k), torch.randn(64, k, generator=g) / 64)] * other
-    return LoRABranch.of(terms, (n, k), BFLOAT, "cuda", own=32)
+    return LoRABranch.of(terms, (n, k), BFLOAT, "cuda", own=32, **gain)
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
@@ -118,6 +118,19 @@ def test_a_module_whose_loras_change(act_bits):
             assert relative_error(module(x), expected) < BF16, "a layer on the CPU"
             module.cuda()
             assert relative_error(module(x), expected) < BF16, "a layer that came back"
+    module.set_lora_branch(None)
+    assert torch.equal(module(x), plain)
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_a_lora_with_a_gain(act_bits):
+    """The layer without its bias by the kernels, which read proj_down itself, times the gain; the LoRA by PyTorch."""
+    module, x = module_of(2304, 256, 32, act_bits), random_input(70, 256, BFLOAT).cuda()
+    bias, gain = module.bias.float(), torch.linspace(0.5, 2, 2304, device="cuda").bfloat16()
+    plain = module(x)
+    expected = lora_branch(1, (0, 2304)).add((plain.float() - bias) * gain + bias, x.float())
+    module.set_lora_branch(lora_branch(1, (0, 2304), gain=gain, gelu_shift_correction=torch.zeros(2304, device="cuda")))
+    assert relative_error(module(x), expected) < 2 * BF16
     module.set_lora_branch(None)
     assert torch.equal(module(x), plain)
 
