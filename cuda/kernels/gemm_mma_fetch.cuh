@@ -63,7 +63,7 @@ struct Fetcher {
   }
 
   // The number of all steps.
-  DEVICE int count() const { return LORA ? LoraSteps::load(shared).count : steps.count; }
+  DEVICE int count() const { return LORA ? (int)load_shared4(shared + LORA_PART + 12) : steps.count; }
 
   // The source offset of this thread's i-th piece of W, in a matrix with rows of `pitch` bytes.
   DEVICE u32 w_source(int i, int pitch) const {

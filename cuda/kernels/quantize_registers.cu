@@ -261,8 +261,10 @@ DEVICE void store_row(u32 (&c)[2][4], const Work& w, const Lane& me, int rows, i
 DEVICE void encode(const Rows& a, const Work& w, const Lane& me, int first_row, const float (&inverse)[TILES][2][2],
                    const u32 (&keep)[TILES][2]) {
   Codes codes;
-  int rows = me.columns / 128 * w.padded;  // of the blocks before the warp's
-  asm volatile("" : "+r"(rows));  // computes the offset again in each round, to save a register
+  // The offset is computed again in each round, to save a register. Which of its factors ptxas must not know depends on the variant.
+  int rows = me.columns / 128 * (LORA ? w.padded : 1);
+  asm volatile("" : "+r"(rows));
+  if (!LORA) rows *= w.padded;  // of the blocks before the warp's
 #pragma unroll
   for (int span = 0; span < 4; span++) encode_span(codes, a, w, me, span, inverse, keep);
 #pragma unroll

@@ -41,7 +41,7 @@ def offload_order(sizes):
     """
     blocks = {}
     for name, size in sizes.items():
-        numbered = re.match(r"(?:.*?\.)?\d+(?=\.)", name)  # up to the first number: double_blocks.3
+        numbered = re.match(r"(?:.*?\.)?\d+(?=\.)", name)  # up to the first number
         blocks.setdefault(numbered.group() if numbered else name, []).append((size, name))
     bits = max(1, (len(blocks) - 1).bit_length())
     queue = [(0, int(f"{index:0{bits}b}"[::-1], 2), sorted(layers)) for index, layers in enumerate(blocks.values())]
