@@ -7,7 +7,7 @@ wrong that was right elsewhere. A wrong result excludes the kernel's choose.Kind
     an MLP in one pass -> its two layers                     awq.cu, gptq.cu, group_error.cu -> PyTorch
 
 ops.chosen() runs the tests of the kernels that it chose, each compiled kernel's own. A verdict is kept beside the compiled kernels for
-this GPU, driver, compiler, source and version of this file (kernel_records.py), so that later processes only read a file.
+this GPU, driver, compiler and code of this pack (kernel_records.py), so that later processes only read a file.
 
 The problems have a fixed seed, both kinds of columns (signed and unsigned), and tails: of tokens, outputs, columns and ranks. Each bound is
 elementwise, and holds the roundings that the kernels' arithmetic allows and no more: half a unit in the last place of a 16-bit output, the
@@ -16,12 +16,11 @@ block is at least several times as far off; outputs are NaN before a launch, so 
 runs REPEATS times and must return the same bits, which a race usually doesn't.
 
 The test can't catch a kernel that ends in a CUDA error, such as an illegal instruction or an access outside its memory: such an error
-makes every later call of the process fail. There is no test while a CUDA graph is captured, where other work is an error: the kernel then
-runs without a verdict.
+makes every later call of the process fail. There is no test while a CUDA graph is captured, where other work is an error, nor without
+memory for it: a kernel that has no verdict yet then runs without one.
 """
 
 import functools
-import hashlib
 import logging
 import threading
 from collections.abc import Callable
@@ -83,8 +82,6 @@ def passes(kernels, layer, device, run):
 
     run: for MLPKernels, run(kernels, x, first, second) computes the MLP. Raises what compiling and running a kernel raises.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return True
     return all(_verdict(test, device) for test in _tests(kernels, layer, device, run))
 
 
@@ -101,26 +98,26 @@ def kernel_passes(source, device, check):
 
 
 def _verdict(test, device):
-    """Whether the kernel of a Test passes, from this process, from the record, or by running the test."""
+    """Whether the kernel of a Test passes, from this process, from the record, or by running the test. True if the test can't run now."""
     arch = targets.for_device(device).arch
     name = f"{Path(test.compiled[0]).stem}-{arch}"
-    path = kernel_records.path(name, device, compiler.digest(*test.compiled, arch), test.kind, _own_digest())
+    path = kernel_records.path(name, device, compiler.digest(*test.compiled, arch), test.kind)
     with _locks.setdefault(path, threading.Lock()):
         if (verdict := _verdicts.get(path)) is None:
             verdict = kernel_records.read(path)
             if not isinstance(verdict, bool):
-                verdict = test.run()
+                if torch.cuda.is_current_stream_capturing():
+                    return True
+                try:
+                    verdict = test.run()
+                except torch.OutOfMemoryError:  # the model needs the memory more
+                    log.debug("no memory to test %s", test.compiled)
+                    return True
                 kernel_records.write(path, verdict)
             _verdicts[path] = verdict
     if not verdict:
         _exclude(test, device)
     return verdict
-
-
-@functools.cache
-def _own_digest():
-    """A digest of this file: a changed test gives its verdicts anew."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def _exclude(test, device):

@@ -180,8 +180,8 @@ class WeightStream:
             self.device, self.size = device, size
 
     def forget(self):
-        """Drop the copies that no call has taken yet, and wait for all others, which may still read the parameters. Comes before a change of
-        parameters in place."""
+        """Drop the copies that no call has taken yet, and wait for all others, which may still read the parameters. For a change of
+        parameters in place, which comes next."""
         with self._lock:
             self._drop(len(self._waiting))
         if self.size:
