@@ -458,6 +458,15 @@ def test_a_type_in_which_the_kernels_do_not_compute(gpu):
     assert not ops.chosen(layer(dtype=torch.float32), GPU).whole and gpu.ran == []
 
 
+def test_the_sanitizers_cases_run_without_it(gpu, monkeypatch):
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # as sanitize.py does; restored for the other tests
+    monkeypatch.setattr(self_test, "passes", self_test.passes)
+    from . import sanitize
+
+    sanitize.switch_off_self_test()
+    assert ops.chosen(layer(), GPU).wgmma and gpu.ran == []
+
+
 # --- The fallback ----------------------------------------------------------------------------------------------------
 
 
