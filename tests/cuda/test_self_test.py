@@ -522,6 +522,19 @@ def test_an_mlp(gpu, wrong):
     assert (ops.chosen(layer(act_bits=4), GPU) is None) is (not wrong.feeds_next)
 
 
+def test_an_mlp_whose_kernel_is_unavailable_costs_no_test(gpu, monkeypatch):
+    """Every call of the MLP asks for it again."""
+    def kernel(source, entry, defines, device, shared=0):
+        if "NEXT" in dict(defines):
+            raise KernelsUnavailable("NVRTC could not compile it")
+        return runtime.Kernel(0x77, -1, 0)
+
+    monkeypatch.setattr(kernel_loader, "kernel", kernel)
+    with pytest.raises(KernelsUnavailable):
+        ops.chosen(mlp.layers(4096, 3072, 12288, 3072, 32, 32, 3072, 0, BF16), GPU)
+    assert gpu.ran == []
+
+
 def test_the_layer_runs_by_the_reference(gpu, monkeypatch):
     """A layer whose kernels all failed is computed by reference.py, not refused."""
     from .layers import random_input, random_layer, with_row_scale
