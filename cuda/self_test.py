@@ -17,7 +17,7 @@ runs REPEATS times and must return the same bits, which a race usually doesn't.
 
 The test can't catch a kernel that ends in a CUDA error, such as an illegal instruction or an access outside its memory: such an error
 makes every later call of the process fail. There is no test while a CUDA graph is captured, where other work is an error, nor without
-memory for it: a kernel that has no verdict yet then runs without one.
+memory for it: a kernel that has no verdict yet then runs without one. After a warm-up it is tested when it is next chosen (ops.py).
 """
 
 import functools
@@ -53,6 +53,7 @@ QUANTIZED_TOKENS = 32 + 5  # tokens of a quantize kernel's problem: two tiles of
 _failed = {}    # {index of a GPU: frozenset of Kinds}
 _verdicts = {}  # {a record's path: whether the kernel passed}
 _quantizer = {}  # {(source, index of a GPU): the same, for the quantizer's kernels}
+skipped = threading.Event()  # set when a kernel was chosen whose test could not run
 _locks = {}     # {a record's path: a lock}, so that a kernel is tested once while other threads test others
 _adding = threading.Lock()
 _making = threading.Lock()
@@ -107,11 +108,13 @@ def _verdict(test, device):
             verdict = kernel_records.read(path)
             if not isinstance(verdict, bool):
                 if torch.cuda.is_current_stream_capturing():
+                    skipped.set()
                     return True
                 try:
                     verdict = test.run()
                 except torch.OutOfMemoryError:  # the model needs the memory more
                     log.debug("no memory to test %s", test.compiled)
+                    skipped.set()
                     return True
                 kernel_records.write(path, verdict)
             _verdicts[path] = verdict

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from comfyui_svdquant.cuda import (
+    autotune,
     awq,
     compiler,
     gemm_mma,
@@ -318,7 +319,9 @@ def gpu(monkeypatch, tmp_path):
             return test.kind not in fake.wrong
         return verdict(test._replace(run=run), device)
 
+    fake.tested = tested
     monkeypatch.setattr(self_test, "_verdict", tested)
+    monkeypatch.setattr(self_test, "skipped", threading.Event())
     caches = ops.chosen, quantize_activation.launcher
     for cache in caches:
         cache.cache_clear()
@@ -437,6 +440,17 @@ def test_without_memory_for_the_test_the_kernel_runs_without_a_verdict(gpu, full
     """A nearly full GPU still draws the picture. The next process tests the kernel."""
     assert ops.chosen(layer(), GPU).wgmma
     assert self_test._verdicts == {} and self_test._failed == {} and not compiler.cache_folder().exists() and not caplog.records
+
+
+def test_a_skipped_test_runs_after_the_warm_up(gpu, full, monkeypatch):
+    """The model before may have filled the GPU while this one's kernels were built."""
+    ops.chosen(layer(), GPU)
+    monkeypatch.setattr(self_test, "_verdict", gpu.tested)
+    monkeypatch.setattr(autotune, "tune", lambda *args: None)
+    ops._measure(GPU, ())
+    for _ in range(2):
+        assert ops.chosen(layer(), GPU).wgmma and gpu.ran == [REGISTERS, GEMM_WGMMA]
+        ops._measure(GPU, ())
 
 
 def test_no_test_while_a_graph_is_captured(gpu, monkeypatch):
