@@ -1,13 +1,14 @@
 """Facts about the kernels on this machine's GPUs, found once and kept beside the compiled kernels: the self-test's verdicts
 (self_test.py) and the fastest choices (autotune.py).
 
-A record is one small file. It belongs to a GPU, its driver and everything else in its key; with another key there is another record, so
-that a new driver or a changed kernel begins anew. A damaged file counts as missing and is replaced.
+A record is one small file. It belongs to a GPU, its driver, the code of this folder and everything else in its key; with another key there
+is another record, so that a new driver or a changed kernel begins anew. A damaged file counts as missing and is replaced.
 """
 
 import functools
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 
@@ -21,9 +22,19 @@ def machine(device):
     return properties.name, str(getattr(properties, "uuid", "")), driver.version()
 
 
+@functools.cache
+def code_digest():
+    """A digest of the code of this folder, as a hexadecimal number. A wrong result may also be the fault of a launcher, of a test, or of a
+    kernel that runs beside the tested one; once it is corrected, the fact is found anew."""
+    folder = Path(__file__).parent
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".cu", ".cuh")]
+    return hashlib.sha256(repr([(str(path.relative_to(folder)), path.read_bytes()) for path in files]).encode()).hexdigest()
+
+
 def path(name, device, *key):
-    """The file of a record. name: its beginning; key: all that the fact depends on besides the GPU and its driver, by repr."""
-    digest = hashlib.sha256(repr((machine(device), key)).encode()).hexdigest()
+    """The file of a record. name: its beginning; key: all that the fact depends on besides the GPU, its driver and this folder's code, by
+    repr."""
+    digest = hashlib.sha256(repr((machine(device), code_digest(), key)).encode()).hexdigest()
     return compiler.cache_folder() / f"{name}-{digest[:32]}.json"
 
 

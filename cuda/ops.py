@@ -223,6 +223,9 @@ def _measure(device, prepared):
     for future in prepared:
         future.result()
     self_test.forget_problems()
+    if self_test.skipped.is_set():  # there may be memory for the tests now
+        self_test.skipped.clear()
+        choose_again()
     autotune.tune(device, runners, choose_again)
 
 

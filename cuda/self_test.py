@@ -7,7 +7,7 @@ wrong that was right elsewhere. A wrong result excludes the kernel's choose.Kind
     an MLP in one pass -> its two layers                     awq.cu, gptq.cu, group_error.cu -> PyTorch
 
 ops.chosen() runs the tests of the kernels that it chose, each compiled kernel's own. A verdict is kept beside the compiled kernels for
-this GPU, driver, compiler, source and version of this file (kernel_records.py), so that later processes only read a file.
+this GPU, driver, compiler and code of this pack (kernel_records.py), so that later processes only read a file.
 
 The problems have a fixed seed, both kinds of columns (signed and unsigned), and tails: of tokens, outputs, columns and ranks. Each bound is
 elementwise, and holds the roundings that the kernels' arithmetic allows and no more: half a unit in the last place of a 16-bit output, the
@@ -16,12 +16,11 @@ block is at least several times as far off; outputs are NaN before a launch, so 
 runs REPEATS times and must return the same bits, which a race usually doesn't.
 
 The test can't catch a kernel that ends in a CUDA error, such as an illegal instruction or an access outside its memory: such an error
-makes every later call of the process fail. There is no test while a CUDA graph is captured, where other work is an error: the kernel then
-runs without a verdict.
+makes every later call of the process fail. There is no test while a CUDA graph is captured, where other work is an error, nor without
+memory for it: a kernel that has no verdict yet then runs without one. After a warm-up it is tested when it is next chosen (ops.py).
 """
 
 import functools
-import hashlib
 import logging
 import threading
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from . import awq, compiler, gemm_mma, gemm_wgmma, int4, kernel_records, quantize_activation, reference, runtime, targets
+from . import awq, compiler, gemm_mma, gemm_wgmma, int4, kernel_loader, kernel_records, quantize_activation, reference, runtime, targets
 from .activation_layout import BLOCK, RANK_BLOCK, ROWS, CodeStorage, lay_out_codes, lay_out_lora_act, padded, read_codes, read_lora_act
 from .choose import AWQKernel, Kind, MLPKernels
 from .errors import KernelsUnavailable
@@ -54,6 +53,7 @@ QUANTIZED_TOKENS = 32 + 5  # tokens of a quantize kernel's problem: two tiles of
 _failed = {}    # {index of a GPU: frozenset of Kinds}
 _verdicts = {}  # {a record's path: whether the kernel passed}
 _quantizer = {}  # {(source, index of a GPU): the same, for the quantizer's kernels}
+skipped = threading.Event()  # set when a kernel was chosen whose test could not run
 _locks = {}     # {a record's path: a lock}, so that a kernel is tested once while other threads test others
 _adding = threading.Lock()
 _making = threading.Lock()
@@ -83,8 +83,6 @@ def passes(kernels, layer, device, run):
 
     run: for MLPKernels, run(kernels, x, first, second) computes the MLP. Raises what compiling and running a kernel raises.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return True
     return all(_verdict(test, device) for test in _tests(kernels, layer, device, run))
 
 
@@ -101,26 +99,28 @@ def kernel_passes(source, device, check):
 
 
 def _verdict(test, device):
-    """Whether the kernel of a Test passes, from this process, from the record, or by running the test."""
+    """Whether the kernel of a Test passes, from this process, from the record, or by running the test. True if the test can't run now."""
     arch = targets.for_device(device).arch
     name = f"{Path(test.compiled[0]).stem}-{arch}"
-    path = kernel_records.path(name, device, compiler.digest(*test.compiled, arch), test.kind, _own_digest())
+    path = kernel_records.path(name, device, compiler.digest(*test.compiled, arch), test.kind)
     with _locks.setdefault(path, threading.Lock()):
         if (verdict := _verdicts.get(path)) is None:
             verdict = kernel_records.read(path)
             if not isinstance(verdict, bool):
-                verdict = test.run()
+                if torch.cuda.is_current_stream_capturing():
+                    skipped.set()
+                    return True
+                try:
+                    verdict = test.run()
+                except torch.OutOfMemoryError:  # the model needs the memory more
+                    log.debug("no memory to test %s", test.compiled)
+                    skipped.set()
+                    return True
                 kernel_records.write(path, verdict)
             _verdicts[path] = verdict
     if not verdict:
         _exclude(test, device)
     return verdict
-
-
-@functools.cache
-def _own_digest():
-    """A digest of this file: a changed test gives its verdicts anew."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def _exclude(test, device):
@@ -147,11 +147,13 @@ def _tests(kernels, layer, device, run):
     elif isinstance(kernels, MLPKernels):
         first, second = layer
         storage, dtype = kernels.storage, first.dtype
+        defines = gemm_mma.defines_of(storage, kernels.tile, target, dtype, next_ranks=padded(second.rank, RANK_BLOCK))
+        # An MLP whose kernel is unavailable asks in every call. This raises at once; to make the test's problem takes 0.1 s.
+        kernel_loader.kernel(gemm_mma.SOURCE, gemm_mma.ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
         plan, test = _quantize_test(kernels, first, first.rank, NO_LORA, device)
         yield test
         for gelu in (False, True):
             yield _mma_test(storage, kernels.second_tile, target, dtype, device, gelu, NO_LORA)
-        defines = gemm_mma.defines_of(storage, kernels.tile, target, dtype, next_ranks=padded(second.rank, RANK_BLOCK))
         yield Test(Kind(gemm_mma.SOURCE, storage, True), (gemm_mma.SOURCE, defines),
                    functools.partial(_mlp_is_right, kernels, plan, layer, device, run), "an MLP's two layers run one after the other")
     else:

@@ -265,6 +265,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             if not full_load:
                 ring = ring_bytes(layers)
                 branches = branches if self.model.svdquant_branches_stay else 0
+        stream.fit(self.load_device, 0 if full_load else stream.size)  # super().load() pins layers for this device
         super().load(device_to, max(0, lowvram_model_memory - ring - branches), force_patch_weights, full_load)
         self.model.svdquant_casts = self._casts()
         if not self.model.model_lowvram:

@@ -180,9 +180,12 @@ class WeightStream:
             self.device, self.size = device, size
 
     def forget(self):
-        """Drop the copies that no call has taken yet. For a change of parameters in place."""
+        """Drop the copies that no call has taken yet, and wait for all others, which may still read the parameters. For a change of
+        parameters in place, which comes next."""
         with self._lock:
             self._drop(len(self._waiting))
+        if self.size:
+            self.gpu.synchronize(self.device)
 
     def release(self):
         """Give the ring's memory back."""

@@ -218,11 +218,13 @@ def test_a_capture_has_no_test(tmp_path):
     graph = torch.cuda.CUDAGraph()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_test, "_verdicts", {})
-        patch.setattr(self_test, "_verdict", lambda *args: pytest.fail("tested"))
+        patch.setattr(kernel_records, "read", lambda path: None)
+        patch.setattr(self_test, "_same_results", lambda launch: pytest.fail("tested"))
         with torch.cuda.graph(graph):
             y = ops.svdquant_linear(x, layer)
     graph.replay()
-    assert torch.equal(y, expected)
+    assert torch.equal(y, expected) and self_test.skipped.is_set()
+    self_test.skipped.clear()
     ops.choose_again()
 
 

@@ -121,6 +121,15 @@ def test_a_model_that_goes_unpins_its_layers(pair_files, pinned):
     assert not blocks & set(pinned)
 
 
+def test_unpinning_waits_for_the_models_own_gpu(quantized_model, pinned, monkeypatch):
+    """Not for the current device, which may be another GPU."""
+    patcher, waited = on_simulated_gpu(quantized_model), []
+    monkeypatch.setattr(patcher.model.svdquant_stream.gpu, "synchronize", waited.append, raising=False)
+    put_on(patcher, int(0.7 * patcher.model_size()))
+    patcher.detach()
+    assert set(waited) == {patcher.load_device} and not pinned
+
+
 def test_without_pinned_memory_nothing_is_streamed(quantized_model, pinned, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "pin_memory", lambda tensor: False)
     patcher = on_simulated_gpu(quantized_model)

@@ -272,6 +272,18 @@ def test_a_change_in_place_is_used_after_forget(layers):
     stream.gpu.synchronize()
 
 
+def test_a_change_in_place_after_forget_does_not_reach_launched_calls(layers):
+    """The GPU may be behind: the copies of earlier calls have still to read the parameters."""
+    stream = streamed(layers)
+    for _ in range(2):
+        for layer in layers:
+            call(stream, layer)
+    stream.forget()
+    for layer in layers:
+        layer.bias.data.add_(1)
+    stream.gpu.synchronize()
+
+
 def test_the_layer_copies_its_parameters_itself_where_a_ring_is_unsafe(layers, monkeypatch):
     stream = streamed(layers)
     layer = layers[0]
