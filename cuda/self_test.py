@@ -78,12 +78,12 @@ class Test(NamedTuple):
 
 
 def passes(kernels, layer, device, run):
-    """Whether choose()'s kernels for a layer give right results on `device`, a CUDA device with an index. If they don't, failed(device)
-    has a new Kind, and one warning says so.
+    """Whether choose()'s kernels for a layer give right results on `device`, a CUDA device with an index; True also if they can't
+    be tested now. If they don't, failed(device) has a new Kind, and one warning says so.
 
     run: for MLPKernels, run(kernels, x, first, second) computes the MLP. Raises what compiling and running a kernel raises.
     """
-    return all(_verdict(test, device) for test in _tests(kernels, layer, device, run))
+    return all(_verdict(test, device) is not False for test in _tests(kernels, layer, device, run))
 
 
 def kernel_passes(source, device, check):
@@ -91,15 +91,16 @@ def kernel_passes(source, device, check):
     quantizer asks thousands of times."""
     index = torch.cuda.current_device() if device.index is None else device.index
     if (source, index) not in _quantizer:
-        if torch.cuda.is_current_stream_capturing():
-            return True
         test = Test(Kind(source), (source, ()), check, "models are quantized by PyTorch alone, which is slower")
-        _quantizer[source, index] = _verdict(test, torch.device("cuda", index))
+        verdict = _verdict(test, torch.device("cuda", index))
+        if verdict is None:
+            return True
+        _quantizer[source, index] = verdict
     return _quantizer[source, index]
 
 
 def _verdict(test, device):
-    """Whether the kernel of a Test passes, from this process, from the record, or by running the test. True if the test can't run now."""
+    """Whether the kernel of a Test passes, from this process, from the record, or by running the test. None if the test can't run now."""
     arch = targets.for_device(device).arch
     name = f"{Path(test.compiled[0]).stem}-{arch}"
     path = kernel_records.path(name, device, compiler.digest(*test.compiled, arch), test.kind)
@@ -109,13 +110,13 @@ def _verdict(test, device):
             if not isinstance(verdict, bool):
                 if torch.cuda.is_current_stream_capturing():
                     skipped.set()
-                    return True
+                    return None
                 try:
                     verdict = test.run()
                 except torch.OutOfMemoryError:  # the model needs the memory more
                     log.debug("no memory to test %s", test.compiled)
                     skipped.set()
-                    return True
+                    return None
                 kernel_records.write(path, verdict)
             _verdicts[path] = verdict
     if not verdict:

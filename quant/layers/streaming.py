@@ -129,6 +129,7 @@ class WeightStream:
 
     def _empty(self):
         self._ring = self._compute = self._copies = self._last = None
+        self._refused = False     # there was no memory for the ring
         self._typed = {}          # {dtype: the ring as a tensor of it}
         self._slots = deque()     # in the order of their places in the ring, which is that of the copies
         self._waiting = deque()   # of _slots: no call has taken them yet
@@ -181,9 +182,10 @@ class WeightStream:
 
     def forget(self):
         """Drop the copies that no call has taken yet, and wait for all others, which may still read the parameters. For a change of
-        parameters in place, which comes next."""
+        parameters in place, which comes next. Every load begins so; a GPU that had no memory for the ring is asked again."""
         with self._lock:
             self._drop(len(self._waiting))
+            self._refused = False
         if self.size:
             self.gpu.synchronize(self.device)
 
@@ -219,10 +221,13 @@ class WeightStream:
     def _starts(self, stream):
         """Whether the ring serves computations on `stream`: the first one that asks, until the ring is released."""
         if self._ring is None:
+            if self._refused:
+                return False
             try:
                 with torch.inference_mode(False):
                     self._ring = torch.empty(self.size, dtype=torch.uint8, device=self.device)
-            except torch.cuda.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:  # PyTorch has emptied its cache for it, which must not happen in every call
+                self._refused = True
                 return False
             self._compute, self._copies = stream, self.gpu.Stream(self.device)
             self._copies.wait_stream(stream)  # whatever used the memory before

@@ -584,3 +584,12 @@ def test_the_quantizer_goes_on_without_a_wrong_kernel(gpu, monkeypatch, kernel):
     new_process(gpu)
     gpu.wrong = {Kind(kernel.SOURCE)}
     assert not kernel.available(weight) and not kernel.available(weight) and gpu.ran == [Kind(kernel.SOURCE)]
+
+
+def test_the_quantizer_asks_again_after_a_test_that_could_not_run(gpu, full, monkeypatch):
+    monkeypatch.setattr(kernel_loader, "has_kernel", lambda *args: True)
+    weight = types.SimpleNamespace(device=GPU)
+    assert gptq.available(weight)
+    monkeypatch.setattr(self_test, "_verdict", gpu.tested)
+    gpu.wrong = {Kind(gptq.SOURCE)}
+    assert not gptq.available(weight)

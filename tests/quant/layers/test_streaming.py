@@ -245,6 +245,25 @@ def test_without_room_the_layer_copies_its_parameters_itself(layers):
     assert call(stream, layers[2]) is None
 
 
+def test_a_full_gpu_is_asked_once_for_a_ring(layers, monkeypatch):
+    """Each attempt empties PyTorch's cache, and the layers of a step are hundreds. The next load tries again."""
+    stream, attempts, empty = streamed(layers), [], torch.empty
+
+    def full(*args, **kwargs):
+        if args == (stream.size,):
+            attempts.append(args)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return empty(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        assert [call(stream, layer) for layer in layers] == [None] * len(layers) and len(attempts) == 1
+    assert call(stream, layers[0]) is None
+    stream.forget()
+    assert call(stream, layers[0]) is not None
+    stream.gpu.synchronize()
+
+
 def test_a_replaced_parameter_is_used(layers):
     stream = streamed(layers)
     for _ in range(2):
