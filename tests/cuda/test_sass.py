@@ -106,14 +106,17 @@ def listings(name, arch):
     return [(" ".join([v[0], *(f"{key}={value}" for key, value in v[2])]), dict(v[2]), listing) for v, listing in zip(found, done)]
 
 
-# For gemm_mma.cu's int8 codes in the large tile, ptxas keeps one or two registers in local memory from before the loops until after them,
-# which takes five instructions of 3600. A ring of two stages would avoid it; whether that is faster than three has not been measured.
-SPILLS = ("sm_87", "sm_90a")
+# In gemm_mma.cu's large tile ptxas keeps one or two registers in local memory from before the loops until after them: one to five of 2300
+# to 3600 instructions. For int8 codes a ring of two stages would avoid it; whether that is faster than three has not been measured.
+# {(codes, LORA, or None for both values): architectures}
+SPILLS = {(CodeStorage.INT8, None): ("sm_87", "sm_90a"), (CodeStorage.INT4_BYTES, 1): ("sm_100", "sm_110")}
 
 
 def spills(defines, arch):
     """Whether the variant is known to spill, outside its loops."""
-    return arch in SPILLS and defines.get("CODES") == CodeStorage.INT8 and defines["TILES"] == gemm_mma.LARGE.tiles
+    return defines.get("TILES") == gemm_mma.LARGE.tiles and any(
+        arch in architectures and defines.get("CODES") == codes and lora in (None, defines.get("LORA"))
+        for (codes, lora), architectures in SPILLS.items())
 
 
 def problems(kernel, defines, listing, arch):
