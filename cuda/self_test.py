@@ -18,10 +18,12 @@ runs REPEATS times and must return the same bits, which a race usually doesn't.
 The test can't catch a kernel that ends in a CUDA error, such as an illegal instruction or an access outside its memory: such an error
 makes every later call of the process fail. There is no test while a CUDA graph is captured, where other work is an error, nor without
 memory for it: a kernel that has no verdict yet then runs without one. After a warm-up it is tested when it is next chosen (ops.py).
+SVDQUANT_SELF_TEST=0 switches the tests and their verdicts off.
 """
 
 import functools
 import logging
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +42,7 @@ from .quantize_activation import Quantized
 
 log = logging.getLogger(__name__)
 
+VARIABLE = "SVDQUANT_SELF_TEST"  # environment variable: 0 never
 REPEATS = 3
 SUMS = 2.0**-17     # the largest error of an fp32 sum, here or in a kernel, relative to the sum of the terms' magnitudes
 BORDER = 0.501      # the largest distance of a code from its value. fp32 changes a value of up to 127 by less than 1e-4
@@ -100,7 +103,10 @@ def kernel_passes(source, device, check):
 
 
 def _verdict(test, device):
-    """Whether the kernel of a Test passes, from this process, from the record, or by running the test. None if the test can't run now."""
+    """Whether the kernel of a Test passes, from this process, from the record, or by running the test. None if the test can't run now, or
+    is switched off."""
+    if os.environ.get(VARIABLE) == "0":
+        return None
     arch = targets.for_device(device).arch
     name = f"{Path(test.compiled[0]).stem}-{arch}"
     path = kernel_records.path(name, device, compiler.digest(*test.compiled, arch), test.kind)

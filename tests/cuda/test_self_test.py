@@ -467,6 +467,15 @@ def test_a_verdict_counts_while_a_graph_is_captured(gpu, monkeypatch):
     assert ops.chosen(layer(), GPU) == kernels and not kernels.wgmma and gpu.ran == []
 
 
+def test_it_can_be_switched_off(gpu, monkeypatch):
+    """Also where a test has called a kernel wrong before."""
+    gpu.wrong = {GEMM_WGMMA}
+    assert not ops.chosen(layer(), GPU).wgmma
+    new_process(gpu)
+    monkeypatch.setenv(self_test.VARIABLE, "0")
+    assert ops.chosen(layer(), GPU).wgmma and gpu.ran == []
+
+
 def test_a_type_in_which_the_kernels_do_not_compute(gpu):
     """The op asks again for the type in which it computes."""
     assert not ops.chosen(layer(dtype=torch.float32), GPU).whole and gpu.ran == []
