@@ -1,13 +1,18 @@
 """Checks of the nodes' inputs, whose sentences the page shows when Run is clicked, before any node works."""
 
+from .progress import NodeProgress
 
-def checked(check, *inputs):
-    """The result of a node's validate_inputs: True if check(*inputs) passes, otherwise the sentence of its error. ComfyUI passes None for
-    an input that comes from another node."""
+
+def checked(node, check, *inputs):
+    """The result of a node's validate_inputs: True if check(*inputs) passes, otherwise the sentence of its error, which is also shown on
+    the node. node: its class, as ComfyUI passes it to validate_inputs. ComfyUI passes None for an input that comes from another node."""
+    shown = NodeProgress.of(node)
     try:
         check(*inputs)
     except (ValueError, OSError) as error:
+        shown.refuse(str(error))
         return str(error)
+    shown.accept()
     return True
 
 

@@ -77,7 +77,7 @@ class SVDQuantDownloadModel(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model=None, repository=None, file=None, revision=None, filename=None):
         inputs = model, repository, file, revision, filename
-        return None in inputs or checked(lambda: target_path(choice(*inputs)[-1]))
+        return None in inputs or checked(cls, lambda: target_path(choice(*inputs)[-1]))
 
     @classmethod
     def execute(cls, model, repository, file, revision, filename):

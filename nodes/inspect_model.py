@@ -43,7 +43,7 @@ class SVDQuantInspect(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name=None):
-        return checked(loader.check_kind, model_name)
+        return checked(cls, loader.check_kind, model_name)
 
     @classmethod
     def execute(cls, model_name):

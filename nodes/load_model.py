@@ -47,7 +47,7 @@ class SVDQuantLoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name=None):
-        return checked(loader.check_kind, model_name)
+        return checked(cls, loader.check_kind, model_name)
 
     @classmethod
     def execute(cls, model_name, compute_dtype, activations="auto"):

@@ -18,6 +18,8 @@ class NodeProgress:
     """A node's progress bar, the line of text under it, and Cancel. As a context it also shows the sentence of an error on the node: newer
     pages hide an exception's text behind "View details"."""
 
+    refused = set()  # ids of the nodes on which the sentence of a refused input is shown
+
     def __init__(self, node_id):
         self.node_id = node_id
         self.bar = None
@@ -54,6 +56,17 @@ class NodeProgress:
     def say(self, text):
         if self.node_id is not None and PromptServer.instance is not None:
             PromptServer.instance.send_progress_text(text, self.node_id)
+
+    def refuse(self, sentence):
+        """Show why an input was refused when Run was clicked: newer pages hide that too."""
+        self.refused.add(self.node_id)
+        self.say(sentence)
+
+    def accept(self):
+        """Clear the sentence of a refused input: a node whose result is in ComfyUI's cache does not run, so it shows nothing new."""
+        if self.node_id in self.refused:
+            self.refused.remove(self.node_id)
+            self.say(" ")  # the page ignores an empty text
 
     def check(self):
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -71,7 +71,7 @@ class SVDQuantQuantizeModel(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, preset=None, exceptions=None, positive=False, latent=False):
         # A connected input is None here, and one that is not connected is left out.
-        return checked(presets.check_inputs, preset, exceptions, positive is None, latent is None)
+        return checked(cls, presets.check_inputs, preset, exceptions, positive is None, latent is None)
 
     @classmethod
     def execute(cls, model, preset, rank, steps, seed, positive=None, latent=None, exceptions="", tokens=TOKENS_PER_INPUT,

@@ -45,7 +45,7 @@ class SVDQuantSaveModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename=None, overwrite=None):
-        return checked(saving.check_name, filename, overwrite)
+        return checked(cls, saving.check_name, filename, overwrite)
 
     @classmethod
     def check_lazy_status(cls, filename, overwrite, layout="native", model=None):

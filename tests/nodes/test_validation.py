@@ -22,6 +22,7 @@ from comfyui_svdquant.quant.checkpoint import native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError
 from comfyui_svdquant.quant.host import loader, written
 from safetensors.torch import save_file
+from server import PromptServer
 
 from host.server import ROOT, TINY
 
@@ -33,6 +34,9 @@ LORA = {f"double_blocks.{i}.img_attn.qkv.lora_{part}.weight": torch.zeros(2, 2) 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
+    """The pack's nodes in ComfyUI's list of nodes, without a server."""
+    monkeypatch.setattr(PromptServer, "instance", None, raising=False)
+    monkeypatch.setattr(NodeProgress, "refused", set())
     for node in asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list()):
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, node.GET_SCHEMA().node_id, node)
     for name, kind in (("Prompts", "CONDITIONING"), ("Text", io.AnyType.io_type)):  # they stand for nodes that have not run yet
@@ -122,6 +126,19 @@ def test_what_is_wrong_is_said_when_run_is_clicked(changes, place, says):
     found = refused(prompt(**changes))
     assert found[place].startswith(f"{place[1]} - ") and says in found[place] and "\n" not in found[place]
     assert {number for number, _ in found} == {place[0]}
+
+
+def test_the_sentence_stands_on_the_node_until_its_inputs_are_sound(monkeypatch):
+    said = []
+    monkeypatch.setattr(NodeProgress, "say", lambda self, text: said.append((self.node_id, text)))
+    found = refused(prompt(save={"filename": "packed"}))
+    assert [number for number, _ in said] == ["save"] and found["save", "filename"] == f"filename - {said[0][1]}"
+    refused(prompt(save={"filename": "packed"}, load={"model_name": "style.safetensors"}))
+    assert [number for number, _ in said[1:]] == ["load", "save"]
+    refused(prompt(save={"filename": "packed"}))
+    refused(prompt())
+    refused(prompt())
+    assert said[3:] == [("load", " "), said[0], ("save", " ")]
 
 
 def test_a_linked_input_is_not_checked_before_its_node_has_run():
