@@ -5,6 +5,7 @@ warning and runs the reference.
 """
 
 import functools
+import importlib.util
 import logging
 import os
 import threading
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import autotune, awq, gemm_mma, gemm_wgmma, quantize_activation, reference, runtime, self_test, targets
+from . import autotune, awq, cupy_import, gemm_mma, gemm_wgmma, quantize_activation, reference, runtime, self_test, targets
 from .choose import W4A16, AWQKernel, Layer, choose
 from .errors import KernelsUnavailable
 from .operands import NO_LORA, LayerOperands, LoRASizes
@@ -37,6 +38,20 @@ def best_act_bits(device):
         return targets.for_device(device).default_act_bits
     except KernelsUnavailable:  # the GPU is too old; the layers' calls log it
         return 8
+
+
+def kernel_path(device, act_bits):
+    """The code that computes W4A4 layers on `device`, in a few words for users. act_bits: as in LayerOperands; 0 for best_act_bits."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"{'ROCm' if torch.version.hip else device.type.upper()}: PyTorch, slow"
+    try:
+        target = targets.for_device(device)
+        if importlib.util.find_spec("cupy") is None:
+            return f"no CuPy: pip install {cupy_import.cupy_package()}; until then PyTorch, slow"
+        cupy_import.load_cupy()
+    except KernelsUnavailable as error:
+        return f"PyTorch, slow: {error}"
+    return f"W4A{act_bits or target.default_act_bits} on {target.generation}'s tensor cores"
 
 
 def svdquant_linear(x, operands):

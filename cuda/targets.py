@@ -29,6 +29,7 @@ class Target:
     register_tiles: int     # quantize_registers.cu: 16-token tiles per CTA that fit in registers; 0: no clusters, which it needs
     default_act_bits: int   # 4 if 4-bit MMAs are fast. On A100 and Orin the rescaling of each group takes longer than the MMAs
     fused_mlp: bool         # mlp.py is faster. With 4-bit codes in bytes it isn't: 1893 us against 1601 on an H100 (benchmarks/NOTES.md)
+    generation: str         # its name, for users
     measured: bool = False  # the cost models of the kernels were measured on this generation; autotune.py measures on the others
 
     @property
@@ -44,9 +45,9 @@ class Target:
 
 # Properties that most rows of the table share; a row names those that differ.
 AMPERE = {"bf16": True, "async_copies": True, "native_int4": True, "wgmma": False, "max_cluster": 1, "dependent_launch": False,
-          "quantize_ranks": 128, "register_tiles": 0, "default_act_bits": 4, "fused_mlp": True}
+          "quantize_ranks": 128, "register_tiles": 0, "default_act_bits": 4, "fused_mlp": True, "generation": "Ampere"}
 BLACKWELL = {"bf16": True, "async_copies": True, "native_int4": False, "wgmma": False, "max_cluster": 8, "dependent_launch": True,
-             "quantize_ranks": 32, "register_tiles": 1, "default_act_bits": 8, "fused_mlp": False}
+             "quantize_ranks": 32, "register_tiles": 1, "default_act_bits": 8, "fused_mlp": False, "generation": "Blackwell"}
 
 
 def row(number, shared, properties, **other):
@@ -56,17 +57,17 @@ def row(number, shared, properties, **other):
 
 
 TARGETS = {target.number: target for target in (
-    row(75, (64, 64), AMPERE, bf16=False, async_copies=False, quantize_ranks=64, fused_mlp=False),  # Turing: RTX 20
-    row(80, (164, 163), AMPERE, default_act_bits=8),                                                # Ampere: A100
-    row(86, (100, 99), AMPERE),                                                                     # Ampere: RTX 30
-    row(87, (164, 163), AMPERE, default_act_bits=8),                                                # Ampere: Orin
-    row(89, (100, 99), AMPERE),                                                                     # Ada: RTX 40
-    row(90, (228, 227), BLACKWELL, wgmma=True, max_cluster=16, register_tiles=2, measured=True),    # Hopper: H100, H200
-    row(100, (228, 227), BLACKWELL),                                                                # Blackwell: B200
-    row(103, (228, 227), BLACKWELL),                                                                # Blackwell: B300
-    row(110, (228, 227), BLACKWELL),                                                                # Blackwell: Thor
-    row(120, (100, 99), BLACKWELL),                                                                 # Blackwell: RTX 50
-    row(121, (100, 99), BLACKWELL),                                                                 # Blackwell: GB10
+    row(75, (64, 64), AMPERE, generation="Turing", bf16=False, async_copies=False, quantize_ranks=64, fused_mlp=False),     # RTX 20
+    row(80, (164, 163), AMPERE, default_act_bits=8),                                                                        # A100
+    row(86, (100, 99), AMPERE),                                                                                             # RTX 30
+    row(87, (164, 163), AMPERE, default_act_bits=8),                                                                        # Orin
+    row(89, (100, 99), AMPERE, generation="Ada"),                                                                           # RTX 40
+    row(90, (228, 227), BLACKWELL, generation="Hopper", wgmma=True, max_cluster=16, register_tiles=2, measured=True),       # H100, H200
+    row(100, (228, 227), BLACKWELL),                                                                                        # B200
+    row(103, (228, 227), BLACKWELL),                                                                                        # B300
+    row(110, (228, 227), BLACKWELL),                                                                                        # Thor
+    row(120, (100, 99), BLACKWELL),                                                                                         # RTX 50
+    row(121, (100, 99), BLACKWELL),                                                                                         # GB10
 )}
 OLDEST = min(TARGETS)
 
@@ -85,7 +86,7 @@ def for_capability(capability):
     if number in TARGETS:
         return TARGETS[number]
     older = TARGETS[max(known for known in TARGETS if known < number)]
-    return replace(older, number=number, shared_per_sm=min(older.shared_per_sm, 100 << 10),
+    return replace(older, number=number, generation="this GPU", shared_per_sm=min(older.shared_per_sm, 100 << 10),
                    shared_per_cta=min(older.shared_per_cta, 99 << 10), wgmma=False, max_cluster=min(older.max_cluster, 8),
                    register_tiles=min(older.register_tiles, 1), default_act_bits=8, measured=False)
 

@@ -5,6 +5,8 @@ from comfy_api.latest import io
 from ..quant.download import hub
 from ..quant.host import written
 from ..quant.host.model_folder import found_elsewhere, name_in_folder, target_path
+from .checked import checked, choose
+from .newer import ADVANCED, CATEGORY, SEARCH
 from .progress import NodeProgress
 
 OWN_CHOICE = "repository and file below"
@@ -27,8 +29,7 @@ PRESETS = {
 
 def choice(model, repository, file, revision, filename):
     """(repository, file, revision, filename) to download, from the node's inputs. Raises ValueError on inputs that name no file."""
-    if model in PRESETS:
-        repository, file = PRESETS[model]
+    repository, file = choose("model", model, PRESETS | {OWN_CHOICE: (repository, file)})
     repository, file, revision = hub.names(repository, file, revision)
     hub.check_names(repository, file, revision)
     return repository, file, revision, filename if filename.strip() else file.rsplit("/", 1)[-1]
@@ -40,7 +41,8 @@ class SVDQuantDownloadModel(io.ComfyNode):
         return io.Schema(
             node_id="SVDQuantDownloadModel",
             display_name="SVDQuant Download Model",
-            category="loaders/svdquant",
+            category=CATEGORY,
+            **SEARCH,
             description="Downloads a model from the Hugging Face Hub to models/diffusion_models and verifies it. An interrupted "
                         "download resumes where it stopped; a file that is already there is used as it is.",
             inputs=[
@@ -50,10 +52,10 @@ class SVDQuantDownloadModel(io.ComfyNode):
                                 tooltip="The repository on the Hub, as owner/name. Leave empty for a model of the list."),
                 io.String.Input("file", default="",
                                 tooltip="The path of a .safetensors or .sft file in the repository. Leave empty for a model of the list."),
-                io.String.Input("revision", default="main", tooltip="The branch, tag or commit to download the file from."),
+                io.String.Input("revision", default="main", tooltip="The branch, tag or commit to download the file from.", **ADVANCED),
                 io.String.Input("filename", default="",
                                 tooltip="The name of the file in models/diffusion_models, with an optional subfolder. Leave empty to keep "
-                                        "the repository's name."),
+                                        "the repository's name.", **ADVANCED),
             ],
             # Not io.Combo.Output: its type is its list of options, which no V3 combo input accepts.
             outputs=[io.Custom("COMBO").Output(display_name="model_name",
@@ -73,10 +75,15 @@ class SVDQuantDownloadModel(io.ComfyNode):
         return written.fingerprint(name_in_folder(filename))
 
     @classmethod
+    def validate_inputs(cls, model=None, repository=None, file=None, revision=None, filename=None):
+        inputs = model, repository, file, revision, filename
+        return None in inputs or checked(cls, lambda: target_path(choice(*inputs)[-1]))
+
+    @classmethod
     def execute(cls, model, repository, file, revision, filename):
-        repository, file, revision, filename = choice(model, repository, file, revision, filename)
-        path, name = target_path(filename)
-        progress = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
-        hub.download(hub.look_up(repository, file, revision, progress), found_elsewhere(path, name) or path, progress)
-        written.note(name)
-        return io.NodeOutput(name)
+        with NodeProgress.of(cls) as progress:
+            repository, file, revision, filename = choice(model, repository, file, revision, filename)
+            path, name = target_path(filename)
+            hub.download(hub.look_up(repository, file, revision, progress), found_elsewhere(path, name) or path, progress)
+            written.note(name)
+            return io.NodeOutput(name)

@@ -9,7 +9,9 @@ from comfy_api.latest import io, ui
 from ..quant import families
 from ..quant.checkpoint import inspection
 from ..quant.checkpoint.header import read_header
-from ..quant.host.loader import check_file
+from ..quant.host import loader
+from .checked import checked
+from .newer import CATEGORY, SEARCH
 from .progress import NodeProgress
 
 
@@ -19,7 +21,8 @@ class SVDQuantInspect(io.ComfyNode):
         return io.Schema(
             node_id="SVDQuantInspect",
             display_name="SVDQuant Inspect",
-            category="model/svdquant",
+            category=CATEGORY,
+            **SEARCH,
             description=f"Describes a {families.TITLES} file: format, sizes, ranks, recipe and quantization errors. It reads the "
                         "file's header only, no weights.",
             inputs=[
@@ -39,12 +42,15 @@ class SVDQuantInspect(io.ComfyNode):
         return time.perf_counter_ns()  # always new: only a run shows the text on the node, and reloading the page clears it
 
     @classmethod
+    def validate_inputs(cls, model_name=None):
+        return checked(cls, loader.check_kind, model_name)
+
+    @classmethod
     def execute(cls, model_name):
-        shown = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
-        shown.say(model_name)  # replaces the text of the previous file, which would stay if this file is refused
-        header = read_header(folder_paths.get_full_path_or_raise("diffusion_models", model_name))
-        description = inspection.inspect(header)
-        check_file(header)
-        report = inspection.text(description)
-        shown.say(report)
-        return io.NodeOutput(report, json.dumps(description, indent=1), ui=ui.PreviewText(report))
+        with NodeProgress.of(cls) as shown:
+            header = read_header(folder_paths.get_full_path_or_raise("diffusion_models", model_name))
+            description = inspection.inspect(header)
+            loader.check_file(header)
+            report = inspection.text(description)
+            shown.say(report)
+            return io.NodeOutput(report, json.dumps(description, indent=1), ui=ui.PreviewText(report))

@@ -5,9 +5,9 @@ import torch
 from comfy_api.latest import io
 
 from ..quant import families
-from ..quant.host import written
-from ..quant.host.loader import load_model
-from ..quant.layers.linear import NVFP4Linear
+from ..quant.host import loader, written
+from .checked import checked, choose
+from .newer import CATEGORY, SEARCH
 from .progress import NodeProgress
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,7 +20,8 @@ class SVDQuantLoadModel(io.ComfyNode):
         return io.Schema(
             node_id="SVDQuantLoadModel",
             display_name="SVDQuant Load Model",
-            category="loaders/svdquant",
+            category=CATEGORY,
+            **SEARCH,
             description=f"Loads a {families.TITLES} model: a 4-bit model (from SVDQuant Save Model, in comfy-kitchen's "
                         "svdquant_w4a4 format, or Nunchaku's FLUX.1), or an ordinary bf16, fp16 or fp8 model that you want to "
                         "quantize.",
@@ -45,10 +46,14 @@ class SVDQuantLoadModel(io.ComfyNode):
         return written.state(model_name) if model_name else None
 
     @classmethod
+    def validate_inputs(cls, model_name=None):
+        return checked(cls, loader.check_kind, model_name)
+
+    @classmethod
     def execute(cls, model_name, compute_dtype, activations="auto"):
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        patcher = load_model(path, COMPUTE_DTYPES[compute_dtype], ACT_BITS[activations], model_name)
-        if activations != "auto" and any(isinstance(layer, NVFP4Linear) for layer in patcher.model.modules()):
-            NodeProgress(cls.hidden.unique_id if cls.hidden else None).say(
-                f"{model_name} is NVFP4, whose layers always use NVFP4 activations: activations = {activations} has no effect")
-        return io.NodeOutput(patcher)
+        with NodeProgress.of(cls) as shown:
+            dtype, act_bits = choose("compute_dtype", compute_dtype, COMPUTE_DTYPES), choose("activations", activations, ACT_BITS)
+            path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+            patcher, summary = loader.load_described(path, dtype, act_bits, model_name)
+            shown.say(summary)
+            return io.NodeOutput(patcher)

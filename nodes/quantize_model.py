@@ -8,6 +8,8 @@ from ..quant import families
 from ..quant.host.quantize import quantize
 from ..quant.quantizer import presets, report
 from ..quant.quantizer.calibration import TOKENS_PER_INPUT
+from .checked import checked, choose
+from .newer import ADVANCED, CATEGORY, SEARCH
 from .progress import PROGRESS_FOLDERS, NodeProgress
 
 KEPT, RANKED = families.EXAMPLES
@@ -19,12 +21,22 @@ class SVDQuantQuantizeModel(io.ComfyNode):
         return io.Schema(
             node_id="SVDQuantQuantizeModel",
             display_name="SVDQuant Quantize Model",
-            category="model/svdquant",
+            category=CATEGORY,
+            **SEARCH,
             description=f"Quantizes a {families.TITLES} model to 4 bits: 4-bit weights and activations plus a small 16-bit low-rank "
                         "branch. It samples the model with your prompts to calibrate each layer. LoRAs on the model are "
                         "baked in.",
             inputs=[
                 io.Model.Input("model", tooltip=f"A {families.TITLES} model in bf16, fp16 or fp8, with any LoRAs to bake in."),
+                io.Combo.Input("preset", options=list(presets.PRESETS), default="best",
+                               tooltip="best: calibrated on your prompts, with GPTQ. slow: slightly smaller layer errors, takes "
+                                       "longer. fast: calibrated, without GPTQ. data-free: no calibration, larger errors. naive: "
+                                       "plain rounding without SVDQuant, for comparison only."),
+                io.Int.Input("rank", default=32, min=presets.MIN_RANK, max=presets.MAX_RANK,
+                             step=presets.RANK_STEP,
+                             tooltip="The rank of the 16-bit low-rank branch. Layers that combine two layers of the paper, as those in "
+                                     "single blocks do, get twice this rank. 32 suits most models; a higher rank is closer to the "
+                                     "original and makes the model larger."),
                 io.Conditioning.Input("positive", optional=True,
                                       tooltip="The calibration prompts; join several with Conditioning (Combine). More prompts like "
                                               "those you use give a better model. The presets best, slow and fast need "
@@ -35,25 +47,16 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                              tooltip="Sampling steps for each calibration prompt. 8 steps cover all noise levels."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                              tooltip="The random seed of the noise for calibration."),
-                io.Int.Input("rank", default=32, min=presets.MIN_RANK, max=presets.MAX_RANK,
-                             step=presets.RANK_STEP,
-                             tooltip="The rank of the 16-bit low-rank branch. Layers that combine two layers of the paper, as those in "
-                                     "single blocks do, get twice this rank. 32 suits most models; a higher rank is closer to the "
-                                     "original and makes the model larger."),
-                io.Combo.Input("preset", options=list(presets.PRESETS), default="best",
-                               tooltip="best: calibrated on your prompts, with GPTQ. slow: slightly smaller layer errors, takes "
-                                       "longer. fast: calibrated, without GPTQ. data-free: no calibration, larger errors. naive: "
-                                       "plain rounding without SVDQuant, for comparison only."),
                 io.String.Input("exceptions", default="", multiline=True, optional=True,
                                 tooltip="Exceptions, one per line: a layer name or pattern keeps its layers in 16 bits, such as "
-                                        f"{KEPT}; with a number it sets their rank, such as {RANKED}."),
+                                        f"{KEPT}; with a number it sets their rank, such as {RANKED}.", **ADVANCED),
                 io.Int.Input("tokens", default=TOKENS_PER_INPUT, min=1, max=64, optional=True,
                              tooltip="The number of calibration tokens per input channel of a layer, for GPTQ and the fit of the "
-                                     "branch. 2 to 4 are enough; more take longer and change little."),
+                                     "branch. 2 to 4 are enough; more take longer and change little.", **ADVANCED),
                 io.Combo.Input("progress", options=list(PROGRESS_FOLDERS), default="temp", optional=True,
                                tooltip="Where finished blocks are stored during the run, so that an interrupted run can resume. "
                                        "temp: ComfyUI's temp folder, which is emptied when ComfyUI restarts. output: the output "
-                                       "folder, which is kept. off: they are not stored."),
+                                       "folder, which is kept. off: they are not stored.", **ADVANCED),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model, for samplers and SVDQuant Save Model."),
@@ -66,12 +69,18 @@ class SVDQuantQuantizeModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, steps, seed, rank, preset, positive=None, latent=None, exceptions="", tokens=TOKENS_PER_INPUT,
+    def validate_inputs(cls, preset=None, exceptions=None, positive=False, latent=False):
+        # A connected input is None here, and one that is not connected is left out.
+        return checked(cls, presets.check_inputs, preset, exceptions, positive is None, latent is None)
+
+    @classmethod
+    def execute(cls, model, preset, rank, steps, seed, positive=None, latent=None, exceptions="", tokens=TOKENS_PER_INPUT,
                 progress="temp"):
-        recipe = replace(presets.make_recipe(preset, rank, exceptions), tokens=tokens)
-        shown = NodeProgress(cls.hidden.unique_id if cls.hidden else None)
-        quantized, records = quantize(model, recipe, positive, latent, steps, seed, shown, PROGRESS_FOLDERS[progress]())
-        shown.say(report.summary(records))
-        notes = quantized.recipe["notes"]
-        return io.NodeOutput(quantized, report.text(records, recipe, notes), report.picture(records),
-                             report.as_json(records, recipe, notes))
+        with NodeProgress.of(cls) as shown:
+            recipe = replace(presets.make_recipe(preset, rank, exceptions), tokens=tokens)
+            folder = choose("progress", progress, PROGRESS_FOLDERS)()
+            quantized, records = quantize(model, recipe, positive, latent, steps, seed, shown, folder)
+            shown.say(report.summary(records))
+            notes = quantized.recipe["notes"]
+            return io.NodeOutput(quantized, report.text(records, recipe, notes), report.picture(records),
+                                 report.as_json(records, recipe, notes))

@@ -3,9 +3,11 @@
 from comfy_api.latest import io
 
 from ..quant.checkpoint import formats
-from ..quant.host import written
+from ..quant.host import saving, written
 from ..quant.host.model_folder import name_in_folder
-from ..quant.host.saving import save_model
+from .checked import checked, choose
+from .newer import CATEGORY, SEARCH
+from .progress import NodeProgress
 
 
 class SVDQuantSaveModel(io.ComfyNode):
@@ -14,11 +16,13 @@ class SVDQuantSaveModel(io.ComfyNode):
         return io.Schema(
             node_id="SVDQuantSaveModel",
             display_name="SVDQuant Save Model",
-            category="model/svdquant",
+            category=CATEGORY,
+            **SEARCH,
             description="Saves a quantized model to models/diffusion_models, in this pack's layout or, for FLUX.1, in "
                         "Nunchaku's.",
             inputs=[
-                io.Model.Input("model", tooltip="The quantized model from SVDQuant Quantize Model."),
+                # Lazy, so that check_lazy_status runs before the quantization.
+                io.Model.Input("model", lazy=True, tooltip="The quantized model from SVDQuant Quantize Model."),
                 io.String.Input("filename", default="flux_svdquant",
                                 tooltip="The name of the file in models/diffusion_models, with an optional subfolder."),
                 io.Boolean.Input("overwrite", default=False,
@@ -31,6 +35,7 @@ class SVDQuantSaveModel(io.ComfyNode):
             # Not io.Combo.Output: its type is its list of options, which no V3 combo input accepts.
             outputs=[io.Custom("COMBO").Output(display_name="model_name",
                                                tooltip="The saved file's name, for model_name of SVDQuant Load Model.")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -39,5 +44,22 @@ class SVDQuantSaveModel(io.ComfyNode):
         return written.fingerprint(name_in_folder(filename))
 
     @classmethod
+    def validate_inputs(cls, filename=None, overwrite=None):
+        return checked(cls, saving.check_name, filename, overwrite)
+
+    @classmethod
+    def check_lazy_status(cls, filename, overwrite, layout="native", model=None):
+        """Checks once more, before the model is quantized, what validate_inputs could not know: the value of a linked input, and whether
+        ComfyUI's cache has this node's result, whose file then exists by right."""
+        if model is None:
+            with NodeProgress.of(cls):
+                choose("layout", layout, formats.WRITERS)
+                saving.check_target(filename, overwrite)
+        return ["model"]
+
+    @classmethod
     def execute(cls, model, filename, overwrite, layout="native"):
-        return io.NodeOutput(save_model(model, filename, layout, overwrite))
+        with NodeProgress.of(cls) as shown:
+            name = saving.save_model(model, filename, layout, overwrite)
+            shown.say(saving.summary(name))
+            return io.NodeOutput(name)

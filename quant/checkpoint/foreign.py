@@ -35,6 +35,8 @@ FOREIGN = (
     ("taesd_decoder.", "a VAE"),
     ("down_blocks.0.resnets.0.conv1.weight", "a Stable Diffusion or SDXL UNet"),
 )
+FOLDERS = {"a LoRA": "models/loras", "a VAE": "models/vae",  # {kind of file: ComfyUI's folder for it}
+           **dict.fromkeys(("a T5 text encoder", "a CLIP text encoder"), "models/text_encoders")}
 
 
 def find(header):

@@ -39,7 +39,7 @@ def inspect(header):
 
 def text(info):
     """The description of `inspect` as text, one fact per line."""
-    lines = [f"{info['file']}: {_size(info['bytes'])}, {info['format']}", *_model_lines(info)]
+    lines = [_headline(info), f"{info['file']}: {_size(info['bytes'])}, {info['format']}", *_model_lines(info)]
     lines += [f"{label}: {value}" for label, value in info["card"].items()]
     if "layers" in info:
         total = sum(info["bytes_by_kind"].values())
@@ -141,6 +141,14 @@ def _card(header):
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
+
+
+def _headline(info):
+    variant = families.of_image_model(info["model"]["image_model"]).variant(info["model"])
+    stored = getattr(torch, next(iter(info["bytes_by_dtype"])))
+    # The integers of ComfyUI's own formats hold codes of 4 or 8 bits.
+    bits = "4-bit" if "layers" in info else f"{8 * stored.itemsize}-bit" if stored.is_floating_point else "quantized"
+    return f"{bits} {variant}, opens with SVDQuant Load Model"
 
 
 def _model_lines(info):

@@ -31,7 +31,8 @@ def find(header):
     family, prefix = foreign.find(header) or (foreign.find_diffusers(header), None)
     if family is None:
         what = foreign.kind(header) or f"not a {families.TITLES} model"
-        raise CheckpointError(f"{header.file} is {what}; choose a {families.TITLES} model in safetensors format.")
+        move = f"move it to {foreign.FOLDERS[what]}, and " if what in foreign.FOLDERS else ""
+        raise CheckpointError(f"{header.file} is {what}; {move}choose a {families.TITLES} model in safetensors format.")
     return family, prefix
 
 

@@ -229,7 +229,8 @@ class Family:
     family has.
     blocks: the BlockLists in running order; outer: {name: Layer} of layers outside the blocks, whose input has one token per image.
     tensors(configuration) -> {tensor name in a file: shape} of a 16-bit model, packed layers as the linears that they replace;
-    figures(configuration): the sizes that describe a model to users, as text.
+    figures(configuration): the sizes that describe a model to users, as text; variants(configuration): the name of the published model
+    with this configuration, or None.
     text_width: configuration key of the conditioning's width; pooled: whether the conditioning needs a pooled output; encoders: the text
     encoders to name in a message. tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
     pattern with a rank; renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads).
@@ -254,6 +255,11 @@ class Family:
     needs: tuple = ()
     diffusers: Diffusers | None = None
     nunchaku: Nunchaku | None = None
+    variants: Callable[[dict], str | None] = lambda configuration: None
+
+    def variant(self, configuration):
+        """The name of a model with this configuration, for users."""
+        return self.variants(configuration) or self.title
 
     @property
     def image_model(self):

@@ -108,6 +108,16 @@ def figures(config):
     return f"{sizes(config)}, {'with' if config['guidance_embed'] else 'without'} guidance"
 
 
+PUBLISHED = {"hidden_size": 3072, "depth": 19, "depth_single_blocks": 38}
+# {(with guidance, channels in): name}. Krea-dev and Kontext-dev have dev's configuration.
+VARIANTS = {(True, 16): "FLUX.1-dev", (False, 16): "FLUX.1-schnell", (True, 96): "FLUX.1-Fill-dev",
+            (True, 32): "FLUX.1-Canny-dev or FLUX.1-Depth-dev"}
+
+
+def variants(config):
+    return VARIANTS.get((config["guidance_embed"], config["in_channels"])) if config | PUBLISHED == config else None
+
+
 def heads(config):
     return {"num_heads": config["hidden_size"] // sum(config["axes_dim"])}
 
@@ -228,6 +238,7 @@ FAMILY = Family(
         measure=measure, derive=heads, trouble=rope_trouble),
     tensors=tensors,
     figures=figures,
+    variants=variants,
     text_width="context_in_dim",
     pooled=True,
     encoders="clip_l and t5xxl",

@@ -8,13 +8,17 @@ import comfy.utils
 import torch
 from comfy import quant_ops
 
+from ...cuda import ops
 from .. import families
 from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, plain
 from ..checkpoint.header import CheckpointError, read_header
+from ..checkpoint.write import size_text
 from ..layers import layout
+from ..layers.linear import NVFP4Linear
 from ..layers.preparation import set_act_bits, warm_up
-from . import build, heap
+from . import build, heap, model_folder
 from .attachments import CARD, SOURCE
+from .model_family import family_of
 from .patcher import SVDQuantModelPatcher
 
 SCALED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")  # ComfyUI's ways of storing fp8 with a scale
@@ -27,13 +31,41 @@ def load_model(path, compute_dtype=None, act_bits=0, name=None):
     (linear.SVDQuantLinear); name: the file's name, which the MODEL keeps beside the file's card (attachments.py).
     Raises CheckpointError, whose message is one sentence, if the file is not a complete model of a known family.
     """
+    return load_described(path, compute_dtype, act_bits, name)[0]
+
+
+def load_described(path, compute_dtype=None, act_bits=0, name=None):
+    """load_model, and one line for users: format, precision, the code that the layers run on this device, memory."""
     header = read_header(path)
     found = formats.identify(header)
     patcher = _load_packed(found.reader.open_file(header), compute_dtype, act_bits) if found else _load_plain(header, compute_dtype)
     patcher.set_attachments(CARD, card.of_source(header.metadata))
     if name is not None:
         patcher.set_attachments(SOURCE, name)
-    return patcher
+    return patcher, _summary(patcher, found, act_bits)
+
+
+def _summary(patcher, found, act_bits):
+    """The line of load_described. found: the file's formats.Format, or None."""
+    model, size = patcher.model, size_text(patcher.model_size())
+    variant = family_of(model).variant(build.stored_config(model))
+    if found is None:
+        return f"{variant}, not quantized, {str(model.get_dtype()).removeprefix('torch.')}, {size}"
+    codes, path = "INT4", ops.kernel_path(comfy.model_management.get_torch_device(), act_bits)
+    if any(isinstance(layer, NVFP4Linear) for layer in model.modules()):
+        codes, path = "NVFP4", "PyTorch, slow, since there are no kernels for NVFP4"
+        if act_bits:
+            path += f"; its activations are always NVFP4, so activations = int{act_bits} has no effect"
+    return f"4-bit {variant}, {found.name} layout, {codes}, {size}; {path}"
+
+
+def check_kind(name):
+    """Raise an error if the file that ComfyUI opens under this name is missing, or is no model of a known family: ValueError or
+    CheckpointError. It reads the header only, and checks less than check_file. name: None if it is still unknown."""
+    if name is not None:
+        header = read_header(model_folder.existing_path(name))
+        if formats.identify(header) is None:
+            plain.find(header)
 
 
 def check_file(header):

@@ -41,6 +41,14 @@ def target_path(filename):
     return path, os.path.relpath(path, folder)
 
 
+def existing_path(name):
+    """The path of the file that ComfyUI opens under this name. Raises ValueError if there is none."""
+    path = folder_paths.get_full_path(KIND, name)
+    if path is None:
+        raise ValueError(f"There is no {name} in models/diffusion_models; download it, or press R and choose another model_name.")
+    return path
+
+
 def name_in_folder(filename):
     """The name of target_path; None if the filename is still unknown (None) or invalid."""
     try:

@@ -1,14 +1,18 @@
 """Quantizing a MODEL in the graph: calibrate it, pack its layers block by block, build the quantized model."""
 
 import logging
+import math
+import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 
 import torch
+from comfy.model_management import InterruptProcessingException
 
 from ..layers import layout
-from ..quantizer import calibration, pipeline
+from ..quantizer import calibration, pipeline, presets
+from ..quantizer.pace import Pace
 from . import build, checks, resume
 from .attachments import SOURCE
 from .calibrate import OUTSIDE, block_statistics, record_trajectory
@@ -17,6 +21,7 @@ from .weights import compute_dtype, effective_shapes, effective_weight, storage_
 
 log = logging.getLogger(__name__)
 
+RESUMES = "stopped; finished blocks are kept, Run goes on"
 WIDENED = "in_channels"  # the configuration key that a LoRA on the MODEL may change, as those of control models do
 
 
@@ -42,17 +47,15 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
     """The quantized model of a MODEL. The MODEL itself does not change, not even when this fails or is cancelled.
 
     recipe: presets.Recipe; conditioning, latent: the inputs of calibration, or None if the recipe needs none; progress:
-    .total(n), .step(text) and .check(), which raises to cancel; folder: where finished blocks are kept until the run ends, so that an
-    interrupted run of the same inputs resumes; None to keep nothing.
+    .total(n), .step(text), .say(text) and .check(), which raises to cancel; folder: where finished blocks are kept until the run ends, so
+    that an interrupted run of the same inputs resumes; None to keep nothing.
     Returns (SVDQuantModelPatcher, [LayerRecord]); the patcher's recipe has "notes", sentences about unusual events of the run.
     """
     family = checks.check_model(patcher)
     checks.check_extras(patcher)
     weights = checks.check_weights(patcher, progress.check)
     calibrated = recipe.smooth == "search"
-    if calibrated and (conditioning is None or latent is None):
-        raise ValueError(f"The preset {recipe.preset} calibrates on images that the model samples: connect positive and latent, or choose "
-                         "the preset data-free.")
+    presets.check_calibrated(recipe, conditioning is not None, latent is not None)
     specs = layer_specs(family, patcher.model.diffusion_model, recipe, storage_dtype(patcher))
     config = _configuration(family, patcher, specs)
     progress.total(len(specs) + (len(conditioning) * steps if calibrated else 0))
@@ -61,9 +64,14 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
         checks.check_latent(patcher, latent)
     inputs = (conditioning, latent["samples"], steps, seed) if calibrated else ()
     memory = calibration.Memory(patcher.load_device)
-    with _kept(patcher, folder, sum(spec.nbytes() for spec in specs.values()), weights, recipe.as_dict(), inputs) as kept:
-        calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept) if calibrated else []
-        packed, records = _quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kept)
+    kept = _kept(patcher, folder, sum(spec.nbytes() for spec in specs.values()), weights, recipe.as_dict(), inputs)
+    try:
+        with kept or nullcontext():
+            calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept) if calibrated else []
+            packed, records = _quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kept)
+    except InterruptProcessingException:
+        progress.say(RESUMES if kept and kept.holds_anything() else "stopped")
+        raise
     calibrated_on = {"prompts": len(conditioning), "steps": steps, "seed": seed} if calibrated else {"prompts": 0}
     metadata = recipe.as_dict() | {"calibration": calibrated_on, "notes": memory.notes, "layers": [asdict(record) for record in records]}
     specs = {name: spec for name, spec in specs.items() if f"{name}.weight" in packed}
@@ -93,14 +101,14 @@ def _configuration(family, patcher, specs):
 
 
 def _kept(patcher, folder, nbytes, *inputs):
-    """The run's resume.Checkpoint; a context of None if there is no folder, or if the run's inputs can't be compared between runs."""
+    """The run's resume.Checkpoint; None if there is no folder, or if the run's inputs can't be compared between runs."""
     if folder is None:
-        return nullcontext()
+        return None
     try:
         return resume.Checkpoint(folder, resume.run_digest(patcher, *inputs), nbytes)
     except resume.Unknown as kind:
         log.info("Can't resume this quantization if it is interrupted: a %s can't be compared between runs.", kind)
-        return nullcontext()
+        return None
 
 
 def _quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kept):
@@ -108,31 +116,46 @@ def _quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, ke
     names = [*dict(family.running_blocks(patcher.model.diffusion_model)), OUTSIDE]
     done = {name: found for name in names if kept and (found := kept.load_block(name))}
     packed, records = {}, []
+    layers_of = {block: [name for name in specs if (family.block_of(name) or OUTSIDE) == block] for block in names}
+    pace, before = _pace(specs, layers_of, bool(calls)), time.perf_counter()
     # The stream holds parts of the MODEL on the device, so it is closed at once if this ends early.
     with closing(block_statistics(family, patcher, calls, specs, recipe, memory, packed, done)) as stream:
         for block_name, stats in stream:
+            if block_name in pace.left:
+                pace.done(block_name, None if block_name in done else time.perf_counter() - before)
             if block_name in done:
                 tensors, found = done.pop(block_name)
                 for record in found:
-                    progress.step(f"{record.name}: error {record.error:.1%}, done before")
+                    pace.done(record.name)
+                    progress.step(f"{pace.text()}, done before")
             else:
-                layers = [name for name in specs if (family.block_of(name) or OUTSIDE) == block_name]
-                tensors, found = _quantize_block(patcher, layers, stats, specs, recipe, memory, progress)
+                tensors, found = _quantize_block(patcher, layers_of[block_name], stats, specs, recipe, memory, progress, pace)
                 if kept:
                     kept.save(block_name, tensors, [asdict(record) for record in found])
+                pace.blocks += bool(found)
             packed |= tensors
             records += found
+            before = time.perf_counter()
     return packed, records
 
 
-def _quantize_block(patcher, names, stats, specs, recipe, memory, progress):
+def _pace(specs, layers_of, calibrated):
+    """The Pace of a run. layers_of: {block name: names of its layers}; calibrated: whether the run is."""
+    shapes = {name: (spec.out_features, spec.in_features) for name, spec in specs.items()}
+    blocks = {block: sum(math.prod(shapes[name]) for name in layers) for block, layers in layers_of.items() if layers and calibrated}
+    return Pace({name: (spec.format == layout.AWQ, shapes[name]) for name, spec in specs.items()}, blocks)
+
+
+def _quantize_block(patcher, names, stats, specs, recipe, memory, progress, pace):
     """{tensor name: packed tensor} and [LayerRecord] of the layers `names`."""
     packed, records = {}, []
     for name in names:
+        before = time.perf_counter()
         tensors, record = quantize_layer(patcher, name, stats.pop(name, None), specs[name], recipe, memory, progress.check)
         packed |= {f"{name}.{part}": tensor.to(patcher.offload_device) for part, tensor in tensors.items()}
         records.append(record)
-        progress.step(f"{name}: error {record.error:.1%}")
+        pace.done(name, time.perf_counter() - before)
+        progress.step(pace.text())
     return packed, records
 
 

@@ -143,6 +143,10 @@ class Checkpoint:
         except Exception as error:  # Nobody reads this thread's result, so any error is logged here.
             self._stop(error)
 
+    def holds_anything(self):
+        """Whether a file of the run is on the disk."""
+        return any(self.folder.glob("*.safetensors"))
+
     def load_block(self, name):
         """(tensors, [LayerRecord]) of a finished block, or None."""
         found = self.load(name)

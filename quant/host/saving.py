@@ -3,9 +3,8 @@
 import os
 import weakref
 
-from ..checkpoint import formats
+from ..checkpoint import formats, write
 from ..checkpoint.header import CheckpointError, read_header
-from ..checkpoint.write import check_target
 from . import build, model_folder, written
 from .attachments import CARD
 from .patcher import SVDQuantModelPatcher, unpatched
@@ -21,16 +20,39 @@ def save_model(model, filename, layout, overwrite=False):
     """
     check_model(model)
     path, name = model_folder.target_path(filename)
-    model_folder.check_found_again(path, name)
     content = weakref.ref(model.model), layout
-    if not written.holds(name, content):  # ComfyUI may run a node again with the same inputs
-        check_overwritten(path)
-        check_target(path, overwrite)
+    if written.holds(name, content):  # ComfyUI may run a node again with the same inputs
+        model_folder.check_found_again(path, name)
+    else:
+        check_target(filename, overwrite)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
         formats.WRITERS[layout].save(path, stored_tensors(model), specs, build.stored_config(model.model), model.recipe, model.source,
                                      overwrite, model.get_attachment(CARD))
         written.note(name, content)
     return name
+
+
+def check_target(filename, overwrite):
+    """Raise the error of save_model, whatever its MODEL, if the file can't be written under this name. It writes nothing."""
+    path, name = model_folder.target_path(filename)
+    model_folder.check_found_again(path, name)
+    check_overwritten(path)
+    write.check_target(path, overwrite)
+
+
+def check_name(filename, overwrite):
+    """check_target, as far as it is known when Run is clicked. filename, overwrite: None if they are still unknown. A file that SVDQuant
+    Save Model has written since ComfyUI started, and that has not changed, may be there: if the workflow is the same, the node won't run
+    again."""
+    if filename is not None:
+        name = model_folder.name_in_folder(filename)
+        check_target(filename, True if overwrite is None or name is not None and written.is_intact(name) else overwrite)
+
+
+def summary(name):
+    """One line about a saved file. name: as save_model returns it."""
+    path, _, size = written.state(name)
+    return f"{path}, {write.size_text(size)}"
 
 
 def check_model(model):

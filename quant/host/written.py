@@ -50,8 +50,13 @@ def note(name, content=None):
 
 def holds(name, content):
     """Whether a node has written this content to the file `name`, and the file has not changed since."""
+    return is_intact(name) and _files[name].content == content
+
+
+def is_intact(name):
+    """Whether a node has written the file `name`, and the file has not changed since."""
     file = _files.get(name)
-    return file is not None and file.intact and file.content == content and file.state is not None and file.state == state(name)
+    return file is not None and file.intact and file.state is not None and file.state == state(name)
 
 
 def fingerprint(name):

@@ -68,7 +68,7 @@ def make_recipe(preset, rank, exceptions=""):
     16..256 in steps of 16, or an exception that can't be read.
     """
     if preset not in PRESETS:
-        raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+        raise ValueError(f"The input preset is {preset!r}, which this version of SVDQuant does not offer; choose {', '.join(PRESETS)}.")
     keep, ranks = [], []
     for entry in filter(None, map(str.strip, exceptions.replace(",", "\n").splitlines())):
         pattern, equals, value = map(str.strip, entry.partition("="))
@@ -82,6 +82,22 @@ def make_recipe(preset, rank, exceptions=""):
     if preset == "naive":
         return replace(chosen, rank=0, keep=tuple(keep))
     return replace(chosen, keep=tuple(keep), ranks=tuple(ranks))
+
+
+def check_inputs(preset, exceptions, positive, latent):
+    """Raise ValueError for inputs that can't start a run. preset, exceptions: as in make_recipe, or None if they are still unknown;
+    positive, latent: whether the inputs of calibration are connected."""
+    recipe = make_recipe("best" if preset is None else preset, MIN_RANK, exceptions or "")
+    if preset is not None:
+        check_calibrated(recipe, positive, latent)
+
+
+def check_calibrated(recipe, positive, latent):
+    """Raise ValueError unless there are the inputs of calibration that the recipe needs. positive, latent: whether each is there."""
+    if recipe.smooth == "search" and not (positive and latent):
+        missing = " and ".join(name for name, there in (("positive", positive), ("latent", latent)) if not there)
+        raise ValueError(f"The preset {recipe.preset} calibrates on images that the model samples: connect {missing}, or choose the preset "
+                         "data-free.")
 
 
 def _checked_rank(rank):

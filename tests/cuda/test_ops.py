@@ -90,6 +90,32 @@ def test_tracers_see_the_op():
     assert "svdquant.linear.default" in seen
 
 
+@pytest.mark.parametrize(("capability", "act_bits", "cupy", "text"), [
+    ((9, 0), 0, True, "W4A8 on Hopper's tensor cores"), ((8, 9), 0, True, "W4A4 on Ada's tensor cores"),
+    ((12, 0), 4, True, "W4A4 on Blackwell's tensor cores"), ((7, 5), 8, True, "W4A8 on Turing's tensor cores"),
+    ((13, 0), 0, True, "W4A8 on this GPU's tensor cores"),
+    ((9, 0), 0, False, "no CuPy: pip install cupy-cuda12x; until then PyTorch, slow"),
+    ((6, 1), 0, True, "PyTorch, slow: The CUDA kernels need an NVIDIA GPU of compute capability 7.5 (RTX 20) or newer; this one has 6.1."),
+])
+def test_the_code_of_a_device_in_words(monkeypatch, capability, act_bits, cupy, text):
+    monkeypatch.setattr(ops.targets, "for_device", lambda device: ops.targets.for_capability(capability))
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: cupy or None)
+    monkeypatch.setattr(ops.cupy_import, "load_cupy", lambda: None)
+    monkeypatch.setattr(ops.cupy_import, "cupy_package", lambda: "cupy-cuda12x")
+    assert ops.kernel_path(torch.device("cuda", 0), act_bits) == text
+    assert ops.kernel_path(torch.device("cpu"), act_bits) == "CPU: PyTorch, slow"
+
+
+def test_a_cupy_that_does_not_fit_is_named(monkeypatch):
+    def load():
+        raise ops.KernelsUnavailable("The CUDA kernels need CuPy 13 or newer; this is CuPy 12.3.")
+
+    monkeypatch.setattr(ops.targets, "for_device", lambda device: ops.targets.for_capability((9, 0)))
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(ops.cupy_import, "load_cupy", load)
+    assert ops.kernel_path(torch.device("cuda", 0), 0) == "PyTorch, slow: The CUDA kernels need CuPy 13 or newer; this is CuPy 12.3."
+
+
 @pytest.mark.parametrize(("capability", "bits"), [
     ((6, 1), 8), ((7, 5), 4), ((8, 0), 8), ((8, 6), 4), ((8, 9), 4), ((9, 0), 8), ((10, 0), 8), ((10, 3), 8), ((12, 0), 8), ((12, 1), 8),
     ((13, 0), 8)])

@@ -168,7 +168,7 @@ def test_a_truncated_file_is_one_sentence(server: Server):
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     prompt = base_prompt() | pictures("model", "cut")
     prompt["model"]["inputs"]["model_name"] = "cut.safetensors"
-    with pytest.raises(NodeFailed, match=r"cut\.safetensors") as failure:
+    with pytest.raises(PromptRejected, match=r"cut\.safetensors") as failure:
         server.client.post(prompt)
     assert "\n" not in str(failure.value)
 
@@ -188,9 +188,14 @@ def test_an_existing_file_is_left_alone_unless_asked(server: Server):
     server.client.post(base_prompt(seed=1) | {"saved": save("quantized", "kept")})
     file = next((server.base / "models").rglob("kept.safetensors"))
     before = file.stat().st_mtime_ns
+    started: set[str] = set()
     with pytest.raises(NodeFailed, match="kept"):
+        server.client.post(base_prompt(seed=2) | {"saved": save("quantized", "kept")}, lambda node, value, total: started.add(node))
+    assert file.stat().st_mtime_ns == before and started == {"saved"}, "it fails before the model is quantized"
+    file.touch()  # now another program's file
+    with pytest.raises(PromptRejected, match="filename - kept.safetensors exists already; choose another filename"):
         server.client.post(base_prompt(seed=2) | {"saved": save("quantized", "kept")})
-    assert file.stat().st_mtime_ns == before
+    before = file.stat().st_mtime_ns
     server.client.post(base_prompt(seed=2) | {"saved": save("quantized", "kept", overwrite=True)})
     assert file.stat().st_mtime_ns > before
 

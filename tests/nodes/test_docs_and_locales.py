@@ -58,7 +58,7 @@ def test_every_tooltip_and_name_is_translated():
 @pytest.mark.parametrize("locale", [path.name for path in sorted(LOCALES.iterdir())])
 def test_every_locale_names_the_menu_category(locale):
     categories = {name for schema in SCHEMAS.values() for name in schema.category.split("/")}
-    assert read(LOCALES / locale / "main.json")["nodeCategories"].keys() == {name for name in categories if "svdquant" in name}
+    assert read(LOCALES / locale / "main.json")["nodeCategories"].keys() == {name for name in categories if "SVDQuant" in name}
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))

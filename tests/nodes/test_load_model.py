@@ -7,9 +7,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import pytest
+import torch
 from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
+from comfyui_svdquant.nodes.progress import NodeProgress
 from comfyui_svdquant.quant.checkpoint import header, native
 from comfyui_svdquant.quant.host.attachments import CARD, SOURCE
 from comfyui_svdquant.quant.layers import layout
@@ -65,6 +68,15 @@ def test_the_header_and_each_description_are_read_once(monkeypatch, file):
     assert set(times.values()) == {1} and [start for start, _ in times][:2] == [0, 8]
     descriptions = {(info.start, info.stop - info.start) for name, info in found.tensors.items() if name.endswith(layout.QUANT_KEY)}
     assert len(descriptions) > 10 and set(times) - descriptions == set(list(times)[:2])
+
+
+def test_the_node_says_what_it_has_loaded(monkeypatch, file):
+    said = []
+    monkeypatch.setattr(NodeProgress, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cpu"))
+    patcher = SVDQuantLoadModel.execute(file.name, "auto").result[0]
+    layout_name = "SVDQuant" if "svdquant.version" in header.read_header(str(file)).metadata else "comfy-kitchen"
+    assert said == [f"4-bit FLUX.1, {layout_name} layout, INT4, {patcher.model_size() / 1e6:.1f} MB; CPU: PyTorch, slow"]
 
 
 def test_the_node_does_not_import_the_quantizers_pipeline():

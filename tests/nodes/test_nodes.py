@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,45 @@ def test_a_cancelled_run_leaves_its_progress_in_the_chosen_folder(monkeypatch, p
     quantize(progress=progress)
     assert any(name.startswith("double_blocks.0.") for name in done) == (folder is None)
     assert not any(path.exists() for path in kept)
+
+
+def test_quantize_counts_layers_and_estimates_the_time(monkeypatch):
+    said = []
+    monkeypatch.setattr(NodeProgress, "say", lambda self, text: said.append(text))
+    quantized_model, report, *_ = quantize()
+    layers = len(quantized_model.packed_layers())
+    counts = [text for text in said if text.startswith("layer ")]
+    assert counts[0] == f"layer 1 of {layers}" and counts[-1] == f"layer {layers} of {layers}"
+    assert any(re.fullmatch(rf"layer {layers // 2} of {layers}, about \d+ s left", text) for text in counts)
+    assert said[-1] in report, "the summary"
+
+
+@pytest.mark.parametrize(("at", "progress", "text"), [
+    ("double_blocks.0.", "temp", "stopped"), ("double_blocks.1.", "temp", "stopped; finished blocks are kept, Run goes on"),
+    ("double_blocks.1.", "off", "stopped")])
+def test_after_cancel_quantize_says_whether_it_can_resume(monkeypatch, at, progress, text):
+    def cancelled(name, *args):
+        if name.startswith(at):
+            raise comfy.model_management.InterruptProcessingException()
+        return quantize_layer(name, *args)
+
+    said, quantize_layer = [], pipeline.quantize_layer
+    monkeypatch.setattr(NodeProgress, "say", lambda self, text: said.append(text))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "quantize_layer", cancelled)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            quantize(seed=5, progress=progress)
+    assert said[-1] == text
+    quantize(seed=5, progress="temp")
+    assert not (Path(folder_paths.get_temp_directory()) / "svdquant_progress").exists()
+
+
+def test_save_says_where_the_file_is(monkeypatch):
+    said = []
+    monkeypatch.setattr(NodeProgress, "say", lambda self, text: said.append(text))
+    SVDQuantSaveModel.execute(quantize()[0], "out/said", True)
+    path = FOLDER / "out" / "said.safetensors"
+    assert said[-1] == f"{path}, {path.stat().st_size / 1e6:.1f} MB"
 
 
 def test_a_changed_file_changes_the_fingerprint():
@@ -371,6 +411,6 @@ def test_inspect_does_not_show_the_text_of_the_previous_file(monkeypatch):
     (FOLDER / "empty.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError):
         SVDQuantInspect.execute("empty.safetensors")
-    assert said == ["tiny_flux.safetensors", report, "empty.safetensors"]
+    assert said[0] == report and said[1].startswith("empty.safetensors ") and len(said) == 2
     first, second = (SVDQuantInspect.fingerprint_inputs("tiny_flux.safetensors") for _ in range(2))
     assert first != second, "ComfyUI would use its cache and show the other file's text on the node"

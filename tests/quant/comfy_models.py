@@ -21,6 +21,9 @@ class Progress:
     def total(self, steps):
         self.steps = steps
 
+    def say(self, text):
+        self.texts.append(text)
+
     def step(self, text):
         self.texts.append(text)
         self.check()

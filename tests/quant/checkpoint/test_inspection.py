@@ -76,7 +76,8 @@ def data_bytes(path):
 
 def test_the_text(files):
     lines = inspection.text(inspect(files / "native.safetensors")).splitlines()
-    assert lines[0] == f"native.safetensors: {(files / 'native.safetensors').stat().st_size / 1e6:.2f} MB, SVDQuant layout, INT4"
+    assert lines[0] == "4-bit FLUX.1, opens with SVDQuant Load Model"
+    assert lines[1] == f"native.safetensors: {(files / 'native.safetensors').stat().st_size / 1e6:.2f} MB, SVDQuant layout, INT4"
     for line in ("FLUX.1: 1 double and 2 single blocks, hidden size 128, 16 channels in, with guidance", "made from: flux1.safetensors",
                  "title: My FLUX (SVDQuant)", "author: me", "licence: CC0", "source's tensor hash: 0xabc",
                  "svdquant_w4a4_split: 2 layers (rank 16: 2)", "recipe: preset best, rank 16",

@@ -20,6 +20,16 @@ def test_which_layers_are_packed(name, form):
     assert (spec and spec.format) == form
 
 
+@pytest.mark.parametrize(("changes", "name"), [
+    ({}, "FLUX.1-dev"), ({"guidance_embed": False}, "FLUX.1-schnell"), ({"in_channels": 96}, "FLUX.1-Fill-dev"),
+    ({"in_channels": 32}, "FLUX.1-Canny-dev or FLUX.1-Depth-dev"), ({"in_channels": 20}, "FLUX.1"), ({"depth": 8}, "FLUX.1"),
+    ({"hidden_size": 256}, "FLUX.1"),
+])
+def test_published_models_are_called_by_their_names(changes, name):
+    config = {"hidden_size": 3072, "depth": 19, "depth_single_blocks": 38, "in_channels": 16, "guidance_embed": True}
+    assert FAMILY.variant(config | changes) == name
+
+
 def test_where_the_gelu_columns_begin():
     def first(name, shape):
         return layout.layer_spec(FAMILY.layer(name), name, shape, 16, True, torch.bfloat16).unsigned_from

@@ -1,5 +1,7 @@
 """Nunchaku's NVFP4 models in a real ComfyUI: loaded, sampled, saved in this pack's layout, with LoRAs, and offloaded."""
 
+import re
+
 import folder_paths
 import pytest
 import torch
@@ -62,7 +64,10 @@ def test_the_load_node_shows_that_its_activations_stay_nvfp4(files, monkeypatch)
     drawn = [sample(load_model.SVDQuantLoadModel.execute("nvfp4", "auto", activations).result[0]) for activations in ("auto", "int8")]
     assert torch.equal(*drawn)
     load_model.SVDQuantLoadModel.execute("plain", "auto", "int8")
-    assert said == ["nvfp4 is NVFP4, whose layers always use NVFP4 activations: activations = int8 has no effect"]
+    auto, int8, plain = said
+    assert re.fullmatch(r"4-bit FLUX.1, Nunchaku layout, NVFP4, [\d.]+ MB; PyTorch, slow, since there are no kernels for NVFP4", auto)
+    assert int8 == f"{auto}; its activations are always NVFP4, so activations = int8 has no effect"
+    assert plain.startswith("FLUX.1, not quantized, ")
 
 
 def test_saved_and_reloaded_gives_the_same_bits(quantized_model, tmp_path):
