@@ -215,9 +215,9 @@ def shrunk(graph: dict, object_info: dict) -> dict:
         elif number in encoders:
             node.update(class_type="SVDQuantDemoWords", inputs={"text": CAPTIONS.splitlines()[int(number) % 2]})
         elif node["class_type"] == "FluxKontextImageScale":  # to a megapixel
-            node.update(class_type="ImageScale", inputs={**inputs, "upscale_method": "area", "width": SIDE, "height": SIDE, "crop": "center"})
+            node.update(class_type="ImageScaleToMaxDimension", inputs={**inputs, "upscale_method": "area", "largest_size": SIDE})
         inputs = node["inputs"]
-        small = {"steps": 2, "width": SIDE, "height": SIDE, "megapixels": 0.01}
+        small = {"steps": 2, "width": SIDE, "height": SIDE, "largest_size": SIDE}
         inputs.update({name: value for name, value in small.items() if name in inputs})
         # The words node's outputs are a list of conditionings and one conditioning; a text encoder's only output is the latter.
         inputs.update({name: [value[0], 1] for name, value in inputs.items() if isinstance(value, list) and value[0] in encoders})
