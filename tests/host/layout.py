@@ -15,6 +15,7 @@ PACK_NAME = 24  # the line with the name of a node's pack, unless it is ComfyUI
 MISSING_FILE = 28  # the line under a loader whose file is missing
 # Text that a node shows after its run is no widget of its schema; PreviewAny's text also has a switch.
 SHOWN_TEXT = {"SVDQuantLoadModel": 64, "SVDQuantQuantizeModel": 64, "PreviewAny": 104}
+PICTURE = 246  # the place for the chosen picture in a node that loads one
 SLOT_PITCH = 20
 POINTS = 64  # samples of a link's curve
 
@@ -52,7 +53,7 @@ def least_height(node: dict, info: dict) -> int:
         if kind not in workflow.WIDGETS or options.get("forceInput"):
             slots += 1
         else:
-            widgets += MULTILINE if options.get("multiline") else WIDGET
+            widgets += (MULTILINE if options.get("multiline") else WIDGET) + PICTURE * bool(options.get("image_upload"))
     height = MARGINS + SLOT * max(slots, len(info["output"])) + widgets + SHOWN_TEXT.get(node["type"], 0)
     return height + PACK_NAME * node["type"].startswith("SVDQuant") + MISSING_FILE * ("models" in node["properties"])
 

@@ -302,8 +302,8 @@ def test_the_quantizing_template_runs_and_its_file_draws(server, models, object_
     assert picture.shape == (SIDE, SIDE, 3)
 
 
-# {template: number of pictures that it saves}. The encoders and adapters of the others have no small versions: ComfyUI knows them by sizes
-# that it has built in.
+# {template: number of pictures that it saves}. SVDQuant_FLUX1-Redux_variations doesn't run here: ComfyUI knows its image encoder by its
+# full size alone.
 DRAWING = {
     "SVDQuant_FLUX1-dev_text_to_image": 1,
     "SVDQuant_FLUX1-schnell_4_steps": 1,
@@ -334,3 +334,38 @@ def test_each_lora_of_the_stack_changes_the_picture(server, published, object_in
             lora["strength_model"] = strength
         drawn += [picture.tobytes() for picture in pictures(server, server.client.post(prompt))]
     assert len(set(drawn)) == 4
+
+
+def test_the_controlnet_template_runs(server, models, object_info):
+    """At FLUX.1's width, without which ComfyUI 0.3.75 knows no ControlNet; one double block, and one single block in the model."""
+    hidden = 3072
+    [control] = (name for name in model_files(GRAPHS["SVDQuant_FLUX1_ControlNet"]) if "controlnet" in name)
+    (models / "controlnet").mkdir(exist_ok=True)
+    flux = flux_tensors(hidden=hidden, depth=1, depth_single=1)
+    save_file(flux, models / "diffusion_models" / "wide.safetensors")
+    save_file(xlabs_controlnet(flux, hidden), models / "controlnet" / control)
+    prompt = shrunk(GRAPHS["SVDQuant_FLUX1_ControlNet"], object_info)
+    strengths = [node["inputs"] for node in prompt.values() if node["class_type"] == "ControlNetApplyAdvanced"]
+    for node in prompt.values():
+        if node["class_type"] == "SVDQuantLoadModel":
+            node["inputs"]["model_name"] = "wide.safetensors"
+    drawn = []
+    for strength in (0.0, 0.7):
+        strengths[0]["strength"] = strength
+        outputs = server.client.post(prompt)
+        drawn += pictures(server, outputs)
+    assert drawn[0].std() > 1
+    assert not np.array_equal(*drawn), "the ControlNet changes nothing"
+
+
+def xlabs_controlnet(flux: dict, hidden: int) -> dict:
+    """A ControlNet in XLabs' format on the double blocks of a FLUX.1: its hint's convolutions halve a picture's sides three times."""
+    g = torch.Generator().manual_seed(1)
+    tensors = {name: tensor for name, tensor in flux.items() if not name.startswith(("final_layer", "single_blocks"))}
+    shapes = {"pos_embed_input": (hidden, 64), "controlnet_blocks.0": (hidden, hidden)}
+    shapes |= {f"input_hint_block.{2 * i}": (16, 3 if i == 0 else 16, 3, 3) for i in range(8)}
+    for name, shape in shapes.items():
+        fan_in = torch.Size(shape[1:]).numel()
+        tensors[f"{name}.weight"] = (torch.randn(shape, generator=g) * (1.5 / fan_in) ** 0.5).bfloat16()
+        tensors[f"{name}.bias"] = torch.zeros(shape[0], dtype=torch.bfloat16)
+    return tensors
