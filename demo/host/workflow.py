@@ -60,9 +60,14 @@ def widget_values(node: dict, info: dict) -> dict:
         except StopIteration:
             raise WorkflowError(f"{node['type']} (node {node['id']}) has no value for {name}; "
                                 "the workflow is older than the node.") from None
-        if kind == "INT" and options.get("control_after_generate", name in SEEDS):
+        if has_page_widget(name, kind, options):
             next(values, None)
     return inputs
+
+
+def has_page_widget(name: str, kind: str, options: dict) -> bool:
+    """Whether the page stores a value of its own behind this one: the seed's control, or the button that uploads a picture."""
+    return kind == "INT" and options.get("control_after_generate", name in SEEDS) or options.get("image_upload", False)
 
 
 def find_source(link: int | None, nodes: dict, links: dict) -> tuple[int, int] | None:

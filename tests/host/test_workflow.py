@@ -2,7 +2,7 @@
 
 import pytest
 
-from host.workflow import WorkflowError, bad_value, problems, to_prompt
+from host.workflow import WorkflowError, bad_value, problems, to_prompt, widget_values
 
 INFO = {
     "Load": {"input": {"required": {"name": [["a.safetensors"]]}}, "output": ["MODEL"]},
@@ -43,6 +43,12 @@ def test_widgets_are_named_and_the_seed_control_is_skipped():
     assert prompt["4"]["inputs"] == {"model": ["2", 0], "seed": 7, "steps": 20, "mode": "y"}
     assert prompt.keys() == {"1", "2", "4"}
     assert problems(prompt, INFO) == []
+
+
+def test_the_upload_buttons_value_is_skipped():
+    node = {"id": 1, "type": "LoadImage", "widgets_values": ["a.png", "image", "lanczos"]}
+    info = {"input": {"required": {"image": [["a.png"], {"image_upload": True}], "method": [["lanczos"]]}}}
+    assert widget_values(node, info) == {"image": "a.png", "method": "lanczos"}
 
 
 def test_a_bypassed_node_passes_its_input_on():
