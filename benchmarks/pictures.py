@@ -25,7 +25,7 @@ from dataclasses import replace
 
 import torch
 from machine import ROOT, description, load_pack
-from picture_metrics import interval, latent_error, psnr, ssim
+from picture_metrics import interval, latent_error
 
 SIDE = 24  # latents; 192 pixels
 FIRST_SEED = 1000  # seed of the first picture; calibration uses the seeds from 0 on
@@ -34,7 +34,7 @@ MOST_CALIBRATION = 16  # calibration prompts, from which no picture is drawn
 BASE, OURS = "DeepCompressor default", "ours: best"
 GPTQ, NARROW, MODULATED = "DeepCompressor + GPTQ", ", single blocks' branches half as wide", ", modulation layers as ours"
 FLOOR = ("bf16, another attention kernel", "bf16, batches an eighth as large", "bf16, other arithmetic")
-EQUAL = 119  # dB; pictures above it are equal, since picture_metrics bounds the PSNR at 120
+EQUAL = 119  # dB; pictures above it are equal, since psnr's bound is 120
 BITS = {"w4a4": 4, "w4a8": 8}
 # tokens: tokens per input channel of a layer for GPTQ and the refit; propagate: the earlier blocks' outputs on which a block is calibrated
 KNOBS = {"preset": ("data-free", "fast", "best", "slow"), "rank": (16, 32, 64, 128), "prompts": (1, 2, 4, 8, 16),
@@ -108,6 +108,8 @@ class Studio:
 
     def compare(self, latents):
         """{"psnr", "ssim", "latent_error": [value of each picture]} against bf16."""
+        from comfyui_svdquant.quant.picture_metrics import psnr, ssim
+
         pictures = self.decode(latents)
         return {"psnr": psnr(pictures, self.pictures).tolist(), "ssim": ssim(pictures, self.pictures).tolist(),
                 "latent_error": latent_error(latents, self.latents).tolist()}

@@ -59,12 +59,24 @@ def tuned(kernels, layer, target, device):
     values = alternatives(kernels, layer, target)
     if not values:
         return kernels
-    record = kernel_records.path("autotune", device, layer, kernels, values, target.arch, compiler.all_sources_digest())
+    record = _record(kernels, layer, values, target, device)
     found = kernel_records.read(record)
     if _valid(found, values):
         return kernels._replace(**{field: values[field][index] for field, index in found.items()})
     _pending[device][layer] = kernels, values, record
     return kernels
+
+
+def is_measured(kernels, layer, target, device):
+    """Whether the choice among the alternatives of choose()'s kernels for a layer is on record for `device`; arguments as of tuned(). None
+    if there are no alternatives."""
+    values = alternatives(kernels, layer, target)
+    return _valid(kernel_records.read(_record(kernels, layer, values, target, device)), values) if values else None
+
+
+def _record(kernels, layer, values, target, device):
+    """The file of the fastest choice. values: alternatives()."""
+    return kernel_records.path("autotune", device, layer, kernels, values, target.arch, compiler.all_sources_digest())
 
 
 def _valid(found, values):
@@ -134,7 +146,7 @@ def _fastest(kernels, values, layer, device, run):
     with clock:
         if torch.cuda.mem_get_info(device)[0] < 2 * _bytes(layer):  # the model needs the memory more
             return None
-        operands = _operands(layer, device)
+        operands = random_operands(layer, device)
     expected, best = run(kernels, *operands), dict.fromkeys(values, 0)
     for field, options in values.items():
         candidates = {0: kernels}
@@ -205,8 +217,8 @@ def _times(runs, device, clock):
     return best
 
 
-def _operands(layer, device):
-    """x and what a runner takes after it, random and of the layer's size, on the device."""
+def random_operands(layer, device):
+    """x and the operands that a runner takes after it, random and of the layer's size, on the device."""
     g = torch.Generator(device).manual_seed(0)
     if isinstance(layer, Layer):
         return _input(layer, device, g), *_layer_operands(layer, device, g)

@@ -87,9 +87,14 @@ def set_function_attribute(function, attribute, value):
     check("cuFuncSetAttribute", status)
 
 
+def cuda_version():
+    """The newest CUDA that the driver supports, as the driver writes it: 12030 for 12.3. Raises as driver()."""
+    version = ctypes.c_int()
+    check("cuDriverGetVersion", driver().cuDriverGetVersion(ctypes.byref(version)))
+    return version.value
+
+
 @functools.cache
 def has_dependent_launch(index):
     """Whether a kernel on this device may start while the previous one ends, also inside CUDA graphs."""
-    version = ctypes.c_int()
-    check("cuDriverGetVersion", driver().cuDriverGetVersion(ctypes.byref(version)))
-    return version.value >= OLDEST_WITH_GRAPHS and targets.for_device(torch.device("cuda", index)).dependent_launch
+    return cuda_version() >= OLDEST_WITH_GRAPHS and targets.for_device(torch.device("cuda", index)).dependent_launch

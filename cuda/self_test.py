@@ -107,9 +107,7 @@ def _verdict(test, device):
     is switched off."""
     if os.environ.get(VARIABLE) == "0":
         return None
-    arch = targets.for_device(device).arch
-    name = f"{Path(test.compiled[0]).stem}-{arch}"
-    path = kernel_records.path(name, device, compiler.digest(*test.compiled, arch), test.kind)
+    path = _record(test.kind, test.compiled, device)
     with _locks.setdefault(path, threading.Lock()):
         if (verdict := _verdicts.get(path)) is None:
             verdict = kernel_records.read(path)
@@ -128,6 +126,30 @@ def _verdict(test, device):
     if not verdict:
         _exclude(test, device)
     return verdict
+
+
+def _record(kind, compiled, device):
+    """The file of a kernel's verdict. Raises KernelsUnavailable without NVRTC, on which the verdict depends."""
+    arch = targets.for_device(device).arch
+    return kernel_records.path(f"{Path(compiled[0]).stem}-{arch}", device, compiler.digest(*compiled, arch), kind)
+
+
+def recorded(kernels, layer, device):
+    """The verdicts known for the LinearKernels of a choose.Layer without a LoRA on a CUDA device with an index, found without compiling or
+    running a kernel: {source: True, False, or None if the kernel has not been tested}. Raises KernelsUnavailable without NVRTC."""
+    def verdict(kind, compiled):
+        path = _record(kind, compiled, device)
+        found = _verdicts.get(path, kernel_records.read(path))
+        return found if isinstance(found, bool) else None
+
+    source, quantizes = quantize_activation.source(kernels.plans[0]), None
+    for plan in kernels.plans:  # the first one that fits on the GPU runs, and is tested; only building it shows which one that is
+        name, _, defines = quantize_activation.variant(layer.dtype, kernels.storage, plan)
+        if (known := verdict(Kind(name, kernels.storage), (name, defines))) is not None:
+            source, quantizes = name, known
+            break
+    gemm = _gemm_test(kernels, layer, NO_LORA, device)
+    return {source: quantizes, gemm.kind.source: verdict(gemm.kind, gemm.compiled)}
 
 
 def _exclude(test, device):
@@ -164,17 +186,10 @@ def _tests(kernels, layer, device, run):
         yield Test(Kind(gemm_mma.SOURCE, storage, True), (gemm_mma.SOURCE, defines),
                    functools.partial(_mlp_is_right, kernels, plan, layer, device, run), "an MLP's two layers run one after the other")
     else:
-        lora, gelu = LORA if layer.lora.ranks else NO_LORA, kernels.gelu_from is not None
+        lora = LORA if layer.lora.ranks else NO_LORA
         _, test = _quantize_test(kernels, layer, kernels.rank, lora, device)
         yield test
-        if kernels.wgmma:
-            lora = LORA if gemm_wgmma.takes_lora(kernels.rank, layer.lora) else NO_LORA
-            yield Test(Kind(gemm_wgmma.SOURCE, kernels.storage),
-                       (gemm_wgmma.SOURCE, gemm_wgmma.defines_of(kernels.tile, layer.dtype, gelu, bool(lora.ranks))),
-                       functools.partial(_wgmma_is_right, kernels.tile, layer.dtype, device, gelu, lora),
-                       f"{gemm_mma.SOURCE} computes the 8-bit layers, which is slower")
-        else:
-            yield _mma_test(kernels.storage, kernels.tile, target, layer.dtype, device, gelu, lora)
+        yield _gemm_test(kernels, layer, lora, device)
 
 
 def _quantize_test(kernels, layer, rank, lora, device):
@@ -189,6 +204,18 @@ def _quantize_test(kernels, layer, rank, lora, device):
 
 
 THROUGH_PYTORCH = "quantized layers run through PyTorch, which is many times slower"
+
+
+def _gemm_test(kernels, layer, lora, device):
+    """The Test of the GEMM of LinearKernels. lora: of the test."""
+    gelu = kernels.gelu_from is not None
+    if not kernels.wgmma:
+        return _mma_test(kernels.storage, kernels.tile, targets.for_device(device), layer.dtype, device, gelu, lora)
+    lora = LORA if gemm_wgmma.takes_lora(kernels.rank, layer.lora) else NO_LORA
+    return Test(Kind(gemm_wgmma.SOURCE, kernels.storage),
+                (gemm_wgmma.SOURCE, gemm_wgmma.defines_of(kernels.tile, layer.dtype, gelu, bool(lora.ranks))),
+                functools.partial(_wgmma_is_right, kernels.tile, layer.dtype, device, gelu, lora),
+                f"{gemm_mma.SOURCE} computes the 8-bit layers, which is slower")
 
 
 def _mma_test(storage, tile, target, dtype, device, gelu, lora):

@@ -2,6 +2,8 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .compare import SVDQuantCompare
+from .doctor import SVDQuantDoctor
 from .download_model import SVDQuantDownloadModel
 from .inspect_model import SVDQuantInspect
 from .load_model import SVDQuantLoadModel
@@ -11,4 +13,5 @@ from .save_model import SVDQuantSaveModel
 
 class SVDQuantExtension(ComfyExtension):
     async def get_node_list(self):
-        return [SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect]
+        return [SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect,
+                SVDQuantCompare, SVDQuantDoctor]

@@ -233,7 +233,8 @@ class Family:
     with this configuration, or None.
     text_width: configuration key of the conditioning's width; pooled: whether the conditioning needs a pooled output; encoders: the text
     encoders to name in a message. tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
-    pattern with a rank; renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads).
+    pattern with a rank; largest: (name, tokens, inputs, outputs) of the largest layers of a published model, on which a GPU is measured;
+    renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads).
     """
 
     title: str
@@ -250,6 +251,7 @@ class Family:
     encoders: str
     tokens: tuple
     examples: tuple
+    largest: tuple = ()
     renamed: tuple = ()
     lacks: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
     needs: tuple = ()

@@ -244,6 +244,8 @@ FAMILY = Family(
     encoders="clip_l and t5xxl",
     tokens=(4096, 512, 4608),  # of a 1024 x 1024 image, of its text, of both
     examples=("single_blocks.37.*", "*.linear2 = 128"),
+    largest=(("double_blocks.0.img_attn.qkv", 4096, 3072, 9216), ("double_blocks.0.img_mlp.2", 4096, 12288, 3072),
+             ("single_blocks.0.linear1", 4608, 3072, 21504), ("single_blocks.0.linear2", 4608, 15360, 3072)),  # 1024 x 1024
     renamed=(NORMS,),
     diffusers=Diffusers(
         # FLUX.2, LongCat-Image and other relatives have the first two as well, but no projection of the pooled text.

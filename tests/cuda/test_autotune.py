@@ -77,6 +77,8 @@ def test_the_fastest_choice_is_kept(fake):
     assert tuned() == before._replace(tile=SMALL)
     autotune._pending.clear()
     assert tuned().tile == SMALL and not autotune._pending[CPU], "another process"
+    assert autotune.is_measured(chosen(), LAYER, ADA, CPU) is True
+    assert autotune.is_measured(chosen(WIDE, ADA), WIDE, ADA, CPU) is False and not autotune._pending[CPU]
     assert tune(fake) == 0
 
 
@@ -248,6 +250,6 @@ def test_the_alternatives_of_an_mlp():
                                    LAYER._replace(lora=LoRASizes((16,)))])
 def test_the_operands_run(layer):
     """They are what the op takes, and give numbers."""
-    x, *operands = autotune._operands(layer, CPU)
+    x, *operands = autotune.random_operands(layer, CPU)
     y = ops.awq_linear(x, *operands) if layer.act_bits == W4A16 else ops.svdquant_linear(x, *operands)
     assert y.shape == (70, 192) and y.isfinite().all() and len(y.unique()) > 100

@@ -13,6 +13,8 @@ import folder_paths
 import pytest
 import torch
 from comfyui_svdquant import comfy_entrypoint
+from comfyui_svdquant.nodes.compare import SVDQuantCompare
+from comfyui_svdquant.nodes.doctor import SVDQuantDoctor
 from comfyui_svdquant.nodes.download_model import SVDQuantDownloadModel
 from comfyui_svdquant.nodes.inspect_model import SVDQuantInspect
 from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
@@ -28,7 +30,8 @@ from safetensors.torch import load_file, save_file
 
 from host.server import ROOT, TINY
 
-NODES = (SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect)
+NODES = (SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect, SVDQuantCompare,
+         SVDQuantDoctor)
 FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
 
 pytestmark = pytest.mark.usefixtures("inference_mode")

@@ -12,7 +12,7 @@ from ..random_flux import flux_shapes
 
 ROOT = Path(__file__).resolve().parents[3]
 # Folders whose code serves any family. The tests, the demo and the benchmarks have their own models.
-FAMILY_FREE = ("quant", "cuda", "nodes", "convert.py", "inspect_model.py")
+FAMILY_FREE = ("quant", "cuda", "nodes", "convert.py", "doctor.py", "inspect_model.py")
 SHAPES = {"FLUX.1": flux_shapes(), "Chroma": {name: tuple(tensor.shape) for name, tensor in chroma_tensors().items()}}
 
 
