@@ -19,7 +19,7 @@ def nvidia_driver(machine):
     try:
         cuda = driver.cuda_version()
     except KernelsUnavailable as error:
-        return Part((f"version {driver.version()}",), (f"{error} Until then {SLOW}.",))
+        return Part((f"version {driver.version()}",), (f"{error} Until then {SLOW}.",), blocks=True)
     lines = (f"version {driver.version()}, for CUDA {_dotted(cuda)}",)
     if machine.target.dependent_launch and cuda < driver.OLDEST_WITH_GRAPHS:
         return Part(lines, (f"NVIDIA's driver {driver.version()} is older than CUDA 12.3, without which kernels can't overlap; update the "
@@ -36,7 +36,7 @@ def cupy(machine):
     """CuPy, which loads the kernels."""
     installed = cupys()
     names = ", ".join(f"{name} {version}" for name, version in installed.items()) or "not installed"
-    problems = []
+    problems, blocks = [], False
     if len(installed) > 1:
         problems.append(f"Several CuPys are installed and overwrite each other's files; pip uninstall {' '.join(installed)}, and then "
                         f"pip install {cupy_import.cupy_package()}.")
@@ -44,7 +44,8 @@ def cupy(machine):
         cupy_import.load_cupy()
     except KernelsUnavailable as error:
         problems.append(f"{error}. Until then {SLOW}.")
-    return Part((names,), tuple(problems))
+        blocks = True
+    return Part((names,), tuple(problems), blocks)
 
 
 def cupys():
@@ -58,13 +59,13 @@ def nvrtc(machine):
     try:
         found = compiler.nvrtc()
     except KernelsUnavailable as error:
-        return Part(("not found",), (f"{error}. Until then {SLOW}.",))
+        return Part(("not found",), (f"{error}. Until then {SLOW}.",), blocks=True)
     version, package = compiler.version_text(found.version), compiler.nvrtc_package()
     arch = targets.compiled_arch(machine.target.arch, found.architectures)
     if arch is None:
         return Part((f"version {version}",),
                     (f"NVRTC {version} can't compile for this GPU ({machine.target.arch}), and {SLOW}; install a newer one "
-                     f"(pip install --upgrade {package}), or a PyTorch for a newer CUDA.",))
+                     f"(pip install --upgrade {package}), or a PyTorch for a newer CUDA.",), blocks=True)
     line = f"version {version}, compiles for {arch}"
     if found.version[0] > driver.cuda_version() // 1000:
         return Part((line,), (f"NVRTC {version} is newer than the driver's CUDA {_dotted(driver.cuda_version())}, which may not load its "

@@ -25,7 +25,7 @@ def examine(host=NO_HOST, measure=False):
     if machine is not None:
         speed = _part(benchmark, machine) if measure else Part(("not measured",))  # first, since it also tests the kernels
         needed = [(title, _part(check, machine)) for title, check in (("Driver", nvidia_driver), ("CuPy", cupy), ("NVRTC", nvrtc))]
-        blocked = any(part.problems for _, part in needed)
+        blocked = any(part.blocks for _, part in needed)
         parts += [*needed, ("Kernel cache", _part(cache)),
                   ("Kernels", _part(kernels, machine, blocked)), ("Self-test", _part(verdicts, machine)),
                   ("Autotune", _part(autotuned, machine)), ("Pinned memory", _part(pinned_memory, host)), ("Speed", speed)]

@@ -18,10 +18,12 @@ class Host(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The result of a check. lines: facts; problems: sentences, each with what to do."""
+    """The result of a check. lines: facts; problems: sentences, each with what to do; blocks: whether a problem keeps the kernels from
+    running."""
 
     lines: tuple = ()
     problems: tuple = ()
+    blocks: bool = False
 
 
 class Machine(NamedTuple):

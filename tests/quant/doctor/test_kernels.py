@@ -22,7 +22,7 @@ def test_the_layers_are_those_of_a_model(machine):
     ((7, 5), "W4A4: quantize.cu, gemm_mma.cu "), ((8, 0), "W4A8: quantize.cu, gemm_mma.cu "), ((8, 9), "W4A4: quantize.cu, gemm_mma.cu "),
     ((9, 0), "W4A8: quantize_registers.cu, gemm_wgmma.cu "), ((12, 0), "W4A8: quantize"), ((14, 0), "W4A8: quantize")])
 def test_the_chosen_kernels(machine, capability, says):
-    lines, problems = kernels.kernels(machine(capability))
+    lines, problems, _ = kernels.kernels(machine(capability))
     assert lines[1].startswith(f"{QKV} {says}") and len(lines) == 5 and not problems
     assert kernels.kernels(machine(capability), blocked=True).lines[0].startswith("not in use until the problems above are solved; ")
 
@@ -32,7 +32,7 @@ def test_kernels_that_failed(machine, monkeypatch):
     storage = choose(next(iter(kernels.layers(gpu.target).values())), gpu.target, gpu.sms).storage
     monkeypatch.setattr(self_test, "_failed", {0: frozenset({Kind("gemm_wgmma.cu", storage)})})
     assert "gemm_mma.cu" in kernels.kernels(gpu).lines[1]
-    _, (problem,) = kernels.verdicts(gpu)
+    _, (problem,), _ = kernels.verdicts(gpu)
     assert problem.startswith("gemm_wgmma.cu gave a wrong result in its self-test on this GPU") and "report this page" in problem
     monkeypatch.setattr(self_test, "_failed", {0: frozenset({Kind("quantize.cu", storage)})})
     assert kernels.kernels(gpu).lines[1].endswith("W4A8: PyTorch")
@@ -41,7 +41,7 @@ def test_kernels_that_failed(machine, monkeypatch):
 @pytest.mark.parametrize("capability", [(7, 5), (8, 9), (9, 0), (12, 0)])
 def test_the_verdicts_on_record(machine, capability):
     gpu = machine(capability)
-    untested, problems = kernels.verdicts(gpu)
+    untested, problems, _ = kernels.verdicts(gpu)
     assert untested and all("not tested yet" in line and "passed" not in line for line in untested) and not problems
     layer = next(iter(kernels.layers(gpu.target).values()))
     for test in _tests(gpu, layer):
@@ -49,7 +49,7 @@ def test_the_verdicts_on_record(machine, capability):
     assert all(line.split(": ")[1][1:].startswith(" passed") for line in kernels.verdicts(gpu).lines)
     for test in _tests(gpu, layer):
         kernel_records.write(self_test._record(test.kind, test.compiled, gpu.device), False)
-    lines, problems = kernels.verdicts(gpu)
+    lines, problems, _ = kernels.verdicts(gpu)
     assert all("WRONG" in line for line in lines) and len(problems) == 2
 
 
@@ -64,7 +64,7 @@ def _tests(gpu, layer):
 def test_the_self_test_switched_off(machine, monkeypatch):
     gpu = machine()
     monkeypatch.setenv(self_test.VARIABLE, "0")
-    assert kernels.verdicts(gpu) == (("switched off by SVDQUANT_SELF_TEST=0",), ())
+    assert kernels.verdicts(gpu) == (("switched off by SVDQUANT_SELF_TEST=0",), (), False)
 
 
 def test_the_autotune(machine, monkeypatch):
@@ -103,7 +103,7 @@ def timed(monkeypatch):
 
 
 def test_the_benchmark(machine, timed):
-    lines, problems = kernels.benchmark(machine((9, 0)))
+    lines, problems, _ = kernels.benchmark(machine((9, 0)))
     assert len(lines) == 5 and lines[1] == f"{QKV}: bf16 232, fp8 464 (2.00x), W4A8 580 (2.50x)" and not problems
 
 

@@ -43,6 +43,12 @@ def test_problems_come_first_and_are_numbered(fake, monkeypatch):
     assert blocked.startswith("  not in use until the problems above are solved")
 
 
+def test_problems_that_only_cost_speed_do_not_block_the_kernels(fake):
+    fake((12, 0), cuda=12020, nvrtc=(13, 0))
+    text = page.examine()
+    assert text.startswith("SVDQuant Doctor: 2 problems") and "not in use" not in text
+
+
 def test_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(driver, "version", lambda: "unknown")

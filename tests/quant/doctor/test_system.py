@@ -11,7 +11,7 @@ def test_the_versions(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setenv(autotune.VARIABLE, "1")
     monkeypatch.delenv(self_test.VARIABLE, raising=False)
-    lines, problems = system.system(Host("0.3.75"))
+    lines, problems, _ = system.system(Host("0.3.75"))
     assert not problems and lines[1] == "ComfyUI 0.3.75" and lines[3] == f"PyTorch {torch.__version__}, built for CUDA 12.8"
     assert lines[0].startswith("SVDQuant nodes ") and lines[0][-1].isdecimal() and lines[4:] == ("SVDQUANT_AUTOTUNE=1",)
     assert system.system(Host()).lines[1] == "ComfyUI: not found"
@@ -28,24 +28,24 @@ def test_the_comfyui_around_the_pack(tmp_path):
 @pytest.mark.parametrize(("capability", "arch"), [((7, 5), "7.5 (sm_75)"), ((9, 0), "9.0 (sm_90a)"), ((12, 1), "12.1 (sm_121)")])
 def test_a_gpu(fake, capability, arch):
     fake(capability)
-    assert system.gpus(Host()) == ((f"A GPU, 24.0 GiB (12.0 free), compute capability {arch}, 128 SMs",), ())
+    assert system.gpus(Host()) == ((f"A GPU, 24.0 GiB (12.0 free), compute capability {arch}, 128 SMs",), (), False)
 
 
 def test_a_gpu_that_is_newer_than_the_pack(fake):
     fake((14, 0))
-    lines, problems = system.gpus(Host())
+    lines, problems, _ = system.gpus(Host())
     assert "14.0 (sm_140)" in lines[0] and "the nearest older generation" in lines[1] and not problems
 
 
 def test_a_gpu_that_is_too_old(fake):
     fake((6, 1))
-    lines, (problem,) = system.gpus(Host())
+    lines, (problem,), _ = system.gpus(Host())
     assert "7.5 (RTX 20) or newer; this one has 6.1. On this GPU 4-bit layers run through PyTorch" in problem and len(lines) == 1
 
 
 def test_comfyui_on_the_cpu_of_a_machine_with_a_gpu(fake):
     fake()
-    _, (problem,) = system.gpus(Host("0.3.75", torch.device("cpu")))
+    _, (problem,), _ = system.gpus(Host("0.3.75", torch.device("cpu")))
     assert problem.startswith("ComfyUI computes on the CPU although there is a GPU") and problem.endswith("start it without --cpu.")
     assert not system.gpus(Host("0.3.75", torch.device("cuda", 0))).problems
 
@@ -66,5 +66,5 @@ def test_no_gpu_that_pytorch_can_use(monkeypatch):
 
 def test_an_amd_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    lines, problems = system.gpus(Host())
+    lines, problems, _ = system.gpus(Host())
     assert "an AMD GPU" in lines[0] and "through PyTorch" in lines[0] and not problems
