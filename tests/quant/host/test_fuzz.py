@@ -250,7 +250,9 @@ def test_other_models_are_refused_by_name(tmp_path, kind):
     path = foreign_file(tmp_path / "model.safetensors", kind)
     with pytest.raises(CheckpointError) as caught:
         loader.load_model(str(path))
-    assert str(caught.value) == f"model.safetensors is {what}; choose a FLUX.1 or Chroma model in safetensors format."
+    folder = {"a T5 text encoder": "text_encoders", "a CLIP text encoder": "text_encoders", "a VAE": "vae", "a LoRA": "loras"}.get(what)
+    move = f"move it to models/{folder}, and " if folder else ""
+    assert str(caught.value) == f"model.safetensors is {what}; {move}choose a FLUX.1 or Chroma model in safetensors format."
     with pytest.raises(CheckpointError) as inspected:
         inspection.inspect(read_header(str(path)))
     assert str(inspected.value) == str(caught.value)
