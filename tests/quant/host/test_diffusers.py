@@ -19,14 +19,16 @@ HIDDEN = 256
 
 
 def diffusers_tensors(**changes):
-    """flux_tensors under diffusers' names, by ComfyUI's own table of names."""
+    """flux_tensors under diffusers' names, by ComfyUI's own table of names. Newer tables also have names of LyCORIS and of FLUX.2."""
     plain = flux_tensors(hidden=HIDDEN, **changes)
     names = comfy.utils.flux_to_diffusers({"depth": 1, "depth_single_blocks": 2, "hidden_size": HIDDEN})
     found = {}
     for stored, target in names.items():
         name, offset, *function = (target, None) if isinstance(target, str) else target
         name = name.replace("_norm.weight", "_norm.scale")
-        if name in plain and "linear_" not in stored.replace("embedder.linear_", ""):  # newer ComfyUIs know LyCORIS' names too
+        others = stored.startswith("single") and (".to_qkv_mlp" in stored or ".to_out." in stored)
+        others |= "linear_" in stored.replace("embedder.linear_", "")
+        if name in plain and not others:
             tensor = plain[name] if offset is None else plain[name].narrow(*offset)
             for swap in function:  # shift and scale, which is its own inverse
                 tensor = swap(tensor)

@@ -106,8 +106,9 @@ def agrees(state, entries, form):
               if name.startswith(within) and not name.endswith(DESCRIPTION)}
     for name in [name for name, value in stored.items() if name.endswith(".weight_scale") and value[0] == "I8"]:
         stored[name] = [stored.pop(f"{name}_2")[0], *stored[name][1:]]
+    own = form != "plain"  # ComfyUI's loader reads a plain file, and newer ones read it in another type on a CPU
     return state.keys() == stored.keys() and all(
-        list(tensor.shape) == stored[name][1] and tensor.dtype == DTYPES[stored[name][0]] for name, tensor in state.items())
+        list(tensor.shape) == stored[name][1] and (not own or tensor.dtype == DTYPES[stored[name][0]]) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize("form", FORMS)
