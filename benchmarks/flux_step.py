@@ -15,6 +15,7 @@ from machine import ROOT, description, load_pack
 DEV = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 3072, "num_heads": 24, "axes_dim": [16, 56, 56],
        "mlp_ratio": 4.0, "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "vec_in_dim": 768, "qkv_bias": True,
        "guidance_embed": True, "theta": 10000}
+LATENT = 1, 16, 128, 128  # the shape of a latent for 1024 x 1024 pixels
 
 
 def new_flux(operations, device):
@@ -64,9 +65,22 @@ def packed_flux(rank):
 
 def inputs():
     """The inputs of a forward at 1024 x 1024, batch 1."""
-    return {"x": torch.randn(1, 16, 128, 128, device="cuda").bfloat16(), "timestep": torch.full((1,), 0.5, device="cuda").bfloat16(),
+    return {"x": torch.randn(*LATENT, device="cuda").bfloat16(), "timestep": torch.full((1,), 0.5, device="cuda").bfloat16(),
             "context": torch.randn(1, 512, 4096, device="cuda").bfloat16(), "y": torch.randn(1, 768, device="cuda").bfloat16(),
             "guidance": torch.full((1,), 3.5, device="cuda").bfloat16()}
+
+
+def timed_forwards(flux, kwargs, count):
+    """(milliseconds of each of `count` forwards, the last output)"""
+    times = []
+    for _ in range(count):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        y = flux(**kwargs)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return times, y
 
 
 def measure(make, repeats=8):
@@ -74,15 +88,8 @@ def measure(make, repeats=8):
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    flux, kwargs = make(), inputs()
-    times = []
-    for _ in range(repeats + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        flux(**kwargs)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+    flux = make()
+    times, _ = timed_forwards(flux, inputs(), repeats + 1)
     return {"ms": sorted(times[1:])[repeats // 2], "first_s": times[0] / 1e3,
             "weights_gb": sum(p.nbytes for p in flux.parameters()) / 1e9, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 

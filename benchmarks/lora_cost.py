@@ -93,14 +93,7 @@ def load(patcher):
 
 def step_ms(flux, inputs, repeats=8):
     """The median of a forward's milliseconds, the first ones left out."""
-    times = []
-    for _ in range(repeats + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        y = flux(**inputs)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+    times, y = flux_step.timed_forwards(flux, inputs, repeats + 2)
     return sorted(times[2:])[repeats // 2], y
 
 

@@ -13,13 +13,13 @@ import gc
 import json
 import sys
 
+import flux_step
 import torch
 from flux_step import DEV, random_
 from machine import ROOT, description, load_pack
 
 GB = 1 << 30  # as cards are sold
 CAPS = 24, 16, 12, 8, 6, 4
-LATENT = 1, 16, 128, 128  # 1024 x 1024
 
 
 def new_config():
@@ -97,7 +97,7 @@ def load(patcher):
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    required, minimum = comfy.sampler_helpers.estimate_memory(patcher, LATENT, {})
+    required, minimum = comfy.sampler_helpers.estimate_memory(patcher, flux_step.LATENT, {})
     comfy.model_management.load_models_gpu([patcher], memory_required=required, minimum_memory_required=minimum)
 
 
@@ -106,14 +106,8 @@ def measure(patcher, inputs, cap, expected, repeats):
     than `expected`, raises AssertionError."""
     with held_to(cap):
         load(patcher)
-        model, times = patcher.model.diffusion_model, []
-        for _ in range(repeats + 1):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            y = model(**inputs)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
+        model = patcher.model.diffusion_model
+        times, y = flux_step.timed_forwards(model, inputs, repeats + 1)
         free, total = torch.cuda.mem_get_info()
         peak, taken = torch.cuda.max_memory_allocated(), total - free
     assert expected is None or torch.equal(y, expected), "A budget changed the model's output."
@@ -124,10 +118,7 @@ def measure(patcher, inputs, cap, expected, repeats):
 
 def sweep(patcher, caps, repeats):
     """{measure's key: {"none" or a cap in GB: number}}; None where the model does not run under a cap."""
-    inputs = {"x": torch.randn(*LATENT, device="cuda").bfloat16(), "timestep": torch.full((1,), 0.5, device="cuda").bfloat16(),
-              "context": torch.randn(1, 512, 4096, device="cuda").bfloat16(), "y": torch.randn(1, 768, device="cuda").bfloat16(),
-              "guidance": torch.full((1,), 3.5, device="cuda").bfloat16()}
-    result, expected = {}, None
+    inputs, result, expected = flux_step.inputs(), {}, None
     for cap in (None, *caps):
         try:
             found, y = measure(patcher, inputs, cap and cap * GB, expected, repeats)

@@ -335,9 +335,7 @@ DEVICE void finish_lora_act(u16* lora_act, float* lora_act_scale, const Work& w,
 #pragma unroll
       for (int cta = 0; cta < CTAS; cta++) {
         const u32 there = address_in(cta, w.at.slab + sum_offset(row, 4 * part + L));
-        const float4 a = load_float4_there(there), b = load_float4_there(there + 16);
-        value[part][0] += a.x, value[part][1] += a.y, value[part][2] += a.z, value[part][3] += a.w;
-        value[part][4] += b.x, value[part][5] += b.y, value[part][6] += b.z, value[part][7] += b.w;
+        add_eight(value[part], load_float4_there(there), load_float4_there(there + 16));
       }
 #pragma unroll
       for (int i = 0; i < 8; i++) peak = max_abs(peak, value[part][i]);
@@ -346,10 +344,7 @@ DEVICE void finish_lora_act(u16* lora_act, float* lora_act_scale, const Work& w,
 #if HALF
   peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
   peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
-  if (peak >= 16384 && finite(peak)) {
-    const int exponent = (__float_as_int(peak) >> 23) - 13;  // exponent of the power of two that scales peak below 2^14
-    scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
-  }
+  find_scale(peak, scale, inverse);
 #endif
   const int t = w.first_row + row;
   if (row < ROWS && t < w.padded) {

@@ -41,11 +41,22 @@ DEVICE void let_next_grid_start() {
 #endif
 }
 
-// value += eight floats at an address that is a multiple of 16.
-DEVICE void add_eight(float (&value)[8], const float* from) {
-  const float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
+// value += eight floats.
+DEVICE void add_eight(float (&value)[8], float4 a, float4 b) {
   value[0] += a.x, value[1] += a.y, value[2] += a.z, value[3] += a.w;
   value[4] += b.x, value[5] += b.y, value[6] += b.z, value[7] += b.w;
+}
+
+// The same for floats at an address that is a multiple of 16.
+DEVICE void add_eight(float (&value)[8], const float* from) { add_eight(value, ((const float4*)from)[0], ((const float4*)from)[1]); }
+
+// The power of two by which sums of magnitude `peak` are divided to stay below 2^14, and its inverse. Smaller and infinite peaks, and NaN,
+// leave both as they are.
+DEVICE void find_scale(float peak, float& scale, float& inverse) {
+  if (peak >= 16384 && finite(peak)) {
+    const int exponent = (__float_as_int(peak) >> 23) - 13;
+    scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
+  }
 }
 
 // Stores a row's sums of the LoRA branch in the activation layout. PIECES neighbouring lanes have 8 ranks each; this is lane `piece`. In
@@ -61,10 +72,7 @@ DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool exi
   peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 1));
   peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 2));
   if (PIECES > 4) peak = max_abs(peak, __shfl_xor_sync(~0u, peak, 4));
-  if (peak >= 16384 && finite(peak)) {
-    const int exponent = (__float_as_int(peak) >> 23) - 13;
-    scale = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
-  }
+  find_scale(peak, scale, inverse);
 #endif
   if (exists) {
     u32 words[4];

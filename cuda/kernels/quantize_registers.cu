@@ -264,7 +264,7 @@ DEVICE void encode(const Rows& a, const Work& w, const Lane& me, int first_row, 
   // The offset is computed again in each round, to save a register. Which of its factors ptxas must not know depends on the variant.
   int rows = me.columns / 128 * (LORA ? w.padded : 1);
   asm volatile("" : "+r"(rows));
-  if (!LORA) rows *= w.padded;  // of the blocks before the warp's
+  if (!LORA) rows *= w.padded;  // now the number of rows in the blocks before the warp's
 #pragma unroll
   for (int span = 0; span < 4; span++) encode_span(codes, a, w, me, span, inverse, keep);
 #pragma unroll

@@ -56,7 +56,7 @@ struct Work {
   u32 own_bytes; // bytes that these rows receive
 #if LORA
   LoraRanks lora;
-  int product_ranks;  // of a row of x @ proj_down
+  int product_ranks;  // number of columns of the product, the LoRAs' included
 #endif
 
   DEVICE float* floats(int offset) const { return (float*)(memory + offset); }

@@ -338,12 +338,12 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def _change_patches(self, room):
         """Give a model that is whole on its device this patcher's patches in place of another clone's, without the walks over all modules
-        that ComfyUI makes for this. room: bytes by which it may grow. Returns whether it was done."""
+        that ComfyUI makes for this. room: bytes by which it may grow. Where this isn't possible, nothing is changed and ComfyUI does it."""
         model, patched = self.model, self.model.current_weight_patches_uuid
         replaced = any(key.startswith(PREFIX.rstrip(".")) for key in (*self.object_patches, *self.object_patches_backup))
         if (patched in (None, self.patches_uuid) or replaced or self._casts() != model.svdquant_casts
                 or self.get_all_callbacks(CallbacksMP.ON_LOAD) or self.model_size() - model.model_loaded_weight_memory > room):
-            return False
+            return
         layers = self.packed_layers().values()
         try:
             self.unpatch_hooks()
@@ -362,7 +362,6 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             raise
         model.model_loaded_weight_memory += branch_bytes(layers) - before
         model.current_weight_patches_uuid = self.patches_uuid
-        return True
 
     def _casts(self):
         """What a load sets on modules beside patches: whether they cast their weights, and other nodes' functions around weights."""
