@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "SVDQUANT_AUTOTUNE"  # environment variable: 0 never, 1 on every GPU, otherwise on generations that were not measured
 BUDGET = 2.0       # seconds of measurements in a process, on each GPU
 ROUNDS = 3         # each candidate is timed this often, in turns with the others; its least time counts
-LAUNCHES = 2       # launches of a layer that are timed together
+LAUNCHES = 2       # number of launches of a layer that are timed together
 GAIN = 0.97        # a candidate replaces another only if it takes less than this fraction of its time: timings vary by 2 %
 HELD_CYCLES = 400_000  # clocks for which the GPU is held back, so that what is timed lies ready when it starts
 PLANS = 4          # the plans of quantize_activation.py that are compared
@@ -243,7 +243,7 @@ def _layer_operands(layer, device, g):
     row_scale = torch.full((n,), 2.0**-9, device=device) if layer.act_bits == 8 else None
     weight_scale = torch.randint(1, 17, (groups, n), generator=g, device=device).to(dtype).mul_(2.0**-9)
     rank, ranks = layer.rank, layer.lora.ranks
-    down = normal(rank + sum(ranks), k, scale=k**-0.5)  # of all ranks, the layer's own first
+    down = normal(rank + sum(ranks), k, scale=k**-0.5)  # rows of all ranks, the layer's own first
     lora_up = normal(sum((stop - start) * rank for (start, stop), rank in zip(layer.lora.rows(n), ranks)), scale=0.1) if ranks else None
     return LayerOperands(weight, weight_scale, down[:rank].t().contiguous(), normal(n, rank, scale=0.1),
                          torch.ones(k, device=device, dtype=dtype), normal(n), layer.unsigned_from, layer.act_bits, row_scale,

@@ -8,8 +8,8 @@ from torch.nn.functional import linear
 from . import autotune, ops
 from .errors import KernelsUnavailable
 
-COPIES = 3  # of a layer's tensors, used in turn: in a model they don't lie in the L2 cache either
-CALLS = 10  # that are timed together
+COPIES = 3  # number of copies of a layer's tensors; using them in turn keeps them out of the L2 cache, as in a model
+CALLS = 10  # number of calls that are timed together
 ROUNDS = 3  # the least time counts
 FP8_MAX = 448.0
 

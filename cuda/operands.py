@@ -8,7 +8,7 @@ from torch import Tensor
 # tile has rows of two parts.
 PART_ROWS = 768
 RANK_STEP = 8       # ranks of a part are a multiple of this: 16 bytes
-MAX_PARTS, MAX_PART_RANK = 7, 255 * RANK_STEP  # of several parts, whose ranks the kernels take in the bytes of one 64-bit number
+MAX_PARTS, MAX_PART_RANK = 7, 255 * RANK_STEP  # limits for several parts: the kernels take their ranks as bytes of one 64-bit number
 
 
 class LoRASizes(NamedTuple):
@@ -20,7 +20,7 @@ class LoRASizes(NamedTuple):
         rows of p of y += (x @ rows of p of lora_down^T) @ matrix of p of lora_up^T
     """
 
-    ranks: tuple = ()   # of each part, multiples of RANK_STEP; (): no LoRA
+    ranks: tuple = ()   # the ranks of each part, multiples of RANK_STEP; (): no LoRA
     part_rows: int = 0  # rows of each part but the last, which has the rest: a multiple of PART_ROWS; 0: there is one part
 
     @property

@@ -46,7 +46,7 @@ VARIABLE = "SVDQUANT_SELF_TEST"  # environment variable: 0 never
 REPEATS = 3
 SUMS = 2.0**-17     # the largest error of an fp32 sum, here or in a kernel, relative to the sum of the terms' magnitudes
 BORDER = 0.501      # the largest distance of a code from its value. fp32 changes a value of up to 127 by less than 1e-4
-GELU_ERROR = 1.01 * 2.0**-12  # of the kernels' GELU before it is rounded, relative to its input; its slope is at most 1.13
+GELU_ERROR = 1.01 * 2.0**-12  # the largest error of the kernels' GELU before rounding, relative to its input; its slope is at most 1.13
 # A GEMM's problem. M exceeds the largest tile of tokens, N the widest pair of tiles, K the longest ring of blocks, which it enters twice.
 TOKENS, OUTPUTS, INPUTS, RANK = 256 + 19, 2 * 192 + 16, 13 * BLOCK + 64, 48
 # A LoRA of two parts of outputs. The ranks of the first part lie in every tile's ring at once, those of the second in no tile's.

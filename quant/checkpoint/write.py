@@ -145,7 +145,7 @@ def _rename_to_new(temporary, path):
     except FileExistsError:
         raise
     except OSError:  # the file system has no hard links, like exFAT and some network file systems
-        with open(path, "xb"):  # of two processes, only one gets past this line
+        with open(path, "xb"):  # only one of two processes gets past this line
             pass
         try:
             os.replace(temporary, path)

@@ -10,7 +10,7 @@ from ...cuda.choose import Layer, choose
 from .. import families
 from .part import SLOW, Part, first_line
 
-RANK = 32  # of a layer that is not joined
+RANK = 32  # the rank of a layer that is not joined
 BENCHMARK_SECONDS = 45  # no measurement starts later; with the last one the benchmark takes at most a minute
 
 

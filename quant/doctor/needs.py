@@ -11,7 +11,7 @@ from ...cuda import compiler, cupy_import, driver, targets
 from ...cuda.errors import KernelsUnavailable
 from .part import SLOW, Part, first_line
 
-PINNED_BYTES = 16 << 20  # that are pinned to try it
+PINNED_BYTES = 16 << 20  # size of the allocation that tests whether memory can be pinned
 
 
 def nvidia_driver(machine):
