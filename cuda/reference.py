@@ -13,11 +13,12 @@ M tokens, K inputs, N outputs, R the rank, G = K / 64 groups.
 """
 
 import torch
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu, layer_norm, linear, rms_norm
 
 from .int4 import GELU_SHIFT, GROUP_SIZE, INT8_MAX, SIGNED_MAX, SIGNED_MIN, UNSIGNED_MAX, unpack_signed, unpack_unsigned
 
 PART_RATIO = 16  # the largest ratio of a token's two int8 scales
+FP16_MAX = torch.finfo(torch.float16).max
 
 
 def scaled_codes(codes, scales):
@@ -138,3 +139,41 @@ def awq_linear(x, weight, weight_scale, weight_zeros, bias, dtype=torch.float32)
     if bias is not None:
         y = y + bias.to(dtype)
     return y.to(x.dtype)
+
+
+def modulate(x, y=None, gate=None, scale=None, shift=None, eps=1e-6, dtype=torch.float32):
+    """The elementwise work between a block's linears, computed in `dtype`:
+
+        z = x + gate * y                          with y and gate; without them z is x
+        m = LayerNorm(z) * (1 + scale) + shift    with scale and shift
+
+    x, y: (B, L, K); gate, scale, shift: (B, 1, K) or (1, 1, K). Returns (z, m) in x.dtype; None in place of a part that isn't computed.
+    In fp16, z is limited to fp16's range and NaN becomes 0, as in ComfyUI's blocks.
+    """
+    z = m = None
+    if y is not None:
+        z = x.to(dtype) + gate.to(dtype) * y.to(dtype)
+        z = (z.clamp(-FP16_MAX, FP16_MAX).nan_to_num(0) if x.dtype == torch.float16 else z).to(x.dtype)
+    if scale is not None:
+        normed = layer_norm((x if z is None else z).to(dtype), x.shape[-1:], eps=eps)
+        m = (normed * (1 + scale.to(dtype)) + shift.to(dtype)).to(x.dtype)
+    return z, m
+
+
+def qk_norm_rope(streams, pe, heads, parts, eps, dtype=torch.float32):
+    """The q, k and, with 3 `parts`, v that attention reads, computed in `dtype`: RMSNorm of each head, then its rotation by `pe`.
+
+    streams: [(rows (B, L, [q | k | v | ..]), q's norm (D,), k's norm (D,))], whose tokens follow one another; pe: (B or 1, 1, L of all
+    streams, D / 2, 2, 2), the 2 x 2 matrix of each pair of columns. Returns [(B, L, heads, D) in rows' dtype].
+    """
+    joined, turns = [], pe.transpose(1, 2).to(dtype)
+    for part in range(parts):
+        of_streams = []
+        for rows, *norms in streams:
+            x = rows.unflatten(-1, (-1, norms[0].shape[0]))[:, :, part * heads:(part + 1) * heads]
+            of_streams.append(rms_norm(x.to(dtype), x.shape[-1:], norms[part].to(dtype), eps) if part < 2 else x)
+        x = torch.cat(of_streams, dim=1)
+        if part < 2:
+            x = (turns * x.unflatten(-1, (-1, 1, 2))).sum(dim=-1).flatten(-2)
+        joined.append(x.to(streams[0][0].dtype))
+    return joined

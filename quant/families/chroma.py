@@ -67,4 +67,5 @@ FAMILY = Family(
     tokens=(4096, 512, 4608),
     examples=("single_blocks.37.*", "*.linear2 = 128"),
     renamed=(NORMS, (rf"^({NETWORK}\.norms\.\d+)\.weight$", r"\1.scale")),
+    fused="flux_blocks",
 )

@@ -97,6 +97,22 @@ class BlockList:
 
 
 @dataclass(frozen=True)
+class FusedBlock:
+    """A forward for the blocks of one of the host's classes, which computes the same with fewer passes over memory.
+
+    forward(block, host, arguments of the class's forward) -> its result, or NotImplemented for a call that it doesn't take; host:
+    host/fused_blocks.Host. example(block, random) -> (arguments of the class, arguments of a forward, its states first), for a numerical
+    comparison with the class's own forward. functions: names of functions of the class's module, besides its attention, that the forward
+    replaces or relies on; sources: digests of the host's source (host/fused_blocks.digest) for which the forward was written.
+    """
+
+    forward: Callable
+    example: Callable
+    functions: tuple
+    sources: frozenset
+
+
+@dataclass(frozen=True)
 class Signature:
     """How the tensor names of a family's files are recognized.
 
@@ -234,7 +250,8 @@ class Family:
     text_width: configuration key of the conditioning's width; pooled: whether the conditioning needs a pooled output; encoders: the text
     encoders to name in a message. tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
     pattern with a rank; largest: (name, tokens, inputs, outputs) of the largest layers of a published model, on which a GPU is measured;
-    renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads).
+    renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads); fused: the module in this
+    folder whose BLOCKS are {dotted name of a host's class: FusedBlock}, imported when a model is built; None if there is none.
     """
 
     title: str
@@ -258,6 +275,7 @@ class Family:
     diffusers: Diffusers | None = None
     nunchaku: Nunchaku | None = None
     variants: Callable[[dict], str | None] = lambda configuration: None
+    fused: str | None = None
 
     def variant(self, configuration):
         """The name of a model with this configuration, for users."""

@@ -254,4 +254,5 @@ FAMILY = Family(
         tensors=diffusers_tensors,
         measured=MappingProxyType({theirs: ours for ours, theirs in OUTSIDE.items()}), names="flux_to_diffusers"),
     nunchaku=NUNCHAKU,
+    fused="flux_blocks",
 )

@@ -5,6 +5,7 @@ import torch
 
 from ..layers.linear import SVDQuantLinear
 from ..layers.preparation import compute_in, prepare
+from .fused_blocks import fuse
 from .model_family import family_of
 from .operations import Operations
 from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
@@ -30,7 +31,9 @@ def empty_model(model_config, specs, compute_dtype):
     model = model_config.get_model({}, "", device=torch.device("meta"))
     for name, spec in specs.items():
         swap(model.diffusion_model, name, spec)
-    take_over_activations(family_of(model), model.diffusion_model)
+    if specs:
+        take_over_activations(family_of(model), model.diffusion_model)
+        fuse(model.diffusion_model, family_of(model))
     return model
 
 

@@ -1,0 +1,128 @@
+"""The forwards of FLUX's double and single stream blocks, with the elementwise work fused by cuda/block_ops.py. Chroma has them too.
+
+Each function computes what the forward of the host's class computes, whose source was read for every digest in BLOCKS: LayerNorm and
+modulation are one pass, RMSNorm, RoPE and the join of text and image are one, a gate and its residual (and the norm after it) are one.
+The linears and the modulation layers are called as modules and attention through the host's function, so that LoRAs, hooks and attention
+nodes work on them as ever. A function returns NotImplemented for a call that it doesn't take; the host's forward then runs.
+"""
+
+from types import MappingProxyType, SimpleNamespace
+
+import torch
+
+from ...cuda import block_ops
+from .family import NO_ENTRIES, FusedBlock
+
+PRE_ATTENTION = ("attn1_patch", "attn1_output_patch")  # patches that see q and k before RoPE, or expect the host's own order
+
+
+def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None,
+                 transformer_options=NO_ENTRIES):
+    """img (B, Li, K), txt (B, Lt, K) -> (img, txt). vec: (B, K), or the modulations themselves; pe: as in block_ops. host:
+    fused_blocks.Host."""
+    norms = block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2
+    if (modulation_dims_img is not None or modulation_dims_txt is not None or getattr(block, "flipped_img_txt", False)
+            or not _takes(block, host, norms, (block.img_attn.norm, block.txt_attn.norm), (img, txt), pe, transformer_options)):
+        return NotImplemented
+    (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (block.img_mod(vec), block.txt_mod(vec)) if block.modulation else vec
+    if not _one_vector(img_mod1, img_mod2, txt_mod1, txt_mod2):
+        return NotImplemented
+    eps, tokens = norms[0].eps, txt.shape[1]
+    streams = []
+    for x, attn, mod in ((txt, block.txt_attn, txt_mod1), (img, block.img_attn, img_mod1)):
+        qkv = attn.qkv(block_ops.norm_modulate(x, mod.scale, mod.shift, eps))
+        streams.append((qkv, *_norm_weights(attn.norm)))
+    q, k, v = block_ops.qk_norm_rope(streams, pe, block.num_heads, 3, host.norm_eps(block.img_attn.norm.query_norm, img))
+    del streams, qkv
+    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options)
+    del q, k, v
+    txt_attn, img_attn = block.txt_attn.proj(attn[:, :tokens]), block.img_attn.proj(attn[:, tokens:])
+    del attn
+    img, img_in = block_ops.gated_residual_norm(img, img_attn, img_mod1.gate, img_mod2.scale, img_mod2.shift, eps)
+    img = block_ops.gated_residual(img, block.img_mlp(img_in), img_mod2.gate)
+    txt, txt_in = block_ops.gated_residual_norm(txt, txt_attn, txt_mod1.gate, txt_mod2.scale, txt_mod2.shift, eps)
+    return img, block_ops.gated_residual(txt, block.txt_mlp(txt_in), txt_mod2.gate)
+
+
+def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=NO_ENTRIES):
+    """x (B, L, K) -> (B, L, K); the rest as in double_block."""
+    if (modulation_dims is not None or getattr(block, "yak_mlp", False)
+            or not _takes(block, host, (block.pre_norm,), (block.norm,), (x,), pe, transformer_options)):
+        return NotImplemented
+    mod = block.modulation(vec)[0] if block.modulation else vec
+    if not _one_vector(mod):
+        return NotImplemented
+    joint, hidden = block.linear1(block_ops.norm_modulate(x, mod.scale, mod.shift, block.pre_norm.eps)), block.hidden_size
+    value, mlp = joint[..., 2 * hidden:3 * hidden], joint[..., 3 * hidden:]
+    q, k = block_ops.qk_norm_rope([(joint, *_norm_weights(block.norm))], pe, block.num_heads, 2, host.norm_eps(block.norm.query_norm, x))
+    v = value.unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
+    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options)
+    del q, k, v
+    activated = block.mlp_act(mlp)
+    if activated is mlp and not torch.compiler.is_compiling():
+        # linear1 has applied the GELU. Attention's output takes the place of v, which nobody reads any more: [attention | mlp] then lies
+        # in linear1's output as linear2 reads it.
+        value.view(torch.complex128).copy_(attn.view(torch.complex128))  # 16 bytes at a time
+        joint = joint[..., 2 * hidden:]
+    else:
+        joint = torch.cat((attn, activated), dim=2)
+    return block_ops.gated_residual(x, block.linear2(joint), mod.gate)
+
+
+def _takes(block, host, norms, head_norms, states, pe, transformer_options):
+    """Whether the fused passes compute this call: on these tensors, and with nothing of the host's or the user's on what they replace."""
+    x, patches = states[0], transformer_options.get("patches") or {}
+    return (host.takes(block, states, pe) and not any(name in patches for name in PRE_ATTENTION)
+            and all(norm.weight is None and norm.eps == norms[0].eps and host.untouched(norm) for norm in norms)
+            and all(host.untouched(module) for norm in head_norms for module in (norm, norm.query_norm, norm.key_norm))
+            and x.shape[-1] == block.hidden_size and pe.shape[-3] * 2 * block.num_heads == block.hidden_size)
+
+
+def _one_vector(*mods):
+    """Whether every modulation has one vector an image, rather than one a token."""
+    return all(part.ndim == 3 and part.shape[1] == 1 for mod in mods for part in (mod.shift, mod.scale, mod.gate))
+
+
+def _norm_weights(norm):
+    """The weights (D,) of the RMSNorms of q and of k. ComfyUI has renamed them."""
+    return [norm.scale if hasattr(norm, "scale") else norm.weight for norm in (norm.query_norm, norm.key_norm)]
+
+
+
+# --- The host's classes -----------------------------------------------------------------------------------------------
+
+
+def double_example(block, random):
+    """(arguments of the class, arguments of a forward) with the sizes of `block` and few tokens. random(*shape): a tensor."""
+    hidden, heads, text, image = block.hidden_size, block.num_heads, 3, 5
+    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "qkv_bias": True, "modulation": bool(block.modulation)}
+    vec = random(1, hidden) if block.modulation else tuple((_example_mod(hidden, random), _example_mod(hidden, random)) for _ in range(2))
+    return made, {"img": random(1, image, hidden), "txt": random(1, text, hidden), "vec": vec,
+                  "pe": _example_pe(text + image, hidden // heads, random)}
+
+
+def single_example(block, random):
+    """As double_example."""
+    hidden, heads, tokens = block.hidden_size, block.num_heads, 7
+    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "modulation": bool(block.modulation)}
+    vec = random(1, hidden) if block.modulation else _example_mod(hidden, random)
+    return made, {"x": random(1, tokens, hidden), "vec": vec, "pe": _example_pe(tokens, hidden // heads, random)}
+
+
+def _example_mod(hidden, random):
+    return SimpleNamespace(shift=random(1, 1, hidden), scale=random(1, 1, hidden), gate=random(1, 1, hidden))
+
+
+def _example_pe(tokens, head, random):
+    return random(1, 1, tokens, head // 2, 2, 2).float()
+
+
+FUNCTIONS = ("apply_mod", "QKNorm.forward", "Modulation.forward")
+
+# The sources of ComfyUI 0.3.75 to 0.33, of November 2025 to August 2026.
+BLOCKS = MappingProxyType({
+    "comfy.ldm.flux.layers.DoubleStreamBlock": FusedBlock(double_block, double_example, FUNCTIONS, frozenset((
+        "dd0f30fbb43582ee", "79d4282ac69ae88c", "0c1361d97a1b05bc", "236d51cf45814821", "7c84151b4e00b1f5"))),
+    "comfy.ldm.flux.layers.SingleStreamBlock": FusedBlock(single_block, single_example, FUNCTIONS, frozenset((
+        "6a3c581479bef19b", "5c1256e41b2851f8", "674295f71104d490", "6a659d8c098406db", "b04521721798160b"))),
+})

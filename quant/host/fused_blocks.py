@@ -1,0 +1,210 @@
+"""Fused forwards for a quantized model's blocks (FusedBlock of the family).
+
+A block keeps its place and its parameters; its class becomes a subclass of the host's, with a forward that takes fewer passes over memory.
+That forward runs where the host is known: the source of the host's class has a digest that the family lists, nobody has replaced the
+functions whose work it does, and its numbers agree with those of the host's forward on this device. Otherwise the host's own forward runs,
+and a line of the log says so once. SVDQUANT_FUSED=0 switches the fused forwards off.
+"""
+
+import functools
+import hashlib
+import importlib
+import inspect
+import io
+import logging
+import operator
+import os
+import sys
+import textwrap
+import threading
+import tokenize
+from collections.abc import Callable
+from typing import NamedTuple
+
+import comfy.ops
+import torch
+
+from ...cuda import block_ops
+from ..layers.linear import replaced
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "SVDQUANT_FUSED"  # environment variable: 0 switches the fused forwards off
+LARGEST_ERROR = 0.05  # relative, of a block's update of its states: the host rounds to 16 bits after each of some ten passes
+LAYOUT_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+_verdicts = {}  # {(class, sizes, dtype, device): whether the fused forward agrees with the host's}
+_testing = threading.Lock()
+
+
+def fuse(diffusion_model, family):
+    """Give the blocks of a model their fused forwards, where the family has some and the host is known."""
+    for blocks in family.blocks:
+        for block in getattr(diffusion_model, blocks.name):
+            fused = fused_class(type(block), family.fused)
+            if fused is not None:
+                block.__class__ = fused
+
+
+@functools.cache
+def fused_class(host_class, module):
+    """The subclass of a block's class with a fused forward; None if there is none, or if the class is not as the forward expects it.
+    module: Family.fused."""
+    if module is None or os.environ.get(VARIABLE) == "0":
+        return None
+    declared = importlib.import_module(f"..families.{module}", __package__).BLOCKS
+    name = f"{host_class.__module__}.{host_class.__qualname__}"
+    if name not in declared:
+        return None
+    fused = declared[name]
+    if (found := digest(host_class, fused.functions)) not in fused.sources:
+        log.warning("This ComfyUI's %s is not one that SVDQuant has a fused forward for (source %s): its own forward runs, which takes "
+                    "longer. Update the node pack.", name, found)
+        return None
+    # The name stays the host's, since custom nodes find blocks by it.
+    return type(host_class.__name__, (_Fused, host_class), {
+        "__module__": host_class.__module__, "__qualname__": host_class.__qualname__, "declared": fused, "host_class": host_class,
+        "host_forward": host_class.forward, "host": Host(_found(host_class, "attention"), takes, untouched, norm_eps),
+        "known": tuple((operator.attrgetter(path), _found(host_class, path)) for path in ("attention", *fused.functions))})
+
+
+def digest(host_class, functions):
+    """A short digest of the sources of a class's forward and of functions of its module, without comments and line breaks. "unreadable"
+    without a source."""
+    try:
+        sources = [inspect.getsource(_found(host_class, path)) for path in (f"{host_class.__qualname__}.forward", "attention", *functions)]
+    except (AttributeError, OSError, TypeError):
+        return "unreadable"
+    return digest_of(sources)
+
+
+def digest_of(sources):
+    """digest of the texts of the functions."""
+    tokens = (token for source in sources for token in tokenize.generate_tokens(io.StringIO(textwrap.dedent(source)).readline))
+    return hashlib.sha256(" ".join(token.string for token in tokens if token.type not in LAYOUT_TOKENS).encode()).hexdigest()[:16]
+
+
+def _found(host_class, path):
+    """What the module of a class has under a dotted name."""
+    return operator.attrgetter(path)(sys.modules[host_class.__module__])
+
+
+class Host(NamedTuple):
+    """The host's part in a fused forward."""
+
+    attention: Callable  # the host's (q, k, v, pe, mask, transformer_options) -> (B, L, heads * D); with pe None it doesn't rotate q and k
+    takes: Callable      # takes(block, states, pe)
+    untouched: Callable  # untouched(module)
+    norm_eps: Callable   # norm_eps(norm, x)
+
+
+class _Fused:
+    """The first base of a fused class."""
+
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or self.host_is_known():
+            states = self.declared.forward(self, self.host, *args, **kwargs)
+            if states is not NotImplemented:
+                return states
+        return self.host_forward(*args, **kwargs)
+
+    def host_is_known(self):
+        """Whether the functions that the fused forward replaces are still those whose source was compared."""
+        own = type(self)
+        module = sys.modules[own.__module__]
+        return own.host_class.forward is own.host_forward and all(get(module) is function for get, function in own.known)
+
+
+def takes(block, states, pe):
+    """Whether the fused passes take these states (B, L, K) and this position embedding (B or 1, 1, L, D / 2, 2, 2), and have agreed with
+    the host's forward on their device."""
+    x = states[0]
+    return (x.ndim == 3 and all(state.dtype == x.dtype for state in states)
+            and isinstance(pe, torch.Tensor) and pe.ndim == 6 and pe.shape[1] == 1 and pe.shape[-3] * 2 in block_ops.HEAD_WIDTHS
+            and pe.dtype == torch.float32 and pe.shape[0] in (1, x.shape[0]) and pe.shape[2] == sum(state.shape[1] for state in states)
+            and not (torch.is_grad_enabled() and any(state.requires_grad for state in states))
+            and x.shape[-1] % 8 == 0 and x.shape[-1] <= block_ops.MAX_COLUMNS and block_ops.takes(x.dtype, x.device)
+            and agrees(block, x.dtype, x.device))
+
+
+def untouched(module):
+    """Whether nothing but the module's class works on its input and its output: no hook, no other forward, no patch of its weight."""
+    own = module.__dict__
+    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or replaced(module) or own.get("weight_function")
+                or own.get("bias_function"))
+
+
+def norm_eps(norm, x):
+    """The number that an RMSNorm of the host adds to the mean square of x."""
+    eps = getattr(norm, "eps", 1e-6)  # ComfyUI's own class, before 0.14, has this number in its forward
+    return default_eps(x.dtype, x.device) if eps is None else eps
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=16)
+def default_eps(dtype, device):
+    """PyTorch's own choice for an RMSNorm without eps. It differs between versions and devices, and so is measured: for x = 0.001,
+    y = x / sqrt(x^2 + eps)."""
+    x = torch.full((1, 8), 1e-3, dtype=dtype, device=device)
+    y, x = torch.nn.functional.rms_norm(x, (8,)).double(), x.double()
+    measured = ((x / y).square() - x.square())[0, 0].item()
+    return min((torch.finfo(dtype).eps, torch.finfo(torch.float32).eps), key=lambda eps: abs(eps - measured))
+
+
+# --- The comparison with the host's forward ----------------------------------------------------------------------------
+
+
+class _StandIn(torch.nn.Module):
+    """In place of a linear: each output is one input, times a number. A block of any width then takes almost no memory and time."""
+
+    def __init__(self, in_features, out_features, bias=True, dtype=None, device=None):
+        super().__init__()
+        self.index = torch.arange(out_features, device=device) * 7 % in_features
+        self.factor = torch.linspace(-1, 1, out_features, dtype=dtype, device=device)
+
+    def forward(self, x):
+        return x[..., self.index] * self.factor
+
+
+class _Operations(comfy.ops.disable_weight_init):
+    Linear = _StandIn
+
+
+@torch.compiler.assume_constant_result
+def agrees(block, dtype, device):
+    """Whether the fused forward agrees with the host's for blocks as wide as `block`, in `dtype` on `device`. Tried once a process."""
+    key = block.host_class, block.hidden_size, block.num_heads, bool(block.modulation), dtype, device
+    if key not in _verdicts:
+        with _testing:
+            if key not in _verdicts:
+                _verdicts[key] = _compare(block, dtype, device)
+    return _verdicts[key]
+
+
+def _compare(block, dtype, device):
+    error = difference(block, dtype, device)
+    if not error <= LARGEST_ERROR:  # also NaN
+        log.warning("SVDQuant's fused forward of %s differs from ComfyUI's on %s (%s, relative error %.3g): ComfyUI's own runs, which "
+                    "takes longer. Please report this line.", block.host_class.__name__, device, dtype, error)
+    return error <= LARGEST_ERROR
+
+
+def difference(block, dtype, device):
+    """The relative error ‖fused - host‖ / ‖host - input‖ of a block's updated states, for a block with the sizes of `block`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    with torch.no_grad():
+        made, arguments = block.declared.example(block, random)
+        example = block.host_class(**made, dtype=dtype, device=device, operations=_Operations)
+        for parameter in example.parameters():
+            parameter.copy_(random(*parameter.shape))
+        fused = block.declared.forward(example, block.host._replace(takes=lambda *_: True), **arguments)
+        copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        plain = block.host_forward.__get__(example)(**copies)  # which may write to its arguments
+    if fused is NotImplemented:
+        return torch.nan
+    fused, plain = (states if isinstance(states, tuple) else (states,) for states in (fused, plain))
+    return max(((a.double() - b.double()).norm() / (b.double() - x.double()).norm()).item()
+               for a, b, x in zip(fused, plain, arguments.values()))

@@ -1,0 +1,84 @@
+"""Fused forwards of blocks against ComfyUI's own, on the CPU, where block_ops runs its reference."""
+
+import comfy.ldm.flux.layers
+import comfy.ops
+import pytest
+import torch
+from comfyui_svdquant.quant.families.flux_blocks import BLOCKS
+from comfyui_svdquant.quant.host import fused_blocks
+
+CLASSES = comfy.ldm.flux.layers.DoubleStreamBlock, comfy.ldm.flux.layers.SingleStreamBlock
+
+
+def block_of(host_class, modulation=True):
+    block = host_class(hidden_size=256, num_heads=2, mlp_ratio=4.0, modulation=modulation, dtype=torch.float32, device="cpu",
+                       operations=comfy.ops.disable_weight_init)
+    block.__class__ = fused_blocks.fused_class(host_class, "flux_blocks")
+    return block
+
+
+@pytest.fixture
+def fresh():
+    fused_blocks.fused_class.cache_clear()
+    yield
+    fused_blocks.fused_class.cache_clear()
+
+
+@pytest.mark.parametrize("host_class", CLASSES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("modulation", (True, False), ids=("own modulation", "given modulation"))
+@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-6), (torch.bfloat16, 0.03), (torch.float16, 0.004)), ids=str)
+def test_a_fused_forward_computes_the_hosts(host_class, modulation, dtype, bound):
+    """In float32 only the order of sums differs. In 16 bits the host rounds after each pass, the fused forward once."""
+    error = fused_blocks.difference(block_of(host_class, modulation), dtype, torch.device("cpu"))
+    assert error < bound, f"relative error {error:.3g}"
+
+
+@pytest.mark.parametrize("host_class", CLASSES, ids=lambda c: c.__name__)
+def test_the_host_is_one_whose_source_was_read(host_class):
+    fused = BLOCKS[f"{host_class.__module__}.{host_class.__qualname__}"]
+    assert fused_blocks.digest(host_class, fused.functions) in fused.sources
+
+
+def test_a_block_keeps_its_class_for_others():
+    block = block_of(CLASSES[1])
+    assert isinstance(block, CLASSES[1]) and type(block).__name__ == CLASSES[1].__name__
+
+
+def test_another_source_runs_the_hosts_forward(fresh, caplog):
+    class SingleStreamBlock(CLASSES[1]):
+        def forward(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=None):
+            return super().forward(x, vec, pe, attn_mask, modulation_dims, transformer_options) + 1
+
+    SingleStreamBlock.__module__, SingleStreamBlock.__qualname__ = CLASSES[1].__module__, CLASSES[1].__qualname__
+    declared = BLOCKS["comfy.ldm.flux.layers.SingleStreamBlock"]
+    same, other = ("a = 1  # one", "b"), ("a = 2", "b")
+    assert fused_blocks.digest_of(same) == fused_blocks.digest_of(("a  =  1", "b")) != fused_blocks.digest_of(other)
+    comfy.ldm.flux.layers.SingleStreamBlock = SingleStreamBlock
+    try:
+        assert fused_blocks.digest(SingleStreamBlock, declared.functions) not in declared.sources
+        assert fused_blocks.fused_class(SingleStreamBlock, "flux_blocks") is None
+    finally:
+        comfy.ldm.flux.layers.SingleStreamBlock = CLASSES[1]
+    assert "not one that SVDQuant has a fused forward for" in caplog.text
+
+
+@pytest.mark.parametrize("replaced", ("forward", "attention", "apply_mod"))
+def test_a_function_that_somebody_replaced_runs(replaced, monkeypatch):
+    block = block_of(CLASSES[1])
+    assert block.host_is_known()
+    owner = CLASSES[1] if replaced == "forward" else comfy.ldm.flux.layers
+    monkeypatch.setattr(owner, replaced, lambda *args, **kwargs: None)
+    assert not block.host_is_known()
+
+
+def test_a_forward_that_differs_runs_the_hosts(monkeypatch, caplog):
+    block = block_of(CLASSES[0])
+    monkeypatch.setattr(fused_blocks, "_verdicts", {})
+    monkeypatch.setattr(fused_blocks.block_ops, "gated_residual", lambda x, y, gate: x + 1.1 * gate * y)
+    assert not fused_blocks.agrees(block, torch.float32, torch.device("cpu"))
+    assert "differs from ComfyUI's" in caplog.text
+
+
+def test_the_environment_switches_it_off(fresh, monkeypatch):
+    monkeypatch.setenv(fused_blocks.VARIABLE, "0")
+    assert fused_blocks.fused_class(CLASSES[0], "flux_blocks") is None
