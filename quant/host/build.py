@@ -9,6 +9,7 @@ from .fused_blocks import fuse
 from .model_family import family_of
 from .operations import Operations
 from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
+from .step_graphs import record_steps
 
 
 def shapes_as_tensors(shapes):
@@ -33,7 +34,8 @@ def empty_model(model_config, specs, compute_dtype):
         swap(model.diffusion_model, name, spec)
     if specs:
         take_over_activations(family_of(model), model.diffusion_model)
-        fuse(model.diffusion_model, family_of(model))
+        if fuse(model.diffusion_model, family_of(model)):
+            record_steps(model.diffusion_model)
     return model
 
 

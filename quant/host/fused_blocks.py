@@ -37,12 +37,14 @@ _testing = threading.Lock()
 
 
 def fuse(diffusion_model, family):
-    """Give the blocks of a model their fused forwards, where the family has some and the host is known."""
+    """Give the blocks of a model their fused forwards, where the family has some and the host is known. Returns whether all blocks have
+    one."""
+    fused = True
     for blocks in family.blocks:
         for block in getattr(diffusion_model, blocks.name):
-            fused = fused_class(type(block), family.fused)
-            if fused is not None:
-                block.__class__ = fused
+            block.__class__ = fused_class(type(block), family.fused) or type(block)
+            fused = fused and isinstance(block, _Fused)
+    return fused
 
 
 @functools.cache

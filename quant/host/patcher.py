@@ -12,7 +12,7 @@ from comfy.patcher_extension import CallbacksMP
 from ..layers.linear import PackedLinear
 from ..layers.preparation import warm_up
 from ..layers.streaming import WeightStream, block_bytes, offload_order, ring_bytes
-from . import lora
+from . import lora, step_graphs
 from .model_family import family_of
 from .patches import nbytes, padded, patch_of, widened_columns, widest_last
 
@@ -255,6 +255,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.load_device.type == "cuda" and comfy.model_management.MAX_PINNED_MEMORY > 0
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        step_graphs.release(self.model.diffusion_model)
         self.unpatch_hooks()
         self._attach()
         layers, stream, ring, branches = self.packed_layers().values(), self.model.svdquant_stream, 0, 0
@@ -280,6 +281,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         stream, ring = self.model.svdquant_stream, 0
+        step_graphs.release(self.model.diffusion_model)
         stream.forget()
         if self._streams() and not self.model.model_lowvram:  # the ring comes into being
             ring = ring_bytes(self.packed_layers().values())
@@ -326,6 +328,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         super().__del__()
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
+        step_graphs.release(self.model.diffusion_model)
         if unpatch_weights:
             self.unpatch_hooks()
             for layer in self.packed_layers().values():

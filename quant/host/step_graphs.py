@@ -1,0 +1,271 @@
+"""A step's launches as one CUDA graph, where Python would otherwise keep the GPU waiting: small pictures, slow processors.
+
+The diffusion model's class becomes a subclass whose _forward replays the graph of an earlier call that did the same: inputs of the same
+shapes, the same tensors in every module, and nothing in the call or on the model whose Python code a replay would leave out (patches,
+ControlNets, hooks, other forwards, offloaded layers). The first call of a kind runs as ever, the second is timed, and the third is recorded
+if the second took the processor about as long as the GPU. A graph computes the same bits.
+
+A graph keeps the step's work memory. It is released when the model is patched, moved or unloaded, and none is made where memory is short.
+SVDQUANT_STEP_GRAPHS: 0 never, 1 always, otherwise as above.
+"""
+
+import functools
+import inspect
+import logging
+import operator
+import os
+import time
+from collections import OrderedDict
+from itertools import chain, repeat
+
+import comfy.model_management
+import torch
+from torch.nn.modules import module as module_hooks
+
+from ..layers.linear import version_of
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "SVDQUANT_STEP_GRAPHS"
+GRAPHS = 4          # graphs of a model: cond and uncond of two sizes
+HOST_BOUND = 0.8    # a graph pays if the processor is busy for this share of a step
+FREE_BYTES = 1 << 30  # free memory that must be left to other models
+# Entries of transformer_options that no code inside the forward reads, or that it writes itself.
+KNOWN_OPTIONS = {"cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "total_blocks", "block_type", "block_index",
+                 "block", "img_slice", "reference_image_num_tokens", "multigpu_thread_device"}
+SIMPLE = (int, float, bool, str, type(None))
+REPLACED = ("forward", "weight_function", "bias_function", "streamed")  # attributes of modules whose Python code a replay would leave out
+ATTRIBUTES = (*REPLACED, "act_bits", "_row_scale")  # attributes that decide what a module runs
+
+
+@functools.cache
+def graphed_class(host_class):
+    """The subclass of a diffusion model's class whose steps are recorded. Its name stays the host's."""
+    functions = {name: inspect.getattr_static(host_class, name) for name in ("forward", "_forward", "forward_orig")}
+    return type(host_class.__name__, (_Graphed, host_class), {
+        "__module__": host_class.__module__, "__qualname__": host_class.__qualname__, "host_class": host_class,
+        "host_functions": functions, "signature": inspect.signature(host_class._forward)})
+
+
+def record_steps(diffusion_model):
+    """Let a model whose blocks are all fused record its steps, if its class has the forwards that are known from FLUX.1."""
+    host_class = type(diffusion_model)
+    if all(hasattr(host_class, name) for name in ("forward", "_forward", "forward_orig")):
+        diffusion_model.__class__ = graphed_class(host_class)
+        diffusion_model.step_graphs = StepGraphs()
+
+
+def release(diffusion_model):
+    """Forget the graphs of a model, and free their memory."""
+    graphs = diffusion_model.__dict__.get("step_graphs")
+    if graphs is not None:
+        graphs.steps.clear()
+
+
+class _Graphed:
+    """The first base of a graphed class."""
+
+    def _forward(self, *args, **kwargs):
+        forward = functools.partial(self.host_functions["_forward"], self)
+        if torch.compiler.is_compiling() or os.environ.get(VARIABLE) == "0" or not self.is_the_hosts():
+            return forward(*args, **kwargs)
+        bound = self.signature.bind(self, *args, **kwargs)
+        bound.arguments.pop("self")
+        return self.step_graphs.run(self, forward, bound.arguments)
+
+    def is_the_hosts(self):
+        """Whether nobody has replaced a function of the model's class, or of this model."""
+        own = self.__dict__
+        return all(name not in own and inspect.getattr_static(self.host_class, name) is function
+                   for name, function in self.host_functions.items())
+
+
+class Step:
+    """The calls of one kind. state: the ModelState of the last one; timed: whether a call was timed; pays: whether a graph would then be
+    faster; graph, inputs, output: the recorded graph and its tensors."""
+
+    def __init__(self, state):
+        self.state, self.timed, self.pays, self.graph, self.inputs, self.output = state, False, False, None, (), None
+
+
+class StepGraphs:
+    """The graphs of one diffusion model. A copy of the model has none."""
+
+    def __init__(self):
+        self.steps = OrderedDict()  # {(description of the inputs, attention functions): Step}, the last used last
+
+    def __deepcopy__(self, memo):
+        return StepGraphs()
+
+    def __reduce__(self):
+        return StepGraphs, ()
+
+    def run(self, model, forward, arguments):
+        """The forward of `model` for {name: argument}, from a graph if there is one for such a call."""
+        tensors = []
+        description = described(arguments, tensors) if allowed(arguments) else None
+        if description is None or not all(block.host_is_known() for block in first_blocks(model)):
+            return call(forward, arguments)
+        key = description, attentions(model)
+        step = self.steps.pop(key, None)
+        if step is None or (step.pays or not step.timed) and not step.state.unchanged():
+            state = ModelState(model)
+            step, result = Step(state) if state.can_be_recorded() else None, call(forward, arguments)
+        elif step.graph is not None:
+            result = replayed(step, tensors)
+        elif not step.timed:
+            result = timed(step, forward, arguments)
+        elif step.pays and has_room(tensors[0].device):
+            result = recorded(step, forward, arguments, tensors)
+        else:
+            result = call(forward, arguments)
+        if step is not None:
+            self.steps[key] = step
+        while len(self.steps) > GRAPHS:
+            self.steps.popitem(last=False)
+        return result
+
+
+def call(forward, arguments):
+    """forward with {name: argument}, of which "kwargs" are more of them."""
+    return forward(**{name: value for name, value in arguments.items() if name != "kwargs"}, **arguments.get("kwargs", {}))
+
+
+# --- Which calls are of one kind ---------------------------------------------------------------------------------------
+
+
+def allowed(arguments):
+    """Whether a graph can stand for the call: it runs on a GPU, and nothing in it brings Python code of its own."""
+    x, options = arguments.get("x"), arguments.get("transformer_options") or {}
+    return (isinstance(x, torch.Tensor) and x.is_cuda and not torch.version.hip and arguments.get("control") is None
+            and not any(options[name] for name in options.keys() - KNOWN_OPTIONS)  # an empty entry, as of "patches", does nothing
+            and not torch.is_grad_enabled() | torch.cuda.is_current_stream_capturing()
+            and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks))
+
+
+def described(value, tensors):
+    """A hashable description of a call's arguments, in which equal ones are of one kind; None if there is none. `tensors` gets the
+    tensors, in order."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return (value.shape, value.dtype, value.device) if type(value) is torch.Tensor and value.device == tensors[0].device else None
+    if isinstance(value, SIMPLE):
+        return type(value), value
+    if isinstance(value, (list, tuple)):
+        parts = tuple(described(part, tensors) for part in value)
+    elif isinstance(value, dict):
+        parts = tuple((name, described(part, tensors)) for name, part in value.items() if name != "transformer_options")
+        return None if any(part is None for _, part in parts) else parts
+    else:
+        return None
+    return None if None in parts else (type(value), parts)
+
+
+def rebuilt(value, tensors):
+    """The arguments `value` with the tensors of an iterator in place of their own."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    if isinstance(value, (list, tuple)):
+        return type(value)(rebuilt(part, tensors) for part in value)
+    if isinstance(value, dict):
+        return {name: dict(part or {}) if name == "transformer_options" else rebuilt(part, tensors) for name, part in value.items()}
+    return value
+
+
+def attentions(model):
+    """The functions that compute attention in the model's blocks, which other node packs replace globally."""
+    return tuple(block.host.attention.__globals__.get("optimized_attention") for block in first_blocks(model))
+
+
+def first_blocks(model):
+    """The first block of each of the model's lists of blocks."""
+    lists = (blocks for blocks in model.children() if isinstance(blocks, torch.nn.ModuleList) and len(blocks))
+    return [blocks[0] for blocks in lists if hasattr(blocks[0], "host_is_known")]
+
+
+class ModelState:
+    """All that a step reads from a model, as far as a change of it shows without reading the GPU's memory: the modules, their tensors with
+    their addresses, and the attributes of ATTRIBUTES. Thousands of entries are compared at every step, and so by C loops."""
+
+    def __init__(self, model):
+        stack, self.owns = [model], []
+        while stack:
+            own = stack.pop().__dict__
+            self.owns.append(own)
+            stack += filter(None, own["_modules"].values())
+        self.children = [own["_modules"] for own in self.owns]
+        self.holders = [own[name] for own in self.owns for name in ("_parameters", "_buffers")]
+        self.hooks = [own[name] for own in self.owns for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self.before = self.now()
+
+    def now(self):
+        """(objects, which must stay the same ones, addresses of the tensors, numbers of writes to tensors with a row scale)"""
+        tensors = [tensor for tensor in chain.from_iterable(map(dict.values, self.holders)) if tensor is not None]
+        objects = [*chain.from_iterable(map(dict.values, self.children)), *tensors]
+        for name in ATTRIBUTES:
+            objects += map(dict.get, self.owns, repeat(name))
+        row_scales = filter(None, map(dict.get, self.owns, repeat("_row_scale")))
+        return objects, list(map(torch.Tensor.data_ptr, tensors)), [version_of(known.parameter()) for known in row_scales]
+
+    def can_be_recorded(self):
+        """Whether a replay would leave nothing out: no hook, no other forward, no patch that is applied at every call, no layer whose
+        parameters are elsewhere."""
+        return (not any(self.hooks) and not any(any(map(dict.get, self.owns, repeat(name))) for name in REPLACED)
+                and all(tensor is None or tensor.is_cuda for holder in self.holders for tensor in holder.values()))
+
+    def unchanged(self):
+        """Whether the model is as it was when this state was taken."""
+        (objects, *numbers), (now, *numbers_now) = self.before, self.now()
+        return (not any(self.hooks) and len(objects) == len(now) and all(map(operator.is_, objects, now)) and numbers == numbers_now)
+
+
+def has_room(device):
+    return comfy.model_management.get_free_memory(device) > FREE_BYTES
+
+
+# --- The calls ---------------------------------------------------------------------------------------------------------
+
+
+def timed(step, forward, arguments):
+    """An ordinary call, after which step.pays says whether the processor took about as long as the GPU."""
+    device = arguments["x"].device
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = call(forward, arguments)
+    issued = time.perf_counter()
+    torch.cuda.synchronize(device)
+    busy = (issued - start) / (time.perf_counter() - start)
+    step.timed, step.pays = True, isinstance(result, torch.Tensor) and (busy > HOST_BOUND or os.environ.get(VARIABLE) == "1")
+    return result
+
+
+def recorded(step, forward, arguments, tensors):
+    """Record the call's launches and replay them; an ordinary call if they can't be recorded."""
+    device = tensors[0].device
+    current, stream, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    try:
+        inputs = [tensor.clone() for tensor in tensors]
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads go on, such as one that compiles kernels
+            try:
+                output = call(forward, rebuilt(arguments, iter(inputs)))
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+    except Exception as error:  # a node's own attention may wait for the GPU, for example, which can't be recorded
+        if isinstance(error, comfy.model_management.InterruptProcessingException):
+            raise
+        log.debug("A step could not be recorded as a CUDA graph.", exc_info=True)
+        step.pays = False
+        return call(forward, arguments)
+    step.graph, step.inputs, step.output = graph, inputs, output
+    return replayed(step, tensors)
+
+
+def replayed(step, tensors):
+    with torch.inference_mode():  # the tensors of a graph may be inference tensors, which nothing else may write to
+        for recorded_input, tensor in zip(step.inputs, tensors):
+            recorded_input.copy_(tensor)
+        step.graph.replay()
+    return step.output.clone()
