@@ -69,6 +69,14 @@ def fused_class(host_class, module):
         "known": tuple((operator.attrgetter(path), _found(host_class, path)) for path in ("attention", *fused.functions))})
 
 
+def preparations(diffusion_model, dtype, device):
+    """Functions that each compile and test the fused passes of one kind of block, for preparation.warm_up."""
+    if device.type != "cuda" or not block_ops.takes(dtype, device):
+        return []
+    kinds = {type(block): block for block in diffusion_model.modules() if isinstance(block, _Fused)}
+    return [functools.partial(agrees, block, dtype, device) for block in kinds.values()]
+
+
 def digest(host_class, functions):
     """A short digest of the sources of a class's forward and of functions of its module, without comments and line breaks. "unreadable"
     without a source."""

@@ -15,9 +15,10 @@ from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.write import size_text
 from ..layers import layout
 from ..layers.linear import NVFP4Linear
-from ..layers.preparation import set_act_bits, warm_up
+from ..layers.preparation import of_other_sizes, set_act_bits, warm_up
 from . import build, heap, model_folder
 from .attachments import CARD, SOURCE
+from .fused_blocks import preparations
 from .model_family import family_of
 from .patcher import SVDQuantModelPatcher
 
@@ -82,7 +83,9 @@ def check_file(header):
 def _load_packed(packed, compute_dtype, act_bits):
     model = _empty_packed(packed, compute_dtype)
     set_act_bits(model, act_bits)
-    warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype(), packed.family.tokens)  # compiles while the file is read
+    device, dtype = comfy.model_management.get_torch_device(), model.get_dtype()
+    warm_up(model, device, dtype, of_other_sizes(packed.family.tokens),  # compiles while the file is read
+            preparations(model.diffusion_model, dtype, device))
     heap.give_back()  # the memory of the previous model
     if packed.prefix is None:
         build.fill(model, packed.tensors())

@@ -12,6 +12,7 @@ from .linear import AWQLinear, SVDQuantLinear
 from .packed_mlp import PackedMLP
 
 HALVES = torch.bfloat16, torch.float16
+AREAS = (1 / 4, 1 / 16, 9 / 16, 9 / 4, 4)  # images to compile for besides a family's usual one, relative to its area
 
 
 def compute_in(model, dtype, device):
@@ -32,11 +33,19 @@ def compute_in(model, dtype, device):
                     p.data = p.data.half()
 
 
-def warm_up(model, device, dtype, tokens):
+def of_other_sizes(tokens):
+    """The numbers of tokens (of an image, of its text, of both) of a family, then those of smaller and larger images with that text."""
+    image, text, _ = tokens
+    images = [int(image * area) for area in AREAS]
+    return tuple(dict.fromkeys((*tokens, *images, *(other + text for other in images))))
+
+
+def warm_up(model, device, dtype, tokens, others=()):
     """Compile the kernels that the model's packed layers need on `device` in threads, while the caller goes on.
 
-    dtype: of the model, and so of the layers' inputs; tokens: numbers of tokens to compile for. Other numbers may need another kernel.
-    Returns the threads' futures; an empty list for other devices than CUDA's.
+    dtype: of the model, and so of the layers' inputs; tokens: numbers of tokens to compile for, the most urgent first. Other numbers may
+    need another kernel; others: functions without arguments that prepare more than layers. Returns the threads' futures; an empty list for
+    other devices than CUDA's.
     """
     if device.type != "cuda" or torch.version.hip:
         return []
@@ -62,7 +71,9 @@ def warm_up(model, device, dtype, tokens):
                         computed(module.spec), gelu_from, lora) for m in tokens]
         elif isinstance(module, AWQLinear):
             layers.append((1, module.out_features, module.in_features, 0, module.in_features, W4A16, computed(module.spec)))
-    return ops.warm_up(dict.fromkeys(layers), device, [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)])
+    together = [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)]
+    return ops.warm_up(sorted(dict.fromkeys(layers), key=lambda layer: tokens.index(layer[0]) if layer[0] in tokens else -1), device,
+                       [*together, *others])
 
 
 def set_act_bits(model, act_bits):

@@ -46,7 +46,7 @@ def test_parameters_that_are_there_are_not_touched():
 @pytest.mark.parametrize(("dtype", "computed"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
                                                  (torch.float32, torch.bfloat16)])
 def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed):
-    """A warm-up uses the model's dtype if it has 16 bits, otherwise the layers'."""
+    """A warm-up uses the model's dtype if it has 16 bits, otherwise the layers'. The first number of tokens is the most urgent."""
     asked = []
     monkeypatch.setattr(linear.ops, "warm_up", lambda layers, device, others: asked.append((list(layers), device, others)) or [])
     wide, split = (layout.svdquant_spec(k, 64, 16, 128, True, torch.bfloat16) for k in (128, 256))
@@ -59,9 +59,9 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed)
     (layers, device, others), = asked
     assert device == torch.device("cuda", 1) and others == []
     lora = NO_LORA
-    assert layers == [(70, 64, 128, 16, 128, 8, computed, None, lora), (5, 64, 128, 16, 128, 8, computed, None, lora),
-                      (70, 64, 256, 16, 128, 8, computed, 64, lora), (5, 64, 256, 16, 128, 8, computed, 64, lora),
-                      (1, 192, 128, 0, 128, W4A16, computed)]
+    assert layers == [(1, 192, 128, 0, 128, W4A16, computed),
+                      (70, 64, 128, 16, 128, 8, computed, None, lora), (70, 64, 256, 16, 128, 8, computed, 64, lora),
+                      (5, 64, 128, 16, 128, 8, computed, None, lora), (5, 64, 256, 16, 128, 8, computed, 64, lora)]
 
 
 @pytest.mark.parametrize(("number", "dtype", "held"), [
@@ -331,3 +331,7 @@ def test_one_graph_under_torch_compile(module, act_bits):
     assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
     args = {argument: module._parameters[name] for name, argument in NAMES.items()}
     assert torch.equal(expected, reference.svdquant_linear(x, LayerOperands(unsigned_from=256, act_bits=act_bits, **args)))
+
+
+def test_other_sizes_come_after_the_usual_ones():
+    assert preparation.of_other_sizes((4096, 512, 4608)) == (4096, 512, 4608, 1024, 256, 2304, 9216, 16384, 1536, 768, 2816, 9728, 16896)

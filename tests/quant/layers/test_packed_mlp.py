@@ -230,5 +230,5 @@ def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, d
     computed = torch.bfloat16 if dtype == torch.float32 else dtype
     fc1, fc2 = ([(m, n, k, 16, unsigned_from, act_bits, computed, gelu_from, NO_LORA) for m in (70, 5)]
                 for n, k, unsigned_from, gelu_from in ((HIDDEN, K, K, 0), (N, HIDDEN, 0, None)))
-    assert asked == (fc1 if together else [*fc1, *fc2])
+    assert asked == (fc1 if together else [fc1[0], fc2[0], fc1[1], fc2[1]])
     assert prepared == ([(m, K, HIDDEN, N, 16, 16, K, 0, dtype, device) for m in (70, 5)] if together else [])
