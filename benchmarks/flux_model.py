@@ -37,9 +37,10 @@ def random_(tensor, name):
 
 
 def filled(flux):
+    """The Flux with random values, in evaluation mode, as ComfyUI runs it. (In training mode ComfyUI does not multiply in fp8.)"""
     for name, parameter in flux.named_parameters():
         random_(parameter.data, name)
-    return flux
+    return flux.eval()
 
 
 def plain_flux(operations=None, dtype=torch.bfloat16, **smaller):

@@ -68,9 +68,9 @@ def step_of(flux, mode, inputs):
     return step
 
 
-def allocated():
-    """Bytes of GPU memory that tensors take now, and took at most since the last reset_peak_memory_stats."""
-    return (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else (0, 0)
+def requested_bytes():
+    """Bytes of GPU memory that living tensors asked for, without the rest of their blocks, which depends on what was freed before."""
+    return torch.cuda.memory_stats().get("requested_bytes.all.current", 0) if torch.cuda.is_available() else 0  # no keys at first
 
 
 def measure(flux, mode, pixels, batch, kernels):
@@ -91,7 +91,8 @@ def measure(flux, mode, pixels, batch, kernels):
         raise ValueError("The model's output is not finite.")
     (second,), _ = timed(step, 1)
     times = sorted(timed(step, max(LEAST, min(MOST, int(BUDGET_MS / second))))[0])
-    found = {"ms": times[len(times) // 2], "least_ms": times[0], "most_ms": times[-1], "first_s": first, "peak_gb": allocated()[1] / 1e9}
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    found = {"ms": times[len(times) // 2], "least_ms": times[0], "most_ms": times[-1], "first_s": first, "peak_gb": peak / 1e9}
     if kernels:
         found["kernel_ms"] = {kind: round(ms, 2) for kind, ms in kernel_time.by_kind(kernel_time.kernel_times(step)).items()}
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in found.items()}
@@ -111,10 +112,10 @@ def child(args):
     if step_variants.MODELS[model].ranked:
         shared["rank"] = args.rank
     with torch.inference_mode():
-        before = allocated()[0]
+        before = requested_bytes()
         flux = step_variants.MODELS[model].make(args.rank, smaller(args))
         gc.collect()
-        shared["weights_gb"] = round((allocated()[0] - before) / 1e9, 3)
+        shared["weights_gb"] = round((requested_bytes() - before) / 1e9, 3)
         for pixels, batch in args.sizes:
             try:
                 found = measure(flux, mode, pixels, batch, args.kernels)

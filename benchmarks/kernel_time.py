@@ -18,7 +18,7 @@ NAMES = "gemm", "attention", "quantize", "awq", "other"
 
 def kind(name):
     """The kind of the kernel `name`: gemm, attention, quantize (also the decoding of a weight's codes), awq (the modulation layers in 4
-    bits), or other: norms, elementwise operations and copies."""
+    bits), or other: norms, elementwise operations, among them PyTorch's casts to fp8, and copies."""
     return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
 
 

@@ -1,7 +1,7 @@
 """The result file of flux_step.py: {"device": the GPU, "entries": [one for each variant and size]}, and its tables.
 
 An entry: {"variant", "pixels", "batch", "date" (UTC, the same for all entries of a run), "commit", "torch", "python"}, and either
-"comfyui", "weights_gb" and the keys of flux_step.measure, or "not_measured": the reason.
+"comfyui", "weights_gb" (GPU memory of the loaded model's tensors) and the keys of flux_step.measure, or "not_measured": the reason.
 """
 
 import json

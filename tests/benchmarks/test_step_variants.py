@@ -38,11 +38,18 @@ def test_fp8_leaves_the_modulation_in_bf16():
     assert flux.double_blocks[0].img_mod.lin.weight.dtype == flux.img_in.weight.dtype == torch.bfloat16
 
 
-def test_comfyuis_fp8_runs_in_fp8(monkeypatch):
+def test_comfyuis_fp8_has_all_weights_in_fp8():
+    assert {parameter.dtype for parameter in step_variants.comfyui_fp8_flux(32, SMALL).parameters()} == {torch.float8_e4m3fn}
+
+
+def test_comfyuis_silent_16_bit_product_is_an_error(monkeypatch):
+    """ComfyUI computes in 16 bits in training mode, and wherever the fp8 product fails."""
     import comfy.ops
 
-    flux = step_variants.comfyui_fp8_flux(32, SMALL)
-    assert {parameter.dtype for parameter in flux.parameters()} == {torch.float8_e4m3fn}
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.ops.fp8_ops.Linear, "forward_comfy_cast_weights", comfy.ops.manual_cast.Linear.forward_comfy_cast_weights)
+        with pytest.raises(RuntimeError, match="does not multiply in fp8"):
+            step_variants.comfyui_fp8_flux(32, SMALL)
     monkeypatch.setattr(comfy.ops, "fp8_linear", lambda *args: None)
     with pytest.raises(RuntimeError, match="does not multiply in fp8"):
         step_variants.comfyui_fp8_flux(32, SMALL)
