@@ -1,123 +1,215 @@
-"""One forward of a full-size FLUX.1-dev, 1024 x 1024, in bf16 and in 4 bits:  python benchmarks/flux_step.py --comfyui ~/ComfyUI
+"""One step of a full-size FLUX.1-dev, by this pack and by its peers:
 
-The weights are random. The classes are ComfyUI's own, with this pack's layers in place of its linears. Needs a CUDA GPU of 32 GB; prints a
-table and writes benchmarks/results/flux_step_<gpu>.json.
+    python benchmarks/flux_step.py --comfyui ~/ComfyUI                                   # all variants, 1024 x 1024, batch 1
+    python benchmarks/flux_step.py --comfyui ~/ComfyUI --variants ours-eager ours-graph --sizes 256 512 1024x4 --kernels
+    python benchmarks/flux_step.py --table benchmarks/results/flux_step_h200.json
+
+The weights are random; the classes are ComfyUI's own, with other linears. A variant is MODEL-MODE:
+
+    bf16           ComfyUI's model
+    fp8            a scale for every token and output channel, with fast accumulation; the modulation layers stay in bf16 (fp8_rowwise.py)
+    comfyui-fp8    ComfyUI's weight_dtype fp8_e4m3fn under --fast fp8_matrix_mult
+    nf4            bitsandbytes' NF4
+    ours           this pack's layers in W4A8 in ComfyUI's blocks;  ours-w4a4: in W4A4;  ours-fused: in W4A8 in this pack's fused blocks
+    eager, compiled (torch.compile of the whole model, for one size), graph (the eager step as a CUDA graph)
+
+Each variant runs in a process of its own, whose caches of compiled kernels are empty at its start, and takes the sizes in their order. Each
+is merged into the result file as soon as it is measured. Needs a CUDA GPU of 32 GB, and the package bitsandbytes for nf4.
 """
 
 import argparse
+import functools
 import gc
 import json
+import os
+import subprocess
 import sys
+import tempfile
+import time
+from datetime import datetime, timezone
 
+import flux_model
+import kernel_time
+import step_entries
+import step_variants
 import torch
-from machine import ROOT, description, load_pack
+from machine import ROOT, description, load_pack, recorded, result_path, synchronize, timed
 
-DEV = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 3072, "num_heads": 24, "axes_dim": [16, 56, 56],
-       "mlp_ratio": 4.0, "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "vec_in_dim": 768, "qkv_bias": True,
-       "guidance_embed": True, "theta": 10000}
-LATENT = 1, 16, 128, 128  # the shape of a latent for 1024 x 1024 pixels
-
-
-def new_flux(operations, device):
-    from comfy.ldm.flux.model import Flux, FluxParams
-
-    # Newer ComfyUIs also ask for the position axes that count for the text; FLUX.1 has none.
-    newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
-    return Flux(dtype=torch.bfloat16, device=device, operations=operations, **DEV, **newer)
+MARK = "entry: "  # begins the lines of a child process that its parent reads
+CACHES = "SVDQUANT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+BUDGET_MS, LEAST, MOST = 2500, 3, 8  # how long a step is timed repeatedly, and how often at least and at most
 
 
-def random_(tensor, name):
-    """Fill a tensor of the model with values that keep activations at ordinary sizes."""
-    if tensor.dtype == torch.int8:
-        return tensor.copy_(torch.randint(-128, 128, tensor.shape, dtype=torch.int8, device=tensor.device))
-    if name.endswith("weight_scale"):
-        return tensor.copy_(torch.randint(8, 17, tensor.shape, device=tensor.device) * 2.0**-12)
-    if name.endswith(("norm.scale", "norm.weight", "smooth_factor")):
-        return tensor.fill_(1)
-    return tensor.normal_(std=0.002 if name.endswith(("bias", "zeros")) else 0.02)
+def size(text):
+    """ "PIXELS" or "PIXELSxBATCH" -> (pixels, batch), for argparse."""
+    pixels, by, batch = text.partition("x")
+    try:
+        found = int(pixels), int(batch) if by else 1
+    except ValueError:
+        found = 0, 0
+    if min(found) < 1 or found[0] % 16:
+        raise argparse.ArgumentTypeError(f"{text} is no size: write PIXELS or PIXELSxBATCH, with PIXELS a multiple of 16.")
+    return found
 
 
-def plain_flux():
-    import comfy.ops
-
-    flux = new_flux(comfy.ops.disable_weight_init, "cuda")
-    for name, parameter in flux.named_parameters():
-        random_(parameter.data, name)
-    return flux
-
-
-def packed_flux(rank):
-    from comfyui_svdquant.quant.families.flux1 import FAMILY
-    from comfyui_svdquant.quant.host import build, operations
-    from comfyui_svdquant.quant.layers import layout
-
-    flux = new_flux(operations.Operations, "meta")
-    shapes = {name: parameter.shape for name, parameter in flux.named_parameters()}
-    for name in FAMILY.packed_names(shapes):
-        kind = FAMILY.layer(name)
-        build.swap(flux, name, layout.layer_spec(kind, name, shapes[f"{name}.weight"], kind.branches * rank, True, torch.bfloat16))
-    build.take_over_activations(FAMILY, flux)
-    flux.to_empty(device="cuda")
-    for name, parameter in flux.named_parameters():
-        random_(parameter.data, name)
-    return flux
-
-
-def inputs():
-    """The inputs of a forward at 1024 x 1024, batch 1."""
-    return {"x": torch.randn(*LATENT, device="cuda").bfloat16(), "timestep": torch.full((1,), 0.5, device="cuda").bfloat16(),
-            "context": torch.randn(1, 512, 4096, device="cuda").bfloat16(), "y": torch.randn(1, 768, device="cuda").bfloat16(),
-            "guidance": torch.full((1,), 3.5, device="cuda").bfloat16()}
-
-
-def timed_forwards(flux, kwargs, count):
-    """(milliseconds of each of `count` forwards, the last output)"""
-    times = []
-    for _ in range(count):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        y = flux(**kwargs)
-        end.record()
+def step_of(flux, mode, inputs):
+    """A function that runs one step in one of step_variants.MODES."""
+    step = functools.partial(flux, **inputs)
+    if mode == "compiled":
+        torch._dynamo.reset()
+        return functools.partial(torch.compile(flux, dynamic=False), **inputs)
+    if mode == "graph":
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # the second one launches as all later ones do
+                step()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return times, y
+        return recorded(step, 1, stream).replay
+    return step
 
 
-def measure(make, repeats=8):
-    """{"ms": median of a forward, "first_s", "weights_gb", "peak_gb"}"""
+def requested_bytes():
+    """Bytes of GPU memory that living tensors asked for, without the rest of their blocks, which depends on what was freed before."""
+    return torch.cuda.memory_stats().get("requested_bytes.all.current", 0) if torch.cuda.is_available() else 0  # no keys at first
+
+
+def measure(flux, mode, pixels, batch, kernels):
+    """{"ms": median of a step, "least_ms" and "most_ms" of the same steps, "first_s": seconds until the first step of this size is done,
+    with compilation and capture, "peak_gb": the most GPU memory during the steps; with `kernels` also "kernel_ms": {kind: milliseconds a
+    step}}. Raises ValueError if the model's output is not finite."""
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    flux = make()
-    times, _ = timed_forwards(flux, inputs(), repeats + 1)
-    return {"ms": sorted(times[1:])[repeats // 2], "first_s": times[0] / 1e3,
-            "weights_gb": sum(p.nbytes for p in flux.parameters()) / 1e9, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    inputs = flux_model.inputs(pixels, batch)
+    synchronize()
+    start = time.perf_counter()
+    step = step_of(flux, mode, inputs)
+    y = step()
+    synchronize()
+    first = time.perf_counter() - start
+    if y is not None and not y.isfinite().all():  # a graph's replay returns nothing
+        raise ValueError("The model's output is not finite.")
+    (second,), _ = timed(step, 1)
+    times = sorted(timed(step, max(LEAST, min(MOST, int(BUDGET_MS / second))))[0])
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    found = {"ms": times[len(times) // 2], "least_ms": times[0], "most_ms": times[-1], "first_s": first, "peak_gb": peak / 1e9}
+    if kernels:
+        found["kernel_ms"] = {kind: round(ms, 2) for kind, ms in kernel_time.by_kind(kernel_time.kernel_times(step)).items()}
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in found.items()}
+
+
+def child(args):
+    """Measure one variant in this process; print a line with the entry of each size."""
+    sys.path.insert(0, str(ROOT / "demo"))
+    from host import launch
+
+    launch.enter(args.comfyui, *([] if torch.cuda.is_available() else ["--cpu"]))
+    load_pack()
+    import comfyui_version
+
+    (model, mode), = args.variants
+    shared = {"variant": f"{model}-{mode}", "comfyui": comfyui_version.__version__}
+    if step_variants.MODELS[model].ranked:
+        shared["rank"] = args.rank
+    with torch.inference_mode():
+        before = requested_bytes()
+        flux = step_variants.MODELS[model].make(args.rank, smaller(args))
+        gc.collect()
+        shared["weights_gb"] = round((requested_bytes() - before) / 1e9, 3)
+        for pixels, batch in args.sizes:
+            try:
+                found = measure(flux, mode, pixels, batch, args.kernels)
+            except torch.cuda.OutOfMemoryError:
+                found = {"not_measured": "out of memory"}
+            print(MARK + json.dumps({"pixels": pixels, "batch": batch, **shared, **found}), flush=True)
+
+
+def smaller(args):
+    """The arguments of Flux that replace FLUX.1-dev's."""
+    found = {"hidden_size": args.hidden, "num_heads": args.hidden // 128} if args.hidden else {}
+    return found | (dict(zip(("depth", "depth_single_blocks"), args.blocks)) if args.blocks else {})
+
+
+def entries_of(command, caches):
+    """Yield the entries that a child process measures. caches: the folder of its caches. Raises CalledProcessError if it fails."""
+    environment = os.environ | {name: os.path.join(caches, name) for name in CACHES}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith(MARK):
+                yield json.loads(line.removeprefix(MARK))
+            else:
+                print(line, end="")
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def measured(variant, args):
+    """Yield the entries of a variant, each as soon as it is measured."""
+    name, reason = "-".join(variant), step_variants.missing(variant[0])
+    if reason:
+        yield from ({"variant": name, "pixels": pixels, "batch": batch, "not_measured": reason} for pixels, batch in args.sizes)
+        return
+
+    def command(sizes):  # of several options of one name the last counts
+        return [sys.executable, __file__, *sys.argv[1:], "--child", "--variants", name, "--sizes",
+                *(f"{pixels}x{batch}" for pixels, batch in sizes)]
+
+    with tempfile.TemporaryDirectory() as caches:
+        entries = []
+        for entry in entries_of(command(args.sizes), caches):
+            entries.append(entry)
+            yield entry
+        if args.restart:
+            again, = entries_of(command(args.sizes[:1]), caches)
+            yield entries[0] | {"first_warm_s": again["first_s"]}
+
+
+def parsed():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", help="ComfyUI's folder")
+    parser.add_argument("--variants", nargs="+", type=step_variants.variant, metavar="MODEL-MODE",
+                        default=[step_variants.variant(text) for text in step_variants.DEFAULT])
+    parser.add_argument("--sizes", nargs="+", type=size, metavar="PIXELS[xBATCH]", default=[(1024, 1)])
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--kernels", action="store_true", help="also measure the kernels' time by kind")
+    parser.add_argument("--restart", action="store_true", help="also take the first step in a second process, with the caches of the first")
+    parser.add_argument("--hidden", type=int, help="width of a smaller model, a multiple of 128")
+    parser.add_argument("--blocks", nargs=2, type=int, metavar=("DOUBLE", "SINGLE"), help="blocks of a smaller model")
+    parser.add_argument("--table", help="a result file: print its tables, and measure nothing")
+    parser.add_argument("--out", help="the result file; benchmarks/results/flux_step_<gpu>.json")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not args.table and not args.comfyui:
+        parser.error("--comfyui is needed to measure")
+    if smaller(args) and not args.out:
+        parser.error("a smaller model's results need a file of their own: --out")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", required=True, help="ComfyUI's folder")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--out", help="the result file; benchmarks/results/flux_step_<gpu>.json")
-    args = parser.parse_args()
-    sys.path.insert(0, args.comfyui)
-    load_pack()
-    from comfyui_svdquant.quant.layers.preparation import set_act_bits
-
-    def with_bits(act_bits):
-        flux = packed_flux(args.rank)
-        set_act_bits(flux, act_bits)
-        return flux
-
-    variants = {"bf16": plain_flux, "W4A8": lambda: with_bits(8), "W4A4": lambda: with_bits(4)}
-    result = description() | {"rank": args.rank, "variants": {}}
-    with torch.inference_mode():
-        for name, make in variants.items():
-            found = result["variants"][name] = measure(make)
-            print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
-    gpu = result["device"].replace("NVIDIA ", "").split()[0].lower()
-    with open(args.out or ROOT / "benchmarks" / "results" / f"flux_step_{gpu}.json", "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=1)
+    args = parsed()
+    if args.table:
+        print(step_entries.tables(step_entries.read(args.table)["entries"]))
+        return
+    if args.child:
+        child(args)
+        return
+    run = description()
+    device = run.pop("device")
+    run["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    path, failed = args.out or result_path("flux_step", device), []
+    step_entries.read(path)  # a file of another form is an error now, not after the first measurement
+    for variant in args.variants:
+        start = time.perf_counter()
+        try:
+            for entry in measured(variant, args):
+                step_entries.add(path, device, [run | entry])
+                print(" | ".join(step_entries.cells(entry)), f"| {entry['pixels']} x {entry['pixels']}, batch {entry['batch']}", flush=True)
+        except subprocess.CalledProcessError:
+            failed.append("-".join(variant))
+        print(f"{'-'.join(variant)} took {time.perf_counter() - start:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"These variants failed, as their processes wrote: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

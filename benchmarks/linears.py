@@ -11,8 +11,9 @@ import importlib.util
 import itertools
 import json
 
+import fp8_rowwise
 import torch
-from machine import ROOT, description, graph_time, load_pack
+from machine import description, graph_time, load_pack, result_path
 
 SHAPES = {  # name: M, K, N
     "double.img_qkv": (4096, 3072, 9216), "double.img_proj": (4096, 3072, 3072), "double.img_mlp.0": (4096, 3072, 12288),
@@ -76,26 +77,19 @@ def bf16(m, k, n, x):
     return graph_time(lambda: torch.nn.functional.linear(x(), *weights()))
 
 
-def fp8_rowwise(m, k, n, x):
-    """Dynamic quantization per token, compiled into one kernel, and torch._scaled_mm with fast accumulation, as in torchao."""
-    def weight():
-        w = torch.randn(n, k, device="cuda")
-        scale = w.abs().amax(dim=1, keepdim=True) / 448
-        return (w / scale).to(torch.float8_e4m3fn), scale.t().contiguous(), torch.randn(n, device="cuda").bfloat16()
+@functools.cache
+def compiled_quantized():
+    return torch.compile(fp8_rowwise.quantized, dynamic=False)  # a kernel for each shape
 
-    @torch.compile
-    def codes(x):
-        scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / 448
-        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+def fp8(m, k, n, x):
+    """fp8_rowwise.py's linear, its quantization compiled into one kernel."""
+    def weight():
+        codes, scale = fp8_rowwise.quantized(torch.randn(n, k, device="cuda"))
+        return codes, scale.t().contiguous(), torch.randn(n, device="cuda").bfloat16()
 
     weights = rotating(weight, n * k)
-
-    def run():
-        w, scale, bias = weights()
-        quantized, token_scale = codes(x())
-        return torch._scaled_mm(quantized, w.t(), token_scale, scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-    return graph_time(run)
+    return graph_time(lambda: fp8_rowwise.product(*compiled_quantized()(x()), *weights()))
 
 
 def comfy_kitchen(name, m, k, n, x, rank):
@@ -123,7 +117,7 @@ def measure(name, ranks):
     x = rotating(lambda: torch.randn(m, k, device="cuda").bfloat16(), 2 * m * k)
     runs = {("bf16",): lambda: (bf16(m, k, n, x),)}
     if torch.cuda.get_device_capability() >= (8, 9):
-        runs["fp8 rowwise",] = lambda: (fp8_rowwise(m, k, n, x),)
+        runs["fp8 rowwise",] = lambda: (fp8(m, k, n, x),)
     if importlib.util.find_spec("comfy_kitchen") and importlib.util.find_spec("comfy_kitchen.backends.cuda._C"):
         runs["comfy-kitchen W4A4 rank 32",] = lambda: (comfy_kitchen(name, m, k, n, x, 32),)
     for rank in ranks:
@@ -176,9 +170,7 @@ def main():
             flop = 2e-6 * found["m"] * found["k"] * found["n"]
             cells = (f"{key} {time:.1f} us {flop / time:.0f}" for key, time in found.items() if key not in "mkn")
             print(f"{name} ({found['m']}, {found['k']}, {found['n']}): " + " | ".join(cells), flush=True)
-    gpu = result["device"].replace("NVIDIA ", "").split()[0].lower()
-    path = args.out or ROOT / "benchmarks" / "results" / f"linears_{gpu}.json"
-    with open(path, "w", encoding="utf-8") as file:
+    with open(args.out or result_path("linears", result["device"]), "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)
 
 

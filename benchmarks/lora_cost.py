@@ -1,6 +1,6 @@
 """What LoRAs cost a step of a full-size FLUX.1-dev in 4 bits:  python benchmarks/lora_cost.py --comfyui ~/ComfyUI
 
-Random LoRAs on every W4A4 layer of flux_step.py's model, added and loaded by ComfyUI's model patcher as its LoRA nodes do. Measures a step
+Random LoRAs on every W4A4 layer of flux_model.py's model, added and loaded by ComfyUI's model patcher as its LoRA nodes do. Measures a step
 at 1024 x 1024, the time from another strength to a model that is ready to draw, and the GPU memory. Needs a CUDA GPU of 32 GB; prints a
 table and writes benchmarks/results/lora_cost_<gpu>.json: {"none": ms, a set of LoRAs: ms, ..., "change_s": {...}, "memory_gb": {...},
 "factors_gb": {...}}.
@@ -12,9 +12,9 @@ import sys
 import time
 import types
 
-import flux_step
+import flux_model
 import torch
-from machine import ROOT, description, load_pack
+from machine import description, load_pack, result_path, timed
 
 # {name: (number of LoRAs, rank of each, whether q, k, v and the MLP's part have factors of their own, as in diffusers' LoRAs)}
 SETS = {"rank 16": (1, 16, False), "rank 64": (1, 64, False), "3 of rank 32": (3, 32, False), "rank 16, q k v apart": (1, 16, True),
@@ -93,14 +93,14 @@ def load(patcher):
 
 def step_ms(flux, inputs, repeats=8):
     """The median of a forward's milliseconds, the first ones left out."""
-    times, y = flux_step.timed_forwards(flux, inputs, repeats + 2)
+    times, y = timed(lambda: flux(**inputs), repeats + 2)
     return sorted(times[2:])[repeats // 2], y
 
 
 def measure(patcher, act_bits):
     """{result file's key: value} of the model with each set of LoRAs."""
     flux = patcher.model.diffusion_model
-    inputs, hidden = flux_step.inputs(), flux.hidden_size
+    inputs, hidden = flux_model.inputs(), flux.hidden_size
     result = {"change_s": {}, "memory_gb": {}, "factors_gb": {}}
     load(patcher)
     result["none"], plain = step_ms(flux, inputs)
@@ -135,17 +135,14 @@ def main():
     sys.path.insert(0, args.comfyui)
     load_pack()
     from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
-    from comfyui_svdquant.quant.layers.preparation import set_act_bits
 
     result = description() | {"rank": args.rank, "act_bits": args.act_bits}
     with torch.inference_mode():
-        result["bf16"] = flux_step.measure(flux_step.plain_flux)["ms"]
+        result["bf16"] = step_ms(flux_model.plain_flux(), flux_model.inputs())[0]
         print(f"bf16: {result['bf16']:.1f} ms a step, with LoRAs merged or without", flush=True)
-        flux = flux_step.packed_flux(args.rank)
-        set_act_bits(flux, args.act_bits)
+        flux = flux_model.packed_flux(args.rank, args.act_bits)
         result |= measure(SVDQuantModelPatcher(Model(flux), torch.device("cuda"), torch.device("cpu")), args.act_bits)
-    gpu = result["device"].replace("NVIDIA ", "").split()[0].lower()
-    with open(args.out or ROOT / "benchmarks" / "results" / f"lora_cost_{gpu}.json", "w", encoding="utf-8") as file:
+    with open(args.out or result_path("lora_cost", result["device"]), "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)
 
 

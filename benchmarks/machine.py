@@ -1,9 +1,10 @@
-"""The description of a result's machine and versions, the timing functions, and the import of the pack."""
+"""The description of a result's machine and versions, its file, the timing functions, and the import of the pack."""
 
 import importlib.util
 import platform
 import subprocess
 import sys
+import time
 import warnings
 from datetime import date
 from pathlib import Path
@@ -34,6 +35,30 @@ def description():
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat(),
             "commit": commit()}
+
+
+def result_path(name, device):
+    """The result file of benchmark `name` on GPU `device` (torch.cuda.get_device_name()): benchmarks/results/<name>_<gpu>.json"""
+    return ROOT / "benchmarks" / "results" / f"{name}_{device.replace('NVIDIA ', '').split()[0].lower()}.json"
+
+
+def synchronize():
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(run, count):
+    """(milliseconds of each of `count` run()s, the last one's result). A run begins when the GPU has finished the one before it, so its
+    time includes Python and the driver where the GPU waits for them."""
+    times = []
+    for _ in range(count):
+        synchronize()
+        start = time.perf_counter()
+        y = run()
+        synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times, y
 
 
 def recorded(run, calls, stream=None):

@@ -13,10 +13,10 @@ import gc
 import json
 import sys
 
-import flux_step
+import flux_model
 import torch
-from flux_step import DEV, random_
-from machine import ROOT, description, load_pack
+from flux_model import DEV, random_
+from machine import description, load_pack, result_path, timed
 
 GB = 1 << 30  # as cards are sold
 CAPS = 24, 16, 12, 8, 6, 4
@@ -34,9 +34,7 @@ def new_config():
 def filled(model):
     """The BaseModel with random weights, in host memory."""
     for name, parameter in model.diffusion_model.named_parameters():
-        eight_bits = parameter.dtype.is_floating_point and parameter.dtype.itemsize == 1
-        random = random_(torch.empty_like(parameter, dtype=torch.bfloat16 if eight_bits else None, device="cuda"), name)
-        parameter.data.copy_(random.to(parameter.dtype))
+        parameter.data.copy_(random_(torch.empty_like(parameter, device="cuda"), name))
     return model
 
 
@@ -97,7 +95,7 @@ def load(patcher):
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    required, minimum = comfy.sampler_helpers.estimate_memory(patcher, flux_step.LATENT, {})
+    required, minimum = comfy.sampler_helpers.estimate_memory(patcher, flux_model.latent_shape(), {})
     comfy.model_management.load_models_gpu([patcher], memory_required=required, minimum_memory_required=minimum)
 
 
@@ -107,7 +105,7 @@ def measure(patcher, inputs, cap, expected, repeats):
     with held_to(cap):
         load(patcher)
         model = patcher.model.diffusion_model
-        times, y = flux_step.timed_forwards(model, inputs, repeats + 1)
+        times, y = timed(lambda: model(**inputs), repeats + 1)
         free, total = torch.cuda.mem_get_info()
         peak, taken = torch.cuda.max_memory_allocated(), total - free
     assert expected is None or torch.equal(y, expected), "A budget changed the model's output."
@@ -118,7 +116,7 @@ def measure(patcher, inputs, cap, expected, repeats):
 
 def sweep(patcher, caps, repeats):
     """{measure's key: {"none" or a cap in GB: number}}; None where the model does not run under a cap."""
-    inputs, result, expected = flux_step.inputs(), {}, None
+    inputs, result, expected = flux_model.inputs(), {}, None
     for cap in (None, *caps):
         try:
             found, y = measure(patcher, inputs, cap and cap * GB, expected, repeats)
@@ -156,13 +154,12 @@ def main():
     makers = {"4 bits": lambda: packed_patcher(args.rank), "fp8": lambda: plain_patcher(torch.float8_e4m3fn),
               "bf16": lambda: plain_patcher(torch.bfloat16)}
     result = description() | {"rank": args.rank, "variants": {}}
-    gpu = result["device"].replace("NVIDIA ", "").split()[0].lower()
     with torch.inference_mode():
         for name in args.variants:
             print(name, flush=True)
             result["variants"][name] = sweep(makers[name](), args.caps, args.repeats)
             gc.collect()
-            with open(args.out or ROOT / "benchmarks" / "results" / f"memory_caps_{gpu}.json", "w", encoding="utf-8") as file:
+            with open(args.out or result_path("memory_caps", result["device"]), "w", encoding="utf-8") as file:
                 json.dump(result, file, indent=1)
     print(table(result["variants"], args.caps))
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from statistics import fmean, median
 
 import torch
-from flux_step import DEV, random_
+from flux_model import DEV, random_
 from machine import ROOT, description, load_pack
 
 CONTEXT_BYTES = 5e8  # GPU memory that CUDA itself uses, which PyTorch's limit does not count

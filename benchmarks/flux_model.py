@@ -1,0 +1,89 @@
+"""FLUX.1-dev with random weights, on ComfyUI's own classes: with ordinary linears in bf16 or fp8, or with this pack's layers. It is on the
+GPU, or on the CPU if there is none."""
+
+import torch
+
+DEV = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 3072, "num_heads": 24, "axes_dim": [16, 56, 56],
+       "mlp_ratio": 4.0, "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "vec_in_dim": 768, "qkv_bias": True,
+       "guidance_embed": True, "theta": 10000}
+TEXT_TOKENS = 512
+LATENT_CHANNELS, LATENT_PIXELS = 16, 8  # a latent's channels, and the pixels along one side of its elements
+
+
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def new_flux(operations, device, dtype=torch.bfloat16, **smaller):
+    """A Flux without values. smaller: arguments of Flux that replace FLUX.1-dev's."""
+    from comfy.ldm.flux.model import Flux, FluxParams
+
+    # Newer ComfyUIs also ask for the position axes that count for the text; FLUX.1 has none.
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+    return Flux(dtype=dtype, device=device, operations=operations, **DEV | newer | smaller)
+
+
+def random_(tensor, name):
+    """Fill a tensor of the model with values that keep activations at ordinary sizes."""
+    if tensor.dtype == torch.int8:
+        return tensor.copy_(torch.randint(-128, 128, tensor.shape, dtype=torch.int8, device=tensor.device))
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        return tensor.copy_(random_(torch.empty_like(tensor, dtype=torch.bfloat16), name))
+    if name.endswith("weight_scale"):
+        return tensor.copy_(torch.randint(8, 17, tensor.shape, device=tensor.device) * 2.0**-12)
+    if name.endswith(("norm.scale", "norm.weight", "smooth_factor")):
+        return tensor.fill_(1)
+    return tensor.normal_(std=0.002 if name.endswith(("bias", "zeros")) else 0.02)
+
+
+def filled(flux):
+    """The Flux with random values, in evaluation mode, as ComfyUI runs it. (In training mode ComfyUI does not multiply in fp8.)"""
+    for name, parameter in flux.named_parameters():
+        random_(parameter.data, name)
+    return flux.eval()
+
+
+def plain_flux(operations=None, dtype=torch.bfloat16, **smaller):
+    """A Flux with ordinary linears. operations: ComfyUI's for `dtype`; None for those of a model that is stored in its compute dtype."""
+    import comfy.ops
+
+    return filled(new_flux(operations or comfy.ops.disable_weight_init, device(), dtype, **smaller))
+
+
+def packed_flux(rank, act_bits=8, fused=False, **smaller):
+    """A Flux with this pack's layers, prepared as the loader prepares it. fused: whether its blocks are the fused ones."""
+    from comfyui_svdquant.quant.families.flux1 import FAMILY
+    from comfyui_svdquant.quant.host import build, operations
+    from comfyui_svdquant.quant.layers import layout, preparation
+
+    flux = new_flux(operations.Operations, "meta", **smaller)
+    shapes = {name: parameter.shape for name, parameter in flux.named_parameters()}
+    for name in FAMILY.packed_names(shapes):
+        kind = FAMILY.layer(name)
+        build.swap(flux, name, layout.layer_spec(kind, name, shapes[f"{name}.weight"], kind.branches * rank, True, torch.bfloat16))
+    build.take_over_activations(FAMILY, flux)
+    filled(flux.to_empty(device=device()))
+    if fused:
+        from comfyui_svdquant.quant.host import fused_blocks
+
+        fused_blocks.fuse(flux, FAMILY)
+    preparation.set_act_bits(flux, act_bits)
+    preparation.prepare(flux, device())
+    return flux
+
+
+def latent_shape(pixels=1024, batch=1):
+    """The shape of `batch` latents of `pixels` x `pixels` pixels."""
+    return batch, LATENT_CHANNELS, pixels // LATENT_PIXELS, pixels // LATENT_PIXELS
+
+
+def inputs(pixels=1024, batch=1):
+    """The keyword arguments of a forward."""
+    def normal(*shape):
+        return torch.randn(*shape, device=device()).bfloat16()
+
+    def constant(value):
+        return torch.full((batch,), value, device=device()).bfloat16()
+
+    return {"x": normal(*latent_shape(pixels, batch)), "timestep": constant(0.5), "guidance": constant(3.5),
+            "context": normal(batch, TEXT_TOKENS, DEV["context_in_dim"]), "y": normal(batch, DEV["vec_in_dim"])}
