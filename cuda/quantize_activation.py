@@ -14,6 +14,7 @@ from . import kernel_loader, runtime
 from .activation_layout import BLOCK, RANK_BLOCK, ROWS, CodeStorage, padded
 from .int4 import GROUP_SIZE
 from .operands import NO_LORA
+from .targets import MEASURED_BANDWIDTH
 
 SOURCE, REGISTERS_SOURCE = "quantize.cu", "quantize_registers.cu"
 DEPTH = 4         # blocks of x in flight, as in quantize.cu
@@ -171,7 +172,7 @@ def plans_for(m, k, rank, storage, target, sms, registers=None, tiles=None, ctas
             sizes = (ctas,) if ctas else (2, 6, 8, 16) if target.max_cluster >= 16 and ranks > RANK_BLOCK else (2, 6, 8)
             plans += [registers_plan(m, k, ranks, target, sms, height, size, loop)
                       for height in ((tiles,) if tiles else (1, 2)) for size in sizes]
-    plans = [(plan[0] + multiplied_time(m, k), plan[1]) if plan[1].ranks < rank else plan for plan in plans if plan]
+    plans = [(plan[0] + multiplied_time(m, k, target), plan[1]) if plan[1].ranks < rank else plan for plan in plans if plan]
     if not plans:
         raise ValueError(f"no plan for ({m}, {k}), rank {rank} on {target.arch} with registers={registers}, tiles={tiles}, ctas={ctas}, "
                          f"loop={loop}")
@@ -187,9 +188,14 @@ def room(sms, ctas):
     return sms if ctas <= 2 else sms * 10 // 11 // ctas * ctas
 
 
-def multiplied_time(m, k):
+def faster_memory(target):
+    """How much faster the memory of a GPU is than an H100's."""
+    return target.bandwidth / MEASURED_BANDWIDTH
+
+
+def multiplied_time(m, k, target):
     """The time of x @ proj_down by cuBLAS."""
-    return 5 + m * k * 2 / 2.7e6
+    return 5 + m * k * 2 / 2.7e6 / faster_memory(target)
 
 
 def most_warps(ranks):
@@ -229,7 +235,7 @@ def registers_plan(m, k, ranks, target, sms, tiles, ctas, loop):
     busy_warps, waves = max(warps, 4), -(-cover // fits)
     chain = 0.5 + 0.17 * busy_warps if not ranks else 1.2 + 0.2 * busy_warps if ranks <= RANK_BLOCK else 2.1 + 0.15 * busy_warps
     chain *= tiles * (0.86 + 0.14 * min(resident, -(-cover * ctas // sms)))
-    memory = min(fits, cover) * 16 * tiles * k * 3 / (2.25e6 if resident == 1 else 2.6e6)
+    memory = min(fits, cover) * 16 * tiles * k * 3 / (2.25e6 if resident == 1 else 2.6e6) / faster_memory(target)
     memory *= 1.5 if resident * (shared + 1024) > target.shared_per_sm * 7 // 8 else 1
     if loop:
         rounds = max(1, cover / fits)

@@ -12,6 +12,9 @@ import torch
 from .errors import KernelsUnavailable
 
 
+MEASURED_BANDWIDTH = 3352.0  # GB/s of an H100's memory, where the cost models were measured
+
+
 @dataclass(frozen=True)
 class Target:
     """A GPU generation."""
@@ -31,6 +34,7 @@ class Target:
     fused_mlp: bool         # mlp.py is faster. With 4-bit codes in bytes it isn't: 1893 us against 1601 on an H100 (benchmarks/NOTES.md)
     generation: str         # its name, for users
     measured: bool = False  # the cost models of the kernels were measured on this generation; autotune.py measures on the others
+    bandwidth: float = MEASURED_BANDWIDTH  # GB/s of device memory, which GPUs of one generation have more or less of (for_device)
 
     @property
     def arch(self):
@@ -93,7 +97,10 @@ def for_capability(capability):
 
 @functools.cache
 def _for_index(index):
-    return for_capability(torch.cuda.get_device_capability(index))
+    target, properties = for_capability(torch.cuda.get_device_capability(index)), torch.cuda.get_device_properties(index)
+    # PyTorch before 2.6 doesn't know them, and some integrated GPUs have none.
+    clock, width = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))  # kHz, bits
+    return replace(target, bandwidth=2 * clock * width / 8 / 1e6) if clock and width else target
 
 
 def for_device(device):

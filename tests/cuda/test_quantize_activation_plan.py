@@ -1,6 +1,7 @@
 """The plans of quantize_activation.py, without a GPU: every shape has a plan that fits, and FLUX's shapes have the plans that were the
 fastest in measurements."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -78,3 +79,11 @@ def test_clusters_that_a_gpu_has_no_room_for(fit, ctas, grid, monkeypatch):
     if not fit:
         with pytest.raises(ValueError, match="no cluster"):
             find(registers=True)
+
+
+def test_faster_memory_leaves_wide_branches_to_cublas():
+    """x @ proj_down by cuBLAS reads x a second time, and the kernel's second pass over 64 ranks doesn't."""
+    layer, h100 = (4608, 15360, 64, INT8), TARGETS[90]
+    h200 = replace(h100, bandwidth=4917.0)
+    assert [quantize_activation.plans_for(*layer, target, 132)[0].ranks for target in (h100, h200)] == [64, 0]
+    assert quantize_activation.plans_for(4096, 12288, 32, INT8, h200, 132)[0].ranks == 32
