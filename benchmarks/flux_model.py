@@ -51,7 +51,8 @@ def plain_flux(operations=None, dtype=torch.bfloat16, **smaller):
 
 
 def packed_flux(rank, act_bits=8, fused=False, **smaller):
-    """A Flux with this pack's layers, prepared as the loader prepares it. fused: whether its blocks are the fused ones."""
+    """A Flux with this pack's layers, prepared as the loader prepares it. fused: whether its blocks are fused and small steps
+    recorded, as the loader makes them."""
     from comfyui_svdquant.quant.families.flux1 import FAMILY
     from comfyui_svdquant.quant.host import build, operations
     from comfyui_svdquant.quant.layers import layout, preparation
@@ -64,9 +65,10 @@ def packed_flux(rank, act_bits=8, fused=False, **smaller):
     build.take_over_activations(FAMILY, flux)
     filled(flux.to_empty(device=device()))
     if fused:
-        from comfyui_svdquant.quant.host import fused_blocks
+        from comfyui_svdquant.quant.host import fused_blocks, step_graphs
 
         fused_blocks.fuse(flux, FAMILY)
+        step_graphs.record_steps(flux)
     preparation.set_act_bits(flux, act_bits)
     preparation.prepare(flux, device())
     return flux

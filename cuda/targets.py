@@ -11,7 +11,6 @@ import torch
 
 from .errors import KernelsUnavailable
 
-
 MEASURED_BANDWIDTH = 3352.0  # GB/s of an H100's memory, where the cost models were measured
 
 
