@@ -328,8 +328,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         super().__del__()
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
-        step_graphs.release(self.model.diffusion_model)
         if unpatch_weights:
+            step_graphs.release(self.model.diffusion_model)
             self.unpatch_hooks()
             for layer in self.packed_layers().values():
                 layer.set_lora_branch(None)

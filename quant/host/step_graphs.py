@@ -205,7 +205,9 @@ class ModelState:
         for name in ATTRIBUTES:
             objects += map(dict.get, self.owns, repeat(name))
         row_scales = filter(None, map(dict.get, self.owns, repeat("_row_scale")))
-        return objects, list(map(torch.Tensor.data_ptr, tensors)), [version_of(known.parameter()) for known in row_scales]
+        # A tensor made in inference mode has no version, and asking for it raises an error, which takes as long as a launch.
+        versions = [version_of(known.parameter()) for known in row_scales if known.version is not None]
+        return objects, list(map(torch.Tensor.data_ptr, tensors)), versions
 
     def can_be_recorded(self):
         """Whether a replay would leave nothing out: no hook, no other forward, no patch that is applied at every call, no layer whose

@@ -135,21 +135,46 @@ def mlp_cases():
             yield f"MLP, {storage.name}, {tile}", mlp.fused(x, first, second, kernels), expected
 
 
-def run_cases():
-    """Run all cases and return the number of wrong ones."""
+def block_cases():
+    """The passes between a block's linears, with rows of one warp and of a team, tails, and images apart."""
+    from comfyui_svdquant.cuda import block_ops, reference
+
+    for b, tokens, k in ((1, 11, 256), (2, 5, 3072), (3, 3, 1000)):
+        x, y = torch.randn(2, b, tokens, k).bfloat16()
+        gate, scale, shift = torch.randn(b, 1, 3 * k).bfloat16().cuda().chunk(3, dim=-1)
+        z, m = block_ops.gated_residual_norm(x.cuda(), y.cuda(), gate, scale, shift, 1e-6)
+        exact = reference.modulate(x.double(), y.double(), *(part.cpu().double() for part in (gate, scale, shift)), dtype=torch.float64)
+        yield f"residual B={b} L={tokens} K={k}", z, exact[0]
+        yield f"residual and norm B={b} L={tokens} K={k}", m, exact[1]
+        yield f"norm B={b} L={tokens} K={k}", block_ops.norm_modulate(z, scale, shift, 1e-6), exact[1]
+    for b, text, image, head, heads in ((2, 3, 6, 128, 3), (1, 0, 5, 64, 5), (1, 1, 2, 256, 2)):
+        streams = [(torch.randn(b, tokens, 3 * heads * head).bfloat16(), *torch.randn(2, head).bfloat16())
+                   for tokens in (text, image) if tokens]
+        pe = torch.randn(b, 1, text + image, head // 2, 2, 2)
+        joined = block_ops.qk_norm_rope([[x.cuda() for x in stream] for stream in streams], pe.cuda(), heads, 3, 1e-6)
+        exact = reference.qk_norm_rope([[x.double() for x in stream] for stream in streams], pe.double(), heads, 3, 1e-6, torch.float64)
+        for part, x, expected in zip("qkv", joined, exact):
+            yield f"{part} of {text} + {image} tokens, {heads} heads of {head}", x.transpose(1, 2), expected
+
+
+CASES = {"blocks": block_cases, "W4A16": awq_cases, "linears": svdquant_cases, "MLP": mlp_cases}
+
+
+def run_cases(names):
+    """Run these cases and return the number of wrong ones."""
     wrong = 0
-    for cases in (awq_cases(), svdquant_cases(), mlp_cases()):
-        for name, y, expected in cases:
+    for cases in names:
+        for name, y, expected in CASES[cases]():
             error = float((y.cpu().double() - expected).norm() / expected.norm())
             wrong += not error < ERROR
             print(f"{'ok   ' if error < ERROR else 'WRONG'} {error:.1e} {name}", flush=True)
     return wrong
 
 
-def run_tool(tool, seconds):
-    """Whether the tool found nothing. If it found errors, its report is printed."""
+def run_tool(tool, seconds, names):
+    """Whether the tool found nothing in these cases. If it found errors, its report is printed."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", "--print-limit", "1000", "--show-backtrace", "no",
-               sys.executable, __file__, "--lines", *(["--all-lanes"] if tool == "racecheck" else [])]
+               sys.executable, __file__, "--cases", *names, "--lines", *(["--all-lanes"] if tool == "racecheck" else [])]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
         report, ended = done.stdout, done.returncode
@@ -168,11 +193,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="*", choices=TOOLS, help="run under these, one after the other")
     parser.add_argument("--seconds", type=int, default=120, help="for a tool")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which kernels")
     parser.add_argument("--lines", action="store_true", help="compile the kernels with their lines' numbers")
     parser.add_argument("--all-lanes", action="store_true", help="compile them so that all lanes arrive at mbarriers")
     args = parser.parse_args()
     if args.tools:
-        raise SystemExit(not all([run_tool(tool, args.seconds) for tool in args.tools]))
+        raise SystemExit(not all([run_tool(tool, args.seconds, args.cases) for tool in args.tools]))
     load_pack()
     expose_allocations()
     switch_off_self_test()
@@ -181,7 +207,7 @@ def main():
     compiler.OPTIONS += ("-lineinfo",) * args.lines + ("-DALL_LANES_ARRIVE",) * args.all_lanes
     torch.manual_seed(0)
     with torch.inference_mode():
-        raise SystemExit(1 if run_cases() else 0)
+        raise SystemExit(1 if run_cases(args.cases) else 0)
 
 
 if __name__ == "__main__":
