@@ -33,6 +33,36 @@ def test_a_fused_forward_computes_the_hosts(host_class, modulation, dtype, bound
     assert error < bound, f"relative error {error:.3g}"
 
 
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
+@pytest.mark.parametrize("host_class", CLASSES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_a_fused_forward_is_no_less_accurate(host_class, dtype, device):
+    """Against the host's forward in float32, on the same 16-bit weights and inputs."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    made, arguments = block_of(host_class).declared.example(block_of(host_class), random)
+    made |= {"hidden_size": 256, "num_heads": 2, "mlp_ratio": 2.0}
+    exact = host_class(**made, dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init)
+    block = host_class(**made, dtype=dtype, device=device, operations=comfy.ops.disable_weight_init)
+    with torch.no_grad():
+        for mine, other in zip(block.parameters(), exact.parameters()):
+            mine.copy_(random(*mine.shape) / (mine.shape[-1] ** 0.5 if mine.ndim > 1 else 4))
+            other.copy_(mine)
+        arguments = {name: value.to(device) for name, value in arguments.items()}
+        inputs = {name: value.float() for name, value in arguments.items()}
+        wanted = exact(**{name: value.clone() for name, value in inputs.items()})
+        plain = block(**{name: value.clone() for name, value in arguments.items()})
+        block.__class__ = fused_blocks.fused_class(host_class, "flux_blocks")
+        fused = block.declared.forward(block, block.host._replace(takes=lambda *_: True), **arguments)
+    wanted, plain, fused = (states if isinstance(states, tuple) else (states,) for states in (wanted, plain, fused))
+    for state, x, a, b in zip(wanted, inputs.values(), plain, fused):
+        errors = [((y.float() - state).norm() / (state - x).norm()).item() for y in (a, b)]
+        assert 0 < errors[1] < errors[0], f"relative error {errors[1]:.4f} fused, {errors[0]:.4f} by ComfyUI's forward"
+
+
 @pytest.mark.parametrize("host_class", CLASSES, ids=lambda c: c.__name__)
 def test_the_host_is_one_whose_source_was_read(host_class):
     fused = BLOCKS[f"{host_class.__module__}.{host_class.__qualname__}"]
