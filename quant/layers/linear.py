@@ -192,7 +192,8 @@ class SVDQuantLinear(BranchedLinear):
                      0 if c is None else c.address, p["weight_proj_up"].data_ptr(), 0 if bias is None else bias.data_ptr())
         if branch is None or branch.lora_up is None:
             return launch(x, weight_scale, proj_down, addresses)
-        return launch(x, weight_scale, proj_down, (*addresses, branch.lora_up.data_ptr()), branch.lora_down)
+        addresses = *addresses, branch.lora_up.data_ptr(), branch.lora_strength.data_ptr()
+        return launch(x, weight_scale, proj_down, addresses, branch.lora_down, branch.lora_strength)
 
     def bits(self, device):
         """4 or 8: act_bits, or what they stand for on `device`."""
@@ -215,7 +216,7 @@ class SVDQuantLinear(BranchedLinear):
         """Whether the tensors of a call are the layer's own, rather than copies of them."""
         branch = self.lora_branch
         return (all(tensor is self._parameters[name] for name, tensor in p.items())
-                and (not lora or lora[0] is branch.lora_down and lora[1] is branch.lora_up))
+                and (not lora or lora[0] is branch.lora_down and lora[1] is branch.lora_up and lora[2] is branch.lora_strength))
 
     @property
     def lora_dtype(self):

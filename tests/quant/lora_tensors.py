@@ -69,10 +69,15 @@ def layer_of(patcher, name):
     return patcher.packed_layers()[name]
 
 
+def output(patcher, name, x):
+    """A layer's output of x on the patcher's device, on the CPU."""
+    return layer_of(patcher, name)(x.to(patcher.load_device)).cpu()
+
+
 def lora_weight(branch, n):
     """(n, K) float32: the weight that a LoRA branch's joined LoRAs stand for."""
     down, up = branch.lora_down[branch.own:].cpu().float(), branch.lora_up.cpu().float()
-    return reference.lora_product(torch.eye(down.shape[1]), down, up, branch.lora, n).t()
+    return reference.lora_product(torch.eye(down.shape[1]), down, up, branch.lora_strength.cpu(), branch.lora, n).t()
 
 
 def effective(layer):
@@ -81,11 +86,11 @@ def effective(layer):
     if layer.lora_branch is None:
         return weight
     if layer.lora_branch.gain is not None:
-        weight = weight * layer.lora_branch.gain[:, None]
+        weight = weight * layer.lora_branch.gain[:, None].cpu()
     if layer.lora_branch.lora_up is not None:
         weight += lora_weight(layer.lora_branch, weight.shape[0])
     for term in layer.lora_branch.terms:
-        weight[slice(*term.rows), slice(*term.cols)] += copy.deepcopy(term).float().dense()
+        weight[slice(*term.rows), slice(*term.cols)] += copy.deepcopy(term).float().dense("cpu")
     return weight
 
 

@@ -12,6 +12,8 @@ import torch
 from ..comfy_models import sample
 from ..lora_tensors import FC1, LINEAR1, MOD, QKV, generic, load_lora, random, shapes
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def loaded(patcher):
     """The patcher, loaded as ComfyUI does before it draws."""

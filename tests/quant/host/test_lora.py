@@ -29,12 +29,13 @@ from ..lora_tensors import (
     loaded,
     lora_weight,
     named,
+    output,
     random,
     shapes,
     without_gelu,
 )
 
-pytestmark = pytest.mark.usefixtures("inference_mode")
+pytestmark = pytest.mark.usefixtures("inference_mode", "device")
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -107,8 +108,7 @@ def test_each_layer_matches_float64(quantized_model, name):
     n, k = shapes(quantized_model)[name]
     patched = load_lora(quantized_model, generic((name, (n, k)), alpha=3), 0.8)
     x = random(5, k)
-    before = layer_of(loaded(without_gelu(quantized_model)), name)(x)
-    after = layer_of(loaded(patched), name)(x)
+    before, after = output(loaded(without_gelu(quantized_model)), name, x), output(loaded(patched), name, x)
     up, down = (t.double() for t in factors(n, k))
     assert relative_error((after - before).double(), 0.8 * 3 / RANK * x.double() @ down.t() @ up.t()) < ROUNDING
 
@@ -162,7 +162,7 @@ def test_some_of_q_k_v(quantized_model, parts, prefix, name):
         tensors |= named(f"{prefix}.{part}", HIDDEN, HIDDEN, i, rank=RANK + 2 * i)
     patched = load_lora(quantized_model, tensors)
     x = random(3, HIDDEN)
-    before, after = (layer_of(loaded(p), name)(x).split(HIDDEN, dim=-1) for p in (quantized_model, patched))
+    before, after = (output(loaded(p), name, x).split(HIDDEN, dim=-1) for p in (quantized_model, patched))
     assert change(patched, name)[0] < ROUNDING
     touched = {("to_q", "to_k", "to_v").index(part) for part in parts}
     for i, (a, b) in enumerate(zip(after, before)):
@@ -197,13 +197,13 @@ def test_bias_differences(quantized_model, name, lowvram):
     patched = load_lora(quantized_model, {f"diffusion_model.{name}.diff_b": random(n)}, 0.5)
     assert patched.patches.keys() == {f"diffusion_model.{name}.bias"}
     x = random(3, k)
-    before = layer_of(loaded(without_gelu(quantized_model)), name)(x)
+    before = output(loaded(without_gelu(quantized_model)), name, x)
     patched.unpatch_model(patched.offload_device)
     patched.patch_model(patched.load_device, lowvram_model_memory=1 if lowvram else 0)
     layer = layer_of(patched, name)
     assert bool(layer.bias_function) is lowvram
-    assert relative_error(layer(x) - before, 0.5 * random(n).expand(3, n)) < 0.02
-    assert torch.equal(layer_of(loaded(quantized_model), name)(x), before)
+    assert relative_error(output(patched, name, x) - before, 0.5 * random(n).expand(3, n)) < 0.02
+    assert torch.equal(output(loaded(quantized_model), name, x), before)
 
 
 def control_lora(plain):

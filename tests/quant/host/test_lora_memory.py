@@ -10,7 +10,7 @@ from comfyui_svdquant.quant.quantizer.metrics import relative_error
 from ..comfy_models import HIDDEN, prompts, sample
 from ..lora_tensors import FC1, LINEAR1, MARGIN, QKV, RANK, generic, layer_of, load_lora, loaded, random, shapes
 
-pytestmark = pytest.mark.usefixtures("inference_mode")
+pytestmark = pytest.mark.usefixtures("inference_mode", "device")
 
 
 def test_clones_share_one_model(quantized_model, pair_files):
@@ -48,7 +48,7 @@ def test_lora_branches_are_counted_as_memory(quantized_model):
     size = quantized_model.model_size()
     patched = load_lora(quantized_model, generic(*shapes(quantized_model).items()))
     rank = RANK + -RANK % RANK_STEP  # as the kernels take it
-    added = sum(2 * rank * (n + k) for n, k in shapes(quantized_model).values())
+    added = sum(2 * rank * (n + k) + 4 * rank for n, k in shapes(quantized_model).values())
     assert patched.model_size() == patched.clone().model_size() == patched.clone().clone().model_size() == size + added
     loaded(patched)
     assert sum(layer.lora_branch.nbytes() for layer in patched.packed_layers().values()) == added
@@ -83,7 +83,7 @@ def test_the_lora_branch_is_traced_into_one_graph(quantized_model):
     for name in (LINEAR1, FC1, QKV):
         layer = layer_of(patched, name)
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
-        x = random(3, layer.in_features)
+        x = random(3, layer.in_features).to(patched.load_device)
         assert torch.equal(compiled(x), layer(x))
 
 

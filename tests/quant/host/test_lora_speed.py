@@ -75,7 +75,7 @@ def test_a_change_of_strength_costs_milliseconds(wide_file):
     # The layers' own tensors are the loaded ones: nothing was unpacked and packed again.
     assert where == addresses(quantized_model)
     branch = layer_of(put_on(load_lora(quantized_model, tensors, 0.25)), LINEAR1).lora_branch
-    assert branch.nbytes() == 2 * RANK * (7 * HIDDEN + HIDDEN)
+    assert branch.nbytes() == 2 * RANK * (7 * HIDDEN + HIDDEN) + 4 * RANK
     put_on(quantized_model)
     assert not any(layer.lora_branch for layer in quantized_model.packed_layers().values())
 

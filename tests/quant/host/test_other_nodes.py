@@ -88,7 +88,8 @@ def by_hand(patcher, tensors):
             layer = target.model.diffusion_model.get_submodule(name)
             own[name] = layer.forward
             up, down = (tensors[f"diffusion_model.{name}.lora_{part}.weight"] for part in ("up", "down"))
-            layer.forward = lambda x, f=layer.forward, up=up, down=down: f(x) + (x.float() @ down.t() @ up.t()).to(x.dtype)
+            layer.forward = lambda x, f=layer.forward, up=up, down=down: (
+                f(x) + (x.float() @ down.to(x.device).t() @ up.to(x.device).t()).to(x.dtype))
 
     def eject(target):
         for name in names:
@@ -103,12 +104,14 @@ def by_comfyui(patcher, tensors):
     return comfy.sd.load_bypass_lora_for_models(patcher, None, dict(tensors), 1.0, 0)[0]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("bypass", [by_hand, pytest.param(by_comfyui, marks=newer)])
 def test_a_bypass_lora_is_added_before_the_gelu(quantized_model, bypass):
     """After its removal, the layer and the MLP's op are the same as before."""
     model, sizes = quantized_model.model.diffusion_model, shapes(quantized_model)
     tensors = generic(*((name, sizes[name]) for name in (FC1, FC2, LINEAR1, QKV)))
-    mlp, block, x = model.double_blocks[0].img_mlp, model.single_blocks[0], random(5, HIDDEN, seed=7)
+    mlp, block, x = model.double_blocks[0].img_mlp, model.single_blocks[0], random(5, HIDDEN, seed=7).to(quantized_model.load_device)
+    fuses = mlp.fuses(x.device)
 
     def outputs(patcher):
         patcher.patch_model(patcher.load_device)
@@ -123,7 +126,7 @@ def test_a_bypass_lora_is_added_before_the_gelu(quantized_model, bypass):
     bypassed, loaded = outputs(bypass(quantized_model, tensors)), outputs(load_lora(quantized_model, tensors))
     for beside, expected, without in zip(bypassed, loaded, before):
         assert relative_error(beside, expected) < 0.02 < 0.1 < relative_error(expected, without)
-    assert all(map(torch.equal, outputs(quantized_model), before)) and mlp.fuses(x.device)
+    assert all(map(torch.equal, outputs(quantized_model), before)) and mlp.fuses(x.device) is fuses
 
 
 def test_a_model_with_a_bypass_lora_is_not_saved(quantized_model):
