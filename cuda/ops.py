@@ -291,16 +291,9 @@ def _by_kernels(x, operands):
         return _in_steps(x, operands)
     y = x.new_empty(*leading, n)  # a size in a tuple takes PyTorch 1.5 times as long
     constant = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias, lora_up, lora_strength
-    product = ()
-    if launches.product:
-        product = quantize_activation.multiplied(x.reshape(m, k), _down(proj_down, lora_down), lora_strength)
+    product = quantize_activation.multiplied(x.reshape(m, k), proj_down, lora_down, lora_strength) if launches.product else ()
     launches.run(source, y.data_ptr(), *map(runtime.address, product), *map(runtime.address, constant[:len(launches.constant)]))
     return y
-
-
-def _down(proj_down, lora_down):
-    """What x is multiplied with: (K, all ranks)."""
-    return proj_down if lora_down is None else lora_down.t()
 
 
 def cached_launch(x, operands):
@@ -336,7 +329,7 @@ def cached_launch(x, operands):
             return None
         y = allocated()
         if launches.product:
-            product = quantize_activation.multiplied(x.view(m, k), _down(proj_down, lora_down), lora_strength)
+            product = quantize_activation.multiplied(x.view(m, k), proj_down, lora_down, lora_strength)
             run(source, y.data_ptr(), *map(runtime.address, product))
         else:
             run(source, y.data_ptr())

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple, Optional
 
 import torch
+from torch.nn.functional import linear
 
 from . import kernel_loader, runtime
 from .activation_layout import BLOCK, RANK_BLOCK, ROWS, CodeStorage, padded
@@ -51,7 +52,7 @@ def quantize(x, smooth, proj_down, unsigned_from, storage, plans, lora_down=None
     q = [None if o is None else torch.empty(o[0], dtype=o[1], device=x.device) for o in outputs(m, k, rank, storage, x.dtype, lora)]
     down = proj_down
     if plan.ranks < rank or lora.ranks:
-        down, *scale = multiplied(x, lora_down.t() if lora.ranks else proj_down, lora_strength)
+        down, *scale = multiplied(x, proj_down, lora_down, lora_strength)
         q[3:] = scale or q[3:]
     launch(*map(runtime.address, (x, smooth, down, *q, *((lora_strength,) if lora.ranks else ()))))
     return Quantized(*q)
@@ -78,17 +79,18 @@ def output_bytes(m, k, ranks, storage, dtype, lora=NO_LORA):
 PRODUCT = {torch.bfloat16: ("proj_down",), torch.float16: ("proj_down", "lora_act_scale")}
 
 
-def multiplied(x, down, lora_strength=None):
-    """x @ down / lora_act_scale (M, R) by cuBLAS, and in fp16 lora_act_scale (Mp,). In bf16 the kernel writes its ones, and multiplies the
-    LoRA's ranks by their strengths.
+def multiplied(x, proj_down, lora_down=None, lora_strength=None):
+    """x @ proj_down / lora_act_scale (M, R) by cuBLAS, with a LoRA x @ lora_down^T instead, and in fp16 lora_act_scale (Mp,). In bf16 the
+    kernel writes its ones, and multiplies the LoRA's ranks by their strengths.
 
-    x: (M, K); down: (K, R), with a LoRA lora_down^T; lora_strength: of the last columns of `down`.
+    x: (M, K); the others as in LayerOperands.
     """
     if x.dtype == torch.bfloat16:
-        return x @ down,
+        return x @ proj_down if lora_down is None else linear(x, lora_down),
+    down = proj_down if lora_down is None else lora_down.t()
     lora_act = x.float() @ down.float()  # tf32 is exact here: it has fp16's 11 significant bits
-    if lora_strength is not None:
-        lora_act[:, down.shape[1] - len(lora_strength):] *= lora_strength
+    if lora_down is not None:
+        lora_act[:, proj_down.shape[1]:] *= lora_strength
     peak = lora_act.abs().amax(dim=-1)
     scale = torch.exp2(torch.ceil(torch.log2(peak / PEAK))).clamp(min=1)
     scale = torch.where(peak.isfinite(), scale, torch.ones_like(scale))

@@ -234,6 +234,7 @@ class LoRABranch(torch.nn.Module):
         super().__init__()
         down, up, strength, self.lora, self.sources = lora or (None, None, None, NO_LORA, ())
         self.own = own
+        self.has_terms, self.has_gain = len(terms) > 0, gain is not None  # a module finds its buffers and modules slowly
         self.shares = False  # whether the rows of the layer's own ranks are the layer's memory
         self.register_buffer("lora_down", down, persistent=False)
         self.register_buffer("lora_up", up, persistent=False)

@@ -71,6 +71,30 @@ def test_each_model_is_as_if_loaded_anew(quantized_model, loads):
     assert not loads, "ComfyUI carried the model out and in"
 
 
+def test_another_strength_writes_strengths_alone(quantized_model, monkeypatch):
+    """The branches and their factors stay the same tensors, so that cached launches stay valid, and no kernel is compiled. A strength that
+    comes back brings the same bits: nothing is rounded again."""
+    warmed, packed = [], generic(*shapes(quantized_model).items())
+    other = generic(*shapes(quantized_model).items(), rank=2)
+    monkeypatch.setattr("comfyui_svdquant.quant.host.patcher.warm_up", lambda *args: warmed.append(args))
+    first = loaded(load_lora(load_lora(quantized_model, packed, 1.0), other, 0.3))
+    branches = {name: layer.lora_branch for name, layer in first.packed_layers().items()}
+    addresses = {name: [tensor.data_ptr() for tensor in branch.buffers()] for name, branch in branches.items()}
+    before, picture = tensors_of(first), sample(first)
+    assert len(warmed) == 1 and branches.keys() == shapes(quantized_model).keys()
+    for strengths in ((0.7, 0.3), (-1 / 3, 1.9), (1e-3, 0.1), (1.0, 0.3)):
+        again = load_lora(load_lora(quantized_model, packed, strengths[0]), other, strengths[1])
+        found = tensors_of(loaded(again))
+        assert all(layer.lora_branch is branches[name] for name, layer in again.packed_layers().items())
+        assert all([tensor.data_ptr() for tensor in branch.buffers()] == addresses[name] for name, branch in branches.items())
+        changed = {name.rpartition(".")[2] for name, tensor in found.items() if not torch.equal(tensor, before[name])}
+        assert changed == (set() if strengths == (1.0, 0.3) else {"lora_strength"})
+        assert torch.equal(sample(again), picture) is (strengths == (1.0, 0.3))
+    assert len(warmed) == 1
+    loaded(load_lora(quantized_model, packed, 0.7))
+    assert len(warmed) == 2, "a LoRA less: other sizes"
+
+
 @pytest.mark.usefixtures("shared_memory")
 def test_memory_is_counted(quantized_model):
     patchers = histories(quantized_model)
