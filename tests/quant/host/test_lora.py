@@ -16,7 +16,6 @@ from ..lora_tensors import (
     FC2,
     LINEAR1,
     LINEAR2,
-    MARGIN,
     MOD,
     QKV,
     RANK,
@@ -28,9 +27,11 @@ from ..lora_tensors import (
     load_lora,
     loaded,
     lora_weight,
+    margin,
     named,
     output,
     random,
+    rounding,
     shapes,
     without_gelu,
 )
@@ -96,7 +97,7 @@ def test_a_lora_in_every_naming_works_as_on_the_16_bit_model(plain, quantized_mo
     exact = sample(load_lora(plain, tensors, strength))
     error = relative_error(sample(with_lora), exact)
     assert relative_error(sample(plain), exact) > drift / 2, "the LoRA has too small an effect here"
-    assert error < MARGIN * drift, f"4 bits against 16 bits: {error:.3f} with the LoRA, {drift:.3f} without it"
+    assert error < margin() * drift, f"4 bits against 16 bits: {error:.3f} with the LoRA, {drift:.3f} without it"
     loaded(with_lora)
     for name in with_lora.packed_layers():
         if f"diffusion_model.{name}.weight" in with_lora.patches:
@@ -110,7 +111,8 @@ def test_each_layer_matches_float64(quantized_model, name):
     x = random(5, k)
     before, after = output(loaded(without_gelu(quantized_model)), name, x), output(loaded(patched), name, x)
     up, down = (t.double() for t in factors(n, k))
-    assert relative_error((after - before).double(), 0.8 * 3 / RANK * x.double() @ down.t() @ up.t()) < ROUNDING
+    exact = 0.8 * 3 / RANK * x.double() @ down.t() @ up.t()
+    assert relative_error((after - before).double(), exact) < ROUNDING + rounding(after) / exact.norm()
 
 
 # --- strength, removal, stacks -------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def test_some_of_q_k_v(quantized_model, parts, prefix, name):
     touched = {("to_q", "to_k", "to_v").index(part) for part in parts}
     for i, (a, b) in enumerate(zip(after, before)):
         error = relative_error(a, b)
-        assert error > 0.01 if i in touched else error < 1e-6, f"part {i} changed by {error:.1e}"
+        assert error > 0.05 if i in touched else error < 1e-6 + rounding(b) / b.norm(), f"part {i} changed by {error:.1e}"
 
 
 def test_columns_of_linear2(quantized_model):
@@ -184,7 +186,7 @@ def test_columns_of_linear2(quantized_model):
 def test_one_layer_alone(plain, quantized_model, drift, name):
     tensors = generic((name, shapes(quantized_model)[name]))
     exact = sample(load_lora(plain, tensors))
-    assert relative_error(sample(load_lora(quantized_model, tensors)), exact) < MARGIN * drift
+    assert relative_error(sample(load_lora(quantized_model, tensors)), exact) < margin() * drift
 
 
 # --- biases and unpacked layers ------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def test_flux_tools_loras_widen_img_in(plain, quantized_model, drift):
     before = sample(quantized_model)
     exact, y = sample(load_lora(plain, tensors)), sample(load_lora(quantized_model, tensors))
     assert quantized_model.model.diffusion_model.img_in.weight.shape == (HIDDEN, 128)
-    assert relative_error(y, exact) < MARGIN * drift
+    assert relative_error(y, exact) < margin() * drift
     assert torch.equal(sample(quantized_model), before)
     assert quantized_model.model.diffusion_model.img_in.weight.shape == (HIDDEN, 64)
 

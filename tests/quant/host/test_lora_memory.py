@@ -8,7 +8,7 @@ from comfyui_svdquant.quant.host import loader, lora
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 from ..comfy_models import HIDDEN, prompts, sample
-from ..lora_tensors import FC1, LINEAR1, MARGIN, QKV, RANK, generic, layer_of, load_lora, loaded, random, shapes
+from ..lora_tensors import FC1, LINEAR1, QKV, RANK, generic, layer_of, load_lora, loaded, margin, random, shapes
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "device")
 
@@ -118,7 +118,7 @@ def test_hook_schedules(plain, quantized_model):
     schedule = [(1.0, 0.0), (0.2, 0.5)]
     before, y = sample(quantized_model, steps=4), sample(quantized_model, steps=4, cond=hooked(tensors, 1.0, schedule))
     exact = sample(plain, steps=4, cond=hooked(tensors, 1.0, schedule))
-    assert relative_error(y, exact) < MARGIN * relative_error(before, sample(plain, steps=4))
+    assert relative_error(y, exact) < margin() * relative_error(before, sample(plain, steps=4))
     assert relative_error(y, sample(load_lora(quantized_model, tensors), steps=4)) > 0.01
     assert torch.equal(sample(quantized_model, steps=4), before)
 
@@ -128,5 +128,5 @@ def test_two_prompts_with_separate_hooks(plain, quantized_model, drift):
     first, second = generic(*shapes(quantized_model).items()), generic(*shapes(quantized_model).items(), rank=2)
     before = sample(quantized_model)
     y, exact = (sample(p, cond=hooked(first) + hooked(second, -0.5) + prompts(1)) for p in (quantized_model, plain))
-    assert relative_error(y, exact) < MARGIN * drift
+    assert relative_error(y, exact) < margin() * drift
     assert torch.equal(sample(quantized_model), before) and not quantized_model.model.svdquant_unhooked
