@@ -2,7 +2,7 @@
 
 comfy.lora.calculate_weight applies a patch (patches.py) to a dense weight. Here the same difference becomes a few 16-bit terms:
 
-    LoRA                     its own two factors
+    LoRA                     its own two factors, and its strength as a number
     DoRA over outputs        its factors, and a gain per row
     LoKr                     its Kronecker product, never multiplied out
     a scaled weight          a gain

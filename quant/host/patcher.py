@@ -187,9 +187,10 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         if self.model.svdquant_attached == self.patches_uuid:
             return
         notes, layers, new = [], self.packed_layers(), False
+        own = not self.model.svdquant_unhooked  # a hook's branch comes back as it was
         for name, layer in layers.items():
             key = f"{PREFIX}{name}.weight"
-            branch = self._branch(key, layer, self.patches[key], notes, in_place=True) if key in self.patches else None
+            branch = self._branch(key, layer, self.patches[key], notes, in_place=own) if key in self.patches else None
             if branch is not layer.lora_branch:
                 layer.set_lora_branch(branch)
                 new = new or branch is not None

@@ -6,7 +6,8 @@ A term reads a range of the columns and adds to a range of the rows, so that a L
 a joined linear, costs no more than its own size. `gain` is a factor per row. It is rare: DoRA and nodes that scale weights need it.
 
 The ranks of plain LoRAs are joined in one pair of factors (joined()), which a W4A4 layer's kernels take beside the layer's own low-rank
-branch. Other terms are added to the layer's output.
+branch. The factors are the LoRAs' own numbers; each rank has a strength besides, so that a change of strengths alone rounds nothing again
+and copies a few numbers (take_strengths). Other terms are added to the layer's output.
 
 N outputs, K inputs of the layer; n, k those of a term; parts as in cuda/operands.py's LoRASizes.
 """
