@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ..comfy_models import sample
-from ..lora_tensors import FC1, LINEAR1, MOD, QKV, generic, load_lora, random, shapes
+from ..lora_tensors import FC1, LINEAR1, MOD, QKV, RANK, generic, load_lora, random, shapes
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -191,3 +191,16 @@ def test_pictures(quantized_model):
     before, with_lora = sample(patchers[0]), sample(patchers[1])
     assert torch.equal(sample(patchers[0]), before) and torch.equal(sample(patchers[1]), with_lora)
     assert not torch.equal(before, with_lora)
+
+
+def test_a_hooks_branch_keeps_its_strengths(quantized_model):
+    """Also where another node pack's loading gives the model the same LoRA at another strength while the hook is applied."""
+    key, hook, group = f"diffusion_model.{QKV}.weight", comfy.hooks.WeightHook(), comfy.hooks.HookGroup()
+    patched = load_lora(quantized_model, generic((QKV, shapes(quantized_model)[QKV])), 0.5)
+    quantized_model.add_hook_patches(hook, {key: patched.patches[key][0][1]})
+    group.add(hook)
+    loaded(quantized_model).patch_hooks(group)
+    layer = quantized_model.packed_layers()[QKV]
+    branch = layer.lora_branch
+    patched.patch_weight_to_device(key)
+    assert (branch.lora_strength == 1).all() and (layer.lora_branch.lora_strength[:RANK] == 0.5).all()
