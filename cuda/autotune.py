@@ -245,6 +245,7 @@ def _layer_operands(layer, device, g):
     rank, ranks = layer.rank, layer.lora.ranks
     down = normal(rank + sum(ranks), k, scale=k**-0.5)  # rows of all ranks, the layer's own first
     lora_up = normal(sum((stop - start) * rank for (start, stop), rank in zip(layer.lora.rows(n), ranks)), scale=0.1) if ranks else None
+    strength = torch.rand(sum(ranks), generator=g, device=device) if ranks else None
     return LayerOperands(weight, weight_scale, down[:rank].t().contiguous(), normal(n, rank, scale=0.1),
                          torch.ones(k, device=device, dtype=dtype), normal(n), layer.unsigned_from, layer.act_bits, row_scale,
-                         layer.gelu_from, down if ranks else None, lora_up, layer.lora),
+                         layer.gelu_from, down if ranks else None, lora_up, strength, layer.lora),

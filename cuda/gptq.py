@@ -1,6 +1,6 @@
 """Launch of kernels/gptq.cu: GPTQ's inner loop, a block of columns of the weight rounded one after the other."""
 
-from . import kernel_loader, self_test, targets
+from . import kernel_loader, self_test, self_test_problems, targets
 
 SOURCE, ENTRY = "gptq.cu", "gptq_block"
 COLUMNS = 128  # the most in a block, as in gptq.cu
@@ -17,7 +17,7 @@ def available(weight):
     """Whether the kernel runs on weight's device, and runs right."""
     device = weight.device
     return kernel_loader.has_kernel(SOURCE, ENTRY, device, SHARED) and self_test.kernel_passes(
-        SOURCE, device, lambda: self_test.round_block_is_right(round_block, device))
+        SOURCE, device, lambda: self_test_problems.round_block_is_right(round_block, device))
 
 
 def round_block(weight, pending, steps, inverse, groups, lower, codes):

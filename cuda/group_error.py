@@ -1,6 +1,6 @@
 """Launch of kernels/group_error.cu: the rounding error of each group of a weight, the inner step of the search for scales."""
 
-from . import kernel_loader, self_test, targets
+from . import kernel_loader, self_test, self_test_problems, targets
 from .int4 import GROUP_SIZE
 
 SOURCE, ENTRY = "group_error.cu", "group_error"
@@ -17,7 +17,7 @@ def available(weight):
     """Whether the kernel runs on weight's device, and runs right."""
     device = weight.device
     return kernel_loader.has_kernel(SOURCE, ENTRY, device) and self_test.kernel_passes(
-        SOURCE, device, lambda: self_test.group_error_is_right(group_error, device))
+        SOURCE, device, lambda: self_test_problems.group_error_is_right(group_error, device))
 
 
 def group_error(groups, steps, energy):

@@ -17,7 +17,7 @@ class LoRASizes(NamedTuple):
     The output rows may have parts, such as the q, k and v of a joined linear, each with ranks of its own. For part p, whose rows of
     lora_down follow those of the parts before it, and whose (rows of p, ranks of p) matrix follows theirs in lora_up:
 
-        rows of p of y += (x @ rows of p of lora_down^T) @ matrix of p of lora_up^T
+        rows of p of y += (x @ rows of p of lora_down^T * ranks of p of lora_strength) @ matrix of p of lora_up^T
     """
 
     ranks: tuple = ()   # the ranks of each part, multiples of RANK_STEP; (): no LoRA
@@ -60,6 +60,7 @@ class LayerOperands(NamedTuple):
     gelu_from: Optional[int] = None      # first output column to which the layer itself applies GELU; None if there is none
     lora_down: Optional[Tensor] = None   # (R + sum of the LoRA's ranks, K); the first R rows are proj_down^T, for one product of all
     lora_up: Optional[Tensor] = None     # (sum of each part's rows times its ranks,)
+    lora_strength: Optional[Tensor] = None  # (sum of the LoRA's ranks,) float32
     lora: LoRASizes = NO_LORA
 
     @property

@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import autotune, awq, cupy_import, gemm_mma, gemm_wgmma, quantize_activation, reference, runtime, self_test, targets
+from . import (
+    autotune,
+    awq,
+    cupy_import,
+    gemm_mma,
+    gemm_wgmma,
+    quantize_activation,
+    reference,
+    runtime,
+    self_test,
+    self_test_problems,
+    targets,
+)
 from .choose import W4A16, AWQKernel, Layer, choose
 from .errors import KernelsUnavailable
 from .operands import NO_LORA, LayerOperands, LoRASizes
@@ -160,6 +172,7 @@ class _Launches(NamedTuple):
 
 FLOATS = ("weight_scale", "proj_down", "proj_up", "smooth", "bias", "lora_down", "lora_up")
 CONSTANT = ("proj_down", "weight", "weight_scale", "smooth", "row_scale", "proj_up", "bias")
+LORA_CONSTANT = ("lora_up", "lora_strength")
 QUANTIZE = ("x", "smooth", "proj_down", "act", "act_scale", "lora_act", "lora_act_scale")
 GEMM = ("y", "act", "act_scale", "lora_act", "lora_act_scale", "weight", "weight_scale", "row_scale", "proj_up", "bias")
 
@@ -181,7 +194,7 @@ def _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, st
         second = gemm_mma.launcher(storage, kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, lora=lora)
     product = quantize_activation.PRODUCT[dtype] if plan.ranks < rank or lora.ranks else ()
     work = dict(zip(quantize_activation.Quantized._fields, quantize_activation.output_bytes(m, k, rank, storage, dtype, lora)))
-    constant = (*CONSTANT, "lora_up") if takes_lora else CONSTANT
+    constant = *CONSTANT, *LORA_CONSTANT[:takes_lora + bool(lora.ranks)]
     launches = _Launches(first, second, product, work, constant, None)
     return launches._replace(run=_both(launches, ("x", "y", *product, *constant)))
 
@@ -194,11 +207,13 @@ def choose_again():
     """Forget all choices, so that the next calls make them anew. Layers' cached launches stay: they compute the same."""
     for cache in choices:
         cache.cache_clear()
+    _warm.clear()
 
 
 def _both(launches, names, constants=()):
-    gemm = (*GEMM, "lora_up") if "lora_up" in launches.constant else GEMM
-    return runtime.chain(names, (launches.quantize, QUANTIZE), (launches.gemm, gemm), work=launches.work, constants=constants)
+    quantize, gemm = ((*arguments, name) if name in launches.constant else arguments
+                      for arguments, name in ((QUANTIZE, "lora_strength"), (GEMM, "lora_up")))
+    return runtime.chain(names, (launches.quantize, quantize), (launches.gemm, gemm), work=launches.work, constants=constants)
 
 
 def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, lora=NO_LORA, *, device):
@@ -210,12 +225,16 @@ def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, lora=
         awq.launcher(kernel.tiles, m, n, layer.dtype, device)
 
 
+_warm = set()  # what warm_up's jobs have prepared, or are preparing
+
+
 def warm_up(layers, device, others=()):
     """Compile, load and test the kernels of these layers in threads, while the caller goes on, and then measure them where autotune.py is
-    to. A kernel that is unavailable is skipped: the layer's first call logs the reason.
+    to. Layers that an earlier call has prepared take no time. A kernel that is unavailable is skipped: the layer's first call logs the
+    reason.
 
     layers: [as choose.Layer, or without gelu_from and lora], with contiguous inputs; device: a CUDA device with its index; others:
-    functions that prepare more than a layer. They take longest and so start first. Returns the threads' futures.
+    functools.partials that prepare more than a layer. They take longest and so start first. Returns the threads' futures.
     """
     def attempt(job):
         if not threading.main_thread().is_alive():  # the program is ending and must not wait for this
@@ -224,20 +243,30 @@ def warm_up(layers, device, others=()):
             job()
         except Exception:  # the layer that needs the kernel raises the error again
             log.debug("warm-up of %s", job, exc_info=True)
+            _warm.discard(_identity(job))
 
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="svdquant-compiler")
     single = (functools.partial(prepare, *layer, device=device) for layer in dict.fromkeys(layers))
-    futures = [pool.submit(attempt, job) for job in (*others, *single)]
+    jobs = [job for job in (*others, *single) if _identity(job) not in _warm]
+    if not jobs and not self_test.skipped.is_set():
+        return []
+    _warm.update(map(_identity, jobs))
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="svdquant-compiler")
+    futures = [pool.submit(attempt, job) for job in jobs]
     futures.append(pool.submit(attempt, functools.partial(_measure, device, tuple(futures))))
     pool.shutdown(wait=False)
     return futures
+
+
+def _identity(job):
+    """What a functools.partial calls, hashable."""
+    return job.func, job.args, *job.keywords.items()
 
 
 def _measure(device, prepared):
     """warm_up's last job: wait for the others, and measure what autotune.py is to."""
     for future in prepared:
         future.result()
-    self_test.forget_problems()
+    self_test_problems.forget_problems()
     if self_test.skipped.is_set():  # there may be memory for the tests now
         self_test.skipped.clear()
         choose_again()
@@ -247,7 +276,7 @@ def _measure(device, prepared):
 def _by_kernels(x, operands):
     """Compute the layer by two launches, or in steps; None if choose() leaves it to the reference."""
     (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, lora_down, lora_up,
-     lora) = operands
+     lora_strength, lora) = operands
     dtype, (*leading, k), (n, rank) = x.dtype, x.shape, proj_up.shape
     m, stride, source = x.numel() // k, k, x.data_ptr()
     if act_bits == 8 and row_scale is None:
@@ -261,26 +290,23 @@ def _by_kernels(x, operands):
     if launches is None:
         return _in_steps(x, operands)
     y = x.new_empty(*leading, n)  # a size in a tuple takes PyTorch 1.5 times as long
-    constant = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias, lora_up
-    product = quantize_activation.multiplied(x.reshape(m, k), _down(proj_down, lora_down)) if launches.product else ()
+    constant = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias, lora_up, lora_strength
+    product = quantize_activation.multiplied(x.reshape(m, k), proj_down, lora_down, lora_strength) if launches.product else ()
     launches.run(source, y.data_ptr(), *map(runtime.address, product), *map(runtime.address, constant[:len(launches.constant)]))
     return y
 
 
-def _down(proj_down, lora_down):
-    """What x is multiplied with: (K, all ranks)."""
-    return proj_down if lora_down is None else lora_down.t()
-
-
 def cached_launch(x, operands):
     """svdquant_linear for one layer and inputs of x's shape, with all look-ups done: launch(x, weight_scale, proj_down, addresses,
-    lora_down), or None if the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a row_scale.
+    lora_down, lora_strength), or None if the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a
+    row_scale.
 
     launch takes a plain() x of the same shape, the layer's current tensors, and the current addresses of the tensors of CONSTANT, and of
-    lora_up if there is a LoRA, which has the LoRASizes of `operands`. It returns y, or None if anything has changed. Equal addresses also
-    mean equal devices, because the host and all devices share one address space.
+    LORA_CONSTANT if there is a LoRA, which has the LoRASizes of `operands`. It returns y, or None if anything has changed. Equal addresses
+    also mean equal devices, because the host and all devices share one address space.
     """
-    weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, _, lora_up, lora = operands
+    (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, _, lora_up, lora_strength,
+     lora) = operands
     dtype, index, (*leading, k), (n, rank) = x.dtype, x.get_device(), x.shape, proj_up.shape
     if not on_gpu(x) or weight_scale.dtype != dtype or not x.is_contiguous() or x.data_ptr() % 16:
         return None
@@ -292,18 +318,18 @@ def cached_launch(x, operands):
     if launches is None:
         return None
     tensors = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias
-    known = tuple(map(runtime.address, tensors if lora_up is None else (*tensors, lora_up)))
+    known = tuple(map(runtime.address, tensors if lora_up is None else (*tensors, lora_up, lora_strength)))
     constants = zip(launches.constant, (*known, 0))  # 0: a lora_up that the kernel has and the layer hasn't
     run, allocated = _both(launches, ("x", "y", *launches.product), constants), runtime.allocator((*leading, n), dtype, x.device)
 
-    def launch(x, weight_scale, proj_down, addresses, lora_down=None):
+    def launch(x, weight_scale, proj_down, addresses, lora_down=None, lora_strength=None):
         source = x.data_ptr()
         if (addresses != known or x.dtype is not dtype or weight_scale.dtype is not dtype or x.get_device() != index or source % 16
                 or not x.is_contiguous()):
             return None
         y = allocated()
         if launches.product:
-            product = quantize_activation.multiplied(x.view(m, k), _down(proj_down, lora_down))
+            product = quantize_activation.multiplied(x.view(m, k), proj_down, lora_down, lora_strength)
             run(source, y.data_ptr(), *map(runtime.address, product))
         else:
             run(source, y.data_ptr())
@@ -335,7 +361,7 @@ def _steps_in_one_dtype(x, operands, kernels):
             lora_down = torch.cat((down.t(), lora_down[operands.proj_down.shape[1]:]))
         fused = fused._replace(proj_down=down, proj_up=pad(operands.proj_up, (0, missing)), lora_down=lora_down)
     q = quantize_activation.quantize(tokens, fused.smooth, fused.proj_down, fused.unsigned_from, kernels.storage, kernels.plans,
-                                     fused.lora_down, fused.lora)
+                                     fused.lora_down, fused.lora_strength, fused.lora)
     if kernels.wgmma:
         y = gemm_wgmma.gemm(kernels.tile, q, fused, tokens.shape[0])
     else:
@@ -356,9 +382,11 @@ def warn_once(message):
 @torch.library.custom_op("svdquant::linear", mutates_args=())
 def _svdquant_op(x: Tensor, weight: Tensor, weight_scale: Tensor, proj_down: Tensor, proj_up: Tensor, smooth: Tensor,
                  bias: Optional[Tensor], unsigned_from: int, act_bits: int, row_scale: Optional[Tensor], gelu_from: Optional[int],
-                 lora_down: Optional[Tensor], lora_up: Optional[Tensor], lora_ranks: Sequence[int], lora_part_rows: int) -> Tensor:
+                 lora_down: Optional[Tensor], lora_up: Optional[Tensor], lora_strength: Optional[Tensor], lora_ranks: Sequence[int],
+                 lora_part_rows: int) -> Tensor:
     return _svdquant_linear(x, LayerOperands(weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale,
-                                             gelu_from, lora_down, lora_up, LoRASizes(tuple(lora_ranks), lora_part_rows)))
+                                             gelu_from, lora_down, lora_up, lora_strength,
+                                             LoRASizes(tuple(lora_ranks), lora_part_rows)))
 
 
 @_svdquant_op.register_fake

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple, Optional
 
 import torch
+from torch.nn.functional import linear
 
 from . import kernel_loader, runtime
 from .activation_layout import BLOCK, RANK_BLOCK, ROWS, CodeStorage, padded
@@ -27,8 +28,9 @@ class Quantized(NamedTuple):
     """A quantized activation, the GEMMs' input. Mp is M padded to 16, G = K / 64; rows from M on hold zeros.
 
     act: the codes in the activation layout. act_scale: float32; for INT8 (2, Mp), one scale for the columns before `unsigned_from` and one
-    for the others; else (G, Mp). lora_act: (x @ proj_down) / lora_act_scale in the activation layout, then x @ lora_down^T likewise, where
-    each part of the LoRA begins with a new block. lora_act_scale: (Mp,) float32, powers of two, ones in bf16. Both are None without ranks.
+    for the others; else (G, Mp). lora_act: (x @ proj_down) / lora_act_scale in the activation layout, then x @ lora_down^T * lora_strength
+    likewise, where each part of the LoRA begins with a new block. lora_act_scale: (Mp,) float32, powers of two, ones in bf16. Both are None
+    without ranks.
     """
 
     act: torch.Tensor
@@ -37,11 +39,11 @@ class Quantized(NamedTuple):
     lora_act_scale: Optional[torch.Tensor]
 
 
-def quantize(x, smooth, proj_down, unsigned_from, storage, plans, lora_down=None, lora=NO_LORA):
+def quantize(x, smooth, proj_down, unsigned_from, storage, plans, lora_down=None, lora_strength=None, lora=NO_LORA):
     """Quantize x on a GPU. Returns Quantized.
 
     x: (M, K) bf16 or fp16; smooth: (K,), proj_down: (K, R), lora_down: as in LayerOperands, contiguous, in x's dtype; unsigned_from: as in
-    reference.py; storage: a CodeStorage; plans: as in launcher; lora: the LoRASizes.
+    reference.py; storage: a CodeStorage; plans: as in launcher; lora_strength: as in LayerOperands; lora: the LoRASizes.
     """
     m, k = x.shape
     rank = proj_down.shape[1]
@@ -51,9 +53,9 @@ def quantize(x, smooth, proj_down, unsigned_from, storage, plans, lora_down=None
     q = [None if o is None else torch.empty(o[0], dtype=o[1], device=x.device) for o in outputs(m, k, rank, storage, x.dtype, lora)]
     down = proj_down
     if plan.ranks < rank or lora.ranks:
-        down, *scale = multiplied(x, lora_down.t() if lora.ranks else proj_down)
+        down, *scale = multiplied(x, proj_down, lora_down, lora_strength)
         q[3:] = scale or q[3:]
-    launch(*map(runtime.address, (x, smooth, down, *q)))
+    launch(*map(runtime.address, (x, smooth, down, *q, *((lora_strength,) if lora.ranks else ()))))
     return Quantized(*q)
 
 
@@ -78,14 +80,18 @@ def output_bytes(m, k, ranks, storage, dtype, lora=NO_LORA):
 PRODUCT = {torch.bfloat16: ("proj_down",), torch.float16: ("proj_down", "lora_act_scale")}
 
 
-def multiplied(x, down):
-    """x @ down / lora_act_scale (M, R) by cuBLAS, and in fp16 lora_act_scale (Mp,). In bf16 the kernel writes its ones.
+def multiplied(x, proj_down, lora_down=None, lora_strength=None):
+    """x @ proj_down / lora_act_scale (M, R) by cuBLAS, with a LoRA x @ lora_down^T instead, and in fp16 lora_act_scale (Mp,). In bf16 the
+    kernel writes its ones, and multiplies the LoRA's ranks by their strengths.
 
-    x: (M, K); down: (K, R), with a LoRA lora_down^T.
+    x: (M, K); the others as in LayerOperands.
     """
     if x.dtype == torch.bfloat16:
-        return x @ down,
+        return x @ proj_down if lora_down is None else linear(x, lora_down),
+    down = proj_down if lora_down is None else lora_down.t()
     lora_act = x.float() @ down.float()  # tf32 is exact here: it has fp16's 11 significant bits
+    if lora_down is not None:
+        lora_act[:, proj_down.shape[1]:] *= lora_strength
     peak = lora_act.abs().amax(dim=-1)
     scale = torch.exp2(torch.ceil(torch.log2(peak / PEAK))).clamp(min=1)
     scale = torch.where(peak.isfinite(), scale, torch.ones_like(scale))
@@ -96,7 +102,8 @@ def multiplied(x, down):
 def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, pdl=False, lora=NO_LORA):
     """(a function that launches the kernel, the Plan that it runs), for inputs of this shape with rows `stride` elements apart.
 
-    The function takes the addresses of (x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale). If the Plan has fewer ranks than
+    The function takes the addresses of (x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale), and of lora_strength if there is a
+    LoRA. If the Plan has fewer ranks than
     `rank`, or if there is a LoRA, multiplied() replaces proj_down.
     plans: of plans_for, the fastest first; the first one whose clusters fit on the GPU runs. Raises ValueError if none fits.
     """
@@ -116,7 +123,7 @@ def launcher(m, k, rank, stride, unsigned_from, storage, plans, dtype, device, p
         raise ValueError(f"no cluster of a plan for ({m}, {k}), rank {rank} fits on this GPU")
     of_lora = (*lora.arguments[:2], rank + sum(lora.ranks)) if lora.ranks else ()
     sizes = m, k, rank, stride, unsigned_from, *of_lora, *(() if plan.warps else (plan.slots, plan.kept))
-    return kernel.launcher((plan.grid,), (plan.threads,), 7, sizes, pdl), plan
+    return kernel.launcher((plan.grid,), (plan.threads,), 7 + bool(lora.ranks), sizes, pdl), plan
 
 
 # --- The plans -------------------------------------------------------------------------------------------------------

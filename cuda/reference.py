@@ -97,10 +97,10 @@ def activated(y, gelu_from):
     return y
 
 
-def lora_product(x, lora_down, lora_up, lora, n):
+def lora_product(x, lora_down, lora_up, lora_strength, lora, n):
     """What LoRA factors add to a layer's n outputs: x (..., K), lora_down (sum of the ranks, K), lora_up as in LayerOperands, all in one
-    dtype -> (..., n). lora: their LoRASizes."""
-    lora_act = linear(x, lora_down).split(lora.ranks, dim=-1)
+    dtype -> (..., n). lora_strength: (sum of the ranks,) float32; lora: their LoRASizes."""
+    lora_act = (linear(x, lora_down) * lora_strength).to(x.dtype).split(lora.ranks, dim=-1)
     sizes = [(stop - start, rank) for (start, stop), rank in zip(lora.rows(n), lora.ranks)]
     ups = lora_up.split([rows * rank for rows, rank in sizes])
     return torch.cat([linear(act, up.view(size)) for act, up, size in zip(lora_act, ups, sizes)], dim=-1)
@@ -117,7 +117,8 @@ def svdquant_linear(x, operands, dtype=torch.float32):
     y += (tokens.to(dtype) @ operands.proj_down.to(dtype)) @ operands.proj_up.to(dtype).t()
     if operands.lora_up is not None:
         lora_down = operands.lora_down[operands.proj_up.shape[1]:]
-        y += lora_product(tokens.to(dtype), lora_down.to(dtype), operands.lora_up.to(dtype), operands.lora, y.shape[1])
+        y += lora_product(tokens.to(dtype), lora_down.to(dtype), operands.lora_up.to(dtype), operands.lora_strength, operands.lora,
+                          y.shape[1])
     if operands.bias is not None:
         y += operands.bias.to(dtype)
     return activated(y, operands.gelu_from).to(x.dtype).reshape(*x.shape[:-1], operands.weight.shape[0])

@@ -7,13 +7,8 @@ wrong that was right elsewhere. A wrong result excludes the kernel's choose.Kind
     an MLP in one pass -> its two layers                     awq.cu, gptq.cu, group_error.cu -> PyTorch
 
 ops.chosen() runs the tests of the kernels that it chose, each compiled kernel's own. A verdict is kept beside the compiled kernels for
-this GPU, driver, compiler and code of this pack (kernel_records.py), so that later processes only read a file.
-
-The problems have a fixed seed, both kinds of columns (signed and unsigned), and tails: of tokens, outputs, columns and ranks. Each bound is
-elementwise, and holds the roundings that the kernels' arithmetic allows and no more: half a unit in the last place of a 16-bit output, the
-fp32 sums, and codes whose value lies within a thousandth of the border between two. A swapped nibble, a wrong scale, or a sum that lacks a
-block is at least several times as far off; outputs are NaN before a launch, so that an element that isn't written fails too. Each kernel
-runs REPEATS times and must return the same bits, which a race usually doesn't.
+this GPU, driver, compiler and code of this pack (kernel_records.py), so that later processes only read a file. self_test_problems.py has
+the problems.
 
 The test can't catch a kernel that ends in a CUDA error, such as an illegal instruction or an access outside its memory: such an error
 makes every later call of the process fail. There is no test while a CUDA graph is captured, where other work is an error, nor without
@@ -30,28 +25,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
-from . import awq, compiler, gemm_mma, gemm_wgmma, int4, kernel_loader, kernel_records, quantize_activation, reference, runtime, targets
-from .activation_layout import BLOCK, RANK_BLOCK, ROWS, CodeStorage, lay_out_codes, lay_out_lora_act, padded, read_codes, read_lora_act
+from . import awq, compiler, gemm_mma, gemm_wgmma, kernel_loader, kernel_records, quantize_activation, targets
+from . import self_test_problems as problems
+from .activation_layout import RANK_BLOCK, padded
 from .choose import AWQKernel, Kind, MLPKernels
-from .errors import KernelsUnavailable
-from .int4 import GELU_SHIFT, GROUP_SIZE
-from .operands import NO_LORA, PART_ROWS, LayerOperands, LoRASizes
-from .quantize_activation import Quantized
+from .operands import NO_LORA
+from .self_test_problems import LORA
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "SVDQUANT_SELF_TEST"  # environment variable: 0 never
-REPEATS = 3
-SUMS = 2.0**-17     # the largest error of an fp32 sum, here or in a kernel, relative to the sum of the terms' magnitudes
-BORDER = 0.501      # the largest distance of a code from its value. fp32 changes a value of up to 127 by less than 1e-4
-GELU_ERROR = 1.01 * 2.0**-12  # the largest error of the kernels' GELU before rounding, relative to its input; its slope is at most 1.13
-# A GEMM's problem. M exceeds the largest tile of tokens, N the widest pair of tiles, K the longest ring of blocks, which it enters twice.
-TOKENS, OUTPUTS, INPUTS, RANK = 256 + 19, 2 * 192 + 16, 13 * BLOCK + 64, 48
-# A LoRA of two parts of outputs. The ranks of the first part lie in every tile's ring at once, those of the second in no tile's.
-LORA = LoRASizes((40, 12 * RANK_BLOCK + 8), PART_ROWS)
-QUANTIZED_TOKENS = 32 + 5  # tokens of a quantize kernel's problem: two tiles of 16 or one of 32, and a part of one
 
 _failed = {}    # {index of a GPU: frozenset of Kinds}
 _verdicts = {}  # {a record's path: whether the kernel passed}
@@ -59,8 +43,6 @@ _quantizer = {}  # {(source, index of a GPU): the same, for the quantizer's kern
 skipped = threading.Event()  # set when a kernel was chosen whose test could not run
 _locks = {}     # {a record's path: a lock}, so that a kernel is tested once while other threads test others
 _adding = threading.Lock()
-_making = threading.Lock()
-_problems = {}
 
 
 # --- Verdicts --------------------------------------------------------------------------------------------------------
@@ -172,7 +154,7 @@ def _tests(kernels, layer, device, run):
     target = targets.for_device(device)
     if isinstance(kernels, AWQKernel):
         yield Test(Kind(awq.SOURCE), (awq.SOURCE, awq.defines_of(layer.dtype, kernels.tiles)),
-                   functools.partial(_awq_is_right, kernels.tiles, layer.dtype, device), "modulation layers run through PyTorch")
+                   functools.partial(problems.awq_is_right, kernels.tiles, layer.dtype, device), "modulation layers run through PyTorch")
     elif isinstance(kernels, MLPKernels):
         first, second = layer
         storage, dtype = kernels.storage, first.dtype
@@ -184,7 +166,8 @@ def _tests(kernels, layer, device, run):
         for gelu in (False, True):
             yield _mma_test(storage, kernels.second_tile, target, dtype, device, gelu, NO_LORA)
         yield Test(Kind(gemm_mma.SOURCE, storage, True), (gemm_mma.SOURCE, defines),
-                   functools.partial(_mlp_is_right, kernels, plan, layer, device, run), "an MLP's two layers run one after the other")
+                   functools.partial(problems.mlp_is_right, kernels, plan, layer, device, run),
+                   "an MLP's two layers run one after the other")
     else:
         lora = LORA if layer.lora.ranks else NO_LORA
         _, test = _quantize_test(kernels, layer, kernels.rank, lora, device)
@@ -199,7 +182,7 @@ def _quantize_test(kernels, layer, rank, lora, device):
     source, _, defines = quantize_activation.variant(layer.dtype, kernels.storage, plan, bool(lora.ranks))
     slower = source == quantize_activation.REGISTERS_SOURCE
     return plan, Test(Kind(source, kernels.storage), (source, defines),
-                      functools.partial(_quantize_is_right, kernels.storage, plan, layer.k, rank, lora, layer.dtype, device),
+                      functools.partial(problems.quantize_is_right, kernels.storage, plan, layer.k, rank, lora, layer.dtype, device),
                       f"{quantize_activation.SOURCE} quantizes the activations, which is slower" if slower else THROUGH_PYTORCH)
 
 
@@ -214,348 +197,11 @@ def _gemm_test(kernels, layer, lora, device):
     lora = LORA if gemm_wgmma.takes_lora(kernels.rank, layer.lora) else NO_LORA
     return Test(Kind(gemm_wgmma.SOURCE, kernels.storage),
                 (gemm_wgmma.SOURCE, gemm_wgmma.defines_of(kernels.tile, layer.dtype, gelu, bool(lora.ranks))),
-                functools.partial(_wgmma_is_right, kernels.tile, layer.dtype, device, gelu, lora),
+                functools.partial(problems.wgmma_is_right, kernels.tile, layer.dtype, device, gelu, lora),
                 f"{gemm_mma.SOURCE} computes the 8-bit layers, which is slower")
 
 
 def _mma_test(storage, tile, target, dtype, device, gelu, lora):
     defines = gemm_mma.defines_of(storage, tile, target, dtype, gelu=gelu, lora=bool(lora.ranks))
     return Test(Kind(gemm_mma.SOURCE, storage), (gemm_mma.SOURCE, defines),
-                functools.partial(_mma_is_right, storage, tile, dtype, device, gelu, lora), THROUGH_PYTORCH)
-
-
-# --- Comparison ------------------------------------------------------------------------------------------------------
-
-
-def rounding(dtype):
-    """The largest relative error of rounding to a 16-bit type: half a unit in the last place."""
-    return torch.finfo(dtype).eps / 2 * 1.01
-
-
-def _poisoned(shape, dtype, device):
-    """A tensor in which every byte is 0xFF: -1, NaN in every float type."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    return torch.full((size,), 255, dtype=torch.uint8, device=device).view(dtype).view(shape)
-
-
-def _same_results(launch):
-    """launch()'s tensors, from poisoned memory each time; None if REPEATS launches don't return the same bits."""
-    first, *others = ([tensor.contiguous() for tensor in launch() if tensor is not None] for _ in range(REPEATS))
-    same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for other in others for a, b in zip(first, other, strict=True))
-    return first if same else None
-
-
-def _random(device, seed):
-    """Functions that return random numbers on the device: normal(*shape), uniform(*shape) in 0..1, whole(low, high, *shape) below high.
-    They are drawn on the CPU, so that every GPU has the same problems."""
-    g = torch.Generator().manual_seed(seed)
-    return (lambda *shape: torch.randn(shape, generator=g, dtype=torch.float32, device="cpu").to(device),
-            lambda *shape: torch.rand(shape, generator=g, dtype=torch.float32, device="cpu").to(device),
-            lambda low, high, *shape: torch.randint(low, high, shape, generator=g, dtype=torch.int64, device="cpu").to(device))
-
-
-def _kept(make):
-    """A decorator: problems stay until forget_problems(), since several kernels have the same one. Threads that need one wait for the one
-    that makes it."""
-    def get(*args):
-        with _making:
-            if (key := (make, *args)) not in _problems:
-                _problems[key] = make(*args)
-            return _problems[key]
-
-    return get
-
-
-def forget_problems():
-    """Release the problems' memory on the GPU, a few megabytes."""
-    with _making:
-        _problems.clear()
-
-
-def _matmul(a, b):
-    """a @ b in float64. On the CPU: cuBLAS takes longer to start than all the tests together."""
-    return (a.cpu().double() @ b.cpu().double()).to(a.device)
-
-
-def _within(estimate, exact, bound):
-    return bool(((estimate - exact).abs() <= bound).all())  # false for NaN
-
-
-# --- The quantize kernels --------------------------------------------------------------------------------------------
-
-
-class Tokens(NamedTuple):
-    """A quantize kernel's problem."""
-
-    x: torch.Tensor       # (M, K)
-    smooth: torch.Tensor  # (K,)
-    unsigned_from: int
-    values: torch.Tensor  # (M, G, 64) float32: smoothed and shifted
-    scales: torch.Tensor  # (M, G) float32
-
-
-@_kept
-def _tokens(k, act_bits, dtype, device):
-    """Tokens with a few large columns and smoothing factors over six octaves; from half of the columns on, outputs of a GELU."""
-    normal, uniform, _ = _random(device, k)
-    unsigned_from = k // 2 // GROUP_SIZE * GROUP_SIZE
-    x = normal(QUANTIZED_TOKENS, k)
-    x[:, ::61] *= 20
-    x = reference.activated(x, unsigned_from).to(dtype)
-    smooth = torch.exp2(uniform(k) * 6 - 3).to(dtype)
-    _, scales = reference.quantize_activation(x, smooth, unsigned_from, act_bits)
-    values = x.float()
-    values[:, unsigned_from:] += GELU_SHIFT
-    return Tokens(x, smooth, unsigned_from, (values / smooth.float()).unflatten(1, (-1, GROUP_SIZE)), scales)
-
-
-def _quantize_is_right(storage, plan, k, rank, lora, dtype, device):
-    """Whether the kernel of a Plan for K columns and `rank` ranks is right, on fewer tokens. A persistent plan has one cluster, which
-    loops."""
-    k -= GROUP_SIZE if k % BLOCK == 0 and k > BLOCK else 0  # as many blocks, half of the last one
-    case, (normal, *_), m = _tokens(k, 8 if storage == CodeStorage.INT8 else 4, dtype, device), _random(device, rank), QUANTIZED_TOKENS
-    down, product = normal(k, rank).div_(k**0.5).to(dtype), normal(m, sum(lora.ranks)).to(dtype)
-    exact = _matmul(case.x, down)
-    plan = plan._replace(grid=plan.ctas * (1 if plan.loop else -(-m // (16 * plan.tiles))))
-    launch, _ = quantize_activation.launcher(m, k, rank, k, case.unsigned_from, storage, (plan,), dtype, device, lora=lora)
-    multiplied = plan.ranks < rank or lora.ranks  # then the kernel takes the product of x with all ranks
-    factor = torch.cat((exact.to(dtype), product), dim=1) if multiplied else down
-
-    def run():
-        q = [output and _poisoned(*output, device) for output in quantize_activation.outputs(m, k, rank, storage, dtype, lora)]
-        if dtype == torch.float16 and multiplied:
-            q[3] = pad(torch.ones(m, dtype=torch.float32, device=device), (0, -m % ROWS))  # comes with the product, which is small
-        launch(*map(runtime.address, (case.x, case.smooth, factor, *q)))
-        return q
-
-    q = _same_results(run)
-    if q is None or not _codes_are_right(q, case, storage):
-        return False
-    bound = exact.abs() * rounding(dtype) + _matmul(case.x.abs(), down.abs()) * SUMS + 2.0**-25
-    return not rank and not lora.ranks or _lora_act_is_right(q, (exact, *product.double().split(lora.ranks, dim=1)), bound)
-
-
-def _codes_are_right(q, case, storage):
-    """Whether codes, scales and their padding are right."""
-    (m, k), first = case.x.shape, case.unsigned_from
-    codes, scales = read_codes(q[0], storage, (padded(m, ROWS), padded(k, BLOCK))), q[1]
-    if storage == CodeStorage.INT4_NIBBLES:
-        codes[:, :first] = (codes[:, :first] ^ 8) - 8
-    if storage == CodeStorage.INT8:
-        low, high, scales = -int4.INT8_MAX, int4.INT8_MAX, scales[[0] * (first // GROUP_SIZE) + [1] * ((k - first) // GROUP_SIZE)]
-    else:
-        signed = (torch.arange(k, device=codes.device) < first).view(-1, GROUP_SIZE)
-        low, high = torch.where(signed, int4.SIGNED_MIN, 0), torch.where(signed, int4.SIGNED_MAX, int4.UNSIGNED_MAX)
-    if codes[m:].any() or codes[:, k:].any() or scales[:, m:].any():
-        return False
-    scales, groups = scales[:, :m].t(), case.values
-    # Where a group's largest and smallest value have equal magnitudes up to fp32's rounding, either may get code -8.
-    tied = (groups.amax(dim=-1) + groups.amin(dim=-1)).abs() < 1e-6 * groups.abs().amax(dim=-1)
-    expected = torch.where(tied & (storage != CodeStorage.INT8), case.scales.copysign(scales), case.scales)
-    nearest = (groups / scales.unsqueeze(-1)).clamp(low, high)
-    return (_within(scales, expected, expected.abs() * 1e-6)
-            and _within(codes[:m, :k].view_as(nearest), nearest, BORDER))
-
-
-def _lora_act_is_right(q, parts, bound):
-    """parts: the exact lora_act of the layer's own ranks, to within `bound`, and of a LoRA's parts, which the kernel only lays out; each
-    begins with a new block of ranks."""
-    m, rows, scale = len(bound), q[2], q[3][:len(bound), None]
-    for exact in parts:
-        blocks = -(-exact.shape[1] // RANK_BLOCK)
-        if blocks:
-            read = read_lora_act(rows[:blocks], (rows.shape[1], RANK_BLOCK * blocks))
-            if read[m:].any() or read[:, exact.shape[1]:].any() or not _within(read[:m, :exact.shape[1]] * scale, exact, bound):
-                return False
-        rows, bound = rows[blocks:], bound.new_zeros(())
-    return not q[3][m:].any()
-
-
-# --- The GEMMs -------------------------------------------------------------------------------------------------------
-
-
-class Product(NamedTuple):
-    """A GEMM's problem."""
-
-    q: Quantized
-    operands: LayerOperands
-    exact: torch.Tensor  # (M, N) float64, without GELU
-    sums: torch.Tensor   # (M, N) float64: the bound of the error before the output is rounded
-
-
-@_kept
-def _product(storage, unsigned_from, dtype, lora, device):
-    """All sixteen weight codes, scales that are exact in every kernel, and a LoRA branch and a LoRA that pick columns of x, so that their
-    activations are exact too."""
-    normal, _, whole = _random(device, unsigned_from)
-    m, n, k, groups = TOKENS, OUTPUTS + lora.part_rows, INPUTS, INPUTS // GROUP_SIZE
-    x = normal(m, k)
-    x[:, unsigned_from:].abs_()
-    x = x.to(dtype)
-    act_bits = 8 if storage == CodeStorage.INT8 else 4
-    # The products of 4-bit row scales and integers up to 16 have eight bits.
-    row_scale = whole(8, 16, n) * torch.exp2(whole(-12, -9, n).float())
-    integers = whole(1, 16, groups, n) * (1 - 2 * whole(0, 2, groups, n))
-    columns = torch.randperm(k, generator=torch.Generator().manual_seed(0), device="cpu")[:RANK + sum(lora.ranks)]
-    picked = torch.nn.functional.one_hot(columns, k).to(device, dtype)  # (ranks, K)
-    columns = columns.to(device)
-    operands = LayerOperands(int4.pack(whole(-8, 8, n, k)), (integers * row_scale).to(dtype), picked[:RANK].t().contiguous(),
-                             normal(n, RANK).to(dtype), torch.ones(k, dtype=dtype, device=device), normal(n).to(dtype), unsigned_from,
-                             act_bits, row_scale if act_bits == 8 else None)
-    if lora.ranks:
-        size = sum((stop - start) * rank for (start, stop), rank in zip(lora.rows(n), lora.ranks))
-        operands = operands._replace(lora_down=picked, lora_up=normal(size).div_(4).to(dtype), lora=lora)
-
-    codes, scales = reference.quantize_activation(x, operands.smooth, unsigned_from, act_bits)
-    first_and_last = scales[:, [0, -1]] * torch.tensor([unsigned_from > 0, unsigned_from < k], device=device)
-    act_scale = pad((first_and_last if act_bits == 8 else scales).t(), (0, -m % ROWS)).contiguous()
-    # In fp16 every other token's lora_act is scaled down.
-    lora_act, lora_scale = x[:, columns].double(), torch.ones(padded(m, ROWS), dtype=torch.float32, device=device)
-    if dtype == torch.float16:
-        lora_scale[::2] = 2
-    parts = (lora_act / lora_scale[:m, None]).to(dtype).split([RANK, *lora.ranks], dim=1)
-    q = Quantized(lay_out_codes(codes, storage), act_scale, torch.cat([lay_out_lora_act(part) for part in parts]), lora_scale)
-
-    # reference.svdquant_linear of these codes, in float64
-    act = reference.scaled_codes(codes.double(), scales.double())
-    weight, up = reference.dequantize_weight(operands.weight, operands.weight_scale, torch.float64), operands.proj_up.double()
-    exact = _matmul(act, weight.t()) + _matmul(lora_act[:, :RANK], up.t()) + operands.bias.double()
-    if lora.ranks:
-        factors = (tensor.double().cpu() for tensor in (x, picked[RANK:], operands.lora_up))
-        exact += reference.lora_product(*factors, lora, n).to(device)
-    # By Cauchy and Schwarz the terms' magnitudes add up to at most the product of a token's and a weight row's norms.
-    up = up.norm(dim=1) + max((rank**0.5 for rank in lora.ranks), default=0)
-    sums = (torch.outer(act.norm(dim=1), weight.norm(dim=1)) + torch.outer(lora_act.norm(dim=1), up) + 4) * SUMS
-    if act_bits == 8 and 0 < unsigned_from < k:  # the first part's sum is rounded to units of the second part's scale
-        sums += 0.51 * torch.outer(scales[:, -1], row_scale)
-    return Product(q, operands, exact, sums)
-
-
-def _product_is_right(case, dtype, device, gelu_from, launch):
-    """Whether launch(y, q, operands) computes a Product; y comes poisoned."""
-    operands = case.operands._replace(gelu_from=gelu_from)
-
-    def run():
-        y = _poisoned(case.exact.shape, dtype, device)
-        launch(y, case.q, operands)
-        return y,
-
-    results = _same_results(run)
-    if results is None:
-        return False
-    exact, bound = case.exact, case.sums
-    if gelu_from is not None:
-        x, exact = exact[:, gelu_from:], reference.activated(exact.clone(), gelu_from)
-        bound = torch.cat((bound[:, :gelu_from], 1.13 * bound[:, gelu_from:] + GELU_ERROR * x.abs()), dim=1)
-    return _within(results[0], exact, bound + exact.abs() * rounding(dtype) + 2.0**-25)
-
-
-def _mma_is_right(storage, tile, dtype, device, gelu, lora):
-    """The border between the two parts lies within a block."""
-    return _product_is_right(_product(storage, 5 * BLOCK + 64, dtype, lora, device), dtype, device, 64 if gelu else None,
-                             lambda y, q, operands: gemm_mma.launch(y, storage, tile, q, operands))
-
-
-def _wgmma_is_right(tile, dtype, device, gelu, lora):
-    """A border between two blocks, or one part where two CTAs share K."""
-    case = _product(CodeStorage.INT8, 5 * BLOCK if tile[2] == 1 else INPUTS, dtype, lora, device)
-    return _product_is_right(case, dtype, device, 64 if gelu else None,
-                             lambda y, q, operands: gemm_wgmma.gemm(tile, q, operands, TOKENS, out=y))
-
-
-# --- The other kernels -----------------------------------------------------------------------------------------------
-
-
-def _awq_is_right(tiles, dtype, device):
-    """Outputs and tokens end within a CTA's."""
-    normal, uniform, whole = _random(device, tiles)
-    m, n, k = 8 * tiles + 3, 2 * awq.ROWS + 16, 9 * GROUP_SIZE
-    weight, scale = int4.pack(whole(0, 16, n, k)), torch.exp2(uniform(9, n) * 2 - 6)
-    x, scale, zeros, bias = (tensor.to(dtype) for tensor in (normal(m, k), scale, normal(9, n) / 10, normal(n)))
-    exact = _matmul(x, reference.dequantize_awq(weight, scale, zeros, torch.float64).t()) + bias.double()
-    parts = (reference.dequantize_awq(weight, scale, torch.zeros_like(zeros), torch.float64).abs()
-             + zeros.double().abs().t().repeat_interleave(GROUP_SIZE, dim=1))
-    launch = awq.launcher(tiles, m, n, dtype, device)
-
-    def run():
-        y = _poisoned((m, n), dtype, device)
-        launch(*map(runtime.address, (x, weight, scale, zeros, bias, y)), m, n, k, k)
-        return y,
-
-    results, bound = _same_results(run), exact.abs() * rounding(dtype) + _matmul(x.abs(), parts.t()) * SUMS + 2.0**-24
-    return results is not None and _within(results[0], exact, bound)
-
-
-def _random_layer(n, k, rank, unsigned_from, dtype, random):
-    normal, uniform, whole = random
-    scale, smooth = torch.exp2(uniform(k // GROUP_SIZE, n) * 2 - 7), torch.exp2(uniform(k) * 2 - 1)
-    floats = [tensor.to(dtype) for tensor in (scale, normal(k, rank).div_(k**0.5), normal(n, rank), smooth, normal(n))]
-    return LayerOperands(int4.pack(whole(-8, 8, n, k)), *floats, unsigned_from)
-
-
-def _mlp_is_right(kernels, plan, layers, device, run):
-    """Whether an MLP in one pass equals the kernels of its two layers, which have passed their own tests: the codes between the layers to
-    the bit, and the second layer's x @ proj_down, whose terms are added in another order, to within its rounding."""
-    (first, second), dtype, storage = layers, layers[0].dtype, kernels.storage
-    m, n, hidden = gemm_mma.WIDE.tokens + 19, 2 * 64 + 16, quantize_activation.DEPTH * BLOCK * plan.ctas
-    random = _random(device, kernels.tile.rows * kernels.tile.tokens)  # no other tile's results lie in memory
-    one = _random_layer(hidden, first.k, first.rank, first.k, dtype, random)._replace(gelu_from=0)
-    two = _random_layer(n, hidden, second.rank, 0, dtype, random)
-    x = random[0](m, first.k).to(dtype)
-    small = plan._replace(grid=plan.ctas * -(-m // (16 * plan.tiles)))
-
-    def quantized(x, layer, plan):
-        return quantize_activation.quantize(x, layer.smooth, layer.proj_down, layer.unsigned_from, storage, (plan,))
-
-    def together():
-        if (y := run(kernels._replace(plans=(small,)), x, one, two)) is None:
-            raise KernelsUnavailable("The kernels of an MLP in one pass are unavailable.")
-        return y,
-
-    results = _same_results(together)
-    if results is None:
-        return False
-    hidden_states = gemm_mma.gemm(storage, kernels.second_tile, quantized(x, one, small), one, m)
-    _, small = quantize_activation.tile_plan(m, hidden, plan.ranks if first.rank == second.rank else 0, storage, targets.for_device(device),
-                                             targets.multiprocessors(device), plan.tiles, plan.ctas)
-    between = quantized(hidden_states, two, small)
-    expected = gemm_mma.gemm(storage, kernels.second_tile, between, two, m).double()
-    lora_act = read_lora_act(between.lora_act, (m, second.rank)).double() * between.lora_act_scale[:m, None]
-    # Its sum's error is at most SUMS of the terms' magnitudes, whose sum is at most sqrt(hidden) times their root sum of squares.
-    off = 2 * rounding(dtype) * lora_act.abs() + 2 * SUMS * hidden**0.5 * lora_act.abs().amax(dim=1, keepdim=True) + 2.0**-24
-    return _within(results[0], expected, 2 * rounding(dtype) * expected.abs() + _matmul(off, two.proj_up.abs().t()) + 2.0**-24)
-
-
-def group_error_is_right(group_error, device):
-    """Whether group_error.group_error computes what it says."""
-    normal, uniform, _ = _random(device, 0)
-    weight, energy = normal(37, 3, GROUP_SIZE), uniform(3, GROUP_SIZE)
-    steps = weight.abs().amax(-1) / int4.SIGNED_MAX * torch.where(uniform(37, 3) < 0.5, -0.8, 1.0)
-    exact_steps = steps.double().unsqueeze(-1)
-    codes = (weight / exact_steps).round().clamp(int4.SIGNED_MIN, int4.SIGNED_MAX)
-    exact = ((codes * exact_steps - weight).square() * energy).sum(-1)
-    results = _same_results(lambda: (group_error(weight, steps, energy),))
-    # A weight on the border between two codes has the same error with either.
-    return results is not None and _within(results[0], exact, exact * 1e-4)
-
-
-def round_block_is_right(round_block, device):
-    """Whether gptq.round_block's codes are the nearest ones to its targets, which follow from its codes: weight + pending / diagonal, with
-    the errors of all later columns in `pending`. With this many rows, one wrong factor moves some code."""
-    normal, uniform, whole = _random(device, 0)
-    n, b = 485, 2 * GROUP_SIZE
-    weight, steps, pending, groups = normal(n, b), uniform(n, 2) / 8 + 0.2, normal(n, b) / 8, whole(0, 2, b).int()
-    lower = torch.tril(normal(b, b) / 32, -1) + torch.diag(uniform(b) + 0.5)
-
-    def run():
-        codes = _poisoned((n, b), torch.int8, device)
-        return round_block(weight, pending, steps, 1 / steps, groups, lower, codes), codes
-
-    results = _same_results(run)
-    if results is None:
-        return False
-    lost, codes = results
-    steps = steps.double()[:, groups.long()]
-    exact, diagonal = weight - codes * steps, lower.double().diagonal()
-    nearest = (weight + (pending + _matmul(exact, torch.tril(lower, -1))) / diagonal) / steps
-    return _within(lost, exact, 1e-5) and _within(codes, nearest.clamp(int4.SIGNED_MIN, int4.SIGNED_MAX), BORDER)
+                functools.partial(problems.mma_is_right, storage, tile, dtype, device, gelu, lora), THROUGH_PYTORCH)

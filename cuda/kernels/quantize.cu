@@ -385,6 +385,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     float* act_scale,       // int8: (2 parts, Mp); else (K / 64, Mp)
     u16* lora_act,          // (blocks of 32 ranks, Mp, 32)
     float* lora_act_scale,  // (Mp)
+#if LORA
+    const float* lora_strength,  // (LoRAs' ranks), 16-byte aligned
+#endif
     int M, int K, int R, int stride,
     int unsigned_from,      // from this column on, x is shifted, and 4-bit codes are 0..15
 #if LORA
@@ -412,11 +415,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     cp_async_commit();
   }
 #if LORA
-  copy_lora_act(proj_down, {lora_eighths, lora_parts, 0}, product_ranks, lora_act, lora_act_scale, M, padded, R, first_row + rank, CTAS,
-                ROWS / CTAS, thread, THREADS);
+  copy_lora_act(proj_down, lora_strength, {lora_eighths, lora_parts, 0}, product_ranks, lora_act, lora_act_scale, M, padded, R,
+                first_row + rank, CTAS, ROWS / CTAS, thread, THREADS);
 #else
   if (RANKS == 0 && R > 0)
-    copy_lora_act(proj_down, R, lora_act, lora_act_scale, M, padded, R, first_row + rank, CTAS, ROWS / CTAS, thread, THREADS);
+    copy_lora_act(proj_down, nullptr, R, lora_act, lora_act_scale, M, padded, R, first_row + rank, CTAS, ROWS / CTAS, thread, THREADS);
 #endif
   Sums sums = {};
   Maxima row_max = {};

@@ -84,31 +84,48 @@ DEVICE void store_lora_act(const float (&value)[8], int piece, int row, bool exi
   }
 }
 
+// Eight 16-bit numbers, each times its factor.
+DEVICE uint4 multiply_eight(uint4 v, const float* factors) {
+  u32* const words = (u32*)&v;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 value = to_float2(words[i]), factor = *(const float2*)(factors + 2 * i);
+    words[i] = from_float2(value.x * factor.x, value.y * factor.y);
+  }
+  return v;
+}
+
 // For ranks that cuBLAS has multiplied: stores rows first, first + step, .. of an (M, R) product, with rows `pitch` apart, in the
 // activation layout. This is `thread` of `threads`, which share the work. scale: where to write lora_act_scale, which is 1 in bf16; null
-// if it is written elsewhere, as always in fp16.
-DEVICE void copy_lora_act(const u16* product, int pitch, u16* lora_act, float* scale, int M, int padded, int R, int first, int step,
-                          int count, int thread, int threads) {
+// if it is written elsewhere, as always in fp16. strength: a factor per rank, or null for ones.
+DEVICE void copy_lora_act(const u16* product, const float* strength, int pitch, u16* lora_act, float* scale, int M, int padded, int R,
+                          int first, int step, int count, int thread, int threads) {
   const int pieces = (R + 31) / 32 * 4;
 #pragma unroll 1
   for (int i = thread; i < count * pieces; i += threads) {
     const int row = first + i / pieces * step, piece = i % pieces;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (row < M && piece * 8 < R) v = *(const uint4*)(product + (size_t)row * pitch + piece * 8);
+    if (row < M && piece * 8 < R) {
+      v = *(const uint4*)(product + (size_t)row * pitch + piece * 8);
+      if (strength) v = multiply_eight(v, strength + piece * 8);
+    }
     if (!HALF && scale && piece == 0 && row < padded) scale[row] = row < M;
     if (row < padded) *(uint4*)(lora_act + ((size_t)(piece >> 2) * padded + row) * 32 + (piece & 3 ^ row >> 1 & 3) * 8) = v;
   }
 }
 
 #if LORA
-// The same for a product that also has LoRAs' ranks, after the branch's R. Their blocks follow the branch's too.
-DEVICE void copy_lora_act(const u16* product, const LoraRanks& ranks, int pitch, u16* lora_act, float* scale, int M, int padded, int R,
-                          int first, int step, int count, int thread, int threads) {
+// The same for a product that also has LoRAs' ranks, after the branch's R. Their blocks follow the branch's too. strength: of the LoRAs'
+// ranks. In fp16 the product has it already.
+DEVICE void copy_lora_act(const u16* product, const float* strength, const LoraRanks& ranks, int pitch, u16* lora_act, float* scale, int M,
+                          int padded, int R, int first, int step, int count, int thread, int threads) {
 #pragma unroll 1
   for (int part = -1, rank = R; ; rank = ranks.rank_of(part)) {
-    copy_lora_act(product, pitch, lora_act, scale, M, padded, rank, first, step, count, thread, threads);
+    copy_lora_act(product, HALF || part < 0 ? nullptr : strength, pitch, lora_act, scale, M, padded, rank, first, step, count, thread,
+                  threads);
     if (++part == ranks.parts) break;
     product += rank, lora_act += (size_t)((rank + 31) / 32) * padded * 32;
+    if (part > 0) strength += rank;
   }
 }
 #endif

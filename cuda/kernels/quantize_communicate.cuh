@@ -79,11 +79,12 @@ DEVICE void add_and_store_lora_act(const Work& w, int first_row, int slot, int l
 DEVICE void finish(const Work& w, int tile, int slot, int parity, int lane) {
   const int first_row = tile * ROWS, row_max = ROW_MAX + slot * MAX_BYTES;
 #if LORA
-  copy_lora_act(w.proj_down, w.lora, w.product_ranks, w.lora_act, w.lora_act_scale, w.M, w.padded, w.R, first_row + w.rank, CTAS,
-                w.own_rows, lane, 32);
+  copy_lora_act(w.proj_down, w.lora_strength, w.lora, w.product_ranks, w.lora_act, w.lora_act_scale, w.M, w.padded, w.R,
+                first_row + w.rank, CTAS, w.own_rows, lane, 32);
 #else
   if (!RANKS && w.R > 0)
-    copy_lora_act(w.proj_down, w.R, w.lora_act, w.lora_act_scale, w.M, w.padded, w.R, first_row + w.rank, CTAS, w.own_rows, lane, 32);
+    copy_lora_act(w.proj_down, nullptr, w.R, w.lora_act, w.lora_act_scale, w.M, w.padded, w.R, first_row + w.rank, CTAS, w.own_rows, lane,
+                  32);
 #endif
   w.max_ready(slot).wait(parity);
   if (LOOP && lane == 0) w.max_ready(slot).arrive_expect(MAX_BYTES);  // for the round after next

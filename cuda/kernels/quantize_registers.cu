@@ -328,6 +328,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
     float* act_scale,       // (2 parts, Mp)
     u16* lora_act,          // (blocks of 32 ranks, Mp, 32)
     float* lora_act_scale,  // (Mp)
+#if LORA
+    const float* lora_strength,  // (LoRAs' ranks), 16-byte aligned
+#endif
     int M, int K, int R, int stride,
     int unsigned_from       // from this column on, x is shifted
 #if LORA
@@ -344,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) CLUSTER quant
   const Work w{x, smooth, proj_down, act, act_scale, lora_act, lora_act_scale, M, K, R, stride, unsigned_from, memory, base, rank, padded,
                own_rows, own_rows * RANKS * 4 * (u32)CTAS
 #if LORA
-               , {lora_eighths, lora_parts, 0}, product_ranks
+               , lora_strength, {lora_eighths, lora_parts, 0}, product_ranks
 #endif
   };
   if (thread == 0) w.init_barriers();

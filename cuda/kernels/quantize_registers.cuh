@@ -55,6 +55,7 @@ struct Work {
   int own_rows;  // number of rows of a tile that this CTA finishes: rows rank, rank + CTAS, ..
   u32 own_bytes; // bytes that these rows receive
 #if LORA
+  const float* lora_strength;
   LoraRanks lora;
   int product_ranks;  // number of columns of the product, the LoRAs' included
 #endif

@@ -2,7 +2,7 @@
 
 comfy.lora.calculate_weight applies a patch (patches.py) to a dense weight. Here the same difference becomes a few 16-bit terms:
 
-    LoRA                     its own two factors
+    LoRA                     its own two factors, and its strength as a number
     DoRA over outputs        its factors, and a gain per row
     LoKr                     its Kronecker product, never multiplied out
     a scaled weight          a gain
@@ -41,15 +41,18 @@ def check(layer_name, layer, parameter, value, strength_model, offset):
         _Sketch(layer_name, layer, torch.device("meta"), {}).add_factors(value, 1.0, offset)
 
 
-def build(key, layer, patches, device, cache):
+def build(key, layer, patches, device, cache, in_place=False):
     """(LoRABranch or None, [(kind, how)]) for a packed layer.
 
     patches: ComfyUI's, in order; device: where to compute; cache: {identity of a patch: (low-rank factors, the patch's value)}, most
-    recently used last, so that another strength needs no new SVD. Raises ValueError if a patch does not fit the layer.
+    recently used last, so that another strength needs no new SVD; in_place: where only strengths differ from those of the layer's branch,
+    that branch takes them and is returned. Raises ValueError if a patch does not fit the layer.
     """
     sketch = _Sketch(key, layer, device, cache)
     for entry in patches:
         sketch.add(*patch_of(entry))
+    if in_place and sketch.changes_strengths():
+        return layer.lora_branch, sketch.notes
     branch, home = sketch.branch(), layer.weight.device
     return branch if branch is None or home == device else branch.to(home), sketch.notes
 
@@ -80,10 +83,16 @@ class _Sketch:
     def branch(self):
         """The LoRABranch, or None if the patches change nothing."""
         own = self.layer.spec.rank if self.layer.takes_lora else 0
-        kept, before = (self.terms, self.shape, self.layer.lora_dtype, self.device, own), self.layer.lora_branch
+        kept = self.terms, self.shape, self.layer.lora_dtype, self.device, own
         if self.gain is not None:
-            return LoRABranch.of(*kept, self.gain[:, 0], self.layer.gelu_shift_correction(self.device), before)
-        return LoRABranch.of(*kept, before=before) if self.terms else None
+            return LoRABranch.of(*kept, self.gain[:, 0], self.layer.gelu_shift_correction(self.device))
+        return LoRABranch.of(*kept) if self.terms else None
+
+    def changes_strengths(self):
+        """Whether only strengths differ from those of the layer's branch, which then has them."""
+        branch = self.layer.lora_branch
+        return (branch is not None and self.gain is None
+                and branch.take_strengths(self.terms, self.layer.out_features, self.layer.lora_dtype))
 
     def weight(self):
         """(N, K) float32: the layer's dense weight with the patches so far."""
@@ -91,7 +100,7 @@ class _Sketch:
         if self.gain is not None:
             weight *= self.gain
         for term in self.terms:
-            weight[slice(*term.rows), slice(*term.cols)] += term.dense()
+            weight[slice(*term.rows), slice(*term.cols)] += term.dense(self.device)
         return weight
 
     def add(self, strength, value, strength_model, offset, function):
@@ -143,11 +152,11 @@ class _Sketch:
             raise self.misfit(f"a weight of {list(adapter.reshape)}")
         if adapter.mid is not None:
             return None
-        up, down = adapter.up.flatten(1).to(self.device), adapter.down if adapter.down.ndim == 2 else adapter.down.flatten(1)
+        up, down = (factor if factor.ndim == 2 else factor.flatten(1) for factor in (adapter.up, adapter.down))
         if (up.shape[0], down.shape[1]) != (n, k):
             raise self.misfit(f"{[up.shape[0], down.shape[1]]} in place of {[n, k]}")
         scale = 1.0 if adapter.alpha is None else adapter.alpha / down.shape[0]
-        dora, up = adapter.dora_scale, up.float()
+        dora = adapter.dora_scale
         if dora is not None:
             if dora.shape[0] != n or cols != (0, self.shape[1]):
                 return None
@@ -155,8 +164,8 @@ class _Sketch:
             norm = self.weight()[slice(*rows)].norm(dim=1, keepdim=True) + torch.finfo(torch.float32).eps
             gain = self.floats(dora.reshape(n, 1))[0] / norm
             self.scale(rows, cols, 1 + strength * (gain - 1))
-            up = up * gain
-        self.terms.append(LowRank(rows, cols, up * (strength * scale), down))
+            up = self.floats(up)[0] * gain
+        self.terms.append(LowRank(rows, cols, up, down, strength * scale))
         return EXACT
 
     def add_lokr(self, adapter, strength, rows, cols):
@@ -196,7 +205,7 @@ class _Sketch:
             # Keeping `value` keeps Python from reusing the ids of its tensors.
             self.cache[what] = (*(factor.to(self.layer.spec.dtype).cpu() for factor in factors), value)
         up, down = self.cache[what][:2]
-        self.terms.append(LowRank(rows, cols, self.floats(up)[0] * strength, down))
+        self.terms.append(LowRank(rows, cols, up, down, strength))
         return up.shape[1]
 
     def applied(self, weight, strength, value, offset, function):

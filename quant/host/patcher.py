@@ -170,9 +170,9 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # --- loading and unloading -------------------------------------------------------------------------------------
 
-    def _branch(self, key, layer, entries, notes):
-        """The LoRABranch of patches `entries`, or None; lora.build's notes are appended to `notes`."""
-        branch, more = lora.build(key, layer, entries, self.load_device, self.model.svdquant_decomposed)
+    def _branch(self, key, layer, entries, notes, in_place=False):
+        """The LoRABranch of patches `entries`, or None; lora.build's notes are appended to `notes`. in_place: as in lora.build."""
+        branch, more = lora.build(key, layer, entries, self.load_device, self.model.svdquant_decomposed, in_place)
         notes.extend(more)
         return branch
 
@@ -186,15 +186,19 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         """Give every packed layer the LoRA branch of this patcher's patches, on the layer's own device, unless it has it."""
         if self.model.svdquant_attached == self.patches_uuid:
             return
-        notes, layers = [], self.packed_layers()
+        notes, layers, new = [], self.packed_layers(), False
+        own = not self.model.svdquant_unhooked  # a hook's branch comes back as it was
         for name, layer in layers.items():
             key = f"{PREFIX}{name}.weight"
-            layer.set_lora_branch(self._branch(key, layer, self.patches[key], notes) if key in self.patches else None)
+            branch = self._branch(key, layer, self.patches[key], notes, in_place=own) if key in self.patches else None
+            if branch is not layer.lora_branch:
+                layer.set_lora_branch(branch)
+                new = new or branch is not None
         for oldest in list(self.model.svdquant_decomposed)[:-CACHED_SVDS * len(layers)]:
             del self.model.svdquant_decomposed[oldest]
         self.model.svdquant_attached = self.patches_uuid
         self._log(notes)
-        if any(layer.lora_branch for layer in layers.values()):  # LoRAs take kernels of their own, compiled while the model is moved
+        if new:  # LoRAs take kernels of their own, compiled while the model is moved
             warm_up(self.model.diffusion_model, self.load_device, self.model.get_dtype(), family_of(self.model).tokens)
 
     def _load_list(self, *args, **kwargs):

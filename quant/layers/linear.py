@@ -171,8 +171,8 @@ class SVDQuantLinear(BranchedLinear):
     def forward(self, x):
         if ops.plain(x) and (known := self._launches.get(x.shape)) is not None:
             branch, y = self._modules.get("lora_branch"), None
-            if not self.bias_function and (branch is None or branch.gain is None):
-                others = branch is not None and len(branch.terms) > 0
+            if not self.bias_function and (branch is None or not branch.has_gain):
+                others = branch is not None and branch.has_terms
                 gelu_from = None if self.gelu_from is None or others else self.activates_from()  # few layers have one
                 y = self._launched(x, gelu_from, branch, *known)
             if y is not None:
@@ -190,9 +190,11 @@ class SVDQuantLinear(BranchedLinear):
             return None
         addresses = (proj_down.data_ptr(), p["weight"].data_ptr(), weight_scale.data_ptr(), p["weight_smooth_factor"].data_ptr(),
                      0 if c is None else c.address, p["weight_proj_up"].data_ptr(), 0 if bias is None else bias.data_ptr())
-        if branch is None or branch.lora_up is None:
+        factors = None if branch is None else branch._buffers  # a module finds attributes of its own kinds slowly
+        if factors is None or (up := factors["lora_up"]) is None:
             return launch(x, weight_scale, proj_down, addresses)
-        return launch(x, weight_scale, proj_down, (*addresses, branch.lora_up.data_ptr()), branch.lora_down)
+        strength = factors["lora_strength"]
+        return launch(x, weight_scale, proj_down, (*addresses, up.data_ptr(), strength.data_ptr()), factors["lora_down"], strength)
 
     def bits(self, device):
         """4 or 8: act_bits, or what they stand for on `device`."""
@@ -215,7 +217,7 @@ class SVDQuantLinear(BranchedLinear):
         """Whether the tensors of a call are the layer's own, rather than copies of them."""
         branch = self.lora_branch
         return (all(tensor is self._parameters[name] for name, tensor in p.items())
-                and (not lora or lora[0] is branch.lora_down and lora[1] is branch.lora_up))
+                and (not lora or lora[0] is branch.lora_down and lora[1] is branch.lora_up and lora[2] is branch.lora_strength))
 
     @property
     def lora_dtype(self):

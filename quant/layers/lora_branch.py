@@ -6,7 +6,8 @@ A term reads a range of the columns and adds to a range of the rows, so that a L
 a joined linear, costs no more than its own size. `gain` is a factor per row. It is rare: DoRA and nodes that scale weights need it.
 
 The ranks of plain LoRAs are joined in one pair of factors (joined()), which a W4A4 layer's kernels take beside the layer's own low-rank
-branch. Other terms are added to the layer's output.
+branch. The factors are the LoRAs' own numbers; each rank has a strength besides, so that a change of strengths alone rounds nothing again
+and copies a few numbers (take_strengths). Other terms are added to the layer's output.
 
 N outputs, K inputs of the layer; n, k those of a term; parts as in cuda/operands.py's LoRASizes.
 """
@@ -41,28 +42,45 @@ class Term(torch.nn.Module):
 
     def scaled(self, rows, factor):
         """The term with the layer's `rows` multiplied by `factor`, a number or (stop - start, 1)."""
-        start, stop = max(rows[0], self.rows[0]), min(rows[1], self.rows[1])
-        if start >= stop:
-            return self
         first, *rest = self.factors()
-        first = first.clone()
-        first[start - self.rows[0]:stop - self.rows[0]] *= (
-            factor if isinstance(factor, (int, float)) else factor[start - rows[0]:stop - rows[0]])
-        return type(self)(self.rows, self.cols, first, *rest)
+        return type(self)(self.rows, self.cols, _with_rows_scaled(first, self.rows, rows, factor), *rest)
 
 
-class LowRank(Term):
-    """up (n, R), down (R, k). Their dtypes and devices may differ. `down` is a LoRA's own tensor, and strengths are factors of `up` alone,
-    so that a branch with the same LoRAs at other strengths needs no other `down`."""
+class LowRank(NamedTuple):
+    """A term strength * up @ down, before it is joined with others: a LoRA's own tensors up (n, R), down (R, k), of any dtypes and on any
+    devices. rows, cols: as of Term."""
 
-    names = ("up", "down")
+    rows: tuple
+    cols: tuple
+    up: torch.Tensor
+    down: torch.Tensor
+    strength: float = 1.0
 
-    def dense(self):
-        return self.up.float() @ self.down.to(self.up.device).float()
+    def dense(self, device=None):
+        up, down = (factor.to(device or self.up.device).float() for factor in (self.up, self.down))
+        return self.strength * up @ down
 
-    def balanced(self, dtype):
-        """(up, down) of the same product, which `dtype` can hold: in fp16 both are of the same size, in bf16 any size will do."""
-        return _balanced(self.up.float(), self.down.to(self.up.device).float()) if dtype == torch.float16 else (self.up, self.down)
+    def scaled(self, rows, factor):
+        """As Term.scaled."""
+        if isinstance(factor, (int, float)) and rows[0] <= self.rows[0] and self.rows[1] <= rows[1]:
+            return self._replace(strength=self.strength * factor)
+        up = self.up if isinstance(factor, (int, float)) else self.up.to(factor.device)
+        return self._replace(up=_with_rows_scaled(up.float(), self.rows, rows, factor))
+
+    def balanced(self, dtype, device):
+        """(up, down) of the same product on the device, which `dtype` can hold: in fp16 both are of the same size, in bf16 any size will
+        do."""
+        up, down = self.up.to(device), self.down.to(device)  # before any conversion, which takes longer on the CPU
+        return _balanced(up.float(), down.float()) if dtype == torch.float16 else (up, down)
+
+    def source(self):
+        """What a branch's factors are made of, without keeping it: weak references to up and down, rows, cols."""
+        return weakref.ref(self.up), weakref.ref(self.down), self.rows, self.cols
+
+    def is_of(self, source):
+        """Whether the term has the source() of another one."""
+        up, down, rows, cols = source
+        return up() is self.up and down() is self.down and (rows, cols) == (self.rows, self.cols)
 
 
 class Kronecker(Term):
@@ -70,8 +88,8 @@ class Kronecker(Term):
 
     names = ("left", "right")
 
-    def dense(self):
-        return torch.kron(self.left, self.right)
+    def dense(self, device=None):
+        return torch.kron(self.left, self.right).to(device or self.left.device)
 
     def forward(self, x):
         inner = linear(x.unflatten(-1, (self.left.shape[1], self.right.shape[1])), self.right.to(x))  # (..., b, c)
@@ -91,11 +109,21 @@ class Dense(Term):
 
     names = ("weight",)
 
-    def dense(self):
-        return self.weight
+    def dense(self, device=None):
+        return self.weight.to(device or self.weight.device)
 
     def forward(self, x):
         return linear(x, self.weight.to(x))
+
+
+def _with_rows_scaled(weight, own, rows, factor):
+    """A weight with the layer's rows `own`, times `factor` in those of `rows`; factor as of Term.scaled."""
+    start, stop = max(rows[0], own[0]), min(rows[1], own[1])
+    if start >= stop:
+        return weight
+    weight = weight.clone()
+    weight[start - own[0]:stop - own[0]] *= factor if isinstance(factor, (int, float)) else factor[start - rows[0]:stop - rows[0]]
+    return weight
 
 
 def _balanced(left, right):
@@ -112,41 +140,65 @@ class JoinedLoRAs(NamedTuple):
 
     down: torch.Tensor  # its first rows are for the layer's own proj_down, and have no values yet
     up: torch.Tensor
+    strength: torch.Tensor
     sizes: LoRASizes
-    sources: tuple = ()  # (weak reference to its `down`, rows, cols) of each term, whose values `down` has as they are
+    sources: tuple = ()  # LowRank.source() of each term
 
 
-def joined(terms, shape, own, dtype, device, before=None):
-    """The JoinedLoRAs of LowRank terms, in `dtype` on `device`. shape: the layer's (N, K); own: rows of `down` for its own ranks; before:
-    the layer's LoRABranch so far, whose `down` serves again if it is from the same tensors.
+def joined(terms, shape, own, dtype, device):
+    """The JoinedLoRAs of LowRank terms, in `dtype` on `device`. shape: the layer's (N, K); own: rows of `down` for its own ranks.
 
     Terms for some of the rows get parts of their own, if the rows' borders allow it and that takes less memory. Otherwise `up` is zero in
     the rows that a term doesn't reach, as `down` always is in such columns.
     """
     n, k = shape
     sizes = min(_possible_sizes(terms, n), key=lambda sizes: _numel(sizes, n, k))
-    rows, ranks = sizes.rows(n), sizes.ranks
-    numel = [(stop - start) * rank for (start, stop), rank in zip(rows, ranks)]
-    whole = sum(term.up.numel() + term.down.numel() for term in terms) == sum(ranks) * k + sum(numel)  # nothing stays zero
+    rows = sizes.rows(n)
+    numel = [(stop - start) * rank for (start, stop), rank in zip(rows, sizes.ranks)]
+    whole = sum(term.up.numel() + term.down.numel() for term in terms) == sum(sizes.ranks) * k + sum(numel)  # nothing stays zero
     new = torch.empty if whole else torch.zeros
-    up = new(sum(numel), dtype=dtype, device=device)
-    sources = () if dtype == torch.float16 else tuple((weakref.ref(term.down), term.rows, term.cols) for term in terms)
-    known = before is not None and before.has_down(sources, sizes, own, up)
-    down = before.lora_down if known else new(own + sum(ranks), k, dtype=dtype, device=device)
-    parts = [(first, last, part_down, part_up.view(last - first, -1) if len(part_down) else part_up)
-             for (first, last), part_down, part_up in zip(rows, down[own:].split(ranks), up.split(numel))]
-    used = [0] * len(parts)
+    down, up = new(own + sum(sizes.ranks), k, dtype=dtype, device=device), new(sum(numel), dtype=dtype, device=device)
+    ups = up.split(numel)
+    for term, places in zip(terms, _places(terms, sizes, n)):
+        term_up, term_down = term.balanced(dtype, device)
+        for part, begin, end, first, last in places:
+            (start, stop), part_first = rows[part], sum(sizes.ranks[:part])
+            down[own + first:own + last, slice(*term.cols)].copy_(term_down)
+            part_up = ups[part].view(stop - start, sizes.ranks[part])[begin - start:end - start, first - part_first:last - part_first]
+            part_up.copy_(term_up[begin - term.rows[0]:end - term.rows[0]])
+    return JoinedLoRAs(down, up, _strength(terms, sizes, n).to(device), sizes, tuple(term.source() for term in terms))
+
+
+def _strength(terms, sizes, n):
+    """JoinedLoRAs.strength, on the CPU."""
+    strength = [1.0] * sum(sizes.ranks)
+    for term, places in zip(terms, _places(terms, sizes, n)):
+        for place in places:
+            strength[place.first:place.last] = [term.strength] * (place.last - place.first)
+    return torch.tensor(strength, dtype=torch.float32, device="cpu")
+
+
+class Place(NamedTuple):
+    """Where a term lies in joined factors: one part of the rows, and its ranks."""
+
+    part: int
+    begin: int  # first of the layer's rows in this part that the term reaches
+    end: int    # last row + 1
+    first: int  # first of the term's ranks among those of all parts
+    last: int   # last rank + 1
+
+
+def _places(terms, sizes, n):
+    """[[Place]] of each term."""
+    found, used = [], [sum(sizes.ranks[:part]) for part in range(len(sizes.ranks))]
     for term in terms:
-        rank, (start, stop), term_up, term_down = len(term.down), term.rows, *term.balanced(dtype)
-        for part, (first, last, part_down, part_up) in enumerate(parts):
-            begin, end = max(start, first), min(stop, last)
+        found.append([])
+        for part, (first, last) in enumerate(sizes.rows(n)):
+            begin, end = max(term.rows[0], first), min(term.rows[1], last)
             if begin < end:
-                slots = slice(used[part], used[part] + rank)
-                if not known:
-                    part_down[slots, slice(*term.cols)].copy_(term_down)
-                part_up[begin - first:end - first, slots].copy_(term_up[begin - start:end - start])
-                used[part] += rank
-    return JoinedLoRAs(down, up, sizes, sources)
+                found[-1].append(Place(part, begin, end, used[part], used[part] + len(term.down)))
+                used[part] += len(term.down)
+    return found
 
 
 def _possible_sizes(terms, n):
@@ -181,47 +233,54 @@ class LoRABranch(torch.nn.Module):
 
     def __init__(self, lora, own=0, terms=(), gain=None, gelu_shift_correction=None):
         super().__init__()
-        down, up, self.lora, self.sources = lora or (None, None, NO_LORA, ())
+        down, up, strength, self.lora, self.sources = lora or (None, None, None, NO_LORA, ())
         self.own = own
+        self.has_terms, self.has_gain = len(terms) > 0, gain is not None  # a module finds its buffers and modules slowly
         self.shares = False  # whether the rows of the layer's own ranks are the layer's memory
         self.register_buffer("lora_down", down, persistent=False)
         self.register_buffer("lora_up", up, persistent=False)
+        self.register_buffer("lora_strength", strength, persistent=False)
         self.terms = torch.nn.ModuleList(terms)
         self.register_buffer("gain", gain, persistent=False)
         self.register_buffer("gelu_shift_correction", gelu_shift_correction, persistent=False)
 
     @classmethod
-    def of(cls, terms, shape, dtype, device, own=0, gain=None, gelu_shift_correction=None, before=None):
-        """The LoRABranch of Terms in any order, in `dtype` on `device`. shape: the layer's (N, K); own: as in LoRABranch; before: as in
-        joined."""
+    def of(cls, terms, shape, dtype, device, own=0, gain=None, gelu_shift_correction=None):
+        """The LoRABranch of terms in any order, in `dtype` on `device`. shape: the layer's (N, K); own: as in LoRABranch."""
         low_rank = [term for term in terms if isinstance(term, LowRank)]
         others = [term.stored(dtype, device) for term in terms if not isinstance(term, LowRank)]
-        lora = joined(low_rank, shape, own, dtype, device, before) if low_rank else None
+        lora = joined(low_rank, shape, own, dtype, device) if low_rank else None
         return cls(lora, own, others, gain, gelu_shift_correction)
 
     def __getstate__(self):  # weak references can't be copied
         return self.__dict__ | {"sources": ()}
 
-    def has_down(self, sources, sizes, own, like):
-        """Whether lora_down is what joined() would make of these sources, in the dtype and on the device of `like`."""
-        return (len(self.sources) == len(sources) > 0 and self.lora == sizes and self.own == own
-                and all(mine[0]() is other[0]() and mine[1:] == other[1:] for mine, other in zip(self.sources, sources))
-                and self.lora_down.dtype == like.dtype and self.lora_down.device == like.device)
+    def take_strengths(self, terms, n, dtype):
+        """Whether the branch is that of these terms in `dtype`, without a gain, but for their strengths; then it takes those, in place.
+        The factors stay as they are, so that strengths that change again and again add no rounding. n: the layer's N."""
+        if (self.gain is not None or len(self.terms) or len(self.sources) != len(terms) or self.lora_up is None
+                or self.lora_up.dtype != dtype or not all(isinstance(term, LowRank) and term.is_of(source)
+                                                          for term, source in zip(terms, self.sources))):
+            return False
+        self.lora_strength.copy_(_strength(terms, self.lora, n))
+        return True
 
     def nbytes(self):
         """Bytes that the branch takes beside the layer."""
         return sum(buffer.nbytes for buffer in self.buffers()) - (self.lora_down[:self.own].nbytes if self.shares else 0)
 
     def operands(self, x, dtype):
-        """The last LayerOperands, on x's device in `dtype`: lora_down, lora_up, lora. () without LoRAs."""
+        """The last LayerOperands, on x's device in `dtype`: lora_down, lora_up, lora_strength, lora. () without LoRAs."""
         if self.lora_up is None:
             return ()
-        return *(factor.to(x.device, dtype, non_blocking=True) for factor in (self.lora_down, self.lora_up)), self.lora
+        return (*(factor.to(x.device, dtype, non_blocking=True) for factor in (self.lora_down, self.lora_up)),
+                self.lora_strength.to(x.device, torch.float32, non_blocking=True), self.lora)
 
     def add(self, y, x, with_lora=True):
         """y (..., N) plus the terms of x (..., K), in place. with_lora: plus the joined LoRAs too, which y doesn't have yet."""
         if with_lora and self.lora_up is not None:
-            y += reference.lora_product(x, self.lora_down[self.own:].to(x), self.lora_up.to(x), self.lora, y.shape[-1])
+            y += reference.lora_product(x, self.lora_down[self.own:].to(x), self.lora_up.to(x), self.lora_strength.to(x.device), self.lora,
+                                        y.shape[-1])
         for term in self.terms:
             y[..., slice(*term.rows)] += term(x[..., slice(*term.cols)])
         return y

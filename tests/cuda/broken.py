@@ -14,16 +14,19 @@ from comfyui_svdquant.cuda import (
     ops,
     quantize_activation,
     self_test,
+    self_test_problems,
 )
 
 CACHES = (ops.chosen, ops._launches, mlp._launches, quantize_activation.launcher, gemm_mma.launcher, gemm_wgmma.launcher, awq.launcher,
           awq._prepared, ops.warn_once, compiler.all_sources_digest)
-STATE = ((self_test, ("_failed", "_verdicts", "_quantizer", "_locks", "_problems")), (kernel_loader, ("_kernels", "_locks")))
+STATE = ((self_test, ("_failed", "_verdicts", "_quantizer", "_locks")), (self_test_problems, ("_problems",)),
+         (kernel_loader, ("_kernels", "_locks")))
 
 
 def forget():
     for cache in CACHES:
         cache.cache_clear()
+    ops._warm.clear()
     autotune._pending.clear()
     autotune._spent.clear()
 

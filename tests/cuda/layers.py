@@ -23,7 +23,8 @@ def with_lora(layer, ranks, part_rows=0, seed=0):
     lora = LoRASizes(ranks, part_rows)
     down = torch.cat((layer.proj_down.t().cpu().float(), torch.randn(sum(ranks), k, generator=g) / k**0.5))
     up = torch.randn(sum((stop - start) * rank for (start, stop), rank in zip(lora.rows(n), ranks)), generator=g)
-    return layer._replace(lora_down=down.to(layer.smooth), lora_up=up.to(layer.smooth), lora=lora)
+    strength = torch.linspace(0.5, 1.5, sum(ranks)).to(layer.smooth.device)
+    return layer._replace(lora_down=down.to(layer.smooth), lora_up=up.to(layer.smooth), lora_strength=strength, lora=lora)
 
 
 def with_row_scale(layer):

@@ -53,7 +53,8 @@ def expose_allocations():
 
     runtime._take, runtime._give = take, held.pop
     torch.Tensor.new_empty = lambda x, *size: new_empty(x, *size).fill_(torch.nan)  # the ops allocate y with new_empty
-    quantize_activation.multiplied = lambda x, down: [product.cuda() for product in multiplied(x.cpu(), down.cpu())]
+    quantize_activation.multiplied = lambda *tensors: [
+        product.cuda() for product in multiplied(*(tensor if tensor is None else tensor.cpu() for tensor in tensors))]
 
 
 def switch_off_self_test():
@@ -99,7 +100,7 @@ def svdquant_cases():
             for storage in (CodeStorage.INT8,) if act_bits == 8 else (CodeStorage.INT4_BYTES, CodeStorage.INT4_NIBBLES):
                 for cut, plans in cuts(storage, m, k, rank, not operands.lora.ranks):
                     q = quantize_activation.quantize(there, operands.smooth, operands.proj_down, split, storage, plans, operands.lora_down,
-                                                     operands.lora)
+                                                     operands.lora_strength, operands.lora)
                     y = gemm_mma.gemm(storage, tile, q, operands, m)
                     yield f"{name}, {storage.name}, {cut}, by mma", y, expected
             if act_bits == 8 and target.wgmma and gemm_wgmma.takes(k, split) and k == 192:

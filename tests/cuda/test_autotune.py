@@ -1,5 +1,7 @@
 """The autotune without a GPU: its alternatives, its records, and that it takes the fastest choice with the same bits, on fake kernels."""
 
+import functools
+
 import pytest
 import torch
 from comfyui_svdquant.cuda import autotune, awq, compiler, gemm_mma, kernel_records, mlp, ops, self_test, targets
@@ -188,7 +190,7 @@ def test_measuring_waits_for_the_kernels(monkeypatch):
     order = []
     monkeypatch.setattr(autotune, "tune", lambda device, runners, changed: order.append("measured"))
     monkeypatch.setattr(ops, "prepare", lambda *layer, device: order.append(layer[0]))
-    for future in ops.warm_up([(m, 192, 256, 32, 256, 8, BF16) for m in range(20)], CPU, [lambda: order.append("an MLP")]):
+    for future in ops.warm_up([(m, 192, 256, 32, 256, 8, BF16) for m in range(20)], CPU, [functools.partial(order.append, "an MLP")]):
         future.result()
     assert len(order) == 22 and order[-1] == "measured"
 

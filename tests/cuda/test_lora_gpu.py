@@ -37,7 +37,7 @@ def check(y, x, layer, what):
     exact = reference.svdquant_linear(x.double(), layer, torch.float64)
     error = relative_error(y, exact)
     assert error < BF16, f"relative error {error:.2e}, {what}"
-    without = reference.svdquant_linear(x.double(), layer._replace(lora_down=None, lora_up=None), torch.float64)
+    without = reference.svdquant_linear(x.double(), layer._replace(lora_down=None, lora_up=None, lora_strength=None), torch.float64)
     assert relative_error(without, exact) > 20 * BF16, "the LoRA adds too little to be seen"
 
 
@@ -57,7 +57,8 @@ def poisoned_quantize(x, layer, storage):
     outputs = quantize_activation.outputs(*x.shape, layer.proj_up.shape[1], storage, x.dtype, layer.lora)
     held = [torch.full(shape, torch.nan if dtype.is_floating_point else 0x5A, dtype=dtype, device="cuda") for shape, dtype in outputs]
     del held  # PyTorch's allocator gives the same memory to the kernel's outputs
-    return quantize_activation.quantize(x, layer.smooth, layer.proj_down, layer.unsigned_from, storage, plans, layer.lora_down, layer.lora)
+    return quantize_activation.quantize(x, layer.smooth, layer.proj_down, layer.unsigned_from, storage, plans, layer.lora_down,
+                                        layer.lora_strength, layer.lora)
 
 
 @pytest.mark.parametrize("tile", gemm_wgmma.STAGES, ids=str)

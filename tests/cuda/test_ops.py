@@ -39,7 +39,7 @@ def test_the_op_is_the_reference():
 def test_a_lora_of_parts():
     """Each part of the rows gets the product of its own ranks, and a part without ranks gets nothing."""
     layer, x = with_lora(random_layer(2000, 64, 16), (8, 0, 24), 768), random_input(5, 64, torch.float64)
-    down, up = layer.lora_down[16:].double(), layer.lora_up.double()
+    down, up = layer.lora_strength[:, None].double() * layer.lora_down[16:].double(), layer.lora_up.double()
     added = reference.svdquant_linear(x, layer, torch.float64) - reference.svdquant_linear(x, random_layer(2000, 64, 16), torch.float64)
     first, last = x @ down[:8].t() @ up[:768 * 8].view(768, 8).t(), x @ down[8:].t() @ up[768 * 8:].view(464, 24).t()
     torch.testing.assert_close(added, torch.cat((first, torch.zeros(5, 768), last), dim=1))
@@ -186,18 +186,20 @@ def test_the_kernels_arguments(monkeypatch, rank, lora, act_bits):
     layer = random_layer(n, k, rank, bias=rank != 32, act_bits=act_bits)._replace(row_scale=torch.rand(n) if act_bits == 8 else None)
     layer = with_lora(layer, lora) if lora else layer
     x = aligned(random_input(m, k, torch.bfloat16)).view(1, m, k)
-    names = (*ops.CONSTANT, *(("lora_up",) if lora else ()))
-    constant = addresses(**{name: getattr(layer, name) for name in (*ops.CONSTANT, "lora_up")})
+    names = (*ops.CONSTANT, *(ops.LORA_CONSTANT if lora else ()))
+    constant = addresses(**{name: getattr(layer, name) for name in (*ops.CONSTANT, *ops.LORA_CONSTANT)})
     with recorded(monkeypatch) as calls:
         y = [ops.svdquant_linear(x, layer)]
         launch = ops.cached_launch(x, layer)
-        y.append(launch(x, layer.weight_scale, layer.proj_down, tuple(constant[name] for name in names), layer.lora_down))
+        y.append(launch(x, layer.weight_scale, layer.proj_down, tuple(constant[name] for name in names), layer.lora_down,
+                        layer.lora_strength))
         assert len(calls) == 2
     for call, out in zip(calls, y):
         assert out.shape == (1, m, n) and out.dtype == x.dtype
         if rank >= 128 or lora:  # cuBLAS multiplies
             assert call.pop("proj_down") != layer.proj_down.data_ptr()
         assert ("lora_up" in call) is (bool(lora) or rank == 160 and act_bits == 8)
+        assert ("lora_strength" in call) is bool(lora)
         assert call.items() >= {name: constant[name] for name in call.keys() & constant.keys()}.items()
         assert call["x"] == x.data_ptr() and call["y"] == out.data_ptr()
         assert call["act_scale"] >= call["act"] + 48 * k
@@ -231,3 +233,27 @@ def test_when_a_cached_launch_is_not_taken(monkeypatch):
             assert ops.cached_launch(other, layer) is None
         assert launch(x, weight_scale.half(), proj_down, there) is None
         assert len(calls) == 1
+
+
+def test_a_warm_up_prepares_what_no_earlier_one_did(monkeypatch):
+    """A LoRA of the same sizes as one before takes no kernels of its own. What failed is tried again, and all of it after choose_again."""
+    prepared, fails = [], {1}
+
+    def prepare(m, *layer, device):
+        prepared.append(m)
+        if m in fails:
+            raise ops.KernelsUnavailable("none")
+
+    def warm_up(*ms):
+        prepared.clear()
+        for future in ops.warm_up([(m, 192, 256, 32, 256, 8, torch.bfloat16) for m in ms], torch.device("cuda", 0)):
+            future.result()
+        return sorted(prepared)
+
+    monkeypatch.setattr(ops, "prepare", prepare)
+    monkeypatch.setattr(ops.autotune, "tune", lambda *args: None)
+    monkeypatch.setattr(ops, "_warm", set())
+    assert warm_up(1, 2, 2) == [1, 2] and warm_up(1, 2, 3) == [1, 3] and warm_up(2, 3) == []
+    assert ops.warm_up([(2, 192, 256, 32, 256, 8, torch.bfloat16)], torch.device("cuda", 0)) == [], "no thread"
+    ops.choose_again()
+    assert warm_up(2, 3) == [2, 3]

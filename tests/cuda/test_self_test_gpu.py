@@ -19,12 +19,13 @@ from comfyui_svdquant.cuda import (
     quantize_activation,
     reference,
     self_test,
+    self_test_problems,
     targets,
 )
 from comfyui_svdquant.cuda.activation_layout import CodeStorage
 from comfyui_svdquant.cuda.choose import W4A16, Kind, Layer
 from comfyui_svdquant.cuda.operands import NO_LORA, LoRASizes
-from comfyui_svdquant.cuda.self_test import LORA
+from comfyui_svdquant.cuda.self_test_problems import LORA
 
 from .broken import new_process
 from .layers import on_cuda, plans_here, random_input, relative_error, with_lora
@@ -60,9 +61,9 @@ def test_every_gemm_passes(dtype, gelu, lora):
     target = targets.for_device(DEVICE)
     for storage in CodeStorage:
         for tile in gemm_mma.tiles_of(target):
-            assert self_test._mma_is_right(storage, tile, dtype, DEVICE, gelu, lora), (storage, tile)
+            assert self_test_problems.mma_is_right(storage, tile, dtype, DEVICE, gelu, lora), (storage, tile)
     for tile in gemm_wgmma.STAGES if target.wgmma else ():
-        assert self_test._wgmma_is_right(tile, dtype, DEVICE, gelu, lora), tile
+        assert self_test_problems.wgmma_is_right(tile, dtype, DEVICE, gelu, lora), tile
 
 
 @pytest.mark.parametrize("storage", CodeStorage)
@@ -78,13 +79,13 @@ def test_every_quantize_kernel_passes(storage, dtype, k):
                 _, plan = quantize_activation.launcher(m, k, rank, k, k, storage, plans, dtype, DEVICE, lora=lora)
                 key = quantize_activation.variant(dtype, storage, plan, bool(lora.ranks)), rank
                 if key not in seen:
-                    assert self_test._quantize_is_right(storage, plan, k, rank, lora, dtype, DEVICE), (m, rank, plan, lora)
+                    assert self_test_problems.quantize_is_right(storage, plan, k, rank, lora, dtype, DEVICE), (m, rank, plan, lora)
                     seen.add(key)
 
 
 def test_the_other_kernels_pass():
     for dtype in (BFLOAT, HALF):
-        assert all(self_test._awq_is_right(tiles, dtype, DEVICE) for tiles in awq.TILES)
+        assert all(self_test_problems.awq_is_right(tiles, dtype, DEVICE) for tiles in awq.TILES)
     weight = torch.empty(1, device=DEVICE)
     assert gptq.available(weight) and group_error.available(weight)
     for ranks in (16, 48):
@@ -152,7 +153,7 @@ def test_a_broken_kernel_is_caught_and_replaced(fault, tmp_path, caplog):
         assert len(warnings) == len(kinds) and all(any(kind.source in line for line in warnings) for kind in kinds)
         assert all(kernel_records.machine(DEVICE)[0] in line for line in warnings)
     with new_process(tmp_path, *changes), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_test, "_same_results", lambda launch: pytest.fail("tested again"))
+        patch.setattr(self_test_problems, "_same_results", lambda launch: pytest.fail("tested again"))
         again, _ = run_layer(*layer, lora)
         assert torch.equal(again, y) and self_test.failed(DEVICE) == kinds
     with new_process(tmp_path, *changes), pytest.MonkeyPatch.context() as patch:
@@ -219,7 +220,7 @@ def test_a_capture_has_no_test(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_test, "_verdicts", {})
         patch.setattr(kernel_records, "read", lambda path: None)
-        patch.setattr(self_test, "_same_results", lambda launch: pytest.fail("tested"))
+        patch.setattr(self_test_problems, "_same_results", lambda launch: pytest.fail("tested"))
         with torch.cuda.graph(graph):
             y = ops.svdquant_linear(x, layer)
     graph.replay()

@@ -52,16 +52,36 @@ def quantized_model(pair_files):
     return load(pair_files[1])
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """The type of the device on which ComfyUI puts models: a test that uses this fixture runs on the CPU, and on a GPU."""
+    import comfy.model_management as management
+
+    if request.param == "cpu":
+        monkeypatch.setattr(management, "cpu_state", management.CPUState.CPU)
+    yield request.param
+    management.unload_all_models()
+
+
 @pytest.fixture(scope="session")
-def drift(pair_files):
-    """The relative error of a 4-bit model's sampled latent to that of the 16-bit model."""
+def drifts():
+    return {}
+
+
+@pytest.fixture
+def drift(pair_files, drifts):
+    """The relative error of a 4-bit model's sampled latent to that of the 16-bit model, on the device that ComfyUI uses now."""
+    import comfy.model_management
     from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
     from .comfy_models import sample
 
-    with torch.inference_mode():
-        exact, quantized = (sample(load(path)) for path in pair_files)
-        return relative_error(quantized, exact)
+    device = comfy.model_management.get_torch_device()
+    if device not in drifts:
+        with torch.inference_mode():
+            exact, quantized = (sample(load(path)) for path in pair_files)
+            drifts[device] = relative_error(quantized, exact)
+    return drifts[device]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import copy
 
 import comfy.lora
+import comfy.model_management
 import comfy.sd
 import torch
 from comfyui_svdquant.cuda import reference
@@ -13,6 +14,7 @@ LINEAR1, LINEAR2, QKV, FC1, FC2, MOD = ("single_blocks.0.linear1", "single_block
                                         "double_blocks.0.img_mlp.0", "double_blocks.0.txt_mlp.2", "double_blocks.0.img_mod.lin")
 ROUNDING = 0.005  # relative rounding error of two bf16 factors
 MARGIN = 1.15
+BF16_OUTPUT = 2**-8  # relative rounding error of an output, and of what a kernel rounds on the way to it
 
 
 def shapes(patcher):
@@ -69,10 +71,26 @@ def layer_of(patcher, name):
     return patcher.packed_layers()[name]
 
 
+def output(patcher, name, x):
+    """A layer's output of x on the patcher's device, on the CPU."""
+    return layer_of(patcher, name)(x.to(patcher.load_device)).cpu()
+
+
+def rounding(y):
+    """The norm of the rounding errors of a layer's output y: the kernels of a GPU compute in 16 bits, the CPU in 32."""
+    return BF16_OUTPUT * float(y.norm()) if comfy.model_management.get_torch_device().type == "cuda" else 0.0
+
+
+def margin():
+    """How many times as far from the 16-bit model's picture as without a LoRA one with a LoRA may be. On a GPU both models compute in
+    bf16, which rounds both pictures, and 8-bit activations leave less of a distance to compare with."""
+    return 1.3 if comfy.model_management.get_torch_device().type == "cuda" else MARGIN
+
+
 def lora_weight(branch, n):
     """(n, K) float32: the weight that a LoRA branch's joined LoRAs stand for."""
     down, up = branch.lora_down[branch.own:].cpu().float(), branch.lora_up.cpu().float()
-    return reference.lora_product(torch.eye(down.shape[1]), down, up, branch.lora, n).t()
+    return reference.lora_product(torch.eye(down.shape[1]), down, up, branch.lora_strength.cpu(), branch.lora, n).t()
 
 
 def effective(layer):
@@ -81,11 +99,11 @@ def effective(layer):
     if layer.lora_branch is None:
         return weight
     if layer.lora_branch.gain is not None:
-        weight = weight * layer.lora_branch.gain[:, None]
+        weight = weight * layer.lora_branch.gain[:, None].cpu()
     if layer.lora_branch.lora_up is not None:
         weight += lora_weight(layer.lora_branch, weight.shape[0])
     for term in layer.lora_branch.terms:
-        weight[slice(*term.rows), slice(*term.cols)] += copy.deepcopy(term).float().dense()
+        weight[slice(*term.rows), slice(*term.cols)] += copy.deepcopy(term).float().dense("cpu")
     return weight
 
 

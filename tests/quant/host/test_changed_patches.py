@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from ..comfy_models import sample
-from ..lora_tensors import FC1, LINEAR1, MOD, QKV, generic, load_lora, random, shapes
+from ..lora_tensors import FC1, LINEAR1, MOD, QKV, RANK, generic, load_lora, random, shapes
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def loaded(patcher):
@@ -67,6 +69,30 @@ def test_each_model_is_as_if_loaded_anew(quantized_model, loads):
         assert found.keys() == expected[i].keys(), f"model {i}"
         assert all(torch.equal(t, expected[i][name]) for name, t in found.items()), f"model {i}"
     assert not loads, "ComfyUI carried the model out and in"
+
+
+def test_another_strength_writes_strengths_alone(quantized_model, monkeypatch):
+    """The branches and their factors stay the same tensors, so that cached launches stay valid, and no kernel is compiled. A strength that
+    comes back brings the same bits: nothing is rounded again."""
+    warmed, packed = [], generic(*shapes(quantized_model).items())
+    other = generic(*shapes(quantized_model).items(), rank=2)
+    monkeypatch.setattr("comfyui_svdquant.quant.host.patcher.warm_up", lambda *args: warmed.append(args))
+    first = loaded(load_lora(load_lora(quantized_model, packed, 1.0), other, 0.3))
+    branches = {name: layer.lora_branch for name, layer in first.packed_layers().items()}
+    addresses = {name: [tensor.data_ptr() for tensor in branch.buffers()] for name, branch in branches.items()}
+    before, picture = tensors_of(first), sample(first)
+    assert len(warmed) == 1 and branches.keys() == shapes(quantized_model).keys()
+    for strengths in ((0.7, 0.3), (-1 / 3, 1.9), (1e-3, 0.1), (1.0, 0.3)):
+        again = load_lora(load_lora(quantized_model, packed, strengths[0]), other, strengths[1])
+        found = tensors_of(loaded(again))
+        assert all(layer.lora_branch is branches[name] for name, layer in again.packed_layers().items())
+        assert all([tensor.data_ptr() for tensor in branch.buffers()] == addresses[name] for name, branch in branches.items())
+        changed = {name.rpartition(".")[2] for name, tensor in found.items() if not torch.equal(tensor, before[name])}
+        assert changed == (set() if strengths == (1.0, 0.3) else {"lora_strength"})
+        assert torch.equal(sample(again), picture) is (strengths == (1.0, 0.3))
+    assert len(warmed) == 1
+    loaded(load_lora(quantized_model, packed, 0.7))
+    assert len(warmed) == 2, "a LoRA less: other sizes"
 
 
 @pytest.mark.usefixtures("shared_memory")
@@ -165,3 +191,16 @@ def test_pictures(quantized_model):
     before, with_lora = sample(patchers[0]), sample(patchers[1])
     assert torch.equal(sample(patchers[0]), before) and torch.equal(sample(patchers[1]), with_lora)
     assert not torch.equal(before, with_lora)
+
+
+def test_a_hooks_branch_keeps_its_strengths(quantized_model):
+    """Also where another node pack's loading gives the model the same LoRA at another strength while the hook is applied."""
+    key, hook, group = f"diffusion_model.{QKV}.weight", comfy.hooks.WeightHook(), comfy.hooks.HookGroup()
+    patched = load_lora(quantized_model, generic((QKV, shapes(quantized_model)[QKV])), 0.5)
+    quantized_model.add_hook_patches(hook, {key: patched.patches[key][0][1]})
+    group.add(hook)
+    loaded(quantized_model).patch_hooks(group)
+    layer = quantized_model.packed_layers()[QKV]
+    branch = layer.lora_branch
+    patched.patch_weight_to_device(key)
+    assert (branch.lora_strength == 1).all() and (layer.lora_branch.lora_strength[:RANK] == 0.5).all()

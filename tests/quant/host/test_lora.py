@@ -16,7 +16,6 @@ from ..lora_tensors import (
     FC2,
     LINEAR1,
     LINEAR2,
-    MARGIN,
     MOD,
     QKV,
     RANK,
@@ -28,13 +27,16 @@ from ..lora_tensors import (
     load_lora,
     loaded,
     lora_weight,
+    margin,
     named,
+    output,
     random,
+    rounding,
     shapes,
     without_gelu,
 )
 
-pytestmark = pytest.mark.usefixtures("inference_mode")
+pytestmark = pytest.mark.usefixtures("inference_mode", "device")
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def test_a_lora_in_every_naming_works_as_on_the_16_bit_model(plain, quantized_mo
     exact = sample(load_lora(plain, tensors, strength))
     error = relative_error(sample(with_lora), exact)
     assert relative_error(sample(plain), exact) > drift / 2, "the LoRA has too small an effect here"
-    assert error < MARGIN * drift, f"4 bits against 16 bits: {error:.3f} with the LoRA, {drift:.3f} without it"
+    assert error < margin() * drift, f"4 bits against 16 bits: {error:.3f} with the LoRA, {drift:.3f} without it"
     loaded(with_lora)
     for name in with_lora.packed_layers():
         if f"diffusion_model.{name}.weight" in with_lora.patches:
@@ -107,10 +109,10 @@ def test_each_layer_matches_float64(quantized_model, name):
     n, k = shapes(quantized_model)[name]
     patched = load_lora(quantized_model, generic((name, (n, k)), alpha=3), 0.8)
     x = random(5, k)
-    before = layer_of(loaded(without_gelu(quantized_model)), name)(x)
-    after = layer_of(loaded(patched), name)(x)
+    before, after = output(loaded(without_gelu(quantized_model)), name, x), output(loaded(patched), name, x)
     up, down = (t.double() for t in factors(n, k))
-    assert relative_error((after - before).double(), 0.8 * 3 / RANK * x.double() @ down.t() @ up.t()) < ROUNDING
+    exact = 0.8 * 3 / RANK * x.double() @ down.t() @ up.t()
+    assert relative_error((after - before).double(), exact) < ROUNDING + rounding(after) / exact.norm()
 
 
 # --- strength, removal, stacks -------------------------------------------------------------------------------------
@@ -162,12 +164,12 @@ def test_some_of_q_k_v(quantized_model, parts, prefix, name):
         tensors |= named(f"{prefix}.{part}", HIDDEN, HIDDEN, i, rank=RANK + 2 * i)
     patched = load_lora(quantized_model, tensors)
     x = random(3, HIDDEN)
-    before, after = (layer_of(loaded(p), name)(x).split(HIDDEN, dim=-1) for p in (quantized_model, patched))
+    before, after = (output(loaded(p), name, x).split(HIDDEN, dim=-1) for p in (quantized_model, patched))
     assert change(patched, name)[0] < ROUNDING
     touched = {("to_q", "to_k", "to_v").index(part) for part in parts}
     for i, (a, b) in enumerate(zip(after, before)):
         error = relative_error(a, b)
-        assert error > 0.01 if i in touched else error < 1e-6, f"part {i} changed by {error:.1e}"
+        assert error > 0.05 if i in touched else error < 1e-6 + rounding(b) / b.norm(), f"part {i} changed by {error:.1e}"
 
 
 def test_columns_of_linear2(quantized_model):
@@ -184,7 +186,7 @@ def test_columns_of_linear2(quantized_model):
 def test_one_layer_alone(plain, quantized_model, drift, name):
     tensors = generic((name, shapes(quantized_model)[name]))
     exact = sample(load_lora(plain, tensors))
-    assert relative_error(sample(load_lora(quantized_model, tensors)), exact) < MARGIN * drift
+    assert relative_error(sample(load_lora(quantized_model, tensors)), exact) < margin() * drift
 
 
 # --- biases and unpacked layers ------------------------------------------------------------------------------------
@@ -197,13 +199,13 @@ def test_bias_differences(quantized_model, name, lowvram):
     patched = load_lora(quantized_model, {f"diffusion_model.{name}.diff_b": random(n)}, 0.5)
     assert patched.patches.keys() == {f"diffusion_model.{name}.bias"}
     x = random(3, k)
-    before = layer_of(loaded(without_gelu(quantized_model)), name)(x)
+    before = output(loaded(without_gelu(quantized_model)), name, x)
     patched.unpatch_model(patched.offload_device)
     patched.patch_model(patched.load_device, lowvram_model_memory=1 if lowvram else 0)
     layer = layer_of(patched, name)
     assert bool(layer.bias_function) is lowvram
-    assert relative_error(layer(x) - before, 0.5 * random(n).expand(3, n)) < 0.02
-    assert torch.equal(layer_of(loaded(quantized_model), name)(x), before)
+    assert relative_error(output(patched, name, x) - before, 0.5 * random(n).expand(3, n)) < 0.02
+    assert torch.equal(output(loaded(quantized_model), name, x), before)
 
 
 def control_lora(plain):
@@ -225,7 +227,7 @@ def test_flux_tools_loras_widen_img_in(plain, quantized_model, drift):
     before = sample(quantized_model)
     exact, y = sample(load_lora(plain, tensors)), sample(load_lora(quantized_model, tensors))
     assert quantized_model.model.diffusion_model.img_in.weight.shape == (HIDDEN, 128)
-    assert relative_error(y, exact) < MARGIN * drift
+    assert relative_error(y, exact) < margin() * drift
     assert torch.equal(sample(quantized_model), before)
     assert quantized_model.model.diffusion_model.img_in.weight.shape == (HIDDEN, 64)
 

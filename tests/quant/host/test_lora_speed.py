@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 HIDDEN, RANK = 3072, 32
 STRENGTHS = (0.9, -0.4, 0.3, 0.8)
-# Processor time for the 13 packed layers of a block of each kind; unpacking and packing one of them takes longer.
-MILLISECONDS = 13 * 20
+# Processor time for the 13 packed layers of a block of each kind. Scaling the factors of one of them takes longer than that.
+MILLISECONDS = 20
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_change_of_strength_costs_milliseconds(wide_file):
     # The layers' own tensors are the loaded ones: nothing was unpacked and packed again.
     assert where == addresses(quantized_model)
     branch = layer_of(put_on(load_lora(quantized_model, tensors, 0.25)), LINEAR1).lora_branch
-    assert branch.nbytes() == 2 * RANK * (7 * HIDDEN + HIDDEN)
+    assert branch.nbytes() == 2 * RANK * (7 * HIDDEN + HIDDEN) + 4 * RANK
     put_on(quantized_model)
     assert not any(layer.lora_branch for layer in quantized_model.packed_layers().values())
 

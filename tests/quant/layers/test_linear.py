@@ -221,7 +221,7 @@ def test_a_branch_shares_the_memory_of_proj_down(module, monkeypatch):
 
     branch = lora_branch("lora")
     module.set_lora_branch(branch)
-    assert shares(module) and branch.nbytes() == 2 * branch.lora_up.numel() + 2 * 8 * 256
+    assert shares(module) and branch.nbytes() == 2 * branch.lora_up.numel() + 2 * 8 * 256 + 4 * 8
     assert shares(module._apply(torch.clone))
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         shares(copied)
@@ -276,7 +276,7 @@ def test_in_host_memory_nothing_is_shared(module):
     address, branch = module.weight_proj_down.data_ptr(), lora_branch("lora")
     module.set_lora_branch(branch)
     assert module.weight_proj_down.data_ptr() == address and torch.equal(branch.lora_down[:32].t(), module.weight_proj_down)
-    assert branch.nbytes() == 2 * branch.lora_up.numel() + 2 * (32 + 8) * 256
+    assert branch.nbytes() == 2 * branch.lora_up.numel() + 2 * (32 + 8) * 256 + 4 * 8
 
 
 def test_copies_are_layers_of_their_own(module, monkeypatch):

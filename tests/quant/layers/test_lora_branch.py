@@ -4,7 +4,7 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import reference
 from comfyui_svdquant.cuda.operands import MAX_PART_RANK, LoRASizes
-from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank, joined
+from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank, joined
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 N, K = 5 * 768, 96
@@ -38,7 +38,7 @@ def test_parts_and_weight(windows, sizes):
     terms = [term(rows, rank, seed=seed) for seed, (rows, rank) in enumerate(windows)]
     lora = joined(terms, (N, K), 0, torch.float32, "cpu")
     assert lora.sizes == sizes
-    found = reference.lora_product(torch.eye(K), lora.down, lora.up, lora.sizes, N).t()
+    found = reference.lora_product(torch.eye(K), lora.down, lora.up, lora.strength, lora.sizes, N).t()
     error = relative_error(found, weight(terms, (N, K)))
     assert error < 1e-6, f"relative error {error:.1e}"
 
@@ -47,7 +47,7 @@ def test_the_memory_of_the_factors():
     """A LoRA on q, k and v takes no memory for other rows, and one on v alone none for q and k."""
     for windows in ([Q, KEYS, V], [V]):
         branch = LoRABranch.of([term(rows, 16) for rows in windows], (N, K), torch.bfloat16, "cpu")
-        assert branch.nbytes() == 2 * sum(16 * (K + stop - start) for start, stop in windows)
+        assert branch.nbytes() == 2 * sum(16 * (K + stop - start) for start, stop in windows) + 4 * 16 * len(windows)  # and strengths
 
 
 @pytest.mark.parametrize("part_rows", [100, 768 * 2 + 1])
@@ -71,27 +71,28 @@ def test_factors_of_very_different_size_in_fp16():
     assert relative_error(lora.up.float().view(N, 16) @ lora.down.float(), one.dense()) < 1e-3
 
 
-def test_another_strength_keeps_the_factor_that_it_does_not_change():
+def test_other_strengths_keep_the_factors():
     """Only the same tensors serve again, at the same place, for a layer of the same rank and type."""
-    def branch(terms, own=4, dtype=torch.bfloat16):
-        return LoRABranch.of(terms, (N, K), dtype, "cpu", own, before=first)
-
-    first, a, b = None, term(Q, 8), term(V, 16, seed=1)
-    first = branch([a, b])
-    first.lora_down[:4] = 7  # the layer's own ranks
-    changed = branch([a.scaled(Q, 0.5), b])
-    assert changed.lora_down.data_ptr() == first.lora_down.data_ptr()
-    x = torch.randn(3, K)
-    assert relative_error(changed.add(torch.zeros(3, N), x), x @ weight([a.scaled(Q, 0.5), b], (N, K)).t()) < 0.01
-    copied = LowRank(a.rows, a.cols, a.up, a.down.clone())
-    moved = LowRank(V, a.cols, a.up, a.down)
-    for other in ([a], [a, b, b], [b, a], [copied, b], [moved, b]):
-        assert branch(other).lora_down.data_ptr() != first.lora_down.data_ptr()
-    for kwargs in ({"own": 5}, {"dtype": torch.float32}, {"dtype": torch.float16}):
-        assert branch([a, b], **kwargs).lora_down.data_ptr() != first.lora_down.data_ptr()
-    del a, copied
+    a, b, x, dtype = term(Q, 8), term(V, 16, seed=1), torch.randn(3, K), torch.bfloat16
+    branch = LoRABranch.of([a, b], (N, K), dtype, "cpu", 4)
+    branch.lora_down[:4] = 7  # the layer's own ranks
+    before = {name: tensor.clone() for name, tensor in branch.named_buffers()}
+    addresses = [tensor.data_ptr() for tensor in branch.buffers()]
+    for strengths in ((0.5, 1), (0.3, -2), (1e-3, 0.7), (1, 1)):
+        terms = [a.scaled(Q, strengths[0]), b.scaled(ALL, strengths[1])]
+        assert branch.take_strengths(terms, N, dtype)
+        assert relative_error(branch.add(torch.zeros(3, N), x), x @ weight(terms, (N, K)).t()) < 0.01
+        assert [tensor.data_ptr() for tensor in branch.buffers()] == addresses, "launches keep them"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in branch.named_buffers())
+    others = ([a], [a, b, b], [b, a], [a._replace(down=a.down.clone()), b], [a._replace(up=a.up.clone()), b], [a._replace(rows=V), b],
+              [a.scaled((0, 9), 0.5), b], [a, Dense(V, (0, K), b.dense())], [])
+    assert not any(branch.take_strengths(other, N, dtype) for other in others)
+    assert not branch.take_strengths([a, b], N, torch.float16) and not LoRABranch.of([a, b], (N, K), dtype, "cpu", gain=torch.ones(N))\
+        .take_strengths([a, b], N, dtype)
+    del a, others, terms
     a = term(Q, 8, seed=5)  # perhaps at the address of the tensor that is gone
-    assert branch([a, b]).lora_down.data_ptr() != first.lora_down.data_ptr()
+    assert not branch.take_strengths([a, b], N, dtype)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in branch.named_buffers())
 
 
 def test_a_branch_adds_all_of_it():
