@@ -1,5 +1,7 @@
 """Fused forwards of blocks against ComfyUI's own, on the CPU, where block_ops runs its reference."""
 
+import inspect
+
 import comfy.ldm.flux.layers
 import comfy.ops
 import pytest
@@ -43,8 +45,12 @@ def test_a_fused_forward_is_no_less_accurate(host_class, dtype, device):
     def random(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
-    made, arguments = block_of(host_class).declared.example(block_of(host_class), random)
-    made |= {"hidden_size": 256, "num_heads": 2, "mlp_ratio": 2.0}
+    made = {"hidden_size": 256, "num_heads": 2, "mlp_ratio": 2.0, "qkv_bias": True}
+    made = {name: value for name, value in made.items() if name in inspect.signature(host_class).parameters}
+    states = {"img": random(1, 96, 256), "txt": random(1, 32, 256)} if "qkv_bias" in made else {"x": random(1, 128, 256)}
+    angles = torch.rand(1, 1, 128, 64, generator=generator) * 6
+    pe = torch.stack((angles.cos(), -angles.sin(), angles.sin(), angles.cos()), dim=-1).unflatten(-1, (2, 2))
+    arguments = states | {"vec": random(1, 256), "pe": pe}
     exact = host_class(**made, dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init)
     block = host_class(**made, dtype=dtype, device=device, operations=comfy.ops.disable_weight_init)
     with torch.no_grad():
@@ -57,7 +63,7 @@ def test_a_fused_forward_is_no_less_accurate(host_class, dtype, device):
         plain = block(**{name: value.clone() for name, value in arguments.items()})
         block.__class__ = fused_blocks.fused_class(host_class, "flux_blocks")
         fused = block.declared.forward(block, block.host._replace(takes=lambda *_: True), **arguments)
-    wanted, plain, fused = (states if isinstance(states, tuple) else (states,) for states in (wanted, plain, fused))
+    wanted, plain, fused = (y if isinstance(y, tuple) else (y,) for y in (wanted, plain, fused))
     for state, x, a, b in zip(wanted, inputs.values(), plain, fused):
         errors = [((y.float() - state).norm() / (state - x).norm()).item() for y in (a, b)]
         assert 0 < errors[1] < errors[0], f"relative error {errors[1]:.4f} fused, {errors[0]:.4f} by ComfyUI's forward"
