@@ -27,6 +27,7 @@ from ..layers.linear import version_of
 log = logging.getLogger(__name__)
 
 VARIABLE = "SVDQUANT_STEP_GRAPHS"
+DEVICE = "cuda"     # type of the devices that record
 GRAPHS = 4          # graphs of a model: cond and uncond of two sizes
 HOST_BOUND = 0.8    # a graph pays if the processor is busy for this share of a step
 FREE_BYTES = 1 << 30  # free memory that must be left to other models
@@ -137,9 +138,9 @@ def call(forward, arguments):
 def allowed(arguments):
     """Whether a graph can stand for the call: it runs on a GPU, and nothing in it brings Python code of its own."""
     x, options = arguments.get("x"), arguments.get("transformer_options") or {}
-    return (isinstance(x, torch.Tensor) and x.is_cuda and not torch.version.hip and arguments.get("control") is None
+    return (isinstance(x, torch.Tensor) and x.device.type == DEVICE and not torch.version.hip and arguments.get("control") is None
             and not any(options[name] for name in options.keys() - KNOWN_OPTIONS)  # an empty entry, as of "patches", does nothing
-            and not torch.is_grad_enabled() | torch.cuda.is_current_stream_capturing()
+            and not torch.is_grad_enabled() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
             and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks))
 
 
@@ -213,7 +214,7 @@ class ModelState:
         """Whether a replay would leave nothing out: no hook, no other forward, no patch that is applied at every call, no layer whose
         parameters are elsewhere."""
         return (not any(self.hooks) and not any(any(map(dict.get, self.owns, repeat(name))) for name in REPLACED)
-                and all(tensor is None or tensor.is_cuda for holder in self.holders for tensor in holder.values()))
+                and all(tensor is None or tensor.device.type == DEVICE for holder in self.holders for tensor in holder.values()))
 
     def unchanged(self):
         """Whether the model is as it was when this state was taken."""

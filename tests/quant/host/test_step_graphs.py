@@ -3,6 +3,7 @@
 import copy
 import types
 
+import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
 import comfy.model_management
 import comfy.weight_adapter
@@ -12,6 +13,8 @@ from comfyui_svdquant.quant.host import step_graphs
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch
 
 from ..comfy_models import CONTEXT, POOLED
+
+attention = comfy.ldm.flux.layers.attention
 
 
 def arguments(x, **more):
@@ -79,27 +82,147 @@ def test_a_changed_model_is_seen(quantized_model, name):
     assert not state.unchanged()
 
 
+# --- The rules for recording and forgetting, with a stand-in for graphs on the CPU ------------------------------------
+
+
+class Graph:
+    """Replays a call as a CUDA graph does: with the tensors that the model had when it was recorded. Raises AssertionError where a graph
+    would read memory that is no longer the model's."""
+
+    def __init__(self, model, forward, arguments):
+        self.model, self.forward, self.arguments, self.addresses = model, forward, arguments, self.now(model)
+        self.replays = 0
+
+    @staticmethod
+    def now(model):
+        return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+
+    def replay(self, tensors):
+        assert self.now(self.model) == self.addresses, "the graph reads memory that is no longer the model's"
+        self.replays += 1
+        return step_graphs.call(self.forward, step_graphs.rebuilt(self.arguments, iter(tensors)))
+
+
+@pytest.fixture
+def recording(quantized_model, monkeypatch):
+    """(a function that runs the loaded model and returns its output, the patcher, a function that returns the Graphs)"""
+    def recorded(step, forward, arguments, tensors):
+        step.graph = Graph(forward.args[0], forward, arguments)
+        return step.graph.replay(tensors)
+
+    def timed(step, forward, arguments):
+        step.timed = step.pays = True
+        return step_graphs.call(forward, arguments)
+
+    for name, value in (("DEVICE", "cpu"), ("recorded", recorded), ("timed", timed), ("has_room", lambda device: True),
+                        ("replayed", lambda step, tensors: step.graph.replay(tensors))):
+        monkeypatch.setattr(step_graphs, name, value)
+    draw = draws(quantized_model, "cpu")
+    with torch.inference_mode():
+        yield draw, quantized_model, lambda: [step.graph for step in quantized_model.model.diffusion_model.step_graphs.steps.values()
+                                              if step.graph is not None]
+
+
+def draws(quantized_model, device):
+    generator, dtype = torch.Generator().manual_seed(0), torch.float32 if device == "cpu" else torch.bfloat16
+    x, context, y = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((2, 16, 8, 10), (2, 12, CONTEXT), (2, POOLED)))
+
+    def draw(patcher=quantized_model, scale=1.0, width=10, **more):
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        timestep = torch.full((2,), 0.5, device=device, dtype=dtype)
+        return patcher.model.diffusion_model(x[..., :width] * scale, timestep, context, y, timestep, **more)
+
+    return draw
+
+
+def lora(patcher, strength, rank=8):
+    """A clone with a LoRA on its first W4A4 layer."""
+    clone, generator = patcher.clone(), torch.Generator().manual_seed(1)
+    name, layer = next((name, layer) for name, layer in patcher.packed_layers().items() if layer.takes_lora)
+    factors = (torch.randn(shape, generator=generator) for shape in ((layer.out_features, rank), (rank, layer.in_features)))
+    adapter = comfy.weight_adapter.LoRAAdapter(set(), (*factors, float(rank), None, None, None))
+    clone.add_patches({f"diffusion_model.{name}.weight": adapter}, strength)
+    return clone
+
+
+def test_the_third_equal_call_is_recorded(recording):
+    draw, _, graphs = recording
+    plain = draw()
+    assert torch.equal(draw(), plain) and not graphs()
+    for replays in (1, 2, 3):
+        assert torch.equal(draw(), plain) and [graph.replays for graph in graphs()] == [replays]
+    assert not torch.equal(draw(scale=0.5), plain) and graphs()[0].replays == 4
+    for width in (8, 6, 4, 2):  # other sizes take the places of the oldest
+        for _ in range(3):
+            draw(width=width)
+    assert len(graphs()) == step_graphs.GRAPHS
+    draw()
+    assert len(graphs()) == step_graphs.GRAPHS - 1  # the first size is a new one again
+
+
+def test_a_change_of_the_model_is_recorded_anew(recording, monkeypatch):
+    draw, patcher, graphs = recording
+    with monkeypatch.context() as patch:
+        patch.setenv(step_graphs.VARIABLE, "0")
+        models = {strength: lora(patcher, strength) for strength in (1.0, 0.5)} | {0: patcher}
+        expected = {strength: draw(model) for strength, model in models.items()}
+        assert not graphs() and not torch.equal(expected[1.0], expected[0]) and not torch.equal(expected[1.0], expected[0.5])
+    for strength in (0, 1.0, 0.5, 1.0, 0, 0.5, 0):
+        for _ in range(4):
+            assert torch.equal(draw(models[strength]), expected[strength])
+        assert graphs() and graphs()[-1].replays >= 2
+    patcher.detach()
+    assert not graphs()
+    for _ in range(4):
+        assert torch.equal(draw(), expected[0])
+
+
+def test_the_next_picture_uses_the_graphs_of_the_last_one(recording):
+    draw, patcher, graphs = recording
+    for _ in range(3):
+        draw()
+    comfy.model_management.load_models_gpu([patcher.clone()], force_full_load=True)
+    draw(patcher.clone())
+    assert graphs()[0].replays == 2
+
+
+@pytest.mark.parametrize("change", ("hook", "patch", "control", "rope", "attention"))
+def test_what_a_replay_would_leave_out_is_not_recorded(recording, monkeypatch, change):
+    check_left_out(*recording, monkeypatch, change)
+
+
+def check_left_out(draw, patcher, graphs, monkeypatch, change):
+    model, seen, more = patcher.model.diffusion_model, [], {}
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    handle = model.img_in.register_forward_hook(lambda *_: seen.append(1)) if change == "hook" else None
+    if change == "patch":
+        more["transformer_options"] = {"patches": {"post_input": [lambda out: seen.append(1) or out]}}
+    elif change == "control":
+        more["control"] = {"input": [], "output": []}
+    elif change == "rope":
+        more["transformer_options"] = {"rope_options": {"scale_x": 2.0}}
+    elif change == "attention":
+        monkeypatch.setattr(comfy.ldm.flux.layers, "attention", lambda *args, **kwargs: seen.append(1) or attention(*args, **kwargs))
+    try:
+        for _ in range(5):
+            draw(**more)
+    finally:
+        if handle:
+            handle.remove()
+    blocks = len(model.double_blocks) + len(model.single_blocks)
+    assert not graphs() and len(seen) == {"hook": 5, "patch": 5, "attention": 5 * blocks}.get(change, 0)
+
+
 # --- On a GPU ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def drawing(quantized_model, monkeypatch):
-    """(a function that runs the loaded model and returns its output, the patcher). Every recorded step replays; `graphs` counts them."""
+    """As `recording`, with CUDA graphs."""
     monkeypatch.setenv(step_graphs.VARIABLE, "1")
-    generator = torch.Generator().manual_seed(0)
-    x, context, y = (torch.randn(shape, generator=generator).cuda().bfloat16() for shape in ((2, 16, 8, 10), (2, 12, CONTEXT), (2, POOLED)))
-
-    def draw(patcher=quantized_model, scale=1.0, **more):
-        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
-        timestep = torch.full((2,), 0.5, device="cuda").bfloat16()
-        return patcher.model.diffusion_model(x * scale, timestep, context, y, timestep, **more)
-
     with torch.inference_mode():
-        yield draw, quantized_model
-
-
-def graphs(patcher):
-    return sum(step.graph is not None for step in patcher.model.diffusion_model.step_graphs.steps.values())
+        yield draws(quantized_model, "cuda"), quantized_model, lambda: [
+            step.graph for step in quantized_model.model.diffusion_model.step_graphs.steps.values() if step.graph is not None]
 
 
 def without_graphs(draw, monkeypatch, *args, **more):
@@ -110,76 +233,49 @@ def without_graphs(draw, monkeypatch, *args, **more):
 
 @pytest.mark.gpu
 def test_a_graph_draws_the_same_bits(drawing, monkeypatch):
-    draw, patcher = drawing
+    draw, _, graphs = drawing
     exact = {scale: without_graphs(draw, monkeypatch, scale=scale) for scale in (1.0, 0.5)}
     for scale in (1.0, 1.0, 1.0, 0.5, 1.0, 0.5):
         assert torch.equal(draw(scale=scale), exact[scale])
-    assert graphs(patcher) == 1
+    assert len(graphs()) == 1
     held = draw()
     draw(scale=0.5)
     assert torch.equal(held, exact[1.0])  # a later step doesn't write to an earlier one's result
 
 
 @pytest.mark.gpu
-def test_a_graph_goes_when_the_model_changes(drawing, monkeypatch):
-    draw, patcher = drawing
-    plain = without_graphs(draw, monkeypatch)
-    for _ in range(4):
-        draw()
-    before = graphs(patcher)
-    name, layer = next((name, layer) for name, layer in patcher.packed_layers().items() if layer.takes_lora)
-    up, down = torch.randn(layer.out_features, 8), torch.randn(8, layer.in_features)
-    adapter = comfy.weight_adapter.LoRAAdapter(set(), (up, down, 8.0, None, None, None))
-    for strength in (1.0, 0.5):
-        changed = patcher.clone()
-        changed.add_patches({f"diffusion_model.{name}.weight": adapter}, strength)
-        expected = without_graphs(draw, monkeypatch, changed)
-        assert not torch.equal(expected, plain)
+def test_a_graph_follows_the_models_changes(drawing, monkeypatch):
+    draw, patcher, graphs = drawing
+    models = {strength: lora(patcher, strength) for strength in (1.0, 0.5)} | {0: patcher}
+    expected = {strength: without_graphs(draw, monkeypatch, model) for strength, model in models.items()}
+    assert not torch.equal(expected[1.0], expected[0]) and not torch.equal(expected[1.0], expected[0.5])
+    for strength in (0, 1.0, 0.5, 1.0, 0):
         for _ in range(4):
-            assert torch.equal(draw(changed), expected)
-    for _ in range(4):
-        assert torch.equal(draw(), plain)
+            assert torch.equal(draw(models[strength]), expected[strength])
+        assert graphs()
     patcher.detach()
-    assert before == 1 and graphs(patcher) == 0
+    assert not graphs()
     for _ in range(4):
-        assert torch.equal(draw(), plain)
+        assert torch.equal(draw(), expected[0])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("change", ("hook", "patch", "control", "scale"))
-def test_what_a_replay_would_leave_out_is_never_recorded(drawing, change):
-    draw, patcher = drawing
-    model, seen, more = patcher.model.diffusion_model, [], {}
-    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
-    handle = None
-    if change == "hook":
-        handle = model.img_in.register_forward_hook(lambda *_: seen.append(1))
-    elif change == "patch":
-        more["transformer_options"] = {"patches": {"post_input": [lambda out: seen.append(1) or out]}}
-    elif change == "control":
-        more["control"] = {"input": [], "output": []}
-    else:
-        more["transformer_options"] = {"rope_options": {"scale_x": 2.0}}
-    try:
-        for _ in range(5):
-            draw(**more)
-    finally:
-        if handle:
-            handle.remove()
-    assert graphs(patcher) == 0 and len(seen) == (5 if change in ("hook", "patch") else 0)
+@pytest.mark.parametrize("change", ("hook", "patch", "control", "rope", "attention"))
+def test_what_a_graph_would_leave_out_is_not_recorded(drawing, monkeypatch, change):
+    check_left_out(*drawing, monkeypatch, change)
 
 
 @pytest.mark.gpu
 def test_a_step_that_cannot_be_recorded_runs_as_ever(drawing, monkeypatch):
-    draw, patcher = drawing
-    attention = comfy.ldm.flux.math.optimized_attention
+    draw, _, graphs = drawing
+    optimized = comfy.ldm.flux.math.optimized_attention
 
     def waits(q, *args, **kwargs):
         q.flatten()[0].item()
-        return attention(q, *args, **kwargs)
+        return optimized(q, *args, **kwargs)
 
     monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", waits)
     expected = without_graphs(draw, monkeypatch)
     for _ in range(5):
         assert torch.equal(draw(), expected)
-    assert graphs(patcher) == 0
+    assert not graphs()
