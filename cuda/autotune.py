@@ -124,7 +124,8 @@ def tune(device, runners, changed):
     faster = 0
     with _tuning, torch.inference_mode():
         while _pending[device] and _spent[device] < BUDGET and threading.main_thread().is_alive():
-            layer, (kernels, values, record) = _pending[device].popitem()
+            layer = next(iter(_pending[device]))  # the most urgent one: warm_up prepares the usual sizes first
+            kernels, values, record = _pending[device].pop(layer)
             try:
                 found = _fastest(kernels, values, layer, device, runners[type(layer)])
             except torch.OutOfMemoryError:  # the model needs the memory more

@@ -84,6 +84,16 @@ def test_the_fastest_choice_is_kept(fake):
     assert tune(fake) == 0
 
 
+def test_what_was_asked_for_first_is_measured_first(fake, monkeypatch):
+    """The budget may end before the sizes that are prepared last."""
+    measured = []
+    monkeypatch.setattr(autotune, "_fastest", lambda kernels, values, layer, *_: measured.append(layer) or dict.fromkeys(values, 0))
+    autotune.tuned(chosen(), LAYER, ADA, CPU)
+    autotune.tuned(chosen(WIDE, ADA), WIDE, ADA, CPU)
+    tune(fake)
+    assert measured == [LAYER, WIDE]
+
+
 def test_other_bits_are_no_candidate(fake):
     """A wrong kernel may be the fastest. A NaN isn't equal to itself, but its bits are."""
     fake["seconds"], fake["bits"] = {LARGE: 0.1, SMALL: 0.5}, {LARGE: 1e-6}
