@@ -123,7 +123,7 @@ def download(remote, path, progress):
     try:
         _download(remote, path, name, progress)
     except OSError as error:  # An error of the disk: _fetch turns errors of the connection into HubError.
-        raise HubError(f"Downloading {name} failed: {disk_trouble(error)}.") from error
+        raise HubError(f"Downloading {name} failed: {disk_trouble(error, path)}.") from error
 
 
 def _download(remote, path, name, progress):
