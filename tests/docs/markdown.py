@@ -1,7 +1,7 @@
 """The parts of a Markdown file that the tests check: links, anchors, code, tables."""
 
+import os
 import re
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +17,13 @@ class Code(NamedTuple):
     spans: list[str]
 
 
-def files() -> list[Path]:
-    """The repository's Markdown files."""
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"], cwd=ROOT, capture_output=True,
-                            text=True, check=True)
-    return [ROOT / line for line in listed.stdout.splitlines()]
+def files(*suffixes: str) -> list[Path]:
+    """The repository's files with these suffixes, without what the tests and the demo make and what an installation brings."""
+    found = []
+    for folder, inner, names in os.walk(ROOT):
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in ("out", "__pycache__"))
+        found += [Path(folder, name) for name in sorted(names) if name.endswith(suffixes)]
+    return found
 
 
 def prose(text: str) -> str:

@@ -9,9 +9,9 @@ from comfyui_svdquant.cuda import targets
 
 from .markdown import ROOT, anchors, code, files, links, prose, rows
 
-FILES = files()
+FILES = files(".md")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SOURCES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in (".venv", ".comfyui", "tests", ".git")]
+SOURCES = [path for path in files(".py") if path.relative_to(ROOT).parts[0] != "tests"]
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import re
-import subprocess
 
 import pytest
 import tomllib
@@ -12,7 +11,7 @@ from PIL import Image
 
 from host import setup
 
-from .markdown import ROOT
+from .markdown import ROOT, files
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMFY = PROJECT["tool"]["comfy"]
@@ -81,14 +80,16 @@ def test_the_classifiers_name_what_the_registry_filters_by():
 
 def test_every_placeholder_is_listed_for_the_owner():
     """The table in CONTRIBUTING.md names each file with a placeholder, so that none is left in a release."""
-    listed = set(re.findall(r"^\| `(OWNER|PUBLISHER)` \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE))
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(OWNER|PUBLISHER)` \| (.*?) \|", text, re.MULTILINE))
     found = {}
-    for placeholder in ("OWNER", "PUBLISHER"):
-        matches = subprocess.run(["git", "grep", "-lw", "--untracked", placeholder, "--", ":!tests", ":!CONTRIBUTING.md"], cwd=ROOT,
-                                 capture_output=True, text=True).stdout.split()
-        if matches:
-            found[placeholder] = ", ".join(f"`{name}`" for name in sorted(matches))
-    assert dict(listed) == found
+    for path in files(".md", ".toml", ".txt", ".py", ".json", ".yml", ".svg"):
+        name = path.relative_to(ROOT).as_posix()
+        if name == "CONTRIBUTING.md" or name.startswith("tests/"):
+            continue
+        for placeholder in set(re.findall(r"\b(?:OWNER|PUBLISHER)\b", path.read_text(encoding="utf-8"))):
+            found.setdefault(placeholder, []).append(f"`{name}`")
+    assert listed == {placeholder: ", ".join(names) for placeholder, names in found.items()}
 
 
 def test_developers_files_are_kept_out_of_the_archive():
