@@ -26,12 +26,12 @@ COMMANDS = {
     "pictures": "python benchmarks/pictures.py --comfyui PATH --prompts 128 --batch 64",
     "quantize_full": "python benchmarks/quantize_full.py --comfyui PATH --vram-gb 12",
 }
-OLDER_VARIANTS = {"bf16": "bf16-eager", "W4A8": "ours-eager", "W4A4": "ours-w4a4-eager"}  # of flux_step.py before it had sizes
 MODELS = {"bf16": "bf16", "fp8": "fp8, a scale a row (torchao's scheme)", "comfyui-fp8": "fp8, ComfyUI's own with --fast",
           "nf4": "NF4 (bitsandbytes)", "ours": "**4 bits, W4A8**", "ours-fused": "**4 bits, W4A8, fused blocks**",
           "ours-w4a4": "4 bits, W4A4"}
 MODES = {"eager": "", "compiled": ", torch.compile", "graph": ", CUDA graph"}
-CAPPED = {"4 bits": "**4 bits, W4A8**", "fp8": "fp8, ComfyUI's own", "bf16": "bf16"}
+KERNELS = {"gemm": "matrix products", "awq": "W4A16"}
+CAPPED = {"4 bits": "**4 bits, W4A8**", "fp8": "fp8 weights, ComfyUI's own, computed in bf16", "bf16": "bf16"}
 LORAS = {"rank 16, q k v apart": "one of rank 16, with factors of their own for q, k and v",
          "rank 64, q k v apart": "one of rank 64, with factors of their own for q, k and v", "3 of rank 32": "three of rank 32"}
 README_RECIPES = {"naive rounding": "plain rounding", pictures.BASE: "DeepCompressor's default", pictures.GPTQ: "DeepCompressor with GPTQ",
@@ -54,9 +54,7 @@ def without_empty_columns(lines):
 
 def entries(result):
     """The entries of a flux_step result, one a variant and size, this pack's last."""
-    found = result.get("entries") or [{"variant": OLDER_VARIANTS[name], "pixels": 1024, "batch": 1} | entry
-                                      for name, entry in result["variants"].items()]
-    return sorted(found, key=lambda entry: entry["variant"].startswith("ours"))
+    return sorted(result["entries"], key=lambda entry: entry["variant"].startswith("ours"))
 
 
 def label(variant):
@@ -71,12 +69,12 @@ def summary(results, gpu):
     capped, demo = results(f"memory_caps_{gpu}")["variants"], results("demo_cpu")["mean_psnr"]
     own = next(name for name in ("ours-fused-eager", "ours-eager") if name in standard)
     rows = []
-    for name, title, cap in (("bf16-eager", "16 bits (bf16)", "bf16"), ("comfyui-fp8-eager", "8 bits (ComfyUI's fp8)", "fp8"),
+    for name, title, cap in (("bf16-eager", "16 bits (bf16)", "bf16"), ("comfyui-fp8-eager", "8 bits (ComfyUI's fp8)", None),
                              (own, "**4 bits (W4A8)**", "4 bits")):
         if (entry := standard.get(name)) is None:
             continue
         cells = ["FLUX.1 dev", title, gpu.upper(), f"{entry['weights_gb']:.1f} GB", f"{entry['peak_gb']:.1f} GB", f"{entry['ms']:.0f} ms",
-                 f"{capped[cap]['ms']['8']:.0f} ms"]
+                 f"{capped[cap]['ms']['8']:.0f} ms" if cap else ""]  # memory_caps.py has fp8 weights that are computed in bf16
         rows.append([*cells, f"{demo['SVDQuant']:.1f} dB" if name == own else ""])
     head = ["model", "precision", "card", "weights", "GPU memory", "a step", "a step with 8 GB", "PSNR to bf16"]
     return [*table(head, rows), "",
@@ -105,8 +103,9 @@ STEP_HEAD = ["ms a step", "first step", "with compiled kernels", "weights", "pea
 
 
 def step(results, gpu):
-    """A step at the README's size."""
-    found = [entry for entry in entries(results(f"flux_step_{gpu}")) if (entry["pixels"], entry["batch"]) == STANDARD]
+    """A step at the README's size, in the precisions that somebody would choose on that GPU."""
+    found = [entry for entry in entries(results(f"flux_step_{gpu}"))
+             if (entry["pixels"], entry["batch"]) == STANDARD and not entry["variant"].startswith("ours-w4a4")]
     rows, kinds = step_rows([entry | {"kernel_ms": {}} for entry in found], False)
     return table(["1024 x 1024, batch 1", *STEP_HEAD], rows)
 
@@ -115,7 +114,7 @@ def steps(results, gpu):
     """A step at every size, with the time of the kernels by kind where it was measured."""
     found = sorted(entries(results(f"flux_step_{gpu}")), key=lambda entry: (entry["pixels"], entry["batch"]))
     rows, kinds = step_rows(found, True)
-    return table(["size", "precision", *STEP_HEAD, *(f"{kind}, ms" for kind in kinds)], rows)
+    return table(["size", "precision", *STEP_HEAD, *(f"{KERNELS.get(kind, kind)}, ms" for kind in kinds)], rows)
 
 
 def caps(results, gpu):
