@@ -45,7 +45,7 @@ def test_every_marker_belongs_to_a_table(document):
 
 def test_a_changed_result_changes_its_table(results):
     change(results, "lora_cost_h200", none=1.0)
-    text = (tables.ROOT / "README.md").read_text(encoding="utf-8")
+    text, _ = tables.rewritten((tables.ROOT / "README.md").read_text(encoding="utf-8"), "README.md")
     new, changed = tables.rewritten(text, "README.md", results)
     assert changed == ["lora h200"] and "| none | **1.0** |" in new
     assert tables.rewritten(new, "README.md", results) == (new, [])
