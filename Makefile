@@ -1,5 +1,5 @@
 # make demo    set up a ComfyUI, run the demo's workflow in it, write demo/out/contact_sheet.png
-# make serve   the same ComfyUI, left running with the workflow in the browser
+# make serve   the same ComfyUI, left running; the workflow opens in the browser, or the terminal says that there is none
 # make test    the whole test suite;  make test ARGS="tests/quant -k layout" for a part of it
 # make lint    ruff
 # make clean   remove everything that the other targets made

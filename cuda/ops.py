@@ -58,7 +58,7 @@ def kernel_path(device, act_bits):
         return f"{'ROCm' if torch.version.hip else device.type.upper()}: PyTorch, slow"
     try:
         target = targets.for_device(device)
-        if importlib.util.find_spec("cupy") is None:
+        if importlib.util.find_spec("cupy") is None and not cupy_import.installed():
             return f"no CuPy: pip install {cupy_import.cupy_package()}; until then PyTorch, slow"
         cupy_import.load_cupy()
     except KernelsUnavailable as error:

@@ -1,7 +1,7 @@
 """The demo: set up a ComfyUI, run the demo's workflow in it, write demo/out/contact_sheet.png.
 
     python demo/run.py              about five minutes the first time; Python 3.11 or newer and pip are all it needs
-    python demo/run.py --serve      the same ComfyUI, left running with the workflow in the browser
+    python demo/run.py --serve      the same ComfyUI, left running; opens the workflow in the browser
 """
 
 import sys

@@ -2,15 +2,20 @@
 
 import argparse
 import json
+import os
+import platform
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 import contact_sheet
 from host import setup, workflow
 from host.client import NodeFailed, PromptRejected
+from host.page import open_page
 from host.server import DEMO_NODES, Server, ServerError
 
 HERE = Path(__file__).parent
@@ -36,7 +41,7 @@ class Progress:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="demo/run.py", description=__doc__)
-    parser.add_argument("--serve", action="store_true", help="leave ComfyUI running with the workflow in the browser")
+    parser.add_argument("--serve", action="store_true", help="leave ComfyUI running, and open the workflow in the browser")
     arguments = parser.parse_args()
     try:
         with Server(setup.locate(), setup.STATE / "base") as server:
@@ -53,7 +58,7 @@ def main() -> int:
 
 
 def serve(server: Server) -> None:
-    print(f"Open {server.client.url}/?template={TEMPLATE.stem}&source={DEMO_NODES}   (Ctrl-C stops ComfyUI)", flush=True)
+    print(open_page(f"{server.client.url}/?template={TEMPLATE.stem}&source={DEMO_NODES}"), "  (Ctrl-C stops ComfyUI)", flush=True)
     server.process.wait()
     raise ServerError(f"ComfyUI ended:\n{server.tail()}")
 
@@ -69,13 +74,27 @@ def show(server: Server) -> None:
     captions = [line.strip() for line in find(prompt, "SVDQuantDemoWords")["text"].splitlines() if line.strip()]
     OUT.mkdir(exist_ok=True)
     contact_sheet.compose(rows, captions).save(OUT / "contact_sheet.png")
-    (OUT / "table.json").write_text(json.dumps(contact_sheet.table(rows, captions), indent=2), encoding="utf-8")
+    figures = machine() | contact_sheet.table(rows, captions)
+    (OUT / "table.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
     for node, output in outputs.items():
         if "text" in output:
             name = prompt[node]["_meta"]["title"].replace(" ", "_")
             (OUT / f"{name}.txt").write_text("\n".join(output["text"]), encoding="utf-8")
     print(contact_sheet.text_table(rows, captions))
     print(f"\nThe pictures, side by side: {OUT / 'contact_sheet.png'}")
+
+
+def machine() -> dict:
+    """The machine and the versions that a table's figures belong to."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {cpu()}"
+    return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
+
+
+def cpu() -> str:
+    """The processor's name, or its architecture where the system does not say more."""
+    known = Path("/proc/cpuinfo")
+    names = [line for line in known.read_text().splitlines() if line.startswith("model name")] if known.exists() else []
+    return names[0].partition(": ")[2] if names else platform.processor() or platform.machine()
 
 
 def find(prompt: dict, class_type: str) -> dict:

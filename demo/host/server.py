@@ -62,7 +62,7 @@ class Server:
                 "--base-directory", base, "--database-url", database, "--disable-auto-launch", *device_options(),
                 *self.arguments]
 
-    def wait_until_up(self, seconds: float = 180) -> None:
+    def wait_until_up(self, seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:

@@ -19,6 +19,8 @@ from .header import DTYPES, EXTENSIONS, CheckpointError
 SPARE_BYTES = 1 << 20  # header and file system overhead in the check for free disk space
 # Temporary names of files that are being saved. Downloads, which can be resumed, have other names.
 TEMPORARY = re.compile(rf".+({'|'.join(map(re.escape, EXTENSIONS))})\.[0-9a-f]{{14}}\.saving", re.IGNORECASE)
+TEMPORARY_LENGTH = len(".0123456789abcd.saving")  # by which a temporary name is longer than the file's; a download's is as long
+WINDOWS_PATH = 259  # characters of a path on Windows, unless its setting LongPathsEnabled is on
 STALE_SECONDS = 24 * 3600  # a temporary file that was last written to this long ago is abandoned
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TROUBLES = {  # {errno: what is wrong with the disk, and the remedy}
@@ -43,9 +45,13 @@ def size_text(count):
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def disk_trouble(error):
-    """The cause of an OSError while a file was written, and the remedy, as the second half of a sentence. It does not contain the path,
-    which would be the temporary file's."""
+def disk_trouble(error, path):
+    """The cause of an OSError while the file `path` was written, and the remedy, as the second half of a sentence. It does not contain the
+    path, which would be the temporary file's."""
+    length = len(os.path.abspath(path))
+    if os.name == "nt" and error.errno in (errno.ENOENT, errno.EINVAL) and length + TEMPORARY_LENGTH > WINDOWS_PATH:
+        return (f"its path has {length} characters, and Windows takes {WINDOWS_PATH - TEMPORARY_LENGTH}; choose a shorter filename, or "
+                "switch on long paths in Windows (LongPathsEnabled)")
     reason = error.strerror or type(error).__name__
     return TROUBLES.get(error.errno, f"{reason}; check the disk, and that no loaded model still uses the file")
 
@@ -79,7 +85,7 @@ def write(path, layout, tensors, metadata, overwrite=False):
                 raise ValueError(f"tensor {next(iter(starts))} was planned and did not come")
             publish(temporary, path, overwrite)
     except OSError as error:
-        raise CheckpointError(f"Saving {name} failed: {disk_trouble(error)}.") from error
+        raise CheckpointError(f"Saving {name} failed: {disk_trouble(error, path)}.") from error
 
 
 @contextmanager

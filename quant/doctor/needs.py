@@ -1,7 +1,5 @@
 """The doctor's checks of what the kernels need: the driver, CuPy, NVRTC, the cache, and pinned memory."""
 
-import importlib.metadata
-import re
 import tempfile
 import time
 
@@ -34,24 +32,15 @@ def _dotted(cuda):
 
 def cupy(machine):
     """CuPy, which loads the kernels."""
-    installed = cupys()
-    names = ", ".join(f"{name} {version}" for name, version in installed.items()) or "not installed"
-    problems, blocks = [], False
-    if len(installed) > 1:
-        problems.append(f"Several CuPys are installed and overwrite each other's files; pip uninstall {' '.join(installed)}, and then "
-                        f"pip install {cupy_import.cupy_package()}.")
+    packages = cupy_import.installed()
+    names = ", ".join(f"{name} {version}" for name, version in packages.items()) or "not installed"
     try:
         cupy_import.load_cupy()
-    except KernelsUnavailable as error:
-        problems.append(f"{error}. Until then {SLOW}.")
-        blocks = True
-    return Part((names,), tuple(problems), blocks)
-
-
-def cupys():
-    """{name: version} of the installed packages of CuPy."""
-    found = ((each.metadata["Name"] or "", each.version) for each in importlib.metadata.distributions())
-    return dict(sorted({(name.lower(), version) for name, version in found if re.fullmatch(r"cupy(-(cuda|rocm)[\w-]*)?", name, re.I)}))
+    except KernelsUnavailable as error:  # with several CuPys this sentence has the same remedy as the one below
+        return Part((names,), (f"{error}. Until then {SLOW}.",), blocks=True)
+    if len(packages) > 1:
+        return Part((names,), (f"Several CuPys are installed and overwrite each other's files. {cupy_import.remedy(packages)}.",))
+    return Part((names,))
 
 
 def nvrtc(machine):

@@ -1,6 +1,6 @@
 """Model files from the Hugging Face Hub: interrupted downloads resume, and each file is checked against the Hub's SHA-256.
 
-huggingface_hub (0.30 to 2.x) finds the user's login, queries the Hub and transfers the data. Its hf_hub_download is not used: it can't
+huggingface_hub (0.26 to 2.x) finds the user's login, queries the Hub and transfers the data. Its hf_hub_download is not used: it can't
 be cancelled, and since its partial files belong to a single process it starts over after every interruption.
 """
 
@@ -123,7 +123,7 @@ def download(remote, path, progress):
     try:
         _download(remote, path, name, progress)
     except OSError as error:  # An error of the disk: _fetch turns errors of the connection into HubError.
-        raise HubError(f"Downloading {name} failed: {disk_trouble(error)}.") from error
+        raise HubError(f"Downloading {name} failed: {disk_trouble(error, path)}.") from error
 
 
 def _download(remote, path, name, progress):
@@ -226,7 +226,7 @@ def _huggingface_hub():
         import huggingface_hub.file_download
         import huggingface_hub.utils
     except ImportError as error:
-        raise HubError(f"Downloading needs the Python package huggingface_hub, 0.30 or newer ({error}); install it with pip into "
+        raise HubError(f"Downloading needs the Python package huggingface_hub, 0.26 or newer ({error}); install it with pip into "
                        "the Python that runs ComfyUI.") from None
     return huggingface_hub
 

@@ -102,16 +102,19 @@ def test_the_code_of_a_device_in_words(monkeypatch, capability, act_bits, cupy, 
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: cupy or None)
     monkeypatch.setattr(ops.cupy_import, "load_cupy", lambda: None)
     monkeypatch.setattr(ops.cupy_import, "cupy_package", lambda: "cupy-cuda12x")
+    monkeypatch.setattr(ops.cupy_import, "installed", dict)
     assert ops.kernel_path(torch.device("cuda", 0), act_bits) == text
     assert ops.kernel_path(torch.device("cpu"), act_bits) == "CPU: PyTorch, slow"
 
 
-def test_a_cupy_that_does_not_fit_is_named(monkeypatch):
+@pytest.mark.parametrize("found", [True, None])  # None: its files are gone and its package is not
+def test_a_cupy_that_does_not_fit_is_named(monkeypatch, found):
     def load():
         raise ops.KernelsUnavailable("The CUDA kernels need CuPy 13 or newer; this is CuPy 12.3.")
 
     monkeypatch.setattr(ops.targets, "for_device", lambda device: ops.targets.for_capability((9, 0)))
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(ops.cupy_import, "installed", lambda: {"cupy-cuda12x": "12.3.0"})
     monkeypatch.setattr(ops.cupy_import, "load_cupy", load)
     assert ops.kernel_path(torch.device("cuda", 0), 0) == "PyTorch, slow: The CUDA kernels need CuPy 13 or newer; this is CuPy 12.3."
 

@@ -33,7 +33,7 @@ def fake(monkeypatch, tmp_path):
         monkeypatch.setattr(compiler, "nvrtc", lambda: types.SimpleNamespace(version=nvrtc, architectures=architectures))
         monkeypatch.setattr(compiler, "all_sources_digest", lambda: "sources")
         monkeypatch.setattr(cupy_import, "load_cupy", lambda: None)
-        monkeypatch.setattr(needs, "cupys", lambda: {"cupy-cuda13x": "14.2.0"})
+        monkeypatch.setattr(cupy_import, "installed", lambda: {"cupy-cuda13x": "14.2.0"})
         monkeypatch.setattr(needs, "_pin", lambda size: None)
         monkeypatch.setattr(kernel_records, "machine", lambda device: ("A GPU", "uuid", "580.159.04"))
         monkeypatch.setattr(self_test, "_failed", {})

@@ -28,7 +28,7 @@ def test_a_machine_in_order(fake, capability):
 
 def test_problems_come_first_and_are_numbered(fake, monkeypatch):
     fake((12, 0), cuda=12020)
-    monkeypatch.setattr(needs, "cupys", dict)
+    monkeypatch.setattr(cupy_import, "installed", dict)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
 
     def missing():
@@ -65,8 +65,8 @@ def test_a_check_that_fails_is_a_line(fake, monkeypatch, measure):
     def broken(*args):
         raise OSError("the disk\nis gone")
 
-    for module, name in ((system, "_own_version"), (torch.cuda, "get_device_properties"), (driver, "cuda_version"), (needs, "cupys"),
-                         (compiler, "nvrtc"), (compiler, "cache_folder"), (kernels, "choose"), (needs, "_pin")):
+    for module, name in ((system, "_own_version"), (torch.cuda, "get_device_properties"), (driver, "cuda_version"),
+                         (cupy_import, "installed"), (compiler, "nvrtc"), (compiler, "cache_folder"), (kernels, "choose"), (needs, "_pin")):
         monkeypatch.setattr(module, name, broken)
     monkeypatch.setattr(kernels, "layers", broken)
     text = page.examine(Host(), measure)
