@@ -66,21 +66,19 @@ def summary(results, gpu):
     """The README's first table: speed, memory and closeness of FLUX.1 dev."""
     standard = {entry["variant"]: entry for entry in entries(results(f"flux_step_{gpu}"))
                 if (entry["pixels"], entry["batch"]) == STANDARD and "ms" in entry}
-    capped, demo = results(f"memory_caps_{gpu}")["variants"], results("demo_cpu")["mean_psnr"]
+    demo = results("demo_cpu")["mean_psnr"]
     own = next(name for name in ("ours-fused-eager", "ours-eager") if name in standard)
     rows = []
-    for name, title, cap in (("bf16-eager", "16 bits (bf16)", "bf16"), ("comfyui-fp8-eager", "8 bits (ComfyUI's fp8)", None),
-                             (own, "**4 bits (W4A8)**", "4 bits")):
+    for name, title in (("bf16-eager", "16 bits (bf16)"), ("comfyui-fp8-eager", "8 bits (ComfyUI's fp8)"), (own, "**4 bits (W4A8)**")):
         if (entry := standard.get(name)) is None:
             continue
-        cells = ["FLUX.1 dev", title, gpu.upper(), f"{entry['weights_gb']:.1f} GB", f"{entry['peak_gb']:.1f} GB", f"{entry['ms']:.0f} ms",
-                 f"{capped[cap]['ms']['8']:.0f} ms" if cap else ""]  # memory_caps.py has fp8 weights that are computed in bf16
+        cells = ["FLUX.1 dev", title, gpu.upper(), f"{entry['weights_gb']:.1f} GB", f"{entry['peak_gb']:.1f} GB", f"{entry['ms']:.0f} ms"]
         rows.append([*cells, f"{demo['SVDQuant']:.1f} dB" if name == own else ""])
-    head = ["model", "precision", "card", "weights", "GPU memory", "a step", "a step with 8 GB", "PSNR to bf16"]
+    head = ["model", "precision", "card", "weights", "GPU memory", "a step", "PSNR to bf16"]
     return [*table(head, rows), "",
-            "A step is one pass of the model over a picture of 1024 x 1024, of which FLUX.1 dev takes about 20; with 8 GB of GPU memory a "
-            "part of the model waits in host memory. PSNR says how close a picture is to the 16-bit one: the mean of the eight pictures "
-            f"above, which a CPU drew in W4A4; plain rounding to 4 bits reaches {demo['naive 4-bit']:.1f} dB."]
+            "A step is one pass of the model over a picture of 1024 x 1024, of which FLUX.1 dev takes about 20. PSNR says how close a "
+            "picture is to the 16-bit one: the mean of the eight pictures above, which a CPU drew in W4A4; plain rounding to 4 bits reaches "
+            f"{demo['naive 4-bit']:.1f} dB."]
 
 
 def step_rows(found, sized):

@@ -77,7 +77,7 @@ def test_the_summary_prefers_the_fused_blocks_and_has_comfyuis_fp8_once_it_is_me
     with_entries(results, entry("bf16-eager"), entry("ours-eager", ms=132.0), entry("ours-fused-eager", ms=91.0),
                  entry("comfyui-fp8-eager", ms=150.0))
     made = tables.made("summary h200", "results", results)
-    assert "91 ms" in made and "132 ms" not in made and "| 8 bits (ComfyUI's fp8) | H200 | 6.8 GB | 7.4 GB | 150 ms |  |  |" in made
+    assert "91 ms" in made and "132 ms" not in made and "| 8 bits (ComfyUI's fp8) | H200 | 6.8 GB | 7.4 GB | 150 ms |  |" in made
 
 
 def test_an_unknown_variant_and_an_unknown_lora_keep_their_names(results):
@@ -89,7 +89,7 @@ def test_an_unknown_variant_and_an_unknown_lora_keep_their_names(results):
 
 
 def test_results_of_two_gpus_are_not_mixed(results):
-    change(results, "memory_caps_h200", device="NVIDIA H100 80GB HBM3")
+    change(results, "demo_cpu", device="NVIDIA H100 80GB HBM3")
     with pytest.raises(ValueError, match="The table summary h200 would have results of NVIDIA H100 80GB HBM3 and NVIDIA H200"):
         tables.made("summary h200", "results", results)
 
