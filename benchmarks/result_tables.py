@@ -77,8 +77,8 @@ def summary(results, gpu):
     head = ["model", "precision", "card", "weights", "GPU memory", "a step", "PSNR to bf16"]
     return [*table(head, rows), "",
             "A step is one pass of the model over a picture of 1024 x 1024, of which FLUX.1 dev takes about 20. PSNR says how close a "
-            "picture is to the 16-bit one: the mean of the eight pictures above, which a CPU drew in W4A4; plain rounding to 4 bits reaches "
-            f"{demo['naive 4-bit']:.1f} dB."]
+            "picture is to the 16-bit one: the mean of the eight pictures above, which a CPU drew in W4A4; plain rounding to 4 bits "
+            f"reaches {demo['naive 4-bit']:.1f} dB."]
 
 
 def step_rows(found, sized):
