@@ -47,12 +47,14 @@ class Gelu:
     """A tanh GELU that is the only reader of a layer's output columns, so that the layer's kernel can apply it.
 
     module: the GELU's name in the block; columns_from(k, n): the layer's first output column that the GELU reads; reader: the name of the
-    layer that reads the GELU's output.
+    layer that reads the GELU's output; module_class: the dotted name of the GELU's class. A class of the host's may hold the layer itself,
+    as its only child, and compute the layer and the GELU.
     """
 
     module: str
     columns_from: Callable[[int, int], int]
     reader: str
+    module_class: str = "torch.nn.modules.activation.GELU"
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,24 @@ class BlockList:
     """One list of transformer blocks of the diffusion model.
 
     name: the ModuleList's name; layers: {name within a block: Layer} of the packed linears; states: the names of the forward's leading
-    arguments that a block updates and returns, in the order in which it returns them; mlps: names of the (linear, GELU, linear)
-    Sequentials in a block that can run as one op.
+    arguments that a block updates and returns; returned: the same names in the order in which it returns them, if that is another one;
+    after: names of the lists whose last blocks' outputs the first block of this list reads; None for the list before it; shares_input:
+    groups of layers that read the same tensor, such as q, k and v, which get one smoothing factor; mlps: names of the (linear, GELU,
+    linear) Sequentials in a block that can run as one op.
     """
 
     name: str
     layers: MappingProxyType
     states: tuple
+    returned: tuple = ()
+    after: tuple | None = None
+    shares_input: tuple = ()
     mlps: tuple = ()
 
     def pass_through(self, *args, **kwargs):
         """A block's forward that returns its states unchanged: one value, or a tuple of several."""
-        states = tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(self.states))
+        given = {name: args[i] if i < len(args) else kwargs[name] for i, name in enumerate(self.states)}
+        states = tuple(given[name] for name in self.returned or self.states)
         return states if len(states) > 1 else states[0]
 
 
@@ -289,6 +297,25 @@ class Family:
     def running_blocks(self, diffusion_model):
         """[(name, module)] of the transformer blocks, in the order in which they run."""
         return [(f"{blocks.name}.{i}", block) for blocks in self.blocks for i, block in enumerate(getattr(diffusion_model, blocks.name))]
+
+    def sources(self, diffusion_model):
+        """{block name: names of the blocks whose outputs are its states}, in running order."""
+        found, last = {}, {}  # last: {list: names of the blocks whose outputs leave it}
+        for i, blocks in enumerate(self.blocks):
+            after = [before.name for before in self.blocks[max(i - 1, 0):i]] if blocks.after is None else blocks.after
+            states = tuple(name for before in after for name in last[before])
+            for j in range(len(getattr(diffusion_model, blocks.name))):
+                found[f"{blocks.name}.{j}"], states = states, (f"{blocks.name}.{j}",)
+            last[blocks.name] = states
+        return found
+
+    def first_reader(self, name):
+        """The first of the layers that read the same tensor as packed layer `name` (BlockList.shares_input); most layers are alone."""
+        if found := self._in_block(name):
+            blocks, index, inner = found
+            shared = next((group for group in blocks.shares_input if inner in group), (inner,))
+            return f"{blocks.name}.{index}.{shared[0]}"
+        return name
 
     def pass_through(self, block_name):
         """A forward for block `block_name` that returns its states unchanged."""

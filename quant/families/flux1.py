@@ -42,8 +42,8 @@ SINGLE_LINEARS = {
 }
 
 
-def double_blocks(layers):
-    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), ("img_mlp", "txt_mlp"))
+def double_blocks(layers, mlps=("img_mlp", "txt_mlp")):
+    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), mlps=mlps)
 
 
 def single_blocks(layers):

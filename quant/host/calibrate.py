@@ -44,7 +44,8 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept
 
 
 def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done):
-    """Yield (block name, {layer: InputStats}) block by block, OUTSIDE last. The dict is empty without calls and for blocks in `done`.
+    """Yield (block name, {layer: InputStats}) block by block, OUTSIDE last, for the first of the layers that read the same input
+    (Family.first_reader). The dict is empty without calls and for blocks in `done`.
 
     specs: {layer name: LayerSpec}; memory: calibration.Memory; packed: {tensor name: packed tensor}, which the caller fills between the
     blocks; done: names of the blocks that were quantized before.
@@ -81,12 +82,14 @@ def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done
     def layers_of(name, block):
         if name in done:
             return {}
-        return family.outer_layers(block) if name == OUTSIDE else family.block_layers(name, block)
+        layers = family.outer_layers(block) if name == OUTSIDE else family.block_layers(name, block)
+        return {layer: module for layer, module in layers.items() if family.first_reader(layer) == layer}
 
     whole = make_room(patcher, working_memory(family, blocks, recipe.needs_gram()))
     with nullcontext() if whole else on_device(patcher, outside):
         yield from calibration.stream_blocks(model, calls, memory, stages, layers_of, family.pass_through, recipe.needs_gram(),
                                              recipe.tokens, quantized=quantized if recipe.propagate == "quantized" else None,
+                                             sources=family.sources(model) | {OUTSIDE: (blocks[-1][0],)},
                                              **({} if whole else {"loaded": loaded}))
 
 

@@ -1,0 +1,70 @@
+"""A small random model of each family beyond FLUX.1, for the tests that every family has to pass in a real ComfyUI."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import comfy.sample
+import torch
+from comfyui_svdquant.quant.families import flux2
+from comfyui_svdquant.quant.families.family import Family
+from comfyui_svdquant.quant.host import quantize
+from comfyui_svdquant.quant.quantizer import presets
+
+from .comfy_models import Progress
+from .random_flux2 import flux2_shapes
+from .random_models import random_tensors
+
+HIDDEN, CONTEXT = 256, 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """family: the declaration; shapes(): {name: shape} of a small model's file; model_classes: names of the host's classes of the model and
+    of its BaseModel; latent: shape of an empty latent; figures: the line on the model's sizes that Inspect prints; loras: {style of keys:
+    {key of a layer: (packed layer, its part's (N, K))}}; packed: number of packed layers; calls: makes the arguments of a forward."""
+
+    family: Family
+    shapes: Callable
+    model_classes: tuple
+    latent: tuple
+    figures: str
+    loras: dict
+    packed: int
+    calls: Callable = field(repr=False, default=None)
+
+    def __str__(self):
+        return self.family.title
+
+    def tensors(self, **changes):
+        return random_tensors(self.shapes(**changes))
+
+    def prompts(self, count=2, width=CONTEXT):
+        g = torch.Generator().manual_seed(1)
+        return [[torch.randn(1, 12, width, generator=g), {}] for _ in range(count)]
+
+    def sample(self, patcher, steps=2, cond=None):
+        cond, empty = cond or self.prompts(1), torch.zeros(self.latent)
+        empty = comfy.sample.fix_empty_latent_channels(patcher, empty)
+        return comfy.sample.sample(patcher, comfy.sample.prepare_noise(empty, 5), steps, 1.0, "euler", "simple", cond, cond, empty,
+                                   disable_pbar=True, seed=5)
+
+    def quantized(self, patcher, preset="fast", exceptions=""):
+        """(the model in 4 bits, its records)."""
+        return quantize.quantize(patcher, presets.make_recipe(preset, 16, exceptions), self.prompts(),
+                                 {"samples": torch.zeros(self.latent)}, 2, 0, Progress())
+
+
+FLUX2 = Case(
+    flux2.FAMILY, flux2_shapes, ("comfy.ldm.flux.model.Flux", "Flux2"), (1, 128, 6, 6),
+    "FLUX.2: 1 double and 2 single blocks, hidden size 256, 128 channels in, with guidance",
+    {
+        "kohya": {"lora_unet_single_blocks_1_linear2": ("single_blocks.1.linear2", (HIDDEN, 4 * HIDDEN)),
+                  "lora_unet_double_blocks_0_img_mlp_0": ("double_blocks.0.img_mlp.0", (6 * HIDDEN, HIDDEN))},
+        "ComfyUI": {"diffusion_model.single_blocks.0.linear1": ("single_blocks.0.linear1", (9 * HIDDEN, HIDDEN)),
+                    "diffusion_model.double_stream_modulation_img.lin": ("double_stream_modulation_img.lin", (6 * HIDDEN, HIDDEN))},
+        "diffusers": {"transformer.transformer_blocks.0.attn.to_k": ("double_blocks.0.img_attn.qkv", (HIDDEN, HIDDEN)),
+                      "transformer.transformer_blocks.0.attn.to_add_out": ("double_blocks.0.txt_attn.proj", (HIDDEN, HIDDEN))},
+    },
+    packed=8 + 2 * 2 + 6)
+
+CASES = [FLUX2]
