@@ -25,8 +25,6 @@ OTHER_MODELS = ("text_encoders.", "vae.", "first_stage_model.", "cond_stage_mode
 FOREIGN = (
     ("individual_token_refiner", "a HunyuanVideo model"),
     ("caption_projection.0.linear.weight", "a HiDream model"),
-    ("txt_norm.weight", "a Qwen-Image model"),
-    ("cap_embedder.1.weight", "a Lumina or Z-Image model"),
     ("input_blocks.0.0.weight", "a Stable Diffusion or SDXL UNet"),
     ("joint_blocks.0.", "a Stable Diffusion 3 model"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),

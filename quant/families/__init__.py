@@ -7,6 +7,8 @@ MODULES = (
     "flux1",
     "flux2",
     "chroma",
+    "qwen_image",
+    "z_image",
 )
 FAMILIES = tuple(import_module(f".{module}", __name__).FAMILY for module in MODULES)
 # For messages and descriptions: "A, B or C".

@@ -183,7 +183,9 @@ class Configuration:
     keys: the keys that our files store, in order; fixed: {key: value} common to all models of the family; usual: {key: value} that
     tensor shapes don't determine, with the family's usual values, which a file may override; matrices, vectors: names of the tensors
     whose shapes are measured; measure({tensor name: shape}, usual values) -> {key: value} found from shapes; derive(all of these) ->
-    {key: value} computed from them; trouble(all of these): the second half of a sentence that says which value is invalid, or None.
+    {key: value} computed from them; trouble(all of these): the second half of a sentence that says which value is invalid, or None;
+    assumed: {key: value} that the host assumes where its own configuration lacks the key; detected: keys of `assumed` that the host finds
+    in a file itself, if it knows such models.
     """
 
     keys: tuple
@@ -194,6 +196,8 @@ class Configuration:
     measure: Callable
     derive: Callable
     trouble: Callable
+    assumed: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
+    detected: tuple = ()
 
     def of(self, shapes, stored=NO_ENTRIES):
         """The configuration of a model with tensors {name: shape}. stored: the configuration in its file, used for `usual` only.
@@ -220,6 +224,17 @@ class Configuration:
         return {key: config[key] for key in self.keys}
 
 
+    def added_to(self, host, config):
+        """The host's configuration `host`, a dict, with our `config`. Older hosts don't know every key; a key is left out where they
+        assume its value."""
+        return host | {key: value for key, value in config.items() if key in host or value != self.assumed.get(key)}
+
+    def unknown_to(self, host, config):
+        """"key = value" of the first value of `config` that a host should have found in the file itself, and has not, or None."""
+        missed = (key for key in self.detected if host.get(key, self.assumed[key]) != config[key])
+        return next((f"{key} = {config[key]}" for key in missed), None)
+
+
 def _is_like(value, usual):
     """Whether a stored number, or list of numbers, is positive and has the type and length of `usual`."""
     if isinstance(usual, (list, tuple)):
@@ -233,8 +248,8 @@ class Family:
     """One architecture.
 
     title: its name for users; architecture: its name in a file's ModelSpec card; model_class: the dotted name of the host's class; lacks:
-    {parameter of the host's class that the family doesn't have: title of the model that has it}; needs: modules that every model of the
-    family has.
+    {key of the host's configuration that the family doesn't have: title of the model that has it}; needs: modules that every model of the
+    family has; unused: parameters that some hosts' models and some files have and no forward reads.
     blocks: the BlockLists in running order; outer: {name: Layer} of layers outside the blocks, whose input has one token per image.
     tensors(configuration) -> {tensor name in a file: shape} of a 16-bit model, packed layers as the linears that they replace;
     figures(configuration): the sizes that describe a model to users, as text; variants(configuration): the name of the published model
@@ -263,6 +278,7 @@ class Family:
     renamed: tuple = ()
     lacks: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
     needs: tuple = ()
+    unused: tuple = ()
     diffusers: Diffusers | None = None
     nunchaku: Nunchaku | None = None
     variants: Callable[[dict], str | None] = lambda configuration: None

@@ -16,6 +16,13 @@ OUTSIDE = "outside"  # block name of the layers outside the blocks; their "block
 EVERYTHING = 2**62  # bytes to ask ComfyUI to free, so that it moves all models off the device
 
 
+def sized(patcher, latent):
+    """The samples of a latent, in the shape in which the MODEL samples it; of an empty latent as the host's own samplers do it."""
+    # Newer nodes note for which models' latents an empty one was made, so that it can be resized.
+    ratios = {key: latent[key] for key in ("downscale_ratio_spacial", "downscale_ratio_temporal") if latent.get(key) is not None}
+    return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], **ratios)
+
+
 def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept=None):
     """Sample every prompt once and return recorded calls of the diffusion model, at most MAX_CALLS at even intervals.
 
@@ -23,7 +30,7 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept
     """
     model = patcher.model.diffusion_model
     every = -(-len(conditioning) * steps // MAX_CALLS)
-    samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
+    samples = sized(patcher, latent)
     saved = kept and kept.load(resume.TRAJECTORY)
     played = calibration.played_back(model, [saved[0][key] for key in sorted(saved[0])]) if saved else nullcontext()
     calls = []

@@ -15,7 +15,7 @@ from ..quantizer import calibration, pipeline, presets
 from ..quantizer.pace import Pace
 from . import build, checks, resume
 from .attachments import SOURCE
-from .calibrate import OUTSIDE, block_statistics, record_trajectory
+from .calibrate import OUTSIDE, block_statistics, record_trajectory, sized
 from .patcher import SVDQuantModelPatcher
 from .weights import compute_dtype, effective_shapes, effective_weight, storage_dtype, unpatched_shape
 
@@ -63,7 +63,7 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
     """
     family = checks.check_model(patcher)
     checks.check_extras(patcher)
-    weights = checks.check_weights(patcher, progress.check)
+    weights = checks.check_weights(family, patcher, progress.check)
     calibrated = recipe.smooth == "search"
     presets.check_calibrated(recipe, conditioning is not None, latent is not None)
     specs, misfits = layer_specs(family, patcher.model.diffusion_model, recipe, storage_dtype(patcher))
@@ -72,7 +72,7 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
     if calibrated:
         checks.check_conditioning(family, patcher, conditioning)
         checks.check_latent(patcher, latent)
-    inputs = (conditioning, latent["samples"], steps, seed) if calibrated else ()
+    inputs = (conditioning, sized(patcher, latent), steps, seed) if calibrated else ()
     memory = calibration.Memory(patcher.load_device)
     for note in misfits:
         memory.say(note)
