@@ -109,13 +109,15 @@ class Signature:
     """How the tensor names of a family's files are recognized.
 
     anchors: a file has one of these names, under its prefix; names: it has all of these names too; parts: (beginning of a name, title of
-    the model that lacks such names): some name must begin so; lookalikes: (part of a name, description of the other model that has it).
+    the model that lacks such names): some name must begin so; lookalikes: (part of a name, description of the other model that has it);
+    telltale: part of a name by which a model with parts missing is still recognized, for messages, or None.
     """
 
     anchors: tuple
     names: tuple
     parts: tuple = ()
     lookalikes: tuple = ()
+    telltale: str | None = None
 
     def lookalike(self, keys):
         """The description of another, similar model that the tensors `keys` belong to; None if there is no sign of one."""

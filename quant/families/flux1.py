@@ -222,7 +222,7 @@ FAMILY = Family(
         parts=(("vector_in.", "LongCat-Image"),),
         lookalikes=(
             ("distilled_guidance_layer", "a Chroma model with parts missing, or under diffusers' names"),
-            ("double_stream_modulation_img.", "a FLUX.2 model with parts missing"),
+            ("double_stream_modulation_img.lin.", "a FLUX.2 model with parts missing"),
             ("img_mlp.gate_proj.", "an Ovis-Image model"),
             ("context_embedder_norm.", "an Ovis-Image model"),  # in diffusers' naming
             ("time_embed.timestep_embedder.", "a LongCat-Image model"),  # likewise

@@ -30,7 +30,8 @@ def measure(shapes, usual):
 
 
 def tensors(config):
-    hidden, mlp, pixels = config["hidden_size"], int(config["hidden_size"] * config["mlp_ratio"]), config["patch_size"] ** 2
+    hidden, ratio, pixels = config["hidden_size"], config["mlp_ratio"], config["patch_size"] ** 2
+    mlp, gated = int(hidden * ratio), int(hidden * ratio * 2)  # the host rounds them apart in single blocks
     head = (hidden // config["num_heads"],)
     shapes = {"img_in": (hidden, config["in_channels"] * pixels), "txt_in": (hidden, config["context_in_dim"]),
               "final_layer.linear": (config["out_channels"] * pixels, hidden)}
@@ -43,7 +44,7 @@ def tensors(config):
                    f"{stream}_mlp.0": (2 * mlp, hidden), f"{stream}_mlp.2": (hidden, mlp)}
         norms.append(f"{stream}_attn.norm")
     for block in (f"single_blocks.{i}" for i in range(config["depth_single_blocks"])):
-        shapes |= {f"{block}.linear1": (3 * hidden + 2 * mlp, hidden), f"{block}.linear2": (hidden, hidden + mlp)}
+        shapes |= {f"{block}.linear1": (3 * hidden + gated, hidden), f"{block}.linear2": (hidden, hidden + mlp)}
         norms.append(f"{block}.norm")
     return ({f"{name}.weight": shape for name, shape in shapes.items()}
             | {f"{norm}.{part}_norm.scale": head for norm in norms for part in ("query", "key")})

@@ -79,7 +79,8 @@ FAMILY = Family(
     signature=Signature(
         anchors=("txt_norm.weight",),
         names=("img_in.weight", "txt_in.weight", f"{BLOCKS}.0.attn.add_q_proj.weight", f"{BLOCKS}.0.attn.norm_q.weight"),
-        lookalikes=(("controlnet_blocks.0.weight", "a ControlNet"),)),
+        lookalikes=(("controlnet_blocks.0.weight", "a ControlNet"),),
+        telltale="txt_norm.weight"),
     configuration=Configuration(
         keys=("image_model", "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim",
               "joint_attention_dim", "axes_dims_rope", "default_ref_method", "use_additional_t_cond"),

@@ -77,7 +77,8 @@ FAMILY = Family(
         lookalikes=((f"{MAIN}.0.adaLN_modulation.1.weight", "a Lumina 2 model"),
                     ("siglip_embedder.", "a Z-Image-Omni model"),
                     ("dec_net.cond_embed.", "a Z-Image model in pixel space"),
-                    (f"{NOISE}.0.attention.norm_k.", "a Z-Image model under diffusers' names, which only Load Diffusion Model reads"))),
+                    (f"{NOISE}.0.attention.norm_k.", "a Z-Image model under diffusers' names, which only Load Diffusion Model reads")),
+        telltale="cap_embedder.1.weight"),
     configuration=Configuration(
         keys=("image_model", "dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads", "in_channels", "patch_size", "cap_feat_dim",
               "axes_dims", "axes_lens", "rope_theta", "ffn_dim_multiplier", "time_scale", "pad_tokens_multiple", "qk_norm",

@@ -7,8 +7,11 @@ from comfyui_svdquant.quant.host import build
 
 from ..random_chroma import chroma_tensors
 from ..random_flux import flux_shapes
+from ..random_flux2 import flux2_shapes
+from ..random_qwen_image import qwen_image_shapes
+from ..random_z_image import z_image_shapes
 
-FLUX, CHROMA = (families.of_image_model(name) for name in ("flux", "chroma"))
+FLUX, FLUX2, CHROMA, QWEN, Z_IMAGE = families.FAMILIES
 CHROMA_SHAPES = {name: tuple(tensor.shape) for name, tensor in chroma_tensors().items()}
 
 
@@ -16,11 +19,17 @@ CHROMA_SHAPES = {name: tuple(tensor.shape) for name, tensor in chroma_tensors().
     (FLUX, flux_shapes(), {}), (FLUX, flux_shapes(guidance=False), {}), (FLUX, flux_shapes(in_channels=96, depth=2, depth_single=0), {}),
     (FLUX, flux_shapes(), {"mlp_ratio": 2.5, "axes_dim": [16, 24, 24]}), (FLUX, flux_shapes(), {"patch_size": 1}),
     (CHROMA, CHROMA_SHAPES, {}), (CHROMA, CHROMA_SHAPES, {"mlp_ratio": 0.3, "patch_size": 1}),
+    (FLUX2, flux2_shapes(), {}), (FLUX2, flux2_shapes(guidance=False, depth=2, depth_single=1), {}),
+    (FLUX2, flux2_shapes(), {"mlp_ratio": 2.5, "axes_dim": [32, 32, 32, 160]}),
+    (QWEN, qwen_image_shapes(), {}), (QWEN, qwen_image_shapes(hidden=384, depth=1), {}),
+    (Z_IMAGE, z_image_shapes(), {}), (Z_IMAGE, z_image_shapes(hidden=384, refiners=1, pad_tokens=False), {}),
+    (Z_IMAGE, z_image_shapes(), {"ffn_dim_multiplier": 4.0, "axes_dims": [32, 112, 112]}),
 ])
 def test_they_are_those_of_the_host(family, shapes, stored):
     config = family.configuration.of(shapes, stored)
     tensors = build.shapes_as_tensors(shapes)
     detected = comfy.model_detection.detect_unet_config(tensors, "")
-    model = build.empty_model(comfy.model_detection.model_config_from_unet_config(detected | config, tensors), {}, None)
+    host = family.configuration.added_to(detected, config)
+    model = build.empty_model(comfy.model_detection.model_config_from_unet_config(host, tensors), {}, None)
     host = {build.stored_name(model, name): tuple(tensor.shape) for name, tensor in model.diffusion_model.state_dict().items()}
     assert family.tensors(config) == host

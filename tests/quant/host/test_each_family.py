@@ -1,5 +1,6 @@
 """What every family beyond FLUX.1 has to do, on a small random model of each in a real ComfyUI."""
 
+import comfy.lora
 import comfy.sd
 import pytest
 import torch
@@ -97,7 +98,10 @@ def lora_of(keys, rank=8):
 def test_a_lora_has_its_effect_in_every_style_of_keys_and_is_removed_completely(case, pair):
     plain, model = pair
     before, exact_before = case.sample(model), case.sample(plain)
+    mapped = comfy.lora.model_lora_keys_unet(plain.model, {})
     for style, keys in case.loras.items():
+        if style in case.newer and not mapped.keys() & keys.keys():
+            continue
         changed = [comfy.sd.load_lora_for_models(m, None, lora_of(keys), 1.0, 0.0)[0] for m in pair]
         expected = {f"diffusion_model.{layer}.weight" for layer, _ in keys.values()}
         assert all(set(m.patches) == expected for m in changed), style
