@@ -171,7 +171,7 @@ def kind(header):
     """The name of a file's content, if it holds no model of a family, for messages; None if it is unknown."""
     keys = header.tensors.keys()
     relatives = filter(None, (family.signature.lookalike(keys) for family in FAMILIES))
-    partial = ((family.signature.telltale, f"a {family.title} model with parts missing") for family in FAMILIES if family.signature.telltale)
+    partial = [(part, f"a {family.title} model with parts missing") for family in FAMILIES if (part := family.signature.telltale)]
     found = next(relatives, None) or next((what for part, what in (*partial, *FOREIGN) if any(part in key for key in keys)), None)
     in_lora = sum(LORA in key for key in keys)
     # A damaged or unknown model may have a few such names too.

@@ -187,7 +187,8 @@ class Configuration:
     whose shapes are measured; measure({tensor name: shape}, usual values) -> {key: value} found from shapes; derive(all of these) ->
     {key: value} computed from them; trouble(all of these): the second half of a sentence that says which value is invalid, or None;
     assumed: {key: value} that the host assumes where its own configuration lacks the key; detected: keys of `assumed` that the host finds
-    in a file itself, if it knows such models.
+    in a file itself, if it knows such models; values(configuration): names of the tensors whose values, and not only shapes, the host's
+    detection reads.
     """
 
     keys: tuple
@@ -200,6 +201,7 @@ class Configuration:
     trouble: Callable
     assumed: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
     detected: tuple = ()
+    values: Callable = lambda configuration: ()
 
     def of(self, shapes, stored=NO_ENTRIES):
         """The configuration of a model with tensors {name: shape}. stored: the configuration in its file, used for `usual` only.

@@ -92,6 +92,8 @@ FAMILY = Family(
                                   "pad_tokens_multiple": None, "z_image_modulation": False}),
         matrices=("x_embedder.weight", "cap_embedder.1.weight"),
         vectors=(f"{NOISE}.0.attention.k_norm.weight",),
+        # Newer hosts tell by this norm whether a model fits fp16.
+        values=lambda config: (f"{MAIN}.{config['n_layers'] - 2}.ffn_norm1.weight",),
         measure=measure, derive=heads, trouble=trouble),
     tensors=tensors,
     unused=("norm_final.weight",),

@@ -209,7 +209,10 @@ def _detect(header, family, shapes, config):
 
     It starts from ComfyUI's detection, because each version of ComfyUI needs some keys of its own.
     """
-    tensors = build.shapes_as_tensors(shapes)
+    tensors, prefixes = build.shapes_as_tensors(shapes), family.signature.prefixes(header.tensors.keys())
+    for name in family.configuration.values(config):
+        stored = next((prefix + name for prefix in prefixes if prefix + name in header.tensors), None)
+        tensors |= {name: header.read_tensor(stored)} if stored else {}
     detected = comfy.model_detection.detect_unet_config(tensors, "")
     if detected is None or detected.get("image_model") != family.image_model:
         raise CheckpointError(f"{header.file} is not a {family.title} model; choose a {families.TITLES} model in safetensors format.")

@@ -313,7 +313,8 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
     returns a block's states unchanged (families.Family); loaded(name, block): a context in which the block can run; quantized(name,
     block): a context in which it runs in 4 bits, entered after the yield, so that its output there is the next block's input; None to
     use its 16-bit output; sources: {block name: names of the blocks whose outputs are its states} (families.Family.sources), None for
-    in_a_row. A block's output is kept until the last block that reads it has run. A call that skips a block is left out from this block on. Raises ValueError if no call is left.
+    in_a_row. A block's output is kept until the last block that reads it has run. A call that skips a block is left out from this block
+    on. Raises ValueError if no call is left.
     """
     # Every block re-reads them; the originals are released. Each has a few MB.
     calls[:] = to_device(calls, memory.states_on)

@@ -23,8 +23,8 @@ HIDDEN, CONTEXT = 256, 128
 class Case:
     """family: the declaration; shapes(): {name: shape} of a small model's file; model_classes: names of the host's classes of the model and
     of its BaseModel; latent: shape of an empty latent; figures: the line on the model's sizes that Inspect prints; loras: {style of keys:
-    {key of a layer: (packed layer, its part's (N, K))}}; packed: number of packed layers; newer: styles of keys that older hosts don't know.
-    """
+    {key of a layer: (packed layer, its part's (N, K))}}; packed: number of packed layers; newer: styles of keys that older hosts don't
+    know."""
 
     family: Family
     shapes: Callable

@@ -91,7 +91,8 @@ FOREIGN = {
     "Chroma, diffusers": ("a Chroma model with parts missing, or under diffusers' names", diffusers_block(3072) | linears(
         ("x_embedder", 3072, 64), ("context_embedder", 3072, 4096), ("proj_out", 64, 3072),
         ("distilled_guidance_layer.in_proj", 5120, 64))),
-    "FLUX.2, a part": ("a FLUX.2 model with parts missing", {key: shape for key, shape in flux_block(6144, False).items() if not key.endswith("bias")} | {
+    "FLUX.2, a part": ("a FLUX.2 model with parts missing", {
+        **{key: shape for key, shape in flux_block(6144, False).items() if not key.endswith("bias")},
         "txt_in.weight": (6144, 15360), "double_stream_modulation_img.lin.weight": (36864, 6144)}),
     "FLUX.2, diffusers": ("a FLUX.2 model under diffusers' names, which ComfyUI does not read", diffusers_block(6144) | {
         "x_embedder.weight": (6144, 128), "context_embedder.weight": (6144, 15360),
@@ -107,7 +108,8 @@ FOREIGN = {
         "caption_projection.0.linear.weight": (2560, 4096), "double_stream_blocks.0.block.ff_i.shared_experts.w1.weight": (3584, 2560),
         **linears(("x_embedder.proj", 2560, 64), ("double_stream_blocks.0.block.attn1.to_q", 2560, 2560))}),
     "Lumina": ("a Lumina 2 model", {
-        "cap_embedder.0.weight": (2304,), **linears(("cap_embedder.1", 2304, 2304), ("x_embedder", 2304, 64), ("layers.0.adaLN_modulation.1", 9216, 1024)),
+        "cap_embedder.0.weight": (2304,), **linears(
+            ("cap_embedder.1", 2304, 2304), ("x_embedder", 2304, 64), ("layers.0.adaLN_modulation.1", 9216, 1024)),
         "layers.0.attention.qkv.weight": (3840, 2304), "noise_refiner.0.attention.qkv.weight": (3840, 2304)}),
     "Wan": (f"not a {TITLES} model", {"patch_embedding.weight": (5120, 16, 1, 2, 2), "head.modulation": (1, 2, 5120),
                                  **linears(("blocks.0.self_attn.q", 5120, 5120), ("blocks.0.cross_attn.k", 5120, 5120))}),

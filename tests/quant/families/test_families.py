@@ -142,7 +142,8 @@ def test_a_blocks_states_pass_through_by_position_and_by_name():
     assert double.pass_through(1, 2, 3) == double.pass_through(txt=2, img=1, vec=3) == double.pass_through(1, txt=2) == (1, 2)
     assert single.pass_through(1, vec=3) == single.pass_through(x=1) == 1
     [qwen] = families.of_image_model("qwen_image").blocks
-    assert qwen.pass_through(hidden_states=1, encoder_hidden_states=2) == qwen.pass_through(1, 2, temb=3) == (2, 1), "it returns the text first"
+    # It returns the text first.
+    assert qwen.pass_through(hidden_states=1, encoder_hidden_states=2) == qwen.pass_through(1, 2, temb=3) == (2, 1)
 
 
 def test_a_host_gets_only_the_values_that_it_does_not_assume():

@@ -1,5 +1,6 @@
 """Z-Image's own: models without padding tokens, a parameter that no forward reads, its relative Lumina 2."""
 
+import comfy.model_detection
 import pytest
 import torch
 from comfyui_svdquant.quant.checkpoint.header import read_header
@@ -35,6 +36,18 @@ def test_a_model_without_padding_tokens(tmp_path):
     quantized_model, _ = Z_IMAGE.quantized(plain, preset="data-free")
     assert quantized_model.model.diffusion_model.pad_tokens_multiple is None
     assert relative_error(Z_IMAGE.sample(quantized_model), Z_IMAGE.sample(plain)) < 0.3
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_the_host_sees_the_norm_by_which_it_tells_whether_fp16_fits(tmp_path, monkeypatch, prefix):
+    """Everything else is detected from shapes."""
+    path, tensors, seen = tmp_path / "z.safetensors", Z_IMAGE.tensors(depth=3, refiners=1), []
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, path)
+    detect = comfy.model_detection.detect_unet_config
+    monkeypatch.setattr(comfy.model_detection, "detect_unet_config", lambda given, *args: seen.append(given) or detect(given, *args))
+    loader.check_file(read_header(str(path)))
+    [(name, tensor)] = [(name, tensor) for name, tensor in seen[0].items() if not tensor.is_meta]
+    assert name == "layers.1.ffn_norm1.weight" and torch.equal(tensor, tensors[name])
 
 
 @pytest.mark.parametrize(("key", "value", "name"), [
