@@ -1,5 +1,7 @@
 """What every family beyond FLUX.1 has to do, on a small random model of each in a real ComfyUI."""
 
+import inspect
+
 import comfy.lora
 import comfy.sd
 import pytest
@@ -32,25 +34,29 @@ def file(case, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pair(case, file):
+def plain(file):
+    with torch.inference_mode():
+        return loader.load_model(file)
+
+
+@pytest.fixture(scope="module")
+def pair(case, plain):
     """(the model in 16 bits, quantized)."""
     with torch.inference_mode():
-        plain = loader.load_model(file)
         return plain, case.quantized(plain)[0]
 
 
-def test_it_loads_in_16_bits_on_the_hosts_own_class(case, pair):
-    patcher, (model_class, base_model) = pair[0], case.model_classes
-    model = patcher.model.diffusion_model
-    assert f"{type(model).__module__}.{type(model).__name__}" == model_class and type(patcher.model).__name__ == base_model
-    assert check_model(patcher) is case.family
-    assert torch.isfinite(case.sample(patcher)).all()
+def test_it_loads_in_16_bits_on_the_hosts_own_class(case, plain):
+    model, (model_class, base_model) = plain.model.diffusion_model, case.model_classes
+    assert f"{type(model).__module__}.{type(model).__name__}" == model_class and type(plain.model).__name__ == base_model
+    assert check_model(plain) is case.family
+    assert torch.isfinite(case.sample(plain)).all()
 
 
-def test_names_with_a_prefix_are_the_same_model(case, pair, file, tmp_path):
+def test_names_with_a_prefix_are_the_same_model(case, plain, file, tmp_path):
     renamed = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(file).items()}
     save_file(renamed, tmp_path / "renamed.safetensors")
-    assert torch.equal(case.sample(pair[0]), case.sample(loader.load_model(str(tmp_path / "renamed.safetensors"))))
+    assert torch.equal(case.sample(plain), case.sample(loader.load_model(str(tmp_path / "renamed.safetensors"))))
 
 
 def test_the_declared_layers_are_packed(case, pair):
@@ -120,8 +126,15 @@ def test_inspect_knows_it(case, pair, file, tmp_path):
         assert case.figures in lines and lines[0].endswith(f"-bit {case.family.title}, opens with SVDQuant Load Model")
 
 
-def test_streaming_records_the_inputs_of_ordinary_forwards(case, pair):
-    patcher, seen = pair[0], {}
+def test_streaming_records_the_inputs_of_ordinary_forwards(case, plain):
+    """Also if a node adds something between the blocks, as the control nodes of Qwen-Image and Z-Image do."""
+    patcher, seen, controlled = plain.clone(), {}, []
+
+    def control(args):
+        controlled.append(args["block_index"])
+        return {"img": args["img"] + 0.1 * (1 + args["block_index"]), "txt": args["txt"]}
+
+    patcher.set_model_patch(control, "double_block")
     model = patcher.model.diffusion_model
     with calibration.recorded_calls(model, []) as calls:
         case.sample(patcher)
@@ -137,6 +150,7 @@ def test_streaming_records_the_inputs_of_ordinary_forwards(case, pair):
         model(*args, **kwargs)
     for hook in hooks:
         hook.remove()
+    assert bool(controlled) is ('"double_block" in patches' in inspect.getsource(type(model)._forward)), "whether the host knows them"
     for name in seen:
         assert all(map(torch.equal, seen[name], seen[case.family.first_reader(name)])), f"{name} reads what its group reads"
     sources = case.family.sources(model) | {calibrate.OUTSIDE: (blocks[-2][0],)}
