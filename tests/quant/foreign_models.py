@@ -92,7 +92,7 @@ FOREIGN = {
         ("x_embedder", 3072, 64), ("context_embedder", 3072, 4096), ("proj_out", 64, 3072),
         ("distilled_guidance_layer.in_proj", 5120, 64))),
     "FLUX.2, a part": ("a FLUX.2 model with parts missing", {
-        **{key: shape for key, shape in flux_block(6144, False).items() if not key.endswith("bias")},
+        **{key: shape for key, shape in flux_block(6144, False).items() if not key.endswith("bias") and not key.startswith("img_in")},
         "txt_in.weight": (6144, 15360), "double_stream_modulation_img.lin.weight": (36864, 6144)}),
     "FLUX.2, diffusers": ("a FLUX.2 model under diffusers' names, which ComfyUI does not read", diffusers_block(6144) | {
         "x_embedder.weight": (6144, 128), "context_embedder.weight": (6144, 15360),
