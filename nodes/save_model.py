@@ -23,7 +23,7 @@ class SVDQuantSaveModel(io.ComfyNode):
             inputs=[
                 # Lazy, so that check_lazy_status runs before the quantization.
                 io.Model.Input("model", lazy=True, tooltip="The quantized model from SVDQuant Quantize Model."),
-                io.String.Input("filename", default="flux_svdquant",
+                io.String.Input("filename", default="model_svdquant",
                                 tooltip="The name of the file in models/diffusion_models, with an optional subfolder."),
                 io.Boolean.Input("overwrite", default=False,
                                  tooltip="Replace an existing quantized model of the same name; other files are never replaced. When "

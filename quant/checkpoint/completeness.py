@@ -68,7 +68,7 @@ def _compare(header, family, expected, shapes):
         if shape is not None and tuple(shapes[name]) != shape:
             raise CheckpointError(f"{header.file}: tensor {name} has shape {list(shapes[name])} instead of {list(shape)}; the "
                                   f"file does not fit a {family.title} of its size, download or save it again.")
-    left_over = next((name for name in shapes if name not in expected), None)
+    left_over = next((name for name in shapes if name not in expected and name not in family.unused), None)
     if left_over is not None:
         raise CheckpointError(f"{header.file} has tensor {left_over}, which a {family.title} of its size has no place for; download or "
                               "save it again, or choose another version of the model.")

@@ -25,8 +25,6 @@ OTHER_MODELS = ("text_encoders.", "vae.", "first_stage_model.", "cond_stage_mode
 FOREIGN = (
     ("individual_token_refiner", "a HunyuanVideo model"),
     ("caption_projection.0.linear.weight", "a HiDream model"),
-    ("txt_norm.weight", "a Qwen-Image model"),
-    ("cap_embedder.1.weight", "a Lumina or Z-Image model"),
     ("input_blocks.0.0.weight", "a Stable Diffusion or SDXL UNet"),
     ("joint_blocks.0.", "a Stable Diffusion 3 model"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
@@ -173,7 +171,8 @@ def kind(header):
     """The name of a file's content, if it holds no model of a family, for messages; None if it is unknown."""
     keys = header.tensors.keys()
     relatives = filter(None, (family.signature.lookalike(keys) for family in FAMILIES))
-    found = next(relatives, None) or next((what for part, what in FOREIGN if any(part in key for key in keys)), None)
+    partial = [(part, f"a {family.title} model with parts missing") for family in FAMILIES if (part := family.signature.telltale)]
+    found = next(relatives, None) or next((what for part, what in (*partial, *FOREIGN) if any(part in key for key in keys)), None)
     in_lora = sum(LORA in key for key in keys)
     # A damaged or unknown model may have a few such names too.
     is_lora = 0 < len(keys) <= 2 * in_lora and not any(key.endswith(NUNCHAKU) for key in keys)

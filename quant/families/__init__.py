@@ -4,11 +4,15 @@ from importlib import import_module
 
 # A new family is a file here and a line below. If a file's tensors match two families, the first one counts.
 MODULES = (
-    "chroma",
     "flux1",
+    "flux2",
+    "chroma",
+    "qwen_image",
+    "z_image",
 )
 FAMILIES = tuple(import_module(f".{module}", __name__).FAMILY for module in MODULES)
-TITLES = " or ".join(sorted((family.title for family in FAMILIES), reverse=True))  # for messages and descriptions
+# For messages and descriptions: "A, B or C".
+TITLES = " or ".join(filter(None, (", ".join(family.title for family in FAMILIES[:-1]), FAMILIES[-1].title)))
 EXAMPLES = FAMILIES[0].examples  # for the tooltip of exceptions: a pattern of layers, and one with a rank
 
 

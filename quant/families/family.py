@@ -47,12 +47,14 @@ class Gelu:
     """A tanh GELU that is the only reader of a layer's output columns, so that the layer's kernel can apply it.
 
     module: the GELU's name in the block; columns_from(k, n): the layer's first output column that the GELU reads; reader: the name of the
-    layer that reads the GELU's output.
+    layer that reads the GELU's output; module_class: the dotted name of the GELU's class. A class of the host's may hold the layer itself,
+    as its only child, and compute the layer and the GELU.
     """
 
     module: str
     columns_from: Callable[[int, int], int]
     reader: str
+    module_class: str = "torch.nn.modules.activation.GELU"
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,24 @@ class BlockList:
     """One list of transformer blocks of the diffusion model.
 
     name: the ModuleList's name; layers: {name within a block: Layer} of the packed linears; states: the names of the forward's leading
-    arguments that a block updates and returns, in the order in which it returns them; mlps: names of the (linear, GELU, linear)
-    Sequentials in a block that can run as one op.
+    arguments that a block updates and returns; returned: the same names in the order in which it returns them, if that is another one;
+    after: names of the lists whose last blocks' outputs the first block of this list reads; None for the list before it; shares_input:
+    groups of layers that read the same tensor, such as q, k and v, which get one smoothing factor; mlps: names of the (linear, GELU,
+    linear) Sequentials in a block that can run as one op.
     """
 
     name: str
     layers: MappingProxyType
     states: tuple
+    returned: tuple = ()
+    after: tuple | None = None
+    shares_input: tuple = ()
     mlps: tuple = ()
 
     def pass_through(self, *args, **kwargs):
         """A block's forward that returns its states unchanged: one value, or a tuple of several."""
-        states = tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(self.states))
+        given = {name: args[i] if i < len(args) else kwargs[name] for i, name in enumerate(self.states)}
+        states = tuple(given[name] for name in self.returned or self.states)
         return states if len(states) > 1 else states[0]
 
 
@@ -117,13 +125,15 @@ class Signature:
     """How the tensor names of a family's files are recognized.
 
     anchors: a file has one of these names, under its prefix; names: it has all of these names too; parts: (beginning of a name, title of
-    the model that lacks such names): some name must begin so; lookalikes: (part of a name, description of the other model that has it).
+    the model that lacks such names): some name must begin so; lookalikes: (part of a name, description of the other model that has it);
+    telltale: part of a name by which a model with parts missing is still recognized, for messages, or None.
     """
 
     anchors: tuple
     names: tuple
     parts: tuple = ()
     lookalikes: tuple = ()
+    telltale: str | None = None
 
     def lookalike(self, keys):
         """The description of another, similar model that the tensors `keys` belong to; None if there is no sign of one."""
@@ -191,7 +201,10 @@ class Configuration:
     keys: the keys that our files store, in order; fixed: {key: value} common to all models of the family; usual: {key: value} that
     tensor shapes don't determine, with the family's usual values, which a file may override; matrices, vectors: names of the tensors
     whose shapes are measured; measure({tensor name: shape}, usual values) -> {key: value} found from shapes; derive(all of these) ->
-    {key: value} computed from them; trouble(all of these): the second half of a sentence that says which value is invalid, or None.
+    {key: value} computed from them; trouble(all of these): the second half of a sentence that says which value is invalid, or None;
+    assumed: {key: value} that the host assumes where its own configuration lacks the key; detected: keys of `assumed` that the host finds
+    in a file itself, if it knows such models; values(configuration): names of the tensors whose values, and not only shapes, the host's
+    detection reads.
     """
 
     keys: tuple
@@ -202,6 +215,9 @@ class Configuration:
     measure: Callable
     derive: Callable
     trouble: Callable
+    assumed: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
+    detected: tuple = ()
+    values: Callable = lambda configuration: ()
 
     def of(self, shapes, stored=NO_ENTRIES):
         """The configuration of a model with tensors {name: shape}. stored: the configuration in its file, used for `usual` only.
@@ -228,6 +244,17 @@ class Configuration:
         return {key: config[key] for key in self.keys}
 
 
+    def added_to(self, host, config):
+        """The host's configuration `host`, a dict, with our `config`. Older hosts don't know every key; a key is left out where they
+        assume its value."""
+        return host | {key: value for key, value in config.items() if key in host or value != self.assumed.get(key)}
+
+    def unknown_to(self, host, config):
+        """"key = value" of the first value of `config` that a host should have found in the file itself, and has not, or None."""
+        missed = (key for key in self.detected if host.get(key, self.assumed[key]) != config[key])
+        return next((f"{key} = {config[key]}" for key in missed), None)
+
+
 def _is_like(value, usual):
     """Whether a stored number, or list of numbers, is positive and has the type and length of `usual`."""
     if isinstance(usual, (list, tuple)):
@@ -241,8 +268,8 @@ class Family:
     """One architecture.
 
     title: its name for users; architecture: its name in a file's ModelSpec card; model_class: the dotted name of the host's class; lacks:
-    {parameter of the host's class that the family doesn't have: title of the model that has it}; needs: modules that every model of the
-    family has.
+    {key of the host's configuration that the family doesn't have: title of the model that has it}; needs: modules that every model of the
+    family has; unused: parameters that some hosts' models and some files have and no forward reads.
     blocks: the BlockLists in running order; outer: {name: Layer} of layers outside the blocks, whose input has one token per image.
     tensors(configuration) -> {tensor name in a file: shape} of a 16-bit model, packed layers as the linears that they replace;
     figures(configuration): the sizes that describe a model to users, as text; variants(configuration): the name of the published model
@@ -272,6 +299,7 @@ class Family:
     renamed: tuple = ()
     lacks: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
     needs: tuple = ()
+    unused: tuple = ()
     diffusers: Diffusers | None = None
     nunchaku: Nunchaku | None = None
     variants: Callable[[dict], str | None] = lambda configuration: None
@@ -307,6 +335,25 @@ class Family:
     def running_blocks(self, diffusion_model):
         """[(name, module)] of the transformer blocks, in the order in which they run."""
         return [(f"{blocks.name}.{i}", block) for blocks in self.blocks for i, block in enumerate(getattr(diffusion_model, blocks.name))]
+
+    def sources(self, diffusion_model):
+        """{block name: names of the blocks whose outputs are its states}, in running order."""
+        found, last = {}, {}  # last: {list: names of the blocks whose outputs leave it}
+        for i, blocks in enumerate(self.blocks):
+            after = [before.name for before in self.blocks[max(i - 1, 0):i]] if blocks.after is None else blocks.after
+            states = tuple(name for before in after for name in last[before])
+            for j in range(len(getattr(diffusion_model, blocks.name))):
+                found[f"{blocks.name}.{j}"], states = states, (f"{blocks.name}.{j}",)
+            last[blocks.name] = states
+        return found
+
+    def first_reader(self, name):
+        """The first of the layers that read the same tensor as packed layer `name` (BlockList.shares_input); most layers are alone."""
+        if found := self._in_block(name):
+            blocks, index, inner = found
+            shared = next((group for group in blocks.shares_input if inner in group), (inner,))
+            return f"{blocks.name}.{index}.{shared[0]}"
+        return name
 
     def pass_through(self, block_name):
         """A forward for block `block_name` that returns its states unchanged."""

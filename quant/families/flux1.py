@@ -42,8 +42,8 @@ SINGLE_LINEARS = {
 }
 
 
-def double_blocks(layers):
-    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), ("img_mlp", "txt_mlp"))
+def double_blocks(layers, mlps=("img_mlp", "txt_mlp")):
+    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), mlps=mlps)
 
 
 def single_blocks(layers):
@@ -210,7 +210,7 @@ FAMILY = Family(
     title="FLUX.1",
     architecture="flux-1",
     model_class="comfy.ldm.flux.model.Flux",
-    lacks=MappingProxyType({"global_modulation": "Flux2", "yak_mlp": "Ovis-Image"}),
+    lacks=MappingProxyType({"yak_mlp": "Ovis-Image"}),
     needs=("vector_in",),
     blocks=(double_blocks({"img_mod.lin": MODULATION, "txt_mod.lin": MODULATION, **DOUBLE_LINEARS}),
             single_blocks({"modulation.lin": MODULATION, **SINGLE_LINEARS})),
@@ -222,7 +222,7 @@ FAMILY = Family(
         parts=(("vector_in.", "LongCat-Image"),),
         lookalikes=(
             ("distilled_guidance_layer", "a Chroma model with parts missing, or under diffusers' names"),
-            ("double_stream_modulation_img.", "a FLUX.2 model"),
+            ("double_stream_modulation_img.lin.", "a FLUX.2 model with parts missing"),
             ("img_mlp.gate_proj.", "an Ovis-Image model"),
             ("context_embedder_norm.", "an Ovis-Image model"),  # in diffusers' naming
             ("time_embed.timestep_embedder.", "a LongCat-Image model"),  # likewise

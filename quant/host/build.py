@@ -30,11 +30,15 @@ def empty_model(model_config, specs, compute_dtype):
     model_config.set_inference_dtype(compute_dtype, None)
     model_config.custom_operations = Operations
     model = model_config.get_model({}, "", device=torch.device("meta"))
+    family = family_of(model)
+    for name in family.unused:
+        if hasattr(model.diffusion_model, module := name.partition(".")[0]):
+            delattr(model.diffusion_model, module)
     for name, spec in specs.items():
         swap(model.diffusion_model, name, spec)
     if specs:
-        take_over_activations(family_of(model), model.diffusion_model)
-        if fuse(model.diffusion_model, family_of(model)):
+        take_over_activations(family, model.diffusion_model)
+        if fuse(model.diffusion_model, family):
             record_steps(model.diffusion_model)
     return model
 
@@ -52,6 +56,10 @@ def swap(diffusion_model, name, spec):
     setattr(diffusion_model.get_submodule(parent), child, packed)
 
 
+def tanh_gelu(x):
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 class TakenOver(torch.nn.Identity):
     """Replaces a GELU that the packed layer before it applies to its own output. While that layer can't apply it
     (PackedLinear.activates_from), this module does."""
@@ -63,7 +71,20 @@ class TakenOver(torch.nn.Identity):
         self.layer = (layer,)
 
     def forward(self, x):
-        return x if self.layer[0].activates_from() is not None else torch.nn.functional.gelu(x, approximate="tanh")
+        return x if self.layer[0].activates_from() is not None else tanh_gelu(x)
+
+
+class TakenOverWithin(torch.nn.Module):
+    """Replaces a module of the host's that computes a linear, its only child, and a GELU, which the packed layer now applies; as TakenOver
+    does, it applies the GELU while the layer can't."""
+
+    def __init__(self, name, layer):
+        super().__init__()
+        self.add_module(name, layer)
+
+    def forward(self, x):
+        [layer] = self._modules.values()
+        return layer(x) if layer.activates_from() is not None else tanh_gelu(layer(x))
 
 
 def take_over_activations(family, diffusion_model):
@@ -78,25 +99,27 @@ def take_over_activations(family, diffusion_model):
             for name, layer in blocks.layers.items():
                 if layer.gelu and {name, layer.gelu.module, layer.gelu.reader} <= modules.keys():
                     reader = blocks.layers[layer.gelu.reader]
-                    _take_over(block, modules[name], layer.gelu, modules[layer.gelu.reader], reader)
+                    _take_over(block, name, layer.gelu, modules[layer.gelu.reader], reader)
             for name in blocks.mlps:
                 mlp = block.get_submodule(name)
                 if type(mlp) is torch.nn.Sequential and len(mlp) == 3 and isinstance(mlp[1], TakenOver):
                     setattr(block, name, Operations.PackedMLP(*mlp))
 
 
-def _take_over(block, packed, gelu, following, reader):
-    """Let a packed layer apply its Gelu, if possible. following: the module that reads the GELU's output; reader: its Layer."""
+def _take_over(block, name, gelu, following, reader):
+    """Let layer `name` of a block apply its Gelu, if possible. following: the module that reads the GELU's output; reader: its Layer."""
+    packed, activation = block.get_submodule(name), block.get_submodule(gelu.module)
     n, k = packed.out_features, packed.in_features
     first = gelu.columns_from(k, n)
     read = following.in_features - reader.unsigned_from(following.in_features, following.out_features)
-    activation = block.get_submodule(gelu.module)
+    kind = f"{type(activation).__module__}.{type(activation).__qualname__}"
     # If the numbers of columns differ, something else changes the outputs on the way, such as a gate.
-    if (isinstance(packed, SVDQuantLinear) and type(activation) is torch.nn.GELU and activation.approximate == "tanh"
-            and n - first == read):
+    if (isinstance(packed, SVDQuantLinear) and kind == gelu.module_class and activation.approximate == "tanh" and n - first == read
+            and list(activation.children()) in ([], [packed])):
         packed.gelu_from = first
         parent, _, child = gelu.module.rpartition(".")
-        setattr(block.get_submodule(parent), child, TakenOver(packed))
+        within = list(activation.named_children())
+        setattr(block.get_submodule(parent), child, TakenOverWithin(*within[0]) if within else TakenOver(packed))
 
 
 def fill(model, tensors):
@@ -139,7 +162,7 @@ def empty_like(model, specs, compute_dtype, config=None):
     # Neither copy.copy nor hasattr works on newer model configs: they return None for every missing attribute.
     model_config = object.__new__(type(model.model_config))
     vars(model_config).update(vars(model.model_config))
-    model_config.unet_config = {**model_config.unet_config, **(config or {})}
+    model_config.unet_config = family_of(model).configuration.added_to(model_config.unet_config, config or {})
     # These describe how the source stores its own weights (scaled fp8 and the like), which the new model does not have.
     for attribute in ("scaled_fp8", "layer_quant_config", "quant_config"):
         setattr(model_config, attribute, None)
@@ -148,9 +171,9 @@ def empty_like(model, specs, compute_dtype, config=None):
 
 def stored_config(model):
     """The host's configuration to store in a file, as a JSON-able dict."""
-    config = model.model_config.unet_config
-    return {key: list(value) if isinstance(value := config[key], (list, tuple)) else value
-            for key in family_of(model).configuration.keys if key in config}
+    configuration = family_of(model).configuration
+    config = {**configuration.assumed, **model.model_config.unet_config}
+    return {key: list(value) if isinstance(value := config[key], (list, tuple)) else value for key in configuration.keys if key in config}
 
 
 def stored_name(model, name):

@@ -16,6 +16,13 @@ OUTSIDE = "outside"  # block name of the layers outside the blocks; their "block
 EVERYTHING = 2**62  # bytes to ask ComfyUI to free, so that it moves all models off the device
 
 
+def sized(patcher, latent):
+    """The samples of a latent, in the shape in which the MODEL samples it; of an empty latent as the host's own samplers do it."""
+    # Newer nodes note for which models' latents an empty one was made, so that it can be resized.
+    ratios = {key: latent[key] for key in ("downscale_ratio_spacial", "downscale_ratio_temporal") if latent.get(key) is not None}
+    return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], **ratios)
+
+
 def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept=None):
     """Sample every prompt once and return recorded calls of the diffusion model, at most MAX_CALLS at even intervals.
 
@@ -23,7 +30,7 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept
     """
     model = patcher.model.diffusion_model
     every = -(-len(conditioning) * steps // MAX_CALLS)
-    samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
+    samples = sized(patcher, latent)
     saved = kept and kept.load(resume.TRAJECTORY)
     played = calibration.played_back(model, [saved[0][key] for key in sorted(saved[0])]) if saved else nullcontext()
     calls = []
@@ -44,7 +51,8 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept
 
 
 def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done):
-    """Yield (block name, {layer: InputStats}) block by block, OUTSIDE last. The dict is empty without calls and for blocks in `done`.
+    """Yield (block name, {layer: InputStats}) block by block, OUTSIDE last, for the first of the layers that read the same input
+    (Family.first_reader). The dict is empty without calls and for blocks in `done`.
 
     specs: {layer name: LayerSpec}; memory: calibration.Memory; packed: {tensor name: packed tensor}, which the caller fills between the
     blocks; done: names of the blocks that were quantized before.
@@ -81,12 +89,14 @@ def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done
     def layers_of(name, block):
         if name in done:
             return {}
-        return family.outer_layers(block) if name == OUTSIDE else family.block_layers(name, block)
+        layers = family.outer_layers(block) if name == OUTSIDE else family.block_layers(name, block)
+        return {layer: module for layer, module in layers.items() if family.first_reader(layer) == layer}
 
     whole = make_room(patcher, working_memory(family, blocks, recipe.needs_gram()))
     with nullcontext() if whole else on_device(patcher, outside):
         yield from calibration.stream_blocks(model, calls, memory, stages, layers_of, family.pass_through, recipe.needs_gram(),
                                              recipe.tokens, quantized=quantized if recipe.propagate == "quantized" else None,
+                                             sources=family.sources(model) | {OUTSIDE: (blocks[-1][0],)},
                                              **({} if whole else {"loaded": loaded}))
 
 

@@ -8,6 +8,7 @@ import torch
 from .. import families
 from ..layers.linear import PackedLinear
 from . import resume
+from .build import stored_config
 from .carried import check_carried
 from .model_family import family_of
 from .patcher import PREFIX
@@ -23,10 +24,11 @@ def check_model(patcher):
         if family.model_class not in {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}:
             raise ValueError(f"SVDQuant quantizes {family.title} models on ComfyUI's own classes, and this MODEL runs on another pack's "
                              f"{type(model).__name__}; load the 16-bit model with Load Diffusion Model or SVDQuant Load Model.")
-        parameters = getattr(model, "params", None)
-        name = next((relative for feature, relative in family.lacks.items() if getattr(parameters, feature, False)), name)
-        if name in family.lacks.values() or any(getattr(model, module, None) is None for module in family.needs):
-            family = None
+        config = {**family.configuration.assumed, **patcher.model.model_config.unet_config}
+        relative = next((relative for feature, relative in family.lacks.items() if config.get(feature)), None)
+        if (relative or any(config.get(key, value) != value for key, value in family.configuration.fixed.items())
+                or any(getattr(model, module, None) is None for module in family.needs)):
+            family, name = None, relative or name
     if family is None:
         raise ValueError(f"SVDQuant quantizes {families.TITLES} models, and this MODEL is {name}; connect one of those.")
     if any(isinstance(module, PackedLinear) for module in model.modules()):
@@ -53,8 +55,10 @@ def check_extras(patcher):
 
 def check_latent(patcher, latent):
     """Raise ValueError unless the MODEL can sample the latent."""
-    samples, channels = latent["samples"], patcher.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or (samples.shape[1] != channels and samples.any()):
+    samples, latent_format = latent["samples"], patcher.get_model_object("latent_format")
+    channels = latent_format.latent_channels
+    # The host adds the third dimension of the models that have one.
+    if samples.ndim not in (4, 2 + latent_format.latent_dimensions) or (samples.shape[1] != channels and samples.any()):
         raise ValueError(f"The latent has shape {list(samples.shape)} and this model samples latents with {channels} channels; "
                          "connect an empty latent of your usual image size.")
 
@@ -63,7 +67,7 @@ def check_conditioning(family, patcher, conditioning):
     """Raise ValueError unless there is a prompt and every prompt's conditioning is as wide as the model's text input."""
     if not conditioning:
         raise ValueError("The conditioning holds no prompt; connect a text encode node with a prompt.")
-    width = patcher.model.model_config.unet_config[family.text_width]
+    width = stored_config(patcher.model)[family.text_width]
     for tensor, extras in conditioning:
         if family.pooled and extras.get("pooled_output") is None:
             raise ValueError(f"The conditioning has no pooled output, which {family.title} needs; encode the prompt with "
@@ -73,12 +77,14 @@ def check_conditioning(family, patcher, conditioning):
                              f"with the text encoders that belong to the model, {family.encoders}.")
 
 
-def check_weights(patcher, check):
+def check_weights(family, patcher, check):
     """Raise ValueError that names the first parameter that is not a floating point tensor, or that has NaN or Inf. Calibration would
     only show which layers such values reach. check: called often, to cancel. Returns a digest of all parameters, as the MODEL uses
     them."""
     digest = hashlib.sha256()
     for name, parameter in patcher.model.diffusion_model.named_parameters():
+        if name in family.unused:
+            continue
         check()
         if type(parameter).__name__.startswith("GGML") or hasattr(parameter, "tensor_type"):  # tensors of the GGUF loaders
             raise ValueError(f"The MODEL comes from a GGUF file ({name}), whose weights SVDQuant does not read; load a bf16, fp16 or fp8 "

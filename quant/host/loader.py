@@ -203,7 +203,8 @@ def _core_agrees(family, shapes):
     if detected is None:
         return False
     config = family.configuration.of({family.stored_name(name): shape for name, shape in shapes.items()})
-    return all(detected.get(key, value) == value for key, value in config.items())
+    assumed = family.configuration.assumed
+    return all(detected.get(key, assumed.get(key, value)) == value for key, value in config.items())
 
 
 def _detect(header, family, shapes, config):
@@ -211,11 +212,16 @@ def _detect(header, family, shapes, config):
 
     It starts from ComfyUI's detection, because each version of ComfyUI needs some keys of its own.
     """
-    tensors = build.shapes_as_tensors(shapes)
+    tensors, prefixes = build.shapes_as_tensors(shapes), family.signature.prefixes(header.tensors.keys())
+    for name in family.configuration.values(config):
+        stored = next((prefix + name for prefix in prefixes if prefix + name in header.tensors), None)
+        tensors |= {name: header.read_tensor(stored)} if stored else {}
     detected = comfy.model_detection.detect_unet_config(tensors, "")
     if detected is None or detected.get("image_model") != family.image_model:
         raise CheckpointError(f"{header.file} is not a {family.title} model; choose a {families.TITLES} model in safetensors format.")
-    model_config = comfy.model_detection.model_config_from_unet_config(detected | config, tensors)
+    if unknown := family.configuration.unknown_to(detected, config):
+        raise CheckpointError(f"{header.file} is a {family.variant(config)}, whose {unknown} this ComfyUI does not know; update ComfyUI.")
+    model_config = comfy.model_detection.model_config_from_unet_config(family.configuration.added_to(detected, config), tensors)
     if model_config is None:
         raise CheckpointError(f"{header.file} has a {family.title} configuration that this ComfyUI does not know; update ComfyUI.")
     return model_config

@@ -15,7 +15,7 @@ from ..quantizer import calibration, pipeline, presets
 from ..quantizer.pace import Pace
 from . import build, checks, resume
 from .attachments import SOURCE
-from .calibrate import OUTSIDE, block_statistics, record_trajectory
+from .calibrate import OUTSIDE, block_statistics, record_trajectory, sized
 from .patcher import SVDQuantModelPatcher
 from .weights import compute_dtype, effective_shapes, effective_weight, storage_dtype, unpatched_shape
 
@@ -26,8 +26,8 @@ WIDENED = "in_channels"  # the configuration key that a LoRA on the MODEL may ch
 
 
 def layer_specs(family, diffusion_model, recipe, dtype):
-    """{layer name: LayerSpec} of the layers that will be packed. Raises ValueError if a layer can't be packed, if an exception of the
-    recipe matches no layer, or if the exceptions keep all layers."""
+    """({layer name: LayerSpec} of the layers that will be packed, [a sentence on layers that can't be]). Raises ValueError if an exception
+    of the recipe matches no layer, or if no layer is left."""
     linears = {name: layer for block_name, block in family.running_blocks(diffusion_model)
                for name, layer in family.block_layers(block_name, block).items()} | family.outer_layers(diffusion_model)
     for pattern in (*recipe.keep, *(pattern for pattern, _ in recipe.ranks)):
@@ -38,9 +38,19 @@ def layer_specs(family, diffusion_model, recipe, dtype):
     if not quantized:
         raise ValueError(f"These exceptions leave no layer to quantize: they keep all {len(linears)} in 16 bits; remove a pattern, "
                          "or use the MODEL as it is.")
-    return {name: layout.layer_spec(family.layer(name), name, layer.weight.shape, recipe.rank_of(name, family.layer(name).branches),
-                                    layer.bias is not None, dtype)
-            for name, layer in quantized.items()}
+    specs, misfits = {}, {}
+    for name, layer in quantized.items():
+        try:
+            specs[name] = layout.spec_of(family.layer(name), layer.weight.shape, recipe.rank_of(name, family.layer(name).branches),
+                                         layer.bias is not None, dtype)
+        except ValueError as error:
+            misfits.setdefault(str(error), []).append(name)
+    notes = [f"{' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))} can't be packed in 4 bits and "
+             f"{'stay' if len(names) > 1 else 'stays'} in 16: {'each' if len(names) > 1 else 'it'} {why}."
+             for why, names in misfits.items()]
+    if not specs:
+        raise ValueError(f"No layer of this MODEL can be quantized: {notes[0]} Use the MODEL as it is.")
+    return specs, notes
 
 
 def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folder=None):
@@ -53,17 +63,19 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
     """
     family = checks.check_model(patcher)
     checks.check_extras(patcher)
-    weights = checks.check_weights(patcher, progress.check)
+    weights = checks.check_weights(family, patcher, progress.check)
     calibrated = recipe.smooth == "search"
     presets.check_calibrated(recipe, conditioning is not None, latent is not None)
-    specs = layer_specs(family, patcher.model.diffusion_model, recipe, storage_dtype(patcher))
+    specs, misfits = layer_specs(family, patcher.model.diffusion_model, recipe, storage_dtype(patcher))
     config = _configuration(family, patcher, specs)
     progress.total(len(specs) + (len(conditioning) * steps if calibrated else 0))
     if calibrated:
         checks.check_conditioning(family, patcher, conditioning)
         checks.check_latent(patcher, latent)
-    inputs = (conditioning, latent["samples"], steps, seed) if calibrated else ()
+    inputs = (conditioning, sized(patcher, latent), steps, seed) if calibrated else ()
     memory = calibration.Memory(patcher.load_device)
+    for note in misfits:
+        memory.say(note)
     kept = _kept(patcher, folder, sum(spec.nbytes() for spec in specs.values()), weights, recipe.as_dict(), inputs)
     try:
         with kept or nullcontext():
@@ -129,7 +141,7 @@ def _quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, ke
                     pace.done(record.name)
                     progress.step(f"{pace.text()}, done before")
             else:
-                tensors, found = _quantize_block(patcher, layers_of[block_name], stats, specs, recipe, memory, progress, pace)
+                tensors, found = _quantize_block(family, patcher, layers_of[block_name], stats, specs, recipe, memory, progress, pace)
                 if kept:
                     kept.save(block_name, tensors, [asdict(record) for record in found])
                 pace.blocks += bool(found)
@@ -146,26 +158,50 @@ def _pace(specs, layers_of, calibrated):
     return Pace({name: (spec.format == layout.AWQ, shapes[name]) for name, spec in specs.items()}, blocks)
 
 
-def _quantize_block(patcher, names, stats, specs, recipe, memory, progress, pace):
-    """{tensor name: packed tensor} and [LayerRecord] of the layers `names`."""
-    packed, records = {}, []
+def _quantize_block(family, patcher, names, stats, specs, recipe, memory, progress, pace):
+    """{tensor name: packed tensor} and [LayerRecord] of the layers `names`. stats: {family.first_reader(name): InputStats}."""
+    packed, records, readers = {}, [], {}
     for name in names:
-        before = time.perf_counter()
-        tensors, record = quantize_layer(patcher, name, stats.pop(name, None), specs[name], recipe, memory, progress.check)
-        packed |= {f"{name}.{part}": tensor.to(patcher.offload_device) for part, tensor in tensors.items()}
-        records.append(record)
-        pace.done(name, time.perf_counter() - before)
-        progress.step(pace.text())
+        readers.setdefault(family.first_reader(name), []).append(name)
+    for first, group in readers.items():
+        inputs = stats.pop(first, None)
+        before, smoothing = time.perf_counter(), _shared_smoothing(patcher, group, inputs, specs, recipe, memory, progress.check)
+        for name in group:
+            tensors, record = quantize_layer(patcher, name, inputs, specs[name], recipe, memory, progress.check, smoothing)
+            packed |= {f"{name}.{part}": tensor.to(patcher.offload_device) for part, tensor in tensors.items()}
+            records.append(record)
+            pace.done(name, time.perf_counter() - before)
+            progress.step(pace.text())
+            before = time.perf_counter()
     return packed, records
 
 
-def quantize_layer(patcher, name, stats, spec, recipe, memory, check):
+def _shared_smoothing(patcher, names, stats, specs, recipe, memory, check):
+    """pipeline.shared_smoothing of the layers `names`, which read the same input; None if fewer than two of them are smoothed."""
+    names = [name for name in names if specs[name].format != layout.AWQ]
+    if len(names) < 2:
+        return None
+
+    def run(device):
+        weights = {name: effective_weight(patcher, f"{name}.weight", device) for name in names}
+        return pipeline.shared_smoothing(weights, None if stats is None else stats.to(device), specs, recipe, check)
+
+    return _attempt(patcher, names[0], memory, run)
+
+
+def quantize_layer(patcher, name, stats, spec, recipe, memory, check, smoothing=None):
     """pipeline.quantize_layer of the MODEL's layer `name`: on its device, or on the CPU if the device runs out of memory."""
     def run(device):
         weight = effective_weight(patcher, f"{name}.weight", device)
         bias = effective_weight(patcher, f"{name}.bias", device) if spec.bias else None
-        return pipeline.quantize_layer(name, weight, bias, None if stats is None else stats.to(device), spec, recipe, check)
+        shared = None if smoothing is None else (smoothing[0].to(device), smoothing[1])
+        return pipeline.quantize_layer(name, weight, bias, None if stats is None else stats.to(device), spec, recipe, check, shared)
 
+    return _attempt(patcher, name, memory, run)
+
+
+def _attempt(patcher, name, memory, run):
+    """run(device) on the MODEL's device, or on the CPU if the device runs out of memory at layer `name`."""
     device = torch.device(patcher.load_device)
     for target in (device, torch.device("cpu")) if memory.level else (device, device, torch.device("cpu")):
         try:

@@ -1,7 +1,10 @@
 """A MODEL's effective weights: with its LoRAs and merges baked in, whether or not patches are applied at the moment."""
 
+from itertools import chain
+
 import comfy.lora
 import comfy.model_patcher
+import comfy.utils
 import torch
 
 from .patcher import PREFIX
@@ -43,14 +46,14 @@ def effective_weight(patcher, name, device):
 def unpatched_shape(patcher, name):
     """The shape of a parameter of the diffusion model without patches, whether or not they are applied at the moment."""
     key = PREFIX + name
-    stored = patcher.backup[key].weight if key in patcher.backup else patcher.model.diffusion_model.get_parameter(name)
+    stored = patcher.backup[key].weight if key in patcher.backup else comfy.utils.get_attr(patcher.model.diffusion_model, name)
     return stored.shape
 
 
 def effective_shapes(patcher):
-    """{name: shape} of the diffusion model's parameters with the MODEL's patches, since some LoRAs widen a weight."""
-    shapes = {}
-    for name, _ in patcher.model.diffusion_model.named_parameters():
+    """{name: shape} of the diffusion model's parameters and buffers with the MODEL's patches, since some LoRAs widen a weight."""
+    model, shapes = patcher.model.diffusion_model, {}
+    for name, _ in chain(model.named_parameters(), model.named_buffers()):
         shape = unpatched_shape(patcher, name)
         reshaped = [reshape for patch in patcher.patches.get(PREFIX + name, ()) if (reshape := new_shape(patch_of(patch).value))]
         shapes[name] = max((torch.Size(new) for new in reshaped), key=torch.Size.numel, default=shape)

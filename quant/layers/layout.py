@@ -145,14 +145,19 @@ def svdquant_spec(in_features, out_features, rank, unsigned_from, bias, dtype):
     return LayerSpec(SVDQUANT_SPLIT if split else SVDQUANT, in_features, out_features, rank, unsigned_from, bias, dtype)
 
 
-def layer_spec(layer, name, weight_shape, rank, bias, dtype):
-    """The LayerSpec of linear `name`, from its family's Layer and its weight's shape (N, K). rank: the rank of its LoRA branch, if it has
-    one; bias: whether it has a bias. Raises ValueError, which names the layer, if K can't be packed."""
+def spec_of(layer, weight_shape, rank, bias, dtype):
+    """The LayerSpec of a linear, from its family's Layer and its weight's shape (N, K). rank: the rank of its LoRA branch, if it has one;
+    bias: whether it has a bias. Raises ValueError, whose message is the second half of a sentence, if the linear can't be packed."""
     n, k = weight_shape
+    if layer.packing is Packing.W4A16:
+        return LayerSpec(AWQ, k, n, bias=bias, dtype=dtype)
+    return svdquant_spec(k, n, rank, layer.unsigned_from(k, n), bias, dtype)
+
+
+def layer_spec(layer, name, weight_shape, rank, bias, dtype):
+    """spec_of linear `name`. Raises ValueError, which names the layer, if it can't be packed."""
     try:
-        if layer.packing is Packing.W4A16:
-            return LayerSpec(AWQ, k, n, bias=bias, dtype=dtype)
-        return svdquant_spec(k, n, rank, layer.unsigned_from(k, n), bias, dtype)
+        return spec_of(layer, weight_shape, rank, bias, dtype)
     except ValueError as error:
         raise ValueError(f"Layer {name} {error}, so it can't be packed in 4 bits.") from None
 

@@ -267,19 +267,20 @@ def _observed(layers, stats):
             hook.remove()
 
 
-def _replay(diffusion_model, call, memory, blocks, pass_through, index, previous):
+def _replay(diffusion_model, call, memory, blocks, pass_through, index, states):
     """Run one recorded call up to block `index` and return this block's output, or None if the call does not run the block (some nodes skip
-    blocks). previous: the output of the block before. The last block may be the model itself."""
+    blocks). states: {name of an earlier block: its stored output}. The last block may be the model itself."""
     reached = {}
 
     def stop(_module, _args, output):
         reached["output"] = to_device(output, memory.states_on)
         raise _Reached
 
-    replaced = [(block, pass_through(name)) for name, block in blocks[:index]]
-    if index:
+    def stored(name):
         # The model may change its input in place, and a second attempt after running out of memory needs the original, so it gets a copy.
-        replaced[-1] = (blocks[index - 1][1], lambda *args, **kwargs: to_device(previous, memory.device, copy=True))
+        return lambda *args, **kwargs: to_device(states[name], memory.device, copy=True)
+
+    replaced = [(block, stored(name) if name in states else pass_through(name)) for name, block in blocks[:index]]
     hook = blocks[index][1].register_forward_hook(stop)
     try:
         with _forward_replaced(replaced):
@@ -297,36 +298,46 @@ def _unchanged(name, block):
     return nullcontext()
 
 
+def in_a_row(blocks):
+    """stream_blocks' sources of blocks each of which reads the output of the one before."""
+    names = [name for name, _ in blocks]
+    return {name: (before,) for before, name in zip(names, names[1:])}
+
+
 def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_through, with_gram=False, tokens_per_input=None,
-                  loaded=_unchanged, quantized=None):
+                  loaded=_unchanged, quantized=None, sources=None):
     """Yield (block name, {layer name: InputStats}) for one block after the other. The statistics are released before the next block.
 
     calls: from recorded_calls, moved to the device here; memory: Memory; blocks: [(name, module)] in running order, and last the model
     itself if layers outside the blocks are calibrated too; layers_of(name, block): {name: linear}; pass_through(name): a forward that
     returns a block's states unchanged (families.Family); loaded(name, block): a context in which the block can run; quantized(name,
     block): a context in which it runs in 4 bits, entered after the yield, so that its output there is the next block's input; None to
-    use its 16-bit output. A call that skips a block is left out from this block on. Raises ValueError if no call is left.
+    use its 16-bit output; sources: {block name: names of the blocks whose outputs are its states} (families.Family.sources), None for
+    in_a_row. A block's output is kept until the last block that reads it has run. A call that skips a block is left out from this block
+    on. Raises ValueError if no call is left.
     """
     # Every block re-reads them; the originals are released. Each has a few MB.
     calls[:] = to_device(calls, memory.states_on)
-    memory.states[:] = [None] * len(calls)
+    memory.states[:] = [{} for _ in calls]
+    sources = in_a_row(blocks) if sources is None else sources
     for index, (name, block) in enumerate(blocks):
         def run(layers, in_4_bits):
             stats = {layer: InputStats(len(calls), with_gram, tokens_per_input, memory.statistics_on) for layer in layers}
             with loaded(name, block), in_4_bits(name, block), _observed(layers, stats):
-                return stats, [_replay(diffusion_model, call, memory, blocks, pass_through, index, state)
-                               for call, state in zip(calls, memory.states)]
+                return stats, [_replay(diffusion_model, call, memory, blocks, pass_through, index, states)
+                               for call, states in zip(calls, memory.states)]
 
         stats, outputs = memory.attempt(name, functools.partial(run, layers_of(name, block), _unchanged))
-        whole = [(call, output) for call, output in zip(calls, outputs) if output is not None]
-        if not whole:
+        if all(output is None for output in outputs):
             raise ValueError(f"The model never ran its block {name} during calibration; remove nodes that skip blocks "
                              "from the MODEL, and put them behind SVDQuant Quantize Model.")
         if quantized is not None:
             yield name, stats
             stats.clear()
             _, outputs = memory.attempt(name, functools.partial(run, {}, quantized))
-            whole = [(call, output) for call, output in zip(calls, outputs) if output is not None]
+        read_later = {source for later, _ in blocks[index + 1:] for source in sources.get(later, ())}
+        whole = [(call, {source: output for source, output in (states | {name: output}).items() if source in read_later})
+                 for call, states, output in zip(calls, memory.states, outputs) if output is not None]
         calls, memory.states[:] = map(list, zip(*whole))
         del outputs, whole
         if quantized is None:

@@ -73,6 +73,26 @@ def choose_smoothing(weight, stats, spec, recipe, check):
     return factor, label
 
 
+def shared_smoothing(weights, stats, specs, recipe, check=lambda: None):
+    """One smoothing factor for layers that read the same input, so that the input is quantized once for all of them.
+
+    weights: {layer name: (N, K)}, any float dtype; stats: InputStats of their input, or None; specs: {layer name: LayerSpec}. Every output
+    counts alike, whatever the size of its layer's weights. Returns what choose_smoothing does. Raises ValueError as quantize_layer does.
+    """
+    for name, weight in weights.items():
+        check_finite(name, weight, None, stats)
+    joint = torch.cat([weight.float() * (len(weight) ** 0.5 / weight.float().norm().clamp_min(1e-30)) for weight in weights.values()])
+    first = specs[next(iter(weights))]
+    spec = replace(first, out_features=len(joint), rank=sum(specs[name].rank for name in weights))
+    with threads_for(joint):
+        try:
+            factor, label = choose_smoothing(joint, stats, spec, recipe, check)
+        except torch.linalg.LinAlgError:
+            name, weight = next(iter(weights.items()))
+            raise too_large(name, weight, stats) from None
+    return factor, f"{label}, shared"
+
+
 @dataclass(frozen=True)
 class Metric:
     """The importance of the smoothed inputs. energy: (K,) their mean squares; factor: the Factor of their damped Gram matrix; noise: (K,)
@@ -284,12 +304,13 @@ def too_large(name, weight, stats):
                       "computation overflows; load an intact copy of the model, or keep the layer in 16 bits with the input exceptions.")
 
 
-def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
+def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None, smoothing=None):
     """Quantize one linear.
 
     weight: (N, K), bias: (N,) or None, any float dtype, on the device that does the work; stats: InputStats or None; check: called
-    often, to cancel. Returns ({parameter name: tensor}, LayerRecord); without tensors if the error exceeds recipe.largest_error, and the
-    layer has to stay as it is. Raises ValueError if a number is not finite, or too large for the layer's dtype.
+    often, to cancel; smoothing: from shared_smoothing, or None for a factor of the layer's own. Returns ({parameter name: tensor},
+    LayerRecord); without tensors if the error exceeds recipe.largest_error, and the layer has to stay as it is. Raises ValueError if a
+    number is not finite, or too large for the layer's dtype.
     """
     start = time.perf_counter()
     notes = []
@@ -302,7 +323,7 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None):
             if spec.format == layout.AWQ:
                 tensors, label = pack_awq(weight, bias, spec, recipe, stats, check, notes), "-"
             else:
-                factor, label = choose_smoothing(weight, stats, spec, recipe, check)
+                factor, label = smoothing or choose_smoothing(weight, stats, spec, recipe, check)
                 tensors = pack_svdquant(weight, bias, factor, spec, recipe, stats, check, notes)
         except torch.linalg.LinAlgError:  # for matrices that are not finite
             raise too_large(name, weight, stats) from None

@@ -20,6 +20,7 @@ from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
 from comfyui_svdquant.quant.checkpoint import native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError
+from comfyui_svdquant.quant.families import TITLES
 from comfyui_svdquant.quant.host import loader, written
 from safetensors.torch import save_file
 from server import PromptServer
@@ -115,7 +116,7 @@ def test_a_sound_workflow_passes():
     ({"quantize": {"preset": "finest"}}, ("quantize", "preset"), "The input preset is 'finest', which this version of SVDQuant does not"),
     ({"load": {"model_name": "gone.safetensors"}}, ("load", "model_name"), "There is no gone.safetensors in models/diffusion_models; "),
     ({"load": {"model_name": "style.safetensors"}}, ("load", "model_name"),
-     "style.safetensors is a LoRA; move it to models/loras, and choose a FLUX.1 or Chroma model"),
+     f"style.safetensors is a LoRA; move it to models/loras, and choose a {TITLES} model"),
     ({"inspect": {"model_name": "cut.safetensors"}}, ("inspect", "model_name"), "cut.safetensors"),
     ({"download": {"model": OWN_CHOICE}}, ("download", "repository"), "needs both a repository, as owner/name, and a file"),
     ({"download": {"model": OWN_CHOICE, "repository": "a/b", "file": "x.ckpt"}}, ("download", "file"), "can hold code"),

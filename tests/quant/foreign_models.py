@@ -1,5 +1,7 @@
 """Headers of models other than FLUX.1, made by rule: the published names and shapes of the first block and of the layers around it."""
 
+from comfyui_svdquant.quant.families import TITLES
+
 
 def linear(name, n, k):
     return {f"{name}.weight": (n, k), f"{name}.bias": (n,)}
@@ -82,32 +84,34 @@ FOREIGN = {
         **linears(("model.diffusion_model.context_embedder", 1536, 4096),
                   ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv", 4608, 1536),
                   ("model.diffusion_model.joint_blocks.0.context_block.attn.proj", 1536, 1536))}),
-    "SD3.5, diffusers": ("not a FLUX.1 or Chroma model", {"pos_embed.proj.weight": (2432, 16, 2, 2), **diffusers_block(2432),
+    "SD3.5, diffusers": (f"not a {TITLES} model", {"pos_embed.proj.weight": (2432, 16, 2, 2), **diffusers_block(2432),
                                               **linears(("context_embedder", 2432, 4096))}),
     "Chroma, a part": ("a Chroma model with parts missing, or under diffusers' names", flux_block(3072, False) | linears(
         ("distilled_guidance_layer.in_proj", 5120, 64), ("distilled_guidance_layer.layers.0.in_layer", 5120, 5120))),
     "Chroma, diffusers": ("a Chroma model with parts missing, or under diffusers' names", diffusers_block(3072) | linears(
         ("x_embedder", 3072, 64), ("context_embedder", 3072, 4096), ("proj_out", 64, 3072),
         ("distilled_guidance_layer.in_proj", 5120, 64))),
-    "FLUX.2": ("a FLUX.2 model", {key: shape for key, shape in flux_block(6144, False).items() if not key.endswith("bias")} | {
-        "img_in.weight": (6144, 128), "txt_in.weight": (6144, 15360), "double_stream_modulation_img.lin.weight": (36864, 6144)}),
-    "FLUX.2, diffusers": ("a FLUX.2 model", diffusers_block(6144) | {
+    "FLUX.2, a part": ("a FLUX.2 model with parts missing", {
+        **{key: shape for key, shape in flux_block(6144, False).items() if not key.endswith("bias") and not key.startswith("img_in")},
+        "txt_in.weight": (6144, 15360), "double_stream_modulation_img.lin.weight": (36864, 6144)}),
+    "FLUX.2, diffusers": ("a FLUX.2 model under diffusers' names, which ComfyUI does not read", diffusers_block(6144) | {
         "x_embedder.weight": (6144, 128), "context_embedder.weight": (6144, 15360),
         "double_stream_modulation_img.linear.weight": (36864, 6144), "proj_out.weight": (128, 6144)}),
     "FLUX.1 ControlNet, diffusers": ("a ControlNet", diffusers_block(3072) | linears(
         ("x_embedder", 3072, 64), ("context_embedder", 3072, 4096), ("controlnet_x_embedder", 3072, 64),
         ("controlnet_blocks.0", 3072, 3072))),
-    "Qwen-Image": ("a Qwen-Image model", diffusers_block(3072) | {"txt_norm.weight": (3584,)} | linears(
-        ("img_in", 3072, 64), ("txt_in", 3072, 3584), ("transformer_blocks.0.img_mlp.net.0.proj", 12288, 3072), ("proj_out", 64, 3072))),
+    "Qwen-Image, a part": ("a Qwen-Image model with parts missing", diffusers_block(3072) | {"txt_norm.weight": (3584,)} | linears(
+        ("img_in", 3072, 64), ("transformer_blocks.0.img_mlp.net.0.proj", 12288, 3072), ("proj_out", 64, 3072))),
     "HunyuanVideo": ("a HunyuanVideo model", {key: shape for key, shape in flux_block(3072).items() if not key.startswith("img_in")} | {
         "img_in.proj.weight": (3072, 16, 1, 2, 2), **linears(("txt_in.individual_token_refiner.blocks.0.self_attn.qkv", 9216, 3072))}),
     "HiDream": ("a HiDream model", {
         "caption_projection.0.linear.weight": (2560, 4096), "double_stream_blocks.0.block.ff_i.shared_experts.w1.weight": (3584, 2560),
         **linears(("x_embedder.proj", 2560, 64), ("double_stream_blocks.0.block.attn1.to_q", 2560, 2560))}),
-    "Lumina": ("a Lumina or Z-Image model", {
-        "cap_embedder.0.weight": (2304,), **linears(("cap_embedder.1", 2304, 2304), ("x_embedder", 2304, 64)),
+    "Lumina": ("a Lumina 2 model", {
+        "cap_embedder.0.weight": (2304,), **linears(
+            ("cap_embedder.1", 2304, 2304), ("x_embedder", 2304, 64), ("layers.0.adaLN_modulation.1", 9216, 1024)),
         "layers.0.attention.qkv.weight": (3840, 2304), "noise_refiner.0.attention.qkv.weight": (3840, 2304)}),
-    "Wan": ("not a FLUX.1 or Chroma model", {"patch_embedding.weight": (5120, 16, 1, 2, 2), "head.modulation": (1, 2, 5120),
+    "Wan": (f"not a {TITLES} model", {"patch_embedding.weight": (5120, 16, 1, 2, 2), "head.modulation": (1, 2, 5120),
                                  **linears(("blocks.0.self_attn.q", 5120, 5120), ("blocks.0.cross_attn.k", 5120, 5120))}),
     "T5": ("a T5 text encoder", t5()), "CLIP": ("a CLIP text encoder", clip()), "VAE": ("a VAE", vae()),
     "VAE, diffusers": ("a VAE", vae() | {"encoder.down_blocks.0.resnets.0.conv1.weight": (128, 128, 3, 3)}),

@@ -12,6 +12,7 @@ import torch
 from comfyui_svdquant.quant.checkpoint import card, convert, inspection, native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
+from comfyui_svdquant.quant.families import TITLES
 from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.layers import layout
 from safetensors.torch import load_file, save_file
@@ -102,7 +103,7 @@ def test_other_kinds_of_files(files, tmp_path, no_weights):
     assert facts["format"] == "comfy-kitchen layout, INT4" and facts["errors"] == {} and facts["card"] == {}
     assert facts["bytes_by_kind"] == inspect(files / "native.safetensors")["bytes_by_kind"]
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="other.safetensors is not a FLUX.1 or Chroma model; choose"):
+    with pytest.raises(CheckpointError, match=f"other.safetensors is not a {TITLES} model; choose"):
         inspect(tmp_path / "other.safetensors")
 
 

@@ -11,6 +11,7 @@ from comfyui_svdquant.quant.checkpoint import convert, inspection, native
 from comfyui_svdquant.quant.checkpoint.header import DTYPES, CheckpointError, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
 from comfyui_svdquant.quant.checkpoint.write import DTYPE_NAMES
+from comfyui_svdquant.quant.families import TITLES
 from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import build, loader
 from hypothesis import HealthCheck, example, given, settings
@@ -253,7 +254,7 @@ def test_other_models_are_refused_by_name(tmp_path, kind):
         loader.load_model(str(path))
     folder = {"a T5 text encoder": "text_encoders", "a CLIP text encoder": "text_encoders", "a VAE": "vae", "a LoRA": "loras"}.get(what)
     move = f"move it to models/{folder}, and " if folder else ""
-    assert str(caught.value) == f"model.safetensors is {what}; {move}choose a FLUX.1 or Chroma model in safetensors format."
+    assert str(caught.value) == f"model.safetensors is {what}; {move}choose a {TITLES} model in safetensors format."
     with pytest.raises(CheckpointError) as inspected:
         inspection.inspect(read_header(str(path)))
     assert str(inspected.value) == str(caught.value)

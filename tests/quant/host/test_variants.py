@@ -19,6 +19,7 @@ from comfy_extras.nodes_flux import FluxGuidance
 from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
 from comfyui_svdquant.quant.checkpoint import inspection, native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
+from comfyui_svdquant.quant.families import TITLES
 from comfyui_svdquant.quant.host import checks, loader
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
@@ -233,11 +234,16 @@ def test_a_matrix_without_columns_is_refused(tmp_path):
 RELATIVES = {
     "a Chroma Radiance model": ("nerf_blocks.0.norm.weight",),
     "a Chroma model with parts missing, or under diffusers' names": ("distilled_guidance_layer.in_proj.weight",),
-    "a FLUX.2 model": ("double_stream_modulation_img.lin.weight",),
+    "a FLUX.2 model with parts missing": ("double_stream_modulation_img.lin.weight",),
+    "a FLUX.2 model under diffusers' names, which ComfyUI does not read": ("double_stream_modulation_img.linear.weight",),
     "a HunyuanVideo model": ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_attn.norm.key_norm.weight"),
     "a HiDream model": ("caption_projection.0.linear.weight",),
-    "a Qwen-Image model": ("transformer_blocks.0.img_mlp.net.0.proj.weight", "txt_norm.weight"),
-    "a Lumina or Z-Image model": ("cap_embedder.1.weight",),
+    "a Qwen-Image model with parts missing": ("transformer_blocks.0.img_mlp.net.0.proj.weight", "txt_norm.weight"),
+    "a Z-Image model with parts missing": ("cap_embedder.1.weight",),
+    "a Lumina 2 model": ("cap_embedder.1.weight", "layers.0.adaLN_modulation.1.weight"),
+    "a Z-Image-Omni model": ("cap_embedder.1.weight", "siglip_embedder.0.weight"),
+    "a Z-Image model in pixel space": ("cap_embedder.1.weight", "dec_net.cond_embed.weight"),
+    "a Z-Image model under diffusers' names, which only Load Diffusion Model reads": ("noise_refiner.0.attention.norm_k.weight",),
 }
 
 
@@ -246,7 +252,7 @@ def test_relatives_are_refused_by_name(tmp_path, what):
     path = tmp_path / "model.safetensors"
     for prefix in ("", "model.diffusion_model."):
         save_file({prefix + key: torch.zeros(4, 4) for key in (*RELATIVES[what], "final_layer.linear.weight")}, path)
-        with pytest.raises(CheckpointError, match=f"model.safetensors is {what}; choose a FLUX.1 or Chroma model"):
+        with pytest.raises(CheckpointError, match=f"model.safetensors is {what}; choose a {TITLES} model"):
             loader.load_model(str(path))
 
 

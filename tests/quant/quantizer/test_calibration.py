@@ -1,5 +1,7 @@
 """Streaming a model's blocks: each block gets the same inputs as in an ordinary forward, and the model doesn't change."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from comfyui_svdquant.quant.quantizer import calibration
@@ -96,6 +98,61 @@ def test_every_block_gets_the_inputs_of_an_ordinary_forward():
     assert all(runs[name] == 2 * calls_to_lin[name.split(".")[0]] for name in runs), "each block runs once per call"
     again = [model(*args, **kwargs) for args, kwargs in calls]
     assert all(map(torch.equal, again, outputs)), "the model's outputs don't change"
+
+
+class SideBySide(Model):
+    """Two lists of blocks on two streams, and a list that reads the last outputs of both, as Z-Image has them."""
+
+    def forward(self, img, txt, options=None):
+        for block in self.text:
+            txt = block(txt.clone(), vec=1.0)
+        for block in self.image:
+            img = block(img.clone(), vec=options["scale"])
+        x = torch.cat((txt, img), 1)
+        for block in self.both:
+            x = block(x, vec=options["scale"])
+        return x
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        for name in ("text", "image", "both"):
+            setattr(self, name, torch.nn.ModuleList(Single() for _ in range(2)))
+
+
+SOURCES = {"text.1": ("text.0",), "image.1": ("image.0",), "both.0": ("text.1", "image.1"), "both.1": ("both.0",)}
+
+
+@pytest.mark.parametrize("in_4_bits", [False, True])
+@torch.no_grad()
+def test_lists_of_blocks_that_run_side_by_side(in_4_bits):
+    """in_4_bits: each block's output comes from other weights, as that of a quantized block does."""
+    torch.manual_seed(0)
+    model, memory = SideBySide(), calibration.Memory("cpu")
+    blocks = [(f"{kind}.{i}", block) for kind in ("text", "image", "both") for i, block in enumerate(getattr(model, kind))]
+    calls = [((torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": s}}) for s in (0.5, 2.0)]
+
+    @contextmanager
+    def halved(name, block):
+        block.lin.weight *= 0.5
+        yield
+        block.lin.weight *= 2
+
+    seen = {}
+    for name, block in blocks:
+        hook = block.lin.register_forward_pre_hook(lambda _m, a: seen.setdefault(name, []).append(a[0].reshape(-1, 8).clone()))
+        for args, kwargs in calls:
+            model(*args, **kwargs)
+        hook.remove()
+        block.lin.weight *= 0.5 if in_4_bits else 1
+    for _, block in blocks:
+        block.lin.weight *= 2 if in_4_bits else 1
+    for name, stats in calibration.stream_blocks(model, list(calls), memory, blocks, lambda name, block: {name: block.lin},
+                                                 lambda name: lambda x, *args, **kwargs: x, quantized=halved if in_4_bits else None,
+                                                 sources=SOURCES):
+        assert torch.equal(stats[name].spans()["absmax"], torch.cat(seen[name]).abs().amax(0)), name
+        kept = {source for states in memory.states for source in states}
+        assert kept <= {"text.0", "text.1", "image.0", "image.1", "both.0"} and len(kept) <= 3, "outputs that nothing reads are released"
+    assert memory.states == [{}, {}]
 
 
 def test_the_model_is_restored_when_calibration_is_cancelled():
