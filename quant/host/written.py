@@ -32,7 +32,11 @@ _files = {}  # {name within the model folder: _File}
 
 def state(name):
     """(path, time, size) of the file that ComfyUI opens under this name; None if there is none."""
-    path = folder_paths.get_full_path(KIND, name)
+    return state_of(folder_paths.get_full_path(KIND, name))
+
+
+def state_of(path):
+    """(path, time, size) of a file; None if there is none. path: None if it has none."""
     try:
         found = os.stat(path) if path else None
     except OSError:
