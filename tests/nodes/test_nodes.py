@@ -163,7 +163,10 @@ def test_save_says_where_the_file_is(monkeypatch):
     monkeypatch.setattr(NodeProgress, "say", lambda self, text: said.append(text))
     SVDQuantSaveModel.execute(quantize()[0], "out/said", True)
     path = FOLDER / "out" / "said.safetensors"
-    assert said[-1] == f"{path}, {path.stat().st_size / 1e6:.1f} MB"
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    assert said[-1] == f"{path}, {size}; opens with SVDQuant Load Model, not with Load Diffusion Model"
+    SVDQuantSaveModel.execute(quantize()[0], "out/said", True, "nunchaku")
+    assert said[-1].endswith("; opens with SVDQuant Load Model and Nunchaku's nodes, not with Load Diffusion Model")
 
 
 def test_a_changed_file_changes_the_fingerprint():
