@@ -10,7 +10,6 @@ from . import build, filename_tokens, model_folder, written
 from .attachments import CARD
 from .patcher import SVDQuantModelPatcher, unpatched
 
-
 NUMBERED = "{}_{:05}_"  # as ComfyUI's own nodes number their files
 
 

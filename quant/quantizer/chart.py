@@ -128,8 +128,8 @@ def _draw_worst(axes, worst, scale):
     axes.set_yticks(places, [record.name for record in worst])
     axes.tick_params(axis="y", colors=TEXT, labelsize=11)
     axes.set_xticks([])
-    axes.set_title(f"The {len(worst)} layers with the largest errors" if len(worst) > 1 else "The layer", color=TEXT, fontsize=14, loc="left",
-                   pad=10)
+    title = f"The {len(worst)} layers with the largest errors" if len(worst) > 1 else "The layer"
+    axes.set_title(title, color=TEXT, fontsize=14, loc="left", pad=10)
     for y, record in enumerate(worst):
-        axes.text(max(record.error, record.error_naive), y, f"  {record.error:.1%} (plain rounding {record.error_naive:.0%})", color=TEXT, fontsize=11,
-                  va="center")
+        errors = f"  {record.error:.1%} (plain rounding {record.error_naive:.0%})"
+        axes.text(max(record.error, record.error_naive), y, errors, color=TEXT, fontsize=11, va="center")

@@ -29,8 +29,8 @@ class Yardstick(NamedTuple):
 
 
 def yardstick(records):
-    """The Yardstick of [LayerRecord]: of the W4A4 layers, or of the W4A16 layers if there is no other in 4 bits; None without any. Errors of
-    different kinds of layers are not averaged."""
+    """The Yardstick of [LayerRecord]: of the W4A4 layers, or of the W4A16 layers if there is no other in 4 bits; None without any. Errors
+    of the two kinds are not averaged."""
     for title, layers in (("W4A4 layers", [r for r in records if r.format not in FORMATS]),
                           ("W4A16 layers", [r for r in records if r.format == layout.AWQ])):
         if layers:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from comfyui_svdquant import comfy_entrypoint
 from comfyui_svdquant.nodes.compare import SVDQuantCompare
+from comfyui_svdquant.nodes.compare_models import SVDQuantCompareModels
 from comfyui_svdquant.nodes.doctor import SVDQuantDoctor
 from comfyui_svdquant.nodes.download_model import SVDQuantDownloadModel
 from comfyui_svdquant.nodes.inspect_model import SVDQuantInspect
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from host.server import ROOT, TINY
 
 NODES = (SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect, SVDQuantCompare,
-         SVDQuantDoctor)
+         SVDQuantCompareModels, SVDQuantDoctor)
 FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
 
 pytestmark = pytest.mark.usefixtures("inference_mode")

@@ -143,7 +143,8 @@ def test_overwrite_counts_more_than_numbered(quantized_models, saves):
 
 def test_a_filename_with_the_time_is_saved_once(folder, quantized_models, saves, monkeypatch):
     """ComfyUI compares the inputs, in which the token is the same a second later."""
-    cache, inputs = Cache(SVDQuantSaveModel), {"model": quantized_models[0], "filename": "%year%/x_%hour%%minute%%second%", "overwrite": False}
+    cache = Cache(SVDQuantSaveModel)
+    inputs = {"model": quantized_models[0], "filename": "%year%/x_%hour%%minute%%second%", "overwrite": False}
     now = time.localtime()
     monkeypatch.setattr(filename_tokens.time, "localtime", lambda: now)
     assert cache.queue(**inputs)

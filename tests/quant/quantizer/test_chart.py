@@ -18,7 +18,8 @@ def blocks(double, single):
     """The records of a FLUX.1 with these numbers of blocks."""
     kinds = [f"{stream}_{part}" for stream in ("img", "txt") for part in ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
     return [*(record(f"double_blocks.{i}.{kind}", 0.05 + 0.001 * i) for i in range(double) for kind in kinds),
-            *(record(f"single_blocks.{i}.{kind}", 0.08) for i in range(single) for kind in ("modulation.lin", "linear1", "linear2")), OUTSIDE]
+            *(record(f"single_blocks.{i}.{kind}", 0.08) for i in range(single) for kind in ("modulation.lin", "linear1", "linear2")),
+            OUTSIDE]
 
 
 def texts(figure):
@@ -26,7 +27,8 @@ def texts(figure):
         text for axes in figure.axes for text in (axes.title, axes._left_title, *axes.get_xticklabels(), *axes.get_yticklabels())]
 
 
-@pytest.mark.parametrize("records", [blocks(19, 38), blocks(2, 6), RECORDS, RECORDS[:1], [OUTSIDE]], ids=["dev", "tiny", "five", "one", "mod"])
+@pytest.mark.parametrize("records", [blocks(19, 38), blocks(2, 6), RECORDS, RECORDS[:1], [OUTSIDE]],
+                         ids=["dev", "tiny", "five", "one", "modulation"])
 def test_every_text_is_within_the_picture(records):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
