@@ -8,6 +8,17 @@ const TEXT_BOX = "$$node-text-preview"; // the page's name of the widget under w
 const LETTER = 6.2, LINE = 14, MARGIN = 44; // pixels of the text's letters and lines, and around it
 const TALLEST = 600; // pixels of a box; a longer text scrolls
 
+// The node of ours that an event of the server is about, also within subgraphs, where its id is a path; undefined if it is another's.
+export function ownNode(id) {
+  let graph = app.graph;
+  let node;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(part);
+    graph = node?.subgraph;
+  }
+  return node?.comfyClass?.startsWith("SVDQuant") ? node : undefined;
+}
+
 // The values of Quantize Model's widgets in workflows in which steps, seed and rank came before the preset.
 function inPresentOrder([steps, seed, rank, preset, ...rest]) {
   return [preset, rank, steps, seed, ...rest];
@@ -55,8 +66,8 @@ app.registerExtension({
 
   setup() {
     api.addEventListener("progress_text", ({ detail }) => {
-      const node = app.graph.getNodeById(detail.nodeId);
-      if (node?.comfyClass?.startsWith("SVDQuant")) fit(node, detail.text);
+      const node = ownNode(detail.nodeId);
+      if (node) fit(node, detail.text);
     });
   },
 });

@@ -5,6 +5,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { ownNode } from "./svdquant.js";
 
 const OURS = "SVDQuant"; // the beginning of our nodes' names
 
@@ -46,7 +47,7 @@ async function loadMessages(language) {
 
 function pattern(text) {
   const literal = text.split(/\{\d\}/).map((part) => part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
-  return new RegExp(`^${literal.join("(.+?)")}$`);
+  return new RegExp(`^${literal.join("(.*?)")}$`);
 }
 
 function translated(text) {
@@ -54,13 +55,12 @@ function translated(text) {
     const values = found.exec(text);
     if (values) return translation.replace(/\{(\d)\}/g, (_, number) => translated(values[Number(number) + 1]));
   }
-  return text;
+  return text.includes("\n") ? text.split("\n").map(translated).join("\n") : text;
 }
 
 // A capturing listener runs before the page's own, which shows the text on the node.
 function translateProgress({ detail }) {
-  const node = app.graph.getNodeById(String(detail.nodeId).split(":").pop());
-  if (messages.length && node?.comfyClass?.startsWith(OURS)) detail.text = translated(detail.text);
+  if (messages.length && ownNode(detail.nodeId)) detail.text = translated(detail.text);
 }
 
 await keepTranslations();
