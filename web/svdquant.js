@@ -24,20 +24,25 @@ function inPresentOrder([steps, seed, rank, preset, ...rest]) {
   return [preset, rank, steps, seed, ...rest];
 }
 
+// The widget in which the page shows a node's text.
+export function textBox(node) {
+  return node?.widgets?.find((widget) => widget.name === TEXT_BOX);
+}
+
 // The width of a line in Latin letters; those of Chinese, Japanese and Korean are about twice as wide.
 function width(line) {
   return [...line].reduce((sum, letter) => sum + (letter > "\u2e80" ? 1.9 : 1), 0);
 }
 
 // The page gives a node's text two lines, whatever its length: make room for the rest of it, once the page has made and measured the box.
-function fit(node, text, attempts = 20) {
-  const box = node.widgets?.find((widget) => widget.name === TEXT_BOX);
+function fit(node, attempts = 20) {
+  const box = textBox(node);
   if (!box?.computedHeight) {
-    if (attempts) setTimeout(() => fit(node, text, attempts - 1), 100);
+    if (attempts) setTimeout(() => fit(node, attempts - 1), 100);
     return;
   }
   const columns = (node.size[0] - MARGIN) / LETTER;
-  const lines = text.split("\n").reduce((count, line) => count + Math.max(1, Math.ceil(width(line) / columns)), 0);
+  const lines = box.value.split("\n").reduce((count, line) => count + Math.max(1, Math.ceil(width(line) / columns)), 0);
   const missing = Math.min(lines * LINE + MARGIN, TALLEST) - box.computedHeight;
   if (missing > 0) node.setSize([node.size[0], node.size[1] + missing]);
 }
@@ -67,7 +72,7 @@ app.registerExtension({
   setup() {
     api.addEventListener("progress_text", ({ detail }) => {
       const node = ownNode(detail.nodeId);
-      if (node) fit(node, detail.text);
+      if (node) setTimeout(() => fit(node)); // after the page's own listener, and the translation
     });
   },
 });

@@ -5,7 +5,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { ownNode } from "./svdquant.js";
+import { ownNode, textBox } from "./svdquant.js";
 
 const OURS = "SVDQuant"; // the beginning of our nodes' names
 
@@ -58,9 +58,12 @@ function translated(text) {
   return text.includes("\n") ? text.split("\n").map(translated).join("\n") : text;
 }
 
-// A capturing listener runs before the page's own, which shows the text on the node.
+// The page's own listener, which may run after this one, puts the text into the box.
 function translateProgress({ detail }) {
-  if (messages.length && ownNode(detail.nodeId)) detail.text = translated(detail.text);
+  queueMicrotask(() => {
+    const box = textBox(ownNode(detail.nodeId));
+    if (box?.value === detail.text) box.value = translated(detail.text);
+  });
 }
 
 await keepTranslations();
@@ -68,7 +71,8 @@ app.registerExtension({
   name: "SVDQuant.translations",
   async setup() {
     const language = app.extensionManager.setting.get("Comfy.Locale");
-    if (language !== "en") await loadMessages(language);
-    api.addEventListener("progress_text", translateProgress, { capture: true });
+    if (language === "en") return;
+    await loadMessages(language);
+    api.addEventListener("progress_text", translateProgress);
   },
 });

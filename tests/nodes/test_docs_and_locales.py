@@ -46,7 +46,7 @@ def test_a_help_page_gives_the_right_defaults(schema, page):
 
 @pytest.mark.parametrize("node", SCHEMAS)
 def test_a_node_has_its_help_page_where_both_pages_look_for_it(node):
-    """For a language without a help page they ask for the file beside the folder; it is the English page, since no link works on Windows."""
+    """For a language without a help page they ask for the file beside the folder; it is a copy, since Git makes no links on Windows."""
     assert (DOCS / f"{node}.md").read_bytes() == (DOCS / node / "en.md").read_bytes()
 
 
