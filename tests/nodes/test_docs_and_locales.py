@@ -56,11 +56,10 @@ def test_there_is_no_help_page_without_a_node():
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
 def test_no_table_is_wider_than_the_side_panel(page):
-    """It scrolls sideways from three columns of text on; three columns of numbers fit."""
+    """In ComfyUI 0.33 it is 235 pixels wide: three columns of numbers fit, two of sentences with a name in them do not."""
     for row in re.findall(r"^\|.*\|$", page.read_text(encoding="utf-8"), re.MULTILINE):
         cells = row.strip("|").split("|")
-        assert len(cells) == 2 or len(cells) == 3 and all(len(cell) < 24 for cell in cells), row
-        assert max(len(word) for cell in cells for word in re.split(r"[\s/]|\\b", cell)) < 40, row
+        assert len(cells) <= 3 and all(len(word) < 12 for cell in cells for word in cell.split()), row
 
 
 def test_the_languages_are_those_of_comfyuis_page():
@@ -110,8 +109,8 @@ def test_every_locale_names_the_menu_category(locale):
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_messages_that_a_page_explains_are_in_the_code(page):
-    _, table = re.split(r"^\| (?:Message|提示) .*$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    rows = re.findall(r"^\| (?!---)(.+?) \|", table, re.MULTILINE)
+    _, last = page.read_text(encoding="utf-8").rsplit("\n## ", 1)
+    rows = re.findall(r"^- \*\*(.+?)\*\*[:：]", last, re.MULTILINE)
     assert rows
     parts = [part.strip() for row in rows for part in re.split(r"…|, |、| 等", row) if part.strip()]
     flat = CODE.replace("{}", " ")
