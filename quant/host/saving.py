@@ -18,9 +18,8 @@ def save_model(model, filename, layout, overwrite=False, numbered=False):
 
     filename: as the user gave it, with tokens (filename_tokens.py, model_folder.target_path); layout: one of formats.WRITERS; overwrite:
     whether a quantized model of that name may be replaced; other files never are; numbered: whether the name gets a number if it is taken.
-    Raises ValueError if the file could not hold the whole MODEL, or if the filename is
-    invalid or ComfyUI would open another file under it; CheckpointError, before anything is written, if the file can't be written
-    (write.write).
+    Raises ValueError if the file could not hold the whole MODEL, or if the filename is invalid or ComfyUI would open another file under it;
+    CheckpointError, before anything is written, if the file can't be written (write.write).
     """
     check_model(model)
     content = weakref.ref(model.model), layout
