@@ -12,24 +12,33 @@ from .progress import NodeProgress
 OWN_CHOICE = "repository and file below"
 
 
-def nunchaku(model):
-    """(repository, file) of a FLUX.1 model that the Nunchaku project publishes in INT4."""
-    return f"nunchaku-ai/nunchaku-{model}", f"svdq-int4_r32-{model}.safetensors"
+def nunchaku(model, codes="int4"):
+    """(repository, file) of a FLUX.1 model that the Nunchaku project publishes. codes: "int4", or "fp4" for NVFP4."""
+    return f"nunchaku-ai/nunchaku-{model}", f"svdq-{codes}_r32-{model}.safetensors"
 
 
 # The models, repositories and sizes are those that the Hub's pages list.
 PRESETS = {
-    "FLUX.1-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-dev"),
-    "FLUX.1-Krea-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-krea-dev"),
-    "FLUX.1-Kontext-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-kontext-dev"),
-    "FLUX.1-Canny-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-canny-dev"),
-    "FLUX.1-Depth-dev, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku("flux.1-depth-dev"),
+    "FLUX.1-dev INT4 (6.8 GB)": nunchaku("flux.1-dev"),
+    "FLUX.1-schnell INT4 (6.7 GB)": nunchaku("flux.1-schnell"),
+    "FLUX.1-Krea-dev INT4 (6.8 GB)": nunchaku("flux.1-krea-dev"),
+    "FLUX.1-Kontext-dev INT4 (6.8 GB)": nunchaku("flux.1-kontext-dev"),
+    "FLUX.1-Fill-dev INT4 (6.8 GB)": nunchaku("flux.1-fill-dev"),
+    "FLUX.1-Canny-dev INT4 (6.8 GB)": nunchaku("flux.1-canny-dev"),
+    "FLUX.1-Depth-dev INT4 (6.8 GB)": nunchaku("flux.1-depth-dev"),
+    "FLUX.1-dev NVFP4 (7.0 GB)": nunchaku("flux.1-dev", "fp4"),
+    "FLUX.1-schnell NVFP4 (7.0 GB)": nunchaku("flux.1-schnell", "fp4"),
+    "FLUX.1-Kontext-dev NVFP4 (7.0 GB)": nunchaku("flux.1-kontext-dev", "fp4"),
+    "FLUX.1-Fill-dev NVFP4 (7.0 GB)": nunchaku("flux.1-fill-dev", "fp4"),
 }
+# The labels under which workflows of earlier versions have five of them.
+EARLIER = {f"{name}, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku(name.lower())
+           for name in ("FLUX.1-dev", "FLUX.1-Krea-dev", "FLUX.1-Kontext-dev", "FLUX.1-Canny-dev", "FLUX.1-Depth-dev")}
 
 
 def choice(model, repository, file, revision, filename):
     """(repository, file, revision, filename) to download, from the node's inputs. Raises ValueError on inputs that name no file."""
-    repository, file = choose("model", model, PRESETS | {OWN_CHOICE: (repository, file)})
+    repository, file = EARLIER.get(model) or choose("model", model, PRESETS | {OWN_CHOICE: (repository, file)})
     repository, file, revision = hub.names(repository, file, revision)
     hub.check_names(repository, file, revision)
     return repository, file, revision, filename if filename.strip() else file.rsplit("/", 1)[-1]
@@ -47,11 +56,13 @@ class SVDQuantDownloadModel(io.ComfyNode):
                         "download resumes where it stopped; a file that is already there is used as it is.",
             inputs=[
                 io.Combo.Input("model", options=[*PRESETS, OWN_CHOICE], default=next(iter(PRESETS)),
-                               tooltip="A published 4-bit FLUX.1 model, or the repository and file named below."),
+                               tooltip="A 4-bit FLUX.1 model that the Nunchaku project publishes, or the repository and file named below. "
+                                       "INT4 suits all GPUs; NVFP4 runs without kernels of this pack, which is slow."),
                 io.String.Input("repository", default="",
-                                tooltip="The repository on the Hub, as owner/name. Leave empty for a model of the list."),
+                                tooltip="The repository on the Hub, as owner/name. Leave empty for a model of the list.", **ADVANCED),
                 io.String.Input("file", default="",
-                                tooltip="The path of a .safetensors or .sft file in the repository. Leave empty for a model of the list."),
+                                tooltip="The path of a .safetensors or .sft file in the repository. Leave empty for a model of the list.",
+                                **ADVANCED),
                 io.String.Input("revision", default="main", tooltip="The branch, tag or commit to download the file from.", **ADVANCED),
                 io.String.Input("filename", default="",
                                 tooltip="The name of the file in models/diffusion_models, with an optional subfolder. Leave empty to keep "

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .compare import SVDQuantCompare
+from .compare_models import SVDQuantCompareModels
 from .doctor import SVDQuantDoctor
 from .download_model import SVDQuantDownloadModel
 from .inspect_model import SVDQuantInspect
@@ -14,4 +15,4 @@ from .save_model import SVDQuantSaveModel
 class SVDQuantExtension(ComfyExtension):
     async def get_node_list(self):
         return [SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect,
-                SVDQuantCompare, SVDQuantDoctor]
+                SVDQuantCompare, SVDQuantCompareModels, SVDQuantDoctor]

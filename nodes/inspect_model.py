@@ -3,13 +3,12 @@
 import json
 import time
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..quant import families
 from ..quant.checkpoint import inspection
 from ..quant.checkpoint.header import read_header
-from ..quant.host import loader
+from ..quant.host import loader, model_folder
 from .checked import checked
 from .newer import CATEGORY, SEARCH
 from .progress import NodeProgress
@@ -26,8 +25,9 @@ class SVDQuantInspect(io.ComfyNode):
             description=f"Describes a {families.TITLES} file: format, sizes, ranks, recipe and quantization errors. It reads the "
                         "file's header only, no weights.",
             inputs=[
-                io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"),
-                               tooltip=f"A {families.TITLES} file from models/diffusion_models."),
+                io.Combo.Input("model_name", options=model_folder.listed(),
+                               tooltip=f"A {families.TITLES} file from models/diffusion_models, or a checkpoint with such a model in it "
+                                       "from models/checkpoints."),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="The description of the file, as text."),
@@ -48,7 +48,7 @@ class SVDQuantInspect(io.ComfyNode):
     @classmethod
     def execute(cls, model_name):
         with NodeProgress.of(cls) as shown:
-            header = read_header(folder_paths.get_full_path_or_raise("diffusion_models", model_name))
+            header = read_header(model_folder.existing_path(model_name))
             description = inspection.inspect(header)
             loader.check_file(header)
             report = inspection.text(description)

@@ -1,11 +1,10 @@
 """SVDQuant Load Model: loads a quantized or an ordinary diffusion model from a file."""
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..quant import families
-from ..quant.host import loader, written
+from ..quant.host import loader, model_folder, written
 from .checked import checked, choose
 from .newer import CATEGORY, SEARCH
 from .progress import NodeProgress
@@ -26,8 +25,9 @@ class SVDQuantLoadModel(io.ComfyNode):
                         "svdquant_w4a4 format, or Nunchaku's FLUX.1), or an ordinary bf16, fp16 or fp8 model that you want to "
                         "quantize.",
             inputs=[
-                io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"),
-                               tooltip=f"A {families.TITLES} file from models/diffusion_models."),
+                io.Combo.Input("model_name", options=model_folder.listed(),
+                               tooltip=f"A {families.TITLES} file from models/diffusion_models, or a checkpoint with such a model in it "
+                                       "from models/checkpoints."),
                 io.Combo.Input("compute_dtype", options=list(COMPUTE_DTYPES), default="auto",
                                tooltip="The precision of everything that is not in 4 bits. auto uses ComfyUI's own choice for your "
                                        "device; fp16 suits GPUs older than the RTX 30 series."),
@@ -43,7 +43,7 @@ class SVDQuantLoadModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, compute_dtype, activations="auto"):
-        return written.state(model_name) if model_name else None
+        return written.state_of(model_folder.find(model_name)) if model_name else None
 
     @classmethod
     def validate_inputs(cls, model_name=None):
@@ -53,7 +53,6 @@ class SVDQuantLoadModel(io.ComfyNode):
     def execute(cls, model_name, compute_dtype, activations="auto"):
         with NodeProgress.of(cls) as shown:
             dtype, act_bits = choose("compute_dtype", compute_dtype, COMPUTE_DTYPES), choose("activations", activations, ACT_BITS)
-            path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-            patcher, summary = loader.load_described(path, dtype, act_bits, model_name)
+            patcher, summary = loader.load_described(model_folder.existing_path(model_name), dtype, act_bits, model_name)
             shown.say(summary)
             return io.NodeOutput(patcher)

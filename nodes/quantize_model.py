@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..quant import families
 from ..quant.host.quantize import quantize
-from ..quant.quantizer import presets, report
+from ..quant.quantizer import chart, presets, report
 from ..quant.quantizer.calibration import TOKENS_PER_INPUT
 from .checked import checked, choose
 from .newer import ADVANCED, CATEGORY, SEARCH
@@ -61,8 +61,8 @@ class SVDQuantQuantizeModel(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model, for samplers and SVDQuant Save Model."),
                 io.String.Output(display_name="report", tooltip="The error and size of every layer, as text."),
-                io.Image.Output(display_name="chart", tooltip="A chart of the layers' errors: plain rounding at the top, this "
-                                                              "model below."),
+                io.Image.Output(display_name="chart", tooltip="How much closer than plain rounding the model is, its worst "
+                                                              "layers, and the error of every layer."),
                 io.String.Output(display_name="json", tooltip="The report as JSON, for programs."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -82,5 +82,5 @@ class SVDQuantQuantizeModel(io.ComfyNode):
             quantized, records = quantize(model, recipe, positive, latent, steps, seed, shown, folder)
             shown.say(report.summary(records))
             notes = quantized.recipe["notes"]
-            return io.NodeOutput(quantized, report.text(records, recipe, notes), report.picture(records),
+            return io.NodeOutput(quantized, report.text(records, recipe, notes), chart.picture(records),
                                  report.as_json(records, recipe, notes))

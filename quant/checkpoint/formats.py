@@ -19,20 +19,23 @@ class Format:
         memory, and save_packed(path, packed, overwrite, source_card, counted), which writes a PackedFile of another format. Both raise
         CheckpointError if the format can't hold the model, and as write.write does
     layout: the name by which users choose the writer in SVDQuant Save Model and convert.py; "" without a writer
+    opens: the nodes that open the writer's files
     """
 
     name: str
     reader: ModuleType
     writer: ModuleType | None = None
     layout: str = ""
+    opens: str = "SVDQuant Load Model"
 
 
 FORMATS = (
     Format("SVDQuant", native, native, "native"),
-    Format("Nunchaku", nunchaku_reader, nunchaku_writer, "nunchaku"),
+    Format("Nunchaku", nunchaku_reader, nunchaku_writer, "nunchaku", "SVDQuant Load Model and Nunchaku's nodes"),
     Format("comfy-kitchen", comfy_kitchen),
 )
-WRITERS = {entry.layout: entry.writer for entry in FORMATS if entry.writer}  # {layout: writer}, the pack's own first
+LAYOUTS = {entry.layout: entry for entry in FORMATS if entry.writer}  # {layout: Format}, the pack's own first
+WRITERS = {layout: entry.writer for layout, entry in LAYOUTS.items()}
 
 
 def identify(header):

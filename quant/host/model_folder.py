@@ -7,6 +7,7 @@ import unicodedata
 import folder_paths
 
 from ..checkpoint.header import EXTENSIONS
+from . import checkpoints
 
 KIND = "diffusion_models"  # ComfyUI's name for the list of folders, and the name of the usual folder
 FORBIDDEN = '<>:"|?*'  # on Windows; models must be portable
@@ -41,11 +42,26 @@ def target_path(filename):
     return path, os.path.relpath(path, folder)
 
 
+def listed():
+    """The names of the list of models: all files of the folder, and the whole checkpoints that have a model of a known family."""
+    return folder_paths.get_filename_list(KIND) + checkpoints.names()
+
+
+def find(name):
+    """The path of the file that has this name in the list of models; None if there is none."""
+    found = folder_paths.get_full_path(KIND, name)
+    if found is None and name.startswith(checkpoints.PREFIX):
+        return checkpoints.path(name.removeprefix(checkpoints.PREFIX))
+    return found
+
+
 def existing_path(name):
-    """The path of the file that ComfyUI opens under this name. Raises ValueError if there is none."""
-    path = folder_paths.get_full_path(KIND, name)
+    """find, or ValueError if there is none."""
+    path = find(name)
     if path is None:
-        raise ValueError(f"There is no {name} in models/diffusion_models; download it, or press R and choose another model_name.")
+        place = name if name.startswith(checkpoints.PREFIX) else f"{KIND}/{name}"
+        folder, _, file = place.partition("/")
+        raise ValueError(f"There is no {file} in models/{folder}; download it, or press R and choose another model_name.")
     return path
 
 

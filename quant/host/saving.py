@@ -2,57 +2,75 @@
 
 import os
 import weakref
+from itertools import chain, count
 
 from ..checkpoint import formats, write
 from ..checkpoint.header import CheckpointError, read_header
-from . import build, model_folder, written
+from . import build, filename_tokens, model_folder, written
 from .attachments import CARD
 from .patcher import SVDQuantModelPatcher, unpatched
 
+NUMBERED = "{}_{:05}_"  # as ComfyUI's own nodes number their files
 
-def save_model(model, filename, layout, overwrite=False):
+
+def save_model(model, filename, layout, overwrite=False, numbered=False):
     """Write a MODEL to a file in the model folder, unless the same content was saved there before. Returns the file's name in the folder.
 
-    filename: as the user gave it (model_folder.target_path); layout: one of formats.WRITERS; overwrite: whether a quantized model of that
-    name may be replaced; other files never are. Raises ValueError if the file could not hold the whole MODEL, or if the filename is
-    invalid or ComfyUI would open another file under it; CheckpointError, before anything is written, if the file can't be written
-    (write.write).
+    filename: as the user gave it, with tokens (filename_tokens.py, model_folder.target_path); layout: one of formats.WRITERS; overwrite:
+    whether a quantized model of that name may be replaced; other files never are; numbered: whether the name gets a number if it is taken.
+    Raises ValueError if the file could not hold the whole MODEL, or if the filename is invalid or ComfyUI would open another file under it;
+    CheckpointError, before anything is written, if the file can't be written (write.write).
     """
     check_model(model)
-    path, name = model_folder.target_path(filename)
     content = weakref.ref(model.model), layout
-    if written.holds(name, content):  # ComfyUI may run a node again with the same inputs
-        model_folder.check_found_again(path, name)
+    name = written.holds(filename, content)
+    if name is not None:  # ComfyUI may run a node again with the same inputs
+        model_folder.check_found_again(*model_folder.target_path(name))
     else:
-        check_target(filename, overwrite)
+        path, name = free_path(filename, overwrite, numbered)
+        check_target(path, name, overwrite)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
         formats.WRITERS[layout].save(path, stored_tensors(model), specs, build.stored_config(model.model), model.recipe, model.source,
                                      overwrite, model.get_attachment(CARD))
-        written.note(name, content)
+        written.note(name, content, filename)
     return name
 
 
-def check_target(filename, overwrite):
+def free_path(filename, overwrite, numbered):
+    """model_folder.target_path of a filename with tokens, with the first free number if it is taken, `numbered` is on and `overwrite`
+    off."""
+    path, name = model_folder.target_path(filename_tokens.resolve(filename))
+    if overwrite or not numbered:
+        return path, name
+    stem, extension = os.path.splitext(name)
+    names = chain([name], (NUMBERED.format(stem, number) + extension for number in count(1)))
+    return next(found for found in map(model_folder.target_path, names) if not _is_taken(*found))
+
+
+def _is_taken(path, name):
+    return os.path.exists(path) or model_folder.found_elsewhere(path, name) is not None
+
+
+def check_target(path, name, overwrite):
     """Raise the error of save_model, whatever its MODEL, if the file can't be written under this name. It writes nothing."""
-    path, name = model_folder.target_path(filename)
     model_folder.check_found_again(path, name)
     check_overwritten(path)
     write.check_target(path, overwrite)
 
 
-def check_name(filename, overwrite):
-    """check_target, as far as it is known when Run is clicked. filename, overwrite: None if they are still unknown. A file that SVDQuant
-    Save Model has written since ComfyUI started, and that has not changed, may be there: if the workflow is the same, the node won't run
+def check_name(filename, overwrite, numbered):
+    """check_target, as far as it is known when Run is clicked. All inputs are None if they are still unknown. A file that SVDQuant Save
+    Model has written since ComfyUI started, and that has not changed, may be there: if the workflow is the same, the node won't run
     again."""
     if filename is not None:
-        name = model_folder.name_in_folder(filename)
-        check_target(filename, True if overwrite is None or name is not None and written.is_intact(name) else overwrite)
+        path, name = free_path(filename, overwrite, numbered)
+        check_target(path, name, True if overwrite is None or numbered is None or written.is_intact(name) else overwrite)
 
 
-def summary(name):
-    """One line about a saved file. name: as save_model returns it."""
+def summary(name, layout):
+    """One line about a saved file, with the nodes that open it. name: as save_model returns it."""
     path, _, size = written.state(name)
-    return f"{path}, {write.size_text(size)}"
+    return f"{path}, {write.size_text(size)}; opens with {formats.LAYOUTS[layout].opens}, not with Load Diffusion Model"
 
 
 def check_model(model):

@@ -28,11 +28,16 @@ class _File:
 
 
 _files = {}  # {name within the model folder: _File}
+_names = {}  # {filename as the user gave it, with its tokens and without a number: {name within the model folder: None}}
 
 
 def state(name):
     """(path, time, size) of the file that ComfyUI opens under this name; None if there is none."""
-    path = folder_paths.get_full_path(KIND, name)
+    return state_of(folder_paths.get_full_path(KIND, name))
+
+
+def state_of(path):
+    """(path, time, size) of a file; None if there is none. path: None if it has none."""
     try:
         found = os.stat(path) if path else None
     except OSError:
@@ -40,17 +45,21 @@ def state(name):
     return found and (path, found.st_mtime_ns, found.st_size)
 
 
-def note(name, content=None):
-    """Record that a node has written the file `name`. content: identifies its content, for nodes that can write different contents."""
+def note(name, content=None, filename=None):
+    """Record that a node has written the file `name`. content: identifies its content, for nodes that can write different contents;
+    filename: as the user gave it, for nodes that can write different files under it."""
+    if filename is not None:
+        _names.setdefault(filename, {})[name] = None
     file = _files.setdefault(name, _File(content))
     if file.content != content:
         file.changes += 1  # for the node that wrote the previous content, whose result may still be in ComfyUI's cache
     file.content, file.state, file.intact = content, state(name), True
 
 
-def holds(name, content):
-    """Whether a node has written this content to the file `name`, and the file has not changed since."""
-    return is_intact(name) and _files[name].content == content
+def holds(filename, content):
+    """The name of a file that a node has written under this filename with this content, and that has not changed since; None if there is
+    none."""
+    return next((name for name in _names.get(filename, ()) if is_intact(name) and _files[name].content == content), None)
 
 
 def is_intact(name):
@@ -70,3 +79,8 @@ def fingerprint(name):
     if file.state != (now := state(name)):
         file.state, file.intact, file.changes = now, False, file.changes + 1
     return file.changes
+
+
+def fingerprint_of_filename(filename):
+    """fingerprint of all files that a node has written under a filename as the user gave it; None as in fingerprint."""
+    return fingerprint(None) if filename is None else sum(map(fingerprint, _names.get(filename, ())))

@@ -1,14 +1,11 @@
-"""The quantization report: the format, error and size of each layer. As Markdown that also reads well as text, as JSON,
-and as a picture of the errors before and after."""
+"""The quantization report: the format, error and size of each layer. As Markdown that also reads well as text, and as JSON; chart.py has
+the picture. All of them measure by one yardstick, the mean error of the W4A4 layers."""
 
 import json
 import re
 from dataclasses import asdict
-from statistics import median
-
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from statistics import fmean, median
+from typing import NamedTuple
 
 from ..layers import layout
 from .pipeline import KEPT
@@ -18,9 +15,47 @@ FORMATS = {layout.AWQ: "W4A16", KEPT: "16 bit"}  # Every other format is W4A4.
 BLOCK = re.compile(r".*?\.\d+\.")  # the prefix of a layer's name that names its block
 STANDS_OUT = 2.0  # times the median error of the layers of its kind
 
-CELL, GAP, LABELS, HEADER, LEGEND = 22, 28, 190, 34, 46  # pixels of the picture's parts
-# Error to colour: dark where there is none, yellow at 10 %, red from 30 % on.
-COLOURS = ((0.0, (28, 44, 84)), (0.05, (38, 140, 140)), (0.10, (240, 214, 90)), (0.20, (226, 110, 50)), (0.30, (190, 24, 40)))
+
+class Yardstick(NamedTuple):
+    """The mean relative error of the layers that are compared with plain rounding.
+
+    title: of these layers; layers: [LayerRecord]; error, naive: the mean with this recipe, and with plain rounding.
+    """
+
+    title: str
+    layers: list
+    error: float
+    naive: float
+
+
+def yardstick(records):
+    """The Yardstick of [LayerRecord]: of the W4A4 layers, or of the W4A16 layers if there is no other in 4 bits; None without any. Errors
+    of the two kinds are not averaged."""
+    for title, layers in (("W4A4 layers", [r for r in records if r.format not in FORMATS]),
+                          ("W4A16 layers", [r for r in records if r.format == layout.AWQ])):
+        if layers:
+            return Yardstick(title, layers, fmean(r.error for r in layers), fmean(r.error_naive for r in layers))
+    return None
+
+
+def headline(records):
+    """How much closer than plain rounding the model is, in a few words. records: with a layer in 4 bits."""
+    _, _, error, naive = yardstick(records)
+    if not error:
+        return "no rounding error"
+    ratio = naive / error
+    return "as close as plain rounding" if abs(ratio - 1) < 0.05 else f"{ratio:.2g}x closer than plain rounding"
+
+
+def mean_errors(records):
+    """The mean errors behind the headline, as text. records: with a layer in 4 bits."""
+    title, _, error, naive = yardstick(records)
+    return f"{title}: mean relative error {error:.2%} (plain rounding {naive:.2%})"
+
+
+def worst(records, count):
+    """The `count` layers of the yardstick with the largest errors, largest first."""
+    return sorted(yardstick(records).layers, key=lambda record: -record.error)[:count]
 
 
 def summary(records):
@@ -69,58 +104,15 @@ def table(rows):
 def text(records, recipe, notes=()):
     """records: [LayerRecord] in model order; recipe: Recipe; notes: sentences on the whole run. Returns the report, one line per layer."""
     lines = [f"SVDQuant, preset {recipe.preset}, rank {recipe.rank}: {summary(records)}"]
-    packed = [record for record in records if record.format not in FORMATS]
-    if packed:
-        mean, naive = (sum(getattr(r, field) for r in packed) / len(packed) for field in ("error", "error_naive"))
-        worst = max(packed, key=lambda record: record.error)
-        lines.append(f"W4A4 layers: mean relative error {mean:.2%} (plain rounding {naive:.2%}), largest {worst.error:.2%} in "
-                     f"{worst.name}")
+    if yardstick(records):
+        (largest,) = worst(records, 1)
+        lines.append(f"{mean_errors(records)}, {headline(records)}; largest {largest.error:.2%} in {largest.name}")
     return "\n\n".join([*lines, *notes, *warnings(records), table([COLUMNS, *map(row, records)])])
 
 
 def as_json(records, recipe, notes=()):
     """The same as a JSON object: the recipe, and every layer's record."""
-    report = {"recipe": recipe.as_dict(), "warnings": [*notes, *warnings(records)], "layers": [asdict(r) for r in records]}
+    measure = yardstick(records)
+    mean = {"of": measure.title, "error": measure.error, "error_naive": measure.naive} if measure else None
+    report = {"recipe": recipe.as_dict(), "mean": mean, "warnings": [*notes, *warnings(records)], "layers": [asdict(r) for r in records]}
     return json.dumps(report, indent=1)
-
-
-def colour(error):
-    """(r, g, b), 0..255, of a relative error."""
-    points, colours = zip(*COLOURS)
-    return tuple(int(np.interp(error, points, channel)) for channel in zip(*colours))
-
-
-def picture(records):
-    """The errors as a ComfyUI IMAGE, (1, H, W, 3) float32 in [0, 1]: one row per kind of layer, one column per block; plain
-    rounding at the top, this model below."""
-    kinds = list(dict.fromkeys(kind(r) for r in records))
-    blocks = list(dict.fromkeys(r.name.rsplit(kind(r), 1)[0] for r in records))
-    width = max(LABELS + CELL * len(blocks) + GAP, 560)
-    panel = HEADER + CELL * len(kinds)
-    canvas = Image.new("RGB", (width, 2 * panel + LEGEND + 3 * GAP), (250, 250, 248))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for top, field, title in ((GAP, "error_naive", "Plain rounding to 4 bits"), (2 * GAP + panel, "error", "This model")):
-        _draw_panel(draw, font, records, kinds, blocks, top, field, title)
-    _draw_legend(draw, font, 3 * GAP + 2 * panel - 8, width)
-    return torch.from_numpy(np.asarray(canvas, dtype=np.float32) / 255).unsqueeze(0)
-
-
-def _draw_panel(draw, font, records, kinds, blocks, top, field, title):
-    mean = sum(getattr(r, field) for r in records) / max(len(records), 1)
-    draw.text((GAP, top), f"{title}: mean relative error {mean:.1%}", fill=(20, 20, 20), font=font)
-    for y, name in enumerate(kinds):
-        draw.text((GAP, top + HEADER + y * CELL + 3), name, fill=(70, 70, 70), font=font)
-    for record in records:
-        x = LABELS + blocks.index(record.name.rsplit(kind(record), 1)[0]) * CELL
-        y = top + HEADER + kinds.index(kind(record)) * CELL
-        draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), fill=colour(getattr(record, field)))
-
-
-def _draw_legend(draw, font, top, width):
-    last = COLOURS[-1][0]
-    span = width - LABELS - 2 * GAP
-    for x in range(span):
-        draw.line((LABELS + x, top, LABELS + x, top + 12), fill=colour(last * x / span))
-    for error, _ in COLOURS:
-        draw.text((LABELS + error / last * span - 8, top + 14), f"{error:.0%}", fill=(70, 70, 70), font=font)
-    draw.text((GAP, top - 2), "relative error", fill=(70, 70, 70), font=font)

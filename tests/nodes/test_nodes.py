@@ -14,6 +14,7 @@ import pytest
 import torch
 from comfyui_svdquant import comfy_entrypoint
 from comfyui_svdquant.nodes.compare import SVDQuantCompare
+from comfyui_svdquant.nodes.compare_models import SVDQuantCompareModels
 from comfyui_svdquant.nodes.doctor import SVDQuantDoctor
 from comfyui_svdquant.nodes.download_model import SVDQuantDownloadModel
 from comfyui_svdquant.nodes.inspect_model import SVDQuantInspect
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from host.server import ROOT, TINY
 
 NODES = (SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect, SVDQuantCompare,
-         SVDQuantDoctor)
+         SVDQuantCompareModels, SVDQuantDoctor)
 FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -163,7 +164,10 @@ def test_save_says_where_the_file_is(monkeypatch):
     monkeypatch.setattr(NodeProgress, "say", lambda self, text: said.append(text))
     SVDQuantSaveModel.execute(quantize()[0], "out/said", True)
     path = FOLDER / "out" / "said.safetensors"
-    assert said[-1] == f"{path}, {path.stat().st_size / 1e6:.1f} MB"
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    assert said[-1] == f"{path}, {size}; opens with SVDQuant Load Model, not with Load Diffusion Model"
+    SVDQuantSaveModel.execute(quantize()[0], "out/said", True, "nunchaku")
+    assert said[-1].endswith("; opens with SVDQuant Load Model and Nunchaku's nodes, not with Load Diffusion Model")
 
 
 def test_a_changed_file_changes_the_fingerprint():

@@ -54,6 +54,7 @@ def folder(tmp_path, monkeypatch):
     _, extensions = folder_paths.folder_names_and_paths["diffusion_models"]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", (own, extensions))
     monkeypatch.setattr(written, "_files", {})
+    monkeypatch.setattr(written, "_names", {})
     shutil.copy2(ROOT / "demo" / "tiny_flux" / TINY["diffusion_models"], own[1])
     native.save(f"{own[1]}/packed.safetensors", *packed_flux(), {"preset": "data-free"}, "flux")
     save_file(LORA, f"{own[1]}/style.safetensors")
@@ -98,7 +99,10 @@ def test_a_sound_workflow_passes():
     assert refused(prompt()) == {}
     assert refused(prompt(quantize={"preset": "data-free", "positive": None, "latent": None})) == {}
     assert refused(prompt(save={"filename": "packed", "overwrite": True})) == {}
+    assert refused(prompt(save={"filename": "packed", "numbered": True})) == {}
+    assert refused(prompt(save={"filename": "%date:yyyy-MM-dd%/new"})) == {}
     assert refused(prompt(load={"model_name": "packed.safetensors"})) == {}
+    assert refused(prompt(download={"model": "FLUX.1-dev, Nunchaku INT4 rank 32 (6.77 GB)"})) == {}, "of an earlier version"
     assert refused(prompt(download={"model": OWN_CHOICE, "repository": "https://huggingface.co/a/b/blob/main/c.sft"})) == {}
 
 

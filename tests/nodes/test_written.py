@@ -1,6 +1,7 @@
 """Nodes that write files run again if their file is missing or was replaced, and only then."""
 
 import os
+import time
 from pathlib import Path
 
 import folder_paths
@@ -10,7 +11,7 @@ from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
 from comfyui_svdquant.quant.checkpoint import native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.download import hub
-from comfyui_svdquant.quant.host import loader, saving, written
+from comfyui_svdquant.quant.host import filename_tokens, loader, saving, written
 
 from ..quant.hub_server import FakeHub, safetensors, use_endpoint
 from ..quant.packed_flux import packed_flux
@@ -44,6 +45,7 @@ def folder(tmp_path, monkeypatch):
     _, extensions = folder_paths.folder_names_and_paths["diffusion_models"]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", (own, extensions))
     monkeypatch.setattr(written, "_files", {})
+    monkeypatch.setattr(written, "_names", {})
     return Path(own[1])
 
 
@@ -112,6 +114,54 @@ def test_a_file_of_the_same_name_in_an_earlier_folder_is_reported(folder, quanti
     (folder.parent / "unet" / "x.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match="There is a x.safetensors in"):
         cache.queue(**inputs)
+
+
+def test_numbered_takes_the_next_free_name_and_no_other(folder, quantized_models, saves):
+    cache = Cache(SVDQuantSaveModel)
+    first, second = ({"model": model, "filename": "x", "overwrite": False, "numbered": True} for model in quantized_models)
+    (folder.parent / "unet" / "x_00001_.safetensors").write_bytes(b"other")
+    cache.queue(**first)
+    cache.queue(**second)
+    assert list(cache.results.values()) == ["x.safetensors", "x_00002_.safetensors"], "ComfyUI would open the other folder's first"
+    cache.queue(**first)  # may run, but writes nothing
+    assert not cache.queue(**first) and len(saves) == 2
+    assert SVDQuantSaveModel.execute(**second).result[0] == "x_00002_.safetensors"
+    (folder / "x.safetensors").unlink()
+    assert cache.queue(**first) and (folder / "x.safetensors").is_file() and len(saves) == 3
+    assert SVDQuantSaveModel.check_lazy_status("x", False, numbered=True) == ["model"]
+    with pytest.raises(CheckpointError, match="exists already"):
+        SVDQuantSaveModel.check_lazy_status("x", False)
+    assert SVDQuantSaveModel.execute(first["model"], "sub/y.sft", False, numbered=True).result[0] == os.path.join("sub", "y.sft")
+    assert SVDQuantSaveModel.execute(second["model"], "sub/y.sft", False, numbered=True).result[0] == os.path.join("sub", "y_00001_.sft")
+
+
+def test_overwrite_counts_more_than_numbered(quantized_models, saves):
+    for model in quantized_models:
+        assert SVDQuantSaveModel.execute(model, "x", True, numbered=True).result[0] == "x.safetensors"
+    assert len(saves) == 2
+
+
+def test_a_filename_with_the_time_is_saved_once(folder, quantized_models, saves, monkeypatch):
+    """ComfyUI compares the inputs, in which the token is the same a second later."""
+    cache = Cache(SVDQuantSaveModel)
+    inputs = {"model": quantized_models[0], "filename": "%year%/x_%hour%%minute%%second%", "overwrite": False}
+    now = time.localtime()
+    monkeypatch.setattr(filename_tokens.time, "localtime", lambda: now)
+    assert cache.queue(**inputs)
+    name = os.path.join(f"{now.tm_year}", f"x_{now.tm_hour:02}{now.tm_min:02}{now.tm_sec:02}.safetensors")
+    assert list(cache.results.values()) == [name] and (folder / name).is_file()
+    monkeypatch.setattr(filename_tokens.time, "localtime", lambda: time.struct_time((now.tm_year + 1, *now[1:])))
+    assert not cache.queue(**inputs) and SVDQuantSaveModel.execute(**inputs).result[0] == name and len(saves) == 1
+    (folder / name).unlink()
+    assert cache.queue(**inputs) and (folder / f"{now.tm_year + 1}").is_dir()
+
+
+@pytest.mark.parametrize(("filename", "resolved"), [
+    ("%date:yyyy-MM-dd%/x", "2026-03-07/x"), ("%date:yy M d h:m:s%", "26 3 7 5:9:2"), ("x%date:hhmmss%", "x050902"),
+    ("%year%%month%%day%-%hour%%minute%%second%", "20260307-050902"), ("%KSampler.seed%", "%KSampler.seed%"), ("50%", "50%"), ("", ""),
+])
+def test_the_tokens_of_a_filename(filename, resolved):
+    assert filename_tokens.resolve(filename, time.struct_time((2026, 3, 7, 5, 9, 2, 0, 0, 0))) == resolved
 
 
 @pytest.fixture

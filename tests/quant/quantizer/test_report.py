@@ -1,9 +1,8 @@
-"""The report: its numbers, its warnings, its chart."""
+"""The report: its numbers and its warnings."""
 
 import dataclasses
 import json
 
-import torch
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer import pipeline, presets, report
 
@@ -44,19 +43,24 @@ def test_a_run_that_leaves_every_layer_in_16_bits_is_reported_as_such():
     for records in (kept, []):
         assert report.summary(records) == "no layer came out in 4 bits, and the model is as large as before"
         assert report.summary(records) in report.text(records, presets.make_recipe("best", 32)).splitlines()[0]
-        assert report.picture(records).ndim == 4
+        assert report.yardstick(records) is None
     assert "10 layers" in report.summary([*kept[1:], RECORDS[0]])
 
 
-def test_the_picture_shows_where_the_error_is():
-    picture = report.picture([*RECORDS, record("single_blocks.5.linear2", 0.30)])
-    assert picture.dtype == torch.float32 and picture.ndim == 4
-    red = (picture - torch.tensor(report.colour(0.30)) / 255).abs().amax(-1) < 0.01
-    lower = red[0, picture.shape[1] // 2 + 20 : -60].float()
-    x, y = report.LABELS + 5 * report.CELL, lower.nonzero()
-    assert (y[:, 1] >= x).all() and (y[:, 1] < x + report.CELL).all(), "one red cell, in the sixth block's column"
-    assert len(y) > 300
+def test_the_headline_compares_with_plain_rounding():
+    for error, naive, says in ((0.1, 0.41, "4.1x closer than plain rounding"), (0.01, 0.123, "12x closer than plain rounding"),
+                               (0.3, 0.3, "as close as plain rounding"), (0.0, 0.3, "no rounding error")):
+        assert report.headline([record("single_blocks.0.linear1", error, naive)]) == says
 
 
-def test_colours_follow_the_error():
-    assert report.colour(0) == report.COLOURS[0][1] and report.colour(2.0) == report.COLOURS[-1][1]
+def test_one_yardstick_for_all_numbers():
+    """Modulation layers are a kind of their own: they must not pull the mean down."""
+    modulation = [dataclasses.replace(record(f"single_blocks.{i}.modulation.lin", 0.001, 0.002, layout.AWQ), rank=0) for i in range(5)]
+    recipe, records = presets.make_recipe("best", 32), [*RECORDS, *modulation]
+    assert report.mean_errors(records) == report.mean_errors(RECORDS) == "W4A4 layers: mean relative error 5.20% (plain rounding 30.00%)"
+    line = f"{report.mean_errors(records)}, 5.8x closer than plain rounding; largest 5.40% in single_blocks.4.linear1"
+    assert report.text(records, recipe).splitlines()[2] == line
+    mean = json.loads(report.as_json(records, recipe))["mean"]
+    assert (mean["of"], round(mean["error"], 6), round(mean["error_naive"], 6)) == ("W4A4 layers", 0.052, 0.3)
+    assert report.yardstick(modulation).title == "W4A16 layers"
+    assert [layer.name for layer in report.worst(records, 2)] == ["single_blocks.4.linear1", "single_blocks.4.linear2"]
