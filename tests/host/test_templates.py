@@ -81,14 +81,14 @@ def test_no_node_has_a_widget_value_too_many(graph, object_info):
             assert len(node["widgets_values"]) == expected, node["type"]
 
 
-def test_links_and_nodes_agree(graph):
-    nodes = {node["id"]: node for node in graph["nodes"]}
-    for number, source, out_slot, target, in_slot, kind in graph["links"]:
+def test_links_and_nodes_agree(drawn):
+    nodes = {node["id"]: node for node in drawn["nodes"]}
+    for number, source, out_slot, target, in_slot, kind in drawn["links"]:
         assert number in nodes[source]["outputs"][out_slot]["links"]
         assert nodes[target]["inputs"][in_slot]["link"] == number
         assert nodes[source]["outputs"][out_slot]["type"] == kind
-    assert sum(len(out["links"]) for node in nodes.values() for out in node["outputs"]) == len(graph["links"])
-    assert len(nodes) == graph["last_node_id"] and len(graph["links"]) == graph["last_link_id"]
+    assert sum(len(out["links"]) for node in nodes.values() for out in node["outputs"]) == len(drawn["links"])
+    assert len(nodes) == drawn["last_node_id"] and len(drawn["links"]) == drawn["last_link_id"]
 
 
 def test_every_node_names_its_pack(graph):
@@ -153,22 +153,22 @@ def test_nothing_overlaps_and_no_node_sticks_out_of_a_group(drawn, object_info):
             assert layout.within(node, group) or not layout.overlap(node, group), f"{name} sticks out of {title}"
 
 
-def test_every_step_is_in_a_group(graph, object_info):
-    for node in graph["nodes"]:
-        homes = [group["title"] for group in graph["groups"] if layout.overlap(layout.box(node, object_info), layout.group_box(group))]
+def test_every_step_is_in_a_group(drawn, object_info):
+    for node in drawn["nodes"]:
+        homes = [group["title"] for group in drawn["groups"] if layout.overlap(layout.box(node, object_info), layout.group_box(group))]
         assert len(homes) == (not layout.is_note(node)), node.get("title", node["type"])
 
 
-def test_steps_are_read_from_left_to_right(graph):
+def test_steps_are_read_from_left_to_right(drawn):
     """By their groups' left edges; steps in one column from top to bottom."""
-    places = [tuple(group["bounding"][:2]) for group in graph["groups"]]
+    places = [tuple(group["bounding"][:2]) for group in drawn["groups"]]
     assert places == sorted(places)
-    assert [group["title"].partition(".")[0] for group in graph["groups"]] == [str(i + 1) for i in range(len(places))]
+    assert [group["title"].partition(".")[0] for group in drawn["groups"]] == [str(i + 1) for i in range(len(places))]
 
 
 @pytest.mark.parametrize("renderer", layout.RENDERERS, ids=lambda renderer: renderer.name)
-def test_no_link_runs_behind_a_node(graph, object_info, renderer):
-    assert layout.hidden_links(graph, object_info, renderer) == []
+def test_no_link_runs_behind_a_node(drawn, object_info, renderer):
+    assert layout.hidden_links(drawn, object_info, renderer) == []
 
 
 def test_a_link_behind_a_node_is_found(object_info):
@@ -187,12 +187,13 @@ def test_a_link_behind_a_node_is_found(object_info):
         graph["nodes"][1]["pos"], graph["nodes"][2]["pos"] = [400, 0], [600, 0]
 
 
-def test_it_opens_readable(graph, object_info):
-    """Where a page restores a workflow's view; newer pages zoom a template so that all of it fits."""
-    view = graph["extra"]["ds"]
+def test_it_opens_readable(drawn, object_info):
+    """At the view that it stores, which newer pages take only with the mark that web/js/template_view.js looks for."""
+    assert drawn["extra"]["svdquant_restore_view"] is True
+    view = drawn["extra"]["ds"]
     assert view["scale"] >= 0.75, "ComfyUI 0.3.75 draws no text below about 0.6"
-    note = next(node for node in graph["nodes"] if node.get("title") == "What to do")
-    for rectangle in (layout.box(note, object_info), layout.group_box(graph["groups"][0])):
+    note = next(node for node in drawn["nodes"] if node.get("title") == "What to do")
+    for rectangle in (layout.box(note, object_info), layout.group_box(drawn["groups"][0])):
         assert layout.within(layout.on_screen(rectangle, view), layout.WINDOW)
 
 

@@ -1,0 +1,136 @@
+"""ComfyUI's page in a headless Chromium, driven by Playwright: open a template from the list, run it, save it.
+
+Needs the package playwright and an installed chromium; Playwright's own download of a browser isn't used.
+"""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from host.server import Server
+
+WINDOW = {"width": 1366, "height": 768}
+PATIENCE = 120_000  # milliseconds; a page without a GPU on a busy machine takes its time
+# Text and place of the console's messages that are this pack's: its scripts, nodes and files.
+OURS = ("svdquant", "workflow_templates/")
+
+# The scripts' arguments and results are JSON. `app` is the page's own.
+VIEW = "() => ({scale: app.canvas.ds.scale, offset: [...app.canvas.ds.offset]})"
+GRAPH = "() => JSON.parse(JSON.stringify(app.graph.serialize()))"
+READY = "() => window.app?.extensionManager?.command && app.canvas?.graph && document.querySelector('#graph-canvas')"
+COMMAND = "name => app.extensionManager.command.execute(name)"
+SETTING = "([name, value]) => app.extensionManager.setting.set(name, value)"
+COUNT_PROGRESS = """() => {
+    window.progressSeen = 0;
+    app.api.addEventListener("progress", () => { window.progressSeen += 1; });
+}"""
+SHOWN_PICTURES = """type => app.graph.nodes.filter(node => node.type === type)
+    .map(node => app.nodeOutputs[node.id]?.images?.length ?? 0)"""
+
+
+def chromium() -> str | None:
+    """Path of an installed Chromium that Playwright can drive, if playwright is installed too."""
+    if importlib.util.find_spec("playwright") is None:
+        return None
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page:
+    """One tab. complaints: the console's errors of this pack, and exceptions in any script."""
+
+    def __init__(self, page, url: str):
+        self.page, self.url, self.complaints = page, url, []
+        page.set_default_timeout(PATIENCE)
+        page.on("console", self.note)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def note(self, message) -> None:
+        text = f"{message.text} {message.location.get('url', '')}"
+        if message.type == "error" and any(word in text.lower() for word in OURS):
+            self.complaints.append(text)
+
+    def open(self, settings: dict) -> None:
+        """Load the page and change its settings."""
+        self.page.goto(self.url)
+        self.page.wait_for_function(READY)
+        for setting in settings.items():
+            self.page.evaluate(SETTING, list(setting))
+
+    def open_template(self, name: str) -> dict:
+        """Choose a template in the list, as a user does, and return the graph that the page has made of it."""
+        self.close_dialogs()
+        self.page.evaluate(COMMAND, "Comfy.BrowseTemplates")
+        self.page.locator("[role=dialog] input:not([type=checkbox])").first.fill(name)
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow?.filename === name", arg=name)
+        self.page.wait_for_function("() => app.graph.nodes.length > 0")
+        self.page.wait_for_timeout(500)  # for dialogs that the page opens when the graph is loaded
+        return self.graph()
+
+    def dialogs(self) -> list[str]:
+        return self.page.locator("[role=dialog]").all_inner_texts()
+
+    def close_dialogs(self) -> None:
+        for _ in range(5):
+            if not self.page.locator("[role=dialog]").count():
+                return
+            self.page.keyboard.press("Escape")
+            self.page.wait_for_timeout(300)
+
+    def graph(self) -> dict:
+        return self.page.evaluate(GRAPH)
+
+    def view(self) -> dict:
+        """{"scale", "offset"} of the canvas, as a workflow's `extra.ds`."""
+        return self.page.evaluate(VIEW)
+
+    def set_widgets(self, values: dict) -> None:
+        """Set every node's widgets of these names."""
+        self.page.evaluate("""values => app.graph.nodes.forEach(node => node.widgets?.forEach(widget => {
+            if (widget.name in values) widget.value = values[widget.name]; }))""", values)
+
+    def run(self) -> int:
+        """Click Run, wait until every Save Image node shows pictures, and return the number of steps that the page heard of."""
+        self.page.evaluate(COUNT_PROGRESS)
+        self.page.get_by_test_id("queue-button").click()
+        self.page.wait_for_function(f"() => ({SHOWN_PICTURES})('SaveImage').every(count => count > 0)")
+        return self.page.evaluate("window.progressSeen")
+
+    def save(self, name: str) -> None:
+        """Save the open workflow under a name, as Ctrl+S does."""
+        self.page.evaluate("() => { app.extensionManager.command.execute('Comfy.SaveWorkflow'); }")
+        box = self.page.locator("[role=dialog] input").first
+        box.fill(name)
+        box.press("Enter")
+        self.page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow?.path === `workflows/${name}.json`", arg=name)
+
+    def reopen(self, name: str) -> dict:
+        """Load the page anew and open a saved workflow from the sidebar."""
+        self.page.reload()
+        self.page.wait_for_function(READY)
+        self.page.keyboard.press("w")
+        self.page.get_by_text(name, exact=False).last.dblclick()
+        self.page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow?.filename === name", arg=name)
+        return self.graph()
+
+
+@contextmanager
+def page(server: Server, settings: dict) -> Iterator[Page]:
+    """A fresh tab on the server's page at 1366 x 768."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
+        try:
+            tab = Page(browser.new_page(viewport=WINDOW), server.client.url)
+            tab.open(settings)
+            yield tab
+        finally:
+            browser.close()
+
+
+def stored(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
