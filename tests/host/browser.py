@@ -4,13 +4,9 @@ Needs the package playwright and an installed chromium; Playwright's own downloa
 """
 
 import importlib.util
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-from host.server import Server
 
 WINDOW = {"width": 1366, "height": 768}
 PATIENCE = 120_000  # milliseconds; a page without a GPU on a busy machine takes its time
@@ -32,7 +28,7 @@ SHOWN_PICTURES = """type => app.graph.nodes.filter(node => node.type === type)
 
 
 def chromium() -> str | None:
-    """Path of an installed Chromium that Playwright can drive, if playwright is installed too."""
+    """Path of an installed Chromium; None without one, or without playwright."""
     if importlib.util.find_spec("playwright") is None:
         return None
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -88,9 +84,9 @@ class Page:
         return self.page.evaluate(VIEW)
 
     def set_widgets(self, values: dict) -> None:
-        """Set every node's widgets of these names."""
-        self.page.evaluate("""values => app.graph.nodes.forEach(node => node.widgets?.forEach(widget => {
-            if (widget.name in values) widget.value = values[widget.name]; }))""", values)
+        """Set the widgets of these names of all nodes but notes."""
+        self.page.evaluate("""values => app.graph.nodes.filter(node => !node.isVirtualNode).flatMap(node => node.widgets ?? [])
+            .filter(widget => widget.name in values).forEach(widget => { widget.value = values[widget.name]; })""", values)
 
     def run(self) -> int:
         """Click Run, wait until every Save Image node shows pictures, and return the number of steps that the page heard of."""
@@ -98,6 +94,11 @@ class Page:
         self.page.get_by_test_id("queue-button").click()
         self.page.wait_for_function(f"() => ({SHOWN_PICTURES})('SaveImage').every(count => count > 0)")
         return self.page.evaluate("window.progressSeen")
+
+    def markdown_switches(self) -> list[bool]:
+        """The switches between plain text and Markdown of all nodes that show text."""
+        return self.page.evaluate("""() => app.graph.nodes.flatMap(node => node.widgets ?? [])
+            .filter(widget => widget.name === "preview_mode").map(widget => widget.value)""")
 
     def save(self, name: str) -> None:
         """Save the open workflow under a name, as Ctrl+S does."""
@@ -118,19 +119,16 @@ class Page:
 
 
 @contextmanager
-def page(server: Server, settings: dict) -> Iterator[Page]:
-    """A fresh tab on the server's page at 1366 x 768."""
+def page(url: str, settings: dict) -> Iterator[Page]:
+    """A fresh tab on a server's page at 1366 x 768."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
         try:
-            tab = Page(browser.new_page(viewport=WINDOW), server.client.url)
+            tab = Page(browser.new_page(viewport=WINDOW), url)
             tab.open(settings)
             yield tab
         finally:
             browser.close()
 
-
-def stored(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -303,8 +303,7 @@ def test_the_quantizing_template_runs_and_its_file_draws(server, models, object_
     assert picture.shape == (SIDE, SIDE, 3)
 
 
-# {template: number of pictures that it saves}. SVDQuant_FLUX1-Redux_variations doesn't run here: ComfyUI knows its image encoder by its
-# full size alone.
+# {template: number of pictures that it saves}
 DRAWING = {
     "SVDQuant_FLUX1-dev_text_to_image": 1,
     "SVDQuant_FLUX1-schnell_4_steps": 1,
@@ -335,6 +334,53 @@ def test_each_lora_of_the_stack_changes_the_picture(server, published, object_in
             lora["strength_model"] = strength
         drawn += [picture.tobytes() for picture in pictures(server, server.client.post(prompt))]
     assert len(set(drawn)) == 4
+
+
+def siglip() -> dict:
+    """An image encoder that ComfyUI takes for SigLIP: of its size, which ComfyUI does not read from a file, in FP8. Only the patches'
+    embedding is not zero, so that a picture passes the layers unchanged."""
+    hidden, mlp, layers = 1152, 4304, 27
+    g = torch.Generator().manual_seed(2)
+    shapes = {"layer_norm1": (hidden,), "layer_norm2": (hidden,), "mlp.fc1": (mlp, hidden), "mlp.fc2": (hidden, mlp)}
+    shapes |= {f"self_attn.{part}_proj": (hidden, hidden) for part in ("q", "k", "v", "out")}
+    tensors = {f"encoder.layers.{layer}.{name}.{leaf}": torch.zeros(shape if leaf == "weight" else shape[:1])
+               for layer in range(layers) for name, shape in shapes.items() for leaf in ("weight", "bias")}
+    patches = torch.randn(hidden, 3, 14, 14, generator=g) / (3 * 14 * 14) ** 0.5
+    tensors |= {"embeddings.patch_embedding.weight": patches, "embeddings.patch_embedding.bias": torch.zeros(hidden),
+                "embeddings.position_embedding.weight": torch.zeros(729, hidden),
+                "post_layernorm.weight": torch.ones(hidden), "post_layernorm.bias": torch.zeros(hidden)}
+    return {f"vision_model.{name}": tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+
+
+def redux(width: int = 4096) -> dict:
+    """A random Redux, from SigLIP's 1152 channels to text tokens."""
+    g = torch.Generator().manual_seed(3)
+    shapes = {"redux_up": (3 * width, 1152), "redux_down": (width, 3 * width)}
+    weights = {f"{name}.weight": (torch.randn(shape, generator=g) / shape[1] ** 0.5).bfloat16() for name, shape in shapes.items()}
+    return weights | {f"{name}.bias": torch.zeros(shape[0], dtype=torch.bfloat16) for name, shape in shapes.items()}
+
+
+def test_the_redux_template_runs(server, models, object_info):
+    """With a FLUX.1 that reads text tokens of 4096 channels, the only width for which ComfyUI has a Redux."""
+    graph = GRAPHS["SVDQuant_FLUX1-Redux_variations"]
+    [style] = (name for name in model_files(graph) if "redux" in name)
+    [encoder] = (name for name in model_files(graph) if "sigclip" in name)
+    for folder, name, tensors in (("style_models", style, redux()), ("clip_vision", encoder, siglip()),
+                                  ("diffusion_models", "reads 4096.safetensors", flux_tensors(context=4096))):
+        (models / folder).mkdir(exist_ok=True)
+        save_file(tensors, models / folder / name)
+    prompt = shrunk(graph, object_info)
+    by_class = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    by_class["SVDQuantLoadModel"]["model_name"] = "reads 4096.safetensors"
+    prompt["wide"] = {"class_type": "SVDQuantDemoWidenConditioning",
+                      "inputs": {"conditioning": by_class["StyleModelApply"]["conditioning"], "channels": 4096}}
+    by_class["StyleModelApply"]["conditioning"] = ["wide", 0]
+    drawn = []
+    for strength in (0.0, 1.0):
+        by_class["StyleModelApply"]["strength"] = strength
+        drawn += pictures(server, server.client.post(prompt))
+    assert drawn[0].std() > 1
+    assert not np.array_equal(*drawn), "Redux changes nothing"
 
 
 def test_the_controlnet_template_runs(server, models, object_info):
