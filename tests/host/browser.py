@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 WINDOW = {"width": 1366, "height": 768}
-PATIENCE = 120_000  # milliseconds; a page without a GPU on a busy machine takes its time
-# Text and place of the console's messages that are this pack's: its scripts, nodes and files.
+PATIENCE = 240_000  # milliseconds; a page without a GPU on a busy machine takes its time
+# Text and address of the console's messages that are this pack's: its scripts, nodes and files.
 OURS = ("svdquant", "workflow_templates/")
+POLL = 500  # milliseconds
 
 # The scripts' arguments and results are JSON. `app` is the page's own.
 VIEW = "() => ({scale: app.canvas.ds.scale, offset: [...app.canvas.ds.offset]})"
@@ -23,8 +24,8 @@ COUNT_PROGRESS = """() => {
     window.progressSeen = 0;
     app.api.addEventListener("progress", () => { window.progressSeen += 1; });
 }"""
-SHOWN_PICTURES = """type => app.graph.nodes.filter(node => node.type === type)
-    .map(node => app.nodeOutputs[node.id]?.images?.length ?? 0)"""
+DRAWN = """() => app.graph.nodes.filter(node => node.type === "SaveImage")
+    .every(node => app.nodeOutputs[node.id]?.images?.length)"""
 
 
 def chromium() -> str | None:
@@ -44,8 +45,10 @@ class Page:
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
 
     def note(self, message) -> None:
-        text = f"{message.text} {message.location.get('url', '')}"
-        if message.type == "error" and any(word in text.lower() for word in OURS):
+        """Other servers, which the page asks about packs and for models' sizes, may be out of reach."""
+        address = message.location.get("url", "")
+        text = f"{message.text} {address}"
+        if message.type == "error" and address.startswith(self.url) and any(word in text.lower() for word in OURS):
             self.complaints.append(text)
 
     def open(self, settings: dict) -> None:
@@ -92,7 +95,7 @@ class Page:
         """Click Run, wait until every Save Image node shows pictures, and return the number of steps that the page heard of."""
         self.page.evaluate(COUNT_PROGRESS)
         self.page.get_by_test_id("queue-button").click()
-        self.page.wait_for_function(f"() => ({SHOWN_PICTURES})('SaveImage').every(count => count > 0)")
+        self.page.wait_for_function(DRAWN, polling=POLL)
         return self.page.evaluate("window.progressSeen")
 
     def markdown_switches(self) -> list[bool]:
@@ -113,7 +116,7 @@ class Page:
         self.page.reload()
         self.page.wait_for_function(READY)
         self.page.keyboard.press("w")
-        self.page.get_by_text(name, exact=False).last.dblclick()
+        self.page.get_by_text(name, exact=False).last.click()
         self.page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow?.filename === name", arg=name)
         return self.graph()
 
