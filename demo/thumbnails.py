@@ -5,6 +5,8 @@
 Each picture is a template's own output: its graph runs in a real ComfyUI, with small files under the names of its models. Text encoders
 are replaced by the demo's words, sizes by the tiny FLUX's 192 pixels. Fill is the tiny FLUX with input channels for the mask whose
 weights are zero, so what it leaves alone is kept by the sampler. The LoRAs are exact: each makes the model read one word as another.
+There is no tiny model that follows edges, so Canny's and ControlNet's pictures show the edges that their graphs find; Kontext and Redux
+have no picture.
 """
 
 import io
@@ -23,8 +25,7 @@ from tiny_flux import words
 
 WORKFLOWS = setup.ROOT / "workflows"
 SIDE, SHOWN, STEPS = 192, 320, 20  # pixels of a picture, and in the thumbnail; sampler steps
-FILL, KONTEXT = "svdq-int4_r32-flux.1-fill-dev.safetensors", "svdq-int4_r32-flux.1-kontext-dev.safetensors"
-DEV = "svdq-int4_r32-flux.1-dev.safetensors"
+DEV, FILL = "svdq-int4_r32-flux.1-dev.safetensors", "svdq-int4_r32-flux.1-fill-dev.safetensors"
 LORAS = {"realism_lora_comfy_converted.safetensors": ("star", "heart", 0.8),  # word, what it becomes, the template's strength
          "art_lora_comfy_converted.safetensors": ("blue", "yellow", 0.5),
          "anime_lora_comfy_converted.safetensors": ("white", "navy", 1.0)}
@@ -36,7 +37,12 @@ ROWS = {
     "SVDQuant_LoRA_stack": (
         ("small red circle left of large blue star on white", None, 42),
         ("large blue star above small green square on white", None, 3)),
+    "SVDQuant_FLUX1-Canny_control": (("small red circle left of large blue star on white", None, 42),
+                                     ("large green ring above medium black circle on mint", None, 7)),
+    "SVDQuant_FLUX1_ControlNet": (("large green ring above medium black circle on mint", None, 7),
+                                  ("small red circle left of large blue star on white", None, 42)),
 }
+FIND_EDGES = ("SVDQuant_FLUX1-Canny_control", "SVDQuant_FLUX1_ControlNet")
 MASKS = {42: (0.38, 0.12, 1, 1), 7: (0, 0.55, 1, 1)}  # {seed: the part that Fill redraws, left, top, right, bottom}
 
 
@@ -60,10 +66,18 @@ def prompt_of(name: str, client: Client, caption: str, seed: int) -> dict:
     return prompt
 
 
+def up_to(class_type: str, prompt: dict) -> dict:
+    """The part of a prompt that its nodes of a class need."""
+    needed = [number for number, node in prompt.items() if node["class_type"] == class_type]
+    for number in needed:
+        needed += [value[0] for value in prompt[number]["inputs"].values() if isinstance(value, list) and value[0] not in needed]
+    return {number: prompt[number] for number in needed}
+
+
 def picture(client: Client, prompt: dict) -> Image.Image:
-    """The picture that a prompt saves."""
+    """The picture that a prompt saves or previews."""
     outputs = client.post(prompt)
-    [image] = [image for output in outputs.values() for image in output.get("images", []) if image["type"] == "output"]
+    [image] = [image for output in outputs.values() for image in output.get("images", []) if image["type"] != "input"]
     return Image.open(io.BytesIO(client.picture(image))).convert("RGB")
 
 
@@ -112,15 +126,16 @@ def masked(first: Image.Image, seed: int) -> Image.Image:
 
 
 def row(name: str, client: Client, inputs: Path, caption: str, other: str | None, seed: int) -> tuple[Image.Image, Image.Image]:
-    """The first picture, which 16-bit FLUX.1-dev's template draws, and the template's own beside it."""
+    """The picture that FLUX.1-dev's template draws of a caption, and the template's own beside it."""
     plain = prompt_of("SVDQuant_FLUX1-dev_text_to_image", client, caption, seed)
     first = picture(client, plain)
     prompt = prompt_of(name, client, other or caption, seed)
     for node in prompt.values():
         if node["class_type"] == "LoadImage":
-            masked(first, seed).save(inputs / f"{name}_{seed}.png")
+            shown = first.resize((2 * SHOWN, 2 * SHOWN), Image.Resampling.LANCZOS) if name in FIND_EDGES else masked(first, seed)
+            shown.save(inputs / f"{name}_{seed}.png")
             node["inputs"]["image"] = f"{name}_{seed}.png"
-    return first, picture(client, prompt)
+    return first, picture(client, up_to("PreviewImage" if name in FIND_EDGES else "SaveImage", prompt))
 
 
 def compose(rows: list[tuple[Image.Image, Image.Image]]) -> Image.Image:

@@ -45,10 +45,11 @@ class Page:
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
 
     def note(self, message) -> None:
-        """Other servers, which the page asks about packs and for models' sizes, may be out of reach."""
+        """Other servers, which the page asks about packs and models' sizes, may be out of reach."""
         address = message.location.get("url", "")
         text = f"{message.text} {address}"
-        if message.type == "error" and address.startswith(self.url) and any(word in text.lower() for word in OURS):
+        ours = address.startswith(self.url) and any(word in text.lower() for word in OURS)
+        if message.type == "error" and ours and not address.endswith(".jpg"):  # a template may have no picture
             self.complaints.append(text)
 
     def open(self, settings: dict) -> None:

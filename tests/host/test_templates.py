@@ -197,6 +197,11 @@ def test_it_opens_readable(drawn, object_info):
         assert layout.within(layout.on_screen(rectangle, view), layout.WINDOW)
 
 
+def test_the_page_loads_the_script_that_looks_for_the_mark(server):
+    [path] = (path for path in server.client.get("/extensions") if path.endswith("/template_view.js"))
+    assert '"svdquant_restore_view"' in server.client.fetch(path).decode()
+
+
 def test_a_node_that_shows_text_is_stored_with_room_for_it(drawn, object_info):
     for node in drawn["nodes"]:
         if node["type"] in layout.SHOWN_TEXT:
