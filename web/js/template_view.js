@@ -25,7 +25,7 @@ app.registerExtension({
   afterConfigureGraph() {
     const view = takeView(app.rootGraph ?? app.graph);
     const canvas = app.canvas?.ds;
-    if (!view || !canvas || app.extensionManager?.setting.get(VIEW_SETTING) === false) return;
+    if (!view || !canvas || app.extensionManager?.setting?.get(VIEW_SETTING) === false) return;
     // On a screen so large that the whole graph is readable, the page's own choice stays.
     if (canvas.scale >= view.scale) return;
     canvas.scale = view.scale;
