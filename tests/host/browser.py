@@ -16,7 +16,8 @@ POLL = 500  # milliseconds
 
 # The scripts' arguments and results are JSON. `app` is the page's own.
 VIEW = "() => ({scale: app.canvas.ds.scale, offset: [...app.canvas.ds.offset]})"
-GRAPH = "() => JSON.parse(JSON.stringify(app.graph.serialize()))"
+# What the page saves: app.graph.serialize() also has the texts that nodes show after their run.
+GRAPH = "async () => JSON.parse(JSON.stringify((await app.graphToPrompt()).workflow))"
 READY = "() => window.app?.extensionManager?.command && app.canvas?.graph && document.querySelector('#graph-canvas')"
 COMMAND = "name => app.extensionManager.command.execute(name)"
 SETTING = "([name, value]) => app.extensionManager.setting.set(name, value)"
