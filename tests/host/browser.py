@@ -16,8 +16,7 @@ POLL = 500  # milliseconds
 
 # The scripts' arguments and results are JSON. `app` is the page's own.
 VIEW = "() => ({scale: app.canvas.ds.scale, offset: [...app.canvas.ds.offset]})"
-# What the page saves: app.graph.serialize() also has the texts that nodes show after their run.
-GRAPH = "async () => JSON.parse(JSON.stringify((await app.graphToPrompt()).workflow))"
+GRAPH = "() => JSON.parse(JSON.stringify(app.graph.serialize()))"
 READY = "() => window.app?.extensionManager?.command && app.canvas?.graph && document.querySelector('#graph-canvas')"
 COMMAND = "name => app.extensionManager.command.execute(name)"
 SETTING = "([name, value]) => app.extensionManager.setting.set(name, value)"
@@ -53,10 +52,14 @@ class Page:
         if message.type == "error" and ours and not address.endswith(".jpg"):  # a template may have no picture
             self.complaints.append(text)
 
+    def wait(self, condition: str, argument=None) -> None:
+        """Wait until a script is true. It is asked at an interval, since a busy page draws few frames."""
+        self.page.wait_for_function(condition, arg=argument, polling=POLL)
+
     def open(self, settings: dict) -> None:
         """Load the page and change its settings."""
         self.page.goto(self.url)
-        self.page.wait_for_function(READY)
+        self.wait(READY)
         for setting in settings.items():
             self.page.evaluate(SETTING, list(setting))
 
@@ -66,8 +69,8 @@ class Page:
         self.page.evaluate(COMMAND, "Comfy.BrowseTemplates")
         self.page.locator("[role=dialog] input:not([type=checkbox])").first.fill(name)
         self.page.get_by_test_id(f"template-workflow-{name}").click()
-        self.page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow?.filename === name", arg=name)
-        self.page.wait_for_function("() => app.graph.nodes.length > 0")
+        self.wait("name => app.extensionManager.workflow.activeWorkflow?.filename === name", name)
+        self.wait("() => app.graph.nodes.length > 0")
         self.page.wait_for_timeout(500)  # for dialogs that the page opens when the graph is loaded
         return self.graph()
 
@@ -97,7 +100,7 @@ class Page:
         """Click Run, wait until every Save Image node shows pictures, and return the number of steps that the page heard of."""
         self.page.evaluate(COUNT_PROGRESS)
         self.page.get_by_test_id("queue-button").click()
-        self.page.wait_for_function(DRAWN, polling=POLL)
+        self.wait(DRAWN)
         return self.page.evaluate("window.progressSeen")
 
     def markdown_switches(self) -> list[bool]:
@@ -111,15 +114,15 @@ class Page:
         box = self.page.locator("[role=dialog] input").first
         box.fill(name)
         box.press("Enter")
-        self.page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow?.path === `workflows/${name}.json`", arg=name)
+        self.wait("name => app.extensionManager.workflow.activeWorkflow?.path === `workflows/${name}.json`", name)
 
     def reopen(self, name: str) -> dict:
         """Load the page anew and open a saved workflow from the sidebar."""
         self.page.reload()
-        self.page.wait_for_function(READY)
+        self.wait(READY)
         self.page.keyboard.press("w")
         self.page.get_by_text(name, exact=False).last.click()
-        self.page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow?.filename === name", arg=name)
+        self.wait("name => app.extensionManager.workflow.activeWorkflow?.filename === name", name)
         return self.graph()
 
 
