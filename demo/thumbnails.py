@@ -1,6 +1,6 @@
 """Draw the pictures that stand beside the templates in ComfyUI's list, with the templates themselves and the tiny FLUX.
 
-    python demo/host/setup.py demo/thumbnails.py        about five minutes on two cores
+    python demo/host/setup.py demo/thumbnails.py
 
 Each picture is a template's own output: its graph runs in a real ComfyUI, with small files under the names of its models. Text encoders
 are replaced by the demo's words, sizes by the tiny FLUX's 192 pixels. Fill is the tiny FLUX with input channels for the mask whose
