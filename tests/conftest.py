@@ -20,6 +20,8 @@ import pytest
 
 from host import launch, setup
 
+from .host.browser import chromium
+
 CORES = os.cpu_count() or 1
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if WORKERS > 1:  # before anything imports torch; servers that tests start inherit it
@@ -72,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect tests whose marker needs something that this machine lacks."""
     import torch
 
-    lacking = {"gpu": not torch.cuda.is_available(), "newer": not os.environ.get("COMFYUI_NEWER_PATH")}
+    lacking = {"gpu": not torch.cuda.is_available(), "newer": not os.environ.get("COMFYUI_NEWER_PATH"), "browser": not chromium()}
     left_out = {marker: [item for item in items if lacks and item.get_closest_marker(marker)] for marker, lacks in lacking.items()}
     gone = {item for found in left_out.values() for item in found}
     if gone:
@@ -103,6 +105,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     found = config.stash.get(DESELECTED, {})
     if tests := found.get("gpu"):
         terminalreporter.write_line(f"{len(tests)} tests marked gpu were deselected: this machine has no CUDA device.")
+    if tests := found.get("browser"):
+        terminalreporter.write_line(f"{len(tests)} tests in a browser were deselected: they need playwright (pip) and chromium (Debian).")
     if tests := found.get("newer"):
         terminalreporter.write_line("Deselected, since COMFYUI_NEWER_PATH names no newer ComfyUI: " + ", ".join(tests))
 

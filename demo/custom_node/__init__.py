@@ -1,8 +1,9 @@
-"""The demo's own node, which encodes captions for the demo's tiny FLUX. It is not part of the pack that users install."""
+"""The nodes of the demo and the tests: captions for the demo's tiny FLUX. They are not part of the pack that users install."""
 
 import importlib.util
 from pathlib import Path
 
+import torch.nn.functional as F
 from comfy_api.latest import ComfyExtension, io
 
 # custom_nodes has a link to this folder, so the neighbouring folder is found from the link's target.
@@ -47,9 +48,29 @@ class Words(io.ComfyNode):
         return io.NodeOutput([[entry] for entry in entries], entries)
 
 
+class WidenConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SVDQuantDemoWidenConditioning",
+            display_name="Widen conditioning (demo)",
+            category="SVDQuant/demo",
+            description="Adds channels of zeros to text tokens, so that nodes made for FLUX.1's text width take the demo's words.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="The tokens, from Words to conditioning."),
+                io.Int.Input("channels", default=4096, min=1, max=16384, tooltip="Channels of a token afterwards; FLUX.1 reads 4096."),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="The same tokens, with as many channels as asked for.")],
+        )
+
+    @classmethod
+    def execute(cls, conditioning: list, channels: int) -> io.NodeOutput:
+        return io.NodeOutput([[F.pad(context, (0, channels - context.shape[-1])), extra] for context, extra in conditioning])
+
+
 class DemoExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Words]
+        return [Words, WidenConditioning]
 
 
 async def comfy_entrypoint() -> DemoExtension:

@@ -81,14 +81,14 @@ def test_no_node_has_a_widget_value_too_many(graph, object_info):
             assert len(node["widgets_values"]) == expected, node["type"]
 
 
-def test_links_and_nodes_agree(graph):
-    nodes = {node["id"]: node for node in graph["nodes"]}
-    for number, source, out_slot, target, in_slot, kind in graph["links"]:
+def test_links_and_nodes_agree(drawn):
+    nodes = {node["id"]: node for node in drawn["nodes"]}
+    for number, source, out_slot, target, in_slot, kind in drawn["links"]:
         assert number in nodes[source]["outputs"][out_slot]["links"]
         assert nodes[target]["inputs"][in_slot]["link"] == number
         assert nodes[source]["outputs"][out_slot]["type"] == kind
-    assert sum(len(out["links"]) for node in nodes.values() for out in node["outputs"]) == len(graph["links"])
-    assert len(nodes) == graph["last_node_id"] and len(graph["links"]) == graph["last_link_id"]
+    assert sum(len(out["links"]) for node in nodes.values() for out in node["outputs"]) == len(drawn["links"])
+    assert len(nodes) == drawn["last_node_id"] and len(drawn["links"]) == drawn["last_link_id"]
 
 
 def test_every_node_names_its_pack(graph):
@@ -153,22 +153,22 @@ def test_nothing_overlaps_and_no_node_sticks_out_of_a_group(drawn, object_info):
             assert layout.within(node, group) or not layout.overlap(node, group), f"{name} sticks out of {title}"
 
 
-def test_every_step_is_in_a_group(graph, object_info):
-    for node in graph["nodes"]:
-        homes = [group["title"] for group in graph["groups"] if layout.overlap(layout.box(node, object_info), layout.group_box(group))]
+def test_every_step_is_in_a_group(drawn, object_info):
+    for node in drawn["nodes"]:
+        homes = [group["title"] for group in drawn["groups"] if layout.overlap(layout.box(node, object_info), layout.group_box(group))]
         assert len(homes) == (not layout.is_note(node)), node.get("title", node["type"])
 
 
-def test_steps_are_read_from_left_to_right(graph):
+def test_steps_are_read_from_left_to_right(drawn):
     """By their groups' left edges; steps in one column from top to bottom."""
-    places = [tuple(group["bounding"][:2]) for group in graph["groups"]]
+    places = [tuple(group["bounding"][:2]) for group in drawn["groups"]]
     assert places == sorted(places)
-    assert [group["title"].partition(".")[0] for group in graph["groups"]] == [str(i + 1) for i in range(len(places))]
+    assert [group["title"].partition(".")[0] for group in drawn["groups"]] == [str(i + 1) for i in range(len(places))]
 
 
 @pytest.mark.parametrize("renderer", layout.RENDERERS, ids=lambda renderer: renderer.name)
-def test_no_link_runs_behind_a_node(graph, object_info, renderer):
-    assert layout.hidden_links(graph, object_info, renderer) == []
+def test_no_link_runs_behind_a_node(drawn, object_info, renderer):
+    assert layout.hidden_links(drawn, object_info, renderer) == []
 
 
 def test_a_link_behind_a_node_is_found(object_info):
@@ -187,13 +187,19 @@ def test_a_link_behind_a_node_is_found(object_info):
         graph["nodes"][1]["pos"], graph["nodes"][2]["pos"] = [400, 0], [600, 0]
 
 
-def test_it_opens_readable(graph, object_info):
-    """Where a page restores a workflow's view; newer pages zoom a template so that all of it fits."""
-    view = graph["extra"]["ds"]
+def test_it_opens_readable(drawn, object_info):
+    """At the view that it stores, which newer pages take only with the mark that web/js/template_view.js looks for."""
+    assert drawn["extra"]["svdquant_restore_view"] is True
+    view = drawn["extra"]["ds"]
     assert view["scale"] >= 0.75, "ComfyUI 0.3.75 draws no text below about 0.6"
-    note = next(node for node in graph["nodes"] if node.get("title") == "What to do")
-    for rectangle in (layout.box(note, object_info), layout.group_box(graph["groups"][0])):
+    note = next(node for node in drawn["nodes"] if node.get("title") == "What to do")
+    for rectangle in (layout.box(note, object_info), layout.group_box(drawn["groups"][0])):
         assert layout.within(layout.on_screen(rectangle, view), layout.WINDOW)
+
+
+def test_the_page_loads_the_script_that_looks_for_the_mark(server):
+    [path] = (path for path in server.client.get("/extensions") if path.endswith("/template_view.js"))
+    assert '"svdquant_restore_view"' in server.client.fetch(path).decode()
 
 
 def test_a_node_that_shows_text_is_stored_with_room_for_it(drawn, object_info):
@@ -302,8 +308,7 @@ def test_the_quantizing_template_runs_and_its_file_draws(server, models, object_
     assert picture.shape == (SIDE, SIDE, 3)
 
 
-# {template: number of pictures that it saves}. SVDQuant_FLUX1-Redux_variations doesn't run here: ComfyUI knows its image encoder by its
-# full size alone.
+# {template: number of pictures that it saves}
 DRAWING = {
     "SVDQuant_FLUX1-dev_text_to_image": 1,
     "SVDQuant_FLUX1-schnell_4_steps": 1,
@@ -334,6 +339,53 @@ def test_each_lora_of_the_stack_changes_the_picture(server, published, object_in
             lora["strength_model"] = strength
         drawn += [picture.tobytes() for picture in pictures(server, server.client.post(prompt))]
     assert len(set(drawn)) == 4
+
+
+def siglip() -> dict:
+    """An image encoder that ComfyUI takes for SigLIP: of its size, which ComfyUI does not read from a file, in FP8. Only the patches'
+    embedding is not zero, so that a picture passes the layers unchanged."""
+    hidden, mlp, layers = 1152, 4304, 27
+    g = torch.Generator().manual_seed(2)
+    shapes = {"layer_norm1": (hidden,), "layer_norm2": (hidden,), "mlp.fc1": (mlp, hidden), "mlp.fc2": (hidden, mlp)}
+    shapes |= {f"self_attn.{part}_proj": (hidden, hidden) for part in ("q", "k", "v", "out")}
+    tensors = {f"encoder.layers.{layer}.{name}.{leaf}": torch.zeros(shape if leaf == "weight" else shape[:1])
+               for layer in range(layers) for name, shape in shapes.items() for leaf in ("weight", "bias")}
+    patches = torch.randn(hidden, 3, 14, 14, generator=g) / (3 * 14 * 14) ** 0.5
+    tensors |= {"embeddings.patch_embedding.weight": patches, "embeddings.patch_embedding.bias": torch.zeros(hidden),
+                "embeddings.position_embedding.weight": torch.zeros(729, hidden),
+                "post_layernorm.weight": torch.ones(hidden), "post_layernorm.bias": torch.zeros(hidden)}
+    return {f"vision_model.{name}": tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+
+
+def redux(width: int = 4096) -> dict:
+    """A random Redux, from SigLIP's 1152 channels to text tokens."""
+    g = torch.Generator().manual_seed(3)
+    shapes = {"redux_up": (3 * width, 1152), "redux_down": (width, 3 * width)}
+    weights = {f"{name}.weight": (torch.randn(shape, generator=g) / shape[1] ** 0.5).bfloat16() for name, shape in shapes.items()}
+    return weights | {f"{name}.bias": torch.zeros(shape[0], dtype=torch.bfloat16) for name, shape in shapes.items()}
+
+
+def test_the_redux_template_runs(server, models, object_info):
+    """With a FLUX.1 that reads text tokens of 4096 channels, the only width for which ComfyUI has a Redux."""
+    graph = GRAPHS["SVDQuant_FLUX1-Redux_variations"]
+    [style] = (name for name in model_files(graph) if "redux" in name)
+    [encoder] = (name for name in model_files(graph) if "sigclip" in name)
+    for folder, name, tensors in (("style_models", style, redux()), ("clip_vision", encoder, siglip()),
+                                  ("diffusion_models", "reads 4096.safetensors", flux_tensors(context=4096))):
+        (models / folder).mkdir(exist_ok=True)
+        save_file(tensors, models / folder / name)
+    prompt = shrunk(graph, object_info)
+    by_class = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    by_class["SVDQuantLoadModel"]["model_name"] = "reads 4096.safetensors"
+    prompt["wide"] = {"class_type": "SVDQuantDemoWidenConditioning",
+                      "inputs": {"conditioning": by_class["StyleModelApply"]["conditioning"], "channels": 4096}}
+    by_class["StyleModelApply"]["conditioning"] = ["wide", 0]
+    drawn = []
+    for strength in (0.0, 1.0):
+        by_class["StyleModelApply"]["strength"] = strength
+        drawn += pictures(server, server.client.post(prompt))
+    assert drawn[0].std() > 1
+    assert not np.array_equal(*drawn), "Redux changes nothing"
 
 
 def test_the_controlnet_template_runs(server, models, object_info):
