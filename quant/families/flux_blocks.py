@@ -30,18 +30,19 @@ def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims
     eps, tokens = norms[0].eps, txt.shape[1]
     streams = []
     for x, attn, mod in ((txt, block.txt_attn, txt_mod1), (img, block.img_attn, img_mod1)):
-        qkv = attn.qkv(block_ops.norm_modulate(x, mod.scale, mod.shift, eps))
+        qkv = _output(attn.qkv, block_ops.norm_modulate(x, mod.scale, mod.shift, eps))
         streams.append((qkv, *_norm_weights(attn.norm)))
     q, k, v = block_ops.qk_norm_rope(streams, pe, block.num_heads, 3, host.norm_eps(block.img_attn.norm.query_norm, img))
     del streams, qkv
     attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options)
     del q, k, v
-    txt_attn, img_attn = block.txt_attn.proj(attn[:, :tokens]), block.img_attn.proj(attn[:, tokens:])
+    attn = attn.to(img.dtype)
+    txt_attn, img_attn = _output(block.txt_attn.proj, attn[:, :tokens]), _output(block.img_attn.proj, attn[:, tokens:])
     del attn
     img, img_in = block_ops.gated_residual_norm(img, img_attn, img_mod1.gate, img_mod2.scale, img_mod2.shift, eps)
-    img = block_ops.gated_residual(img, block.img_mlp(img_in), img_mod2.gate)
+    img = block_ops.gated_residual(img, _output(block.img_mlp, img_in), img_mod2.gate)
     txt, txt_in = block_ops.gated_residual_norm(txt, txt_attn, txt_mod1.gate, txt_mod2.scale, txt_mod2.shift, eps)
-    return img, block_ops.gated_residual(txt, block.txt_mlp(txt_in), txt_mod2.gate)
+    return img, block_ops.gated_residual(txt, _output(block.txt_mlp, txt_in), txt_mod2.gate)
 
 
 def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=NO_ENTRIES):
@@ -52,10 +53,11 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
     mod = block.modulation(vec)[0] if block.modulation else vec
     if not _one_vector(x, mod):
         return NotImplemented
-    joint, hidden = block.linear1(block_ops.norm_modulate(x, mod.scale, mod.shift, block.pre_norm.eps)), block.hidden_size
+    joint, hidden = _output(block.linear1, block_ops.norm_modulate(x, mod.scale, mod.shift, block.pre_norm.eps)), block.hidden_size
     value, mlp = joint[..., 2 * hidden:3 * hidden], joint[..., 3 * hidden:]
     activated = block.mlp_act(mlp)
-    in_place = activated is mlp and not torch.compiler.is_compiling()  # linear1 has applied the GELU
+    # linear1 has applied the GELU itself; a module in its place may keep its output.
+    in_place = activated is mlp and getattr(block.linear1, "gelu_from", None) is not None and not torch.compiler.is_compiling()
     # An attention node may keep v, to use it in another step or block. It gets one that nobody writes to.
     parts = 3 if in_place and not host.keeps_nothing(transformer_options) else 2
     q, k, *v = block_ops.qk_norm_rope([(joint, *_norm_weights(block.norm))], pe, block.num_heads, parts,
@@ -63,19 +65,25 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
     v = v[0] if v else value.unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
     attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options)
     del q, k, v
-    if in_place and attn.dtype == value.dtype and attn.shape == value.shape:
+    if in_place and attn.shape == value.shape:
         # Attention's output takes the place of v, which nobody reads any more: [attention | mlp] then lies in linear1's output as linear2
         # reads it.
         _copy(attn, value)
         joint = joint[..., 2 * hidden:]
     else:
-        joint = torch.cat((attn, activated), dim=2)
-    return block_ops.gated_residual(x, block.linear2(joint), mod.gate)
+        joint = torch.cat((attn, activated), dim=2).to(x.dtype)
+    return block_ops.gated_residual(x, _output(block.linear2, joint), mod.gate)
+
+
+def _output(module, x):
+    """The module's output in x's dtype, the only one that the kernels read beside x. A hook or another pack's layer may change it."""
+    y = module(x)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _copy(source, target):
-    """Copy a tensor over another of its shape and dtype: 16 bytes at a time, if the source's layout has them."""
-    if source.is_contiguous() and source.storage_offset() % 8 == 0:
+    """Copy a tensor over another of its shape: 16 bytes at a time, if the source has the dtype and the layout for it."""
+    if source.dtype == target.dtype and source.is_contiguous() and source.storage_offset() % 8 == 0:
         source, target = (x.view(torch.complex128) for x in (source, target))
     target.copy_(source)
 
