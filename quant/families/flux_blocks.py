@@ -25,23 +25,24 @@ def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims
             or not _takes(block, host, norms, (block.img_attn.norm, block.txt_attn.norm), (img, txt), pe, transformer_options)):
         return NotImplemented
     (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (block.img_mod(vec), block.txt_mod(vec)) if block.modulation else vec
-    if not _one_vector(img_mod1, img_mod2, txt_mod1, txt_mod2):
+    if not _one_vector(img, img_mod1, img_mod2, txt_mod1, txt_mod2):
         return NotImplemented
     eps, tokens = norms[0].eps, txt.shape[1]
     streams = []
     for x, attn, mod in ((txt, block.txt_attn, txt_mod1), (img, block.img_attn, img_mod1)):
-        qkv = attn.qkv(block_ops.norm_modulate(x, mod.scale, mod.shift, eps))
+        qkv = _output(attn.qkv, block_ops.norm_modulate(x, mod.scale, mod.shift, eps))
         streams.append((qkv, *_norm_weights(attn.norm)))
     q, k, v = block_ops.qk_norm_rope(streams, pe, block.num_heads, 3, host.norm_eps(block.img_attn.norm.query_norm, img))
     del streams, qkv
     attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options)
     del q, k, v
-    txt_attn, img_attn = block.txt_attn.proj(attn[:, :tokens]), block.img_attn.proj(attn[:, tokens:])
+    attn = attn.to(img.dtype)
+    txt_attn, img_attn = _output(block.txt_attn.proj, attn[:, :tokens]), _output(block.img_attn.proj, attn[:, tokens:])
     del attn
     img, img_in = block_ops.gated_residual_norm(img, img_attn, img_mod1.gate, img_mod2.scale, img_mod2.shift, eps)
-    img = block_ops.gated_residual(img, block.img_mlp(img_in), img_mod2.gate)
+    img = block_ops.gated_residual(img, _output(block.img_mlp, img_in), img_mod2.gate)
     txt, txt_in = block_ops.gated_residual_norm(txt, txt_attn, txt_mod1.gate, txt_mod2.scale, txt_mod2.shift, eps)
-    return img, block_ops.gated_residual(txt, block.txt_mlp(txt_in), txt_mod2.gate)
+    return img, block_ops.gated_residual(txt, _output(block.txt_mlp, txt_in), txt_mod2.gate)
 
 
 def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=NO_ENTRIES):
@@ -50,43 +51,62 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
             or not _takes(block, host, (block.pre_norm,), (block.norm,), (x,), pe, transformer_options)):
         return NotImplemented
     mod = block.modulation(vec)[0] if block.modulation else vec
-    if not _one_vector(mod):
+    if not _one_vector(x, mod):
         return NotImplemented
-    joint, hidden = block.linear1(block_ops.norm_modulate(x, mod.scale, mod.shift, block.pre_norm.eps)), block.hidden_size
+    joint, hidden = _output(block.linear1, block_ops.norm_modulate(x, mod.scale, mod.shift, block.pre_norm.eps)), block.hidden_size
     value, mlp = joint[..., 2 * hidden:3 * hidden], joint[..., 3 * hidden:]
-    q, k = block_ops.qk_norm_rope([(joint, *_norm_weights(block.norm))], pe, block.num_heads, 2, host.norm_eps(block.norm.query_norm, x))
-    v = value.unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
+    activated = block.mlp_act(mlp)
+    # linear1 has applied the GELU itself; a module in its place may keep its output.
+    in_place = activated is mlp and getattr(block.linear1, "gelu_from", None) is not None and not torch.compiler.is_compiling()
+    # An attention node may keep v, to use it in another step or block. It gets one that nobody writes to.
+    parts = 3 if in_place and not host.keeps_nothing(transformer_options) else 2
+    q, k, *v = block_ops.qk_norm_rope([(joint, *_norm_weights(block.norm))], pe, block.num_heads, parts,
+                                      host.norm_eps(block.norm.query_norm, x))
+    v = v[0] if v else value.unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
     attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options)
     del q, k, v
-    activated = block.mlp_act(mlp)
-    if activated is mlp and not torch.compiler.is_compiling():
-        # linear1 has applied the GELU. Attention's output takes the place of v, which nobody reads any more: [attention | mlp] then lies
-        # in linear1's output as linear2 reads it.
-        value.view(torch.complex128).copy_(attn.view(torch.complex128))  # 16 bytes at a time
+    if in_place and attn.shape == value.shape:
+        # Attention's output takes the place of v, which nobody reads any more: [attention | mlp] then lies in linear1's output as linear2
+        # reads it.
+        _copy(attn, value)
         joint = joint[..., 2 * hidden:]
     else:
-        joint = torch.cat((attn, activated), dim=2)
-    return block_ops.gated_residual(x, block.linear2(joint), mod.gate)
+        joint = torch.cat((attn, activated), dim=2).to(x.dtype)
+    return block_ops.gated_residual(x, _output(block.linear2, joint), mod.gate)
+
+
+def _output(module, x):
+    """The module's output in x's dtype, the only one that the kernels read beside x. A hook or another pack's layer may change it."""
+    y = module(x)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _copy(source, target):
+    """Copy a tensor over another of its shape: 16 bytes at a time, if the source has the dtype and the layout for it."""
+    if source.dtype == target.dtype and source.is_contiguous() and source.storage_offset() % 8 == 0:
+        source, target = (x.view(torch.complex128) for x in (source, target))
+    target.copy_(source)
 
 
 def _takes(block, host, norms, head_norms, states, pe, transformer_options):
     """Whether the fused passes compute this call: on these tensors, and with nothing of the host's or the user's on what they replace."""
-    x, patches = states[0], transformer_options.get("patches") or {}
+    x, patches = states[0], (transformer_options or NO_ENTRIES).get("patches") or NO_ENTRIES
     return (host.takes(block, states, pe) and not any(name in patches for name in PRE_ATTENTION)
-            and all(norm.weight is None and norm.eps == norms[0].eps and host.untouched(norm) for norm in norms)
-            and all(host.untouched(module) for norm in head_norms for module in (norm, norm.query_norm, norm.key_norm))
+            and all(host.untouched(norm, "LayerNorm") and norm.weight is None and norm.eps == norms[0].eps for norm in norms)
+            and all(host.untouched(norm, "QKNorm") and host.untouched(norm.query_norm, "RMSNorm")
+                    and host.untouched(norm.key_norm, "RMSNorm") for norm in head_norms)
             and x.shape[-1] == block.hidden_size and pe.shape[-3] * 2 * block.num_heads == block.hidden_size)
 
 
-def _one_vector(*mods):
-    """Whether every modulation has one vector an image, rather than one a token."""
-    return all(part.ndim == 3 and part.shape[1] == 1 for mod in mods for part in (mod.shift, mod.scale, mod.gate))
+def _one_vector(x, *mods):
+    """Whether every modulation has one vector for all of x, or one an image, rather than one a token."""
+    return all(part.ndim == 3 and part.shape[0] in (1, x.shape[0]) and part.shape[1] == 1 and part.shape[2] == x.shape[2]
+               for mod in mods for part in (mod.shift, mod.scale, mod.gate))
 
 
 def _norm_weights(norm):
     """The weights (D,) of the RMSNorms of q and of k. ComfyUI has renamed them."""
     return [norm.scale if hasattr(norm, "scale") else norm.weight for norm in (norm.query_norm, norm.key_norm)]
-
 
 
 # --- The host's classes -----------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 A block keeps its place and its parameters; its class becomes a subclass of the host's, with a forward that takes fewer passes over memory.
 That forward runs where the host is known: the source of the host's class has a digest that the family lists, nobody has replaced the
-functions whose work it does, and its numbers agree with those of the host's forward on this device. Otherwise the host's own forward runs,
-and a line of the log says so once. SVDQUANT_FUSED=0 switches the fused forwards off.
+functions and norms whose work it does, and its numbers agree with those of the host's forward on this device. Otherwise the host's own
+forward runs, and a line of the log says so once if it is for the whole session. SVDQUANT_FUSED=0 switches the fused forwards off.
 """
 
 import functools
@@ -19,6 +19,7 @@ import textwrap
 import threading
 import tokenize
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import comfy.ops
@@ -30,9 +31,11 @@ from ..layers.linear import replaced
 log = logging.getLogger(__name__)
 
 VARIABLE = "SVDQUANT_FUSED"  # environment variable: 0 switches the fused forwards off
+HOST_MODULES = "comfy."  # how the names of the host's modules begin
+OVERRIDE = "optimized_attention_override"  # the transformer option by which nodes replace attention
 LARGEST_ERROR = 0.05  # relative, of a block's update of its states: the host rounds to 16 bits after each of some ten passes
 LAYOUT_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-_verdicts = {}  # {(class, sizes, dtype, device): whether the fused forward agrees with the host's}
+_verdicts = {}  # {agrees' arguments: whether the fused forward agrees with the host's}
 _testing = threading.Lock()
 
 
@@ -58,15 +61,44 @@ def fused_class(host_class, module):
     if name not in declared:
         return None
     fused = declared[name]
+    known = _relied_on(host_class, fused.functions)
+    if not all(_of_host(each.function) for each in known if each.function is not None):
+        log.warning("Another node pack has replaced parts of ComfyUI's %s: that forward runs in place of SVDQuant's fused one, which takes "
+                    "longer.", name)
+        return None
     if (found := digest(host_class, fused.functions)) not in fused.sources:
         log.warning("This ComfyUI's %s is not one that SVDQuant has a fused forward for (source %s): its own forward runs, which takes "
                     "longer. Update the node pack.", name, found)
         return None
+    attention = known[1].function
+    host = Host(attention, takes, untouched, norm_eps, functools.partial(keeps_nothing, attention))
     # The name stays the host's, since custom nodes find blocks by it.
     return type(host_class.__name__, (_Fused, host_class), {
-        "__module__": host_class.__module__, "__qualname__": host_class.__qualname__, "declared": fused, "host_class": host_class,
-        "host_forward": host_class.forward, "host": Host(_found(host_class, "attention"), takes, untouched, norm_eps),
-        "known": tuple((operator.attrgetter(path), _found(host_class, path)) for path in ("attention", *fused.functions))})
+        "__module__": host_class.__module__, "__qualname__": host_class.__qualname__, "forward": _forward(host_class),
+        "declared": fused, "host_class": host_class, "host_forward": host_class.forward, "host": host, "known": known, "family": module})
+
+
+class Known(NamedTuple):
+    """A function on which a fused forward relies, and where the host looks it up."""
+
+    owner: object  # a module or a class
+    name: str
+    function: Callable
+
+
+def _relied_on(host_class, functions):
+    """(Known of the class's forward, of its module's attention, of attention's apply_rope, and of `functions`)."""
+    module = sys.modules[host_class.__module__]
+    found = [(host_class, "forward"), (module, "attention"), (sys.modules[module.attention.__module__], "apply_rope")]
+    for path in functions:
+        owner, _, name = path.rpartition(".")
+        found.append((operator.attrgetter(owner)(module) if owner else module, name))
+    return tuple(Known(owner, name, getattr(owner, name, None)) for owner, name in found)
+
+
+def _of_host(function):
+    """Whether a function is ComfyUI's: neither another's nor another's wrapper, which inspect.getsource would look through."""
+    return getattr(function, "__module__", "").startswith(HOST_MODULES) and not hasattr(function, "__wrapped__")
 
 
 def preparations(diffusion_model, dtype, device):
@@ -102,45 +134,70 @@ class Host(NamedTuple):
     """The host's part in a fused forward."""
 
     attention: Callable  # the host's (q, k, v, pe, mask, transformer_options) -> (B, L, heads * D); with pe None it doesn't rotate q and k
-    takes: Callable      # takes(block, states, pe)
-    untouched: Callable  # untouched(module)
-    norm_eps: Callable   # norm_eps(norm, x)
+    takes: Callable          # takes(block, states, pe)
+    untouched: Callable      # untouched(module, kind)
+    norm_eps: Callable       # norm_eps(norm, x)
+    keeps_nothing: Callable  # keeps_nothing(transformer_options)
+
+
+def _forward(host_class):
+    """The forward of a fused class. It has the signature of the host's, which custom nodes read."""
+    @functools.wraps(host_class.forward)
+    def forward(self, *args, **kwargs):
+        if self.host_is_known():
+            states = self.declared.forward(self, self.host, *args, **kwargs)
+            if states is not NotImplemented:
+                return states
+        return host_class.forward(self, *args, **kwargs)  # looked up here: others may replace it
+    return forward
 
 
 class _Fused:
     """The first base of a fused class."""
 
-    def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or self.host_is_known():
-            states = self.declared.forward(self, self.host, *args, **kwargs)
-            if states is not NotImplemented:
-                return states
-        return self.host_forward(*args, **kwargs)
-
     def host_is_known(self):
         """Whether the functions that the fused forward replaces are still those whose source was compared."""
-        own = type(self)
-        module = sys.modules[own.__module__]
-        return own.host_class.forward is own.host_forward and all(get(module) is function for get, function in own.known)
+        for owner, name, function in self.known:
+            if getattr(owner, name) is not function:
+                return False
+        return True
+
+    def __reduce_ex__(self, protocol):
+        # pickle finds the host's class under the name.
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _empty_block, (self.host_class, self.family), *state
+
+
+def _empty_block(host_class, module):
+    """A block without its state, for copy and pickle."""
+    cls = fused_class(host_class, module) or host_class
+    return cls.__new__(cls)
 
 
 def takes(block, states, pe):
     """Whether the fused passes take these states (B, L, K) and this position embedding (B or 1, 1, L, D / 2, 2, 2), and have agreed with
     the host's forward on their device."""
     x = states[0]
-    return (x.ndim == 3 and all(state.dtype == x.dtype for state in states)
+    return (x.ndim == 3 and all(state.dtype == x.dtype and state.shape[::2] == x.shape[::2] for state in states)
             and isinstance(pe, torch.Tensor) and pe.ndim == 6 and pe.shape[1] == 1 and pe.shape[-3] * 2 in block_ops.HEAD_WIDTHS
             and pe.dtype == torch.float32 and pe.shape[0] in (1, x.shape[0]) and pe.shape[2] == sum(state.shape[1] for state in states)
             and not (torch.is_grad_enabled() and any(state.requires_grad for state in states))
-            and x.shape[-1] % 8 == 0 and x.shape[-1] <= block_ops.MAX_COLUMNS and block_ops.takes(x.dtype, x.device)
-            and agrees(block, x.dtype, x.device))
+            and x.shape[-1] % 8 == 0 and x.shape[-1] <= block_ops.MAX_COLUMNS
+            and agrees(type(block), block.hidden_size, block.num_heads, bool(block.modulation), x.dtype, x.device))
 
 
-def untouched(module):
-    """Whether nothing but the module's class works on its input and its output: no hook, no other forward, no patch of its weight."""
-    own = module.__dict__
-    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or replaced(module) or own.get("weight_function")
-                or own.get("bias_function"))
+def untouched(module, kind):
+    """Whether a module is of the host's class of the name `kind`, and nothing else works on its input and its output: no hook, no other
+    forward, no patch of its weight."""
+    own, cls = module.__dict__, type(module)
+    return cls.__name__ == kind and cls.__module__.startswith(HOST_MODULES) and not (
+        own["_forward_pre_hooks"] or own["_forward_hooks"] or replaced(module) or own.get("weight_function") or own.get("bias_function"))
+
+
+def keeps_nothing(attention, transformer_options):
+    """Whether `attention` runs one of ComfyUI's own functions, none of which keeps its q, k or v."""
+    return (OVERRIDE not in (transformer_options or ())
+            and sys.modules[attention.__module__].optimized_attention.__module__.startswith(HOST_MODULES))
 
 
 def norm_eps(norm, x):
@@ -149,11 +206,15 @@ def norm_eps(norm, x):
     return default_eps(x.dtype, x.device) if eps is None else eps
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=16)
+@torch.compiler.assume_constant_result  # on a function of its own: torch.compile looks through lru_cache, and would trace what it wraps
 def default_eps(dtype, device):
-    """PyTorch's own choice for an RMSNorm without eps. It differs between versions and devices, and so is measured: for x = 0.001,
-    y = x / sqrt(x^2 + eps)."""
+    """PyTorch's own choice for an RMSNorm without eps."""
+    return _default_eps(dtype, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _default_eps(dtype, device):
+    """It differs between versions and devices, and so is measured: for x = 0.001, y = x / sqrt(x^2 + eps)."""
     x = torch.full((1, 8), 1e-3, dtype=dtype, device=device)
     y, x = torch.nn.functional.rms_norm(x, (8,)).double(), x.double()
     measured = ((x / y).square() - x.square())[0, 0].item()
@@ -180,41 +241,46 @@ class _Operations(comfy.ops.disable_weight_init):
 
 
 @torch.compiler.assume_constant_result
-def agrees(block, dtype, device):
-    """Whether the fused forward agrees with the host's for blocks as wide as `block`, in `dtype` on `device`. Tried once a process."""
-    key = block.host_class, block.hidden_size, block.num_heads, bool(block.modulation), dtype, device
+def agrees(fused, hidden_size, num_heads, modulation, dtype, device):
+    """Whether `device` has the fused passes for `dtype`, and the forward of the class `fused` agrees there with the host's, for blocks of
+    these sizes. Tried once a process. The block itself is no argument, so that a graph of torch.compile serves all blocks of a kind."""
+    if not block_ops.takes(dtype, device):
+        return False
+    key = fused, hidden_size, num_heads, modulation, dtype, device
     if key not in _verdicts:
         with _testing:
             if key not in _verdicts:
-                _verdicts[key] = _compare(block, dtype, device)
+                _verdicts[key] = _compare(fused, SimpleNamespace(hidden_size=hidden_size, num_heads=num_heads, modulation=modulation),
+                                          dtype, device)
     return _verdicts[key]
 
 
-def _compare(block, dtype, device):
-    error = difference(block, dtype, device)
+def _compare(fused, sizes, dtype, device):
+    error = difference(fused, sizes, dtype, device)
     if not error <= LARGEST_ERROR:  # also NaN
         log.warning("SVDQuant's fused forward of %s differs from ComfyUI's on %s (%s, relative error %.3g): ComfyUI's own runs, which "
-                    "takes longer. Please report this line.", block.host_class.__name__, device, dtype, error)
+                    "takes longer. Please report this line.", fused.__name__, device, dtype, error)
     return error <= LARGEST_ERROR
 
 
-def difference(block, dtype, device):
-    """The relative error ‖fused - host‖ / ‖host - input‖ of a block's updated states, for a block with the sizes of `block`."""
+def difference(fused, sizes, dtype, device):
+    """The relative error ‖fused - host‖ / ‖host - input‖ of a block's updated states. sizes: a block, or its hidden_size, num_heads and
+    modulation."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     with torch.no_grad():
-        made, arguments = block.declared.example(block, random)
-        example = block.host_class(**made, dtype=dtype, device=device, operations=_Operations)
+        made, arguments = fused.declared.example(sizes, random)
+        example = fused.host_class(**made, dtype=dtype, device=device, operations=_Operations)
         for parameter in example.parameters():
             parameter.copy_(random(*parameter.shape))
-        fused = block.declared.forward(example, block.host._replace(takes=lambda *_: True), **arguments)
+        ours = fused.declared.forward(example, fused.host._replace(takes=lambda *_: True), **arguments)
         copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-        plain = block.host_forward.__get__(example)(**copies)  # which may write to its arguments
-    if fused is NotImplemented:
+        theirs = fused.host_forward(example, **copies)  # which may write to its arguments
+    if ours is NotImplemented:
         return torch.nan
-    fused, plain = (states if isinstance(states, tuple) else (states,) for states in (fused, plain))
+    ours, theirs = (states if isinstance(states, tuple) else (states,) for states in (ours, theirs))
     return max(((a.double() - b.double()).norm() / (b.double() - x.double()).norm()).item()
-               for a, b, x in zip(fused, plain, arguments.values()))
+               for a, b, x in zip(ours, theirs, arguments.values()))

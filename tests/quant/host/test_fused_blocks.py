@@ -1,8 +1,12 @@
 """Fused forwards of blocks against ComfyUI's own, on the CPU, where block_ops runs its reference."""
 
+import copy
+import functools
 import inspect
+import pickle
 
 import comfy.ldm.flux.layers
+import comfy.ldm.flux.math
 import comfy.ops
 import pytest
 import torch
@@ -31,7 +35,8 @@ def fresh():
 @pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-6), (torch.bfloat16, 0.03), (torch.float16, 0.004)), ids=str)
 def test_a_fused_forward_computes_the_hosts(host_class, modulation, dtype, bound):
     """In float32 only the order of sums differs. In 16 bits the host rounds after each pass, the fused forward once."""
-    error = fused_blocks.difference(block_of(host_class, modulation), dtype, torch.device("cpu"))
+    block = block_of(host_class, modulation)
+    error = fused_blocks.difference(type(block), block, dtype, torch.device("cpu"))
     assert error < bound, f"relative error {error:.3g}"
 
 
@@ -86,6 +91,7 @@ def test_another_source_runs_the_hosts_forward(fresh, caplog):
             return super().forward(x, vec, pe, attn_mask, modulation_dims, transformer_options) + 1
 
     SingleStreamBlock.__module__, SingleStreamBlock.__qualname__ = CLASSES[1].__module__, CLASSES[1].__qualname__
+    SingleStreamBlock.forward.__module__ = CLASSES[1].__module__
     declared = BLOCKS["comfy.ldm.flux.layers.SingleStreamBlock"]
     same, other = ("a = 1  # one", "b"), ("a = 2", "b")
     assert fused_blocks.digest_of(same) == fused_blocks.digest_of(("a  =  1", "b")) != fused_blocks.digest_of(other)
@@ -98,21 +104,55 @@ def test_another_source_runs_the_hosts_forward(fresh, caplog):
     assert "not one that SVDQuant has a fused forward for" in caplog.text
 
 
-@pytest.mark.parametrize("replaced", ("forward", "attention", "apply_mod"))
-def test_a_function_that_somebody_replaced_runs(replaced, monkeypatch):
+@pytest.mark.parametrize("wrapped", (True, False))
+def test_anothers_forward_on_the_class_is_no_known_source(fresh, caplog, monkeypatch, wrapped):
+    """inspect.getsource looks through a wrapper, and finds the source that is known."""
+    forward = CLASSES[1].forward
+
+    def other(*args, **kwargs):
+        return 2 * forward(*args, **kwargs)
+
+    monkeypatch.setattr(CLASSES[1], "forward", functools.wraps(forward)(other) if wrapped else other)
+    assert fused_blocks.fused_class(CLASSES[1], "flux_blocks") is None
+    assert "Another node pack has replaced parts of ComfyUI's comfy.ldm.flux.layers.SingleStreamBlock" in caplog.text
+
+
+@pytest.mark.parametrize("replaced", ("forward", "attention", "apply_mod", "apply_rope", "QKNorm.forward"))
+def test_a_function_that_somebody_replaced_later(replaced, monkeypatch):
     block = block_of(CLASSES[1])
     assert block.host_is_known()
-    owner = CLASSES[1] if replaced == "forward" else comfy.ldm.flux.layers
-    monkeypatch.setattr(owner, replaced, lambda *args, **kwargs: None)
+    layers, math = comfy.ldm.flux.layers, comfy.ldm.flux.math
+    owner = {"forward": CLASSES[1], "apply_rope": math, "QKNorm.forward": layers.QKNorm}.get(replaced, layers)
+    monkeypatch.setattr(owner, replaced.rpartition(".")[2], lambda *args, **kwargs: None)
     assert not block.host_is_known()
 
 
 def test_a_forward_that_differs_runs_the_hosts(monkeypatch, caplog):
-    block = block_of(CLASSES[0])
     monkeypatch.setattr(fused_blocks, "_verdicts", {})
+    monkeypatch.setattr(fused_blocks.block_ops, "takes", lambda dtype, device: True)
+    sizes = type(block_of(CLASSES[0])), 256, 2, True, torch.float32, torch.device("cpu")
+    assert fused_blocks.agrees(*sizes)
+    fused_blocks._verdicts.clear()
     monkeypatch.setattr(fused_blocks.block_ops, "gated_residual", lambda x, y, gate: x + 1.1 * gate * y)
-    assert not fused_blocks.agrees(block, torch.float32, torch.device("cpu"))
+    assert not fused_blocks.agrees(*sizes)
     assert "differs from ComfyUI's" in caplog.text
+
+
+@pytest.mark.parametrize("host_class", CLASSES, ids=lambda c: c.__name__)
+def test_custom_nodes_read_the_hosts_signature_and_source(host_class):
+    block = block_of(host_class)
+    assert inspect.signature(block.forward) == inspect.signature(host_class(256, 2, 4.0, operations=comfy.ops.disable_weight_init).forward)
+    assert inspect.getsource(block.forward) == inspect.getsource(host_class.forward)
+
+
+@pytest.mark.parametrize("host_class", CLASSES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("copied", (copy.copy, copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))),
+                         ids=("copy", "deep copy", "pickle"))
+def test_a_copy_has_the_fused_forward_and_the_state(host_class, copied):
+    block = block_of(host_class)
+    other = copied(block)
+    assert type(other) is type(block) and other.num_heads == 2
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(block.parameters(), other.parameters(), strict=True))
 
 
 def test_the_environment_switches_it_off(fresh, monkeypatch):

@@ -1,0 +1,111 @@
+"""torch.compile of a newly loaded model whose blocks have fused forwards: no breaks, few nodes, no more graphs than the host's forwards."""
+
+import logging
+
+import pytest
+import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfyui_svdquant.quant.host import fused_blocks, loader
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
+
+from ..comfy_models import quantized, sample, save, write_flux
+from ..lora_tensors import generic, load_lora, shapes
+from .test_compile import calls, fresh_dynamo, plain_attention  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+DOUBLE, SINGLE = 2, 3
+PASSES = 6 * DOUBLE + 2 * SINGLE  # of modulate: two before qkv, two between the parts of a double block, two after it; two a single block
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    with torch.inference_mode():
+        plain = loader.load_model(write_flux(folder / "flux.safetensors", depth=DOUBLE, depth_single=SINGLE))
+        return save(quantized(plain, "data-free")[0], folder / "4bit.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def no_traces(monkeypatch):
+    """pytest's log would keep every trace, which takes longer than tracing."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "the host's"])
+def fused(request, monkeypatch):
+    if torch.cuda.is_available() and request.param:
+        return True
+    monkeypatch.setattr(fused_blocks, "_verdicts", {})
+    monkeypatch.setattr(fused_blocks.block_ops, "takes", lambda dtype, device: request.param)
+    return request.param
+
+
+def fresh(file):
+    return plain_attention(loader.load_model(file, act_bits=8))
+
+
+def compiled(patcher, backend, keys=("diffusion_model",)):
+    set_torch_compile_wrapper(patcher, backend=backend, keys=list(keys), fullgraph=True)  # a break of the graph is an error
+    return patcher
+
+
+class Graphs(list):
+    def __call__(self, graph, example_inputs):
+        self.append(graph)
+        return graph.forward
+
+
+def block_names():
+    return [f"diffusion_model.{kind}_blocks.{i}" for kind, count in (("double", DOUBLE), ("single", SINGLE)) for i in range(count)]
+
+
+def test_a_whole_model_is_one_graph(file, fused):
+    graphs = Graphs()
+    latent = sample(compiled(fresh(file), graphs))
+    assert len(graphs) == 1
+    assert calls(graphs, "svdquant.modulate") == fused * PASSES and calls(graphs, "svdquant.qk_norm_rope") == fused * (DOUBLE + SINGLE)
+    assert calls(graphs) < (70 * DOUBLE + 40 * SINGLE if fused else 100 * DOUBLE + 60 * SINGLE), f"{calls(graphs)} nodes"
+    assert torch.equal(latent, sample(fresh(file))), "the same bits as without torch.compile"
+
+
+def test_blocks_compiled_one_by_one_share_a_graph_a_kind(file, fused):
+    graphs = Graphs()
+    latent = sample(compiled(fresh(file), graphs, block_names()))
+    assert len(graphs) == 2 and calls(graphs, "svdquant.qk_norm_rope") == fused * 2
+    assert torch.equal(latent, sample(fresh(file)))
+
+
+def test_another_strength_of_a_lora_needs_no_other_graph(file, fused):
+    patcher, graphs, latents = fresh(file), Graphs(), []
+    tensors = generic(*shapes(patcher).items())
+    for strength in (1.0, 0.4, -0.7):
+        latents.append(sample(compiled(load_lora(patcher, tensors, strength), graphs)))
+        assert len(graphs) == 1
+    assert all(relative_error(latents[0], other) > 0.05 for other in latents[1:])
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_attention_that_somebody_replaces_is_traced(file, fused, monkeypatch, replaced):
+    """Before tracing, and after it."""
+    import comfy.ldm.flux.layers
+
+    def other(q, k, v, pe, mask=None, transformer_options=None):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    graphs = Graphs()
+    patcher = compiled(fresh(file), graphs)
+    if not replaced:
+        sample(patcher)
+        graphs.clear()
+    monkeypatch.setattr(comfy.ldm.flux.layers, "attention", other)
+    latent = sample(patcher)
+    assert len(graphs) == 1 and not calls(graphs, "svdquant.qk_norm_rope")
+    assert torch.equal(latent, sample(fresh(file)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [("diffusion_model",), tuple(block_names())], ids=["whole", "blocks"])
+def test_inductors_code_has_the_eager_models_latents(file, keys):
+    eager = sample(fresh(file))
+    latent = sample(compiled(fresh(file), "inductor", keys))
+    assert relative_error(latent, eager) < 0.05, relative_error(latent, eager)

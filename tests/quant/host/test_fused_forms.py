@@ -1,0 +1,123 @@
+"""Batches, sizes, layouts, dtypes, copies and Chroma, with fused forwards and with the host's: the same latents."""
+
+import copy
+
+import comfy.ldm.flux.layers
+import comfy.ldm.flux.math
+import pytest
+import torch
+from comfyui_svdquant.quant.host import fused_blocks, loader
+from safetensors.torch import save_file
+
+from ..comfy_models import HIDDEN, quantized, save
+from ..fused_path import DTYPE, FUSED, Path, compared, draw, lora, options_of, other_attention, overridden, prompt, single
+from ..lora_tensors import LINEAR1, random
+from ..random_chroma import chroma_tensors
+
+pytestmark = pytest.mark.usefixtures("inference_mode", "activations_without_codes")
+
+
+@pytest.mark.parametrize("options", [
+    {"batch": 3}, {"cfg": 3.0}, {"cfg": 3.0, "batch": 2, "negative": prompt(20, seed=2)}, {"cfg": 3.0, "negative": prompt(24, seed=2)},
+    {"size": (7, 11)}, {"size": (1, 3), "batch": 2}],
+    ids=["three pictures", "two prompts", "texts of two lengths", "texts of 12 and 24 tokens", "odd size", "tiny"])
+def test_batches_and_sizes(path, model, monkeypatch, options):
+    latent, _ = compared(path, model, monkeypatch, lambda patcher, _: (patcher, options), FUSED)
+    assert latent.shape == (options.get("batch", 1), 16, *options.get("size", (8, 8)))
+
+
+@pytest.mark.parametrize("form", [
+    lambda attn: attn.transpose(1, 2).contiguous().transpose(1, 2), lambda attn: attn.double(),
+    lambda attn: torch.cat((attn.new_zeros(3), attn.flatten()))[3:].view(attn.shape)], ids=["transposed", "another dtype", "unaligned"])
+def test_attentions_output_in_any_form(path, model, monkeypatch, form):
+    compared(path, model, monkeypatch, lambda patcher, _: (options_of(
+        patcher, optimized_attention_override=lambda func, *args, **kwargs: form(func(*args, **kwargs))), {}), FUSED)
+
+
+@pytest.mark.parametrize("name", ["double_blocks.0.txt_attn.qkv", "double_blocks.0.img_attn.proj", "double_blocks.0.img_mlp",
+                                  "single_blocks.0.linear1", "single_blocks.0.linear2"])
+def test_layers_whose_output_has_another_dtype(path, model, monkeypatch, name):
+    def hooked(patcher, patch):
+        patch.setitem(patcher.model.diffusion_model.get_submodule(name)._forward_hooks, -1, lambda module, args, output: output.double())
+        return patcher, {}
+
+    compared(path, model, monkeypatch, hooked, FUSED)
+
+
+@pytest.mark.parametrize("how", ["override", "replaced"])
+def test_attention_may_keep_its_operands(path, model, monkeypatch, how):
+    """Nodes that edit pictures keep v of a step, and use it in another."""
+    kept = []
+
+    def keep(q, k, v, heads, **kwargs):
+        kept.extend((x, x.clone()) for x in (q, k, v))
+        return other_attention(q, k, v, heads)
+
+    if how == "override":
+        patcher = options_of(model, optimized_attention_override=lambda func, *args, **kwargs: keep(*args, **kwargs))
+    else:
+        patcher = model
+        monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", keep)
+    _, share = path.share(True, lambda: draw(patcher))
+    assert share == FUSED and len(kept) == 2 * 2 * 3 and all(torch.equal(x, before) for x, before in kept)
+
+
+def test_blocks_in_16_bits_run_fused(path, tmp_path, pair_files, monkeypatch):
+    """Layers that stay in 16 bits, as those with a large error do."""
+    part = loader.load_model(pair_files[1], DTYPE)
+    exact = loader.load_model(pair_files[0], DTYPE)
+    for name in (LINEAR1, "double_blocks.0.img_mlp.0"):
+        parent, _, leaf = name.rpartition(".")
+        setattr(part.model.diffusion_model.get_submodule(parent), leaf, exact.model.diffusion_model.get_submodule(name))
+    single(part).mlp_act = torch.nn.GELU(approximate="tanh")
+    both = Path(monkeypatch, part)
+    compared(both, part, monkeypatch, lambda patcher, _: (patcher, {}), FUSED)
+
+
+def test_a_batch_that_does_not_fit_is_the_hosts_error(path, model):
+    """Three vectors, or three texts, for two images: the kernels would read past their end."""
+    img, txt, *vecs = (random(*shape).to(model.load_device, DTYPE) for shape in ((2, 5, HIDDEN), (2, 3, HIDDEN), *(
+        (count, HIDDEN) for count in (1, 2, 3))))
+    pe = random(1, 1, 8, 64, 2, 2).to(img.device)
+    block = model.model.to(img.device).diffusion_model.double_blocks[0]
+    block(img, txt, vecs[1], pe)
+    assert path.fused
+    path.fused = 0
+    for arguments in ((img, txt, vecs[2], pe), (img, txt[:1].expand(3, -1, -1), vecs[0], pe)):
+        with pytest.raises(RuntimeError):
+            block(*arguments)
+    assert not path.fused
+
+
+# --- copies --------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_runs_fused_too(path, model, monkeypatch):
+    before, _ = path.share(True, lambda: draw(model))
+    copied = copy.deepcopy(model.model.diffusion_model)
+    assert type(copied.single_blocks[0]) is type(single(model)) is not comfy.ldm.flux.layers.SingleStreamBlock
+    monkeypatch.setattr(model.model, "diffusion_model", copied)
+    after, share = path.share(True, lambda: draw(model))
+    assert share == FUSED and torch.equal(after, before)
+
+
+# --- Chroma --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chroma_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_file(chroma_tensors(), folder / "chroma.safetensors")
+    with torch.inference_mode():
+        return save(quantized(loader.load_model(str(folder / "chroma.safetensors")), "data-free")[0], folder / "4bit.safetensors")
+
+
+def text_mask(patcher, _):
+    return patcher, {"positive": prompt(attention_mask=torch.arange(12)[None] < 6)}
+
+
+@pytest.mark.parametrize("run", [lambda patcher, _: (patcher, {}), text_mask, overridden, lora], ids=["plain", "mask", "override", "lora"])
+def test_chroma(monkeypatch, chroma_file, run):
+    monkeypatch.setattr(fused_blocks, "_verdicts", {})
+    model = loader.load_model(chroma_file, DTYPE)
+    compared(Path(monkeypatch, model), model, monkeypatch, run, FUSED)
