@@ -105,8 +105,8 @@ def preparations(diffusion_model, dtype, device):
     """Functions that each compile and test the fused passes of one kind of block, for preparation.warm_up."""
     if device.type != "cuda" or not block_ops.takes(dtype, device):
         return []
-    kinds = {type(block): block for block in diffusion_model.modules() if isinstance(block, _Fused)}
-    return [functools.partial(agrees, block, dtype, device) for block in kinds.values()]
+    kinds = dict.fromkeys(kind(block) for block in diffusion_model.modules() if isinstance(block, _Fused))
+    return [functools.partial(agrees, *each, dtype, device) for each in kinds]
 
 
 def digest(host_class, functions):
@@ -183,7 +183,12 @@ def takes(block, states, pe):
             and pe.dtype == torch.float32 and pe.shape[0] in (1, x.shape[0]) and pe.shape[2] == sum(state.shape[1] for state in states)
             and not (torch.is_grad_enabled() and any(state.requires_grad for state in states))
             and x.shape[-1] % 8 == 0 and x.shape[-1] <= block_ops.MAX_COLUMNS
-            and agrees(type(block), block.hidden_size, block.num_heads, bool(block.modulation), x.dtype, x.device))
+            and agrees(*kind(block), x.dtype, x.device))
+
+
+def kind(block):
+    """The arguments of agrees that blocks of one kind share: (class, hidden size, heads, whether they have modulation layers)."""
+    return type(block), block.hidden_size, block.num_heads, bool(block.modulation)
 
 
 def untouched(module, kind):

@@ -158,3 +158,15 @@ def test_a_copy_has_the_fused_forward_and_the_state(host_class, copied):
 def test_the_environment_switches_it_off(fresh, monkeypatch):
     monkeypatch.setenv(fused_blocks.VARIABLE, "0")
     assert fused_blocks.fused_class(CLASSES[0], "flux_blocks") is None
+
+
+def test_each_kind_of_block_is_compared_in_the_background_of_loading(monkeypatch):
+    """On the device and in the dtype in which the first forward asks."""
+    model, device = torch.nn.ModuleList([block_of(CLASSES[0]), block_of(CLASSES[1]), block_of(CLASSES[1])]), torch.device("cuda", 0)
+    assert fused_blocks.preparations(model, torch.bfloat16, torch.device("cpu")) == []
+    monkeypatch.setattr(fused_blocks.block_ops, "takes", lambda dtype, device: True)
+    monkeypatch.setattr(fused_blocks, "_verdicts", {})
+    compared = []
+    monkeypatch.setattr(fused_blocks, "_compare", lambda *args: compared.append(args) or True)
+    assert all(job() for job in fused_blocks.preparations(model, torch.bfloat16, device)) and len(compared) == 2
+    assert fused_blocks.agrees(*fused_blocks.kind(model[2]), torch.bfloat16, device) and len(compared) == 2
