@@ -236,7 +236,6 @@ def case(run, share=FUSED, name=None, marks=()):
     case(overridden), case(replaced_attention), case(replaced_rope, PLAIN), case(couple), case(regional_mask), case(redux),
     case(post_input), case(attention_patch, PLAIN, marks=newer), case(attention_output_patch, PLAIN, marks=newer),
     *(case(reference_latents(method), name=f"reference latents {method}") for method in (None, "offset", "index", "uxo")),
-    case(reference_latents("index_timestep_zero"), PLAIN, "reference latents index_timestep_zero", newer),
     *(case(control(form), name=f"ControlNet {form}") for form in ("XLabs", "InstantX")),
     case(inpaint), case(area), case(cache("easycache", "EasyCacheNode"), name="EasyCache"),
     case(cache("easycache", "LazyCacheNode"), name="LazyCache"),

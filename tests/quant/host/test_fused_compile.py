@@ -64,7 +64,7 @@ def test_a_whole_model_is_one_graph(file, fused):
     latent = sample(compiled(fresh(file), graphs))
     assert len(graphs) == 1
     assert calls(graphs, "svdquant.modulate") == fused * PASSES and calls(graphs, "svdquant.qk_norm_rope") == fused * (DOUBLE + SINGLE)
-    assert calls(graphs) < (70 * DOUBLE + 40 * SINGLE if fused else 100 * DOUBLE + 60 * SINGLE), f"{calls(graphs)} nodes"
+    assert calls(graphs) <= (345 if fused else 510), "as measured: 329 nodes, and 490 of ComfyUI 0.3.75's forwards"
     assert torch.equal(latent, sample(fresh(file))), "the same bits as without torch.compile"
 
 

@@ -4,17 +4,20 @@ import copy
 
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
+import comfy.quant_ops
 import pytest
 import torch
 from comfyui_svdquant.quant.host import fused_blocks, loader
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
 from safetensors.torch import save_file
 
 from ..comfy_models import HIDDEN, quantized, save
-from ..fused_path import DTYPE, FUSED, Path, compared, draw, lora, options_of, other_attention, overridden, prompt, single
+from ..fused_path import BOUND, DTYPE, FUSED, Path, compared, draw, lora, options_of, other_attention, overridden, prompt, single
 from ..lora_tensors import LINEAR1, random
 from ..random_chroma import chroma_tensors
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "activations_without_codes")
+float64_rope = pytest.mark.skipif(hasattr(comfy.quant_ops, "ck"), reason="newer ComfyUI's own RoPE takes no float64")
 
 
 @pytest.mark.parametrize("options", [
@@ -34,8 +37,9 @@ def test_attentions_output_in_any_form(path, model, monkeypatch, form):
         patcher, optimized_attention_override=lambda func, *args, **kwargs: form(func(*args, **kwargs))), {}), FUSED)
 
 
-@pytest.mark.parametrize("name", ["double_blocks.0.txt_attn.qkv", "double_blocks.0.img_attn.proj", "double_blocks.0.img_mlp",
-                                  "single_blocks.0.linear1", "single_blocks.0.linear2"])
+@pytest.mark.parametrize("name", [
+    pytest.param("double_blocks.0.txt_attn.qkv", marks=float64_rope), "double_blocks.0.img_attn.proj", "double_blocks.0.img_mlp",
+    pytest.param("single_blocks.0.linear1", marks=float64_rope), "single_blocks.0.linear2"])
 def test_layers_whose_output_has_another_dtype(path, model, monkeypatch, name):
     def hooked(patcher, patch):
         patch.setitem(patcher.model.diffusion_model.get_submodule(name)._forward_hooks, -1, lambda module, args, output: output.double())
@@ -87,6 +91,20 @@ def test_a_batch_that_does_not_fit_is_the_hosts_error(path, model):
         with pytest.raises(RuntimeError):
             block(*arguments)
     assert not path.fused
+
+
+def test_modulation_of_parts_of_the_image_runs_the_hosts_forward(path, model):
+    """ComfyUI gives a block these for reference latents at timestep 0, of FLUX.2. A whole FLUX.1 with them fails in ComfyUI itself."""
+    block, (img, txt, vec) = model.model.to(model.load_device).diffusion_model.double_blocks[0], (
+        random(*shape).to(model.load_device, DTYPE) for shape in ((1, 5, HIDDEN), (1, 3, HIDDEN), (1, HIDDEN)))
+    pe, parts = random(1, 1, 8, 64, 2, 2).to(img.device), {"modulation_dims_img": [(0, 5, 0)], "modulation_dims_txt": [(0, 3, 0)]}
+    path.on, path.fused = True, 0
+    fused = block(img.clone(), txt.clone(), vec, pe)
+    assert path.fused == 1
+    for ours, theirs in zip(fused, block(img.clone(), txt.clone(), vec, pe, **parts)):
+        assert relative_error(ours, theirs) < BOUND
+    single(model)(img.clone(), vec, pe[:, :, :5], modulation_dims=[(0, 5, 0)])
+    assert path.fused == 1
 
 
 # --- copies --------------------------------------------------------------------------------------------------------
