@@ -22,10 +22,10 @@ PLAIN, HALF, FUSED = 0.0, 0.5, 1.0  # share of the calls of blocks that run fuse
 
 
 class Path:
-    """on: whether the fused forwards run. fused, calls: calls of blocks so far."""
+    """on: whether the fused forwards run. fused, calls: calls of blocks so far; passes: calls of modulate's passes."""
 
     def __init__(self, monkeypatch, *patchers):
-        self.on, self.fused, self.calls = True, 0, 0
+        self.on, self.fused, self.calls, self.passes = True, 0, 0, 0
         block_ops = fused_blocks.block_ops
         join, modulated, has_kernels = block_ops.qk_norm_rope, block_ops._modulated, block_ops.takes
 
@@ -35,6 +35,7 @@ class Path:
             return join(streams, *args)
 
         def checked(x, y, *args):
+            self.passes += 1
             assert y is None or y.dtype == x.dtype, "the kernels read no other"
             return modulated(x, y, *args)
 

@@ -85,12 +85,12 @@ def test_a_batch_that_does_not_fit_is_the_hosts_error(path, model):
     pe = random(1, 1, 8, 64, 2, 2).to(img.device)
     block = model.model.to(img.device).diffusion_model.double_blocks[0]
     block(img, txt, vecs[1], pe)
-    assert path.fused
-    path.fused = 0
+    assert path.passes
+    path.passes = 0
     for arguments in ((img, txt, vecs[2], pe), (img, txt[:1].expand(3, -1, -1), vecs[0], pe)):
         with pytest.raises(RuntimeError):
             block(*arguments)
-    assert not path.fused
+    assert not path.passes
 
 
 def test_modulation_of_parts_of_the_image_runs_the_hosts_forward(path, model):
