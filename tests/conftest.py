@@ -20,8 +20,6 @@ import pytest
 
 from host import launch, setup
 
-from .host.browser import chromium
-
 CORES = os.cpu_count() or 1
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if WORKERS > 1:  # before anything imports torch; servers that tests start inherit it
@@ -73,6 +71,8 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect tests whose marker needs something that this machine lacks."""
     import torch
+
+    from .host.browser import chromium  # not above: a test imports this module by itself
 
     lacking = {"gpu": not torch.cuda.is_available(), "newer": not os.environ.get("COMFYUI_NEWER_PATH"), "browser": not chromium()}
     left_out = {marker: [item for item in items if lacks and item.get_closest_marker(marker)] for marker, lacks in lacking.items()}

@@ -170,9 +170,9 @@ def check_diffusers(header, family):
 def kind(header):
     """The name of a file's content, if it holds no model of a family, for messages; None if it is unknown."""
     keys = header.tensors.keys()
-    relatives = filter(None, (family.signature.lookalike(keys) for family in FAMILIES))
+    relatives = sorted(filter(None, (family.signature.lookalike(keys) for family in FAMILIES)), key=lambda what: "parts missing" in what)
     partial = [(part, f"a {family.title} model with parts missing") for family in FAMILIES if (part := family.signature.telltale)]
-    found = next(relatives, None) or next((what for part, what in (*partial, *FOREIGN) if any(part in key for key in keys)), None)
+    found = next(iter(relatives), None) or next((what for part, what in (*partial, *FOREIGN) if any(part in key for key in keys)), None)
     in_lora = sum(LORA in key for key in keys)
     # A damaged or unknown model may have a few such names too.
     is_lora = 0 < len(keys) <= 2 * in_lora and not any(key.endswith(NUNCHAKU) for key in keys)

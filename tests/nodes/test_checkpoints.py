@@ -44,7 +44,7 @@ def test_only_checkpoints_with_a_model_of_a_family_are_listed(folder):
     (folder / "sub").mkdir()
     write_checkpoint(folder / "sub" / "flux.safetensors", flux_tensors())
     write_checkpoint(folder / "chroma.safetensors", chroma_tensors())
-    write_checkpoint(folder / "flux2.safetensors", flux_tensors() | {"double_stream_modulation_img.lin.weight": torch.zeros(1)})
+    write_checkpoint(folder / "ovis.safetensors", flux_tensors() | {"double_blocks.0.img_mlp.gate_proj.weight": torch.zeros(1)})
     save_file({f"{INSIDE}input_blocks.0.0.weight": torch.zeros(1)}, folder / "sdxl.safetensors")
     (folder / "old.ckpt").write_bytes(b"PK\x03\x04")
     (folder / "text.safetensors").write_text("no model")

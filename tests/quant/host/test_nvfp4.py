@@ -60,7 +60,7 @@ def test_the_load_node_shows_that_its_activations_stay_nvfp4(files, monkeypatch)
     """The user selects int8 activations, which these layers do not have."""
     said = []
     monkeypatch.setattr(load_model.NodeProgress, "say", lambda self, text: said.append(text))
-    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: dict(zip(("nvfp4", "plain"), files))[name])
+    monkeypatch.setattr(load_model.model_folder, "existing_path", lambda name: dict(zip(("nvfp4", "plain"), files))[name])
     drawn = [sample(load_model.SVDQuantLoadModel.execute("nvfp4", "auto", activations).result[0]) for activations in ("auto", "int8")]
     assert torch.equal(*drawn)
     load_model.SVDQuantLoadModel.execute("plain", "auto", "int8")
