@@ -74,7 +74,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     from .host.browser import chromium  # not above: a test imports this module by itself
 
-    lacking = {"gpu": not torch.cuda.is_available(), "newer": not os.environ.get("COMFYUI_NEWER_PATH"), "browser": not chromium()}
+    lacking = {"gpu": not torch.cuda.is_available(), "newer": not os.environ.get("COMFYUI_NEWER_PATH"), "browser": not chromium(),
+               "heavy": not os.environ.get("SVDQUANT_HEAVY_TESTS")}
     left_out = {marker: [item for item in items if lacks and item.get_closest_marker(marker)] for marker, lacks in lacking.items()}
     gone = {item for found in left_out.values() for item in found}
     if gone:
@@ -107,6 +108,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{len(tests)} tests marked gpu were deselected: this machine has no CUDA device.")
     if tests := found.get("browser"):
         terminalreporter.write_line(f"{len(tests)} tests in a browser were deselected: they need playwright (pip) and chromium (Debian).")
+    if tests := found.get("heavy"):
+        terminalreporter.write_line("Deselected, since SVDQUANT_HEAVY_TESTS is not set: " + ", ".join(tests))
     if tests := found.get("newer"):
         terminalreporter.write_line("Deselected, since COMFYUI_NEWER_PATH names no newer ComfyUI: " + ", ".join(tests))
 

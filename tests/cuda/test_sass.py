@@ -20,6 +20,7 @@ from .variants import variants as all_variants
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 
 REGISTERS = 65536  # of an SM, in all architectures
+FULLY = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")  # generations of which every variant is compiled, also where time is short
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,11 @@ def alike(arch):
 
 @functools.cache
 def variants(name, arch):
-    """The variants of a kernel that are compiled: all of one type, or only the first and the last one if an older GPU is alike."""
+    """The variants of a kernel that are compiled: all of one type, or only the first and the last one if an older GPU is alike, and on
+    generations that FULLY leaves out unless SVDQUANT_HEAVY_TESTS is set."""
+    few = alike(arch) or arch not in FULLY and not os.environ.get("SVDQUANT_HEAVY_TESTS")
     found = [v for v in all_variants(sass.ARCHITECTURES[arch])[name] if dict(v[2]).get("HALF", in_fp16(arch)) == in_fp16(arch)]
-    return list(dict.fromkeys((found[0], found[-1]))) if found and alike(arch) else found
+    return list(dict.fromkeys((found[0], found[-1]))) if found and few else found
 
 
 def listings(name, arch):

@@ -365,6 +365,7 @@ def redux(width: int = 4096) -> dict:
     return weights | {f"{name}.bias": torch.zeros(shape[0], dtype=torch.bfloat16) for name, shape in shapes.items()}
 
 
+@pytest.mark.heavy  # the image encoder that Redux needs takes 5 GB
 def test_the_redux_template_runs(server, models, object_info):
     """With a FLUX.1 that reads text tokens of 4096 channels, the only width for which ComfyUI has a Redux."""
     graph = GRAPHS["SVDQuant_FLUX1-Redux_variations"]

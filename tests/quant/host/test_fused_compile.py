@@ -84,7 +84,7 @@ def test_another_strength_of_a_lora_needs_no_other_graph(file, fused):
     assert all(relative_error(latents[0], other) > 0.05 for other in latents[1:])
 
 
-@pytest.mark.parametrize("replaced", [True, False])
+@pytest.mark.parametrize("replaced", [True, pytest.param(False, marks=pytest.mark.heavy)])
 def test_attention_that_somebody_replaces_is_traced(file, fused, monkeypatch, replaced):
     """Before tracing, and after it."""
     import comfy.ldm.flux.layers

@@ -2,7 +2,6 @@
 
 import re
 
-import folder_paths
 import pytest
 import torch
 from comfyui_svdquant.nodes import load_model
