@@ -15,6 +15,7 @@ LOADS = ["ours", "Nunchaku INT4", "Nunchaku NVFP4"]
 LIBRARIES_GB = 0.05  # memory of PyTorch's threads and buffers, which is independent of the file's size
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's count of a process's memory")
 def test_the_benchmark_of_files(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "files.py"), "--comfyui", str(setup.locate().comfy), "--gb", "0.01",
