@@ -20,12 +20,11 @@ MODULATE, ROPE = "modulate", "qk_norm_rope"  # the kernels' entries, in <entry>.
 WARP_COLUMNS = 256            # modulate.cu: columns of a warp's first pieces
 PIECES, MAX_TEAM = 3, 32      # modulate.cu: the most pieces of a lane (on an H200 the fastest number), and the most warps of a token
 WARPS = 8                     # modulate.cu: warps of a CTA whose tokens have one warp each
-ROPE_THREADS = 128            # of a CTA of qk_norm_rope.cu
+ROPE_THREADS = 128            # threads of a CTA of qk_norm_rope.cu
 HEAD_WIDTHS = (64, 128, 256)  # the D that qk_norm_rope takes
 MAX_COLUMNS = PIECES * MAX_TEAM * WARP_COLUMNS
 
 
-@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=64)
 def takes(dtype, device):
     """Whether `device` has these kernels for hidden states of `dtype`."""

@@ -225,7 +225,7 @@ def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, lora=
         awq.launcher(kernel.tiles, m, n, layer.dtype, device)
 
 
-_warm = set()  # what warm_up's jobs have prepared, or are preparing
+_warm = set()  # the layers and jobs that warm_up has prepared or is preparing
 
 
 def warm_up(layers, device, others=()):

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..quant.comparison import compare
+from . import compared
 from .newer import ALIASES, CATEGORY, SEARCH
 
 
@@ -19,8 +20,7 @@ class SVDQuantCompare(io.ComfyNode):
                 io.Image.Input("image_1", tooltip="The image to compare with, such as the 16-bit model's."),
                 io.Image.Input("image_2", tooltip="The other image, of the same size and from the same seed. Batches are compared image "
                                                   "by image."),
-                io.Float.Input("factor", default=8.0, min=1.0, max=100.0, step=1.0,
-                               tooltip="The difference of the two images is multiplied by this before it is shown."),
+                compared.factor(),
                 io.String.Input("label_1", default="16 bits", optional=True,
                                 tooltip="The text above image_1, in Latin letters."),
                 io.String.Input("label_2", default="4 bits", optional=True,
@@ -30,15 +30,8 @@ class SVDQuantCompare(io.ComfyNode):
                 io.Float.Input("seconds_2", default=0.0, min=0.0, max=1e6, step=0.1, optional=True,
                                tooltip="The seconds that image_2 took, for the caption. 0 leaves them out."),
             ],
-            outputs=[
-                io.Image.Output(display_name="image", tooltip="Both images, their difference and the caption, one picture for each pair."),
-                io.Float.Output(display_name="psnr", tooltip="The peak signal-to-noise ratio in dB; higher is closer. The mean of a "
-                                                             "batch."),
-                io.Float.Output(display_name="ssim", tooltip="The structural similarity, at most 1; higher is closer. The mean of a "
-                                                             "batch."),
-                io.String.Output(display_name="caption", tooltip="The values as text, one line for each pair."),
-            ],
-            **({"search_aliases": [*ALIASES, "psnr", "ssim", "difference", "side by side"]} if SEARCH else {}),
+            outputs=compared.outputs(),
+            **({"search_aliases": [*ALIASES, *compared.ALIASES]} if SEARCH else {}),
         )
 
     @classmethod

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..quant.comparison import compare
 from ..quant.host.drawing import draw
+from . import compared
 from .checked import checked
 from .newer import ADVANCED, ALIASES, CATEGORY, SEARCH
 from .progress import NodeProgress
@@ -45,8 +46,7 @@ class SVDQuantCompareModels(io.ComfyNode):
                                tooltip="The scheduler, the same for both."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The amount of denoising; below 1 keeps a part "
                                                                                             "of the image in latent_image.", **ADVANCED),
-                io.Float.Input("factor", default=8.0, min=1.0, max=100.0, step=1.0,
-                               tooltip="The difference of the two images is multiplied by this before it is shown."),
+                compared.factor(),
                 io.String.Input("label_1", default="16 bits", optional=True,
                                 tooltip="The text above model_1's image, in Latin letters."),
                 io.String.Input("label_2", default="4 bits", optional=True,
@@ -54,17 +54,12 @@ class SVDQuantCompareModels(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt. Not used where cfg is 1."),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="Both images, their difference and the caption, one picture for each pair."),
-                io.Float.Output(display_name="psnr", tooltip="The peak signal-to-noise ratio in dB; higher is closer. The mean of a "
-                                                             "batch."),
-                io.Float.Output(display_name="ssim", tooltip="The structural similarity, at most 1; higher is closer. The mean of a "
-                                                             "batch."),
-                io.String.Output(display_name="caption", tooltip="The values as text, one line for each pair."),
+                *compared.outputs(),
                 io.Image.Output(display_name="image_1", tooltip="The images of model_1."),
                 io.Image.Output(display_name="image_2", tooltip="The images of model_2."),
             ],
             hidden=[io.Hidden.unique_id],
-            **({"search_aliases": [*ALIASES, "psnr", "ssim", "difference", "side by side", "benchmark"]} if SEARCH else {}),
+            **({"search_aliases": [*ALIASES, *compared.ALIASES, "benchmark"]} if SEARCH else {}),
         )
 
     @classmethod

@@ -13,7 +13,7 @@
 // -D: HALF as in common.cuh;  RESIDUAL, NORM 0 or 1, at least one of them 1;  TEAM 1..32 warps of a token;  PIECES 1..3
 #include "common.cuh"
 
-constexpr int WARPS = TEAM == 1 ? 8 : TEAM;  // of a CTA
+constexpr int WARPS = TEAM == 1 ? 8 : TEAM;  // warps of a CTA
 
 
 DEVICE void unpack(float (&f)[8], uint4 v) {

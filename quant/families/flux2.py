@@ -80,7 +80,7 @@ FAMILY = Family(
     text_width="context_in_dim",
     pooled=False,
     encoders="Mistral Small 3 for dev, Qwen3 for klein, with CLIPLoader's type flux2",
-    tokens=(4096, 512, 4608),  # of a 1024 x 1024 image, of its text, of both
+    tokens=(4096, 512, 4608),  # a 1024 x 1024 image, its text, both
     examples=("single_blocks.47.*", "*.linear2 = 128"),
     renamed=(NORMS,),
 )

@@ -6,9 +6,9 @@ from .family import BlockList, Configuration, Family, Gelu, Layer, Packing, Sign
 from .flux1 import TIMESTEP, depth_of, linears
 
 BLOCKS = "transformer_blocks"
-PIXELS = 4  # of the latent, in a token
+PIXELS = 4  # pixels of the latent in a token
 ZERO_TIMESTEP = "__index_timestep_zero__"  # an empty tensor that marks Edit-2511's way to read reference images
-ADDITION = "time_text_embed.addition_t_embedding.weight"  # of Layered
+ADDITION = "time_text_embed.addition_t_embedding.weight"  # only Layered has it
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 LINEAR = Layer()
@@ -99,6 +99,6 @@ FAMILY = Family(
     text_width="joint_attention_dim",
     pooled=False,
     encoders="Qwen2.5-VL 7B, with CLIPLoader's type qwen_image",
-    tokens=(4096, 256, 4352),  # of a 1024 x 1024 image, of its text, of both
+    tokens=(4096, 256, 4352),  # a 1024 x 1024 image, its text, both
     examples=(f"{BLOCKS}.59.*", "*.net.2 = 128"),
 )

@@ -9,7 +9,7 @@ from ..checkpoint import formats, plain
 from ..checkpoint.header import EXTENSIONS, MAX_HEADER_BYTES, CheckpointError, read_header
 
 KIND = "checkpoints"  # ComfyUI's name for the list of folders
-PREFIX = f"{KIND}/"  # of their names in the list of models
+PREFIX = f"{KIND}/"  # the names of checkpoints in the list of models begin with it
 ANCHORS = tuple(anchor.encode() for family in families.FAMILIES for anchor in family.signature.anchors)
 
 _found = {}  # {path: ((time, size), whether the file has a model of a known family)}

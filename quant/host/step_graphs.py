@@ -193,7 +193,7 @@ class ModelState:
         while stack:
             own = stack.pop().__dict__
             self.owns.append(own)
-            stack += filter(None, own["_modules"].values())
+            stack += [module for module in own["_modules"].values() if module is not None]  # an empty container is false, too
         self.children = [own["_modules"] for own in self.owns]
         self.holders = [own[name] for own in self.owns for name in ("_parameters", "_buffers")]
         self.hooks = [own[name] for own in self.owns for name in ("_forward_hooks", "_forward_pre_hooks")]

@@ -82,6 +82,13 @@ def test_a_changed_model_is_seen(quantized_model, name):
     assert not state.unchanged()
 
 
+def test_a_module_in_a_container_that_was_empty_is_seen():
+    model = torch.nn.ModuleList([torch.nn.ModuleList()])
+    state = step_graphs.ModelState(model)
+    model[0].append(torch.nn.Identity())
+    assert not state.unchanged()
+
+
 # --- The rules for recording and forgetting, with a stand-in for graphs on the CPU ------------------------------------
 
 
