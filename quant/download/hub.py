@@ -30,7 +30,7 @@ else:
 POLL_SECONDS = 0.2  # A cancelled download stops within this time.
 ANSWER_SECONDS = 30  # the Hub has to answer within this time, or three times huggingface_hub's own limit of one try
 STALL_SECONDS = 300  # for one block of huggingface_hub's, 10 MB: slower than 35 kB/s, a model takes days
-MAX_BYTES = 50 * 10**9  # more does not come over plain HTTP, huggingface_hub says; before 0.30 it had no name for this number
+MAX_BYTES = 50 * 10**9  # that come over plain HTTP, where huggingface_hub does not name its own limit
 SPARE_BYTES = 1 << 20
 # The byte that is locked on Windows. It lies past the end of every file, since a locked byte can't be read by other processes.
 LOCKED_BYTE = 1 << 62

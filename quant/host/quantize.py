@@ -11,7 +11,7 @@ import torch
 from comfy.model_management import InterruptProcessingException
 
 from ..layers import layout
-from ..quantizer import calibration, pipeline, presets
+from ..quantizer import calibration, out_of_memory, pipeline, presets
 from ..quantizer.pace import Pace
 from . import build, checks, resume
 from .attachments import SOURCE
@@ -170,17 +170,20 @@ def quantize_layer(patcher, name, stats, spec, recipe, memory, check):
     for target in (device, torch.device("cpu")) if memory.level else (device, device, torch.device("cpu")):
         try:
             return run(target)
-        except RuntimeError as error:
-            if not calibration.is_out_of_memory(error):
+        except out_of_memory.ERRORS as error:
+            if not (out_of_memory.on_device(error) or out_of_memory.on_host(error)):
                 raise
-            failure = str(error)
+            failure = calibration.first_line(error)
+            if out_of_memory.on_host(error):
+                break
         # Outside the except clause the exception is released, and with it the tensors that its frames held.
         if memory.level == 0:
             memory.step_down(name)
         else:
             calibration.empty_cache(device)
             memory.say(f"The GPU has no room for {name}: the CPU quantizes it, which takes longer.")
-    raise MemoryError(f"There is not enough memory to quantize {name}: {failure}")
+    raise MemoryError(f"There is not enough memory to quantize {name} ({failure}); close other programs and models, or keep "
+                      "the layer in 16 bits with the input exceptions.")
 
 
 def _quantized_model(family, patcher, specs, packed, config, recipe):
