@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..quant.download import hub
 from ..quant.host import written
 from ..quant.host.model_folder import found_elsewhere, name_in_folder, target_path
-from .checked import checked, choose
+from .checked import check_types, checked, choose
 from .newer import ADVANCED, CATEGORY, SEARCH
 from .progress import NodeProgress
 
@@ -82,6 +82,7 @@ class SVDQuantDownloadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, repository, file, revision, filename):
         with NodeProgress.of(cls) as progress:
+            check_types(cls, repository=repository, file=file, revision=revision, filename=filename)
             repository, file, revision, filename = choice(model, repository, file, revision, filename)
             path, name = target_path(filename)
             hub.download(hub.look_up(repository, file, revision, progress), found_elsewhere(path, name) or path, progress)

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..quant import families
 from ..quant.checkpoint import inspection
 from ..quant.checkpoint.header import read_header
-from ..quant.host import loader
+from ..quant.host import loader, model_folder
 from .checked import checked
 from .newer import CATEGORY, SEARCH
 from .progress import NodeProgress
@@ -48,7 +48,7 @@ class SVDQuantInspect(io.ComfyNode):
     @classmethod
     def execute(cls, model_name):
         with NodeProgress.of(cls) as shown:
-            header = read_header(folder_paths.get_full_path_or_raise("diffusion_models", model_name))
+            header = read_header(model_folder.existing_path(model_name))
             description = inspection.inspect(header)
             loader.check_file(header)
             report = inspection.text(description)

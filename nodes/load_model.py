@@ -5,7 +5,7 @@ import torch
 from comfy_api.latest import io
 
 from ..quant import families
-from ..quant.host import loader, written
+from ..quant.host import loader, model_folder, written
 from .checked import checked, choose
 from .newer import CATEGORY, SEARCH
 from .progress import NodeProgress
@@ -53,7 +53,7 @@ class SVDQuantLoadModel(io.ComfyNode):
     def execute(cls, model_name, compute_dtype, activations="auto"):
         with NodeProgress.of(cls) as shown:
             dtype, act_bits = choose("compute_dtype", compute_dtype, COMPUTE_DTYPES), choose("activations", activations, ACT_BITS)
-            path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+            path = model_folder.existing_path(model_name)
             patcher, summary = loader.load_described(path, dtype, act_bits, model_name)
             shown.say(summary)
             return io.NodeOutput(patcher)

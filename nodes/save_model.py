@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..quant.checkpoint import formats
 from ..quant.host import saving, written
 from ..quant.host.model_folder import name_in_folder
-from .checked import checked, choose
+from .checked import check_types, checked, choose
 from .newer import CATEGORY, SEARCH
 from .progress import NodeProgress
 
@@ -53,6 +53,7 @@ class SVDQuantSaveModel(io.ComfyNode):
         ComfyUI's cache has this node's result, whose file then exists by right."""
         if model is None:
             with NodeProgress.of(cls):
+                check_types(cls, filename=filename, overwrite=overwrite)
                 choose("layout", layout, formats.WRITERS)
                 saving.check_target(filename, overwrite)
         return ["model"]
@@ -60,6 +61,8 @@ class SVDQuantSaveModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename, overwrite, layout="native"):
         with NodeProgress.of(cls) as shown:
+            check_types(cls, filename=filename, overwrite=overwrite)
+            choose("layout", layout, formats.WRITERS)
             name = saving.save_model(model, filename, layout, overwrite)
             shown.say(saving.summary(name))
             return io.NodeOutput(name)

@@ -15,6 +15,7 @@ import torch
 
 from ..families import TITLES
 from ..layers import layout
+from ..text import bounded
 
 EXTENSIONS = (".safetensors", ".sft")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -45,8 +46,7 @@ class CheckpointError(ValueError):
     __module__ = "builtins"
 
     def __init__(self, message):
-        # A tensor's name may contain any character, even line breaks.
-        super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message))
+        super().__init__(bounded(message))  # a tensor's name may have any characters, and millions of them
 
 
 @dataclass(frozen=True)

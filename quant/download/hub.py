@@ -20,6 +20,7 @@ from urllib.parse import unquote
 
 from ..checkpoint.header import EXTENSIONS, CheckpointError, read_header
 from ..checkpoint.write import check_target, disk_trouble, publish, size_text
+from ..text import bounded
 from . import answers
 
 if os.name == "nt":
@@ -44,6 +45,9 @@ class HubError(ValueError):
     """A file can't be downloaded. The message is one sentence that gives the file, the reason and the remedy."""
 
     __module__ = "builtins"  # as CheckpointError's
+
+    def __init__(self, message):
+        super().__init__(bounded(message))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import unicodedata
 import folder_paths
 
 from ..checkpoint.header import EXTENSIONS
+from ..text import bounded, quoted
 
 KIND = "diffusion_models"  # ComfyUI's name for the list of folders, and the name of the usual folder
 FORBIDDEN = '<>:"|?*'  # on Windows; models must be portable
@@ -43,9 +44,10 @@ def target_path(filename):
 
 def existing_path(name):
     """The path of the file that ComfyUI opens under this name. Raises ValueError if there is none."""
-    path = folder_paths.get_full_path(KIND, name)
+    path = folder_paths.get_full_path(KIND, name) if isinstance(name, str) else None
     if path is None:
-        raise ValueError(f"There is no {name} in models/diffusion_models; download it, or press R and choose another model_name.")
+        shown = bounded(name, 300) if isinstance(name, str) else quoted(name)
+        raise ValueError(f"There is no {shown} in models/diffusion_models; download it, or press R and choose another model_name.")
     return path
 
 

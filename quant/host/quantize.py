@@ -13,6 +13,7 @@ from comfy.model_management import InterruptProcessingException
 from ..layers import layout
 from ..quantizer import calibration, out_of_memory, pipeline, presets
 from ..quantizer.pace import Pace
+from ..text import quoted
 from . import build, checks, resume
 from .attachments import SOURCE
 from .calibrate import OUTSIDE, block_statistics, record_trajectory
@@ -32,7 +33,7 @@ def layer_specs(family, diffusion_model, recipe, dtype):
                for name, layer in family.block_layers(block_name, block).items()} | family.outer_layers(diffusion_model)
     for pattern in (*recipe.keep, *(pattern for pattern, _ in recipe.ranks)):
         if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ValueError(f"No layer is called {pattern!r}; layers are called like {next(iter(linears))}, and * stands "
+            raise ValueError(f"No layer is called {quoted(pattern)}; layers are called like {next(iter(linears))}, and * stands "
                              "for any text.")
     quantized = {name: layer for name, layer in linears.items() if not recipe.keeps(name)}
     if not quantized:

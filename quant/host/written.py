@@ -32,7 +32,7 @@ _files = {}  # {name within the model folder: _File}
 
 def state(name):
     """(path, time, size) of the file that ComfyUI opens under this name; None if there is none."""
-    path = folder_paths.get_full_path(KIND, name)
+    path = folder_paths.get_full_path(KIND, name) if isinstance(name, str) else None
     try:
         found = os.stat(path) if path else None
     except OSError:
