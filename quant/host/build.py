@@ -5,6 +5,7 @@ import torch
 
 from ..layers.linear import SVDQuantLinear
 from ..layers.preparation import compute_in, prepare
+from . import mapping
 from .model_family import family_of
 from .operations import Operations
 from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
@@ -118,6 +119,7 @@ def make_patcher(model, patcher_class):
 def copied(model, backup, disable_dynamic=False):
     """A patcher for a copy of a quantized model without its patches (patcher.unpatched). disable_dynamic: an argument of ComfyUI's, which
     changes nothing here, since these patchers are never dynamic."""
+    mapping.check(model)
     layers = packed_layers(model.diffusion_model)
     copy = empty_like(model, {name: layer.spec for name, layer in layers.items()}, model.get_dtype())
     for name, layer in layers.items():

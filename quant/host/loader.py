@@ -16,7 +16,7 @@ from ..checkpoint.write import size_text
 from ..layers import layout
 from ..layers.linear import NVFP4Linear
 from ..layers.preparation import set_act_bits, warm_up
-from . import build, heap, model_folder
+from . import build, heap, mapping, model_folder
 from .attachments import CARD, SOURCE
 from .model_family import family_of
 from .patcher import SVDQuantModelPatcher
@@ -115,7 +115,7 @@ def _load_plain(header, compute_dtype):
         raise CheckpointError(f"{header.file} has scaled weights ({scaled[0]}), which this ComfyUI reads only for a {family.title} of the "
                               "usual width; update ComfyUI, or use a bf16 version of the model.")
     if prefix is None:
-        tensors = comfy.utils.load_torch_file(header.path, safe_load=True)
+        tensors = _mapped(header)
         tensors |= {name: tensors[name].to(dtype) for name, dtype in widened.items()}
         build.fill(model, comfy.model_detection.convert_diffusers_mmdit(tensors, ""))
     else:
@@ -181,17 +181,25 @@ def _widened(header, targets):
 
 
 def _load_by_core(header, compute_dtype):
-    patcher = comfy.sd.load_diffusion_model(header.path)
+    with header.reading():
+        patcher = comfy.sd.load_diffusion_model(header.path)
     if compute_dtype is not None:
         patcher.set_model_compute_dtype(compute_dtype)
     return patcher
 
 
+def _mapped(header):
+    """{name in the file: tensor} of a file, as ComfyUI opens it: mapped, or copied with --disable-mmap."""
+    with header.opened(), header.reading():  # the file that is mapped is the one whose header was checked
+        return comfy.utils.load_torch_file(header.path, safe_load=True)
+
+
 def _load_weights(model, header, names, computed=None):
     """Put the file's tensors into an empty model, without a copy or a cast. names: {model's name: file's}; computed: {name: tensor} of the
     tensors that are computed from others of the file."""
-    tensors = comfy.utils.load_torch_file(header.path, safe_load=True)
+    tensors = _mapped(header)
     build.fill(model, {name: tensors[stored] for name, stored in names.items()} | (computed or {}))
+    model.svdquant_mapping = mapping.Mapping(header, tensors.values())
 
 
 def _core_agrees(family, shapes):

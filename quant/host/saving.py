@@ -5,7 +5,7 @@ import weakref
 
 from ..checkpoint import formats, write
 from ..checkpoint.header import CheckpointError, read_header
-from . import build, model_folder, written
+from . import build, mapping, model_folder, written
 from .attachments import CARD
 from .patcher import SVDQuantModelPatcher, unpatched
 
@@ -25,6 +25,7 @@ def save_model(model, filename, layout, overwrite=False):
         model_folder.check_found_again(path, name)
     else:
         check_target(filename, overwrite)
+        mapping.check(model.model)
         specs = {layer: module.spec for layer, module in model.packed_layers().items()}
         formats.WRITERS[layout].save(path, stored_tensors(model), specs, build.stored_config(model.model), model.recipe, model.source,
                                      overwrite, model.get_attachment(CARD))
