@@ -74,7 +74,7 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
         progress.say(RESUMES if kept and kept.holds_anything() else "stopped")
         raise
     calibrated_on = {"prompts": len(conditioning), "steps": steps, "seed": seed} if calibrated else {"prompts": 0}
-    metadata = recipe.as_dict() | {"calibration": calibrated_on, "notes": memory.notes, "layers": [asdict(record) for record in records]}
+    metadata = recipe.as_dict() | {"calibration": calibrated_on, "notes": memory.notes, "layers": [_stored(record) for record in records]}
     specs = {name: spec for name, spec in specs.items() if f"{name}.weight" in packed}
     quantized = _quantized_model(family, patcher, specs, packed, config, metadata)
     if kept:
@@ -185,6 +185,11 @@ def quantize_layer(patcher, name, stats, spec, recipe, memory, check):
             memory.say(f"The GPU has no room for {name}: the CPU quantizes it, which takes longer.")
     raise MemoryError(f"There is not enough memory to quantize {name} ({failure}); close other programs and models, or keep "
                       "the layer in 16 bits with the input exceptions.")
+
+
+def _stored(record):
+    """A LayerRecord as the file holds it: without the time that it took, so that equal quantizations give equal files."""
+    return {key: value for key, value in asdict(record).items() if key != "seconds"}
 
 
 def _quantized_model(family, patcher, specs, packed, config, recipe):
