@@ -164,10 +164,11 @@ class Header:
             return torch.empty(info.shape, dtype=info.dtype)
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
-    def read_into(self, name, parts):
-        """Read consecutive parts of a tensor into one-dimensional NumPy arrays. Yields each array once it is filled."""
+    def read_into(self, name, parts, skip=0):
+        """Read consecutive parts of a tensor into one-dimensional NumPy arrays, after its first `skip` bytes. Yields each array once it is
+        filled."""
         with self.opened(buffering=0) as file:
-            file.seek(self.tensors[name].start)
+            file.seek(self.tensors[name].start + skip)
             for part in parts:
                 missing = part.view(np.uint8)
                 while missing.size and (count := file.readinto(missing)):
@@ -175,6 +176,15 @@ class Header:
                 if missing.size:
                     raise self._changed()
                 yield part
+
+    def blocks(self, name, count, tail=None):
+        """Yield the bytes of a tensor as NumPy arrays of uint8, `count` at a time, each a view of the same memory. tail: how many of the
+        last bytes to read; None for all."""
+        info = self.tensors[name]
+        size = info.stop - info.start if tail is None else tail
+        memory = np.empty(min(count, size), np.uint8)
+        counts = [min(count, size - start) for start in range(0, size, count)]
+        yield from self.read_into(name, (memory[:length] for length in counts), info.stop - info.start - size)
 
     def announce(self, names):
         """Prefetch tensors (posix_fadvise), where supported."""

@@ -40,6 +40,14 @@ def inspect(header):
     return {"file": header.file, "bytes": os.path.getsize(header.path)} | info | {"card": _card(header)}
 
 
+def inspect_body(header, progress=lambda done, total: None):
+    """inspect, and "intact": the number of tensors that have their checksums, of a quantized file. It reads the whole file.
+    progress(bytes done, of all): called often; it may raise to cancel. Raises CheckpointError also if a tensor is damaged."""
+    found = formats.identify(header)
+    info = inspect(header)
+    return info | {"intact": found.reader.open_file(header).check(True, progress)} if found else info
+
+
 def text(info):
     """The description of `inspect` as text, one fact per line."""
     lines = [_headline(info), f"{info['file']}: {_size(info['bytes'])}, {info['format']}", *_model_lines(info)]
@@ -53,6 +61,11 @@ def text(info):
         lines.append(f"{kind}: {layers['count']} layers" + (f" ({ranks})" if kind != layout.AWQ else ""))
     if info.get("int8_scales"):
         lines.append(f"scales: 8-bit integers times one number per row, in {info['int8_scales']} layers")
+    if "intact" in info:
+        lines.append(f"checked: {info['intact']} tensors have the checksums with which they were saved" if info["intact"] else
+                     "checked: no scale, factor or 16-bit value is NaN or infinite; there are no checksums, which only SVDQuant writes")
+    if info.get("newer"):
+        lines.append(info["newer"])
     # Text from a file may contain any character, even control codes for the terminal.
     return "\n".join(bounded(line, MAX_LINE) for line in [*lines, *_recipe_lines(info)])
 
@@ -67,7 +80,7 @@ def _packed(header, found):
     return {"bytes": packed.nbytes(), "format": f"{found.name} layout, {codes}", "family": packed.family.title,
             "model": packed.config, "source": bounded(packed.source, MAX_TEXT), "recipe": recipe,
             "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs),
-            "int8_scales": len(packed.computed), **_sizes(packed.stored, packed.modules)}
+            "int8_scales": len(packed.computed), "newer": native.newer(header), **_sizes(packed.stored, packed.modules)}
 
 
 def _plain(header):

@@ -1,5 +1,7 @@
 """Models from files: a quantized one into packed layers, an ordinary one through ComfyUI's own loader."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -10,7 +12,7 @@ from comfy import quant_ops
 
 from ...cuda import ops
 from .. import families
-from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, plain
+from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, native, plain
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.write import size_text
 from ..layers import layout
@@ -42,7 +44,8 @@ def load_described(path, compute_dtype=None, act_bits=0, name=None):
     patcher.set_attachments(CARD, card.of_source(header.metadata))
     if name is not None:
         patcher.set_attachments(SOURCE, name)
-    return patcher, _summary(patcher, found, act_bits)
+    newer = native.newer(header)
+    return patcher, _summary(patcher, found, act_bits) + (newer and f". {newer}")
 
 
 def _summary(patcher, found, act_bits):
@@ -80,6 +83,15 @@ def check_file(header):
 
 
 def _load_packed(packed, compute_dtype, act_bits):
+    with ThreadPoolExecutor(1) as beside:  # its threads read and compute while this one builds the model
+        sound = beside.submit(packed.check, whole=False)
+        patcher = _filled(packed, compute_dtype, act_bits)
+        sound.result()
+    return patcher
+
+
+def _filled(packed, compute_dtype, act_bits):
+    """The patcher of a PackedFile."""
     model = _empty_packed(packed, compute_dtype)
     set_act_bits(model, act_bits)
     warm_up(model, comfy.model_management.get_torch_device(), model.get_dtype(), packed.family.tokens)  # compiles while the file is read
