@@ -2,13 +2,13 @@
 
     svdquant.checksums   JSON {tensor's name: 16 hexadecimal digits}: the checksum of all its bytes, then that of its last PAGE bytes
 
-The checksum of bytes: they are cut into pages of PAGE bytes; the 64-bit little-endian words of each page are added up modulo 2^64, the last
+The checksum: bytes are cut into pages of PAGE bytes; the 64-bit little-endian words of each page are added up modulo 2^64, the last
 word filled up with zeros; the checksum is the CRC-32 of all these sums, 8 bytes each. A flipped bit changes it, as do zeroed, moved and
 exchanged pages; words exchanged within a page do not. It takes a tenth of the time of a CRC-32 of all bytes, and NumPy computes it
 without Python's global lock, so that several threads check one file.
 
-SVDQuant Inspect checks all bytes. SVDQuant Load Model reads the 4-bit codes, most of the file, only when they are used; it checks their last
-pages, which differ in files that were cut off, filled up with zeros or put together wrongly, and all of the other tensors. So a flipped bit
+SVDQuant Inspect checks all bytes. SVDQuant Load Model reads the 4-bit codes, most of the file, only when they are used: of these it checks
+the last pages, which differ in files that were cut off, filled up with zeros or put together wrongly, and it checks all other tensors. So a flipped bit
 within the codes passes there, and changes one of thousands of millions of weights.
 
 The other tensors are also checked for values that no quantizer writes: NaN, infinity, and smoothing factors that are not positive, each of

@@ -5,7 +5,7 @@ import torch
 
 from ..layers.linear import SVDQuantLinear
 from ..layers.preparation import compute_in, prepare
-from . import mapping
+from . import find_nan, mapping
 from .model_family import family_of
 from .operations import Operations
 from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
@@ -108,6 +108,7 @@ def make_patcher(model, patcher_class):
     model.device = offload_device
     model.to(offload_device)
     prepare(model, device)
+    find_nan.watch(model.diffusion_model)
     patcher = patcher_class(model, device, offload_device)
     if patcher_class is SVDQuantModelPatcher:
         # Newer ComfyUI calls this to build the model again for another device. It does not read the file, which may have changed or may

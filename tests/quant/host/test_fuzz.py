@@ -66,7 +66,7 @@ def entry(header, name):
 
 
 def write(path, entries, metadata, lie=lambda header, size: size):
-    """A file of these entries, whose data are a hole of the right size, but for smoothing factors: those are positive. lie(header, size) may
+    """A file of these entries. The data are a hole of the right size, but for smoothing factors, which are positive. lie(header, size) may
     change both first."""
     header, position = {"__metadata__": metadata}, 0
     for name, (dtype, shape, data) in entries.items():
