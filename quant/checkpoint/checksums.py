@@ -8,8 +8,8 @@ exchanged pages; words exchanged within a page do not. It takes a tenth of the t
 without Python's global lock, so that several threads check one file.
 
 SVDQuant Inspect checks all bytes. SVDQuant Load Model reads the 4-bit codes, most of the file, only when they are used: of these it checks
-the last pages, which differ in files that were cut off, filled up with zeros or put together wrongly, and it checks all other tensors. So a flipped bit
-within the codes passes there, and changes one of thousands of millions of weights.
+the last pages, which differ in files that were cut off, filled up with zeros or put together wrongly. It checks all other tensors whole. So
+a flipped bit within the codes passes there, and changes one of thousands of millions of weights.
 
 The other tensors are also checked for values that no quantizer writes: NaN, infinity, and smoothing factors that are not positive, each of
 which spoils every image. Files without checksums, as those of other software, have only this check.
