@@ -235,8 +235,9 @@ def test_the_command(files, tmp_path):
                               cwd=tmp_path)
 
     path = files / "native.safetensors"
-    assert run(path).stdout.rstrip("\n") == inspection.text(inspect(path))
-    assert json.loads(run(path, "--json").stdout) == json.loads(json.dumps(inspect(path)))
+    whole = inspection.inspect_body(read_header(str(path)))
+    assert run(path).stdout.rstrip("\n") == inspection.text(whole) and whole["intact"] == len(read_header(str(path)).tensors)
+    assert json.loads(run(path, "--json", "--header").stdout) == json.loads(json.dumps(inspect(path)))
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:1000])
     refused = run(tmp_path / "cut.safetensors")
     assert refused.returncode == 1 and refused.stderr.startswith("inspect: cut.safetensors is cut off")
