@@ -32,12 +32,12 @@ def modules(program, *names):
 
 def unreadable(path, error):
     """One sentence that says why the file at `path` can't be read. error: OSError or CheckpointError; the latter's message is returned."""
-    if not isinstance(error, OSError):
-        return str(error)
     if os.path.isdir(path):
         return f"{path} is a folder; name a .safetensors file."
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+    if not os.path.exists(path):
         return f"There is no file {path}; check its name and its folder."
+    if not isinstance(error, OSError):
+        return str(error)
     return f"{path} can't be read: {error.strerror}; check its permissions and its disk, or choose another file."
 
 
