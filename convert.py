@@ -32,12 +32,13 @@ def modules(program, *names):
 
 def unreadable(path, error):
     """One sentence that says why the file at `path` can't be read. error: OSError or CheckpointError; the latter's message is returned."""
-    if os.path.isdir(path):
-        return f"{path} is a folder; name a .safetensors file."
-    if not os.path.exists(path):
-        return f"There is no file {path}; check its name and its folder."
+    error = getattr(error, "os_error", error)
     if not isinstance(error, OSError):
         return str(error)
+    if os.path.isdir(path):
+        return f"{path} is a folder; name a .safetensors file."
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return f"There is no file {path}; check its name and its folder."
     return f"{path} can't be read: {error.strerror}; check its permissions and its disk, or choose another file."
 
 

@@ -230,9 +230,11 @@ def current_state(path):
 
 
 def unreadable(path, error):
-    """The CheckpointError of an OSError while a file was read."""
-    return CheckpointError(f"{os.path.basename(path)} can't be read ({error.strerror or type(error).__name__}); check that it is there, "
-                           "its permissions and the disk.")
+    """The CheckpointError of an OSError while a file was read, which it has as `os_error`: the commands name the whole path."""
+    found = CheckpointError(f"{os.path.basename(path)} can't be read ({error.strerror or type(error).__name__}); check that it is there, "
+                            "its permissions and the disk.")
+    found.os_error = error
+    return found
 
 
 def _description(file, start, stop):
