@@ -5,7 +5,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..families.family import Family
-from .header import Header
+from . import checksums
+from .header import Header, read_header
+
+# Last parts of tensors' names in packed layers, in our and comfy-kitchen's files and in Nunchaku's.
+CODES, FACTORS = ("weight", "qweight"), ("weight_smooth_factor", "smooth_factor", "smooth")
+UNUSED = ("smooth_orig", "smooth_factor_orig")  # no reader uses them
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,28 @@ class PackedFile:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
+    def check(self, whole=True, progress=lambda done, total: None):
+        """checksums.check of the model's files. Returns the number of tensors with a checksum."""
+        prefix, count = self.prefix or "", 0
+        for path in self.paths:
+            header = self.header if path == self.header.path else read_header(path)
+            kinds = {name: kind for name, info in header.tensors.items() if name.startswith(prefix) and (kind := _kind(name, info))}
+            count += checksums.check(header, kinds, whole, progress)
+        return count
+
     def nbytes(self):
         """Bytes of the model's files, including their headers."""
         return sum(map(os.path.getsize, self.paths))
+
+
+def _kind(name, info):
+    """The kind of a tensor for checksums.check, from its name in any of the formats; None if it may have any values."""
+    leaf = name.rpartition(".")[2]
+    if leaf in CODES and not info.dtype.is_floating_point:
+        return checksums.CODES
+    if leaf in FACTORS:
+        return checksums.FACTORS
+    return checksums.VALUES if info.dtype.is_floating_point and leaf not in UNUSED else None
 
 
 class StoredTensors(Mapping):
