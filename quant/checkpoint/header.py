@@ -177,13 +177,12 @@ class Header:
                     raise self._changed()
                 yield part
 
-    def blocks(self, name, count, tail=None):
-        """Yield the bytes of a tensor as NumPy arrays of uint8, `count` at a time, each a view of the same memory. tail: how many of the
+    def blocks(self, name, memory, tail=None):
+        """Yield the bytes of a tensor, each time as many as a NumPy array of uint8 holds, as views of that array. tail: how many of the
         last bytes to read; None for all."""
         info = self.tensors[name]
         size = info.stop - info.start if tail is None else tail
-        memory = np.empty(min(count, size), np.uint8)
-        counts = [min(count, size - start) for start in range(0, size, count)]
+        counts = [min(memory.size, size - start) for start in range(0, size, memory.size)]
         yield from self.read_into(name, (memory[:length] for length in counts), info.stop - info.start - size)
 
     def announce(self, names):

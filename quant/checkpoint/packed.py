@@ -8,10 +8,6 @@ from ..families.family import Family
 from . import checksums
 from .header import Header, read_header
 
-# Last parts of tensors' names in packed layers, in our and comfy-kitchen's files and in Nunchaku's.
-CODES, FACTORS = ("weight", "qweight"), ("weight_smooth_factor", "smooth_factor", "smooth")
-UNUSED = ("smooth_orig", "smooth_factor_orig")  # no reader uses them
-
 
 @dataclass(frozen=True)
 class PackedFile:
@@ -59,23 +55,13 @@ class PackedFile:
         prefix, count = self.prefix or "", 0
         for path in self.paths:
             header = self.header if path == self.header.path else read_header(path)
-            kinds = {name: kind for name, info in header.tensors.items() if name.startswith(prefix) and (kind := _kind(name, info))}
+            kinds = {name: checksums.kind(name, info.dtype) for name, info in header.tensors.items() if name.startswith(prefix)}
             count += checksums.check(header, kinds, whole, progress)
         return count
 
     def nbytes(self):
         """Bytes of the model's files, including their headers."""
         return sum(map(os.path.getsize, self.paths))
-
-
-def _kind(name, info):
-    """The kind of a tensor for checksums.check, from its name in any of the formats; None if it may have any values."""
-    leaf = name.rpartition(".")[2]
-    if leaf in CODES and not info.dtype.is_floating_point:
-        return checksums.CODES
-    if leaf in FACTORS:
-        return checksums.FACTORS
-    return checksums.VALUES if info.dtype.is_floating_point and leaf not in UNUSED else None
 
 
 class StoredTensors(Mapping):

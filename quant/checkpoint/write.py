@@ -63,7 +63,8 @@ def write(path, layout, tensors, metadata, overwrite=False):
 
     layout: {name: (shape, dtype)} of all tensors; tensors: iterable of (name, tensor), in any order, so that only one tensor at a time
     need be in memory; metadata: {str: str}, to which the tensors' checksums are added. Raises CheckpointError if the file exists, or
-    appears meanwhile, and overwrite is False, if the disk is full, or if the folder can't be written.
+    appears meanwhile, and overwrite is False, if the disk is full, if the folder can't be written, or if a tensor has values that spoil
+    every image (checksums.py).
     """
     check_target(path, overwrite)
     name, folder = os.path.basename(path), os.path.dirname(path)
@@ -85,7 +86,7 @@ def write(path, layout, tensors, metadata, overwrite=False):
                         raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} was planned")
                     file.seek(starts.pop(key))
                     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-                    digits = beside.submit(checksums.digits, data)
+                    digits = beside.submit(checksums.digits, data, key, dtype)
                     file.write(data.data)
                     found[key] = digits.result()
                 if starts:

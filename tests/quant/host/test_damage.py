@@ -172,6 +172,34 @@ def test_impossible_values_are_found_in_anybodys_file(opened, form, name, value,
     assert says in refused(loader.load_model, path, name) and says in refused(inspected, path, name)
 
 
+@pytest.mark.parametrize(("name", "value", "says"), [
+    (f"{LAYER}.weight_proj_up", float("nan"), "NaN or infinity"), (f"{LAYER}.weight_proj_up", float("-inf"), "NaN or infinity"),
+    (f"{LAYER}.weight_smooth_factor", 0.0, "not positive and finite"), ("img_in.weight", float("inf"), "NaN or infinity"),
+])
+@pytest.mark.parametrize("writer", [native, nunchaku_writer])
+def test_impossible_values_are_not_saved(tmp_path, writer, name, value, says):
+    """Load and Inspect would refuse the file."""
+    tensors, *rest = packed_flux()
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[5] = value
+    with pytest.raises(CheckpointError, match="^The model is not saved, because its tensor .* would spoil every image; ") as caught:
+        writer.save(str(tmp_path / "flux.safetensors"), tensors, *rest, {"preset": "data-free"}, "flux")
+    assert says in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_inspect_finds_impossible_values_under_right_checksums(opened):
+    """Of a file that was made to have them."""
+    path, header = opened("native")
+    name = f"{LAYER}.weight_proj_up"
+    data, info = bytearray(path.read_bytes()), header.tensors[name]
+    data[info.start:info.start + 2] = NAN["BF16"]
+    sums = json.loads(header.metadata[checksums.KEY])
+    body = np.frombuffer(bytes(data[info.start:info.stop]), np.uint8)
+    new = f"{checksums.checksum(body):08x}{checksums.checksum(body[-checksums.PAGE:]):08x}"
+    path.write_bytes(bytes(data).replace(sums[name].encode(), new.encode()))
+    assert "NaN or infinity" in refused(inspected, path, name)
+
+
 def test_a_checksum_is_what_its_description_says():
     """By Python's own numbers."""
     data = np.frombuffer(np.random.default_rng(0).bytes(3 * checksums.PAGE + 11), np.uint8)
