@@ -11,13 +11,13 @@ from types import MappingProxyType, SimpleNamespace
 import torch
 
 from ...cuda import block_ops
-from .family import NO_ENTRIES, FusedBlock
+from .family import FusedBlock
 
 PRE_ATTENTION = ("attn1_patch", "attn1_output_patch")  # patches that see q and k before RoPE, or expect the host's own order
 
 
 def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None,
-                 transformer_options=NO_ENTRIES):
+                 transformer_options=None):
     """img (B, Li, K), txt (B, Lt, K) -> (img, txt). vec: (B, K), or the modulations themselves; pe: as in block_ops. host:
     fused_blocks.Host."""
     norms = block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2
@@ -34,7 +34,7 @@ def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims
         streams.append((qkv, *_norm_weights(attn.norm)))
     q, k, v = block_ops.qk_norm_rope(streams, pe, block.num_heads, 3, host.norm_eps(block.img_attn.norm.query_norm, img))
     del streams, qkv
-    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options)
+    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options or {})
     del q, k, v
     attn = attn.to(img.dtype)
     txt_attn, img_attn = _output(block.txt_attn.proj, attn[:, :tokens]), _output(block.img_attn.proj, attn[:, tokens:])
@@ -45,7 +45,7 @@ def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims
     return img, block_ops.gated_residual(txt, _output(block.txt_mlp, txt_in), txt_mod2.gate)
 
 
-def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=NO_ENTRIES):
+def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=None):
     """x (B, L, K) -> (B, L, K); the rest as in double_block."""
     if (modulation_dims is not None or getattr(block, "yak_mlp", False)
             or not _takes(block, host, (block.pre_norm,), (block.norm,), (x,), pe, transformer_options)):
@@ -63,7 +63,7 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
     q, k, *v = block_ops.qk_norm_rope([(joint, *_norm_weights(block.norm))], pe, block.num_heads, parts,
                                       host.norm_eps(block.norm.query_norm, x))
     v = v[0] if v else value.unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
-    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options)
+    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options or {})
     del q, k, v
     if in_place and attn.shape == value.shape:
         # Attention's output takes the place of v, which nobody reads any more: [attention | mlp] then lies in linear1's output as linear2
@@ -90,7 +90,7 @@ def _copy(source, target):
 
 def _takes(block, host, norms, head_norms, states, pe, transformer_options):
     """Whether the fused passes compute this call: on these tensors, and with nothing of the host's or the user's on what they replace."""
-    x, patches = states[0], (transformer_options or NO_ENTRIES).get("patches") or NO_ENTRIES
+    x, patches = states[0], (transformer_options or {}).get("patches") or {}
     return (host.takes(block, states, pe) and not any(name in patches for name in PRE_ATTENTION)
             and all(host.untouched(norm, "LayerNorm") and norm.weight is None and norm.eps == norms[0].eps for norm in norms)
             and all(host.untouched(norm, "QKNorm") and host.untouched(norm.query_norm, "RMSNorm")
