@@ -24,7 +24,7 @@ def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims
     if (modulation_dims_img is not None or modulation_dims_txt is not None or getattr(block, "flipped_img_txt", False)
             or not _takes(block, host, norms, (block.img_attn.norm, block.txt_attn.norm), (img, txt), pe, transformer_options)):
         return NotImplemented
-    (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (block.img_mod(vec), block.txt_mod(vec)) if block.modulation else vec
+    (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (block.img_mod(vec), block.txt_mod(vec)) if modulates(block) else vec
     if not _one_vector(img, img_mod1, img_mod2, txt_mod1, txt_mod2):
         return NotImplemented
     eps, tokens = norms[0].eps, txt.shape[1]
@@ -50,7 +50,7 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
     if (modulation_dims is not None or getattr(block, "yak_mlp", False)
             or not _takes(block, host, (block.pre_norm,), (block.norm,), (x,), pe, transformer_options)):
         return NotImplemented
-    mod = block.modulation(vec)[0] if block.modulation else vec
+    mod = block.modulation(vec)[0] if modulates(block) else vec
     if not _one_vector(x, mod):
         return NotImplemented
     joint, hidden = _output(block.linear1, block_ops.norm_modulate(x, mod.scale, mod.shift, block.pre_norm.eps)), block.hidden_size
@@ -73,6 +73,11 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
     else:
         joint = torch.cat((attn, activated), dim=2).to(x.dtype)
     return block_ops.gated_residual(x, _output(block.linear2, joint), mod.gate)
+
+
+def modulates(block):
+    """Whether a block has modulation layers of its own. ComfyUI's attribute is a bool, a module or None."""
+    return block.modulation is not None and block.modulation is not False  # torch.compile can't trace bool(module)
 
 
 def _output(module, x):
@@ -115,8 +120,8 @@ def _norm_weights(norm):
 def double_example(block, random):
     """(arguments of the class, arguments of a forward) with the sizes of `block` and few tokens. random(*shape): a tensor."""
     hidden, heads, text, image = block.hidden_size, block.num_heads, 3, 5
-    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "qkv_bias": True, "modulation": bool(block.modulation)}
-    vec = random(1, hidden) if block.modulation else tuple((_example_mod(hidden, random), _example_mod(hidden, random)) for _ in range(2))
+    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "qkv_bias": True, "modulation": modulates(block)}
+    vec = random(1, hidden) if made["modulation"] else tuple((_example_mod(hidden, random), _example_mod(hidden, random)) for _ in range(2))
     return made, {"img": random(1, image, hidden), "txt": random(1, text, hidden), "vec": vec,
                   "pe": _example_pe(text + image, hidden // heads, random)}
 
@@ -124,8 +129,8 @@ def double_example(block, random):
 def single_example(block, random):
     """As double_example."""
     hidden, heads, tokens = block.hidden_size, block.num_heads, 7
-    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "modulation": bool(block.modulation)}
-    vec = random(1, hidden) if block.modulation else _example_mod(hidden, random)
+    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "modulation": modulates(block)}
+    vec = random(1, hidden) if made["modulation"] else _example_mod(hidden, random)
     return made, {"x": random(1, tokens, hidden), "vec": vec, "pe": _example_pe(tokens, hidden // heads, random)}
 
 

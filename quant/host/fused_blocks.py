@@ -26,6 +26,7 @@ import comfy.ops
 import torch
 
 from ...cuda import block_ops
+from ..families.flux_blocks import modulates
 from ..layers.linear import replaced
 
 log = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ def takes(block, states, pe):
 
 def kind(block):
     """The arguments of agrees that blocks of one kind share: (class, hidden size, heads, whether they have modulation layers)."""
-    return type(block), block.hidden_size, block.num_heads, bool(block.modulation)
+    return type(block), block.hidden_size, block.num_heads, modulates(block)
 
 
 def untouched(module, kind):
