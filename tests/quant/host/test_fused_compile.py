@@ -44,8 +44,8 @@ def fresh(file):
     return plain_attention(loader.load_model(file, act_bits=8))
 
 
-def compiled(patcher, backend, keys=("diffusion_model",)):
-    set_torch_compile_wrapper(patcher, backend=backend, keys=list(keys), fullgraph=True)  # a break of the graph is an error
+def compiled(patcher, backend, keys=("diffusion_model",), options=None):
+    set_torch_compile_wrapper(patcher, backend=backend, keys=list(keys), options=options, fullgraph=True)  # a break is an error
     return patcher
 
 
@@ -106,6 +106,7 @@ def test_attention_that_somebody_replaces_is_traced(file, fused, monkeypatch, re
 @pytest.mark.gpu
 @pytest.mark.parametrize("keys", [("diffusion_model",), tuple(block_names())], ids=["whole", "blocks"])
 def test_inductors_code_has_the_eager_models_latents(file, keys):
+    """With the eager model's rounding: without it ComfyUI's embedding of the guidance, 1000 times a bfloat16 number, is another one."""
     eager = sample(fresh(file))
-    latent = sample(compiled(fresh(file), "inductor", keys))
-    assert relative_error(latent, eager) < 0.05, relative_error(latent, eager)
+    latent = sample(compiled(fresh(file), "inductor", keys, {"emulate_precision_casts": True}))
+    assert relative_error(latent, eager) < 0.02, f"relative error {relative_error(latent, eager):.2g}: more than bfloat16's rounding"
