@@ -5,6 +5,7 @@ import torch
 
 from ..layers.linear import SVDQuantLinear
 from ..layers.preparation import compute_in, prepare
+from . import find_nan, mapping
 from .fused_blocks import fuse
 from .model_family import family_of
 from .operations import Operations
@@ -38,7 +39,8 @@ def empty_model(model_config, specs, compute_dtype):
         swap(model.diffusion_model, name, spec)
     if specs:
         take_over_activations(family, model.diffusion_model)
-        if fuse(model.diffusion_model, family):
+        # A fused block runs several layers as one op, which hides the first one with a NaN.
+        if not find_nan.is_on() and fuse(model.diffusion_model, family):
             record_steps(model.diffusion_model)
     return model
 
@@ -135,6 +137,7 @@ def make_patcher(model, patcher_class):
     model.device = offload_device
     model.to(offload_device)
     prepare(model, device)
+    find_nan.watch(model.diffusion_model)
     patcher = patcher_class(model, device, offload_device)
     if patcher_class is SVDQuantModelPatcher:
         # Newer ComfyUI calls this to build the model again for another device. It does not read the file, which may have changed or may
@@ -146,6 +149,7 @@ def make_patcher(model, patcher_class):
 def copied(model, backup, disable_dynamic=False):
     """A patcher for a copy of a quantized model without its patches (patcher.unpatched). disable_dynamic: an argument of ComfyUI's, which
     changes nothing here, since these patchers are never dynamic."""
+    mapping.check(model)
     layers = packed_layers(model.diffusion_model)
     copy = empty_like(model, {name: layer.spec for name, layer in layers.items()}, model.get_dtype())
     for name, layer in layers.items():

@@ -2,11 +2,13 @@
 
 import hashlib
 
+import comfy.model_patcher
 import comfy.patcher_extension
 import torch
 
 from .. import families
 from ..layers.linear import PackedLinear
+from ..text import quoted
 from . import resume
 from .build import stored_config
 from .carried import check_carried
@@ -18,6 +20,8 @@ from .weights import effective_weight
 def check_model(patcher):
     """The Family of a 16-bit or 8-bit MODEL. Raises ValueError if the MODEL is of no known family, runs on another pack's classes, or is
     quantized."""
+    if not isinstance(patcher, comfy.model_patcher.ModelPatcher):
+        raise ValueError(f"The input model is {quoted(patcher)}, and not a MODEL; connect a node that loads a MODEL.")
     model, family = getattr(patcher.model, "diffusion_model", None), family_of(patcher.model)
     name = type(getattr(patcher.model, "model_config", patcher.model)).__name__
     if family is not None:

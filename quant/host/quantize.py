@@ -11,8 +11,9 @@ import torch
 from comfy.model_management import InterruptProcessingException
 
 from ..layers import layout
-from ..quantizer import calibration, pipeline, presets
+from ..quantizer import calibration, out_of_memory, pipeline, presets
 from ..quantizer.pace import Pace
+from ..text import quoted
 from . import build, checks, resume
 from .attachments import SOURCE
 from .calibrate import OUTSIDE, block_statistics, record_trajectory, sized
@@ -32,7 +33,7 @@ def layer_specs(family, diffusion_model, recipe, dtype):
                for name, layer in family.block_layers(block_name, block).items()} | family.outer_layers(diffusion_model)
     for pattern in (*recipe.keep, *(pattern for pattern, _ in recipe.ranks)):
         if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ValueError(f"No layer is called {pattern!r}; layers are called like {next(iter(linears))}, and * stands "
+            raise ValueError(f"No layer is called {quoted(pattern)}; layers are called like {next(iter(linears))}, and * stands "
                              "for any text.")
     quantized = {name: layer for name, layer in linears.items() if not recipe.keeps(name)}
     if not quantized:
@@ -85,7 +86,7 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
         progress.say(RESUMES if kept and kept.holds_anything() else "stopped")
         raise
     calibrated_on = {"prompts": len(conditioning), "steps": steps, "seed": seed} if calibrated else {"prompts": 0}
-    metadata = recipe.as_dict() | {"calibration": calibrated_on, "notes": memory.notes, "layers": [asdict(record) for record in records]}
+    metadata = recipe.as_dict() | {"calibration": calibrated_on, "notes": memory.notes, "layers": [_stored(record) for record in records]}
     specs = {name: spec for name, spec in specs.items() if f"{name}.weight" in packed}
     quantized = _quantized_model(family, patcher, specs, packed, config, metadata)
     if kept:
@@ -206,17 +207,25 @@ def _attempt(patcher, name, memory, run):
     for target in (device, torch.device("cpu")) if memory.level else (device, device, torch.device("cpu")):
         try:
             return run(target)
-        except RuntimeError as error:
-            if not calibration.is_out_of_memory(error):
+        except out_of_memory.ERRORS as error:
+            if not (out_of_memory.on_device(error) or out_of_memory.on_host(error)):
                 raise
-            failure = str(error)
+            failure = calibration.first_line(error)
+            if out_of_memory.on_host(error):
+                break
         # Outside the except clause the exception is released, and with it the tensors that its frames held.
         if memory.level == 0:
             memory.step_down(name)
         else:
             calibration.empty_cache(device)
             memory.say(f"The GPU has no room for {name}: the CPU quantizes it, which takes longer.")
-    raise MemoryError(f"There is not enough memory to quantize {name}: {failure}")
+    raise MemoryError(f"There is not enough memory to quantize {name} ({failure}); close other programs and models, or keep "
+                      "the layer in 16 bits with the input exceptions.")
+
+
+def _stored(record):
+    """A LayerRecord as the file holds it: without the time that it took, so that equal quantizations give equal files."""
+    return {key: value for key, value in asdict(record).items() if key != "seconds"}
 
 
 def _quantized_model(family, patcher, specs, packed, config, recipe):

@@ -9,10 +9,11 @@ on how a ComfyUI version writes it.
 import functools
 import itertools
 import logging
-import re
 from contextlib import contextmanager, nullcontext
 
 import torch
+
+from . import out_of_memory
 
 SAMPLE_TOKENS = 1024  # inputs kept for each layer, evenly spaced over all the calls
 # Tokens for each input channel that go into a Gram matrix. Fewer than 2 are too few for GPTQ; more than 4 change little.
@@ -21,8 +22,6 @@ STRIPE = 2048  # rows of a Gram matrix that are updated at a time
 
 # Errors of the device itself, as opposed to an operation that PyTorch lacks. Older PyTorch has no AcceleratorError.
 DEVICE_FAULTS = (torch.OutOfMemoryError, *([torch.AcceleratorError] if hasattr(torch, "AcceleratorError") else []))
-# PyTorch has no exception type for the errors of CUDA's libraries, such as cuBLAS: it raises RuntimeError with the status name in it.
-LIBRARY_OUT_OF_MEMORY = re.compile(r"\bCU[A-Z]+_STATUS_ALLOC_FAILED\b")
 
 log = logging.getLogger(__name__)
 
@@ -145,12 +144,16 @@ class Memory:
         return self.device if self.level < len(self.STEPS) else torch.device("cpu")
 
     def attempt(self, what, run):
-        """Return run(). Each time it runs out of memory, step down and call it again. Other errors of run pass through."""
+        """Return run(). Each time the device runs out of memory, step down and call it again. Raises MemoryError if host memory is used up;
+        other errors of run pass through."""
         while True:
             try:
                 return run()
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or self.level == len(self.STEPS):
+            except out_of_memory.ERRORS as error:
+                if out_of_memory.on_host(error):
+                    raise MemoryError(f"The computer has too little memory for {what} ({first_line(error)}); close other programs and "
+                                      "models, or calibrate on fewer prompts and steps.") from error
+                if not out_of_memory.on_device(error) or self.level == len(self.STEPS):
                     raise
             # Outside the except clause the exception is released, and with it the tensors that its frames held.
             self.step_down(what)
@@ -166,9 +169,9 @@ class Memory:
         self.notes.append(note)
 
 
-def is_out_of_memory(error):
-    """Whether a RuntimeError means that a device is out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or LIBRARY_OUT_OF_MEMORY.search(str(error)) is not None
+def first_line(error):
+    """The first line of an error's message, without the advice and traces of libraries that follow it; its type if there is none."""
+    return next(iter(str(error).splitlines()), "")[:200].rstrip(". ") or type(error).__name__
 
 
 def empty_cache(device):
