@@ -46,7 +46,11 @@ def fuse(diffusion_model, family):
     for blocks in family.blocks:
         for block in getattr(diffusion_model, blocks.name):
             block.__class__ = fused_class(type(block), family.fused) or type(block)
-            fused = fused and isinstance(block, _Fused)
+            if isinstance(block, _Fused):
+                for name in block.declared.gated:
+                    block.get_submodule(name).gated = True
+            else:
+                fused = False
     return fused
 
 

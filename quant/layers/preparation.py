@@ -68,7 +68,7 @@ def warm_up(model, device, dtype, tokens, others=()):
                 gelu_from = None if branch.terms or branch.gain is not None else gelu_from
                 lora = branch.lora if branch.gain is None else NO_LORA
             layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
-                        computed(module.spec), gelu_from, lora) for m in tokens]
+                        computed(module.spec), gelu_from, lora, gated) for m in tokens for gated in (False, True)[:1 + module.gated]]
         elif isinstance(module, AWQLinear):
             layers.append((1, module.out_features, module.in_features, 0, module.in_features, W4A16, computed(module.spec)))
     together = [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)]
