@@ -26,7 +26,7 @@ import comfy.ops
 import torch
 
 from ...cuda import block_ops
-from ..layers.linear import replaced
+from ..layers.linear import PackedLinear, replaced
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,12 @@ def fuse(diffusion_model, family):
     for blocks in family.blocks:
         for block in getattr(diffusion_model, blocks.name):
             block.__class__ = fused_class(type(block), family.fused) or type(block)
-            if isinstance(block, _Fused):
-                for name in block.declared.gated:
-                    block.get_submodule(name).gated = True
-            else:
+            if not isinstance(block, _Fused):
                 fused = False
+                continue
+            for name, module in block.named_modules():
+                if name in block.declared.gated and isinstance(module, PackedLinear):
+                    module.gated = True
     return fused
 
 
