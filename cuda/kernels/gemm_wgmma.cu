@@ -171,8 +171,8 @@ DEVICE void consume(const TensorMap* y, const Residual& residual, u32 shared, co
   u32 factors = shared + FACTORS, sums_parity = 0, residual_parity = 0;
   if (GATED && thread == 0) wait_for_previous_grid();
   for (Tile tile(p); tile.exists(p); tile.next(p)) {
-    const int m0 = tile.m0(), n0 = tile.n0(cta);
-    const ResidualPart part{residual.map, n0 + warpgroup * 64, m0 + (int)half * OUT, store, {barriers.residual[warpgroup * SLICES].address}};
+    const ResidualPart part{residual.map, tile.n0(cta) + warpgroup * 64, tile.m0() + (int)half * OUT, store,
+                            {barriers.residual[warpgroup * SLICES].address}};
     if (GATED && thread == 0) part.begin();
     barriers.full[position.stage].wait(position.parity);
     store_shared4(inverse, __float_as_uint(inverse_or_zero(load_shared_float(factors + ROW_SCALE + row * 4))));
@@ -191,6 +191,7 @@ DEVICE void consume(const TensorMap* y, const Residual& residual, u32 shared, co
       sums_parity ^= 1;
     }
 
+    const int m0 = tile.m0(), n0 = tile.n0(cta);
     u32 rows = factors;
     asm volatile("" : "+r"(rows));  // computes the address again, since keeping it would cost a register
     rows += ROW_SCALE + row * 4;
