@@ -195,9 +195,11 @@ def _gemm_test(kernels, layer, lora, device):
     if not kernels.wgmma:
         return _mma_test(kernels.storage, kernels.tile, targets.for_device(device), layer.dtype, device, gelu, lora)
     lora = LORA if gemm_wgmma.takes_lora(kernels.rank, layer.lora) else NO_LORA
-    return Test(Kind(gemm_wgmma.SOURCE, kernels.storage),
-                (gemm_wgmma.SOURCE, gemm_wgmma.defines_of(kernels.tile, layer.dtype, gelu, bool(lora.ranks))),
-                functools.partial(problems.wgmma_is_right, kernels.tile, layer.dtype, device, gelu, lora),
+    gated = layer.gated and kernels.whole
+    return Test(Kind(gemm_wgmma.SOURCE, kernels.storage, gated=gated),
+                (gemm_wgmma.SOURCE, gemm_wgmma.defines_of(kernels.tile, layer.dtype, gelu, bool(lora.ranks), gated)),
+                functools.partial(problems.wgmma_is_right, kernels.tile, layer.dtype, device, gelu, lora, gated),
+                "residuals are added in a pass of their own, which is slower" if gated else
                 f"{gemm_mma.SOURCE} computes the 8-bit layers, which is slower")
 
 

@@ -299,11 +299,17 @@ def mma_is_right(storage, tile, dtype, device, gelu, lora):
                              lambda y, q, operands: gemm_mma.launch(y, storage, tile, q, operands))
 
 
-def wgmma_is_right(tile, dtype, device, gelu, lora):
+def wgmma_is_right(tile, dtype, device, gelu, lora, gated=False):
     """A border between two blocks, or one part where two CTAs share K."""
-    case = _product(CodeStorage.INT8, 5 * BLOCK if tile[2] == 1 else INPUTS, dtype, lora)
+    case, added = _product(CodeStorage.INT8, 5 * BLOCK if tile[2] == 1 else INPUTS, dtype, lora), ()
+    if gated:
+        normal, uniform, _ = _random(tile[0] * tile[1])  # no other tile's results lie in memory
+        residual, gate = normal(*case.exact.shape).to(dtype), (2 * uniform(case.exact.shape[1]) - 1).to(dtype)
+        sums = gate.double().abs() * (case.sums + case.exact.abs() * rounding(dtype))  # the layer's own output is rounded too
+        case = case._replace(exact=residual.double() + gate.double() * case.exact, sums=sums + residual.double().abs() * SUMS)
+        added = residual.to(device), gate.to(device)
     return _product_is_right(case, dtype, device, 64 if gelu else None,
-                             lambda y, q, operands: gemm_wgmma.gemm(tile, q, operands, TOKENS, out=y))
+                             lambda y, q, operands: gemm_wgmma.gemm(tile, q, operands, TOKENS, y, *added))
 
 
 # --- The other kernels -----------------------------------------------------------------------------------------------

@@ -11,10 +11,9 @@
 //     piece       0       0      ..      0    |     1     ..
 //
 // -D: HALF as in common.cuh;  RESIDUAL, NORM 0 or 1, at least one of them 1;  TEAM 1..32 warps of a token;  PIECES 1..3
-#include "common.cuh"
+#include "residual.cuh"
 
 constexpr int WARPS = TEAM == 1 ? 8 : TEAM;  // warps of a CTA
-
 
 DEVICE void unpack(float (&f)[8], uint4 v) {
   const u32 words[4] = {v.x, v.y, v.z, v.w};
@@ -48,22 +47,10 @@ DEVICE float team_sum(float v, int slot) {
   return v;
 }
 
-// An fp16 model limits its hidden states to fp16's range, as ComfyUI's blocks do: NaN becomes 0, and Inf the largest number.
-DEVICE float in_range(float f) {
-#if HALF
-  return f == f ? fminf(fmaxf(f, -65504.f), 65504.f) : 0.f;
-#else
-  return f;
-#endif
-}
-
 // z of one piece, rounded to 16 bits: the mean and the deviation are those of the numbers that the model keeps.
 DEVICE uint4 add_gated(uint4 x, uint4 y, uint4 gate) {
-  float a[8], b[8], g[8];
-  unpack(a, x), unpack(b, y), unpack(g, gate);
-#pragma unroll
-  for (int i = 0; i < 8; i++) a[i] = in_range(fmaf(g[i], b[i], a[i]));
-  return pack(a);
+  return make_uint4(add_gated(x.x, y.x, low_float(gate.x), high_float(gate.x)), add_gated(x.y, y.y, low_float(gate.y), high_float(gate.y)),
+                    add_gated(x.z, y.z, low_float(gate.z), high_float(gate.z)), add_gated(x.w, y.w, low_float(gate.w), high_float(gate.w)));
 }
 
 DEVICE uint4 modulated(uint4 z, uint4 scale, uint4 shift, float mean, float inverse) {

@@ -111,13 +111,15 @@ class FusedBlock:
     forward(block, host, arguments of the class's forward) -> its result, or NotImplemented for a call that it doesn't take; host:
     host/fused_blocks.Host. example(block, random) -> (arguments of the class, arguments of a forward, its states first), for a numerical
     comparison with the class's own forward. functions: names of functions of the class's module, besides its attention, that the forward
-    replaces or relies on; sources: digests of the host's source (host/fused_blocks.digest) for which the forward was written.
+    replaces or relies on; sources: digests of the host's source (host/fused_blocks.digest) for which the forward was written; gated: names
+    of the block's packed layers whose output the forward has added to the states (PackedLinear.add_gated).
     """
 
     forward: Callable
     example: Callable
     functions: tuple
     sources: frozenset
+    gated: tuple = ()
 
 
 @dataclass(frozen=True)

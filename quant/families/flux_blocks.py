@@ -37,12 +37,11 @@ def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims
     attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options or {})
     del q, k, v
     attn = attn.to(img.dtype)
-    txt_attn, img_attn = _output(block.txt_attn.proj, attn[:, :tokens]), _output(block.img_attn.proj, attn[:, tokens:])
+    img, img_in = _added_and_norm(block.img_attn.proj, attn[:, tokens:], img, img_mod1, img_mod2, eps)
+    txt, txt_in = _added_and_norm(block.txt_attn.proj, attn[:, :tokens], txt, txt_mod1, txt_mod2, eps)
     del attn
-    img, img_in = block_ops.gated_residual_norm(img, img_attn, img_mod1.gate, img_mod2.scale, img_mod2.shift, eps)
-    img = block_ops.gated_residual(img, _output(block.img_mlp, img_in), img_mod2.gate)
-    txt, txt_in = block_ops.gated_residual_norm(txt, txt_attn, txt_mod1.gate, txt_mod2.scale, txt_mod2.shift, eps)
-    return img, block_ops.gated_residual(txt, _output(block.txt_mlp, txt_in), txt_mod2.gate)
+    img, txt = _added(block.img_mlp, img_in, img, img_mod2), _added(block.txt_mlp, txt_in, txt, txt_mod2)
+    return img, txt
 
 
 def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=None):
@@ -72,7 +71,7 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
         joint = joint[..., 2 * hidden:]
     else:
         joint = torch.cat((attn, activated), dim=2).to(x.dtype)
-    return block_ops.gated_residual(x, _output(block.linear2, joint), mod.gate)
+    return _added(block.linear2, joint, x, mod)
 
 
 def modulates(block):
@@ -84,6 +83,20 @@ def _output(module, x):
     """The module's output in x's dtype, the only one that the kernels read beside x. A hook or another pack's layer may change it."""
     y = module(x)
     return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _added(module, x, residual, mod):
+    """residual + gate * the module's output, in one op if the module has it."""
+    z = module.add_gated(x, residual, mod.gate) if hasattr(module, "add_gated") else None
+    return block_ops.gated_residual(residual, _output(module, x), mod.gate) if z is None else z
+
+
+def _added_and_norm(module, x, residual, mod, norm_mod, eps):
+    """(residual + gate * the module's output, its LayerNorm with the modulation norm_mod)"""
+    z = module.add_gated(x, residual, mod.gate) if hasattr(module, "add_gated") else None
+    if z is None:
+        return block_ops.gated_residual_norm(residual, _output(module, x), mod.gate, norm_mod.scale, norm_mod.shift, eps)
+    return z, block_ops.norm_modulate(z, norm_mod.scale, norm_mod.shift, eps)
 
 
 def _copy(source, target):
@@ -147,7 +160,8 @@ FUNCTIONS = ("apply_mod", "QKNorm.forward", "Modulation.forward")
 # The sources of ComfyUI 0.3.75 to 0.33, of November 2025 to August 2026.
 BLOCKS = MappingProxyType({
     "comfy.ldm.flux.layers.DoubleStreamBlock": FusedBlock(double_block, double_example, FUNCTIONS, frozenset((
-        "dd0f30fbb43582ee", "79d4282ac69ae88c", "0c1361d97a1b05bc", "236d51cf45814821", "7c84151b4e00b1f5"))),
+        "dd0f30fbb43582ee", "79d4282ac69ae88c", "0c1361d97a1b05bc", "236d51cf45814821", "7c84151b4e00b1f5")),
+        ("img_attn.proj", "txt_attn.proj", "img_mlp.2", "txt_mlp.2")),
     "comfy.ldm.flux.layers.SingleStreamBlock": FusedBlock(single_block, single_example, FUNCTIONS, frozenset((
-        "6a3c581479bef19b", "5c1256e41b2851f8", "674295f71104d490", "6a659d8c098406db", "b04521721798160b"))),
+        "6a3c581479bef19b", "5c1256e41b2851f8", "674295f71104d490", "6a659d8c098406db", "b04521721798160b")), ("linear2",)),
 })

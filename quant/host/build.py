@@ -46,7 +46,8 @@ def empty_model(model_config, specs, compute_dtype):
 
 
 def swap(diffusion_model, name, spec):
-    """Replace linear `name` by a packed layer. If it replaces a packed layer that has taken over a GELU, it applies that GELU too.
+    """Replace linear `name` by a packed layer. If it replaces a packed layer that has taken over a GELU, it applies that GELU too; `gated`
+    is the other's too.
     Raises ValueError unless both have the same features."""
     parent, _, child = name.rpartition(".")
     linear = diffusion_model.get_submodule(name)
@@ -54,7 +55,7 @@ def swap(diffusion_model, name, spec):
         raise ValueError(f"layer {name} is {spec.out_features} x {spec.in_features} where the model has "
                          f"{linear.out_features} x {linear.in_features}")
     packed = Operations.packed(spec)
-    packed.gelu_from = getattr(linear, "gelu_from", None)
+    packed.gelu_from, packed.gated = getattr(linear, "gelu_from", None), getattr(linear, "gated", False)
     setattr(diffusion_model.get_submodule(parent), child, packed)
 
 

@@ -27,7 +27,7 @@ import torch
 
 from ...cuda import block_ops
 from ..families.flux_blocks import modulates
-from ..layers.linear import replaced
+from ..layers.linear import PackedLinear, replaced
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,12 @@ def fuse(diffusion_model, family):
     for blocks in family.blocks:
         for block in getattr(diffusion_model, blocks.name):
             block.__class__ = fused_class(type(block), family.fused) or type(block)
-            fused = fused and isinstance(block, _Fused)
+            if not isinstance(block, _Fused):
+                fused = False
+                continue
+            for name, module in block.named_modules():
+                if name in block.declared.gated and isinstance(module, PackedLinear):
+                    module.gated = True
     return fused
 
 

@@ -107,6 +107,10 @@ def svdquant_cases():
                 for pair in gemm_wgmma.STAGES:
                     out = torch.full((m, n), torch.nan, dtype=there.dtype, device="cuda")
                     yield f"{name}, tile {pair}", gemm_wgmma.gemm(pair, q, operands, m, out), expected
+                    residual, gate = torch.randn(m, n).bfloat16(), torch.randn(n).bfloat16()
+                    out = torch.full((m, n), torch.nan, dtype=there.dtype, device="cuda")
+                    y = gemm_wgmma.gemm(pair, q, operands, m, out, residual.cuda(), gate.cuda())
+                    yield f"{name}, tile {pair}, gated", y, residual.double() + gate.double() * expected
 
 
 def awq_cases():

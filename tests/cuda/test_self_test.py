@@ -104,6 +104,19 @@ def test_kernels_with_a_lora_are_kernels_of_their_own(gpu):
     assert ops.chosen(layer()._replace(rank=160), GPU).wgmma and gpu.ran.count(GEMM_WGMMA) == 2
 
 
+def test_a_gated_layer_has_a_gemm_of_its_own(gpu, caplog):
+    """A wrong one leaves the layer to the GEMM without a gate, and to a pass of its own."""
+    gated = Kind(gemm_wgmma.SOURCE, INT8, gated=True)
+    kernels = ops.chosen(layer(), GPU)
+    assert ops.chosen(layer()._replace(gated=True), GPU) == kernels and gpu.ran == [REGISTERS, GEMM_WGMMA, gated]
+    compiler.cache_folder().rename(compiler.cache_folder().with_name("before"))
+    new_process(gpu)
+    gpu.wrong = {gated}
+    assert ops.chosen(layer()._replace(gated=True), GPU) == kernels._replace(whole=False) and ops.chosen(layer(), GPU) == kernels
+    assert gpu.ran == [REGISTERS, gated, GEMM_WGMMA]
+    assert "so that from now on residuals are added in a pass of their own, which is slower" in caplog.text
+
+
 @pytest.mark.parametrize("change", ["machine", "digest", "code"])
 def test_what_a_verdict_belongs_to(gpu, monkeypatch, change):
     """Another GPU or driver, another kernel or compiler, other code of this folder."""

@@ -64,6 +64,7 @@ def test_every_gemm_passes(dtype, gelu, lora):
             assert self_test_problems.mma_is_right(storage, tile, dtype, DEVICE, gelu, lora), (storage, tile)
     for tile in gemm_wgmma.STAGES if target.wgmma else ():
         assert self_test_problems.wgmma_is_right(tile, dtype, DEVICE, gelu, lora), tile
+        assert gelu or self_test_problems.wgmma_is_right(tile, dtype, DEVICE, gelu, lora, gated=True), tile
 
 
 @pytest.mark.parametrize("storage", CodeStorage)

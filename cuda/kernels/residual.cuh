@@ -1,0 +1,17 @@
+// The end of an attention or of an MLP: the states plus a gate times the update.
+#pragma once
+#include "common.cuh"
+
+// An fp16 model limits its hidden states to fp16's range, as ComfyUI's blocks do: NaN becomes 0, and Inf the largest number.
+DEVICE float in_range(float f) {
+#if HALF
+  return f == f ? fminf(fmaxf(f, -65504.f), 65504.f) : 0.f;
+#else
+  return f;
+#endif
+}
+
+// x + gate * y of a word's two numbers, with a gate for each, rounded to 16 bits.
+DEVICE u32 add_gated(u32 x, u32 y, float low_gate, float high_gate) {
+  return from_float2(in_range(fmaf(low_gate, low_float(y), low_float(x))), in_range(fmaf(high_gate, high_float(y), high_float(x))));
+}
