@@ -311,6 +311,10 @@ class Family:
         """The name of a model with this configuration, for users."""
         return self.variants(configuration) or self.title
 
+    def relative(self, configuration):
+        """The title of the relative on the same class that a host's configuration belongs to, or None."""
+        return next((title for feature, title in self.lacks.items() if configuration.get(feature)), None)
+
     @property
     def image_model(self):
         """The host's name of the family in a configuration."""

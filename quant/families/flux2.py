@@ -83,4 +83,5 @@ FAMILY = Family(
     tokens=(4096, 512, 4608),  # a 1024 x 1024 image, its text, both
     examples=("single_blocks.47.*", "*.linear2 = 128"),
     renamed=(NORMS,),
+    fused="flux_blocks",
 )

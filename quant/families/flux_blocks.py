@@ -1,4 +1,5 @@
-"""The forwards of FLUX's double and single stream blocks, with the elementwise work fused by cuda/block_ops.py. Chroma has them too.
+"""The forwards of FLUX's double and single stream blocks, with the elementwise work fused by cuda/block_ops.py. Chroma and FLUX.2 have them
+too.
 
 Each function computes what the forward of the host's class computes, whose source was read for every digest in BLOCKS: LayerNorm and
 modulation are one pass, RMSNorm, RoPE and the join of text and image are one, a gate and its residual (and the norm after it) are one.

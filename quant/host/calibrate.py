@@ -51,15 +51,15 @@ def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept
 
 
 def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done):
-    """Yield (block name, {layer: InputStats}) block by block, OUTSIDE last, for the first of the layers that read the same input
-    (Family.first_reader). The dict is empty without calls and for blocks in `done`.
+    """Yield (block name, {layer: InputStats}) block by block, OUTSIDE last if the family has layers there, for the first of the layers that
+    read the same input (Family.first_reader). The dict is empty without calls and for blocks in `done`.
 
     specs: {layer name: LayerSpec}; memory: calibration.Memory; packed: {tensor name: packed tensor}, which the caller fills between the
     blocks; done: names of the blocks that were quantized before.
     """
     model = patcher.model.diffusion_model
     blocks = family.running_blocks(model)
-    stages = [*blocks, (OUTSIDE, model)]
+    stages = [*blocks, *([(OUTSIDE, model)] if family.outer else [])]
     if not calls:
         yield from ((name, {}) for name, _ in stages)
         return

@@ -6,15 +6,17 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from comfy.model_management import InterruptProcessingException
 
+from ..families.family import Family
 from ..layers import layout
 from ..quantizer import calibration, out_of_memory, pipeline, presets
 from ..quantizer.pace import Pace
 from ..text import quoted
-from . import build, checks, resume
+from . import build, checks, discovery, resume
 from .attachments import SOURCE
 from .calibrate import OUTSIDE, block_statistics, record_trajectory, sized
 from .patcher import SVDQuantModelPatcher
@@ -67,20 +69,25 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
     weights = checks.check_weights(family, patcher, progress.check)
     calibrated = recipe.smooth == "search"
     presets.check_calibrated(recipe, conditioning is not None, latent is not None)
-    specs, misfits = layer_specs(family, patcher.model.diffusion_model, recipe, storage_dtype(patcher))
-    config = _configuration(family, patcher, specs)
-    progress.total(len(specs) + (len(conditioning) * steps if calibrated else 0))
+    if family is None:
+        discovery.check(patcher, calibrated)
+    plan = family and Plan.of(family, patcher, recipe)
+    count = len(plan.specs if plan else discovery.linears(patcher.model.diffusion_model))
+    progress.total(count + (len(conditioning) * steps if calibrated else 0))
     if calibrated:
         checks.check_conditioning(family, patcher, conditioning)
         checks.check_latent(patcher, latent)
     inputs = (conditioning, sized(patcher, latent), steps, seed) if calibrated else ()
     memory = calibration.Memory(patcher.load_device)
-    for note in misfits:
-        memory.say(note)
-    kept = _kept(patcher, folder, sum(spec.nbytes() for spec in specs.values()), weights, recipe.as_dict(), inputs)
+    kept = _kept(patcher, folder, plan.nbytes() if plan else patcher.model_size(), weights, recipe.as_dict(), inputs)
     try:
         with kept or nullcontext():
             calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept) if calibrated else []
+            if plan is None:
+                plan = _discovered(patcher, recipe, calls, progress, memory)
+            family, specs = plan.family, plan.specs
+            for note in plan.misfits:
+                memory.say(note)
             packed, records = _quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kept)
     except InterruptProcessingException:
         progress.say(RESUMES if kept and kept.holds_anything() else "stopped")
@@ -88,10 +95,38 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
     calibrated_on = {"prompts": len(conditioning), "steps": steps, "seed": seed} if calibrated else {"prompts": 0}
     metadata = recipe.as_dict() | {"calibration": calibrated_on, "notes": memory.notes, "layers": [_stored(record) for record in records]}
     specs = {name: spec for name, spec in specs.items() if f"{name}.weight" in packed}
-    quantized = _quantized_model(family, patcher, specs, packed, config, metadata)
+    quantized = _quantized_model(family, patcher, specs, packed, plan.config, metadata)
     if kept:
         kept.remove()
     return quantized, records
+
+
+class Plan(NamedTuple):
+    """What is to be quantized. specs: {layer name: LayerSpec}; misfits: sentences on layers that can't be packed; config: the host's
+    configuration of the quantized model."""
+
+    family: Family
+    specs: dict
+    misfits: list
+    config: dict
+
+    @classmethod
+    def of(cls, family, patcher, recipe):
+        specs, misfits = layer_specs(family, patcher.model.diffusion_model, recipe, storage_dtype(patcher))
+        return cls(family, specs, misfits, _configuration(family, patcher, specs))
+
+    def nbytes(self):
+        """Bytes of all packed tensors."""
+        return sum(spec.nbytes() for spec in self.specs.values())
+
+
+def _discovered(patcher, recipe, calls, progress, memory):
+    """The Plan of a MODEL of no declared family."""
+    progress.say("looking for the model's layers")
+    family, notes = discovery.discover(patcher, calls)
+    for note in notes:
+        memory.say(note)
+    return Plan.of(family, patcher, recipe)
 
 
 def _configuration(family, patcher, specs):
@@ -103,7 +138,7 @@ def _configuration(family, patcher, specs):
         config = family.configuration.of({family.stored_name(name): shape for name, shape in shapes.items()}, usual)
     except ValueError as error:
         raise ValueError(f"This MODEL {error}, so it can't be quantized; load an intact copy of the model.") from None
-    expected = build.empty_like(patcher.model, {}, compute_dtype(patcher), config).diffusion_model.state_dict()
+    expected = build.empty_like(patcher.model, {}, compute_dtype(patcher), config, family).diffusion_model.state_dict()
     for name in shapes:
         changed = shapes[name] != unpatched_shape(patcher, name)
         if changed and (name.removesuffix(".weight") in specs or name not in expected or expected[name].shape != shapes[name] or
@@ -230,7 +265,7 @@ def _stored(record):
 
 def _quantized_model(family, patcher, specs, packed, config, recipe):
     """A patcher around a new model with the packed layers; all its other parameters are the MODEL's weights in 16 bits."""
-    model = build.empty_like(patcher.model, specs, compute_dtype(patcher), config)
+    model = build.empty_like(patcher.model, specs, compute_dtype(patcher), config, family)
     dtype = storage_dtype(patcher)
     # Its parameters have the names of the MODEL's, so nothing is renamed on the way.
     rest = {name: effective_weight(patcher, name, patcher.offload_device).to(dtype)

@@ -181,9 +181,10 @@ def empty_cache(device):
 
 
 def to_device(value, device, copy=False):
-    """Move the tensors inside nested lists, tuples and dicts; leave other values unchanged. copy: also copy tensors on `device`."""
+    """Move the tensors inside nested lists, tuples and dicts; leave other values unchanged. copy: also copy tensors on `device`. Tensors on
+    the meta device stay there."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to(device, copy=copy)
+        return value if value.is_meta else value.detach().to(device, copy=copy)
     if isinstance(value, (list, tuple)):
         return type(value)(to_device(v, device, copy) for v in value)
     if isinstance(value, dict):
@@ -270,9 +271,19 @@ def _observed(layers, stats):
             hook.remove()
 
 
+def _filled(value, device):
+    """`value` with zeros on `device` in place of the tensors on the meta device."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value, device=device) if value.is_meta else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_filled(item, device) for item in value)
+    return {key: _filled(item, device) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def _replay(diffusion_model, call, memory, blocks, pass_through, index, states):
     """Run one recorded call up to block `index` and return this block's output, or None if the call does not run the block (some nodes skip
-    blocks). states: {name of an earlier block: its stored output}. The last block may be the model itself."""
+    blocks). states: {name of an earlier block: its stored output, on the meta device where nothing reads it any more}. The last block may
+    be the model itself."""
     reached = {}
 
     def stop(_module, _args, output):
@@ -281,7 +292,7 @@ def _replay(diffusion_model, call, memory, blocks, pass_through, index, states):
 
     def stored(name):
         # The model may change its input in place, and a second attempt after running out of memory needs the original, so it gets a copy.
-        return lambda *args, **kwargs: to_device(states[name], memory.device, copy=True)
+        return lambda *args, **kwargs: _filled(to_device(states[name], memory.device, copy=True), memory.device)
 
     replaced = [(block, stored(name) if name in states else pass_through(name)) for name, block in blocks[:index]]
     hook = blocks[index][1].register_forward_hook(stop)
@@ -301,6 +312,12 @@ def _unchanged(name, block):
     return nullcontext()
 
 
+def _still_read(states, read_later, keep_shapes):
+    """The stored outputs {block: output} that a later block reads. keep_shapes: also the others, as tensors on the meta device."""
+    found = {name: output for name, output in states.items() if name in read_later}
+    return {name: to_device(output, "meta") for name, output in states.items() if name not in found} | found if keep_shapes else found
+
+
 def in_a_row(blocks):
     """stream_blocks' sources of blocks each of which reads the output of the one before."""
     names = [name for name, _ in blocks]
@@ -313,7 +330,8 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
 
     calls: from recorded_calls, moved to the device here; memory: Memory; blocks: [(name, module)] in running order, and last the model
     itself if layers outside the blocks are calibrated too; layers_of(name, block): {name: linear}; pass_through(name): a forward that
-    returns a block's states unchanged (families.Family); loaded(name, block): a context in which the block can run; quantized(name,
+    returns a block's states unchanged (families.Family), for blocks whose outputs nothing reads any more; None to have them return zeros of
+    their outputs' shapes; loaded(name, block): a context in which the block can run; quantized(name,
     block): a context in which it runs in 4 bits, entered after the yield, so that its output there is the next block's input; None to
     use its 16-bit output; sources: {block name: names of the blocks whose outputs are its states} (families.Family.sources), None for
     in_a_row. A block's output is kept until the last block that reads it has run. A call that skips a block is left out from this block
@@ -339,7 +357,7 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
             stats.clear()
             _, outputs = memory.attempt(name, functools.partial(run, {}, quantized))
         read_later = {source for later, _ in blocks[index + 1:] for source in sources.get(later, ())}
-        whole = [(call, {source: output for source, output in (states | {name: output}).items() if source in read_later})
+        whole = [(call, _still_read(states | {name: output}, read_later, pass_through is None))
                  for call, states, output in zip(calls, memory.states, outputs) if output is not None]
         calls, memory.states[:] = map(list, zip(*whole))
         del outputs, whole

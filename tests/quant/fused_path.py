@@ -70,8 +70,8 @@ def prompt(tokens=12, seed=1, **extras):
     return [[torch.randn(1, tokens, CONTEXT, generator=g), {"pooled_output": torch.randn(1, POOLED, generator=g), **extras}]]
 
 
-def draw(patcher, positive=None, negative=None, cfg=1.0, steps=2, size=(8, 8), batch=1, mask=None):
-    latent = torch.zeros(batch, 16, *size)
+def draw(patcher, positive=None, negative=None, cfg=1.0, steps=2, size=(8, 8), batch=1, mask=None, channels=16):
+    latent = torch.zeros(batch, channels, *size)
     return comfy.sample.sample(patcher, comfy.sample.prepare_noise(latent, 5), steps, cfg, "euler", "simple", positive or prompt(),
                                negative or prompt(seed=2), latent, noise_mask=mask, disable_pbar=True, seed=5)
 

@@ -1,4 +1,4 @@
-"""Batches, sizes, layouts, dtypes, copies and Chroma, with fused forwards and with the host's: the same latents."""
+"""Batches, sizes, layouts, dtypes, copies, Chroma and FLUX.2, with fused forwards and with the host's: the same latents."""
 
 import copy
 
@@ -12,6 +12,7 @@ from comfyui_svdquant.quant.quantizer.metrics import relative_error
 from safetensors.torch import save_file
 
 from ..comfy_models import HIDDEN, quantized, save
+from ..family_cases import FLUX2
 from ..fused_path import BOUND, DTYPE, FUSED, Path, compared, draw, lora, options_of, other_attention, overridden, prompt, single
 from ..lora_tensors import LINEAR1, random
 from ..random_chroma import chroma_tensors
@@ -139,3 +140,33 @@ def test_chroma(monkeypatch, chroma_file, run):
     monkeypatch.setattr(fused_blocks, "_verdicts", {})
     model = loader.load_model(chroma_file, DTYPE)
     compared(Path(monkeypatch, model), model, monkeypatch, run, FUSED)
+
+
+# --- FLUX.2 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux2_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_file(FLUX2.tensors(depth_single=1), folder / "flux2.safetensors")
+    with torch.inference_mode():
+        return save(FLUX2.quantized(loader.load_model(str(folder / "flux2.safetensors")), "data-free")[0], folder / "4bit.safetensors")
+
+
+def edited(patcher, _):
+    """With a reference image, which goes into the block as more tokens of the image."""
+    return patcher, {"positive": prompt(reference_latents=[random(1, 128, 4, 4)])}
+
+
+@pytest.mark.parametrize("run", [lambda patcher, _: (patcher, {"batch": 2}), edited, overridden, lora],
+                         ids=["plain", "edit", "override", "lora"])
+def test_flux2(monkeypatch, flux2_file, run):
+    """Its modulations come from outside the blocks, and SwiGLU is in place of the GELU."""
+    monkeypatch.setattr(fused_blocks, "_verdicts", {})
+    model = loader.load_model(flux2_file, DTYPE)
+
+    def case(patcher, patch):
+        patched, options = run(patcher, patch)
+        return patched, {"channels": 128, "size": (6, 6)} | options
+
+    compared(Path(monkeypatch, model), model, monkeypatch, case, FUSED)
