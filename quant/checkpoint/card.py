@@ -31,5 +31,11 @@ def modelspec(path, architecture, source=None):
     title = source.get(SOURCE_TITLE) or os.path.splitext(os.path.basename(path))[0]
     return {f"{PREFIX}architecture": architecture} | source | {
         f"{PREFIX}sai_model_spec": "1.0.0", f"{PREFIX}title": title + SUFFIX,
-        f"{PREFIX}date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        f"{PREFIX}date": _now().strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def _now():
+    """The time of saving. SOURCE_DATE_EPOCH, in seconds, replaces it, so that a file can be made again byte for byte."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    return datetime.fromtimestamp(int(fixed), timezone.utc) if fixed else datetime.now(timezone.utc)

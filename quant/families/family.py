@@ -275,7 +275,8 @@ class Family:
     figures(configuration): the sizes that describe a model to users, as text; variants(configuration): the name of the published model
     with this configuration, or None.
     text_width: configuration key of the conditioning's width; pooled: whether the conditioning needs a pooled output; encoders: the text
-    encoders to name in a message. tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
+    encoders to name in a message; clip_type: the host's name of the kind of text encoder. cell: pixels a side of one element of the latent;
+    tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
     pattern with a rank; largest: (name, tokens, inputs, outputs) of the largest layers of a published model, on which a GPU is measured;
     renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads); fused: the module in this
     folder whose BLOCKS are {dotted name of a host's class: FusedBlock}, imported when a model is built; None if there is none.
@@ -293,6 +294,7 @@ class Family:
     text_width: str
     pooled: bool
     encoders: str
+    clip_type: str
     tokens: tuple
     examples: tuple
     largest: tuple = ()
@@ -304,6 +306,7 @@ class Family:
     nunchaku: Nunchaku | None = None
     variants: Callable[[dict], str | None] = lambda configuration: None
     fused: str | None = None
+    cell: int = 8
 
     def variant(self, configuration):
         """The name of a model with this configuration, for users."""

@@ -242,6 +242,7 @@ FAMILY = Family(
     text_width="context_in_dim",
     pooled=True,
     encoders="clip_l and t5xxl",
+    clip_type="FLUX",
     tokens=(4096, 512, 4608),  # a 1024 x 1024 image, its text, both
     examples=("single_blocks.37.*", "*.linear2 = 128"),
     largest=(("double_blocks.0.img_attn.qkv", 4096, 3072, 9216), ("double_blocks.0.img_mlp.2", 4096, 12288, 3072),

@@ -5,6 +5,11 @@ import io
 import math
 import os
 import pickle
+import signal
+import socket
+import sys
+import threading
+import time
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +18,8 @@ import torch.distributed as dist
 from .alone import Alone, Lost
 
 TIMEOUT = datetime.timedelta(hours=2)  # a process waits this long for one that is busy; one that has ended is noticed at once
+GRACE = 3  # seconds that a process has to end on its own once torchrun tells it to
+TOLD = "This process stops, since torchrun ends the run: another process has ended, whose message says why, or it was interrupted."
 ALIGNMENT = 16  # bytes: a tensor may be viewed in its dtype only at a multiple of its element's size
 
 
@@ -145,6 +152,27 @@ def own_gpu():
     else:
         raise ValueError(f"CUDA_VISIBLE_DEVICES names {len(visible)} GPUs, and torchrun starts more processes than that; give "
                          f"--nproc-per-node {len(visible)}.")
+
+
+def end_when_told():
+    """End this process soon after torchrun's SIGTERM, also where it waits for one that is gone: Python's own handler waits as long as
+    NCCL does."""
+    def stop(*_):
+        raise Lost(TOLD)
+
+    def watch():
+        while receiver.recv(1) != bytes([signal.SIGTERM]):
+            pass
+        time.sleep(GRACE)
+        print(TOLD, file=sys.stderr, flush=True)
+        os._exit(1)
+
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    end_when_told.kept = sender  # the socket closes when it is collected
+    signal.signal(signal.SIGTERM, stop)
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
