@@ -6,34 +6,14 @@
 import importlib
 import os
 import sys
-from pathlib import Path
 
 from convert import PACK, modules, unreadable
-
-ROOT = Path(__file__).resolve().parent
-BESIDE = ROOT.parents[1]  # ComfyUI's folder, if this pack is in its custom_nodes
-
-
-def enter_comfyui(folder, options):
-    """Make `import comfy` and `import folder_paths` work, with ComfyUI's own options. Ends the program if there is no ComfyUI."""
-    found = next((path for path in (folder, os.environ.get("COMFYUI_PATH"), BESIDE) if path), None)
-    if not (Path(found) / "comfy" / "sd.py").is_file():
-        sys.exit(f"quantize: {found} is not ComfyUI's folder, which has a comfy/sd.py; name it with --comfyui, or in COMFYUI_PATH.")
-    # This pack's folders nodes and cuda would hide ComfyUI's module and CuPy's package.
-    sys.path[:] = [str(found), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    arguments, sys.argv = sys.argv, ["main.py", *options]
-    try:
-        import comfy.cli_args  # reads sys.argv, once
-    finally:
-        sys.argv = arguments
 
 
 def main():
     own, _, theirs = (list(part) for part in _partition(sys.argv[1:], "--"))
-    options_module, header, ranks = modules("quantize", "quant.batch.options", "quant.checkpoint.header", "quant.parallel.alone")
+    options_module, header, ranks, entry = modules("quantize", "quant.batch.options", "quant.checkpoint.header", "quant.parallel.alone",
+                                                   "quant.parallel.entry")
     options = options_module.parsed(own)
     if options.jobs:
         [jobs] = modules("quantize", "quant.batch.jobs")
@@ -46,7 +26,7 @@ def main():
             [shared] = modules("quantize", "quant.parallel.ranks")
             shared.own_gpu()
             shared.end_when_told()
-        enter_comfyui(options.comfyui, theirs + ([] if torch.cuda.is_available() or "--cpu" in theirs else ["--cpu"]))
+        entry.enter_comfyui("quantize", options.comfyui, theirs + ([] if torch.cuda.is_available() or "--cpu" in theirs else ["--cpu"]))
         _run(options, shared if several else None)
     except (header.CheckpointError, OSError, ValueError, MemoryError, ranks.Lost) as error:
         _end(f"quantize: {unreadable(options.source, error) if isinstance(error, OSError) else error}", 1, several)

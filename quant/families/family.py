@@ -86,7 +86,9 @@ class BlockList:
     arguments that a block updates and returns; returned: the same names in the order in which it returns them, if that is another one;
     after: names of the lists whose last blocks' outputs the first block of this list reads; None for the list before it; shares_input:
     groups of layers that read the same tensor, such as q, k and v, which get one smoothing factor; mlps: names of the (linear, GELU,
-    linear) Sequentials in a block that can run as one op.
+    linear) Sequentials in a block that can run as one op; sequence: the states in the order in which attention joins their tokens, for
+    blocks whose tokens can be divided among GPUs: only attention, through the host's function, mixes them, and the position embedding is
+    the argument pe, (B, 1, L, ...).
     """
 
     name: str
@@ -96,6 +98,7 @@ class BlockList:
     after: tuple | None = None
     shares_input: tuple = ()
     mlps: tuple = ()
+    sequence: tuple = ()
 
     def pass_through(self, *args, **kwargs):
         """A block's forward that returns its states unchanged: one value, or a tuple of several."""

@@ -43,11 +43,11 @@ SINGLE_LINEARS = {
 
 
 def double_blocks(layers, mlps=("img_mlp", "txt_mlp")):
-    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), mlps=mlps)
+    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), mlps=mlps, sequence=("txt", "img"))
 
 
 def single_blocks(layers):
-    return BlockList("single_blocks", MappingProxyType(layers), ("x",))
+    return BlockList("single_blocks", MappingProxyType(layers), ("x",), sequence=("x",))
 
 
 def depth_of(shapes, blocks):
