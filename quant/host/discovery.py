@@ -39,9 +39,12 @@ def title(patcher):
     return near and near.relative(config.unet_config) or type(config).__name__
 
 
-def check(patcher, calibrated):
-    """Raise ValueError unless a MODEL of no declared family can be quantized: its layers are found by calibration, and its file is loaded
-    through the host's own detection."""
+def check(patcher, calibrated, ranks):
+    """Raise ValueError unless a MODEL of no declared family can be quantized: its layers are found by calibration, in one process, and its
+    file is loaded through the host's own detection."""
+    if ranks.size > 1:
+        raise ValueError(f"This MODEL is {title(patcher)}, none of the families whose layers SVDQuant knows ({families.TITLES}); one "
+                         "process has to find its layers, so quantize it without torchrun.")
     if not calibrated:
         raise ValueError(f"This MODEL is {title(patcher)}, none of the families whose layers SVDQuant knows ({families.TITLES}); its "
                          "layers are found by calibration, so choose the preset best, slow or fast.")
