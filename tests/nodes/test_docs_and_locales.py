@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ LOCALES = ROOT / "locales"
 LANGUAGES = ("de", "es", "fr", "ja", "ko", "ru", "zh", "zh-TW")  # beside English, whose texts are the schemas'
 SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA()
            for node in asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())}
-PAGES = {f"{node}-{locale}": (SCHEMAS[node], DOCS / node / f"{locale}.md") for node in SCHEMAS for locale in ("en", "zh")}
+PAGES = {f"{node}-{locale}": (SCHEMAS[node], DOCS / node / f"{locale}.md") for node in SCHEMAS for locale in ("en", *LANGUAGES)}
+TRANSLATED = {name: (DOCS / schema.node_id / "en.md", page) for name, (schema, page) in PAGES.items() if page.stem != "en"}
 # The text of all sources, with the parts of a sentence joined and {} for every value in it.
 CODE = re.sub(r"\{[^{}]*\}", "{}", " ".join(
     re.sub(r'["\']\s*\n\s*f?["\']', "", path.read_text(encoding="utf-8"))
@@ -30,7 +32,7 @@ def read(path: Path):
 def test_a_help_page_explains_every_input_output_and_choice(schema, page):
     text = page.read_text(encoding="utf-8")
     names = [entry.id for entry in schema.inputs] + [output.display_name for output in schema.outputs]
-    assert [name for name in names if not re.search(rf"\*\*{name}\*\*|（{name}[，）]", text)] == []
+    assert [name for name in names if not re.search(rf"\*\*{name}\*\*|[(（]{name}[,，)）]", text)] == []
     choices = [option for entry in schema.inputs for option in getattr(entry, "options", None) or []
                if entry.id not in ("model_name", "sampler_name", "scheduler")]
     assert [choice for choice in choices if f"`{choice}`" not in text] == []
@@ -41,7 +43,41 @@ def test_a_help_page_gives_the_right_defaults(schema, page):
     text = page.read_text(encoding="utf-8")
     for entry in schema.inputs:
         if isinstance(getattr(entry, "default", None), (int, float)) and not isinstance(entry.default, bool):
-            assert entry.id.startswith("seconds_") or re.search(rf"{entry.id}(\*\* \(|，){entry.default}[)）]", text), entry.id
+            assert entry.id.startswith("seconds_") or re.search(rf"{entry.id}(\*\* \(|, |，){entry.default}[)）]", text), entry.id
+
+
+def lines(text: str) -> list[str]:
+    """The kind of each of a page's lines: heading, item, item within an item, row of a table, text, or nothing."""
+    return [re.match(r"#+ |- |  - |\||", line)[0] or ("text" if line.strip() else "") for line in text.splitlines()]
+
+
+def tables(text: str) -> list[list[str]]:
+    """The rows of a page's tables without their heads, which are translated."""
+    return [re.findall(r"^\|.*\|$", block, re.MULTILINE)[1:] for block in text.split("\n\n") if block.startswith("|")]
+
+
+@pytest.mark.parametrize(("english", "page"), TRANSLATED.values(), ids=TRANSLATED)
+def test_a_translated_help_page_says_what_the_english_one_says(english, page):
+    """As far as a program sees it: the same paragraphs, items and tables, the same values and commands, no number missing."""
+    original, text = (path.read_text(encoding="utf-8") for path in (english, page))
+    assert lines(text) == lines(original)
+    assert tables(text) == tables(original)
+    assert Counter(re.findall("`[^`]+`", text)) == Counter(re.findall("`[^`]+`", original))
+    numbers, expected = (Counter(re.findall(r"\d+(?:\.\d+)*", words.replace(",", "."))) for words in (text, original))
+    assert not expected - numbers
+
+
+@pytest.mark.parametrize(("english", "page"), TRANSLATED.values(), ids=TRANSLATED)
+def test_a_translated_help_page_calls_nodes_and_inputs_as_the_page_does(english, page):
+    """With their names of locales/, since those stand on the nodes."""
+    translated = read(LOCALES / page.stem / "nodeDefs.json")
+    entry, text = translated[page.parent.name], page.read_text(encoding="utf-8")
+    schema = SCHEMAS[page.parent.name]
+    for port, words in [*zip(schema.inputs, entry["inputs"].values()), *zip(schema.outputs, entry["outputs"].values())]:
+        name = port.display_name or port.id
+        assert re.search(rf"\*\*{re.escape(words['name'])}\*\*( ?[(（]{name}[,，)）]|[ :：])", text), words["name"]
+    prose = re.sub(r"`[^`]+`|^- \*\*(?:[^*]|\*(?!\*))+\*\* ?[:：]", "", text, flags=re.MULTILINE)
+    assert [schema.display_name for schema in SCHEMAS.values() if schema.display_name in prose] == []
 
 
 @pytest.mark.parametrize("node", SCHEMAS)
@@ -110,7 +146,7 @@ def test_every_locale_names_the_menu_category(locale):
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_messages_that_a_page_explains_are_in_the_code(page):
     _, last = page.read_text(encoding="utf-8").rsplit("\n## ", 1)
-    rows = re.findall(r"^- \*\*(.+?)\*\*[:：]", last, re.MULTILINE)
+    rows = re.findall(r"^- \*\*(.+?)\*\* ?[:：]", last, re.MULTILINE)
     assert rows
     parts = [part.strip() for row in rows for part in re.split(r"…|, |、| 等", row) if part.strip()]
     flat = CODE.replace("{}", " ")
