@@ -17,7 +17,7 @@ def test_a_layer_without_memory_is_named(monkeypatch, error, tries):
         calls.append(device)
         raise error
 
-    monkeypatch.setattr(quantize, "effective_weight", weight)
+    monkeypatch.setattr(quantize_blocks, "effective_weight", weight)
     patcher, memory = SimpleNamespace(load_device="cpu"), calibration.Memory("cpu")
     with pytest.raises(MemoryError) as caught:
         quantize_blocks.quantize_layer(patcher, "double_blocks.0.img_mod.lin", None, None, None, memory, None)
