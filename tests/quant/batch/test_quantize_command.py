@@ -135,7 +135,7 @@ def test_a_wrong_folder_or_file_is_one_sentence(files, tmp_path):
     done = quantize("a", "b", "--preset", "naive", "--comfyui", tmp_path)
     assert done.returncode == 1 and "is not ComfyUI's folder" in done.stderr and "Traceback" not in done.stderr
     done = quantize(tmp_path / "none.safetensors", tmp_path / "b.safetensors", "--preset", "naive")
-    assert done.returncode == 1 and "There is no file" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "none.safetensors can't be read (No such file" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.usefixtures("inference_mode")
