@@ -15,6 +15,7 @@ import json
 from dataclasses import is_dataclass
 
 import comfy.model_detection
+import comfy.model_management
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -85,6 +86,7 @@ def _as_json(value):
 def discover(patcher, calls):
     """(DiscoveredFamily, [sentences for the report]) of a MODEL. calls: from calibration.recorded_calls; at least one. Raises ValueError if
     the model has no blocks that can be calibrated one by one."""
+    comfy.model_management.load_models_gpu([patcher])  # sampling has left it there, unless another model needed the room
     model = patcher.model.diffusion_model
     chosen = [calls[i] for i in sorted({0, len(calls) // 2, len(calls) - 1})][:CALLS]
     seen = [observed(model, call, patcher.load_device) for call in chosen]
