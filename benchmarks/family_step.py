@@ -135,8 +135,8 @@ def inputs(model, pixels):
 
 
 def measure(model, variant, pixels, rank):
-    """{"ms": median of a step, "least_ms", "most_ms", "first_s": seconds until the first step is done, with compilation, "weights_gb",
-    "peak_gb"}. Raises ValueError if the model's output is not finite."""
+    """{"ms": median of a step, "least_ms", "most_ms", "first_s": seconds until the first step is done, with torch.compile's compilation and
+    without that of this pack's kernels, "weights_gb", "peak_gb"}. Raises ValueError if the model's output is not finite."""
     on_gpu = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() if on_gpu else 0
     made = variant_of(model, variant, rank)

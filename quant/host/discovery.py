@@ -12,8 +12,10 @@ Everything else stays in 16 bits.
 """
 
 import json
+from dataclasses import is_dataclass
 
 import comfy.model_detection
+import comfy.model_management
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -87,6 +89,7 @@ def _as_json(value):
 def discover(patcher, calls):
     """(DiscoveredFamily, [sentences for the report]) of a MODEL. calls: from calibration.recorded_calls; at least one. Raises ValueError if
     the model has no blocks that can be calibrated one by one."""
+    comfy.model_management.load_models_gpu([patcher])  # sampling has left it there, unless another model needed the room
     model = patcher.model.diffusion_model
     chosen = [calls[i] for i in sorted({0, len(calls) // 2, len(calls) - 1})][:CALLS]
     seen = [observed(model, call, patcher.load_device) for call in chosen]
@@ -109,12 +112,16 @@ def discover(patcher, calls):
 def notes(family, model, blocks):
     """Sentences on what was found, for the report and the node."""
     whole = linears(model)
-    apart = [name for name in whole if name not in family.packed and family.block_of(name)]
+    apart = {name: module for name, module in whole.items() if name not in family.packed and family.block_of(name)}
+    odd = [name for name, module in apart.items() if module.out_features % OUTPUTS]
+    unseen = [name for name in apart if name not in odd]
     outside = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and not family.block_of(name)]
     found = [f"{family.title} is not a family that SVDQuant was measured on ({families.TITLES}): its {len(blocks)} blocks and "
              f"{len(family.packed)} layers were found by calibration; compare its images with those in 16 bits."]
-    if apart:
-        found.append(f"These layers of its blocks stay in 16 bits, since calibration did not see them: {', '.join(apart)}.")
+    if odd:
+        found.append(f"These layers stay in 16 bits, since their outputs are not a multiple of {OUTPUTS}: {', '.join(odd)}.")
+    if unseen:
+        found.append(f"These layers of its blocks stay in 16 bits, since calibration did not see them: {', '.join(unseen)}.")
     if outside:
         found.append(f"The layers outside its blocks stay in 16 bits: {', '.join(outside)}.")
     return found
@@ -231,11 +238,13 @@ class Lineage(TorchFunctionMode):
 
 
 def tensors_in(value):
-    """The tensors in nested lists, tuples and dicts."""
+    """The tensors in nested lists, tuples, dicts and dataclasses, such as modulations."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, (list, tuple)):
         return [tensor for item in value for tensor in tensors_in(item)]
+    if is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
     return [tensor for item in value.values() for tensor in tensors_in(item)] if isinstance(value, dict) else []
 
 

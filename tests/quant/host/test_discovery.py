@@ -1,11 +1,14 @@
 """Models of no declared family: their layers are found by calibration."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfyui_svdquant.quant.checkpoint import inspection
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import writer
+from comfyui_svdquant.quant.families.discovered import discovered
 from comfyui_svdquant.quant.host import build, discovery, loader
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer import calibration
@@ -152,6 +155,52 @@ def test_blocks_between_which_the_model_does_more_are_refused(tmp_path, monkeypa
     plain.model.diffusion_model.register_forward_pre_hook(lambda *_: left.clear())
     with pytest.raises(ValueError, match=r"^The block blocks.1 of this MODEL \(WAN21_T2V\) can't be calibrated on its own"):
         WAN.quantized(plain)
+
+
+@dataclass
+class Modulation:
+    scale: torch.Tensor
+
+
+class Part(torch.nn.Module):
+    def __init__(self, width=64, outputs=64):
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(width, outputs), torch.nn.Linear(width, width)
+
+    def forward(self, x, modulation=None):
+        return self.used(x if modulation is None else x * modulation.scale)
+
+
+class Modulated(torch.nn.Module):
+    """A model whose first block computes the modulation of the others, and whose layer of the last block has 24 outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.blocks = torch.nn.ModuleList([Part()]), torch.nn.ModuleList([Part(), Part(outputs=24)])
+
+    def forward(self, x, t):
+        modulation = Modulation(self.network[0](t)[:, None])
+        buffer = torch.zeros_like(x)
+        buffer[:, 4:] = self.blocks[0](x, modulation)[:, 4:]
+        return self.blocks[1](buffer, modulation=modulation)
+
+
+def test_blocks_are_followed_through_dataclasses_and_assignments_and_other_layers_are_named():
+    torch.manual_seed(0)
+    model, call = Modulated(), ((torch.randn(1, 32, 64), torch.randn(1, 64)), {})
+    seen = discovery.observed(model, call, "cpu")
+    blocks = discovery.chosen_blocks(model, [seen])
+    assert blocks == ["network.0", "blocks.0", "blocks.1"]
+    reads = discovery.lineage(model, call, "cpu", blocks)
+    assert reads == {"network.0": [], "blocks.0": ["network.0"], "blocks.1": ["network.0", "blocks.0"]}
+    layers = discovery.chosen_layers(model, [seen], blocks)
+    assert {name: entry["w4a16"] for name, entry in layers.items()} == {"network.0.used": True, "blocks.0.used": False}
+    family = discovered({"title": "Toy", "model_class": "comfy.Toy", "image_model": None, "host": {}, "blocks": reads, "layers": layers,
+                         "tensors": {}, "tokens": discovery.usual_tokens([seen], layers)})
+    _, odd, unseen = discovery.notes(family, model, blocks)
+    assert odd == "These layers stay in 16 bits, since their outputs are not a multiple of 16: blocks.1.used."
+    assert unseen == ("These layers of its blocks stay in 16 bits, since calibration did not see them: network.0.unused, blocks.0.unused, "
+                      "blocks.1.unused.")
 
 
 def test_the_transformers_of_a_unet_are_found_in_running_order():
