@@ -188,8 +188,9 @@ def launch(args, part, processes, limit, *options):
     return found
 
 
-def measure(args, write):
-    if "quantize" in args.parts:
+def measure(args, part, write):
+    """Run a part, and write what it found."""
+    if part == "quantize":
         runs = {"killed": (2, ("--name", "killed", "--progress", "a", "--kill-after", str(args.kill_at))),
                 "went_on": (2, ("--name", "again", "--progress", "a")), "two": (2, ("--name", "two", "--progress", "b")),
                 "one": (1, ("--name", "one", "--progress", "c"))}
@@ -197,10 +198,8 @@ def measure(args, write):
             found = launch(args, "quantize", processes, args.limit, "--folder", args.folder, *options)
             left = os.path.join(args.folder, options[1])
             write(f"quantize_{name}", found | {"files": os.listdir(left) if os.path.isdir(left) else []})
-    if "draw" in args.parts:
-        write("draw", launch(args, "draw", 2, args.limit))
-    if "node" in args.parts:
-        write("node", launch(args, "node", 1, args.limit, "--folder", args.folder))
+    else:
+        write(part, launch(args, part, 2 if part == "draw" else 1, args.limit, "--folder", args.folder))
 
 
 def parsed():
@@ -247,7 +246,8 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
-        measure(args, write)
+        for part in args.parts:
+            measure(args, part, write)
 
 
 if __name__ == "__main__":
