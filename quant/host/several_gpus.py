@@ -82,8 +82,8 @@ class Drawing:
                 log.warning("SVDQuant Several GPUs: this runs on one GPU, since %s.", why)
             return executor(*args, **kwargs)
         self.start()
+        ranks = self.crew.joined()
         try:
-            ranks = self.crew.joined()
             ranks.exchanged(dict.fromkeys(range(1, ranks.size), (without_options(args, options), without_options(kwargs, options))))
             with sequence.divided(executor.class_obj, self.family, options, 0, ranks.size):
                 result = executor(*args, **kwargs)

@@ -76,13 +76,13 @@ def to_tokens(out, division, group=None):
 
 def gathered(x, division, part, group=None):
     """This process's tokens x (B, own tokens, K) of one part -> the whole part (B, length, K) in process 0, and None in the others."""
-    if division.rank:
-        dist.send(x.contiguous().view(torch.uint8).reshape(-1), 0, group=group)
-        return None
     found = [x]
-    for rank in range(1, division.size):
-        shape = (x.shape[0], division.counts[rank][part], x.shape[2])
-        tokens = torch.empty(shape, dtype=x.dtype, device=x.device)
-        dist.recv(tokens.view(torch.uint8).view(-1), rank, group=group)
-        found.append(tokens)
-    return torch.cat(found, 1)
+    if division.rank:
+        messages = [dist.P2POp(dist.isend, x.contiguous().view(torch.uint8).reshape(-1), 0, group)]
+    else:
+        found += [torch.empty(x.shape[0], division.counts[rank][part], x.shape[2], dtype=x.dtype, device=x.device)
+                  for rank in range(1, division.size)]
+        messages = [dist.P2POp(dist.irecv, tokens.view(torch.uint8).view(-1), rank, group) for rank, tokens in enumerate(found[1:], 1)]
+    for work in dist.batch_isend_irecv(messages):
+        work.wait()
+    return None if division.rank else torch.cat(found, 1)

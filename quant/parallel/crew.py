@@ -87,6 +87,7 @@ class Crew:
 
 def join(store, rank, size, device):
     """Join the group of a crew: NCCL between GPUs, else gloo. Returns the Ranks."""
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # otherwise PyTorch ends this process when another one ends
     with_nccl = device.type == "cuda" and dist.is_nccl_available()
     dist.init_process_group("nccl" if with_nccl else "gloo", store=store, rank=rank, world_size=size, timeout=EVER,
                             **({"device_id": device} if with_nccl else {}))
