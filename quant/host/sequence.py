@@ -40,12 +40,13 @@ class _Forward:
         """In place of an attention function of ComfyUI's. The mask is that of the whole sequence."""
         if not kwargs.get("skip_reshape"):
             raise ValueError("SVDQuant Several GPUs knows attention with separate heads only; bypass it.")
-        group = all_to_all.to_heads(q, k, v, self.division)
-        mask = kwargs.get("mask")
-        if mask is not None and mask.ndim == 4 and mask.shape[1] == heads:
-            own = heads // self.size
-            kwargs = kwargs | {"mask": mask[:, self.rank * own:(self.rank + 1) * own]}
-        return all_to_all.to_tokens(function(*group, heads // self.size, *args, **kwargs), self.division)
+        own, mask = heads // self.size, kwargs.get("mask")
+        if mask is not None:
+            if mask.ndim == 4 and mask.shape[1] == heads:
+                mask = mask[:, self.rank * own:(self.rank + 1) * own]
+            kwargs = kwargs | {"mask": self.division.ordered(mask)}
+        out = function(*all_to_all.to_heads(q, k, v, self.division), own, *args, **kwargs)
+        return all_to_all.to_tokens(out, self.division)
 
     def narrow(self, blocks):
         """A pre-hook for the blocks of a BlockList."""

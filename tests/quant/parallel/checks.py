@@ -90,22 +90,26 @@ def check_memory(ranks):
 
 
 def check_attention(ranks):
-    """Attention over divided tokens, in parts that the processes can't share evenly, gives the bits of a single process."""
+    """Attention over divided tokens, in parts that the processes can't share evenly, is that of a single process."""
     from comfyui_svdquant.quant.parallel import all_to_all
 
     g, heads, d = torch.Generator().manual_seed(2), 4, 8
     parts, k = (5, 9), heads * d
     q, key, v = torch.randn(3, 2, heads, sum(parts), d, generator=g).bfloat16()
 
-    def attention(*qkv):
-        return torch.nn.functional.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+    def attention(*qkv, mask=None):
+        return torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask).transpose(1, 2).flatten(2)
 
     division = all_to_all.Division(parts, ranks.rank, ranks.size)
     own = [division.own(x, 2) for x in (q, key, v)]
-    out = all_to_all.to_tokens(attention(*all_to_all.to_heads(*own, division)), division)
-    whole = attention(q, key, v)
-    assert torch.equal(out, division.own(whole, 1))
-    image = all_to_all.gathered(out[:, division.counts[ranks.rank][0]:], division, 1)
+    masks = torch.randn(2, 1, 1, sum(parts), generator=g).bfloat16(), torch.randn(2, 1, *[sum(parts)] * 2, generator=g).bfloat16()
+    for mask in (None, *masks):
+        ordered = None if mask is None else division.ordered(mask)
+        out = all_to_all.to_tokens(attention(*all_to_all.to_heads(*own, division), mask=ordered), division)
+        whole = attention(q, key, v, mask=mask)
+        # The order of the keys decides how the sums are rounded.
+        assert (out - division.own(whole, 1)).float().norm() < 0.01 * whole.float().norm()
+    image = all_to_all.gathered(division.own(whole, 1)[:, division.counts[ranks.rank][0]:], division, 1)
     assert image is None if ranks.rank else torch.equal(image, whole[:, parts[0]:])
     states = torch.randn(2, parts[1], k, generator=g)
     assert torch.equal(division.own_of_part(states, 1), division.own(torch.cat((torch.zeros(2, parts[0], k), states), 1), 1)

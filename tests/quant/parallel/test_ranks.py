@@ -52,7 +52,9 @@ def test_every_token_has_one_process_and_its_place():
         places = [span for rank in range(size) for span in all_to_all.Division(parts, rank, size).places[rank]]
         tokens = sorted(token for start, count in places for token in range(start, start + count))
         assert tokens == list(range(sum(parts)))
-        counts = [all_to_all.Division(parts, 0, size).tokens(rank) for rank in range(size)]
+        ordered = [token for start, count in places for token in range(start, start + count)]
+        assert all_to_all.Division(parts, 0, size).order("cpu").tolist() == ordered
+        counts = all_to_all.Division(parts, 0, size).tokens
         assert max(counts) - min(counts) <= len(parts)
 
 
