@@ -106,8 +106,10 @@ def _choose_linear(layer, target, sms, failed):
     plans = _plans(m, k, ranks, storage, target, sms, failed, fused=not lora.ranks)
     if not plans or not wgmma and Kind(gemm_mma.SOURCE, storage) in failed:
         return None
-    adds = wgmma and gelu_from is None and Kind(gemm_wgmma.SOURCE, storage, gated=True) not in failed
-    whole = dtype in target.dtypes and ranks == rank and gelu_from == layer.gelu_from and (adds or not gated)
+    whole = dtype in target.dtypes and ranks == rank and gelu_from == layer.gelu_from
+    if gated:
+        source = gemm_wgmma.SOURCE if wgmma else gemm_mma.SOURCE
+        whole = whole and gelu_from is None and gemm_mma.gates(storage) and Kind(source, storage, gated=True) not in failed
     return LinearKernels(storage, plans, wgmma, tile, ranks, gelu_from, whole)
 
 

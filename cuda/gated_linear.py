@@ -2,8 +2,8 @@
 
     z = residual + gate * svdquant_linear(x)
 
-Hopper's GEMM adds it in its epilogue (kernels/gemm_wgmma.cu with GATED), so that the layer's own output is never in memory. Elsewhere
-block_ops.gated_residual does so in a pass of its own. Both round the layer's output to 16 bits first, and give the same bits.
+The GEMM adds it in its epilogue (GATED in kernels/gemm_wgmma.cu and gemm_mma.cu), so that the layer's own output is never in memory. If
+it can't, block_ops.gated_residual does so in a pass of its own. Both round the layer's output to 16 bits first, and give the same bits.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def addends(x, residual, gate):
     """(residual, gate) as a kernel reads them, or None if it can't: it has one gate for all tokens, and reads both in place."""
     fits = (ops.on_gpu(x) and residual.dtype == gate.dtype == x.dtype and residual.device == gate.device == x.device
             and residual.shape == (*x.shape[:-1], gate.shape[-1]) and gate.numel() == gate.shape[-1] and gate.stride(-1) == 1
-            and residual.is_contiguous() and residual.data_ptr() % 16 == 0)
+            and residual.is_contiguous() and not (residual.data_ptr() | gate.data_ptr()) % 16)
     return (residual, gate) if fits else None
 
 

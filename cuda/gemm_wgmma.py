@@ -89,7 +89,7 @@ def launcher(tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, 
     weight_scale, row_scale, proj_up, bias), and of lora_up if takes_lora().
 
     gated: y is residual + gate * the layer's output, without GELU. The addresses of residual (m, N), contiguous, and of gate (N,), both of
-    `dtype`, then follow those of y and of bias.
+    `dtype` and at multiples of 16 bytes, then follow those of y and of bias.
 
     tile: one of STAGES. gelu_from: the first column of y that gets GELU, a multiple of 64; None if none does. lora: LoRASizes.
     pdl: the kernel may start while the previous kernel ends. The previous kernel must not write the layer's own tensors.

@@ -194,7 +194,8 @@ def _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, st
         second = gemm_wgmma.launcher(kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, True, lora, gated)
     else:
         takes_lora = bool(lora.ranks)
-        second = gemm_mma.launcher(storage, kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, lora=lora)
+        second = gemm_mma.launcher(storage, kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, lora=lora,
+                                   gated=gated)
     product = quantize_activation.PRODUCT[dtype] if plan.ranks < rank or lora.ranks else ()
     work = dict(zip(quantize_activation.Quantized._fields, quantize_activation.output_bytes(m, k, rank, storage, dtype, lora)))
     constant = *CONSTANT, *LORA_CONSTANT[:takes_lora + bool(lora.ranks)]

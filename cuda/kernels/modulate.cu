@@ -47,12 +47,6 @@ DEVICE float team_sum(float v, int slot) {
   return v;
 }
 
-// z of one piece, rounded to 16 bits: the mean and the deviation are those of the numbers that the model keeps.
-DEVICE uint4 add_gated(uint4 x, uint4 y, uint4 gate) {
-  return make_uint4(add_gated(x.x, y.x, low_float(gate.x), high_float(gate.x)), add_gated(x.y, y.y, low_float(gate.y), high_float(gate.y)),
-                    add_gated(x.z, y.z, low_float(gate.z), high_float(gate.z)), add_gated(x.w, y.w, low_float(gate.w), high_float(gate.w)));
-}
-
 DEVICE uint4 modulated(uint4 z, uint4 scale, uint4 shift, float mean, float inverse) {
   float f[8], s[8], t[8];
   unpack(f, z), unpack(s, scale), unpack(t, shift);
@@ -85,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) modulate(
     const int column = first + i * STEP;
     if (column < K) {
       const uint4 added = load_once16(y + (size_t)token * stride_y + column);
+      // z is rounded to 16 bits: the mean and the deviation are those of the numbers that the model keeps.
       row[i] = add_gated(row[i], added, load_shared_row16(gate + (size_t)image * stride_gate + column));
       *(uint4*)(z + (size_t)token * K + column) = row[i];
     }

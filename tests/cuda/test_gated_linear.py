@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import gated_linear, ops, reference
+from comfyui_svdquant.cuda import gated_linear, ops, reference, targets
 
 from .launches import addresses, aligned, recorded
 from .layers import random_input, random_layer, with_lora, with_row_scale
@@ -31,12 +31,14 @@ def test_is_the_reference_of_both_passes(tensors, lora, batch):
 
 
 @pytest.mark.parametrize("lora", [None, (8,)])
-def test_the_kernels_arguments(tensors, monkeypatch, lora):
-    """Hopper's two launches take the residual and the gate as they are."""
+@pytest.mark.parametrize(("number", "act_bits"), [(90, 8), (89, 8), (89, 4)])
+def test_the_kernels_arguments(tensors, monkeypatch, lora, number, act_bits):
+    """A layer's two launches take the residual and the gate as they are."""
     x, residual, gate = tensors
-    layer = with_row_scale(random_layer(N, K, 32))
+    layer = with_row_scale(random_layer(N, K, 32)) if act_bits == 8 else random_layer(N, K, 32)
     layer = with_lora(layer, lora) if lora else layer
-    with recorded(monkeypatch) as calls:
+    with recorded(monkeypatch) as calls, monkeypatch.context() as patch:
+        patch.setattr(targets, "for_device", lambda device: targets.TARGETS[number])
         z = gated_linear.gated_linear(x, layer, residual, gate)
         ops.svdquant_linear(x, layer)
     gated, plain = calls
@@ -45,10 +47,11 @@ def test_the_kernels_arguments(tensors, monkeypatch, lora):
 
 
 @pytest.mark.parametrize("change", ["two gates", "another dtype of the gate", "a residual in wider rows", "an unaligned residual",
-                                    "4 bits"])
+                                    "an unaligned gate", "ranks of no kernel", "4 bits in bytes"])
 def test_what_takes_a_pass_of_its_own(tensors, monkeypatch, change):
     x, residual, gate = tensors
-    layer = random_layer(N, K, 32) if change == "4 bits" else with_row_scale(random_layer(N, K, 32))
+    layer = random_layer(N, K, 24 if change == "ranks of no kernel" else 32)
+    layer = layer if change == "4 bits in bytes" else with_row_scale(layer)
     if change == "two gates":
         x, residual, gate = (torch.cat((t, t)) for t in tensors)
     elif change == "another dtype of the gate":
@@ -57,9 +60,11 @@ def test_what_takes_a_pass_of_its_own(tensors, monkeypatch, change):
         residual = torch.cat((residual, residual), dim=-1)[..., :N]
     elif change == "an unaligned residual":
         residual = aligned(torch.cat((residual.new_zeros(1), residual.flatten())))[1:].view(residual.shape)
+    elif change == "an unaligned gate":
+        gate = torch.cat((gate[..., :1], gate), dim=-1)[..., 1:]
     passes = []
     monkeypatch.setattr(gated_linear.block_ops, "gated_residual", lambda *args: passes.append(args) or args[0])
-    with recorded(monkeypatch) as calls:
+    with recorded(monkeypatch):
         gated_linear.gated_linear(x, layer, residual, gate)
-    assert len(passes) == 1 and "residual" not in calls[0]
+    assert len(passes) == 1
     assert passes[0][0] is residual and passes[0][2] is gate

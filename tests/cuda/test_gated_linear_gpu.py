@@ -1,12 +1,13 @@
-"""A layer's output, times a gate, added to a residual: Hopper's GEMM, and the op of every GPU, have the bits of separate passes."""
+"""A layer's output, times a gate, added to a residual: the GEMMs and the op have the bits of separate passes."""
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import block_ops, gated_linear, gemm_wgmma, ops
+from comfyui_svdquant.cuda import block_ops, gated_linear, gemm_mma, gemm_wgmma, ops, quantize_activation, targets
+from comfyui_svdquant.cuda.activation_layout import CodeStorage
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
 
 from .gemm_cases import int8_case
-from .layers import check_in_graphs, on_cuda, random_input, with_lora
+from .layers import check_in_graphs, on_cuda, plans_here, random_input, with_lora
 from .test_ops_gpu import integer_layer, module_of
 
 BFLOAT, HALF = torch.bfloat16, torch.float16
@@ -38,6 +39,22 @@ def test_the_gemm_has_the_bits_of_two_passes(m, n, k, rank, unsigned_from, tile)
     assert torch.isfinite(expected).all()
 
 
+@pytest.mark.parametrize("storage", filter(gemm_mma.gates, CodeStorage))
+@pytest.mark.parametrize(("m", "n", "k", "rank", "unsigned_from"), SHAPES[:5])
+def test_every_gpus_gemm_has_the_bits_of_two_passes(m, n, k, rank, unsigned_from, storage):
+    """Every tile of mma.sync that this GPU can run, for every storage of codes."""
+    dtype, target = HALF if n == 400 else BFLOAT, targets.for_device("cuda")
+    layer = integer_layer(n, k, rank, unsigned_from, n != 80, dtype, m, 8 if storage == CodeStorage.INT8 else 4)
+    x, (residual, gate) = random_input(m, k, dtype, seed=n).cuda(), added(m, n, dtype, seed=m)
+    q = quantize_activation.quantize(x, layer.smooth, layer.proj_down, layer.unsigned_from, storage, plans_here(m, k, rank, storage))
+    for tile in gemm_mma.tiles_of(target):
+        expected = block_ops.gated_residual(residual, gemm_mma.gemm(storage, tile, q, layer, m)[None], gate)[0]
+        for _ in range(3):
+            z = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
+            gemm_mma.launch(z, storage, tile, q, layer, None, residual, gate)
+            assert torch.equal(z, expected) and torch.isfinite(z).all(), tile
+
+
 @HOPPER
 def test_fp16_stays_in_range():
     """As modulate.cu: what is too large becomes the largest number, and NaN becomes 0."""
@@ -54,7 +71,7 @@ def test_fp16_stays_in_range():
 @pytest.mark.parametrize(("m", "n", "k", "rank", "unsigned_from", "dtype"), [
     (37, 1600, 192, 16, None, BFLOAT), (200, 1600, 384, 48, 0, HALF), (130, 1600, 640, 32, 128, BFLOAT), (64, 1600, 320, 24, 192, BFLOAT)])
 def test_the_op_has_the_bits_of_two(m, n, k, rank, unsigned_from, dtype, lora, act_bits):
-    """Also where no kernel has both: 4-bit codes, other ranks, several gates; and for an x and a residual within wider rows."""
+    """Also where no kernel has both: other ranks, several gates; and for an x and a residual within wider rows."""
     layer = integer_layer(n, k, rank, unsigned_from, True, dtype, m, act_bits)
     layer = on_cuda(with_lora(layer, *lora)) if lora else layer
     wide = random_input(2 * m, k + 64, dtype, seed=n).cuda().view(2, m, k + 64)
@@ -67,8 +84,7 @@ def test_the_op_has_the_bits_of_two(m, n, k, rank, unsigned_from, dtype, lora, a
             assert torch.equal(gated_linear._gated_op(x, states, gate, *layer.flat), expected)
 
 
-@HOPPER
-def test_hoppers_layers_of_8_bits_run_no_pass_of_their_own(monkeypatch):
+def test_a_layer_of_8_bits_runs_no_pass_of_its_own(monkeypatch):
     """The op, the first call of a module, and its cached launch."""
     layer, (residual, gate) = integer_layer(384, 256, 32, act_bits=8), added(70, 384, BFLOAT)
     x, module = random_input(70, 256, BFLOAT).cuda()[None], module_of(384, 256, 32, 8)
