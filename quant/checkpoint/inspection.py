@@ -168,7 +168,7 @@ def _card(header):
 
 
 def _headline(info):
-    variant = families.of_image_model(info["model"]["image_model"]).variant(info["model"])
+    variant = families.of_config(info["model"]).variant(info["model"])
     stored = getattr(torch, next(iter(info["bytes_by_dtype"])))
     # The integers of ComfyUI's own formats hold codes of 4 or 8 bits.
     bits = "4-bit" if "layers" in info else f"{8 * stored.itemsize}-bit" if stored.is_floating_point else "quantized"
@@ -177,7 +177,7 @@ def _headline(info):
 
 def _model_lines(info):
     model = info["model"]
-    figures = families.of_image_model(model["image_model"]).figures(model)
+    figures = families.of_config(model).figures(model)
     lines = [f"{info['family']}: {figures}"]
     return lines + ([f"made from: {info['source']}"] if info.get("source") not in (None, "", info["file"]) else [])
 

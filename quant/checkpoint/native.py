@@ -48,7 +48,10 @@ def open_file(header):
     the metadata are valid."""
     stored = config(header)
     kind = stored.get("image_model")
-    family = families.of_tensors(header.tensors.keys()) if kind is None else families.of_image_model(kind)
+    try:
+        family = families.of_config(stored) or (families.of_tensors(header.tensors.keys()) if kind is None else None)
+    except ValueError as error:
+        raise CheckpointError(f"{header.file} {error}; the file is damaged, save or download it again.") from None
     if family is None:
         what = "no image_model in its configuration" if kind is None else f"image_model = {kind!r} in its configuration"
         raise CheckpointError(f"{header.file} says {what}, which this version doesn't know; update ComfyUI-SVDQuant, or save or download "
@@ -265,7 +268,7 @@ def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=F
     # The int8 scales lie side by side in the file: they are read before all other tensors.
     infos = stored | {key: info for key, info in infos.items() if key not in stored}
     infos |= {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
-    architecture = families.of_image_model(config["image_model"]).architecture
+    architecture = families.of_config(config).architecture
     metadata = {
         "svdquant.version": "2" if row_scales else "1", "svdquant.minor": str(MINOR), "svdquant.config": json.dumps(config),
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source, **modelspec(path, architecture, source_card),

@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from .discovered import KEY, discovered
+
 # A new family is a file here and a line below. If a file's tensors match two families, the first one counts.
 MODULES = (
     "flux1",
@@ -14,6 +16,12 @@ FAMILIES = tuple(import_module(f".{module}", __name__).FAMILY for module in MODU
 # For messages and descriptions: "A, B or C".
 TITLES = " or ".join(filter(None, (", ".join(family.title for family in FAMILIES[:-1]), FAMILIES[-1].title)))
 EXAMPLES = FAMILIES[0].examples  # for the tooltip of exceptions: a pattern of layers, and one with a rank
+
+
+def of_config(config):
+    """The Family of a model with the configuration `config` of its file, or None: a declared one, or the one that was discovered in the
+    model. Raises ValueError as discovered.discovered does."""
+    return discovered(config[KEY]) if KEY in config else of_image_model(config.get("image_model"))
 
 
 def of_image_model(image_model):

@@ -1,4 +1,5 @@
-"""The forwards of FLUX's double and single stream blocks, with the elementwise work fused by cuda/block_ops.py. Chroma has them too.
+"""The forwards of FLUX's double and single stream blocks, with the elementwise work fused by cuda/block_ops.py. Chroma and FLUX.2 have them
+too.
 
 Each function computes what the forward of the host's class computes, whose source was read for every digest in BLOCKS: LayerNorm and
 modulation are one pass, RMSNorm, RoPE and the join of text and image are one, a gate and its residual (and the norm after it) are one.
@@ -24,7 +25,7 @@ def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims
     if (modulation_dims_img is not None or modulation_dims_txt is not None or getattr(block, "flipped_img_txt", False)
             or not _takes(block, host, norms, (block.img_attn.norm, block.txt_attn.norm), (img, txt), pe, transformer_options)):
         return NotImplemented
-    (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (block.img_mod(vec), block.txt_mod(vec)) if block.modulation else vec
+    (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (block.img_mod(vec), block.txt_mod(vec)) if modulates(block) else vec
     if not _one_vector(img, img_mod1, img_mod2, txt_mod1, txt_mod2):
         return NotImplemented
     eps, tokens = norms[0].eps, txt.shape[1]
@@ -37,12 +38,11 @@ def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims
     attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options or {})
     del q, k, v
     attn = attn.to(img.dtype)
-    txt_attn, img_attn = _output(block.txt_attn.proj, attn[:, :tokens]), _output(block.img_attn.proj, attn[:, tokens:])
+    img, img_in = _added_and_norm(block.img_attn.proj, attn[:, tokens:], img, img_mod1, img_mod2, eps)
+    txt, txt_in = _added_and_norm(block.txt_attn.proj, attn[:, :tokens], txt, txt_mod1, txt_mod2, eps)
     del attn
-    img, img_in = block_ops.gated_residual_norm(img, img_attn, img_mod1.gate, img_mod2.scale, img_mod2.shift, eps)
-    img = block_ops.gated_residual(img, _output(block.img_mlp, img_in), img_mod2.gate)
-    txt, txt_in = block_ops.gated_residual_norm(txt, txt_attn, txt_mod1.gate, txt_mod2.scale, txt_mod2.shift, eps)
-    return img, block_ops.gated_residual(txt, _output(block.txt_mlp, txt_in), txt_mod2.gate)
+    img, txt = _added(block.img_mlp, img_in, img, img_mod2), _added(block.txt_mlp, txt_in, txt, txt_mod2)
+    return img, txt
 
 
 def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=None):
@@ -50,7 +50,7 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
     if (modulation_dims is not None or getattr(block, "yak_mlp", False)
             or not _takes(block, host, (block.pre_norm,), (block.norm,), (x,), pe, transformer_options)):
         return NotImplemented
-    mod = block.modulation(vec)[0] if block.modulation else vec
+    mod = block.modulation(vec)[0] if modulates(block) else vec
     if not _one_vector(x, mod):
         return NotImplemented
     joint, hidden = _output(block.linear1, block_ops.norm_modulate(x, mod.scale, mod.shift, block.pre_norm.eps)), block.hidden_size
@@ -72,13 +72,32 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
         joint = joint[..., 2 * hidden:]
     else:
         joint = torch.cat((attn, activated), dim=2).to(x.dtype)
-    return block_ops.gated_residual(x, _output(block.linear2, joint), mod.gate)
+    return _added(block.linear2, joint, x, mod)
+
+
+def modulates(block):
+    """Whether a block has modulation layers of its own. ComfyUI's attribute is a bool, a module or None."""
+    return block.modulation is not None and block.modulation is not False  # torch.compile can't trace bool(module)
 
 
 def _output(module, x):
     """The module's output in x's dtype, the only one that the kernels read beside x. A hook or another pack's layer may change it."""
     y = module(x)
     return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _added(module, x, residual, mod):
+    """residual + gate * the module's output, in one op if the module has it."""
+    z = module.add_gated(x, residual, mod.gate) if hasattr(module, "add_gated") else None
+    return block_ops.gated_residual(residual, _output(module, x), mod.gate) if z is None else z
+
+
+def _added_and_norm(module, x, residual, mod, norm_mod, eps):
+    """(residual + gate * the module's output, its LayerNorm with the modulation norm_mod)"""
+    z = module.add_gated(x, residual, mod.gate) if hasattr(module, "add_gated") else None
+    if z is None:
+        return block_ops.gated_residual_norm(residual, _output(module, x), mod.gate, norm_mod.scale, norm_mod.shift, eps)
+    return z, block_ops.norm_modulate(z, norm_mod.scale, norm_mod.shift, eps)
 
 
 def _copy(source, target):
@@ -115,8 +134,8 @@ def _norm_weights(norm):
 def double_example(block, random):
     """(arguments of the class, arguments of a forward) with the sizes of `block` and few tokens. random(*shape): a tensor."""
     hidden, heads, text, image = block.hidden_size, block.num_heads, 3, 5
-    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "qkv_bias": True, "modulation": bool(block.modulation)}
-    vec = random(1, hidden) if block.modulation else tuple((_example_mod(hidden, random), _example_mod(hidden, random)) for _ in range(2))
+    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "qkv_bias": True, "modulation": modulates(block)}
+    vec = random(1, hidden) if made["modulation"] else tuple((_example_mod(hidden, random), _example_mod(hidden, random)) for _ in range(2))
     return made, {"img": random(1, image, hidden), "txt": random(1, text, hidden), "vec": vec,
                   "pe": _example_pe(text + image, hidden // heads, random)}
 
@@ -124,8 +143,8 @@ def double_example(block, random):
 def single_example(block, random):
     """As double_example."""
     hidden, heads, tokens = block.hidden_size, block.num_heads, 7
-    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "modulation": bool(block.modulation)}
-    vec = random(1, hidden) if block.modulation else _example_mod(hidden, random)
+    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "modulation": modulates(block)}
+    vec = random(1, hidden) if made["modulation"] else _example_mod(hidden, random)
     return made, {"x": random(1, tokens, hidden), "vec": vec, "pe": _example_pe(tokens, hidden // heads, random)}
 
 
@@ -142,7 +161,8 @@ FUNCTIONS = ("apply_mod", "QKNorm.forward", "Modulation.forward")
 # The sources of ComfyUI 0.3.75 to 0.33, of November 2025 to August 2026.
 BLOCKS = MappingProxyType({
     "comfy.ldm.flux.layers.DoubleStreamBlock": FusedBlock(double_block, double_example, FUNCTIONS, frozenset((
-        "dd0f30fbb43582ee", "79d4282ac69ae88c", "0c1361d97a1b05bc", "236d51cf45814821", "7c84151b4e00b1f5"))),
+        "dd0f30fbb43582ee", "79d4282ac69ae88c", "0c1361d97a1b05bc", "236d51cf45814821", "7c84151b4e00b1f5")),
+        ("img_attn.proj", "txt_attn.proj", "img_mlp.2", "txt_mlp.2")),
     "comfy.ldm.flux.layers.SingleStreamBlock": FusedBlock(single_block, single_example, FUNCTIONS, frozenset((
-        "6a3c581479bef19b", "5c1256e41b2851f8", "674295f71104d490", "6a659d8c098406db", "b04521721798160b"))),
+        "6a3c581479bef19b", "5c1256e41b2851f8", "674295f71104d490", "6a659d8c098406db", "b04521721798160b")), ("linear2",)),
 })

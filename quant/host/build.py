@@ -3,11 +3,12 @@
 import comfy.model_management
 import torch
 
+from ..families.discovered import DiscoveredFamily
 from ..layers.linear import SVDQuantLinear
 from ..layers.preparation import compute_in, prepare
 from . import find_nan, mapping
 from .fused_blocks import fuse
-from .model_family import family_of
+from .model_family import family_of, set_family
 from .operations import Operations
 from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
 from .step_graphs import record_steps
@@ -18,10 +19,10 @@ def shapes_as_tensors(shapes):
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def empty_model(model_config, specs, compute_dtype):
+def empty_model(model_config, specs, compute_dtype, family=None):
     """A BaseModel of ComfyUI's own class on the meta device, with packed layers {name: LayerSpec} in place of its linears.
 
-    compute_dtype: None for ComfyUI's choice.
+    compute_dtype: None for ComfyUI's choice; family: the model's Family if it was discovered.
     """
     if compute_dtype is None:
         supported, device = list(model_config.supported_inference_dtypes), comfy.model_management.get_torch_device()
@@ -31,6 +32,8 @@ def empty_model(model_config, specs, compute_dtype):
     model_config.set_inference_dtype(compute_dtype, None)
     model_config.custom_operations = Operations
     model = model_config.get_model({}, "", device=torch.device("meta"))
+    if family is not None:
+        set_family(model, family)
     family = family_of(model)
     for name in family.unused:
         if hasattr(model.diffusion_model, module := name.partition(".")[0]):
@@ -40,13 +43,14 @@ def empty_model(model_config, specs, compute_dtype):
     if specs:
         take_over_activations(family, model.diffusion_model)
         # A fused block runs several layers as one op, which hides the first one with a NaN.
-        if not find_nan.is_on() and fuse(model.diffusion_model, family):
+        if family.fused and not find_nan.is_on() and fuse(model.diffusion_model, family):
             record_steps(model.diffusion_model)
     return model
 
 
 def swap(diffusion_model, name, spec):
-    """Replace linear `name` by a packed layer. If it replaces a packed layer that has taken over a GELU, it applies that GELU too.
+    """Replace linear `name` by a packed layer. If it replaces a packed layer that has taken over a GELU, it applies that GELU too; `gated`
+    is the other's too.
     Raises ValueError unless both have the same features."""
     parent, _, child = name.rpartition(".")
     linear = diffusion_model.get_submodule(name)
@@ -54,7 +58,7 @@ def swap(diffusion_model, name, spec):
         raise ValueError(f"layer {name} is {spec.out_features} x {spec.in_features} where the model has "
                          f"{linear.out_features} x {linear.in_features}")
     packed = Operations.packed(spec)
-    packed.gelu_from = getattr(linear, "gelu_from", None)
+    packed.gelu_from, packed.gated = getattr(linear, "gelu_from", None), getattr(linear, "gated", False)
     setattr(diffusion_model.get_submodule(parent), child, packed)
 
 
@@ -160,22 +164,26 @@ def copied(model, backup, disable_dynamic=False):
     return make_patcher(copy, SVDQuantModelPatcher)
 
 
-def empty_like(model, specs, compute_dtype, config=None):
+def empty_like(model, specs, compute_dtype, config=None, family=None):
     """An empty model with another model's configuration and packed layers {name: LayerSpec}. config: {key: value} that override the
-    configuration."""
+    configuration; family: the model's Family, which it has itself unless it was just discovered."""
+    family = family or family_of(model)
     # Neither copy.copy nor hasattr works on newer model configs: they return None for every missing attribute.
     model_config = object.__new__(type(model.model_config))
     vars(model_config).update(vars(model.model_config))
-    model_config.unet_config = family_of(model).configuration.added_to(model_config.unet_config, config or {})
+    model_config.unet_config = family.configuration.added_to(model_config.unet_config, config or {})
     # These describe how the source stores its own weights (scaled fp8 and the like), which the new model does not have.
     for attribute in ("scaled_fp8", "layer_quant_config", "quant_config"):
         setattr(model_config, attribute, None)
-    return empty_model(model_config, specs, compute_dtype)
+    return empty_model(model_config, specs, compute_dtype, family)
 
 
 def stored_config(model):
     """The host's configuration to store in a file, as a JSON-able dict."""
-    configuration = family_of(model).configuration
+    family = family_of(model)
+    configuration = family.configuration
+    if isinstance(family, DiscoveredFamily):
+        return configuration.of({})
     config = {**configuration.assumed, **model.model_config.unet_config}
     return {key: list(value) if isinstance(value := config[key], (list, tuple)) else value for key in configuration.keys if key in config}
 

@@ -6,8 +6,8 @@ import comfy.model_patcher
 import comfy.patcher_extension
 import torch
 
-from .. import families
 from ..layers.linear import PackedLinear
+from ..parallel.alone import ALONE
 from ..text import quoted
 from . import resume
 from .build import stored_config
@@ -16,27 +16,29 @@ from .model_family import family_of
 from .patcher import PREFIX
 from .weights import effective_weight
 
+HOST_MODULES = "comfy."  # how the names of the host's modules begin
+
 
 def check_model(patcher):
-    """The Family of a 16-bit or 8-bit MODEL. Raises ValueError if the MODEL is of no known family, runs on another pack's classes, or is
-    quantized."""
+    """The Family of a 16-bit or 8-bit MODEL; None if it is of no declared family, so that its layers have to be discovered. Raises
+    ValueError if the input is no MODEL, runs on another pack's classes, or is quantized."""
     if not isinstance(patcher, comfy.model_patcher.ModelPatcher):
         raise ValueError(f"The input model is {quoted(patcher)}, and not a MODEL; connect a node that loads a MODEL.")
     model, family = getattr(patcher.model, "diffusion_model", None), family_of(patcher.model)
-    name = type(getattr(patcher.model, "model_config", patcher.model)).__name__
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("This MODEL is quantized already; connect the 16-bit model that it was made from.")
     if family is not None:
         if family.model_class not in {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}:
             raise ValueError(f"SVDQuant quantizes {family.title} models on ComfyUI's own classes, and this MODEL runs on another pack's "
                              f"{type(model).__name__}; load the 16-bit model with Load Diffusion Model or SVDQuant Load Model.")
         config = {**family.configuration.assumed, **patcher.model.model_config.unet_config}
-        relative = next((relative for feature, relative in family.lacks.items() if config.get(feature)), None)
-        if (relative or any(config.get(key, value) != value for key, value in family.configuration.fixed.items())
+        if (family.relative(config)
+                or any(config.get(key, value) != value for key, value in family.configuration.fixed.items())
                 or any(getattr(model, module, None) is None for module in family.needs)):
-            family, name = None, relative or name
-    if family is None:
-        raise ValueError(f"SVDQuant quantizes {families.TITLES} models, and this MODEL is {name}; connect one of those.")
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise ValueError("This MODEL is quantized already; connect the 16-bit model that it was made from.")
+            family = None  # a relative on the same class
+    if family is None and not type(model).__module__.startswith(HOST_MODULES):
+        raise ValueError(f"SVDQuant quantizes models on ComfyUI's own classes, and this MODEL runs on another pack's "
+                         f"{type(model).__name__}; load the 16-bit model with Load Diffusion Model.")
     return family
 
 
@@ -68,9 +70,12 @@ def check_latent(patcher, latent):
 
 
 def check_conditioning(family, patcher, conditioning):
-    """Raise ValueError unless there is a prompt and every prompt's conditioning is as wide as the model's text input."""
+    """Raise ValueError unless there is a prompt and every prompt's conditioning is as wide as the model's text input, which is unknown
+    without a family."""
     if not conditioning:
         raise ValueError("The conditioning holds no prompt; connect a text encode node with a prompt.")
+    if family is None:
+        return
     width = stored_config(patcher.model)[family.text_width]
     for tensor, extras in conditioning:
         if family.pooled and extras.get("pooled_output") is None:
@@ -81,26 +86,31 @@ def check_conditioning(family, patcher, conditioning):
                              f"with the text encoders that belong to the model, {family.encoders}.")
 
 
-def check_weights(family, patcher, check):
+def check_weights(family, patcher, check, ranks=ALONE):
     """Raise ValueError that names the first parameter that is not a floating point tensor, or that has NaN or Inf. Calibration would
-    only show which layers such values reach. check: called often, to cancel. Returns a digest of all parameters, as the MODEL uses
-    them."""
-    digest = hashlib.sha256()
-    for name, parameter in patcher.model.diffusion_model.named_parameters():
-        if name in family.unused:
-            continue
+    only show which layers such values reach. check: called often, to cancel; ranks: the processes of the run, which share the parameters.
+    Returns a digest of all parameters, as the MODEL uses them."""
+    unused = () if family is None else family.unused
+    parameters = [(name, parameter) for name, parameter in patcher.model.diffusion_model.named_parameters() if name not in unused]
+    lines = {}
+    for name, parameter in ranks.share(parameters):
         check()
-        if type(parameter).__name__.startswith("GGML") or hasattr(parameter, "tensor_type"):  # tensors of the GGUF loaders
-            raise ValueError(f"The MODEL comes from a GGUF file ({name}), whose weights SVDQuant does not read; load a bf16, fp16 or fp8 "
-                             "version of the model in safetensors format.")
-        if not parameter.dtype.is_floating_point:
-            raise ValueError(f"The MODEL's {name} is stored as {parameter.dtype}, in a packed format; load a bf16, fp16 or "
-                             "fp8 version of the model.")
-        stored = parameter.to(patcher.load_device)  # the device checks and hashes it faster
-        # PyTorch has no isfinite for fp8.
-        if not torch.isfinite(stored.half() if stored.dtype.itemsize == 1 else stored).all():
-            raise ValueError(f"The MODEL's {name} holds NaN or Inf: its file is damaged or was merged incorrectly; load an "
-                             "intact copy.")
-        used = effective_weight(patcher, name, patcher.load_device) if PREFIX + name in patcher.patches else stored
-        digest.update(f"{name} {resume.digest(used)}\n".encode())
-    return digest.hexdigest()
+        lines[name] = f"{name} {_digest(patcher, name, parameter)}\n"
+    lines = {name: line for found in ranks.gathered(lines) for name, line in found.items()}
+    return hashlib.sha256("".join(lines[name] for name, _ in parameters).encode()).hexdigest()
+
+
+def _digest(patcher, name, parameter):
+    """The digest of a parameter as the MODEL uses it; raises as check_weights does."""
+    if type(parameter).__name__.startswith("GGML") or hasattr(parameter, "tensor_type"):  # tensors of the GGUF loaders
+        raise ValueError(f"The MODEL comes from a GGUF file ({name}), whose weights SVDQuant does not read; load a bf16, fp16 or fp8 "
+                         "version of the model in safetensors format.")
+    if not parameter.dtype.is_floating_point:
+        raise ValueError(f"The MODEL's {name} is stored as {parameter.dtype}, in a packed format; load a bf16, fp16 or "
+                         "fp8 version of the model.")
+    stored = parameter.to(patcher.load_device)  # the device checks and hashes it faster
+    # PyTorch has no isfinite for fp8.
+    if not torch.isfinite(stored.half() if stored.dtype.itemsize == 1 else stored).all():
+        raise ValueError(f"The MODEL's {name} holds NaN or Inf: its file is damaged or was merged incorrectly; load an "
+                         "intact copy.")
+    return resume.digest(effective_weight(patcher, name, patcher.load_device) if PREFIX + name in patcher.patches else stored)

@@ -15,6 +15,7 @@ from .. import families
 from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, native, plain
 from ..checkpoint.header import EXTENSIONS, CheckpointError, read_header
 from ..checkpoint.write import size_text
+from ..families.discovered import DiscoveredFamily
 from ..layers import layout
 from ..layers.linear import NVFP4Linear
 from ..layers.preparation import of_other_sizes, set_act_bits, warm_up
@@ -120,8 +121,17 @@ def _filled(packed, compute_dtype, act_bits):
 
 def _empty_packed(packed, compute_dtype=None):
     """The empty model of a PackedFile."""
-    model_config = _detect(packed.header, packed.family, packed.shapes, packed.config)
-    return build.empty_model(model_config, packed.specs, compute_dtype)
+    if not isinstance(packed.family, DiscoveredFamily):
+        return build.empty_model(_detect(packed.header, packed.family, packed.shapes, packed.config), packed.specs, compute_dtype)
+    # The host finds the whole configuration in the shapes, and so needs those of the packed layers' linears.
+    model_config = _detect(packed.header, packed.family, packed.family.tensors(packed.config), packed.config)
+    model = build.empty_model(model_config, packed.specs, compute_dtype, packed.family)
+    own = {name: tensor.shape for name, tensor in model.diffusion_model.state_dict().items()}
+    if own != packed.shapes:
+        odd = min(name for name in own.keys() | packed.shapes.keys() if own.get(name) != packed.shapes.get(name))
+        raise CheckpointError(f"{packed.header.file} is a {packed.family.title} whose {odd} is not as in this ComfyUI's; update ComfyUI, "
+                              "or quantize the model again.")
+    return model
 
 
 def _load_plain(header, compute_dtype):

@@ -10,10 +10,12 @@ import functools
 import itertools
 import logging
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 
-from . import out_of_memory
+from ..parallel.alone import ALONE
+from . import out_of_memory, shared_replay
 
 SAMPLE_TOKENS = 1024  # inputs kept for each layer, evenly spaced over all the calls
 # Tokens for each input channel that go into a Gram matrix. Fewer than 2 are too few for GPTQ; more than 4 change little.
@@ -24,6 +26,16 @@ STRIPE = 2048  # rows of a Gram matrix that are updated at a time
 DEVICE_FAULTS = (torch.OutOfMemoryError, *([torch.AcceleratorError] if hasattr(torch, "AcceleratorError") else []))
 
 log = logging.getLogger(__name__)
+
+
+class Part(NamedTuple):
+    """What one call contributes to a layer's statistics."""
+
+    absmax: torch.Tensor  # (K,) float32
+    square: torch.Tensor  # (K,) float32, the sum over the tokens
+    sample: torch.Tensor  # (S, K) float32
+    rows: torch.Tensor | None  # (M, K), the tokens for the Gram matrix
+    tokens: int
 
 
 class InputStats:
@@ -43,23 +55,35 @@ class InputStats:
 
     def add(self, x):
         """x: (..., K), the input of one call."""
+        self.merge(self.part(x))
+
+    def part(self, x):
+        """The Part of the statistics that one call's input x (..., K) contributes. It may share memory with x."""
         x = x.detach().reshape(-1, x.shape[-1]).to(self._device or x.device)
         low, high = x.aminmax(dim=0)
         absmax, square = torch.maximum(-low, high).float(), torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
-        if self._absmax is None:
-            self._absmax, self._square = absmax, square
-        else:
-            self._absmax = torch.maximum(self._absmax, absmax)
-            self._square = self._square + square
-        self._samples.append(evenly_spaced(x, max(1, SAMPLE_TOKENS // self._calls)).to(torch.float32, copy=True))
-        self.tokens += x.shape[0]
+        sample = evenly_spaced(x, max(1, SAMPLE_TOKENS // self._calls)).to(torch.float32, copy=True)
+        tokens, rows = x.shape[0], None
         if self._with_gram:
+            rows = x if self._tokens_per_input is None else evenly_spaced(x, -(-self._tokens_per_input * x.shape[1] // self._calls))
+        return Part(absmax, square, sample, rows, tokens)
+
+    def merge(self, part):
+        """Add a Part. The order of the calls matters to the last bit."""
+        if self._device is not None:
+            part = Part(*to_device(tuple(part), self._device))
+        if self._absmax is None:
+            self._absmax, self._square = part.absmax, part.square
+        else:
+            self._absmax = torch.maximum(self._absmax, part.absmax)
+            self._square = self._square + part.square
+        self._samples.append(part.sample)
+        self.tokens += part.tokens
+        if part.rows is not None:
             if self._gram is None:
-                self._gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            if self._tokens_per_input is not None:
-                x = evenly_spaced(x, -(-self._tokens_per_input * x.shape[1] // self._calls))
-            add_gram(self._gram, x)
-            self.gram_tokens += x.shape[0]
+                self._gram = torch.zeros(part.rows.shape[1], part.rows.shape[1], device=part.rows.device)
+            add_gram(self._gram, part.rows)
+            self.gram_tokens += part.rows.shape[0]
 
     def gram(self):
         """(K, K) float32, E[x^T x]; None without `with_gram`. Nothing can be added afterwards."""
@@ -181,9 +205,10 @@ def empty_cache(device):
 
 
 def to_device(value, device, copy=False):
-    """Move the tensors inside nested lists, tuples and dicts; leave other values unchanged. copy: also copy tensors on `device`."""
+    """Move the tensors inside nested lists, tuples and dicts; leave other values unchanged. copy: also copy tensors on `device`. Tensors on
+    the meta device stay there."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to(device, copy=copy)
+        return value if value.is_meta else value.detach().to(device, copy=copy)
     if isinstance(value, (list, tuple)):
         return type(value)(to_device(v, device, copy) for v in value)
     if isinstance(value, dict):
@@ -259,10 +284,9 @@ def _forward_replaced(modules_and_forwards):
 
 
 @contextmanager
-def _observed(layers, stats):
-    """A context in which each layer's input is added to its InputStats. layers: {name: linear}."""
-    hooks = [layer.register_forward_pre_hook(lambda _module, args, name=name: stats[name].add(args[0]))
-             for name, layer in layers.items()]
+def observed(layers, add):
+    """A context in which add(name, x) is called with the input of each layer. layers: {name: linear}."""
+    hooks = [layer.register_forward_pre_hook(lambda _module, args, name=name: add(name, args[0])) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -270,9 +294,19 @@ def _observed(layers, stats):
             hook.remove()
 
 
+def _filled(value, device):
+    """`value` with zeros on `device` in place of the tensors on the meta device."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value, device=device) if value.is_meta else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_filled(item, device) for item in value)
+    return {key: _filled(item, device) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def _replay(diffusion_model, call, memory, blocks, pass_through, index, states):
     """Run one recorded call up to block `index` and return this block's output, or None if the call does not run the block (some nodes skip
-    blocks). states: {name of an earlier block: its stored output}. The last block may be the model itself."""
+    blocks). states: {name of an earlier block: its stored output, on the meta device where nothing reads it any more}. The last block may
+    be the model itself."""
     reached = {}
 
     def stop(_module, _args, output):
@@ -281,7 +315,7 @@ def _replay(diffusion_model, call, memory, blocks, pass_through, index, states):
 
     def stored(name):
         # The model may change its input in place, and a second attempt after running out of memory needs the original, so it gets a copy.
-        return lambda *args, **kwargs: to_device(states[name], memory.device, copy=True)
+        return lambda *args, **kwargs: _filled(to_device(states[name], memory.device, copy=True), memory.device)
 
     replaced = [(block, stored(name) if name in states else pass_through(name)) for name, block in blocks[:index]]
     hook = blocks[index][1].register_forward_hook(stop)
@@ -301,6 +335,12 @@ def _unchanged(name, block):
     return nullcontext()
 
 
+def _still_read(states, read_later, keep_shapes):
+    """The stored outputs {block: output} that a later block reads. keep_shapes: also the others, as tensors on the meta device."""
+    found = {name: output for name, output in states.items() if name in read_later}
+    return {name: to_device(output, "meta") for name, output in states.items() if name not in found} | found if keep_shapes else found
+
+
 def in_a_row(blocks):
     """stream_blocks' sources of blocks each of which reads the output of the one before."""
     names = [name for name, _ in blocks]
@@ -308,30 +348,41 @@ def in_a_row(blocks):
 
 
 def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_through, with_gram=False, tokens_per_input=None,
-                  loaded=_unchanged, quantized=None, sources=None):
+                  loaded=_unchanged, quantized=None, sources=None, ranks=ALONE, owner_of=lambda layer: 0):
     """Yield (block name, {layer name: InputStats}) for one block after the other. The statistics are released before the next block.
 
     calls: from recorded_calls, moved to the device here; memory: Memory; blocks: [(name, module)] in running order, and last the model
     itself if layers outside the blocks are calibrated too; layers_of(name, block): {name: linear}; pass_through(name): a forward that
-    returns a block's states unchanged (families.Family); loaded(name, block): a context in which the block can run; quantized(name,
+    returns a block's states unchanged (families.Family), for blocks whose outputs nothing reads any more; None to have them return zeros of
+    their outputs' shapes; loaded(name, block): a context in which the block can run; quantized(name,
     block): a context in which it runs in 4 bits, entered after the yield, so that its output there is the next block's input; None to
     use its 16-bit output; sources: {block name: names of the blocks whose outputs are its states} (families.Family.sources), None for
     in_a_row. A block's output is kept until the last block that reads it has run. A call that skips a block is left out from this block
     on. Raises ValueError if no call is left.
+
+    ranks: the processes of the run (parallel.alone); each has its own calls (shared_replay.numbers), and gets the statistics, over all
+    calls, of the layers for which owner_of(layer) is its rank.
     """
     # Every block re-reads them; the originals are released. Each has a few MB.
     calls[:] = to_device(calls, memory.states_on)
+    numbers = shared_replay.numbers(ranks, len(calls))
     memory.states[:] = [{} for _ in calls]
     sources = in_a_row(blocks) if sources is None else sources
     for index, (name, block) in enumerate(blocks):
         def run(layers, in_4_bits):
-            stats = {layer: InputStats(len(calls), with_gram, tokens_per_input, memory.statistics_on) for layer in layers}
-            with loaded(name, block), in_4_bits(name, block), _observed(layers, stats):
-                return stats, [_replay(diffusion_model, call, memory, blocks, pass_through, index, states)
-                               for call, states in zip(calls, memory.states)]
+            order = shared_replay.running_order(ranks, numbers)
+            stats = {layer: InputStats(len(order), with_gram, tokens_per_input, memory.statistics_on) for layer in layers}
+
+            def replay(number, add):
+                place = numbers.index(number)
+                with observed(layers, add):
+                    return _replay(diffusion_model, calls[place], memory, blocks, pass_through, index, memory.states[place])
+
+            with loaded(name, block), in_4_bits(name, block):
+                return shared_replay.replay_all(ranks, order, replay, stats, owner_of)
 
         stats, outputs = memory.attempt(name, functools.partial(run, layers_of(name, block), _unchanged))
-        if all(output is None for output in outputs):
+        if not any(ranks.gathered(any(output is not None for output in outputs))):
             raise ValueError(f"The model never ran its block {name} during calibration; remove nodes that skip blocks "
                              "from the MODEL, and put them behind SVDQuant Quantize Model.")
         if quantized is not None:
@@ -339,9 +390,9 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
             stats.clear()
             _, outputs = memory.attempt(name, functools.partial(run, {}, quantized))
         read_later = {source for later, _ in blocks[index + 1:] for source in sources.get(later, ())}
-        whole = [(call, {source: output for source, output in (states | {name: output}).items() if source in read_later})
-                 for call, states, output in zip(calls, memory.states, outputs) if output is not None]
-        calls, memory.states[:] = map(list, zip(*whole))
+        whole = [(number, call, _still_read(states | {name: output}, read_later, pass_through is None))
+                 for number, call, states, output in zip(numbers, calls, memory.states, outputs) if output is not None]
+        numbers, calls, memory.states[:] = map(list, zip(*whole)) if whole else ([], [], [])
         del outputs, whole
         if quantized is None:
             yield name, stats

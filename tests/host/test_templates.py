@@ -17,7 +17,12 @@ from safetensors.torch import save_file
 from host import workflow
 from host.server import PACK, TINY, Server
 
+from ..quant.random_chroma import chroma_tensors
 from ..quant.random_flux import flux_tensors
+from ..quant.random_flux2 import flux2_shapes
+from ..quant.random_models import random_tensors
+from ..quant.random_qwen_image import qwen_image_shapes
+from ..quant.random_z_image import z_image_shapes
 from . import layout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,7 +226,7 @@ def shrunk(graph: dict, object_info: dict) -> dict:
     encoders = {number for number, node in prompt.items() if node["class_type"] == "CLIPTextEncode"}
     for number, node in list(prompt.items()):
         inputs = node["inputs"]
-        if node["class_type"] == "DualCLIPLoader":
+        if node["class_type"] in ("DualCLIPLoader", "CLIPLoader"):
             del prompt[number]
         elif number in encoders:
             node.update(class_type="SVDQuantDemoWords", inputs={"text": CAPTIONS.splitlines()[int(number) % 2]})
@@ -296,6 +301,36 @@ def published(server: Server, models: Path) -> dict:
 def test_every_4_bit_file_of_the_templates_has_a_stand_in():
     named = {name for graph in GRAPHS.values() for name in model_files(graph) if name.startswith("svdq-")}
     assert named == PUBLISHED.keys()
+
+
+# {template that quantizes a model of another family: the stand-in's tensors}
+QUANTIZING = {
+    "SVDQuant_quantize_Chroma": lambda: chroma_tensors(depth_single=1),
+    "SVDQuant_quantize_FLUX2": lambda: random_tensors(flux2_shapes(depth_single=1, guidance=False)),
+    "SVDQuant_quantize_Qwen-Image": lambda: random_tensors(qwen_image_shapes(depth=1)),
+    "SVDQuant_quantize_Z-Image": lambda: random_tensors(z_image_shapes(depth=1, refiners=1)),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZING)
+def test_another_familys_quantizing_template_runs_and_its_file_samples(server, models, object_info, name):
+    prompt = shrunk(GRAPHS[name], object_info)
+    by_class = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    save_file(QUANTIZING[name](), models / "diffusion_models" / by_class["SVDQuantLoadModel"]["model_name"])
+    outputs = server.client.post(prompt)
+    assert any("W4A4" in text for output in outputs.values() for text in output.get("text", []))
+    [latent] = (number for number, node in prompt.items() if node["class_type"].startswith("Empty"))
+    words = next(number for number, node in prompt.items() if node["class_type"] == "SVDQuantDemoWords")
+    sampled = server.client.post({
+        latent: prompt[latent], words: prompt[words],
+        "101": {"class_type": "SVDQuantLoadModel",
+                "inputs": {"model_name": by_class["SVDQuantSaveModel"]["filename"] + ".safetensors", "compute_dtype": "auto"}},
+        "102": {"class_type": "KSampler", "inputs": {"model": ["101", 0], "positive": [words, 1], "negative": [words, 1],
+                                                     "latent_image": [latent, 0], "seed": 0, "steps": 1, "cfg": 1.0,
+                                                     "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}},
+        "103": {"class_type": "SaveLatent", "inputs": {"samples": ["102", 0], "filename_prefix": name}},
+    })
+    assert sampled["103"]["latents"]
 
 
 def test_the_quantizing_template_runs_and_its_file_draws(server, models, object_info):

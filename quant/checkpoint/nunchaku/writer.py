@@ -28,7 +28,7 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     layer, and as write.write does.
     """
     check_target(path, overwrite)
-    family = families.of_image_model(config["image_model"])
+    family = families.of_config(config)
     if family.nunchaku is None:
         raise CheckpointError(f"Nunchaku's layout has no place for {family.title} models; choose layout native.")
     depths = {kind: config[key] for kind, key in names.depth_keys(family).items()}

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from comfyui_svdquant.quant.host import quantize
+from comfyui_svdquant.quant.host import quantize_blocks
 from comfyui_svdquant.quant.quantizer import calibration
 
 
@@ -17,9 +17,9 @@ def test_a_layer_without_memory_is_named(monkeypatch, error, tries):
         calls.append(device)
         raise error
 
-    monkeypatch.setattr(quantize, "effective_weight", weight)
+    monkeypatch.setattr(quantize_blocks, "effective_weight", weight)
     patcher, memory = SimpleNamespace(load_device="cpu"), calibration.Memory("cpu")
     with pytest.raises(MemoryError) as caught:
-        quantize.quantize_layer(patcher, "double_blocks.0.img_mod.lin", None, None, None, memory, None)
+        quantize_blocks.quantize_layer(patcher, "double_blocks.0.img_mod.lin", None, None, None, memory, None)
     assert str(caught.value).startswith("There is not enough memory to quantize double_blocks.0.img_mod.lin (")
     assert "with the input exceptions." in str(caught.value) and len(calls) == tries

@@ -1,4 +1,4 @@
-"""Batches, sizes, layouts, dtypes, copies and Chroma, with fused forwards and with the host's: the same latents."""
+"""Batches, sizes, layouts, dtypes, copies, Chroma and FLUX.2, with fused forwards and with the host's: the same latents."""
 
 import copy
 
@@ -8,10 +8,12 @@ import comfy.quant_ops
 import pytest
 import torch
 from comfyui_svdquant.quant.host import fused_blocks, loader
+from comfyui_svdquant.quant.layers import linear, preparation
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 from safetensors.torch import save_file
 
 from ..comfy_models import HIDDEN, quantized, save
+from ..family_cases import FLUX2
 from ..fused_path import BOUND, DTYPE, FUSED, Path, compared, draw, lora, options_of, other_attention, overridden, prompt, single
 from ..lora_tensors import LINEAR1, random
 from ..random_chroma import chroma_tensors
@@ -46,6 +48,19 @@ def test_layers_whose_output_has_another_dtype(path, model, monkeypatch, name):
         return patcher, {}
 
     compared(path, model, monkeypatch, hooked, FUSED)
+
+
+def test_the_layers_that_are_added_to_the_states(path, model, monkeypatch):
+    """Each is one op with the residual, and a warm-up prepares its kernel. (In W4A4 an MLP is an op of its own.)"""
+    preparation.set_act_bits(model.model, 8)
+    diffusion_model, gated, given = model.model.diffusion_model, linear.gated_linear.gated_linear, []
+    monkeypatch.setattr(linear.gated_linear, "gated_linear", lambda x, operands, *added: given.append(operands.weight) or gated(
+        x, operands, *added))
+    layers = {diffusion_model.get_submodule(f"{kind}_blocks.0.{name}") for kind, name in (
+        ("double", "img_attn.proj"), ("double", "txt_attn.proj"), ("double", "img_mlp.2"), ("double", "txt_mlp.2"), ("single", "linear2"))}
+    assert {module for module in diffusion_model.modules() if getattr(module, "gated", False)} == layers
+    assert path.share(True, lambda: draw(model))[1] == FUSED
+    assert {id(weight) for weight in given} == {id(layer.weight) for layer in layers}
 
 
 @pytest.mark.parametrize("how", ["override", "replaced"])
@@ -139,3 +154,33 @@ def test_chroma(monkeypatch, chroma_file, run):
     monkeypatch.setattr(fused_blocks, "_verdicts", {})
     model = loader.load_model(chroma_file, DTYPE)
     compared(Path(monkeypatch, model), model, monkeypatch, run, FUSED)
+
+
+# --- FLUX.2 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux2_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_file(FLUX2.tensors(depth_single=1), folder / "flux2.safetensors")
+    with torch.inference_mode():
+        return save(FLUX2.quantized(loader.load_model(str(folder / "flux2.safetensors")), "data-free")[0], folder / "4bit.safetensors")
+
+
+def edited(patcher, _):
+    """With a reference image, which goes into the block as more tokens of the image."""
+    return patcher, {"positive": prompt(reference_latents=[random(1, 128, 4, 4)])}
+
+
+@pytest.mark.parametrize("run", [lambda patcher, _: (patcher, {"batch": 2}), edited, overridden, lora],
+                         ids=["plain", "edit", "override", "lora"])
+def test_flux2(monkeypatch, flux2_file, run):
+    """Its modulations come from outside the blocks, and SwiGLU is in place of the GELU."""
+    monkeypatch.setattr(fused_blocks, "_verdicts", {})
+    model = loader.load_model(flux2_file, DTYPE)
+
+    def case(patcher, patch):
+        patched, options = run(patcher, patch)
+        return patched, {"channels": 128, "size": (6, 6)} | options
+
+    compared(Path(monkeypatch, model), model, monkeypatch, case, FUSED)

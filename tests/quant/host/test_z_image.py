@@ -50,10 +50,9 @@ def test_the_host_sees_the_norm_by_which_it_tells_whether_fp16_fits(tmp_path, mo
     assert name == "layers.1.ffn_norm1.weight" and torch.equal(tensor, tensors[name])
 
 
-@pytest.mark.parametrize(("key", "value", "name"), [
-    ("z_image_modulation", False, "Lumina2"), ("siglip_feat_dim", 1152, "Z-Image-Omni"), ("clip_text_dim", 1024, "NewBie")])
-def test_relatives_on_the_same_class_are_refused(tmp_path, key, value, name):
+@pytest.mark.parametrize(("key", "value"), [("z_image_modulation", False), ("siglip_feat_dim", 1152), ("clip_text_dim", 1024)])
+def test_relatives_on_the_same_class_are_of_no_declared_family(tmp_path, key, value):
+    """Lumina 2, Z-Image-Omni and NewBie."""
     plain = loader.load_model(file_of(tmp_path / "z.safetensors"))
     plain.model.model_config.unet_config[key] = value
-    with pytest.raises(ValueError, match=f"^SVDQuant quantizes .* models, and this MODEL is {name}; connect one of those.$"):
-        checks.check_model(plain)
+    assert checks.check_model(plain) is None
