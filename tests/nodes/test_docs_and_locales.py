@@ -141,19 +141,27 @@ def test_the_translated_messages_are_in_the_code():
 
 # {file: why its sentences, or some of them, are in English on the node}
 ENGLISH = {
+    "batch/": "of a program, in the terminal",
     "checkpoint/": "names tensors, layers or metadata of a rare or damaged file, for a bug report or for who made the file",
     "download/hub.py": "of a Hub that answers as none should, or of a file that is no model",
     "families/family.py": "a part of a sentence about a damaged file",
+    "families/discovered.py": "a part of a sentence about a damaged file",
     "host/build.py": "a part of a sentence about a damaged file",
+    "host/conditioning.py": "of a program, in the terminal",
+    "host/discovery.py": "of models that no measurement knows, and their files",
     "host/find_nan.py": "a search for the bug report, which a user asks for",
     "host/loader.py": "names what ComfyUI's version can't read",
     "host/lora.py": "a part of a line in the console",
     "host/mapping.py": "raised when another node runs the model",
     "host/patcher.py": "raised when another node uses the model",
+    "host/offline.py": "of a program, in the terminal",
     "host/quantize.py": "of a model without layers that can be quantized, or a LoRA that changes shapes",
     "host/resume.py": "shown nowhere",
     "host/saving.py": "of another pack that replaces parts of the model",
+    "host/sequence.py": "of a machine with several GPUs, with its help page",
+    "host/several_gpus.py": "of a machine with several GPUs, with its help page",
     "layers/": "a part of a sentence about a damaged file",
+    "parallel/": "of a machine with several GPUs, with its help page",
     "quantizer/gptq.py": "of a matrix that no real prompt gives",
 }
 
