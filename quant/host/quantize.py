@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from comfy.model_management import InterruptProcessingException
 
-from ..families.family import Family
+from ..families.family import OUTSIDE, Family
 from ..layers import layout
 from ..quantizer import calibration, pipeline, presets
 from ..quantizer.pace import Pace
 from . import build, checks, discovery, resume
 from .attachments import SOURCE
-from .calibrate import OUTSIDE, block_statistics, record_trajectory, sized
+from .calibrate import block_statistics, record_trajectory, sized
 from .patcher import SVDQuantModelPatcher
 from .weights import compute_dtype, effective_shapes, effective_weight, storage_dtype, unpatched_shape
 
