@@ -78,7 +78,7 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
         checks.check_latent(patcher, latent)
     inputs = (conditioning, sized(patcher, latent), steps, seed) if calibrated else ()
     memory = calibration.Memory(patcher.load_device)
-    kept = _kept(patcher, folder, plan.nbytes() if plan else patcher.model_size(), weights, recipe.as_dict(), inputs)
+    kept = _kept(patcher, folder, plan.nbytes() if plan else patcher.model_size() // 3, weights, recipe.as_dict(), inputs)
     try:
         with kept or nullcontext():
             calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept) if calibrated else []
