@@ -34,7 +34,8 @@ KINDS = {
 
 def check_types(node, **values):
     """Raise ValueError, which names the input, unless all values have the types of the node's schema. An optional one may be None."""
-    entries = {entry.id: entry for entry in node.GET_SCHEMA().inputs}
+    # GET_SCHEMA would store the schema on the class, and ComfyUI runs a node on a copy of its class that takes no attributes.
+    entries = {entry.id: entry for entry in node.define_schema().inputs}
     for name, value in values.items():
         kind = str(entries[name].io_type)
         fits, remedy = KINDS[kind]
