@@ -27,7 +27,8 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                         "branch. It samples the model with your prompts to calibrate each layer. LoRAs on the model are "
                         "baked in.",
             inputs=[
-                io.Model.Input("model", tooltip=f"A {families.TITLES} model in bf16, fp16 or fp8, with any LoRAs to bake in."),
+                io.Model.Input("model", tooltip=f"A {families.TITLES} model in bf16, fp16 or fp8, with any LoRAs to bake in. Models of "
+                                                "other architectures are quantized by what calibration finds in them."),
                 io.Combo.Input("preset", options=list(presets.PRESETS), default="best",
                                tooltip="best: calibrated on your prompts, with GPTQ. slow: slightly smaller layer errors, takes "
                                        "longer. fast: calibrated, without GPTQ. data-free: no calibration, larger errors. naive: "

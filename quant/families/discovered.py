@@ -6,7 +6,9 @@ Its description is a JSON object: calibration makes it (host/discovery.py), and 
     image_model              the host's name of the architecture; null if it has none
     host                     {key: value} of the host's configuration that it does not find in the tensors' shapes
     blocks                   {block: [blocks whose outputs it reads]}, in running order
-    layers                   {layer: {"w4a16", "unsigned", "bias": bool, "reads": the first of the layers that read the same tensor}}
+    outside                  [blocks whose outputs the layers outside the blocks read]
+    layers                   {layer: {"w4a16", "unsigned", "bias": bool, "reads": the first of the layers that read the same tensor}};
+                             outside the blocks all are W4A16
     tensors                  {name: shape} of the whole model in 16 bits
     tokens                   the numbers of tokens that calibration saw most, most of all first
 """
@@ -14,7 +16,7 @@ Its description is a JSON object: calibration makes it (host/discovery.py), and 
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from .family import NO_ENTRIES, Configuration, Family, Layer, Packing, Signature, all_signed, all_unsigned
+from .family import NO_ENTRIES, OUTSIDE, Configuration, Family, Layer, Packing, Signature, all_signed, all_unsigned
 
 KEY = "discovered"  # of the description in a file's configuration
 FLAGS = "w4a16", "unsigned", "bias"
@@ -30,12 +32,13 @@ class DiscoveredConfiguration(Configuration):
 
 @dataclass(frozen=True)
 class DiscoveredFamily(Family):
-    """reads: {block: names of the blocks whose outputs it reads}, in running order; packed: {layer name: Layer}; readers: {layer name: the
-    first of the layers that read the same tensor}."""
+    """reads: {block: names of the blocks whose outputs it reads}, in running order; read_outside: those that the layers outside the blocks
+    read; packed: {layer name: Layer}; readers: {layer name: the first of the layers that read the same tensor}."""
 
     pass_through = None  # nobody has declared which arguments a block returns
 
     reads: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
+    read_outside: tuple = ()
     packed: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
     readers: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
 
@@ -49,7 +52,7 @@ class DiscoveredFamily(Family):
         return [(name, diffusion_model.get_submodule(name)) for name in self.reads]
 
     def sources(self, diffusion_model):
-        return dict(self.reads)
+        return dict(self.reads) | {OUTSIDE: self.read_outside}
 
     def first_reader(self, name):
         return self.readers.get(name, name)
@@ -63,10 +66,12 @@ def discovered(description):
         raise ValueError("has no valid description of its layers in its configuration") from None
     title, layers = description["title"], description["layers"]
     shapes = {name: tuple(shape) for name, shape in description["tensors"].items()}
+    packed = {name: _layer(entry) for name, entry in layers.items()}
     blocks = len(description["blocks"])
     return DiscoveredFamily(
         title=title, architecture=description["image_model"] or title.lower(), model_class=description["model_class"],
-        blocks=(), outer=NO_ENTRIES, signature=Signature(anchors=(), names=()),
+        blocks=(), outer=MappingProxyType({name: layer for name, layer in packed.items() if _is_outside(name, description["blocks"])}),
+        signature=Signature(anchors=(), names=()),
         configuration=DiscoveredConfiguration(
             keys=(KEY,), fixed=MappingProxyType({"image_model": description["image_model"]}), usual=NO_ENTRIES, matrices=(), vectors=(),
             measure=lambda shapes, usual: {KEY: description}, derive=lambda config: {}, trouble=lambda config: None),
@@ -74,7 +79,7 @@ def discovered(description):
         figures=lambda config: f"{blocks} blocks and {len(layers)} layers, found by calibration",
         text_width="", pooled=False, encoders="", clip_type="", tokens=tuple(description["tokens"]), examples=(),
         reads=MappingProxyType({name: tuple(sources) for name, sources in description["blocks"].items()}),
-        packed=MappingProxyType({name: _layer(entry) for name, entry in layers.items()}),
+        read_outside=tuple(description["outside"]), packed=MappingProxyType(packed),
         readers=MappingProxyType({name: entry["reads"] for name, entry in layers.items()}))
 
 
@@ -91,12 +96,16 @@ def _check(description):
     blocks, layers, tokens = description["blocks"], description["layers"], description["tokens"]
     require(isinstance(description["title"], str), isinstance(description["model_class"], str), isinstance(description["host"], dict),
             isinstance(description["image_model"], (str, type(None))), len(tokens) == 3, all(_is_size(size) for size in tokens))
-    require(all(source in blocks for sources in blocks.values() for source in sources))
+    require(all(source in blocks for sources in (*blocks.values(), description["outside"]) for source in sources))
     for name, entry in layers.items():
-        require(all(type(entry[flag]) is bool for flag in FLAGS), entry["reads"] in layers,
-                any(name.startswith(f"{block}.") for block in blocks))
+        require(all(type(entry[flag]) is bool for flag in FLAGS), entry["reads"] in layers, entry["w4a16"] or not _is_outside(name, blocks))
     for shape in description["tensors"].values():
         require(all(_is_size(size) for size in shape))
+
+
+def _is_outside(name, blocks):
+    """Whether layer `name` is in none of the blocks."""
+    return not any(name.startswith(f"{block}.") for block in blocks)
 
 
 def _is_size(value):

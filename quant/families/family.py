@@ -11,6 +11,7 @@ from enum import Enum
 from types import MappingProxyType
 
 NO_ENTRIES = MappingProxyType({})
+OUTSIDE = "outside"  # in place of a block's name: the layers outside the blocks; their "block" is the whole model
 
 
 class Packing(Enum):

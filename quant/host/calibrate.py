@@ -6,6 +6,7 @@ import comfy.model_management
 import comfy.sample
 import torch
 
+from ..families.family import OUTSIDE
 from ..parallel.alone import ALONE
 from ..quantizer import calibration, shared_replay
 from . import build, resume
@@ -13,7 +14,6 @@ from .patcher import PREFIX
 
 MAX_CALLS = 32  # recorded calls of the model, distributed over prompts and noise levels
 WEIGHT_COPIES, GRAM_COPIES = 8, 3  # float32 copies that exist at the peak of pipeline.pack_svdquant
-OUTSIDE = "outside"  # block name of the layers outside the blocks; their "block" is the whole model
 EVERYTHING = 2**62  # bytes to ask ComfyUI to free, so that it moves all models off the device
 
 
@@ -108,7 +108,7 @@ def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done
     with nullcontext() if whole else on_device(patcher, outside):
         yield from calibration.stream_blocks(model, calls, memory, replayed, layers_of, family.pass_through, recipe.needs_gram(),
                                              recipe.tokens, quantized=quantized if recipe.propagate == "quantized" else None,
-                                             sources=family.sources(model) | {OUTSIDE: (blocks[-1][0],)}, ranks=ranks, owner_of=owner_of,
+                                             sources={OUTSIDE: (blocks[-1][0],)} | family.sources(model), ranks=ranks, owner_of=owner_of,
                                              **({} if whole else {"loaded": loaded}))
 
 

@@ -8,6 +8,8 @@ A few of calibration's calls run once more, in 16 bits, with a hook on every mod
 * The blocks whose outputs a block reads are followed through the host's code between the blocks (Lineage). A trial of calibration's own
   replay, one block at a time, has to see the same inputs.
 
+* Large linears outside the blocks are W4A16 if they see a row or a few, as layers that compute modulations for all blocks do.
+
 Everything else stays in 16 bits.
 """
 
@@ -20,17 +22,20 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ...cuda.choose import OUTPUTS
-from ...cuda.int4 import GELU_SHIFT
+from ...cuda.int4 import GELU_SHIFT, GROUP_SIZE
 from .. import families
 from ..families.discovered import discovered
+from ..families.family import OUTSIDE
 from ..quantizer import calibration
 from . import build
+from .calibrate import stages
 from .weights import unpatched_shape
 
 CALLS = 3             # of the recorded calls that run once more: the first, the last, and one between them
 FEW_ROWS = 16         # a layer that never sees more rows than this in a call is W4A16
 UNSIGNED_PEAK = 4     # an input that shall have unsigned codes reaches this many times the GELU shift: codes of smaller ones would be lost
 AGREEMENT = 1e-3      # relative, between the inputs of a block that runs alone and those in the whole model
+OUTSIDE_LEAST = 1 << 20  # numbers in the weight of a layer outside the blocks that is packed
 MARK = "svdquant_lineage"
 
 
@@ -97,13 +102,14 @@ def discover(patcher, calls):
     if not blocks:
         raise ValueError(f"This MODEL ({title(patcher)}) has no list of blocks that run once a step, so that it can't be calibrated block "
                          "by block; use it in 16 bits, or in a format of ComfyUI's own.")
-    reads = lineage(model, chosen[0], patcher.load_device, blocks)
     layers = chosen_layers(model, seen, blocks)
+    reads = lineage(model, chosen[0], patcher.load_device, blocks, layers)
     shapes = {name: list(unpatched_shape(patcher, name)) for name in model.state_dict()}
     cls, config = type(model), patcher.model.model_config
     family = discovered({
         "title": title(patcher), "image_model": config.unet_config.get("image_model"),
-        "model_class": f"{cls.__module__}.{cls.__qualname__}", "host": host_configuration(patcher), "blocks": reads, "layers": layers,
+        "model_class": f"{cls.__module__}.{cls.__qualname__}", "host": host_configuration(patcher), "outside": reads.pop(OUTSIDE),
+        "blocks": reads, "layers": layers,
         "tensors": shapes, "tokens": usual_tokens(seen, layers)})
     check_replay(family, patcher, chosen[0], seen[0])
     return family, notes(family, model, blocks)
@@ -115,7 +121,8 @@ def notes(family, model, blocks):
     apart = {name: module for name, module in whole.items() if name not in family.packed and family.block_of(name)}
     odd = [name for name, module in apart.items() if module.out_features % OUTPUTS]
     unseen = [name for name in apart if name not in odd]
-    outside = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and not family.block_of(name)]
+    outside = [name for name, module in model.named_modules()
+               if isinstance(module, torch.nn.Linear) and not family.block_of(name) and name not in family.packed]
     found = [f"{family.title} is not a family that SVDQuant was measured on ({families.TITLES}): its {len(blocks)} blocks and "
              f"{len(family.packed)} layers were found by calibration; compare its images with those in 16 bits."]
     if odd:
@@ -123,7 +130,7 @@ def notes(family, model, blocks):
     if unseen:
         found.append(f"These layers of its blocks stay in 16 bits, since calibration did not see them: {', '.join(unseen)}.")
     if outside:
-        found.append(f"The layers outside its blocks stay in 16 bits: {', '.join(outside)}.")
+        found.append(f"These layers outside its blocks stay in 16 bits: {', '.join(outside)}.")
     return found
 
 
@@ -166,7 +173,7 @@ def observed(model, call, device):
             hooks += [module.register_forward_pre_hook(lambda _module, _args, name=f"{parent}.{i}": seen.note_run(name))
                       for i, module in enumerate(modules)]
     hooks += [linear.register_forward_pre_hook(lambda _module, args, name=name: seen.note_input(name, args[0]))
-              for name, linear in linears(model).items()]
+              for name, linear in model.named_modules() if isinstance(linear, torch.nn.Linear)]
     try:
         _run(model, call, device)
     finally:
@@ -197,14 +204,16 @@ def chosen_layers(model, seen, blocks):
     found = {}
     for name, (*_, first) in seen[0].inputs.items():
         linear, block = model.get_submodule(name), next((block for block in blocks if name.startswith(f"{block}.")), None)
-        if block is None or linear.out_features % OUTPUTS or not all(name in call.inputs for call in seen):
+        if linear.out_features % OUTPUTS or not all(name in call.inputs for call in seen):
             continue
         rows, low, high = (how(call.inputs[name][i] for call in seen) for i, how in enumerate((max, min, max)))
         unsigned = low >= -GELU_SHIFT and high >= UNSIGNED_PEAK * GELU_SHIFT
         few = rows <= FEW_ROWS
+        if block is None and not (few and linear.weight.numel() >= OUTSIDE_LEAST and linear.in_features % GROUP_SIZE == 0):
+            continue
         found[name] = {"w4a16": few, "unsigned": unsigned and not few, "bias": linear.bias is not None, "reads": name}
         same = found.get(first)
-        if same and first.startswith(f"{block}.") and all(same[flag] == found[name][flag] for flag in ("w4a16", "unsigned")):
+        if same and block and first.startswith(f"{block}.") and all(same[flag] == found[name][flag] for flag in ("w4a16", "unsigned")):
             found[name]["reads"] = first
     return found
 
@@ -258,9 +267,10 @@ def mark(tensor, marks):
             setattr(each, MARK, getattr(each, MARK, frozenset()) | marks)
 
 
-def lineage(model, call, device, blocks):
-    """{block: [names of the blocks whose outputs it reads]}, in running order."""
-    reads, mode, hooks = {}, Lineage(), []
+def lineage(model, call, device, blocks, layers):
+    """{block: [names of the blocks whose outputs it reads]}, in running order, and OUTSIDE with those that the `layers` outside the blocks
+    read."""
+    reads, outside, mode, hooks = {}, set(), Lineage(), []
 
     def enter(name, args, kwargs):
         reads[name] = [block for block in blocks if block in marks_of((args, kwargs))]
@@ -272,6 +282,9 @@ def lineage(model, call, device, blocks):
         for tensor in tensors_in(output):
             setattr(tensor, MARK, frozenset((name,)))
 
+    for name in layers:
+        if not any(name.startswith(f"{block}.") for block in blocks):
+            hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda _module, args: outside.update(marks_of(args))))
     for name in blocks:
         block = model.get_submodule(name)
         hooks.append(block.register_forward_pre_hook(lambda _module, args, kwargs, name=name: enter(name, args, kwargs), with_kwargs=True))
@@ -282,14 +295,17 @@ def lineage(model, call, device, blocks):
     finally:
         for hook in hooks:
             hook.remove()
-    return reads
+    return reads | {OUTSIDE: [block for block in blocks if block in outside]}
 
 
 def check_replay(family, patcher, call, seen):
     """Raise ValueError unless calibration's replay of one block at a time sees the inputs that the whole model has."""
     model = patcher.model.diffusion_model
-    stream = calibration.stream_blocks(model, [call], calibration.Memory(patcher.load_device), family.running_blocks(model),
-                                       family.block_layers, None, sources=family.sources(model))
+    replayed = stages(family, model)
+    stream = calibration.stream_blocks(
+        model, [call], calibration.Memory(patcher.load_device), replayed,
+        lambda name, block: family.outer_layers(block) if name == OUTSIDE else family.block_layers(name, block), None,
+        sources=family.sources(model))
     with torch.no_grad():
         for block, stats in stream:
             for name, found in stats.items():

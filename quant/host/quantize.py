@@ -79,7 +79,8 @@ def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folde
         checks.check_latent(patcher, latent)
     inputs = (conditioning, sized(patcher, latent), steps, seed) if calibrated else ()
     memory = calibration.Memory(patcher.load_device)
-    kept = ranks.rank == 0 and _kept(patcher, folder, plan.nbytes() if plan else patcher.model_size(), weights, recipe.as_dict(), inputs)
+    nbytes = plan.nbytes() if plan else patcher.model_size() // 3
+    kept = ranks.rank == 0 and _kept(patcher, folder, nbytes, weights, recipe.as_dict(), inputs)
     try:
         with kept or nullcontext():
             calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept, ranks) if calibrated else None

@@ -64,7 +64,7 @@ def test_blocks_layers_and_formats_are_those_of_the_architecture(case, pair):
     reads, formats, groups, unsigned = FOUND[case.title]
     model = pair[1]
     family, layers = model.model.svdquant_family, model.packed_layers()
-    assert family.sources(None) == reads and list(family.sources(None)) == list(reads), "in running order"
+    assert dict(family.reads) == reads and list(family.reads) == list(reads), "in running order"
     inside = {name for name in discovery.linears(pair[0].model.diffusion_model) if family.block_of(name)}
     assert set(layers) == inside, "every linear of a block is packed"
     for name, layer in layers.items():
@@ -79,7 +79,7 @@ def test_blocks_layers_and_formats_are_those_of_the_architecture(case, pair):
 def test_the_report_says_that_it_was_not_measured_and_what_stays_in_16_bits(case, pair):
     first, *others = pair[1].recipe["notes"]
     assert first.startswith(f"{case.title} is not a family that SVDQuant was measured on (FLUX.1, FLUX.2, ")
-    outside = next(note for note in others if note.startswith("The layers outside its blocks stay in 16 bits: "))
+    outside = next(note for note in others if note.startswith("These layers outside its blocks stay in 16 bits: "))
     assert {"WAN21_T2V": "head.head", "Lumina2": "x_embedder", "Krea2": "tproj.1"}[case.title] in outside
 
 
@@ -120,6 +120,18 @@ def test_what_can_not_be_is_refused_in_a_sentence(case, pair, tmp_path, monkeypa
     monkeypatch.setattr(discovery.comfy.model_detection, "detect_unet_config", lambda *_: None)
     with pytest.raises(ValueError, match=rf"^ComfyUI does not recognize this MODEL \({case.title}\) by its tensors' shapes"):
         case.quantized(plain)
+
+
+def test_large_layers_outside_the_blocks_that_see_a_row_are_w4a16(tmp_path, monkeypatch):
+    monkeypatch.setattr(discovery, "OUTSIDE_LEAST", 6 * 256 * 256)
+    plain = WAN.load(tmp_path)
+    model, records = WAN.quantized(plain)
+    outside = {name for name in model.packed_layers() if not name.startswith("blocks.")}
+    assert outside == {"time_projection.1"}, "the text's layers see tokens, and the time's others are smaller"
+    [record] = (record for record in records if record.name == "time_projection.1")
+    assert record.format == layout.AWQ and record.measured_on == "outputs" and 0 < record.error < 0.05
+    loaded = loader.load_model(save(model, tmp_path / "model_4bit.safetensors"))
+    assert torch.equal(WAN.sample(model), WAN.sample(loaded))
 
 
 def test_a_relative_of_a_family_has_its_own_name(tmp_path):
@@ -191,12 +203,13 @@ def test_blocks_are_followed_through_dataclasses_and_assignments_and_other_layer
     seen = discovery.observed(model, call, "cpu")
     blocks = discovery.chosen_blocks(model, [seen])
     assert blocks == ["network.0", "blocks.0", "blocks.1"]
-    reads = discovery.lineage(model, call, "cpu", blocks)
-    assert reads == {"network.0": [], "blocks.0": ["network.0"], "blocks.1": ["network.0", "blocks.0"]}
     layers = discovery.chosen_layers(model, [seen], blocks)
+    reads = discovery.lineage(model, call, "cpu", blocks, layers)
+    assert reads.pop("outside") == []
+    assert reads == {"network.0": [], "blocks.0": ["network.0"], "blocks.1": ["network.0", "blocks.0"]}
     assert {name: entry["w4a16"] for name, entry in layers.items()} == {"network.0.used": True, "blocks.0.used": False}
-    family = discovered({"title": "Toy", "model_class": "comfy.Toy", "image_model": None, "host": {}, "blocks": reads, "layers": layers,
-                         "tensors": {}, "tokens": discovery.usual_tokens([seen], layers)})
+    family = discovered({"title": "Toy", "model_class": "comfy.Toy", "image_model": None, "host": {}, "blocks": reads, "outside": [],
+                         "layers": layers, "tensors": {}, "tokens": discovery.usual_tokens([seen], layers)})
     _, odd, unseen = discovery.notes(family, model, blocks)
     assert odd == "These layers stay in 16 bits, since their outputs are not a multiple of 16: blocks.1.used."
     assert unseen == ("These layers of its blocks stay in 16 bits, since calibration did not see them: network.0.unused, blocks.0.unused, "
@@ -214,13 +227,13 @@ def test_the_transformers_of_a_unet_are_found_in_running_order():
     call = (torch.randn(1, 4, 16, 16), torch.tensor([500.0])), {"context": torch.randn(1, 24, 128)}
     seen = discovery.observed(model, call, "cpu")
     blocks = discovery.chosen_blocks(model, [seen])
-    reads = discovery.lineage(model, call, "cpu", blocks)
+    layers = discovery.chosen_layers(model, [seen], blocks)
+    reads = discovery.lineage(model, call, "cpu", blocks, layers)
     down, up = ([name for name in blocks if name.startswith(way)] for way in ("input", "output"))
     middle = "middle_block.1.transformer_blocks.0"
     assert blocks == [*down, middle, *up] and len(down) == 3 and len(up) == 6
     # A transformer's own input goes around it, too.
     assert [reads[name] for name in (*down, middle, up[0])] == [[], down[:1], down[1:2], [down[0], down[2]], [down[0], down[2], middle]]
-    layers = discovery.chosen_layers(model, [seen], blocks)
     stream = calibration.stream_blocks(
         model, [call], calibration.Memory("cpu"), [(name, model.get_submodule(name)) for name in blocks],
         lambda name, block: {layer: model.get_submodule(layer) for layer in layers if layer.startswith(f"{name}.")}, None,
