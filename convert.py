@@ -32,6 +32,7 @@ def modules(program, *names):
 
 def unreadable(path, error):
     """One sentence that says why the file at `path` can't be read. error: OSError or CheckpointError; the latter's message is returned."""
+    error = getattr(error, "os_error", error)
     if not isinstance(error, OSError):
         return str(error)
     if os.path.isdir(path):

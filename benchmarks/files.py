@@ -31,6 +31,7 @@ from machine import ROOT, description, load_pack
 FULL_GB, DEPTH, HIDDEN, CONTEXT, POOLED = 6.66, 19, 3072, 4096, 768
 BLOCK_BYTES = 1 << 20
 WARM_TIMES = 3
+FACTORS = ("weight_smooth_factor", "smooth", "smooth_orig")  # the last parts of smoothing factors' names, in ours and in Nunchaku's files
 POOL = 1 << 24  # random numbers that fill every tensor repeatedly
 
 
@@ -72,6 +73,11 @@ class Random:
         count = torch.Size(shape).numel() * dtype.itemsize // pool.itemsize
         return pool.repeat(-(-count // POOL))[:count].view(dtype).view(shape)
 
+    def named(self, name, shape, dtype):
+        """tensor, whose values the checks of a file take: smoothing factors are positive."""
+        found = self.tensor(shape, dtype)
+        return found.abs() + 1 if name.rpartition(".")[2] in FACTORS else found
+
 
 def write_native(path, gb, rank):
     """A random FLUX.1 in this pack's layout, with scales like the quantizer's."""
@@ -100,7 +106,7 @@ def write_native(path, gb, rank):
         layer, _, part = name.rpartition(".")
         if part == "weight_scale" and layer in row_scales:
             return product(random.tensor(shape, torch.int8) % HIGHEST + 1, row_scales[layer])
-        return random.tensor(shape, dtype)
+        return random.named(name, shape, dtype)
 
     config = FAMILY.configuration.of({name: shape for name, (shape, _) in infos.items()})
     native.save_stream(path, infos, ((name, tensor(name, *info)) for name, info in infos.items()), specs, config, {}, "random",
@@ -122,7 +128,7 @@ def write_nvfp4(path, int4):
             infos[f"{part}.wcscales" if fused else f"{part}.wtscale"] = (n if fused else 1,), info.dtype
     random = Random()
     quantization = json.dumps({"method": "svdquant", "weight": {"dtype": "fp4_e2m1_all"}})
-    write.write(path, infos, ((name, random.tensor(*info)) for name, info in infos.items()),
+    write.write(path, infos, ((name, random.named(name, *info)) for name, info in infos.items()),
                 header.metadata | {"quantization_config": quantization})
 
 

@@ -86,20 +86,20 @@ class Stages:
 def time_stages(stages):
     """Time the parts of the pipeline, and record the kind of the current block."""
     from comfyui_svdquant.quant.checkpoint import native
-    from comfyui_svdquant.quant.host import calibrate, checks, quantize, resume
+    from comfyui_svdquant.quant.host import calibrate, checks, quantize, quantize_blocks, resume
     from comfyui_svdquant.quant.quantizer import calibration, gptq, lowrank, pipeline
 
     for owner, name, label in (
             (checks, "check_weights", "checking the weights"), (quantize, "record_trajectory", "sampling"),
             (resume.Checkpoint, "save", "keeping the progress"),
             (calibrate, "make_room", "unloading the model"), (calibration, "_replay", "replay"),
-            (calibration.InputStats, "add", "statistics"), (quantize, "effective_weight", "a layer's weight to the device"),
+            (calibration.InputStats, "add", "statistics"), (quantize_blocks, "effective_weight", "a layer's weight to the device"),
             (pipeline, "choose_smoothing", "smoothing"), (pipeline, "alternate", "branch and codes in turn"),
             (pipeline, "find_scales", "scale search"), (gptq, "damped_cholesky", "Cholesky factor"), (gptq, "gptq_round", "GPTQ"),
             (lowrank, "refit", "refit"), (pipeline, "pack_awq", "modulation layers"), (pipeline, "layer_error", "errors"),
             (pipeline, "naive_error", "errors"), (quantize, "_quantized_model", "the quantized model"), (native, "save", "saving")):
         stages.time(owner, name, label)
-    replay, layer, on_device = calibration._replay, quantize.quantize_layer, calibrate.on_device
+    replay, layer, on_device = calibration._replay, quantize_blocks.quantize_layer, calibrate.on_device
 
     def replay_in(diffusion_model, call, memory, blocks, pass_through, index, previous):
         stages.set_kind(blocks[index][0])
@@ -117,7 +117,7 @@ def time_stages(stages):
         with context_exit(context):
             yield
 
-    calibration._replay, quantize.quantize_layer, calibrate.on_device = replay_in, layer_in, timed_on_device
+    calibration._replay, quantize_blocks.quantize_layer, calibrate.on_device = replay_in, layer_in, timed_on_device
 
 
 @contextmanager

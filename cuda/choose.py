@@ -32,6 +32,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype          # dtype of x and of the layer's floats
     gelu_from: Optional[int] = None  # as in LayerOperands
     lora: LoRASizes = NO_LORA
+    gated: bool = False         # whether the output is residual + gate * the layer's (gated_linear.py)
 
 
 class MLP(NamedTuple):
@@ -48,6 +49,7 @@ class Kind(NamedTuple):
     source: str                            # in kernels/
     storage: Optional[CodeStorage] = None  # None for kernels without codes of an activation
     feeds_next: bool = False               # whether the GEMM ends with the next layer's codes, as an MLP's first one does
+    gated: bool = False                    # whether the GEMM adds its outputs, times a gate, to a residual
 
 
 class LinearKernels(NamedTuple):
@@ -59,7 +61,7 @@ class LinearKernels(NamedTuple):
     tile: object               # a key of gemm_wgmma.STAGES, or a gemm_mma.Tile
     rank: int                  # the layer's ranks, padded to 16
     gelu_from: Optional[int]   # as the GEMM takes it; None also where PyTorch applies GELU after the GEMM
-    whole: bool                # the two launches compute the whole layer, from its operands as they are
+    whole: bool                # the two launches compute the whole layer, its gate and residual included, from its operands as they are
 
 
 class AWQKernel(NamedTuple):
@@ -90,7 +92,7 @@ def choose(layer, target, sms, failed=frozenset()):
 
 
 def _choose_linear(layer, target, sms, failed):
-    m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora = layer
+    m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, gated = layer
     storage = code_storage(act_bits, target)
     wgmma = (storage == CodeStorage.INT8 and target.wgmma and gemm_wgmma.takes(k, unsigned_from)
              and Kind(gemm_wgmma.SOURCE, storage) not in failed)
@@ -105,6 +107,9 @@ def _choose_linear(layer, target, sms, failed):
     if not plans or not wgmma and Kind(gemm_mma.SOURCE, storage) in failed:
         return None
     whole = dtype in target.dtypes and ranks == rank and gelu_from == layer.gelu_from
+    if gated:
+        source = gemm_wgmma.SOURCE if wgmma else gemm_mma.SOURCE
+        whole = whole and gelu_from is None and gemm_mma.gates(storage) and Kind(source, storage, gated=True) not in failed
     return LinearKernels(storage, plans, wgmma, tile, ranks, gelu_from, whole)
 
 

@@ -95,18 +95,18 @@ def fastest_tile(tiles, sms, m, n):
     return min(tiles, key=time)
 
 
-def defines_of(storage, tile, target, dtype, turing=None, gelu=False, next_ranks=None, lora=False):
+def defines_of(storage, tile, target, dtype, turing=None, gelu=False, next_ranks=None, lora=False, gated=False):
     """The definitions of one compiled kernel.
 
     turing: True or False sets whether the kernel prefetches through registers, for tests; None: the GPU's own way.
     next_ranks: the next layer's rank, padded to 32, if the kernel ends with the next layer's codes (mlp.py).
-    lora: whether the kernel also takes LoRAs' ranks.
+    lora: whether the kernel also takes LoRAs' ranks; gated: whether it adds its outputs, times a gate, to a residual.
     """
     stages = 2 if turing else tile.stages(storage, target, lora)
     shared = tile.shared_bytes(storage, stages, next_ranks, lora)
     defines = (("CODES", int(storage)), ("HALF", int(dtype == torch.float16)), ("ROW_WARPS", tile.row_warps),
                ("TOKEN_WARPS", tile.token_warps), ("TILES", tile.tiles), ("STAGES", stages), ("SHARED_BYTES", shared), ("GELU", int(gelu)),
-               ("LORA", int(lora)))
+               ("LORA", int(lora)), ("GATED", int(gated)))
     if next_ranks is not None:
         defines = *defines, ("NEXT", next_ranks)
     return defines if turing is None else (*defines, ("TURING", int(turing)))
@@ -114,35 +114,43 @@ def defines_of(storage, tile, target, dtype, turing=None, gelu=False, next_ranks
 
 def variants(storage, target):
     """Every (source, entry, defines) that `launcher` may compile for codes in this storage."""
-    return [(SOURCE, ENTRY, defines_of(storage, tile, target, dtype, gelu=gelu, lora=lora))
-            for tile in tiles_of(target) for dtype in target.dtypes for gelu in (False, True) for lora in (False, True)]
+    ends = (False, False), (True, False), *(((False, True),) if gates(storage) else ())  # with GELU, gated
+    return [(SOURCE, ENTRY, defines_of(storage, tile, target, dtype, gelu=gelu, lora=lora, gated=gated))
+            for tile in tiles_of(target) for dtype in target.dtypes for gelu, gated in ends for lora in (False, True)]
+
+
+def gates(storage):
+    """Whether the kernel takes a residual and a gate. With INT4_BYTES, which no GPU uses by default, a large tile would spill registers."""
+    return storage != CodeStorage.INT4_BYTES
 
 
 @functools.lru_cache(maxsize=1024)
-def launcher(storage, tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, turing=None, lora=NO_LORA):
+def launcher(storage, tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from=None, turing=None, lora=NO_LORA,
+             gated=False):
     """A function that launches the kernel. Its arguments are the addresses of (y, act, act_scale, lora_act, lora_act_scale, weight,
     weight_scale, row_scale, proj_up, bias), and of lora_up if there is a LoRA.
 
-    gelu_from: the first column of y that gets GELU, a multiple of 64; None if none does. lora: LoRASizes.
+    gelu_from: the first column of y that gets GELU, a multiple of 64; None if none does. lora: LoRASizes. gated: as of
+    gemm_wgmma.launcher.
     """
     gelu, with_lora = gelu_from is not None, bool(lora.ranks)
-    defines = defines_of(storage, tile, targets.for_device(device), dtype, turing, gelu, lora=with_lora)
+    defines = defines_of(storage, tile, targets.for_device(device), dtype, turing, gelu, lora=with_lora, gated=gated)
     kernel = kernel_loader.kernel(SOURCE, ENTRY, defines, device, dict(defines)["SHARED_BYTES"])
     grid = -(-m // tile.tokens) * -(-n // tile.rows)
     sizes = m, n, k, rank, unsigned_from, *(lora.arguments if with_lora else ()), *((gelu_from,) if gelu else ())
-    return kernel.launcher((grid,), (tile.threads,), 10 + with_lora, sizes)
+    return kernel.launcher((grid,), (tile.threads,), 10 + 2 * gated + with_lora, sizes)
 
 
-def gemm(storage, tile, q, operands, m):
+def gemm(storage, tile, q, operands, m, *added):
     """The layer's output (m, N), in weight_scale's dtype, from its quantized activation; arguments as in launch."""
     weight = operands.weight
     y = torch.empty(m, weight.shape[0], dtype=operands.weight_scale.dtype, device=weight.device)
-    launch(y, storage, tile, q, operands)
+    launch(y, storage, tile, q, operands, None, *added)
     return y
 
 
-def launch(y, storage, tile, q, operands, turing=None):
-    """Write the layer's output into y (M, N).
+def launch(y, storage, tile, q, operands, turing=None, residual=None, gate=None):
+    """Write the layer's output into y (M, N); with a residual and a gate, as of gemm_wgmma.launcher, residual + gate * that output.
 
     storage: the codes' CodeStorage; q: a Quantized; operands: the layer's LayerOperands, with rank and gelu_from in multiples of 16 and
     of 64, as the kernel takes them. turing: as in defines_of. Raises ValueError for shapes that the kernel doesn't take.
@@ -160,7 +168,8 @@ def launch(y, storage, tile, q, operands, turing=None):
                          f"got {tuple(q.act.shape)} and {tuple(q.act_scale.shape)}.")
     if n * k >= MAX_WEIGHTS:
         raise ValueError(f"A layer of {n} x {k} has more bytes than the GEMM's 32-bit offsets can address.")
-    lora = operands.lora
-    run = launcher(storage, tile, m, n, k, rank, operands.unsigned_from, y.dtype, operands.weight.device, operands.gelu_from, turing, lora)
-    run(*map(runtime.address, (y, *q, operands.weight, operands.weight_scale, operands.row_scale, operands.proj_up, operands.bias,
-                               *((operands.lora_up,) if lora.ranks else ()))))
+    lora, added = operands.lora, () if residual is None else (residual, gate)
+    run = launcher(storage, tile, m, n, k, rank, operands.unsigned_from, y.dtype, operands.weight.device, operands.gelu_from, turing, lora,
+                   bool(added))
+    run(*map(runtime.address, (y, *added[:1], *q, operands.weight, operands.weight_scale, operands.row_scale, operands.proj_up,
+                               operands.bias, *added[1:], *((operands.lora_up,) if lora.ranks else ()))))

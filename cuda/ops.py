@@ -94,7 +94,7 @@ def on_gpu(x):
 def _svdquant_linear(x, operands):
     if on_gpu(x):
         try:
-            y = _by_kernels(x, operands)
+            y = by_kernels(x, operands)
             if y is not None:
                 return y
         except KernelsUnavailable as error:
@@ -147,7 +147,7 @@ def chosen(layer, device):
         kernels = choose(layer, target, targets.multiprocessors(device), self_test.failed(device))
         if kernels is None or not runs:
             return kernels
-        kernels = autotune.tuned(kernels, layer, target, device)
+        kernels = autotune.tuned(kernels, layer._replace(gated=False) if isinstance(layer, Layer) else layer, target, device)
         if self_test.passes(kernels, layer, device, run):
             return kernels
 
@@ -166,8 +166,9 @@ class _Launches(NamedTuple):
     gemm: runtime.Launcher      # gemm_wgmma.launcher's or gemm_mma.launcher's
     product: tuple              # names of the kernels' arguments that quantize_activation.multiplied() computes first, by cuBLAS
     work: dict                  # {name: bytes} of the first launch's outputs
+    inputs: tuple               # names of the tensors that change from call to call: x, y, and ADDED of a gated layer
     constant: tuple             # names of the layer's own tensors
-    run: Callable               # runs both launches; takes the addresses of x, y, product and constant
+    run: Callable               # runs both launches; takes the addresses of inputs, product and constant
 
 
 FLOATS = ("weight_scale", "proj_down", "proj_up", "smooth", "bias", "lora_down", "lora_up")
@@ -175,28 +176,31 @@ CONSTANT = ("proj_down", "weight", "weight_scale", "smooth", "row_scale", "proj_
 LORA_CONSTANT = ("lora_up", "lora_strength")
 QUANTIZE = ("x", "smooth", "proj_down", "act", "act_scale", "lora_act", "lora_act_scale")
 GEMM = ("y", "act", "act_scale", "lora_act", "lora_act_scale", "weight", "weight_scale", "row_scale", "proj_up", "bias")
+ADDED = ("residual", "gate")  # the tensors that a gated layer takes beside x
+GATED_GEMM = ("y", "residual", *GEMM[1:], "gate")
 
 
 @functools.lru_cache(maxsize=1024)
-def _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, stride, device):
+def _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, stride, device, gated=False):
     """The _Launches of a choose.Layer, for x with rows `stride` elements apart; None if two launches on the operands as they are don't
     compute the layer. The Layer's fields are separate arguments because making a Layer costs a tenth of a call."""
-    kernels = chosen(Layer(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora), device)
+    kernels = chosen(Layer(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, gated), device)
     if kernels is None or not kernels.whole:
         return None
     storage = kernels.storage
     first, plan = quantize_activation.launcher(m, k, rank, stride, unsigned_from, storage, kernels.plans, dtype, device, True, lora)
     if kernels.wgmma:
         takes_lora = gemm_wgmma.takes_lora(rank, lora)
-        second = gemm_wgmma.launcher(kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, True, lora)
+        second = gemm_wgmma.launcher(kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, True, lora, gated)
     else:
         takes_lora = bool(lora.ranks)
-        second = gemm_mma.launcher(storage, kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, lora=lora)
+        second = gemm_mma.launcher(storage, kernels.tile, m, n, k, rank, unsigned_from, dtype, device, gelu_from, lora=lora,
+                                   gated=gated)
     product = quantize_activation.PRODUCT[dtype] if plan.ranks < rank or lora.ranks else ()
     work = dict(zip(quantize_activation.Quantized._fields, quantize_activation.output_bytes(m, k, rank, storage, dtype, lora)))
     constant = *CONSTANT, *LORA_CONSTANT[:takes_lora + bool(lora.ranks)]
-    launches = _Launches(first, second, product, work, constant, None)
-    return launches._replace(run=_both(launches, ("x", "y", *product, *constant)))
+    launches = _Launches(first, second, product, work, ("x", "y", *(ADDED if gated else ())), constant, None)
+    return launches._replace(run=_both(launches, (*launches.inputs, *product, *constant)))
 
 
 runners = {Layer: _run}       # {type of layer: a function that runs it by given kernels}; mlp.py adds its own
@@ -211,16 +215,16 @@ def choose_again():
 
 
 def _both(launches, names, constants=()):
-    quantize, gemm = ((*arguments, name) if name in launches.constant else arguments
-                      for arguments, name in ((QUANTIZE, "lora_strength"), (GEMM, "lora_up")))
+    quantize, gemm = ((*arguments, name) if name in launches.constant else arguments for arguments, name in (
+        (QUANTIZE, "lora_strength"), (GATED_GEMM if launches.inputs[2:] else GEMM, "lora_up")))
     return runtime.chain(names, (launches.quantize, quantize), (launches.gemm, gemm), work=launches.work, constants=constants)
 
 
-def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, lora=NO_LORA, *, device):
+def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, lora=NO_LORA, gated=False, *, device):
     """Compile and load the kernels of a layer with a contiguous x; arguments as in choose.Layer."""
     layer = Layer(m, n, k, rank, unsigned_from, act_bits, compute_dtype(dtype, dtype, device), gelu_from, lora)
     if act_bits != W4A16:
-        _launches(*layer, k, device)
+        _launches(*layer[:-1], k, device, gated)
     elif (kernel := chosen(layer, device)) is not None:
         awq.launcher(kernel.tiles, m, n, layer.dtype, device)
 
@@ -233,7 +237,7 @@ def warm_up(layers, device, others=()):
     to. Layers that an earlier call has prepared take no time. A kernel that is unavailable is skipped: the layer's first call logs the
     reason.
 
-    layers: [as choose.Layer, or without gelu_from and lora], with contiguous inputs; device: a CUDA device with its index; others:
+    layers: [as choose.Layer, or without its last fields], with contiguous inputs; device: a CUDA device with its index; others:
     functools.partials that prepare more than a layer. They take longest and so start first. Returns the threads' futures.
     """
     def attempt(job):
@@ -273,8 +277,9 @@ def _measure(device, prepared):
     autotune.tune(device, runners, choose_again)
 
 
-def _by_kernels(x, operands):
-    """Compute the layer by two launches, or in steps; None if choose() leaves it to the reference."""
+def by_kernels(x, operands, added=()):
+    """Compute the layer by two launches, or in steps; None if choose() leaves it to the reference. added: tensors for ADDED, as
+    gated_linear.addends returns them: the launches then add them too, and without such launches the result is None."""
     (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, lora_down, lora_up,
      lora_strength, lora) = operands
     dtype, (*leading, k), (n, rank) = x.dtype, x.shape, proj_up.shape
@@ -286,23 +291,26 @@ def _by_kernels(x, operands):
         tokens = x.reshape(m, k)
         stride = tokens.stride(0)
         readable = readable and tokens.data_ptr() == source and tokens.stride(1) == 1 and stride % 8 == 0
-    launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, stride, x.device) if readable else None
+    launches = None
+    if readable:
+        launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, stride, x.device, bool(added))
     if launches is None:
-        return _in_steps(x, operands)
+        return None if added else _in_steps(x, operands)
     y = x.new_empty(*leading, n)  # a size in a tuple takes PyTorch 1.5 times as long
     constant = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias, lora_up, lora_strength
     product = quantize_activation.multiplied(x.reshape(m, k), proj_down, lora_down, lora_strength) if launches.product else ()
-    launches.run(source, y.data_ptr(), *map(runtime.address, product), *map(runtime.address, constant[:len(launches.constant)]))
+    launches.run(source, y.data_ptr(), *map(runtime.address, (*added, *product, *constant[:len(launches.constant)])))
     return y
 
 
-def cached_launch(x, operands):
+def cached_launch(x, operands, gated=False):
     """svdquant_linear for one layer and inputs of x's shape, with all look-ups done: launch(x, weight_scale, proj_down, addresses,
-    lora_down, lora_strength), or None if the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a
+    lora_down, lora_strength, added), or None if the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a
     row_scale.
 
     launch takes a plain() x of the same shape, the layer's current tensors, and the current addresses of the tensors of CONSTANT, and of
-    LORA_CONSTANT if there is a LoRA, which has the LoRASizes of `operands`. It returns y, or None if anything has changed. Equal addresses
+    LORA_CONSTANT if there is a LoRA, which has the LoRASizes of `operands`. gated: it also takes `added`, as by_kernels, for residuals of
+    y's shape. It returns y, or None if anything has changed. Equal addresses
     also mean equal devices, because the host and all devices share one address space.
     """
     (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, _, lora_up, lora_strength,
@@ -312,7 +320,7 @@ def cached_launch(x, operands):
         return None
     m = x.numel() // k
     try:
-        launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, k, x.device)
+        launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, k, x.device, gated)
     except KernelsUnavailable:  # svdquant_linear logs the reason
         return None
     if launches is None:
@@ -320,9 +328,9 @@ def cached_launch(x, operands):
     tensors = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias
     known = tuple(map(runtime.address, tensors if lora_up is None else (*tensors, lora_up, lora_strength)))
     constants = zip(launches.constant, (*known, 0))  # 0: a lora_up that the kernel has and the layer hasn't
-    run, allocated = _both(launches, ("x", "y", *launches.product), constants), runtime.allocator((*leading, n), dtype, x.device)
+    run, allocated = _both(launches, (*launches.inputs, *launches.product), constants), runtime.allocator((*leading, n), dtype, x.device)
 
-    def launch(x, weight_scale, proj_down, addresses, lora_down=None, lora_strength=None):
+    def launch(x, weight_scale, proj_down, addresses, lora_down=None, lora_strength=None, added=()):
         source = x.data_ptr()
         if (addresses != known or x.dtype is not dtype or weight_scale.dtype is not dtype or x.get_device() != index or source % 16
                 or not x.is_contiguous()):
@@ -330,9 +338,9 @@ def cached_launch(x, operands):
         y = allocated()
         if launches.product:
             product = quantize_activation.multiplied(x.view(m, k), proj_down, lora_down, lora_strength)
-            run(source, y.data_ptr(), *map(runtime.address, product))
+            run(source, y.data_ptr(), *map(runtime.address, (*added, *product)))
         else:
-            run(source, y.data_ptr())
+            run(source, y.data_ptr(), *(tensor.data_ptr() for tensor in added))
         return y
 
     return launch

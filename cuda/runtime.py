@@ -82,7 +82,7 @@ class _LaunchBuffer:
         driver.ensure_context()
         order = (*names, *parts, *constants)
         values = [0] * (len(names) + len(parts)) + [*constants.values()] + [size for launcher, _ in steps for size in launcher.sizes]
-        maps = [_tensor_map(launcher.boxes) for launcher, _ in steps if launcher.boxes]
+        maps = [_tensor_map(boxes) for launcher, _ in steps for boxes in launcher.boxes]
         self.values = struct.calcsize(_CONFIG) * len(steps)
         written = bytes(self.values) + struct.pack(f"={len(values)}q", *values) + b"".join(maps)
         mapped, pointed, own = self.values + 8 * len(values), len(written), len(order)
@@ -93,9 +93,9 @@ class _LaunchBuffer:
             slots = [*map(order.index, arguments), *range(own, own + len(launcher.sizes))]  # indices of the parameters among the ints
             own += len(launcher.sizes)
             parameters = [begin + self.values + 8 * slot for slot in slots]
-            if launcher.boxes:
-                self.maps.append((mapped, slots[0]))
-                parameters[0] = begin + mapped
+            for argument in range(len(launcher.boxes)):
+                self.maps.append((mapped, slots[argument]))
+                parameters[argument] = begin + mapped
                 mapped += 128
             config = step * struct.calcsize(_CONFIG)
             struct.pack_into(_CONFIG, self.bytes, config, *launcher.head, 0, *launcher.attributes)
@@ -190,8 +190,8 @@ class Launcher:
         self.kernel, self.sizes, self.boxes = kernel, sizes, boxes
         self.head = (*grid, 1, 1)[:3] + (*block, 1, 1)[:3] + (kernel.shared,)
         self.attributes = (ctypes.addressof(_PDL), 1) if pdl and kernel.dependent else (0, 0)
-        if boxes:
-            _tensor_map(boxes)
+        for each in boxes:
+            _tensor_map(each)
         self.run = chain(range(count), (self, range(count)))
 
     def __call__(self, *values):
@@ -237,11 +237,11 @@ class Kernel:
         driver.check("cuOccupancyMaxActiveClusters", status)
         return count.value
 
-    def launcher(self, grid, block, count, sizes=(), pdl=False, boxes=None):
+    def launcher(self, grid, block, count, sizes=(), pdl=False, boxes=()):
         """A Launcher for many calls with one shape. It takes the kernel's first `count` arguments as ints.
 
         sizes: the arguments that follow, ints.
         pdl: the kernel may start while the previous one ends. It must then call wait_for_previous_grid() (common.cuh).
-        boxes: Boxes at the address that is the first int. The kernel's first argument is then a TensorMap (hopper.cuh).
+        boxes: Boxes at the addresses that are the first ints. These arguments of the kernel are TensorMaps (hopper.cuh).
         """
         return Launcher(self, grid, block, count, sizes, pdl, boxes)

@@ -187,21 +187,23 @@ def _quantize_test(kernels, layer, rank, lora, device):
 
 
 THROUGH_PYTORCH = "quantized layers run through PyTorch, which is many times slower"
+ADDED_APART = "residuals are added in a pass of their own, which is slower"
 
 
 def _gemm_test(kernels, layer, lora, device):
     """The Test of the GEMM of LinearKernels. lora: of the test."""
-    gelu = kernels.gelu_from is not None
+    gelu, gated = kernels.gelu_from is not None, layer.gated and kernels.whole
     if not kernels.wgmma:
-        return _mma_test(kernels.storage, kernels.tile, targets.for_device(device), layer.dtype, device, gelu, lora)
+        return _mma_test(kernels.storage, kernels.tile, targets.for_device(device), layer.dtype, device, gelu, lora, gated)
     lora = LORA if gemm_wgmma.takes_lora(kernels.rank, layer.lora) else NO_LORA
-    return Test(Kind(gemm_wgmma.SOURCE, kernels.storage),
-                (gemm_wgmma.SOURCE, gemm_wgmma.defines_of(kernels.tile, layer.dtype, gelu, bool(lora.ranks))),
-                functools.partial(problems.wgmma_is_right, kernels.tile, layer.dtype, device, gelu, lora),
-                f"{gemm_mma.SOURCE} computes the 8-bit layers, which is slower")
+    return Test(Kind(gemm_wgmma.SOURCE, kernels.storage, gated=gated),
+                (gemm_wgmma.SOURCE, gemm_wgmma.defines_of(kernels.tile, layer.dtype, gelu, bool(lora.ranks), gated)),
+                functools.partial(problems.wgmma_is_right, kernels.tile, layer.dtype, device, gelu, lora, gated),
+                ADDED_APART if gated else f"{gemm_mma.SOURCE} computes the 8-bit layers, which is slower")
 
 
-def _mma_test(storage, tile, target, dtype, device, gelu, lora):
-    defines = gemm_mma.defines_of(storage, tile, target, dtype, gelu=gelu, lora=bool(lora.ranks))
-    return Test(Kind(gemm_mma.SOURCE, storage), (gemm_mma.SOURCE, defines),
-                functools.partial(problems.mma_is_right, storage, tile, dtype, device, gelu, lora), THROUGH_PYTORCH)
+def _mma_test(storage, tile, target, dtype, device, gelu, lora, gated=False):
+    defines = gemm_mma.defines_of(storage, tile, target, dtype, gelu=gelu, lora=bool(lora.ranks), gated=gated)
+    return Test(Kind(gemm_mma.SOURCE, storage, gated=gated), (gemm_mma.SOURCE, defines),
+                functools.partial(problems.mma_is_right, storage, tile, dtype, device, gelu, lora, gated),
+                ADDED_APART if gated else THROUGH_PYTORCH)

@@ -293,17 +293,29 @@ def _product_is_right(case, dtype, device, gelu_from, launch):
     return _within(results[0], exact, bound + exact.abs() * rounding(dtype) + 2.0**-25)
 
 
-def mma_is_right(storage, tile, dtype, device, gelu, lora):
+def _gated(case, dtype, device):
+    """(the Product of a layer that is added to a residual with a gate, {"residual": and "gate": on the device})"""
+    normal, uniform, _ = _random(0)
+    residual, gate = normal(*case.exact.shape).to(dtype), (2 * uniform(case.exact.shape[1]) - 1).to(dtype)
+    sums = gate.double().abs() * (case.sums + case.exact.abs() * rounding(dtype))  # the layer's own output is rounded too
+    case = case._replace(exact=residual.double() + gate.double() * case.exact, sums=sums + residual.double().abs() * SUMS)
+    return case, {"residual": residual.to(device), "gate": gate.to(device)}
+
+
+def mma_is_right(storage, tile, dtype, device, gelu, lora, gated=False):
     """The border between the two parts lies within a block."""
-    return _product_is_right(_product(storage, 5 * BLOCK + 64, dtype, lora), dtype, device, 64 if gelu else None,
-                             lambda y, q, operands: gemm_mma.launch(y, storage, tile, q, operands))
+    case = _product(storage, 5 * BLOCK + 64, dtype, lora)
+    case, added = _gated(case, dtype, device) if gated else (case, {})
+    return _product_is_right(case, dtype, device, 64 if gelu else None,
+                             lambda y, q, operands: gemm_mma.launch(y, storage, tile, q, operands, **added))
 
 
-def wgmma_is_right(tile, dtype, device, gelu, lora):
+def wgmma_is_right(tile, dtype, device, gelu, lora, gated=False):
     """A border between two blocks, or one part where two CTAs share K."""
     case = _product(CodeStorage.INT8, 5 * BLOCK if tile[2] == 1 else INPUTS, dtype, lora)
+    case, added = _gated(case, dtype, device) if gated else (case, {})
     return _product_is_right(case, dtype, device, 64 if gelu else None,
-                             lambda y, q, operands: gemm_wgmma.gemm(tile, q, operands, TOKENS, out=y))
+                             lambda y, q, operands: gemm_wgmma.gemm(tile, q, operands, TOKENS, y, **added))
 
 
 # --- The other kernels -----------------------------------------------------------------------------------------------

@@ -10,4 +10,4 @@ from pathlib import Path
 from host import setup
 
 if __name__ == "__main__":
-    sys.exit(setup.run([str(Path(__file__).with_name("show.py")), *sys.argv[1:]]))
+    sys.exit(setup.run([str(Path(__file__).with_name("show.py")), *sys.argv[1:]], tests=False))

@@ -1,6 +1,45 @@
 """Checks of the nodes' inputs, whose sentences the page shows when Run is clicked, before any node works."""
 
+import comfy.model_patcher
+import torch
+
+from ..quant.text import bounded, quoted
 from .progress import NodeProgress
+
+
+def _is_image(value):
+    return isinstance(value, torch.Tensor) and value.ndim == 4
+
+
+def _is_conditioning(value):
+    return isinstance(value, list) and all(isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], torch.Tensor)
+                                           and isinstance(entry[1], dict) for entry in value)
+
+
+# {type of an input: (whether a value has it, what to give instead)}. ComfyUI does not check a value that comes from another node, nor one
+# that a workflow holds in place of a link.
+KINDS = {
+    "MODEL": (lambda value: isinstance(value, comfy.model_patcher.ModelPatcher), "connect a node that loads or changes a MODEL"),
+    "CONDITIONING": (_is_conditioning, "connect a text encode node"),
+    "LATENT": (lambda value: isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor), "connect an empty latent"),
+    "IMAGE": (_is_image, "connect a node that gives an IMAGE"),
+    "VAE": (lambda value: callable(getattr(value, "decode", None)), "connect a node that loads a VAE"),
+    "INT": (lambda value: isinstance(value, int) and not isinstance(value, bool), "give a whole number"),
+    "FLOAT": (lambda value: isinstance(value, (int, float)) and not isinstance(value, bool), "give a number"),
+    "BOOLEAN": (lambda value: isinstance(value, (bool, int)), "give true or false"),
+    "STRING": (lambda value: isinstance(value, str), "give a text"),
+    "COMBO": (lambda value: isinstance(value, str), "choose one of its options"),
+}
+
+
+def check_types(node, **values):
+    """Raise ValueError, which names the input, unless all values have the types of the node's schema. An optional one may be None."""
+    entries = {entry.id: entry for entry in node.GET_SCHEMA().inputs}
+    for name, value in values.items():
+        kind = str(entries[name].io_type)
+        fits, remedy = KINDS[kind]
+        if not fits(value) and not (value is None and entries[name].optional):
+            raise ValueError(f"The input {name} is {quoted(value)}, and not of type {kind}; {remedy}.")
 
 
 def checked(node, check, *inputs):
@@ -10,8 +49,9 @@ def checked(node, check, *inputs):
     try:
         check(*inputs)
     except (ValueError, OSError) as error:
-        shown.refuse(str(error))
-        return str(error)
+        sentence = bounded(str(error))
+        shown.refuse(sentence)
+        return sentence
     shown.accept()
     return True
 
@@ -19,7 +59,7 @@ def checked(node, check, *inputs):
 def choose(name, value, options):
     """options[value], where `value` is that of the input `name`. Raises ValueError for a value that is no option, as in workflows of
     other versions: ComfyUI 0.3.75 does not check the choices of this kind of node."""
-    if value not in options:
-        raise ValueError(f"The input {name} is {value!r}, which this version of SVDQuant does not offer; choose "
-                         f"{', '.join(map(str, options))}.")
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"The input {name} is {quoted(value)}, which this version of SVDQuant does not offer; choose "
+                         f"{bounded(', '.join(map(str, options)), 400)}.")
     return options[value]

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..quant.comparison import compare
 from . import compared
+from .checked import check_types
 from .newer import ALIASES, CATEGORY, SEARCH
 
 
@@ -36,4 +37,6 @@ class SVDQuantCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, image_1, image_2, factor, label_1="", label_2="", seconds_1=0.0, seconds_2=0.0):
+        check_types(cls, image_1=image_1, image_2=image_2, factor=factor, label_1=label_1, label_2=label_2, seconds_1=seconds_1,
+                    seconds_2=seconds_2)
         return io.NodeOutput(*compare(image_1, image_2, factor, (label_1, label_2), (seconds_1, seconds_2)))

@@ -6,9 +6,11 @@ from comfy_api.latest import io
 from ..quant.comparison import compare
 from ..quant.host.drawing import draw
 from . import compared
-from .checked import checked
+from .checked import check_types, checked, choose
 from .newer import ADVANCED, ALIASES, CATEGORY, SEARCH
 from .progress import NodeProgress
+
+SAMPLERS, SCHEDULERS = map(dict.fromkeys, (comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS))
 
 
 def check_negative(cfg, negative):
@@ -40,9 +42,9 @@ class SVDQuantCompareModels(io.ComfyNode):
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="The classifier-free guidance. FLUX.1 takes 1 and its guidance from the prompt; other values need "
                                        "negative."),
-                io.Combo.Input("sampler_name", options=list(comfy.samplers.KSampler.SAMPLERS), default="euler",
+                io.Combo.Input("sampler_name", options=list(SAMPLERS), default="euler",
                                tooltip="The sampler, the same for both."),
-                io.Combo.Input("scheduler", options=list(comfy.samplers.KSampler.SCHEDULERS), default="simple",
+                io.Combo.Input("scheduler", options=list(SCHEDULERS), default="simple",
                                tooltip="The scheduler, the same for both."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The amount of denoising; below 1 keeps a part "
                                                                                             "of the image in latent_image.", **ADVANCED),
@@ -71,6 +73,10 @@ class SVDQuantCompareModels(io.ComfyNode):
     def execute(cls, model_1, model_2, positive, latent_image, vae, seed, steps, cfg, sampler_name, scheduler, denoise, factor, label_1="",
                 label_2="", negative=None):
         with NodeProgress.of(cls) as shown:
+            check_types(cls, model_1=model_1, model_2=model_2, positive=positive, negative=negative, latent_image=latent_image, vae=vae,
+                        seed=seed, steps=steps, cfg=cfg, denoise=denoise, factor=factor, label_1=label_1, label_2=label_2)
+            choose("sampler_name", sampler_name, SAMPLERS)
+            choose("scheduler", scheduler, SCHEDULERS)
             check_negative(cfg, negative is not None)
             shown.total(2 * steps)
             images, seconds = zip(*(

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..quant.download import hub
 from ..quant.host import written
 from ..quant.host.model_folder import found_elsewhere, name_in_folder, target_path
-from .checked import checked, choose
+from .checked import check_types, checked, choose
 from .newer import ADVANCED, CATEGORY, SEARCH
 from .progress import NodeProgress
 
@@ -38,7 +38,8 @@ EARLIER = {f"{name}, Nunchaku INT4 rank 32 (6.77 GB)": nunchaku(name.lower())
 
 def choice(model, repository, file, revision, filename):
     """(repository, file, revision, filename) to download, from the node's inputs. Raises ValueError on inputs that name no file."""
-    repository, file = EARLIER.get(model) or choose("model", model, PRESETS | {OWN_CHOICE: (repository, file)})
+    earlier = EARLIER.get(model) if isinstance(model, str) else None
+    repository, file = earlier or choose("model", model, PRESETS | {OWN_CHOICE: (repository, file)})
     repository, file, revision = hub.names(repository, file, revision)
     hub.check_names(repository, file, revision)
     return repository, file, revision, filename if filename.strip() else file.rsplit("/", 1)[-1]
@@ -93,6 +94,7 @@ class SVDQuantDownloadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, repository, file, revision, filename):
         with NodeProgress.of(cls) as progress:
+            check_types(cls, repository=repository, file=file, revision=revision, filename=filename)
             repository, file, revision, filename = choice(model, repository, file, revision, filename)
             path, name = target_path(filename)
             hub.download(hub.look_up(repository, file, revision, progress), found_elsewhere(path, name) or path, progress)

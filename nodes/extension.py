@@ -10,9 +10,10 @@ from .inspect_model import SVDQuantInspect
 from .load_model import SVDQuantLoadModel
 from .quantize_model import SVDQuantQuantizeModel
 from .save_model import SVDQuantSaveModel
+from .several_gpus import SVDQuantSeveralGPUs
 
 
 class SVDQuantExtension(ComfyExtension):
     async def get_node_list(self):
         return [SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect,
-                SVDQuantCompare, SVDQuantCompareModels, SVDQuantDoctor]
+                SVDQuantCompare, SVDQuantCompareModels, SVDQuantDoctor, SVDQuantSeveralGPUs]

@@ -2,16 +2,22 @@
 
 import json
 import time
+from functools import partial
 
 from comfy_api.latest import io, ui
 
 from ..quant import families
 from ..quant.checkpoint import inspection
 from ..quant.checkpoint.header import read_header
+from ..quant.checkpoint.write import size_text
 from ..quant.host import loader, model_folder
 from .checked import checked
 from .newer import CATEGORY, SEARCH
 from .progress import NodeProgress
+
+
+def _reading(shown, done, total):
+    shown.at(done, total, f"verified {size_text(done)} of {size_text(total)}")
 
 
 class SVDQuantInspect(io.ComfyNode):
@@ -22,8 +28,8 @@ class SVDQuantInspect(io.ComfyNode):
             display_name="SVDQuant Inspect",
             category=CATEGORY,
             **SEARCH,
-            description=f"Describes a {families.TITLES} file: format, sizes, ranks, recipe and quantization errors. It reads the "
-                        "file's header only, no weights.",
+            description=f"Describes a {families.TITLES} file: format, sizes, ranks, recipe and quantization errors. It reads a "
+                        "4-bit file whole to verify its checksums, without loading it.",
             inputs=[
                 io.Combo.Input("model_name", options=model_folder.listed(),
                                tooltip=f"A {families.TITLES} file from models/diffusion_models, or a checkpoint with such a model in it "
@@ -49,8 +55,8 @@ class SVDQuantInspect(io.ComfyNode):
     def execute(cls, model_name):
         with NodeProgress.of(cls) as shown:
             header = read_header(model_folder.existing_path(model_name))
-            description = inspection.inspect(header)
             loader.check_file(header)
+            description = inspection.inspect_body(header, partial(_reading, shown))
             report = inspection.text(description)
             shown.say(report)
             return io.NodeOutput(report, json.dumps(description, indent=1), ui=ui.PreviewText(report))

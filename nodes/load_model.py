@@ -53,6 +53,7 @@ class SVDQuantLoadModel(io.ComfyNode):
     def execute(cls, model_name, compute_dtype, activations="auto"):
         with NodeProgress.of(cls) as shown:
             dtype, act_bits = choose("compute_dtype", compute_dtype, COMPUTE_DTYPES), choose("activations", activations, ACT_BITS)
-            patcher, summary = loader.load_described(model_folder.existing_path(model_name), dtype, act_bits, model_name)
+            path = model_folder.existing_path(model_name)
+            patcher, summary = loader.load_described(path, dtype, act_bits, model_name)
             shown.say(summary)
             return io.NodeOutput(patcher)

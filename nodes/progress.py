@@ -7,6 +7,8 @@ import comfy.utils
 import folder_paths
 from server import PromptServer
 
+from ..quant.text import bounded
+
 FOLDER = "svdquant_progress"
 # {value of the input progress: function that returns the folder, or None if nothing is kept}
 PROGRESS_FOLDERS = {"temp": lambda: os.path.join(folder_paths.get_temp_directory(), FOLDER),
@@ -35,7 +37,7 @@ class NodeProgress:
     def __exit__(self, kind, error, _):
         # In newer versions of ComfyUI a cancellation is no Exception.
         if isinstance(error, Exception) and not isinstance(error, comfy.model_management.InterruptProcessingException):
-            self.say(next(iter(str(error).splitlines()), kind.__name__))
+            self.say(bounded(next(iter(str(error).splitlines()), kind.__name__)))
 
     def total(self, steps):
         self.bar = comfy.utils.ProgressBar(steps, node_id=self.node_id)
@@ -54,6 +56,7 @@ class NodeProgress:
         self.say(text)
 
     def say(self, text):
+        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate, as in a name, can't be sent
         if self.node_id is not None and PromptServer.instance is not None:
             PromptServer.instance.send_progress_text(text, self.node_id)
 

@@ -8,7 +8,7 @@ from ..quant import families
 from ..quant.host.quantize import quantize
 from ..quant.quantizer import chart, presets, report
 from ..quant.quantizer.calibration import TOKENS_PER_INPUT
-from .checked import checked, choose
+from .checked import check_types, checked, choose
 from .newer import ADVANCED, CATEGORY, SEARCH
 from .progress import PROGRESS_FOLDERS, NodeProgress
 
@@ -78,6 +78,8 @@ class SVDQuantQuantizeModel(io.ComfyNode):
     def execute(cls, model, preset, rank, steps, seed, positive=None, latent=None, exceptions="", tokens=TOKENS_PER_INPUT,
                 progress="temp"):
         with NodeProgress.of(cls) as shown:
+            check_types(cls, model=model, preset=preset, rank=rank, steps=steps, seed=seed, positive=positive, latent=latent,
+                        exceptions=exceptions, tokens=tokens)
             recipe = replace(presets.make_recipe(preset, rank, exceptions), tokens=tokens)
             folder = choose("progress", progress, PROGRESS_FOLDERS)()
             quantized, records = quantize(model, recipe, positive, latent, steps, seed, shown, folder)

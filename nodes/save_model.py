@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..quant.checkpoint import formats
 from ..quant.host import saving, written
-from .checked import checked, choose
+from .checked import check_types, checked, choose
 from .newer import CATEGORY, SEARCH
 from .progress import NodeProgress
 
@@ -56,6 +56,7 @@ class SVDQuantSaveModel(io.ComfyNode):
         ComfyUI's cache has this node's result, whose file then exists by right."""
         if model is None:
             with NodeProgress.of(cls):
+                check_types(cls, filename=filename, overwrite=overwrite, numbered=numbered)
                 choose("layout", layout, formats.WRITERS)
                 saving.check_target(*saving.free_path(filename, overwrite, numbered), overwrite)
         return ["model"]
@@ -63,6 +64,8 @@ class SVDQuantSaveModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename, overwrite, layout="native", numbered=False):
         with NodeProgress.of(cls) as shown:
+            check_types(cls, filename=filename, overwrite=overwrite, numbered=numbered)
+            choose("layout", layout, formats.WRITERS)
             name = saving.save_model(model, filename, layout, overwrite, numbered)
             shown.say(saving.summary(name, layout))
             return io.NodeOutput(name)

@@ -36,6 +36,7 @@
 #include "gemm_mma.cuh"
 #include "gemm_mma_fetch.cuh"
 #include "gemm_mma_multiply.cuh"
+#include "residual.cuh"
 #ifdef NEXT
 #include "next.cuh"
 #endif
@@ -183,9 +184,9 @@ DEVICE void load_bias(float (&offset)[8], const u16* bias, int lane_row) {
   }
 }
 
-// Stores y = acc outer_scale + offset, 16 bytes of each token.
+// Stores y = acc outer_scale + offset, 16 bytes of each token. GATED: residual + gate * that, for the lane's gates.
 DEVICE void store_outputs(u16* y, const float (&acc)[4][TILES][4], const float (&offset)[8], const float* outer_scale, int m0, int m, int n,
-                          int lane_row, bool activated, int token_warp, int q) {
+                          int lane_row, bool activated, const u16* residual, uint4 gate, int token_warp, int q) {
 #pragma unroll
   for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -201,7 +202,12 @@ DEVICE void store_outputs(u16* y, const float (&acc)[4][TILES][4], const float (
       u32 word[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) word[i] = from_float2(out[2 * i], out[2 * i + 1]);
-      if (m0 + token < m) *(uint4*)(y + (size_t)(m0 + token) * n + lane_row) = make_uint4(word[0], word[1], word[2], word[3]);
+      if (m0 + token < m) {
+        const size_t at = (size_t)(m0 + token) * n + lane_row;
+        uint4 outputs = make_uint4(word[0], word[1], word[2], word[3]);
+        if (GATED) outputs = add_gated(load_once16(residual + at), outputs, gate);
+        *(uint4*)(y + at) = outputs;
+      }
     }
 }
 
@@ -209,6 +215,9 @@ DEVICE void store_outputs(u16* y, const float (&acc)[4][TILES][4], const float (
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm(u16* __restrict__ y,                    // (m, n); unused with NEXT
+#if GATED
+     const u16* __restrict__ residual,       // (m, n)
+#endif
      const u8* __restrict__ act,             // (blocks, padded m, X_ROW) codes, in the activation layout
      const float* __restrict__ act_scale,    // INT8: (2, padded m), otherwise (k / 64, padded m)
      const u8* __restrict__ lora_act,        // (rank blocks, padded m, 64 bytes) 16-bit numbers, in the activation layout
@@ -218,6 +227,9 @@ gemm(u16* __restrict__ y,                    // (m, n); unused with NEXT
      const float* __restrict__ row_scale,    // INT8: (n)
      const u8* __restrict__ proj_up,         // (n, rank) 16-bit numbers
      const u16* __restrict__ bias,           // (n) or null
+#if GATED
+     const u16* __restrict__ gate,           // (n), 16-byte aligned
+#endif
 #if LORA
      const u8* __restrict__ lora_up,         // 16-bit numbers, part by part: (rows of the part, its ranks)
 #endif
@@ -291,6 +303,12 @@ gemm(u16* __restrict__ y,                    // (m, n); unused with NEXT
 #else
   constexpr bool activated = false;
 #endif
-  store_outputs(y, acc, offset, tables + TOKENS, tile.m0, m, n, lane_row, activated, token_warp, q);
+#if GATED
+  const uint4 gates = *(const uint4*)(gate + lane_row);
+#else
+  constexpr uint4 gates = {};
+  constexpr const u16* residual = nullptr;
+#endif
+  store_outputs(y, acc, offset, tables + TOKENS, tile.m0, m, n, lane_row, activated, residual, gates, token_warp, q);
 #endif
 }

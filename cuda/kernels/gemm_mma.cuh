@@ -6,6 +6,7 @@
 //     ROW_WARPS, TOKEN_WARPS, TILES, STAGES   as in the picture in gemm_mma.cu
 //     GELU          1: GELU applies to y's columns from gelu_from on
 //     LORA          1: the branch also has LoRAs' ranks
+//     GATED         1: y is residual + gate * the layer's output; without GELU and NEXT
 //     NEXT          only for 4-bit codes: the kernel ends with the next layer's codes (next.cuh); the next layer's rank, padded to 32
 //     SHARED_BYTES  bytes of shared memory that the host reserves
 #pragma once

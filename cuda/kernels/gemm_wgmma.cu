@@ -19,8 +19,11 @@
 // SPLIT 2: two CTAs share a tile's K. At the end each sends its int32 sums of half of the tile's tokens, and finishes the other half.
 // Integer sums are the same in any order.
 //
+// GATED: y = residual + gate * (the layer's output, rounded to 16 bits), where modulate.cu would need a pass of its own. The copy engine
+// brings each slice of the residual to the slot from which the slice of y is stored, while the tile is multiplied.
+//
 // The operands of the epilogue (the tokens' and rows' factors, bias) come with the tile's first block, into one of two buffers. The
-// consumers access no global memory except y.
+// consumers access no global memory except y, residual and gate.
 //
 // The activation layout gives the order of the codes: lane q of a weight row reads bytes 16 q .. 16 q + 15 of the row's 64, which are 32
 // columns of one group. Word s of these four belongs to MMA step s. Its low nibbles fill registers 0 and 1, its high nibbles 2 and 3.
@@ -31,12 +34,14 @@
 #include "gemm_wgmma.cuh"
 #include "gemm_wgmma_fetch.cuh"
 #include "gemm_wgmma_multiply.cuh"
+#include "gemm_wgmma_residual.cuh"
 
 // A consumer lane's operands for the epilogue of a tile.
 struct Epilogue {
   u32 factors;                                // address of the tile's buffer of factors
   float scale_a, scale_b, bias_a, bias_b;     // scales and biases of the lane's two rows
   bool activated;                             // whether GELU applies to the warpgroup's rows
+  float gate_a, gate_b;                       // GATED: gates of the lane's two rows
 };
 
 // Converts the sums of a slice of the tokens to floats.
@@ -59,7 +64,7 @@ DEVICE void scale_slice(float (&begun)[SLICE / 2], const int (&d)[TOKENS / 2], i
 }
 
 // Stores a slice's outputs, in 16 bits and transposed, to shared memory at `target`. A row is a token's 64 outputs, 128 bytes, with its
-// 16-byte pieces swizzled as the copy engine reads them.
+// 16-byte pieces swizzled as the copy engine reads them. GATED: the residual's are there, and each lane's take the place of its own.
 DEVICE void pack_slice(u32 target, const float (&ended)[SLICE / 2], int slice, const Epilogue& e, int warp, int lane, int q) {
 #pragma unroll
   for (int pair = 0; pair < SLICE / 16; pair++) {
@@ -80,7 +85,17 @@ DEVICE void pack_slice(u32 target, const float (&ended)[SLICE / 2], int slice, c
       packed[2 * i + 1] = from_float2(y2, y3);
     }
     const int token = pair * 16 + (lane >> 4) * 8 + (lane & 7), piece = warp * 2 + ((lane >> 3) & 1);
-    stmatrix4_transposed(target + token * 128 + ((piece ^ (token & 7)) << 4), packed);
+    const u32 address = target + token * 128 + ((piece ^ (token & 7)) << 4);
+    if constexpr (GATED) {
+      u32 x[4];
+      ldmatrix4_transposed(x, address);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float gate = i % 2 ? e.gate_b : e.gate_a;
+        packed[i] = add_gated(x[i], packed[i], gate, gate);
+      }
+    }
+    stmatrix4_transposed(address, packed);
   }
 }
 
@@ -94,9 +109,11 @@ DEVICE void wait_for_ranks(const SharedBarriers& barriers, RingPosition position
 // engine stores the result. If registers suffice (AHEAD), the product runs while the previous slice is packed.
 DEVICE void store_tile(const TensorMap* y, const int (&d)[TOKENS / 2], const Epilogue& e, u32 shared, const SharedBarriers& barriers,
                        RingPosition& position, const Problem& p, const Tile& tile, int m0, int n0, u32 store, u32 half, u32 cta,
-                       int warpgroup, int warp, int thread, int lane, int q) {
+                       int warpgroup, int warp, int thread, int lane, int q, const ResidualPart& residual,
+                       u32 residual_parity) {
   float out[AHEAD + 1][SLICE / 2];
   const int rank_blocks = p.rank_blocks(n0);
+  if (GATED && thread == 0) residual.prefetch();
 #pragma unroll
   for (int step = 0; step < SLICES + AHEAD; step++) {
     if (step < SLICES) {
@@ -113,7 +130,8 @@ DEVICE void store_tile(const TensorMap* y, const int (&d)[TOKENS / 2], const Epi
     }
     if (step < AHEAD) continue;
     const int slice = step - AHEAD;
-    const u32 target = store + (slice & 1) * SLICE_BYTES;
+    const u32 target = store + slice % SLOTS * SLICE_BYTES;
+    if constexpr (GATED) residual.arrived[slice].wait(residual_parity);
     pack_slice(target, out[slice % (AHEAD + 1)], slice, e, warp, lane, q);
     if (slice == SLICES - 1) {
       if (lane < ARRIVALS) (e.factors == shared + FACTORS ? barriers.used[0] : barriers.used[1]).arrive();
@@ -121,7 +139,10 @@ DEVICE void store_tile(const TensorMap* y, const int (&d)[TOKENS / 2], const Epi
         for (int block = 0; block < rank_blocks; block++, position.next()) release(barriers.empty[position.stage], cta);
       if (tile.last(p)) cluster_arrive();  // every CTA has at least one tile
     }
-    if (thread == 0) bulk_stores_wait_read();  // the next slice reuses the memory of the previous one
+    if (thread == 0) {
+      if constexpr (GATED) residual.load_after(slice);
+      else bulk_stores_wait_read();  // the next slice reuses the memory of the previous one
+    }
     barrier_named(1 + warpgroup, 128);
     if (thread == 0) {
       fence_proxy_async();
@@ -129,15 +150,15 @@ DEVICE void store_tile(const TensorMap* y, const int (&d)[TOKENS / 2], const Epi
     }
     if (AHEAD && step < SLICES) wgmma_wait<0>();
   }
-  if (SLICES % 2) {  // the next tile begins with the same buffer
+  if (!GATED && SLICES % 2) {  // the next tile begins with the same slot
     if (thread == 0) bulk_stores_wait_read();
     barrier_named(1 + warpgroup, 128);
   }
 }
 
 // A consumer warpgroup: it multiplies the ring's stages and stores y.
-DEVICE void consume(const TensorMap* y, u32 shared, const SharedBarriers& barriers, RingPosition& position, const Problem& p, int border,
-                    int gelu_from, u32 cta, int warpgroup) {
+DEVICE void consume(const TensorMap* y, const Residual& residual, u32 shared, const SharedBarriers& barriers, RingPosition& position,
+                    const Problem& p, int border, int gelu_from, u32 cta, int warpgroup) {
   take_registers<CONSUMER_REGISTERS>();
   cluster_wait();
   const u32 half = cta / CLUSTER;
@@ -145,10 +166,14 @@ DEVICE void consume(const TensorMap* y, u32 shared, const SharedBarriers& barrie
   const int row = warpgroup * 64 + warp * 16 + g;       // in the tile; the lane's other row is row + 8
   const u32 store = shared + STORES + warpgroup * STORE_BYTES;
   const u32 w = shared + X_BYTES + row * 64 + q * 16, s = shared + SCALES + (q >> 1) * (ROWS * 2) + row * 2;
-  // To save registers, 1 / row_scale is in shared memory, where only this warp later writes its first two tokens' outputs.
-  const u32 inverse = store + warp * 32 + g * 4;
-  u32 factors = shared + FACTORS, sums_parity = 0;
+  // To save registers, 1 / row_scale is in shared memory. Without GATED only this warp later writes its first two tokens' outputs there.
+  const u32 inverse = (GATED ? shared + INVERSES + warpgroup * 256 : store) + warp * 32 + g * 4;
+  u32 factors = shared + FACTORS, sums_parity = 0, residual_parity = 0;
+  if (GATED && thread == 0) wait_for_previous_grid();
   for (Tile tile(p); tile.exists(p); tile.next(p)) {
+    const ResidualPart part{residual.map, tile.n0(cta) + warpgroup * 64, tile.m0() + (int)half * OUT, store,
+                            {barriers.residual[warpgroup * SLICES].address}};
+    if (GATED && thread == 0) part.begin();
     barriers.full[position.stage].wait(position.parity);
     store_shared4(inverse, __float_as_uint(inverse_or_zero(load_shared_float(factors + ROW_SCALE + row * 4))));
     store_shared4(inverse + 128, __float_as_uint(inverse_or_zero(load_shared_float(factors + ROW_SCALE + row * 4 + 32))));
@@ -175,7 +200,10 @@ DEVICE void consume(const TensorMap* y, u32 shared, const SharedBarriers& barrie
     e.scale_a = load_shared_float(rows), e.scale_b = load_shared_float(rows + 32);
     e.bias_a = to_float(load_shared2(factors + BIAS + row * 2)), e.bias_b = to_float(load_shared2(factors + BIAS + row * 2 + 16));
     e.activated = GELU && n0 + warpgroup * 64 >= gelu_from;
-    store_tile(y, d, e, shared, barriers, position, p, tile, m0, n0, store, half, cta, warpgroup, warp, thread, lane, q);
+    if constexpr (GATED) e.gate_a = residual.gate_of(n0 + row), e.gate_b = residual.gate_of(n0 + row + 8);
+    store_tile(y, d, e, shared, barriers, position, p, tile, m0, n0, store, half, cta, warpgroup, warp, thread, lane, q, part,
+               residual_parity);
+    residual_parity ^= 1;
     factors = factors == shared + FACTORS ? factors + FACTOR_BYTES : shared + FACTORS;
   }
 }
@@ -183,6 +211,9 @@ DEVICE void consume(const TensorMap* y, u32 shared, const SharedBarriers& barrie
 extern "C" __global__ void __launch_bounds__(ROWS * 2 + 128, 1)
 __cluster_dims__(CLUSTER * SPLIT, 1, 1)
 gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
+#if GATED
+     const __grid_constant__ TensorMap residual_map,  // of the residual, likewise
+#endif
      const char* __restrict__ act,              // (blocks, padded_m, 128) int8 codes, in the activation layout
      const float* __restrict__ act_scale,       // (2, padded_m)
      const char* __restrict__ lora_act,         // (blocks of ranks, padded_m, 32) 16-bit numbers, in the activation layout
@@ -192,6 +223,9 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
      const float* __restrict__ row_scale,       // (n)
      const char* __restrict__ proj_up,          // (n, rank)
      const u16* __restrict__ bias,              // (n) or null
+#if GATED
+     const u16* gate,                           // (n)
+#endif
 #if LORA
      const u16* __restrict__ lora_up,           // part by part: (rows of the part, its ranks)
 #endif
@@ -207,6 +241,11 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
     ) {
 #if !GELU
   constexpr int gelu_from = 0;
+#endif
+#if GATED
+  const Residual residual{&residual_map, gate, n};
+#else
+  constexpr Residual residual{};
 #endif
   extern __shared__ __align__(1024) char memory[];
   const u32 shared = shared_address(memory);
@@ -231,7 +270,7 @@ gemm(const __grid_constant__ TensorMap y,       // (m, n), boxes of SLICE x 64
 #endif
             }, shared, barriers, position, p, cta);
   else
-    consume(&y, shared, barriers, position, p, border, gelu_from, cta, warpgroup);
+    consume(&y, residual, shared, barriers, position, p, border, gelu_from, cta, warpgroup);
   if (warpgroup < CONSUMERS && threadIdx.x % 128 == 0) bulk_stores_wait_read();  // the last stores still read shared memory
   cluster_wait();  // no CTA exits while another may still arrive at its barriers
 }

@@ -4,6 +4,7 @@
 //     ROWS, TOKENS    weight rows and tokens of a tile;  STAGES of the ring
 //     CLUSTER, SPLIT  two CTAs share their tokens, or their K
 //     GELU            1: GELU applies to y's columns from gelu_from on
+//     GATED           1: y is residual + gate * the layer's output; without GELU
 //     LORA            1: the branch also has LoRAs' ranks, or more ranks than the ring has stages for
 #pragma once
 #include "common.cuh"
@@ -21,7 +22,10 @@ constexpr int SLICE = OUT < 64 ? OUT : 64;      // tokens that a warpgroup trans
 constexpr int SLICES = OUT / SLICE;
 constexpr int AHEAD = TOKENS == 192 && ROWS == 192 ? 0 : 1;  // slices of the branch's product that may run ahead, as registers allow
 constexpr int SLICE_BYTES = SLICE * 128;
-constexpr int STORE_BYTES = (SLICES == 1 ? 1 : 2) * SLICE_BYTES;  // two slices: one is written while the copy engine reads the other
+// A warpgroup's slots for slices: in one it writes while the copy engine reads the other. GATED: they also take the residual's slices, which
+// arrive while the tile is multiplied; only tiles of 256 tokens have more slices than slots.
+constexpr int MOST_SLOTS = GATED ? 3 : 2, SLOTS = SLICES < MOST_SLOTS ? SLICES : MOST_SLOTS;
+constexpr int STORE_BYTES = SLOTS * SLICE_BYTES;
 constexpr int SUM_BYTES = SPLIT == 1 ? 0 : OUT * 64 * 4;  // a warpgroup's sums from the CTA with the other part of K
 // Offsets of a tile's factors: OUT scales each of the last part, of the first part and of lora_act; ROWS each of row_scale and bias.
 constexpr int LAST = 0, FIRST = OUT * 4, OUTER = 2 * OUT * 4, ROW_SCALE = 3 * OUT * 4, BIAS = ROW_SCALE + ROWS * 4;
@@ -30,13 +34,16 @@ constexpr int STORES = RING;                    // aligned to 1024 bytes, since 
 constexpr int SCALES = STORES + CONSUMERS * STORE_BYTES;
 constexpr int SUMS = SCALES + STAGES * S_BYTES;
 constexpr int FACTORS = SUMS + CONSUMERS * SUM_BYTES;
-constexpr int BARRIERS = FACTORS + 2 * FACTOR_BYTES;
+constexpr int INVERSES = FACTORS + 2 * FACTOR_BYTES;  // GATED: 1 / row_scale of a tile's rows
+constexpr int BARRIERS = INVERSES + (GATED ? ROWS * 4 : 0);
+constexpr int RESIDUALS = GATED ? CONSUMERS * SLICES : 0;  // barriers for slices of the residual
 // A thread starts with 128 registers (four warpgroups) or 168 (three). The consumers may take as many as the producers release.
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS == (CONSUMERS == 3 ? 4 * 128 : 3 * 168), "the CTA's registers");
-static_assert(BARRIERS + 16 * STAGES + 16 + 16 * CONSUMERS <= 232448, "more shared memory than an SM has");
+static_assert(BARRIERS + 16 * STAGES + 16 + 16 * CONSUMERS + 8 * RESIDUALS <= 232448, "more shared memory than an SM has");
 static_assert(STAGES >= 4, "without LORA, a branch of at most 128 ranks lies in the ring at once");
 static_assert(CLUSTER * SPLIT == 2, "two CTAs share their tokens or their K");
+static_assert(!GATED || !GELU, "no layer has both");
 static_assert(CLUSTER == 1 || TOKENS % 16 == 0, "each CTA of a cluster fetches whole atoms of 8 tokens");
 
 // A position in the ring: the stage, and the parity of its barriers' phase.
@@ -53,10 +60,12 @@ struct SharedBarriers {
   Barriers full, empty;       // [STAGES] a stage is filled; a stage is read
   Barriers used;              // [2] a buffer of factors is read
   Barriers summed, sendable;  // [CONSUMERS] the other CTA's sums have arrived; the other CTA has read the sums sent to it
+  Barriers residual;          // GATED: [CONSUMERS][SLICES] a slice of the residual has arrived
 
   DEVICE SharedBarriers(u32 shared) {
     full = {shared + BARRIERS}, empty = {full.first + 8 * STAGES}, used = {empty.first + 8 * STAGES};
     summed = {used.first + 16}, sendable = {summed.first + 8 * CONSUMERS};
+    residual = {sendable.first + 8 * CONSUMERS};
   }
 
   DEVICE void init() const {
@@ -69,6 +78,7 @@ struct SharedBarriers {
       summed[i].init(1);
       sendable[i].init(4 * ARRIVALS);
     }
+    for (int i = 0; i < RESIDUALS; i++) residual[i].init(1);
     fence_mbarrier_init();
   }
 };

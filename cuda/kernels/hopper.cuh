@@ -29,6 +29,17 @@ DEVICE void bulk_store_box(const TensorMap* map, int column, int row, u32 shared
                  ::"l"(map), "r"(column), "r"(row), "r"(shared) : "memory");
 }
 
+// Loads such a box to shared memory, where the barrier counts its bytes; the part outside the tensor becomes zeros, which count too.
+DEVICE void bulk_load_box(u32 shared, const TensorMap* map, int column, int row, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(shared), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+// Brings such a box to L2.
+DEVICE void bulk_prefetch_box(const TensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+}
+
 // Waits until this thread's bulk stores have read their shared memory.
 DEVICE void bulk_stores_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 

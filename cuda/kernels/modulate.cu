@@ -11,10 +11,9 @@
 //     piece       0       0      ..      0    |     1     ..
 //
 // -D: HALF as in common.cuh;  RESIDUAL, NORM 0 or 1, at least one of them 1;  TEAM 1..32 warps of a token;  PIECES 1..3
-#include "common.cuh"
+#include "residual.cuh"
 
 constexpr int WARPS = TEAM == 1 ? 8 : TEAM;  // warps of a CTA
-
 
 DEVICE void unpack(float (&f)[8], uint4 v) {
   const u32 words[4] = {v.x, v.y, v.z, v.w};
@@ -46,24 +45,6 @@ DEVICE float team_sum(float v, int slot) {
   for (int warp = 0; warp < TEAM; warp++) v += sums[slot][warp];
 #endif
   return v;
-}
-
-// An fp16 model limits its hidden states to fp16's range, as ComfyUI's blocks do: NaN becomes 0, and Inf the largest number.
-DEVICE float in_range(float f) {
-#if HALF
-  return f == f ? fminf(fmaxf(f, -65504.f), 65504.f) : 0.f;
-#else
-  return f;
-#endif
-}
-
-// z of one piece, rounded to 16 bits: the mean and the deviation are those of the numbers that the model keeps.
-DEVICE uint4 add_gated(uint4 x, uint4 y, uint4 gate) {
-  float a[8], b[8], g[8];
-  unpack(a, x), unpack(b, y), unpack(g, gate);
-#pragma unroll
-  for (int i = 0; i < 8; i++) a[i] = in_range(fmaf(g[i], b[i], a[i]));
-  return pack(a);
 }
 
 DEVICE uint4 modulated(uint4 z, uint4 scale, uint4 shift, float mean, float inverse) {
@@ -98,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) modulate(
     const int column = first + i * STEP;
     if (column < K) {
       const uint4 added = load_once16(y + (size_t)token * stride_y + column);
+      // z is rounded to 16 bits: the mean and the deviation are those of the numbers that the model keeps.
       row[i] = add_gated(row[i], added, load_shared_row16(gate + (size_t)image * stride_gate + column));
       *(uint4*)(z + (size_t)token * K + column) = row[i];
     }

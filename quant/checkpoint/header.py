@@ -4,20 +4,25 @@ Every reader starts here, so that a truncated, malicious or foreign file ends in
 Format: https://huggingface.co/docs/safetensors (8 bytes little-endian length, JSON, data).
 """
 
+import gc
 import json
 import math
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from ..families import TITLES
 from ..layers import layout
+from ..text import bounded
 
 EXTENSIONS = (".safetensors", ".sft")
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+# Models have headers of less than 1 MB and at most some thousand tensors. The safetensors library accepts headers of 100 MB, which take up
+# to 9 seconds and 2.5 GB to parse; these limits keep that below 2 seconds and 400 MB.
+MAX_HEADER_BYTES, MAX_TENSORS, LIBRARY_HEADER_BYTES = 16_000_000, 100_000, 100_000_000
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -29,6 +34,7 @@ DTYPES = {
 ) if hasattr(torch, dtype)}
 # Two elements per byte: the file's shape counts elements, PyTorch's counts bytes.
 PAIRS = {"F4": torch.float4_e2m1fn_x2} if hasattr(torch, "float4_e2m1fn_x2") else {}
+ALL_DTYPES = DTYPES | PAIRS
 # Types of weights that are not packed. The other types are those of scales, codes and data.
 WEIGHT_DTYPES = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
 MAX_DESCRIPTION_BYTES = 1 << 16  # one X.comfy_quant
@@ -45,8 +51,7 @@ class CheckpointError(ValueError):
     __module__ = "builtins"
 
     def __init__(self, message):
-        # A tensor's name may contain any character, even line breaks.
-        super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message))
+        super().__init__(bounded(message))  # a tensor's name may have any characters, and millions of them
 
 
 @dataclass(frozen=True)
@@ -64,18 +69,59 @@ class Header:
     """The header of one safetensors file, read and checked by read_header.
 
     path: the file's path; tensors: {name: TensorInfo}; metadata: {str: str}; described: the cache of `description`, {(start, stop): dict,
-    or a text that says why there is none}, shared with the headers that `within` returns.
+    or a text that says why there is none}, shared with the headers that `within` returns; state: file_state when it was read.
     """
 
     path: str
     tensors: dict
     metadata: dict
     described: dict = field(default_factory=dict, repr=False, compare=False)
+    state: tuple = field(default=(), repr=False, compare=False)
 
     @property
     def file(self):
         """The file's name, for messages."""
         return os.path.basename(self.path)
+
+    @contextmanager
+    def opened(self, buffering=-1):
+        """The file, opened to read its bytes. Raises CheckpointError if it is no longer the file that read_header has read, or if it can't
+        be read."""
+        with self.reading(), open(self.path, "rb", buffering) as file:
+            if self.state and file_state(os.fstat(file.fileno())) != self.state:
+                raise self._changed()
+            yield file
+
+    @contextmanager
+    def reading(self):
+        """A context in which something reads the file. Raises CheckpointError if the file has changed since read_header has read it, or if
+        it can't be read."""
+        try:
+            yield
+            self._check_unchanged()
+        except (OSError, SafetensorError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            self._check_unchanged(error)
+            if isinstance(error, OSError):
+                raise unreadable(self.path, error) from error
+            if isinstance(error, SafetensorError):
+                what = f"{self.file} is not read by the safetensors library ({error}); save or download it again."
+                raise CheckpointError(what) from error
+            raise
+
+    def _check_unchanged(self, error=None):
+        if self.state and current_state(self.path) != self.state:
+            raise self._changed() from error
+
+    def _changed(self):
+        return CheckpointError(f"{self.file} was changed, cut off or removed while it was read; wait until it is complete, or download it "
+                               "again, and run again.")
+
+    def written_to(self):
+        """Whether the file has been written to since read_header has read it. One that was deleted or replaced has not."""
+        now = current_state(self.path)
+        return bool(self.state) and now is not None and now[:2] == self.state[:2] and now != self.state
 
     def within(self, prefix):
         """The header of the tensors whose names begin with `prefix`, under their names without it."""
@@ -97,14 +143,14 @@ class Header:
     def _read_descriptions(self):
         """Read every X.comfy_quant that is not in the cache, in the order of the file."""
         places = {(info.start, info.stop) for name, info in self.tensors.items() if name.endswith(f".{layout.QUANT_KEY}")}
-        with open(self.path, "rb") as file:
+        with self.opened() as file:
             for start, stop in sorted(places - self.described.keys()):
                 self.described[start, stop] = _description(file, start, stop)
 
     def read_bytes(self, name):
         """The raw bytes of one tensor."""
         info = self.tensors[name]
-        with open(self.path, "rb") as file:
+        with self.opened() as file:
             file.seek(info.start)
             return file.read(info.stop - info.start)
 
@@ -118,22 +164,31 @@ class Header:
             return torch.empty(info.shape, dtype=info.dtype)
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
-    def read_into(self, name, parts):
-        """Read consecutive parts of a tensor into one-dimensional NumPy arrays. Yields each array once it is filled."""
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.tensors[name].start)
+    def read_into(self, name, parts, skip=0):
+        """Read consecutive parts of a tensor into one-dimensional NumPy arrays, after its first `skip` bytes. Yields each array once it is
+        filled."""
+        with self.opened(buffering=0) as file:
+            file.seek(self.tensors[name].start + skip)
             for part in parts:
                 missing = part.view(np.uint8)
                 while missing.size and (count := file.readinto(missing)):
                     missing = missing[count:]
                 if missing.size:
-                    raise CheckpointError(f"{self.file} was cut off while it was read; download it again.")
+                    raise self._changed()
                 yield part
+
+    def blocks(self, name, memory, tail=None):
+        """Yield the bytes of a tensor, each time as many as a NumPy array of uint8 holds, as views of that array. tail: how many of the
+        last bytes to read; None for all."""
+        info = self.tensors[name]
+        size = info.stop - info.start if tail is None else tail
+        counts = [min(memory.size, size - start) for start in range(0, size, memory.size)]
+        yield from self.read_into(name, (memory[:length] for length in counts), info.stop - info.start - size)
 
     def announce(self, names):
         """Prefetch tensors (posix_fadvise), where supported."""
         if hasattr(os, "posix_fadvise"):  # not on Windows
-            with open(self.path, "rb", buffering=0) as file, suppress(OSError):
+            with self.opened(buffering=0) as file, suppress(OSError):
                 for info in (self.tensors[name] for name in names):
                     os.posix_fadvise(file.fileno(), info.start, info.stop - info.start, os.POSIX_FADV_WILLNEED)
 
@@ -160,6 +215,27 @@ class StoredTensor:
         yield from self.header.read_into(self.name, (memory[:count] for count in counts))
 
 
+def file_state(found):
+    """(device, number, size, time of the last write in ns) of an os.stat_result: they tell whether a file is the same as before."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def current_state(path):
+    """The file_state of the file at `path`; None if there is none."""
+    try:
+        return file_state(os.stat(path))
+    except OSError:
+        return None
+
+
+def unreadable(path, error):
+    """The CheckpointError of an OSError while a file was read, which it has as `os_error`: the commands name the whole path."""
+    found = CheckpointError(f"{os.path.basename(path)} can't be read ({error.strerror or type(error).__name__}); check that it is there, "
+                            "its permissions and the disk.")
+    found.os_error = error
+    return found
+
+
 def _description(file, start, stop):
     """The dict of an X.comfy_quant; if it is invalid, the second half of a sentence that says why."""
     if stop - start > MAX_DESCRIPTION_BYTES:
@@ -174,21 +250,41 @@ def _description(file, start, stop):
 def read_header(path):
     """The Header of a safetensors file. Raises CheckpointError if the file is not a complete and consistent one."""
     name = os.path.basename(path)
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        if prefix.startswith(PICKLE_MAGIC):
-            raise CheckpointError(f"{name} is a pickle, which can run code when it is opened; convert it to "
-                                  "safetensors, or download the safetensors version of the model.")
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
-            raise CheckpointError(f"{name} is {_what_else(name, prefix + file.read(WEB_PAGE_BYTES))}.")
-        if 8 + length > size:
-            raise CheckpointError(f"{name} is cut off: its header needs {8 + length} bytes and the file has {size}; "
-                                  "download it again.")
-        raw = file.read(length)
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        with open(path, "rb") as file:
+            state = file_state(os.fstat(file.fileno()))
+            raw = _raw_header(file, name, state[2])
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return _parsed(path, name, raw, state)
+
+
+def _raw_header(file, name, size):
+    """The JSON text of a file's header, as bytes. size: the file's."""
+    prefix = file.read(8)
+    if prefix.startswith(PICKLE_MAGIC):
+        raise CheckpointError(f"{name} is a pickle, which can run code when it is opened; convert it to "
+                              "safetensors, or download the safetensors version of the model.")
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or not 2 <= length <= LIBRARY_HEADER_BYTES:
+        raise CheckpointError(f"{name} is {_what_else(name, prefix + file.read(WEB_PAGE_BYTES))}.")
+    if 8 + length > size:
+        raise CheckpointError(f"{name} is cut off: its header needs {8 + length} bytes and the file has {size}; "
+                              "download it again.")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{name} has a header of {length / 1e6:.0f} MB, where models have less than 1 MB and this pack reads up to "
+                              f"{MAX_HEADER_BYTES // 10**6} MB; download it again, or save it without the large entries of its metadata.")
+    return file.read(length)
+
+
+def _parsed(path, name, raw, state):
+    """The Header of the JSON text `raw`."""
+    length, size = len(raw), state[2]
+    if raw.count(b'"dtype"') > MAX_TENSORS:
+        raise CheckpointError(f"{name} has more than {MAX_TENSORS} tensors, where models have a few thousand; download it again.")
+    try:
+        with _without_collection():
+            entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise CheckpointError(f"{name} is not a safetensors file, or its header is damaged; download it again.") from None
     if not isinstance(entries, dict):
@@ -198,7 +294,7 @@ def read_header(path):
         raise CheckpointError(f"{name} has damaged metadata in its header; download it again.")
     tensors = {key: _tensor_info(name, key, entry, 8 + length, size) for key, entry in entries.items()}
     _check_layout(name, tensors, 8 + length, size)
-    return Header(path, tensors, metadata)
+    return Header(path, tensors, metadata, state=state)
 
 
 def _what_else(name, start):
@@ -217,6 +313,18 @@ def _what_else(name, start):
     if name.lower().endswith(EXTENSIONS):
         return "not a safetensors file, despite its name; download it again, or choose another model"
     return f"not a safetensors file; choose a {TITLES} model in safetensors format"
+
+
+@contextmanager
+def _without_collection():
+    """A context without garbage collection, whose repeated walks over all the objects of a large text take most of the time to parse it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _without_duplicates(pairs):
@@ -239,7 +347,7 @@ def _tensor_info(name, key, entry, data_start, size):
                    and len(offsets) == 2 and all(map(_is_count, offsets)))
     if not well_formed:
         raise CheckpointError(f"{name} has a damaged header entry for tensor {key}; download it again.")
-    if not isinstance(dtype, str) or dtype not in DTYPES | PAIRS:
+    if not isinstance(dtype, str) or dtype not in ALL_DTYPES:
         raise CheckpointError(f"{name} stores tensor {key} as {dtype!r}, a type that is not supported; choose a "
                               "bf16, fp16 or fp8 version of the model.")
     start, stop = data_start + offsets[0], data_start + offsets[1]
@@ -253,7 +361,7 @@ def _tensor_info(name, key, entry, data_start, size):
                               "it again.")
     if pairs:
         shape = [*shape[:-1], shape[-1] // 2]
-    return TensorInfo(tuple(shape), (DTYPES | PAIRS)[dtype], start, stop)
+    return TensorInfo(tuple(shape), ALL_DTYPES[dtype], start, stop)
 
 
 def _check_layout(name, tensors, data_start, size):

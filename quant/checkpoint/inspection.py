@@ -9,8 +9,9 @@ import torch
 
 from .. import families
 from ..layers import layout
+from ..text import bounded
 from . import foreign, formats, native, plain
-from .card import MAX_FIELD_BYTES, PREFIX, SOURCE_HASH, SOURCE_TITLE
+from .card import PREFIX, SOURCE_HASH, SOURCE_TITLE
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 REST = "everything else"
@@ -28,6 +29,8 @@ CARD = {f"{PREFIX}{field}": label for field, label in (
     ("title", "title"), ("author", "author"), ("license", "licence"), ("architecture", "architecture"), ("date", "saved"),
     ("hash_sha256", "tensor hash"))} | {SOURCE_TITLE: "source's title", SOURCE_HASH: "source's tensor hash"}
 WORST = 3  # layers named in the summary of errors
+# A file may say anything about itself, in megabytes: entries of its recipe, and characters of each text and of each line that are shown.
+MAX_ENTRIES, MAX_TEXT, MAX_LINE = 64, 2000, 3000
 
 
 def inspect(header):
@@ -35,6 +38,14 @@ def inspect(header):
     found = formats.identify(header)
     info = _packed(header, found) if found else _plain(header)
     return {"file": header.file, "bytes": os.path.getsize(header.path)} | info | {"card": _card(header)}
+
+
+def inspect_body(header, progress=lambda done, total: None):
+    """inspect, and "intact": the number of tensors that have their checksums, of a quantized file. It reads the whole file.
+    progress(bytes done, of all): called often; it may raise to cancel. Raises CheckpointError also if a tensor is damaged."""
+    found = formats.identify(header)
+    info = inspect(header)
+    return info | {"intact": found.reader.open_file(header).check(True, progress)} if found else info
 
 
 def text(info):
@@ -50,9 +61,13 @@ def text(info):
         lines.append(f"{kind}: {layers['count']} layers" + (f" ({ranks})" if kind != layout.AWQ else ""))
     if info.get("int8_scales"):
         lines.append(f"scales: 8-bit integers times one number per row, in {info['int8_scales']} layers")
+    if "intact" in info:
+        lines.append(f"checked: {info['intact']} tensors have the checksums with which they were saved" if info["intact"] else
+                     "checked: no scale, factor or 16-bit value is NaN or infinite; there are no checksums, which only SVDQuant writes")
+    if info.get("newer"):
+        lines.append(info["newer"])
     # Text from a file may contain any character, even control codes for the terminal.
-    return "\n".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-                     for line in [*lines, *_recipe_lines(info)])
+    return "\n".join(bounded(line, MAX_LINE) for line in [*lines, *_recipe_lines(info)])
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -61,11 +76,11 @@ def text(info):
 def _packed(header, found):
     packed = found.reader.open_file(header)
     codes = "NVFP4" if any(spec.format == layout.NVFP4 for spec in packed.specs.values()) else "INT4"
-    recipe = {key: value for key, value in packed.recipe.items() if key != "layers"}
+    recipe = _shortened({key: value for key, value in packed.recipe.items() if key != "layers"})
     return {"bytes": packed.nbytes(), "format": f"{found.name} layout, {codes}", "family": packed.family.title,
-            "model": packed.config, "source": packed.source, "recipe": recipe,
+            "model": packed.config, "source": bounded(packed.source, MAX_TEXT), "recipe": recipe,
             "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs),
-            "int8_scales": len(packed.computed), **_sizes(packed.stored, packed.modules)}
+            "int8_scales": len(packed.computed), "newer": native.newer(header), **_sizes(packed.stored, packed.modules)}
 
 
 def _plain(header):
@@ -132,12 +147,21 @@ def _summary(records):
     worst = sorted(records, key=lambda record: -record["error"])[:WORST]
     return {"layers": len(records), "mean": fmean(errors), "median": median(errors), "largest": max(errors),
             "mean_of_plain_rounding": fmean(record["error_naive"] for record in records),
-            "worst": {record["name"]: record["error"] for record in worst}}
+            "worst": {bounded(record["name"], MAX_TEXT): record["error"] for record in worst}}
+
+
+def _shortened(recipe):
+    """The first entries of a recipe; a value whose JSON is too long becomes the beginning and the end of that text."""
+    found = {}
+    for key, value in list(recipe.items())[:MAX_ENTRIES]:
+        text = value if isinstance(value, str) else json.dumps(value)
+        found[bounded(key, MAX_TEXT)] = value if len(text) <= MAX_TEXT else bounded(text, MAX_TEXT)
+    return found
 
 
 def _card(header):
     """{label: text} of the model card in the metadata."""
-    return {label: header.metadata[key] for key, label in CARD.items() if 0 < len(header.metadata.get(key, "")) <= MAX_FIELD_BYTES}
+    return {label: bounded(header.metadata[key], MAX_TEXT) for key, label in CARD.items() if header.metadata.get(key)}
 
 
 # --- text ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ layout.py, and `X.comfy_quant` describes it. The file's metadata:
     svdquant.recipe    JSON: how it was quantized; its "calibration" has the number of prompts, its "layers" the error,
                        size and smoothing of each layer (pipeline.LayerRecord)
     svdquant.source    name of the quantized model; source_title and source_hash_sha256 are copied from its own card
+    svdquant.minor     "1" since tensors have checksums; a reader takes a higher number, whose additions it may ignore
+    svdquant.checksums JSON: a checksum of each tensor: checksums.py
     modelspec.*        title, author, licence, ...: card.py
 
 Files from other software under comfy-kitchen's names have none of these metadata; comfy_kitchen.py reads them with this module.
@@ -22,13 +24,14 @@ import torch
 from ...cuda.row_scales import HIGHEST, LOWEST
 from .. import families
 from ..layers import layout
+from ..text import bounded
 from . import completeness, int8_scales
 from .card import modelspec
 from .header import CheckpointError
 from .packed import PackedFile
 from .write import check_target, write
 
-VERSION = 2
+VERSION, MINOR = 2, 1
 MODULE_FORMATS = tuple(layout.GROUP_SIZES)
 HALF_TYPES = (torch.bfloat16, torch.float16)
 SCALE_TYPES = (*HALF_TYPES, torch.float32)
@@ -111,6 +114,16 @@ def _version(header):
         raise CheckpointError(f"{header.file} has SVDQuant format version {version}, and this pack reads up to "
                               f"{VERSION}; update ComfyUI-SVDQuant.")
     return int(version)
+
+
+def newer(header):
+    """What to tell users about a file of a newer minor version, as a sentence; "" for others. Its additions are no part of the model."""
+    minor = header.metadata.get("svdquant.minor", "0")
+    if minor.isdecimal() and (len(minor) > 9 or int(minor) > MINOR):
+        version = f"{bounded(header.metadata.get('svdquant.version', '?'), 20)}.{bounded(minor, 20)}"
+        return (f"It is of format version {version}, and this pack knows {VERSION}.{MINOR}: it loads whole, without what newer versions "
+                "add to files; update ComfyUI-SVDQuant for that.")
+    return ""
 
 
 def config(header):
@@ -257,7 +270,7 @@ def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=F
     infos |= {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
     architecture = families.of_config(config).architecture
     metadata = {
-        "svdquant.version": "2" if row_scales else "1", "svdquant.config": json.dumps(config),
+        "svdquant.version": "2" if row_scales else "1", "svdquant.minor": str(MINOR), "svdquant.config": json.dumps(config),
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source, **modelspec(path, architecture, source_card),
     }
     write(path, infos, chain(_with_int8_scales(tensors, row_scales), described.items()), metadata, overwrite)

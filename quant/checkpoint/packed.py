@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..families.family import Family
-from .header import Header
+from . import checksums
+from .header import Header, read_header
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class PackedFile:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+    def check(self, whole=True, progress=lambda done, total: None):
+        """checksums.check of the model's files. Returns the number of tensors with a checksum."""
+        prefix, count = self.prefix or "", 0
+        for path in self.paths:
+            header = self.header if path == self.header.path else read_header(path)
+            kinds = {name: checksums.kind(name, info.dtype) for name, info in header.tensors.items() if name.startswith(prefix)}
+            count += checksums.check(header, kinds, whole, progress)
+        return count
 
     def nbytes(self):
         """Bytes of the model's files, including their headers."""

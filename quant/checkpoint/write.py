@@ -10,10 +10,12 @@ import os
 import re
 import secrets
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import torch
 
+from . import checksums
 from .header import DTYPES, EXTENSIONS, CheckpointError
 
 SPARE_BYTES = 1 << 20  # header and file system overhead in the check for free disk space
@@ -60,12 +62,15 @@ def write(path, layout, tensors, metadata, overwrite=False):
     """Write `tensors` to a temporary file beside `path`, then rename it, so that `path` never is an incomplete file.
 
     layout: {name: (shape, dtype)} of all tensors; tensors: iterable of (name, tensor), in any order, so that only one tensor at a time
-    need be in memory; metadata: {str: str}. Raises CheckpointError if the file exists, or appears meanwhile, and overwrite is False, if
-    the disk is full, or if the folder can't be written.
+    need be in memory; metadata: {str: str}, to which the tensors' checksums are added. Raises CheckpointError if the file exists, or
+    appears meanwhile, and overwrite is False, if the disk is full, if the folder can't be written, or if a tensor has values that spoil
+    every image (checksums.py).
     """
     check_target(path, overwrite)
     name, folder = os.path.basename(path), os.path.dirname(path)
-    head, starts, size = _header(layout, metadata)
+    # The digits of the checksums are known at the end; until then others take their place.
+    found = {}
+    head, starts, size = _header(layout, metadata | {checksums.KEY: checksums.text(dict.fromkeys(layout, checksums.EMPTY))})
     try:
         os.makedirs(folder, exist_ok=True)
         with _temporary(path) as temporary:
@@ -73,16 +78,21 @@ def write(path, layout, tensors, metadata, overwrite=False):
             if size + SPARE_BYTES > free:
                 raise CheckpointError(f"There is no room to save {name}: it needs {size_text(size)} and the disk has "
                                       f"{size_text(free)} free; free some space or save to another disk.")
-            with open(temporary, "wb") as file:
+            with open(temporary, "wb") as file, ThreadPoolExecutor(1) as beside:
                 file.write(head)
                 for key, tensor in tensors:
                     shape, dtype = layout[key]
                     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
                         raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} was planned")
                     file.seek(starts.pop(key))
-                    file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            if starts:
-                raise ValueError(f"tensor {next(iter(starts))} was planned and did not come")
+                    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                    digits = beside.submit(checksums.digits, data, key, dtype)
+                    file.write(data.data)
+                    found[key] = digits.result()
+                if starts:
+                    raise ValueError(f"tensor {next(iter(starts))} was planned and did not come")
+                file.seek(0)
+                file.write(_header(layout, metadata | {checksums.KEY: checksums.text({key: found[key] for key in layout})})[0])
             publish(temporary, path, overwrite)
     except OSError as error:
         raise CheckpointError(f"Saving {name} failed: {disk_trouble(error, path)}.") from error

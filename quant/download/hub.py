@@ -20,6 +20,8 @@ from urllib.parse import unquote
 
 from ..checkpoint.header import EXTENSIONS, CheckpointError, read_header
 from ..checkpoint.write import check_target, disk_trouble, publish, size_text
+from ..text import bounded
+from . import answers
 
 if os.name == "nt":
     import msvcrt
@@ -27,6 +29,9 @@ else:
     import fcntl
 
 POLL_SECONDS = 0.2  # A cancelled download stops within this time.
+ANSWER_SECONDS = 30  # the Hub has to answer within this time, or three times huggingface_hub's own limit of one try
+STALL_SECONDS = 300  # for one block of huggingface_hub's, 10 MB: slower than 35 kB/s, a model takes days
+MAX_BYTES = 50 * 10**9  # that come over plain HTTP, where huggingface_hub does not name its own limit
 SPARE_BYTES = 1 << 20
 # The byte that is locked on Windows. It lies past the end of every file, since a locked byte can't be read by other processes.
 LOCKED_BYTE = 1 << 62
@@ -40,6 +45,9 @@ class HubError(ValueError):
     """A file can't be downloaded. The message is one sentence that gives the file, the reason and the remedy."""
 
     __module__ = "builtins"  # as CheckpointError's
+
+    def __init__(self, message):
+        super().__init__(bounded(message))
 
 
 @dataclass(frozen=True)
@@ -100,12 +108,23 @@ def look_up(repository, file, revision, progress):
     check_names(repository, file, revision)
     hub = _huggingface_hub()
     url = partial(hub.hf_hub_url, repository, file)
+    limit, start = max(ANSWER_SECONDS, 3 * hub.constants.HF_HUB_ETAG_TIMEOUT), time.monotonic()
+
+    def check():
+        progress.check()
+        if time.monotonic() - start > limit:
+            raise HubError(answers.silent(limit, file))
+
     try:
-        found = _result(_in_background(lambda: hub.get_hf_file_metadata(url(revision=revision))), progress.check)
+        found = _result(_in_background(lambda: hub.get_hf_file_metadata(url(revision=revision))), check)
     except _Failed as failed:
-        raise HubError(_sentence(failed.error, repository, file, revision)) from failed.error
-    if not re.fullmatch("[0-9a-f]{40}", found.commit_hash or "") or not found.size:
-        raise HubError(f"{hub.constants.ENDPOINT} does not answer like a Hugging Face Hub; check HF_ENDPOINT.")
+        raise HubError(answers.sentence(_huggingface_hub(), failed.error, repository, file, revision)) from failed.error
+    if not re.fullmatch("[0-9a-f]{40}", found.commit_hash or "") or (found.size or 0) <= 0:
+        raise HubError(f"{hub.constants.ENDPOINT} does not answer like a Hugging Face Hub for {file}; check HF_ENDPOINT.")
+    most = getattr(hub.constants, "MAX_HTTP_DOWNLOAD_SIZE", MAX_BYTES)
+    if found.size > most:
+        raise HubError(f"{file} of {repository} has {size_text(found.size)}, and this node downloads at most {size_text(most)}; "
+                       "download it with `hf download` into models/diffusion_models.")
     if not re.fullmatch("[0-9a-f]{64}", found.etag or ""):
         raise HubError(f"The Hub has no SHA-256 for {file} of {repository}, so it can't be checked; choose a file that is stored "
                        "as a large file (LFS or Xet).")
@@ -247,8 +266,14 @@ def _fetch(remote, part, name, progress):
     if _size(part) > remote.size:
         os.truncate(part, 0)
 
+    last = [_size(part), time.monotonic()]  # the size, and since when
+
     def report():
         done = _size(part)
+        if done != last[0]:
+            last[:] = done, time.monotonic()
+        elif time.monotonic() - last[1] > STALL_SECONDS:
+            raise HubError(answers.stalled(STALL_SECONDS, name))
         if done > remote.size:
             raise HubError(f"The Hub sends more for {name} than the {size_text(remote.size)} that it stated; try again later.")
         progress.at(done, remote.size, f"{name}: {size_text(done)} of {size_text(remote.size)}")
@@ -261,7 +286,8 @@ def _fetch(remote, part, name, progress):
             except _Failed as failed:
                 file.flush()
                 if _size(part) == before or getattr(failed.error, "errno", None) == errno.ENOSPC:
-                    raise HubError(_sentence(failed.error, remote.repository, remote.file, remote.commit)) from failed.error
+                    what = answers.sentence(_huggingface_hub(), failed.error, remote.repository, remote.file, remote.commit)
+                    raise HubError(what) from failed.error
     report()
 
 
@@ -324,24 +350,3 @@ def _result(future, poll):
         raise _Failed(error)
     return future.result()
 
-
-def _sentence(error, repository, file, revision):
-    """The message for an error of huggingface_hub, or of the HTTP client that its version uses."""
-    hub = _huggingface_hub()
-    login = "log in with `hf auth login`"
-    if isinstance(error, hub.errors.GatedRepoError):
-        return f"{repository} is gated: accept its licence on its page on the Hub, {login}, and run the node again."
-    if isinstance(error, hub.errors.RepositoryNotFoundError):
-        return f"The Hub has no repository {repository} that your login may see; check the name, or {login}."
-    if isinstance(error, hub.errors.RevisionNotFoundError):
-        return f"The repository {repository} has no revision {revision}; main is the usual one."
-    if isinstance(error, hub.errors.EntryNotFoundError):
-        return f"The repository {repository} has no file {file} at revision {revision}; check its path on the repository's page."
-    if isinstance(error, hub.errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE forbids the download of {file}; unset it, or choose a file that you have in SVDQuant Load Model."
-    if (answer := getattr(error, "response", None)) is not None:
-        return f"The Hub answered {answer.status_code} for {file} of {repository}; try again later."
-    if getattr(error, "errno", None) == errno.ENOSPC:
-        return f"The disk was full before {file} was complete; free some space and run the node again to resume."
-    return (f"The Hub can't be reached for {file} ({type(error).__name__}); check the internet connection and run the node "
-            "again: the download resumes where it stopped.")

@@ -64,6 +64,7 @@ FAMILY = Family(
     text_width="context_in_dim",
     pooled=False,
     encoders="t5xxl, with CLIPLoader's type chroma",
+    clip_type="CHROMA",
     tokens=(4096, 512, 4608),
     examples=("single_blocks.37.*", "*.linear2 = 128"),
     renamed=(NORMS, (rf"^({NETWORK}\.norms\.\d+)\.weight$", r"\1.scale")),

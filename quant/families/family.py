@@ -87,7 +87,9 @@ class BlockList:
     arguments that a block updates and returns; returned: the same names in the order in which it returns them, if that is another one;
     after: names of the lists whose last blocks' outputs the first block of this list reads; None for the list before it; shares_input:
     groups of layers that read the same tensor, such as q, k and v, which get one smoothing factor; mlps: names of the (linear, GELU,
-    linear) Sequentials in a block that can run as one op.
+    linear) Sequentials in a block that can run as one op; sequence: the states in the order in which attention joins their tokens, for
+    blocks whose tokens can be divided among GPUs: only attention, through the host's function, mixes them, and the position embedding is
+    the argument pe, (B, 1, L, ...).
     """
 
     name: str
@@ -97,6 +99,7 @@ class BlockList:
     after: tuple | None = None
     shares_input: tuple = ()
     mlps: tuple = ()
+    sequence: tuple = ()
 
     def pass_through(self, *args, **kwargs):
         """A block's forward that returns its states unchanged: one value, or a tuple of several."""
@@ -112,13 +115,15 @@ class FusedBlock:
     forward(block, host, arguments of the class's forward) -> its result, or NotImplemented for a call that it doesn't take; host:
     host/fused_blocks.Host. example(block, random) -> (arguments of the class, arguments of a forward, its states first), for a numerical
     comparison with the class's own forward. functions: names of functions of the class's module, besides its attention, that the forward
-    replaces or relies on; sources: digests of the host's source (host/fused_blocks.digest) for which the forward was written.
+    replaces or relies on; sources: digests of the host's source (host/fused_blocks.digest) for which the forward was written; gated: names
+    of the block's packed layers whose output the forward has added to the states (PackedLinear.add_gated).
     """
 
     forward: Callable
     example: Callable
     functions: tuple
     sources: frozenset
+    gated: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -276,7 +281,8 @@ class Family:
     figures(configuration): the sizes that describe a model to users, as text; variants(configuration): the name of the published model
     with this configuration, or None.
     text_width: configuration key of the conditioning's width; pooled: whether the conditioning needs a pooled output; encoders: the text
-    encoders to name in a message. tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
+    encoders to name in a message; clip_type: the host's name of the kind of text encoder. cell: pixels a side of one element of the latent;
+    tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
     pattern with a rank; largest: (name, tokens, inputs, outputs) of the largest layers of a published model, on which a GPU is measured;
     renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads); fused: the module in this
     folder whose BLOCKS are {dotted name of a host's class: FusedBlock}, imported when a model is built; None if there is none.
@@ -294,6 +300,7 @@ class Family:
     text_width: str
     pooled: bool
     encoders: str
+    clip_type: str
     tokens: tuple
     examples: tuple
     largest: tuple = ()
@@ -305,6 +312,7 @@ class Family:
     nunchaku: Nunchaku | None = None
     variants: Callable[[dict], str | None] = lambda configuration: None
     fused: str | None = None
+    cell: int = 8
 
     def variant(self, configuration):
         """The name of a model with this configuration, for users."""

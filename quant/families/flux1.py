@@ -43,11 +43,11 @@ SINGLE_LINEARS = {
 
 
 def double_blocks(layers, mlps=("img_mlp", "txt_mlp")):
-    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), mlps=mlps)
+    return BlockList("double_blocks", MappingProxyType(layers), ("img", "txt"), mlps=mlps, sequence=("txt", "img"))
 
 
 def single_blocks(layers):
-    return BlockList("single_blocks", MappingProxyType(layers), ("x",))
+    return BlockList("single_blocks", MappingProxyType(layers), ("x",), sequence=("x",))
 
 
 def depth_of(shapes, blocks):
@@ -242,6 +242,7 @@ FAMILY = Family(
     text_width="context_in_dim",
     pooled=True,
     encoders="clip_l and t5xxl",
+    clip_type="FLUX",
     tokens=(4096, 512, 4608),  # a 1024 x 1024 image, its text, both
     examples=("single_blocks.37.*", "*.linear2 = 128"),
     largest=(("double_blocks.0.img_attn.qkv", 4096, 3072, 9216), ("double_blocks.0.img_mlp.2", 4096, 12288, 3072),

@@ -80,6 +80,8 @@ FAMILY = Family(
     text_width="context_in_dim",
     pooled=False,
     encoders="Mistral Small 3 for dev, Qwen3 for klein, with CLIPLoader's type flux2",
+    clip_type="FLUX2",
+    cell=16,
     tokens=(4096, 512, 4608),  # a 1024 x 1024 image, its text, both
     examples=("single_blocks.47.*", "*.linear2 = 128"),
     renamed=(NORMS,),

@@ -12,20 +12,20 @@ from types import MappingProxyType, SimpleNamespace
 import torch
 
 from ...cuda import block_ops
-from .family import NO_ENTRIES, FusedBlock
+from .family import FusedBlock
 
 PRE_ATTENTION = ("attn1_patch", "attn1_output_patch")  # patches that see q and k before RoPE, or expect the host's own order
 
 
 def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None,
-                 transformer_options=NO_ENTRIES):
+                 transformer_options=None):
     """img (B, Li, K), txt (B, Lt, K) -> (img, txt). vec: (B, K), or the modulations themselves; pe: as in block_ops. host:
     fused_blocks.Host."""
     norms = block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2
     if (modulation_dims_img is not None or modulation_dims_txt is not None or getattr(block, "flipped_img_txt", False)
             or not _takes(block, host, norms, (block.img_attn.norm, block.txt_attn.norm), (img, txt), pe, transformer_options)):
         return NotImplemented
-    (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (block.img_mod(vec), block.txt_mod(vec)) if block.modulation else vec
+    (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (block.img_mod(vec), block.txt_mod(vec)) if modulates(block) else vec
     if not _one_vector(img, img_mod1, img_mod2, txt_mod1, txt_mod2):
         return NotImplemented
     eps, tokens = norms[0].eps, txt.shape[1]
@@ -35,23 +35,22 @@ def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims
         streams.append((qkv, *_norm_weights(attn.norm)))
     q, k, v = block_ops.qk_norm_rope(streams, pe, block.num_heads, 3, host.norm_eps(block.img_attn.norm.query_norm, img))
     del streams, qkv
-    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options)
+    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options or {})
     del q, k, v
     attn = attn.to(img.dtype)
-    txt_attn, img_attn = _output(block.txt_attn.proj, attn[:, :tokens]), _output(block.img_attn.proj, attn[:, tokens:])
+    img, img_in = _added_and_norm(block.img_attn.proj, attn[:, tokens:], img, img_mod1, img_mod2, eps)
+    txt, txt_in = _added_and_norm(block.txt_attn.proj, attn[:, :tokens], txt, txt_mod1, txt_mod2, eps)
     del attn
-    img, img_in = block_ops.gated_residual_norm(img, img_attn, img_mod1.gate, img_mod2.scale, img_mod2.shift, eps)
-    img = block_ops.gated_residual(img, _output(block.img_mlp, img_in), img_mod2.gate)
-    txt, txt_in = block_ops.gated_residual_norm(txt, txt_attn, txt_mod1.gate, txt_mod2.scale, txt_mod2.shift, eps)
-    return img, block_ops.gated_residual(txt, _output(block.txt_mlp, txt_in), txt_mod2.gate)
+    img, txt = _added(block.img_mlp, img_in, img, img_mod2), _added(block.txt_mlp, txt_in, txt, txt_mod2)
+    return img, txt
 
 
-def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=NO_ENTRIES):
+def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=None):
     """x (B, L, K) -> (B, L, K); the rest as in double_block."""
     if (modulation_dims is not None or getattr(block, "yak_mlp", False)
             or not _takes(block, host, (block.pre_norm,), (block.norm,), (x,), pe, transformer_options)):
         return NotImplemented
-    mod = block.modulation(vec)[0] if block.modulation else vec
+    mod = block.modulation(vec)[0] if modulates(block) else vec
     if not _one_vector(x, mod):
         return NotImplemented
     joint, hidden = _output(block.linear1, block_ops.norm_modulate(x, mod.scale, mod.shift, block.pre_norm.eps)), block.hidden_size
@@ -64,7 +63,7 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
     q, k, *v = block_ops.qk_norm_rope([(joint, *_norm_weights(block.norm))], pe, block.num_heads, parts,
                                       host.norm_eps(block.norm.query_norm, x))
     v = v[0] if v else value.unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
-    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options)
+    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options or {})
     del q, k, v
     if in_place and attn.shape == value.shape:
         # Attention's output takes the place of v, which nobody reads any more: [attention | mlp] then lies in linear1's output as linear2
@@ -73,13 +72,32 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
         joint = joint[..., 2 * hidden:]
     else:
         joint = torch.cat((attn, activated), dim=2).to(x.dtype)
-    return block_ops.gated_residual(x, _output(block.linear2, joint), mod.gate)
+    return _added(block.linear2, joint, x, mod)
+
+
+def modulates(block):
+    """Whether a block has modulation layers of its own. ComfyUI's attribute is a bool, a module or None."""
+    return block.modulation is not None and block.modulation is not False  # torch.compile can't trace bool(module)
 
 
 def _output(module, x):
     """The module's output in x's dtype, the only one that the kernels read beside x. A hook or another pack's layer may change it."""
     y = module(x)
     return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _added(module, x, residual, mod):
+    """residual + gate * the module's output, in one op if the module has it."""
+    z = module.add_gated(x, residual, mod.gate) if hasattr(module, "add_gated") else None
+    return block_ops.gated_residual(residual, _output(module, x), mod.gate) if z is None else z
+
+
+def _added_and_norm(module, x, residual, mod, norm_mod, eps):
+    """(residual + gate * the module's output, its LayerNorm with the modulation norm_mod)"""
+    z = module.add_gated(x, residual, mod.gate) if hasattr(module, "add_gated") else None
+    if z is None:
+        return block_ops.gated_residual_norm(residual, _output(module, x), mod.gate, norm_mod.scale, norm_mod.shift, eps)
+    return z, block_ops.norm_modulate(z, norm_mod.scale, norm_mod.shift, eps)
 
 
 def _copy(source, target):
@@ -91,7 +109,7 @@ def _copy(source, target):
 
 def _takes(block, host, norms, head_norms, states, pe, transformer_options):
     """Whether the fused passes compute this call: on these tensors, and with nothing of the host's or the user's on what they replace."""
-    x, patches = states[0], (transformer_options or NO_ENTRIES).get("patches") or NO_ENTRIES
+    x, patches = states[0], (transformer_options or {}).get("patches") or {}
     return (host.takes(block, states, pe) and not any(name in patches for name in PRE_ATTENTION)
             and all(host.untouched(norm, "LayerNorm") and norm.weight is None and norm.eps == norms[0].eps for norm in norms)
             and all(host.untouched(norm, "QKNorm") and host.untouched(norm.query_norm, "RMSNorm")
@@ -116,8 +134,8 @@ def _norm_weights(norm):
 def double_example(block, random):
     """(arguments of the class, arguments of a forward) with the sizes of `block` and few tokens. random(*shape): a tensor."""
     hidden, heads, text, image = block.hidden_size, block.num_heads, 3, 5
-    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "qkv_bias": True, "modulation": bool(block.modulation)}
-    vec = random(1, hidden) if block.modulation else tuple((_example_mod(hidden, random), _example_mod(hidden, random)) for _ in range(2))
+    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "qkv_bias": True, "modulation": modulates(block)}
+    vec = random(1, hidden) if made["modulation"] else tuple((_example_mod(hidden, random), _example_mod(hidden, random)) for _ in range(2))
     return made, {"img": random(1, image, hidden), "txt": random(1, text, hidden), "vec": vec,
                   "pe": _example_pe(text + image, hidden // heads, random)}
 
@@ -125,8 +143,8 @@ def double_example(block, random):
 def single_example(block, random):
     """As double_example."""
     hidden, heads, tokens = block.hidden_size, block.num_heads, 7
-    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "modulation": bool(block.modulation)}
-    vec = random(1, hidden) if block.modulation else _example_mod(hidden, random)
+    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "modulation": modulates(block)}
+    vec = random(1, hidden) if made["modulation"] else _example_mod(hidden, random)
     return made, {"x": random(1, tokens, hidden), "vec": vec, "pe": _example_pe(tokens, hidden // heads, random)}
 
 
@@ -143,7 +161,8 @@ FUNCTIONS = ("apply_mod", "QKNorm.forward", "Modulation.forward")
 # The sources of ComfyUI 0.3.75 to 0.33, of November 2025 to August 2026.
 BLOCKS = MappingProxyType({
     "comfy.ldm.flux.layers.DoubleStreamBlock": FusedBlock(double_block, double_example, FUNCTIONS, frozenset((
-        "dd0f30fbb43582ee", "79d4282ac69ae88c", "0c1361d97a1b05bc", "236d51cf45814821", "7c84151b4e00b1f5"))),
+        "dd0f30fbb43582ee", "79d4282ac69ae88c", "0c1361d97a1b05bc", "236d51cf45814821", "7c84151b4e00b1f5")),
+        ("img_attn.proj", "txt_attn.proj", "img_mlp.2", "txt_mlp.2")),
     "comfy.ldm.flux.layers.SingleStreamBlock": FusedBlock(single_block, single_example, FUNCTIONS, frozenset((
-        "6a3c581479bef19b", "5c1256e41b2851f8", "674295f71104d490", "6a659d8c098406db", "b04521721798160b"))),
+        "6a3c581479bef19b", "5c1256e41b2851f8", "674295f71104d490", "6a659d8c098406db", "b04521721798160b")), ("linear2",)),
 })

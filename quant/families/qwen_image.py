@@ -99,6 +99,7 @@ FAMILY = Family(
     text_width="joint_attention_dim",
     pooled=False,
     encoders="Qwen2.5-VL 7B, with CLIPLoader's type qwen_image",
+    clip_type="QWEN_IMAGE",
     tokens=(4096, 256, 4352),  # a 1024 x 1024 image, its text, both
     examples=(f"{BLOCKS}.59.*", "*.net.2 = 128"),
 )

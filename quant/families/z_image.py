@@ -102,6 +102,7 @@ FAMILY = Family(
     text_width="cap_feat_dim",
     pooled=False,
     encoders="Qwen3 4B, with CLIPLoader's type lumina2",
+    clip_type="LUMINA2",
     tokens=(4096, 256, 4352),  # a 1024 x 1024 image, its text, both
     examples=(f"{MAIN}.29.*", "*.feed_forward.w2 = 128"),
 )

@@ -6,6 +6,7 @@ import torch
 from ..families.discovered import DiscoveredFamily
 from ..layers.linear import SVDQuantLinear
 from ..layers.preparation import compute_in, prepare
+from . import find_nan, mapping
 from .fused_blocks import fuse
 from .model_family import family_of, set_family
 from .operations import Operations
@@ -41,13 +42,15 @@ def empty_model(model_config, specs, compute_dtype, family=None):
         swap(model.diffusion_model, name, spec)
     if specs:
         take_over_activations(family, model.diffusion_model)
-        if family.fused and fuse(model.diffusion_model, family):
+        # A fused block runs several layers as one op, which hides the first one with a NaN.
+        if family.fused and not find_nan.is_on() and fuse(model.diffusion_model, family):
             record_steps(model.diffusion_model)
     return model
 
 
 def swap(diffusion_model, name, spec):
-    """Replace linear `name` by a packed layer. If it replaces a packed layer that has taken over a GELU, it applies that GELU too.
+    """Replace linear `name` by a packed layer. If it replaces a packed layer that has taken over a GELU, it applies that GELU too; `gated`
+    is the other's too.
     Raises ValueError unless both have the same features."""
     parent, _, child = name.rpartition(".")
     linear = diffusion_model.get_submodule(name)
@@ -55,7 +58,7 @@ def swap(diffusion_model, name, spec):
         raise ValueError(f"layer {name} is {spec.out_features} x {spec.in_features} where the model has "
                          f"{linear.out_features} x {linear.in_features}")
     packed = Operations.packed(spec)
-    packed.gelu_from = getattr(linear, "gelu_from", None)
+    packed.gelu_from, packed.gated = getattr(linear, "gelu_from", None), getattr(linear, "gated", False)
     setattr(diffusion_model.get_submodule(parent), child, packed)
 
 
@@ -138,6 +141,7 @@ def make_patcher(model, patcher_class):
     model.device = offload_device
     model.to(offload_device)
     prepare(model, device)
+    find_nan.watch(model.diffusion_model)
     patcher = patcher_class(model, device, offload_device)
     if patcher_class is SVDQuantModelPatcher:
         # Newer ComfyUI calls this to build the model again for another device. It does not read the file, which may have changed or may
@@ -149,6 +153,7 @@ def make_patcher(model, patcher_class):
 def copied(model, backup, disable_dynamic=False):
     """A patcher for a copy of a quantized model without its patches (patcher.unpatched). disable_dynamic: an argument of ComfyUI's, which
     changes nothing here, since these patchers are never dynamic."""
+    mapping.check(model)
     layers = packed_layers(model.diffusion_model)
     copy = empty_like(model, {name: layer.spec for name, layer in layers.items()}, model.get_dtype())
     for name, layer in layers.items():

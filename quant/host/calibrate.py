@@ -7,7 +7,8 @@ import comfy.sample
 import torch
 
 from ..families.family import OUTSIDE
-from ..quantizer import calibration
+from ..parallel.alone import ALONE
+from ..quantizer import calibration, shared_replay
 from . import build, resume
 from .patcher import PREFIX
 
@@ -23,45 +24,56 @@ def sized(patcher, latent):
     return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], **ratios)
 
 
-def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept=None):
+def record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept=None, ranks=ALONE):
     """Sample every prompt once and return recorded calls of the diffusion model, at most MAX_CALLS at even intervals.
 
-    kept: resume.Checkpoint or None. The model's outputs are saved to it; if it already has them, they replace running the model.
+    kept: resume.Checkpoint or None. The model's outputs are saved to it; if it already has them, they replace running the model. ranks:
+    the processes of the run, which share the prompts; only process 0 has a `kept`, and each gets its own calls (shared_replay.dealt).
     """
     model = patcher.model.diffusion_model
     every = -(-len(conditioning) * steps // MAX_CALLS)
     samples = sized(patcher, latent)
-    saved = kept and kept.load(resume.TRAJECTORY)
-    played = calibration.played_back(model, [saved[0][key] for key in sorted(saved[0])]) if saved else nullcontext()
-    calls = []
-    with played, calibration.recorded_outputs(model) as outputs:
-        for i, entry in enumerate(conditioning):
-            prompt_seed = (seed + i) % 2**64  # the largest seed that PyTorch takes
-            noise = comfy.sample.prepare_noise(samples, prompt_seed)
-            # Each prompt starts at another step; otherwise some steps would never be recorded.
-            with calibration.recorded_calls(model, calls, every, i % every):
-                comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", [entry], [entry], samples,
-                                    callback=lambda *_: progress.step(f"sampling prompt {i + 1} of {len(conditioning)}"),
-                                    disable_pbar=True, seed=prompt_seed)
-    if not calls:
+    saved = ranks.from_first(kept and kept.load(resume.TRAJECTORY))
+    calls, outputs = {}, {}  # {prompt: [calls]}, {prompt: [outputs]}
+    for i, entry in ranks.share(list(enumerate(conditioning))):
+        prompt_seed = (seed + i) % 2**64  # the largest seed that PyTorch takes
+        noise = comfy.sample.prepare_noise(samples, prompt_seed)
+        known = saved and [saved[0][key] for key in sorted(saved[0]) if key.startswith(f"{i:06}.")]
+        played, calls[i] = calibration.played_back(model, known) if saved else nullcontext(), []
+        # Each prompt starts at another step; otherwise some steps would never be recorded.
+        with played, calibration.recorded_outputs(model) as outputs[i], calibration.recorded_calls(model, calls[i], every, i % every):
+            comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", [entry], [entry], samples,
+                                callback=lambda *_: progress.step(f"sampling prompt {i + 1} of {len(conditioning)}"),
+                                disable_pbar=True, seed=prompt_seed)
+    calls = shared_replay.dealt(ranks, calls)
+    if not any(ranks.gathered(len(calls))):
         raise ValueError("The model was never called during calibration; check the timestep range of the conditioning.")
-    if kept and not saved:
-        kept.save(resume.TRAJECTORY, {f"{i:06}": output for i, output in enumerate(outputs)}, None)
+    if ranks.from_first(kept is not None) and not saved:
+        found = {f"{i:06}.{j:06}": output for each in ranks.exchanged({0: outputs}) if each for i, own in each.items()
+                 for j, output in enumerate(own)}
+        if kept:
+            kept.save(resume.TRAJECTORY, found, None)
     return calls
 
 
-def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done):
-    """Yield (block name, {layer: InputStats}) block by block, OUTSIDE last if the family has layers there, for the first of the layers that
-    read the same input (Family.first_reader). The dict is empty without calls and for blocks in `done`.
+def stages(family, model):
+    """[(name, module)] that calibration replays: the blocks in running order, and OUTSIDE if the family has layers there."""
+    return [*family.running_blocks(model), *([(OUTSIDE, model)] if family.outer else [])]
 
-    specs: {layer name: LayerSpec}; memory: calibration.Memory; packed: {tensor name: packed tensor}, which the caller fills between the
-    blocks; done: names of the blocks that were quantized before.
+
+def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done, ranks=ALONE, owner_of=lambda layer: 0):
+    """Yield (name, {layer: InputStats}) for each of `stages`, for the first of the layers that read the same input (Family.first_reader).
+    The dict is empty without calls and for blocks in `done`.
+
+    calls: this process's, or None if the run is not calibrated; specs: {layer name: LayerSpec}; memory: calibration.Memory; packed: {tensor
+    name: packed tensor}, which the caller fills between the blocks; done: names of the blocks that were quantized before; ranks, owner_of:
+    as in calibration.stream_blocks.
     """
     model = patcher.model.diffusion_model
     blocks = family.running_blocks(model)
-    stages = [*blocks, *([(OUTSIDE, model)] if family.outer else [])]
-    if not calls:
-        yield from ((name, {}) for name, _ in stages)
+    replayed = stages(family, model)
+    if calls is None:
+        yield from ((name, {}) for name, _ in replayed)
         return
     inside = {module for _, block in blocks for module in block.modules()}
     outside = [(name, module) for name, module in model.named_modules() if module not in inside]
@@ -94,9 +106,9 @@ def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done
 
     whole = make_room(patcher, working_memory(family, blocks, recipe.needs_gram()))
     with nullcontext() if whole else on_device(patcher, outside):
-        yield from calibration.stream_blocks(model, calls, memory, stages, layers_of, family.pass_through, recipe.needs_gram(),
+        yield from calibration.stream_blocks(model, calls, memory, replayed, layers_of, family.pass_through, recipe.needs_gram(),
                                              recipe.tokens, quantized=quantized if recipe.propagate == "quantized" else None,
-                                             sources={OUTSIDE: (blocks[-1][0],)} | family.sources(model),
+                                             sources={OUTSIDE: (blocks[-1][0],)} | family.sources(model), ranks=ranks, owner_of=owner_of,
                                              **({} if whole else {"loaded": loaded}))
 
 

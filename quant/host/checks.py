@@ -2,10 +2,13 @@
 
 import hashlib
 
+import comfy.model_patcher
 import comfy.patcher_extension
 import torch
 
 from ..layers.linear import PackedLinear
+from ..parallel.alone import ALONE
+from ..text import quoted
 from . import resume
 from .build import stored_config
 from .carried import check_carried
@@ -18,7 +21,9 @@ HOST_MODULES = "comfy."  # how the names of the host's modules begin
 
 def check_model(patcher):
     """The Family of a 16-bit or 8-bit MODEL; None if it is of no declared family, so that its layers have to be discovered. Raises
-    ValueError if the MODEL runs on another pack's classes, or is quantized."""
+    ValueError if the input is no MODEL, runs on another pack's classes, or is quantized."""
+    if not isinstance(patcher, comfy.model_patcher.ModelPatcher):
+        raise ValueError(f"The input model is {quoted(patcher)}, and not a MODEL; connect a node that loads a MODEL.")
     model, family = getattr(patcher.model, "diffusion_model", None), family_of(patcher.model)
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("This MODEL is quantized already; connect the 16-bit model that it was made from.")
@@ -81,26 +86,31 @@ def check_conditioning(family, patcher, conditioning):
                              f"with the text encoders that belong to the model, {family.encoders}.")
 
 
-def check_weights(family, patcher, check):
+def check_weights(family, patcher, check, ranks=ALONE):
     """Raise ValueError that names the first parameter that is not a floating point tensor, or that has NaN or Inf. Calibration would
-    only show which layers such values reach. check: called often, to cancel. Returns a digest of all parameters, as the MODEL uses
-    them."""
-    digest = hashlib.sha256()
-    for name, parameter in patcher.model.diffusion_model.named_parameters():
-        if family is not None and name in family.unused:
-            continue
+    only show which layers such values reach. check: called often, to cancel; ranks: the processes of the run, which share the parameters.
+    Returns a digest of all parameters, as the MODEL uses them."""
+    unused = () if family is None else family.unused
+    parameters = [(name, parameter) for name, parameter in patcher.model.diffusion_model.named_parameters() if name not in unused]
+    lines = {}
+    for name, parameter in ranks.share(parameters):
         check()
-        if type(parameter).__name__.startswith("GGML") or hasattr(parameter, "tensor_type"):  # tensors of the GGUF loaders
-            raise ValueError(f"The MODEL comes from a GGUF file ({name}), whose weights SVDQuant does not read; load a bf16, fp16 or fp8 "
-                             "version of the model in safetensors format.")
-        if not parameter.dtype.is_floating_point:
-            raise ValueError(f"The MODEL's {name} is stored as {parameter.dtype}, in a packed format; load a bf16, fp16 or "
-                             "fp8 version of the model.")
-        stored = parameter.to(patcher.load_device)  # the device checks and hashes it faster
-        # PyTorch has no isfinite for fp8.
-        if not torch.isfinite(stored.half() if stored.dtype.itemsize == 1 else stored).all():
-            raise ValueError(f"The MODEL's {name} holds NaN or Inf: its file is damaged or was merged incorrectly; load an "
-                             "intact copy.")
-        used = effective_weight(patcher, name, patcher.load_device) if PREFIX + name in patcher.patches else stored
-        digest.update(f"{name} {resume.digest(used)}\n".encode())
-    return digest.hexdigest()
+        lines[name] = f"{name} {_digest(patcher, name, parameter)}\n"
+    lines = {name: line for found in ranks.gathered(lines) for name, line in found.items()}
+    return hashlib.sha256("".join(lines[name] for name, _ in parameters).encode()).hexdigest()
+
+
+def _digest(patcher, name, parameter):
+    """The digest of a parameter as the MODEL uses it; raises as check_weights does."""
+    if type(parameter).__name__.startswith("GGML") or hasattr(parameter, "tensor_type"):  # tensors of the GGUF loaders
+        raise ValueError(f"The MODEL comes from a GGUF file ({name}), whose weights SVDQuant does not read; load a bf16, fp16 or fp8 "
+                         "version of the model in safetensors format.")
+    if not parameter.dtype.is_floating_point:
+        raise ValueError(f"The MODEL's {name} is stored as {parameter.dtype}, in a packed format; load a bf16, fp16 or "
+                         "fp8 version of the model.")
+    stored = parameter.to(patcher.load_device)  # the device checks and hashes it faster
+    # PyTorch has no isfinite for fp8.
+    if not torch.isfinite(stored.half() if stored.dtype.itemsize == 1 else stored).all():
+        raise ValueError(f"The MODEL's {name} holds NaN or Inf: its file is damaged or was merged incorrectly; load an "
+                         "intact copy.")
+    return resume.digest(effective_weight(patcher, name, patcher.load_device) if PREFIX + name in patcher.patches else stored)

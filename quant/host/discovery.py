@@ -28,6 +28,7 @@ from ..families.discovered import discovered
 from ..families.family import OUTSIDE
 from ..quantizer import calibration
 from . import build
+from .calibrate import stages
 from .weights import unpatched_shape
 
 CALLS = 3             # of the recorded calls that run once more: the first, the last, and one between them
@@ -45,9 +46,12 @@ def title(patcher):
     return near and near.relative(config.unet_config) or type(config).__name__
 
 
-def check(patcher, calibrated):
-    """Raise ValueError unless a MODEL of no declared family can be quantized: its layers are found by calibration, and its file is loaded
-    through the host's own detection."""
+def check(patcher, calibrated, ranks):
+    """Raise ValueError unless a MODEL of no declared family can be quantized: its layers are found by calibration, in one process, and its
+    file is loaded through the host's own detection."""
+    if ranks.size > 1:
+        raise ValueError(f"This MODEL is {title(patcher)}, none of the families whose layers SVDQuant knows ({families.TITLES}); one "
+                         "process has to find its layers, so quantize it without torchrun.")
     if not calibrated:
         raise ValueError(f"This MODEL is {title(patcher)}, none of the families whose layers SVDQuant knows ({families.TITLES}); its "
                          "layers are found by calibration, so choose the preset best, slow or fast.")
@@ -297,9 +301,8 @@ def lineage(model, call, device, blocks, layers):
 def check_replay(family, patcher, call, seen):
     """Raise ValueError unless calibration's replay of one block at a time sees the inputs that the whole model has."""
     model = patcher.model.diffusion_model
-    stages = [*family.running_blocks(model), *([(OUTSIDE, model)] if family.outer else [])]
     stream = calibration.stream_blocks(
-        model, [call], calibration.Memory(patcher.load_device), stages,
+        model, [call], calibration.Memory(patcher.load_device), stages(family, model),
         lambda name, block: family.outer_layers(block) if name == OUTSIDE else family.block_layers(name, block), None,
         sources=family.sources(model))
     with torch.no_grad():

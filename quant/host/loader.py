@@ -1,5 +1,7 @@
 """Models from files: a quantized one into packed layers, an ordinary one through ComfyUI's own loader."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -10,14 +12,14 @@ from comfy import quant_ops
 
 from ...cuda import ops
 from .. import families
-from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, plain
-from ..checkpoint.header import CheckpointError, read_header
+from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, native, plain
+from ..checkpoint.header import EXTENSIONS, CheckpointError, read_header
 from ..checkpoint.write import size_text
 from ..families.discovered import DiscoveredFamily
 from ..layers import layout
 from ..layers.linear import NVFP4Linear
 from ..layers.preparation import of_other_sizes, set_act_bits, warm_up
-from . import build, heap, model_folder
+from . import build, heap, mapping, model_folder
 from .attachments import CARD, SOURCE
 from .fused_blocks import preparations
 from .model_family import family_of
@@ -39,12 +41,21 @@ def load_model(path, compute_dtype=None, act_bits=0, name=None):
 def load_described(path, compute_dtype=None, act_bits=0, name=None):
     """load_model, and one line for users: format, precision, the code that the layers run on this device, memory."""
     header = read_header(path)
+    _check_extension(header)
     found = formats.identify(header)
     patcher = _load_packed(found.reader.open_file(header), compute_dtype, act_bits) if found else _load_plain(header, compute_dtype)
     patcher.set_attachments(CARD, card.of_source(header.metadata))
     if name is not None:
         patcher.set_attachments(SOURCE, name)
-    return patcher, _summary(patcher, found, act_bits)
+    newer = native.newer(header)
+    return patcher, _summary(patcher, found, act_bits) + (newer and f". {newer}")
+
+
+def _check_extension(header):
+    """Raise CheckpointError for a safetensors file under another extension, which ComfyUI would open as a pickle."""
+    if not header.file.lower().endswith(EXTENSIONS):
+        raise CheckpointError(f"{header.file} is a safetensors file under the name of another kind; rename it so that it ends in "
+                              f"{EXTENSIONS[0]}.")
 
 
 def _summary(patcher, found, act_bits):
@@ -72,6 +83,7 @@ def check_kind(name):
 
 def check_file(header):
     """Raise CheckpointError if load_model would. It reads no weights, and it does not check whether this ComfyUI reads the format."""
+    _check_extension(header)
     if found := formats.identify(header):
         _empty_packed(found.reader.open_file(header))
     else:
@@ -82,6 +94,15 @@ def check_file(header):
 
 
 def _load_packed(packed, compute_dtype, act_bits):
+    with ThreadPoolExecutor(1) as beside:  # its threads read and compute while this one builds the model
+        sound = beside.submit(packed.check, whole=False)
+        patcher = _filled(packed, compute_dtype, act_bits)
+        sound.result()
+    return patcher
+
+
+def _filled(packed, compute_dtype, act_bits):
+    """The patcher of a PackedFile."""
     model = _empty_packed(packed, compute_dtype)
     set_act_bits(model, act_bits)
     device, dtype = comfy.model_management.get_torch_device(), model.get_dtype()
@@ -128,7 +149,7 @@ def _load_plain(header, compute_dtype):
         raise CheckpointError(f"{header.file} has scaled weights ({scaled[0]}), which this ComfyUI reads only for a {family.title} of the "
                               "usual width; update ComfyUI, or use a bf16 version of the model.")
     if prefix is None:
-        tensors = comfy.utils.load_torch_file(header.path, safe_load=True)
+        tensors = _mapped(header)
         tensors |= {name: tensors[name].to(dtype) for name, dtype in widened.items()}
         build.fill(model, comfy.model_detection.convert_diffusers_mmdit(tensors, ""))
     else:
@@ -194,17 +215,25 @@ def _widened(header, targets):
 
 
 def _load_by_core(header, compute_dtype):
-    patcher = comfy.sd.load_diffusion_model(header.path)
+    with header.reading():
+        patcher = comfy.sd.load_diffusion_model(header.path)
     if compute_dtype is not None:
         patcher.set_model_compute_dtype(compute_dtype)
     return patcher
 
 
+def _mapped(header):
+    """{name in the file: tensor} of a file, as ComfyUI opens it: mapped, or copied with --disable-mmap."""
+    with header.opened(buffering=0), header.reading():  # the file that is mapped is the one whose header was checked
+        return comfy.utils.load_torch_file(header.path, safe_load=True)
+
+
 def _load_weights(model, header, names, computed=None):
     """Put the file's tensors into an empty model, without a copy or a cast. names: {model's name: file's}; computed: {name: tensor} of the
     tensors that are computed from others of the file."""
-    tensors = comfy.utils.load_torch_file(header.path, safe_load=True)
+    tensors = _mapped(header)
     build.fill(model, {name: tensors[stored] for name, stored in names.items()} | (computed or {}))
+    model.svdquant_mapping = mapping.Mapping(header, tensors.values())
 
 
 def _core_agrees(family, shapes):

@@ -7,6 +7,7 @@ import unicodedata
 import folder_paths
 
 from ..checkpoint.header import EXTENSIONS
+from ..text import bounded, quoted
 from . import checkpoints
 
 KIND = "diffusion_models"  # ComfyUI's name for the list of folders, and the name of the usual folder
@@ -48,7 +49,9 @@ def listed():
 
 
 def find(name):
-    """The path of the file that has this name in the list of models; None if there is none."""
+    """The path of the file that has this name in the list of models; None if there is none. Another program may give anything as a name."""
+    if not isinstance(name, str):
+        return None
     found = folder_paths.get_full_path(KIND, name)
     if found is None and name.startswith(checkpoints.PREFIX):
         return checkpoints.path(name.removeprefix(checkpoints.PREFIX))
@@ -59,7 +62,8 @@ def existing_path(name):
     """find, or ValueError if there is none."""
     path = find(name)
     if path is None:
-        place = name if name.startswith(checkpoints.PREFIX) else f"{KIND}/{name}"
+        shown = bounded(name, 300) if isinstance(name, str) else quoted(name)
+        place = shown if shown.startswith(checkpoints.PREFIX) else f"{KIND}/{shown}"
         folder, _, file = place.partition("/")
         raise ValueError(f"There is no {file} in models/{folder}; download it, or press R and choose another model_name.")
     return path

@@ -29,6 +29,10 @@ class Operations(comfy.ops.manual_cast):
             comfy.ops.run_every_op()  # honours Cancel
             return super().forward(x)
 
+        def add_gated(self, x, residual, gate):
+            comfy.ops.run_every_op()
+            return super().add_gated(x, residual, gate)
+
     class SVDQuantLinear(Packed, SVDQuantLinear):
         pass
 

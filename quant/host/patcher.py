@@ -12,7 +12,7 @@ from comfy.patcher_extension import CallbacksMP
 from ..layers.linear import PackedLinear
 from ..layers.preparation import warm_up
 from ..layers.streaming import WeightStream, block_bytes, offload_order, ring_bytes
-from . import lora, step_graphs
+from . import lora, mapping, step_graphs
 from .model_family import family_of
 from .patches import nbytes, padded, patch_of, widened_columns, widest_last
 
@@ -192,6 +192,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             key = f"{PREFIX}{name}.weight"
             branch = self._branch(key, layer, self.patches[key], notes, in_place=own) if key in self.patches else None
             if branch is not layer.lora_branch:
+                step_graphs.release(self.model.diffusion_model)  # which would keep the memory of the old branch
                 layer.set_lora_branch(branch)
                 new = new or branch is not None
         for oldest in list(self.model.svdquant_decomposed)[:-CACHED_SVDS * len(layers)]:
@@ -375,6 +376,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.force_cast_weights, dict(self.weight_wrapper_patches)
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        mapping.check(self.model)
         # A model that is whole on its device stays there when its patches change; ComfyUI would carry it out and in.
         whole = self.keeps_device = self.model.device == device_to and not self.model.model_lowvram
         try:

@@ -1,24 +1,23 @@
 """Quantizing a MODEL in the graph: calibrate it, pack its layers block by block, build the quantized model."""
 
 import logging
-import math
-import time
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import torch
 from comfy.model_management import InterruptProcessingException
 
-from ..families.family import OUTSIDE, Family
+from ..families.family import Family
 from ..layers import layout
-from ..quantizer import calibration, pipeline, presets
-from ..quantizer.pace import Pace
+from ..parallel.alone import ALONE
+from ..quantizer import calibration, presets
+from ..text import quoted
 from . import build, checks, discovery, resume
 from .attachments import SOURCE
-from .calibrate import block_statistics, record_trajectory, sized
+from .calibrate import record_trajectory, sized
 from .patcher import SVDQuantModelPatcher
+from .quantize_blocks import quantize_blocks
 from .weights import compute_dtype, effective_shapes, effective_weight, storage_dtype, unpatched_shape
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ def layer_specs(family, diffusion_model, recipe, dtype):
                for name, layer in family.block_layers(block_name, block).items()} | family.outer_layers(diffusion_model)
     for pattern in (*recipe.keep, *(pattern for pattern, _ in recipe.ranks)):
         if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ValueError(f"No layer is called {pattern!r}; layers are called like {next(iter(linears))}, and * stands "
+            raise ValueError(f"No layer is called {quoted(pattern)}; layers are called like {next(iter(linears))}, and * stands "
                              "for any text.")
     quantized = {name: layer for name, layer in linears.items() if not recipe.keeps(name)}
     if not quantized:
@@ -55,44 +54,50 @@ def layer_specs(family, diffusion_model, recipe, dtype):
     return specs, notes
 
 
-def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folder=None):
+def quantize(patcher, recipe, conditioning, latent, steps, seed, progress, folder=None, ranks=ALONE):
     """The quantized model of a MODEL. The MODEL itself does not change, not even when this fails or is cancelled.
 
     recipe: presets.Recipe; conditioning, latent: the inputs of calibration, or None if the recipe needs none; progress:
     .total(n), .step(text), .say(text) and .check(), which raises to cancel; folder: where finished blocks are kept until the run ends, so
-    that an interrupted run of the same inputs resumes; None to keep nothing.
-    Returns (SVDQuantModelPatcher, [LayerRecord]); the patcher's recipe has "notes", sentences about unusual events of the run.
+    that an interrupted run of the same inputs resumes; None to keep nothing; ranks: the processes of the run (parallel.alone), each of
+    which has the same arguments. The result does not depend on their number.
+    Returns (SVDQuantModelPatcher, [LayerRecord]); the patcher's recipe has "notes", sentences about unusual events of the run. Only process
+    0 gets a patcher, and the others get None in its place.
     """
     family = checks.check_model(patcher)
     checks.check_extras(patcher)
-    weights = checks.check_weights(family, patcher, progress.check)
+    weights = checks.check_weights(family, patcher, progress.check, ranks)
     calibrated = recipe.smooth == "search"
     presets.check_calibrated(recipe, conditioning is not None, latent is not None)
     if family is None:
-        discovery.check(patcher, calibrated)
+        discovery.check(patcher, calibrated, ranks)
     plan = family and Plan.of(family, patcher, recipe)
     count = len(plan.specs if plan else discovery.linears(patcher.model.diffusion_model))
-    progress.total(count + (len(conditioning) * steps if calibrated else 0))
+    progress.total(count + (len(ranks.share(conditioning)) * steps if calibrated else 0))
     if calibrated:
         checks.check_conditioning(family, patcher, conditioning)
         checks.check_latent(patcher, latent)
     inputs = (conditioning, sized(patcher, latent), steps, seed) if calibrated else ()
     memory = calibration.Memory(patcher.load_device)
-    kept = _kept(patcher, folder, plan.nbytes() if plan else patcher.model_size() // 3, weights, recipe.as_dict(), inputs)
+    nbytes = plan.nbytes() if plan else patcher.model_size() // 3
+    kept = ranks.rank == 0 and _kept(patcher, folder, nbytes, weights, recipe.as_dict(), inputs)
     try:
         with kept or nullcontext():
-            calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept) if calibrated else []
+            calls = record_trajectory(patcher, conditioning, latent, steps, seed, progress, kept, ranks) if calibrated else None
             if plan is None:
                 plan = _discovered(patcher, recipe, calls, progress, memory)
             family, specs = plan.family, plan.specs
             for note in plan.misfits:
                 memory.say(note)
-            packed, records = _quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kept)
+            packed, records = quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kept, ranks)
     except InterruptProcessingException:
         progress.say(RESUMES if kept and kept.holds_anything() else "stopped")
         raise
+    notes = list(dict.fromkeys(note for own in ranks.gathered(memory.notes) for note in own))
+    if ranks.rank:
+        return None, records
     calibrated_on = {"prompts": len(conditioning), "steps": steps, "seed": seed} if calibrated else {"prompts": 0}
-    metadata = recipe.as_dict() | {"calibration": calibrated_on, "notes": memory.notes, "layers": [asdict(record) for record in records]}
+    metadata = recipe.as_dict() | {"calibration": calibrated_on, "notes": notes, "layers": [_stored(record) for record in records]}
     specs = {name: spec for name, spec in specs.items() if f"{name}.weight" in packed}
     quantized = _quantized_model(family, patcher, specs, packed, plan.config, metadata)
     if kept:
@@ -158,100 +163,9 @@ def _kept(patcher, folder, nbytes, *inputs):
         return None
 
 
-def _quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kept):
-    """{tensor name: packed tensor} of the layers that are quantized to 4 bits, and the [LayerRecord] of all layers."""
-    names = [*dict(family.running_blocks(patcher.model.diffusion_model)), OUTSIDE]
-    done = {name: found for name in names if kept and (found := kept.load_block(name))}
-    packed, records = {}, []
-    layers_of = {block: [name for name in specs if (family.block_of(name) or OUTSIDE) == block] for block in names}
-    pace, before = _pace(specs, layers_of, bool(calls)), time.perf_counter()
-    # The stream holds parts of the MODEL on the device, so it is closed at once if this ends early.
-    with closing(block_statistics(family, patcher, calls, specs, recipe, memory, packed, done)) as stream:
-        for block_name, stats in stream:
-            if block_name in pace.left:
-                pace.done(block_name, None if block_name in done else time.perf_counter() - before)
-            if block_name in done:
-                tensors, found = done.pop(block_name)
-                for record in found:
-                    pace.done(record.name)
-                    progress.step(f"{pace.text()}, done before")
-            else:
-                tensors, found = _quantize_block(family, patcher, layers_of[block_name], stats, specs, recipe, memory, progress, pace)
-                if kept:
-                    kept.save(block_name, tensors, [asdict(record) for record in found])
-                pace.blocks += bool(found)
-            packed |= tensors
-            records += found
-            before = time.perf_counter()
-    return packed, records
-
-
-def _pace(specs, layers_of, calibrated):
-    """The Pace of a run. layers_of: {block name: names of its layers}; calibrated: whether the run is."""
-    shapes = {name: (spec.out_features, spec.in_features) for name, spec in specs.items()}
-    blocks = {block: sum(math.prod(shapes[name]) for name in layers) for block, layers in layers_of.items() if layers and calibrated}
-    return Pace({name: (spec.format == layout.AWQ, shapes[name]) for name, spec in specs.items()}, blocks)
-
-
-def _quantize_block(family, patcher, names, stats, specs, recipe, memory, progress, pace):
-    """{tensor name: packed tensor} and [LayerRecord] of the layers `names`. stats: {family.first_reader(name): InputStats}."""
-    packed, records, readers = {}, [], {}
-    for name in names:
-        readers.setdefault(family.first_reader(name), []).append(name)
-    for first, group in readers.items():
-        inputs = stats.pop(first, None)
-        before, smoothing = time.perf_counter(), _shared_smoothing(patcher, group, inputs, specs, recipe, memory, progress.check)
-        for name in group:
-            tensors, record = quantize_layer(patcher, name, inputs, specs[name], recipe, memory, progress.check, smoothing)
-            packed |= {f"{name}.{part}": tensor.to(patcher.offload_device) for part, tensor in tensors.items()}
-            records.append(record)
-            pace.done(name, time.perf_counter() - before)
-            progress.step(pace.text())
-            before = time.perf_counter()
-    return packed, records
-
-
-def _shared_smoothing(patcher, names, stats, specs, recipe, memory, check):
-    """pipeline.shared_smoothing of the layers `names`, which read the same input; None if fewer than two of them are smoothed."""
-    names = [name for name in names if specs[name].format != layout.AWQ]
-    if len(names) < 2:
-        return None
-
-    def run(device):
-        weights = {name: effective_weight(patcher, f"{name}.weight", device) for name in names}
-        return pipeline.shared_smoothing(weights, None if stats is None else stats.to(device), specs, recipe, check)
-
-    return _attempt(patcher, names[0], memory, run)
-
-
-def quantize_layer(patcher, name, stats, spec, recipe, memory, check, smoothing=None):
-    """pipeline.quantize_layer of the MODEL's layer `name`: on its device, or on the CPU if the device runs out of memory."""
-    def run(device):
-        weight = effective_weight(patcher, f"{name}.weight", device)
-        bias = effective_weight(patcher, f"{name}.bias", device) if spec.bias else None
-        shared = None if smoothing is None else (smoothing[0].to(device), smoothing[1])
-        return pipeline.quantize_layer(name, weight, bias, None if stats is None else stats.to(device), spec, recipe, check, shared)
-
-    return _attempt(patcher, name, memory, run)
-
-
-def _attempt(patcher, name, memory, run):
-    """run(device) on the MODEL's device, or on the CPU if the device runs out of memory at layer `name`."""
-    device = torch.device(patcher.load_device)
-    for target in (device, torch.device("cpu")) if memory.level else (device, device, torch.device("cpu")):
-        try:
-            return run(target)
-        except RuntimeError as error:
-            if not calibration.is_out_of_memory(error):
-                raise
-            failure = str(error)
-        # Outside the except clause the exception is released, and with it the tensors that its frames held.
-        if memory.level == 0:
-            memory.step_down(name)
-        else:
-            calibration.empty_cache(device)
-            memory.say(f"The GPU has no room for {name}: the CPU quantizes it, which takes longer.")
-    raise MemoryError(f"There is not enough memory to quantize {name}: {failure}")
+def _stored(record):
+    """A LayerRecord as the file holds it: without the time that it took, so that equal quantizations give equal files."""
+    return {key: value for key, value in asdict(record).items() if key != "seconds"}
 
 
 def _quantized_model(family, patcher, specs, packed, config, recipe):

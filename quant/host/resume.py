@@ -8,6 +8,8 @@ outputs during calibration, from which the sampling is played back without runni
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,8 @@ from ..checkpoint.write import write
 from ..quantizer.pipeline import LayerRecord
 
 SPARE_BYTES = 1 << 30  # This much of the disk stays free.
+ABANDONED_SECONDS = 30 * 24 * 3600  # a run that was last written to this long ago is not resumed any more
+RUN = re.compile("[0-9a-f]{32}")  # the name of a run's folder
 TRAJECTORY = "trajectory"
 CHECKSUM_WORDS = 1 << 24  # 32-bit words that are summed at a time; each needs 24 bytes of memory
 PACK = Path(__file__).resolve().parents[2]
@@ -90,6 +94,8 @@ class Checkpoint:
         self.keeps, self.writer = True, ThreadPoolExecutor(1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            os.utime(self.folder)  # the present by the folder's own clock
+            remove_abandoned(self.folder.parent, self.folder.stat().st_mtime)
             used = sum(path.stat().st_size for path in self.folder.iterdir())
             if shutil.disk_usage(self.folder).free + used < nbytes + SPARE_BYTES:
                 self._stop("the disk has too little room")
@@ -157,6 +163,21 @@ class Checkpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self.folder.parent.rmdir()
+
+
+def remove_abandoned(folder, now):
+    """Remove the runs in `folder` that were last written to ABANDONED_SECONDS before `now`: their inputs have changed, or the user has
+    given up, and each takes gigabytes."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not RUN.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+                continue
+            with suppress(OSError):  # another process removes it
+                written = [entry.stat(follow_symlinks=False).st_mtime, *(path.lstat().st_mtime for path in Path(entry.path).iterdir())]
+                if now - max(written) > ABANDONED_SECONDS:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    log.info("Removed the progress of a quantization that was interrupted more than %d days ago: %s",
+                             ABANDONED_SECONDS // 86400, entry.path)
 
 
 def _crc32(tensors):

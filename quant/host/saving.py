@@ -6,7 +6,7 @@ from itertools import chain, count
 
 from ..checkpoint import formats, write
 from ..checkpoint.header import CheckpointError, read_header
-from . import build, filename_tokens, model_folder, written
+from . import build, filename_tokens, mapping, model_folder, written
 from .attachments import CARD
 from .patcher import SVDQuantModelPatcher, unpatched
 
@@ -29,11 +29,17 @@ def save_model(model, filename, layout, overwrite=False, numbered=False):
     else:
         path, name = free_path(filename, overwrite, numbered)
         check_target(path, name, overwrite)
-        specs = {layer: module.spec for layer, module in model.packed_layers().items()}
-        formats.WRITERS[layout].save(path, stored_tensors(model), specs, build.stored_config(model.model), model.recipe, model.source,
-                                     overwrite, model.get_attachment(CARD))
+        write_model(model, path, layout, overwrite)
         written.note(name, content, filename)
     return name
+
+
+def write_model(model, path, layout, overwrite):
+    """Write a quantized MODEL to `path` in one of formats.WRITERS. Raises CheckpointError as write.write does."""
+    mapping.check(model.model)
+    specs = {layer: module.spec for layer, module in model.packed_layers().items()}
+    formats.WRITERS[layout].save(path, stored_tensors(model), specs, build.stored_config(model.model), model.recipe, model.source,
+                                 overwrite, model.get_attachment(CARD))
 
 
 def free_path(filename, overwrite, numbered):

@@ -15,6 +15,7 @@ import logging
 import operator
 import os
 import time
+import weakref
 from collections import OrderedDict
 from itertools import chain, repeat
 
@@ -35,6 +36,9 @@ FREE_BYTES = 1 << 30  # free memory that must be left to other models
 KNOWN_OPTIONS = {"cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "total_blocks", "block_type", "block_index",
                  "block", "img_slice", "reference_image_num_tokens", "multigpu_thread_device"}
 SIMPLE = (int, float, bool, str, type(None))
+# {diffusion model: StepGraphs}. They hold the dictionaries of the model's modules, and so are kept outside of it: the model would be part
+# of a circle, and its memory would wait for the garbage collector.
+_graphs = weakref.WeakKeyDictionary()
 REPLACED = ("forward", "weight_function", "bias_function", "streamed")  # attributes of modules whose Python code a replay would leave out
 ATTRIBUTES = (*REPLACED, "act_bits", "_row_scale")  # attributes that decide what a module runs
 
@@ -53,14 +57,16 @@ def record_steps(diffusion_model):
     host_class = type(diffusion_model)
     if all(hasattr(host_class, name) for name in ("forward", "_forward", "forward_orig")):
         diffusion_model.__class__ = graphed_class(host_class)
-        diffusion_model.step_graphs = StepGraphs()
+
+
+def graphs_of(diffusion_model):
+    """The StepGraphs of a model. A copy of a model has its own."""
+    return _graphs.setdefault(diffusion_model, StepGraphs())
 
 
 def release(diffusion_model):
     """Forget the graphs of a model, and free their memory."""
-    graphs = diffusion_model.__dict__.get("step_graphs")
-    if graphs is not None:
-        graphs.steps.clear()
+    _graphs.pop(diffusion_model, None)
 
 
 class _Graphed:
@@ -72,7 +78,7 @@ class _Graphed:
             return forward(*args, **kwargs)
         bound = self.signature.bind(self, *args, **kwargs)
         bound.arguments.pop("self")
-        return self.step_graphs.run(self, forward, bound.arguments)
+        return graphs_of(self).run(self, forward, bound.arguments)
 
     def is_the_hosts(self):
         """Whether nobody has replaced a function of the model's class, or of this model."""
@@ -90,16 +96,10 @@ class Step:
 
 
 class StepGraphs:
-    """The graphs of one diffusion model. A copy of the model has none."""
+    """The graphs of one diffusion model."""
 
     def __init__(self):
         self.steps = OrderedDict()  # {(description of the inputs, attention functions): Step}, the last used last
-
-    def __deepcopy__(self, memo):
-        return StepGraphs()
-
-    def __reduce__(self):
-        return StepGraphs, ()
 
     def run(self, model, forward, arguments):
         """The forward of `model` for {name: argument}, from a graph if there is one for such a call."""

@@ -33,7 +33,7 @@ _names = {}  # {filename as the user gave it, with its tokens and without a numb
 
 def state(name):
     """(path, time, size) of the file that ComfyUI opens under this name; None if there is none."""
-    return state_of(folder_paths.get_full_path(KIND, name))
+    return state_of(folder_paths.get_full_path(KIND, name) if isinstance(name, str) else None)
 
 
 def state_of(path):

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules import module as module_hooks
 
-from ...cuda import nvfp4, nvfp4_ops, ops, reference, row_scales
+from ...cuda import gated_linear, nvfp4, nvfp4_ops, ops, reference, row_scales
 from ...cuda.int4 import GELU_SHIFT
 from ...cuda.operands import LayerOperands
 
@@ -26,6 +27,7 @@ class PackedLinear(torch.nn.Module):
     """
 
     gelu_from = None
+    gated = False  # whether the model's forward calls add_gated too; warm_up prepares for it
     takes_lora = False  # whether product() adds LoRAs
     bias_function = ()  # the host's patches of the bias, which its own at() applies
     streamed = None  # streaming.StreamedLayer, while a WeightStream brings the offloaded parameters
@@ -78,6 +80,12 @@ class PackedLinear(torch.nn.Module):
         if lora and not branch.terms:
             return self.product(x, p, p["bias"], self.activates_from(), lora)
         return self.added(self.product(x, p, p["bias"], None, lora), x, with_lora=not lora)
+
+    def add_gated(self, x, residual, gate):
+        """residual + gate * self(x), (B, L, N), as one op; None if something needs the layer's own output, or if it has no such op.
+
+        residual: (B, L, N) in x.dtype; gate: (B or 1, 1, N).
+        """
 
     def added(self, y, x, with_lora=True):
         """y (..., N) plus what the LoRA branch adds, and then through the layer's GELU; in place. with_lora: as in LoRABranch.add."""
@@ -163,10 +171,27 @@ class SVDQuantLinear(BranchedLinear):
     def __init__(self, spec, device="meta"):
         super().__init__(spec, device)
         self._row_scale = None  # RowScale
-        self._launches = {}  # {x's shape: CachedLaunch}
+        self._launches = {}  # {x's shape, or (x's shape, "gated") for add_gated: CachedLaunch}
 
     def __getstate__(self):  # a copy makes its own
         return self.__dict__ | {"_row_scale": None, "_launches": {}}
+
+    def add_gated(self, x, residual, gate):
+        branch = self._modules.get("lora_branch")
+        if not self._alone() or self.gelu_from is not None or branch is not None and (branch.has_gain or branch.has_terms):
+            return None
+        if ops.plain(x) and not self.bias_function and (known := self._launches.get((x.shape, "gated"))) is not None:
+            added = gated_linear.addends(x, residual, gate)
+            if added is not None and (z := self._launched(x, None, branch, *known, added)) is not None:
+                return z
+        p = self.at(x)
+        return self._computed(x, p, p["bias"], None, () if branch is None else branch.operands(x, self.lora_dtype), residual, gate)
+
+    def _alone(self):
+        """Whether nobody's hook or forward sees the layer's output."""
+        own = self.__dict__
+        return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own and replaced(self)
+                    or module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
 
     def forward(self, x):
         if ops.plain(x) and (known := self._launches.get(x.shape)) is not None:
@@ -179,8 +204,9 @@ class SVDQuantLinear(BranchedLinear):
                 return self.added(y, x, with_lora=False) if others else y
         return super().forward(x)
 
-    def _launched(self, x, gelu_from, branch, launch, activated_from, act_bits, c, launched_branch):
-        """The layer with the LoRAs of its branch, by a CachedLaunch; None if anything has changed since."""
+    def _launched(self, x, gelu_from, branch, launch, activated_from, act_bits, c, launched_branch, added=()):
+        """The layer with the LoRAs of its branch, by a CachedLaunch; None if anything has changed since. added: gated_linear.addends, for
+        a gated one."""
         p = self._parameters
         if branch is not (None if launched_branch is None else launched_branch()):
             return None
@@ -192,26 +218,31 @@ class SVDQuantLinear(BranchedLinear):
                      0 if c is None else c.address, p["weight_proj_up"].data_ptr(), 0 if bias is None else bias.data_ptr())
         factors = None if branch is None else branch._buffers  # a module finds attributes of its own kinds slowly
         if factors is None or (up := factors["lora_up"]) is None:
-            return launch(x, weight_scale, proj_down, addresses)
+            return launch(x, weight_scale, proj_down, addresses, added=added)
         strength = factors["lora_strength"]
-        return launch(x, weight_scale, proj_down, (*addresses, up.data_ptr(), strength.data_ptr()), factors["lora_down"], strength)
+        return launch(x, weight_scale, proj_down, (*addresses, up.data_ptr(), strength.data_ptr()), factors["lora_down"], strength, added)
 
     def bits(self, device):
         """4 or 8: act_bits, or what they stand for on `device`."""
         return self.act_bits or ops.best_act_bits(device)
 
     def product(self, x, p, bias, gelu_from=None, lora=()):
-        act_bits = self.bits(x.device)
+        return self._computed(x, p, bias, gelu_from, lora)
+
+    def _computed(self, x, p, bias, gelu_from, lora, residual=None, gate=None):
+        """product(), or with a residual and a gate residual + gate * product(). Keeps a CachedLaunch where there can be one."""
+        act_bits, gated = self.bits(x.device), residual is not None
         row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 else None
         args = operands(p, bias, self.spec.unsigned_from, act_bits, row_scale, gelu_from, lora)
         if ops.plain(x) and bias is p["bias"] and self._resident(p, lora):
-            launch, known = ops.cached_launch(x, args), self._row_scale
+            launch, known = ops.cached_launch(x, args, gated), self._row_scale
             if launch and (row_scale is None or known.value is row_scale):
                 if len(self._launches) >= SHAPES:
                     self._launches.clear()
                 branch = weakref.ref(self.lora_branch) if self.lora_branch is not None else None
-                self._launches[x.shape] = CachedLaunch(launch, gelu_from, self.act_bits, None if row_scale is None else known, branch)
-        return ops.svdquant_linear(x, args)
+                self._launches[(x.shape, "gated") if gated else x.shape] = CachedLaunch(
+                    launch, gelu_from, self.act_bits, None if row_scale is None else known, branch)
+        return gated_linear.gated_linear(x, args, residual, gate) if gated else ops.svdquant_linear(x, args)
 
     def _resident(self, p, lora):
         """Whether the tensors of a call are the layer's own, rather than copies of them."""

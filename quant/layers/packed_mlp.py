@@ -3,7 +3,7 @@
 import torch
 from torch.nn.modules import module as module_hooks
 
-from ...cuda import mlp
+from ...cuda import block_ops, mlp
 from .linear import SVDQuantLinear, operands, untouched
 
 
@@ -13,6 +13,17 @@ class PackedMLP(torch.nn.Sequential):
 
     def forward(self, x):
         return self.fused(x) if self.fuses(x.device) else super().forward(x)
+
+    def add_gated(self, x, residual, gate):
+        """As PackedLinear.add_gated: the last layer's."""
+        *before, last = self._modules.values()
+        if (self.fuses(x.device) or not untouched(self) or not isinstance(last, SVDQuantLinear) or module_hooks._global_forward_hooks
+                or module_hooks._global_forward_pre_hooks):
+            return None
+        for module in before:
+            x = module(x)
+        z = last.add_gated(x, residual, gate)
+        return block_ops.gated_residual(residual, last(x).to(residual.dtype), gate) if z is None else z
 
     def fuses(self, device):
         """Whether the layers in their present state are one op on `device`."""

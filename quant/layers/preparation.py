@@ -63,12 +63,15 @@ def warm_up(model, device, dtype, tokens, others=()):
             mlps += [(m, first.in_features, first.out_features, second.out_features, first.spec.rank, second.spec.rank,
                       first.spec.unsigned_from, second.spec.unsigned_from, dtype) for m in tokens]
         elif isinstance(module, SVDQuantLinear) and module not in together:
-            branch, gelu_from, lora = module.lora_branch, module.gelu_from, NO_LORA
+            branch, gelu_from, lora, gated = module.lora_branch, module.gelu_from, NO_LORA, module.gated
             if branch is not None:  # as PackedLinear.forward computes it
-                gelu_from = None if branch.terms or branch.gain is not None else gelu_from
+                more = branch.has_terms or branch.has_gain
+                gelu_from, gated = None if more else gelu_from, gated and not more
                 lora = branch.lora if branch.gain is None else NO_LORA
-            layers += [(m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
-                        computed(module.spec), gelu_from, lora) for m in tokens]
+            for m in tokens:
+                layers.append((m, module.out_features, module.in_features, module.spec.rank, module.spec.unsigned_from, module.bits(device),
+                               computed(module.spec), gelu_from, lora))
+                layers += [(*layers[-1], True)] if gated else []
         elif isinstance(module, AWQLinear):
             layers.append((1, module.out_features, module.in_features, 0, module.in_features, W4A16, computed(module.spec)))
     together = [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)]

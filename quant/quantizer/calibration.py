@@ -9,10 +9,13 @@ on how a ComfyUI version writes it.
 import functools
 import itertools
 import logging
-import re
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
+
+from ..parallel.alone import ALONE
+from . import out_of_memory, shared_replay
 
 SAMPLE_TOKENS = 1024  # inputs kept for each layer, evenly spaced over all the calls
 # Tokens for each input channel that go into a Gram matrix. Fewer than 2 are too few for GPTQ; more than 4 change little.
@@ -21,10 +24,18 @@ STRIPE = 2048  # rows of a Gram matrix that are updated at a time
 
 # Errors of the device itself, as opposed to an operation that PyTorch lacks. Older PyTorch has no AcceleratorError.
 DEVICE_FAULTS = (torch.OutOfMemoryError, *([torch.AcceleratorError] if hasattr(torch, "AcceleratorError") else []))
-# PyTorch has no exception type for the errors of CUDA's libraries, such as cuBLAS: it raises RuntimeError with the status name in it.
-LIBRARY_OUT_OF_MEMORY = re.compile(r"\bCU[A-Z]+_STATUS_ALLOC_FAILED\b")
 
 log = logging.getLogger(__name__)
+
+
+class Part(NamedTuple):
+    """What one call contributes to a layer's statistics."""
+
+    absmax: torch.Tensor  # (K,) float32
+    square: torch.Tensor  # (K,) float32, the sum over the tokens
+    sample: torch.Tensor  # (S, K) float32
+    rows: torch.Tensor | None  # (M, K), the tokens for the Gram matrix
+    tokens: int
 
 
 class InputStats:
@@ -44,23 +55,35 @@ class InputStats:
 
     def add(self, x):
         """x: (..., K), the input of one call."""
+        self.merge(self.part(x))
+
+    def part(self, x):
+        """The Part of the statistics that one call's input x (..., K) contributes. It may share memory with x."""
         x = x.detach().reshape(-1, x.shape[-1]).to(self._device or x.device)
         low, high = x.aminmax(dim=0)
         absmax, square = torch.maximum(-low, high).float(), torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
-        if self._absmax is None:
-            self._absmax, self._square = absmax, square
-        else:
-            self._absmax = torch.maximum(self._absmax, absmax)
-            self._square = self._square + square
-        self._samples.append(evenly_spaced(x, max(1, SAMPLE_TOKENS // self._calls)).to(torch.float32, copy=True))
-        self.tokens += x.shape[0]
+        sample = evenly_spaced(x, max(1, SAMPLE_TOKENS // self._calls)).to(torch.float32, copy=True)
+        tokens, rows = x.shape[0], None
         if self._with_gram:
+            rows = x if self._tokens_per_input is None else evenly_spaced(x, -(-self._tokens_per_input * x.shape[1] // self._calls))
+        return Part(absmax, square, sample, rows, tokens)
+
+    def merge(self, part):
+        """Add a Part. The order of the calls matters to the last bit."""
+        if self._device is not None:
+            part = Part(*to_device(tuple(part), self._device))
+        if self._absmax is None:
+            self._absmax, self._square = part.absmax, part.square
+        else:
+            self._absmax = torch.maximum(self._absmax, part.absmax)
+            self._square = self._square + part.square
+        self._samples.append(part.sample)
+        self.tokens += part.tokens
+        if part.rows is not None:
             if self._gram is None:
-                self._gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            if self._tokens_per_input is not None:
-                x = evenly_spaced(x, -(-self._tokens_per_input * x.shape[1] // self._calls))
-            add_gram(self._gram, x)
-            self.gram_tokens += x.shape[0]
+                self._gram = torch.zeros(part.rows.shape[1], part.rows.shape[1], device=part.rows.device)
+            add_gram(self._gram, part.rows)
+            self.gram_tokens += part.rows.shape[0]
 
     def gram(self):
         """(K, K) float32, E[x^T x]; None without `with_gram`. Nothing can be added afterwards."""
@@ -145,12 +168,16 @@ class Memory:
         return self.device if self.level < len(self.STEPS) else torch.device("cpu")
 
     def attempt(self, what, run):
-        """Return run(). Each time it runs out of memory, step down and call it again. Other errors of run pass through."""
+        """Return run(). Each time the device runs out of memory, step down and call it again. Raises MemoryError if host memory is used up;
+        other errors of run pass through."""
         while True:
             try:
                 return run()
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or self.level == len(self.STEPS):
+            except out_of_memory.ERRORS as error:
+                if out_of_memory.on_host(error):
+                    raise MemoryError(f"The computer has too little memory for {what} ({first_line(error)}); close other programs and "
+                                      "models, or calibrate on fewer prompts and steps.") from error
+                if not out_of_memory.on_device(error) or self.level == len(self.STEPS):
                     raise
             # Outside the except clause the exception is released, and with it the tensors that its frames held.
             self.step_down(what)
@@ -166,9 +193,9 @@ class Memory:
         self.notes.append(note)
 
 
-def is_out_of_memory(error):
-    """Whether a RuntimeError means that a device is out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or LIBRARY_OUT_OF_MEMORY.search(str(error)) is not None
+def first_line(error):
+    """The first line of an error's message, without the advice and traces of libraries that follow it; its type if there is none."""
+    return next(iter(str(error).splitlines()), "")[:200].rstrip(". ") or type(error).__name__
 
 
 def empty_cache(device):
@@ -257,10 +284,9 @@ def _forward_replaced(modules_and_forwards):
 
 
 @contextmanager
-def _observed(layers, stats):
-    """A context in which each layer's input is added to its InputStats. layers: {name: linear}."""
-    hooks = [layer.register_forward_pre_hook(lambda _module, args, name=name: stats[name].add(args[0]))
-             for name, layer in layers.items()]
+def observed(layers, add):
+    """A context in which add(name, x) is called with the input of each layer. layers: {name: linear}."""
+    hooks = [layer.register_forward_pre_hook(lambda _module, args, name=name: add(name, args[0])) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -322,7 +348,7 @@ def in_a_row(blocks):
 
 
 def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_through, with_gram=False, tokens_per_input=None,
-                  loaded=_unchanged, quantized=None, sources=None):
+                  loaded=_unchanged, quantized=None, sources=None, ranks=ALONE, owner_of=lambda layer: 0):
     """Yield (block name, {layer name: InputStats}) for one block after the other. The statistics are released before the next block.
 
     calls: from recorded_calls, moved to the device here; memory: Memory; blocks: [(name, module)] in running order, and last the model
@@ -333,20 +359,30 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
     use its 16-bit output; sources: {block name: names of the blocks whose outputs are its states} (families.Family.sources), None for
     in_a_row. A block's output is kept until the last block that reads it has run. A call that skips a block is left out from this block
     on. Raises ValueError if no call is left.
+
+    ranks: the processes of the run (parallel.alone); each has its own calls (shared_replay.numbers), and gets the statistics, over all
+    calls, of the layers for which owner_of(layer) is its rank.
     """
     # Every block re-reads them; the originals are released. Each has a few MB.
     calls[:] = to_device(calls, memory.states_on)
+    numbers = shared_replay.numbers(ranks, len(calls))
     memory.states[:] = [{} for _ in calls]
     sources = in_a_row(blocks) if sources is None else sources
     for index, (name, block) in enumerate(blocks):
         def run(layers, in_4_bits):
-            stats = {layer: InputStats(len(calls), with_gram, tokens_per_input, memory.statistics_on) for layer in layers}
-            with loaded(name, block), in_4_bits(name, block), _observed(layers, stats):
-                return stats, [_replay(diffusion_model, call, memory, blocks, pass_through, index, states)
-                               for call, states in zip(calls, memory.states)]
+            order = shared_replay.running_order(ranks, numbers)
+            stats = {layer: InputStats(len(order), with_gram, tokens_per_input, memory.statistics_on) for layer in layers}
+
+            def replay(number, add):
+                place = numbers.index(number)
+                with observed(layers, add):
+                    return _replay(diffusion_model, calls[place], memory, blocks, pass_through, index, memory.states[place])
+
+            with loaded(name, block), in_4_bits(name, block):
+                return shared_replay.replay_all(ranks, order, replay, stats, owner_of)
 
         stats, outputs = memory.attempt(name, functools.partial(run, layers_of(name, block), _unchanged))
-        if all(output is None for output in outputs):
+        if not any(ranks.gathered(any(output is not None for output in outputs))):
             raise ValueError(f"The model never ran its block {name} during calibration; remove nodes that skip blocks "
                              "from the MODEL, and put them behind SVDQuant Quantize Model.")
         if quantized is not None:
@@ -354,9 +390,9 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
             stats.clear()
             _, outputs = memory.attempt(name, functools.partial(run, {}, quantized))
         read_later = {source for later, _ in blocks[index + 1:] for source in sources.get(later, ())}
-        whole = [(call, _still_read(states | {name: output}, read_later, pass_through is None))
-                 for call, states, output in zip(calls, memory.states, outputs) if output is not None]
-        calls, memory.states[:] = map(list, zip(*whole))
+        whole = [(number, call, _still_read(states | {name: output}, read_later, pass_through is None))
+                 for number, call, states, output in zip(numbers, calls, memory.states, outputs) if output is not None]
+        numbers, calls, memory.states[:] = map(list, zip(*whole)) if whole else ([], [], [])
         del outputs, whole
         if quantized is None:
             yield name, stats

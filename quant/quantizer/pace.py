@@ -15,10 +15,11 @@ class Pace:
     """The parts of a run, and the times of the finished ones.
 
     layers: {name: (kind, (N, K))}; layers of one kind run the same algorithm. blocks: {name: elements of its layers} of the blocks that are
-    calibrated.
+    calibrated. processes: the number of processes that quantize layers at the same time.
     """
 
-    def __init__(self, layers, blocks):
+    def __init__(self, layers, blocks, processes=1):
+        self.processes = processes
         self.layers, self.left = layers, layers | {name: (CALIBRATION, (elements, 1)) for name, elements in blocks.items()}
         self.blocks = 0  # number of blocks that were computed
         self._rates = {}  # {kind: {shape: [seconds per element]}}
@@ -31,7 +32,8 @@ class Pace:
 
     def seconds_left(self):
         """The seconds that the parts to come will take."""
-        return sum(count * math.prod(shape) * self._rate(kind, shape) for (kind, shape), count in Counter(self.left.values()).items())
+        return sum(count * math.prod(shape) * self._rate(kind, shape) / (1 if kind == CALIBRATION else self.processes)
+                   for (kind, shape), count in Counter(self.left.values()).items())
 
     def text(self):
         """"layer 23 of 42, about 2 min left". The time is given once two blocks are computed: the first one also compiles kernels."""

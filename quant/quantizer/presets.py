@@ -3,9 +3,11 @@
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 
+from ..text import quoted
 from .calibration import TOKENS_PER_INPUT
 
 MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
+RANK_DIGITS = 9  # more are no rank, and Python refuses to read thousands
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,14 @@ def make_recipe(preset, rank, exceptions=""):
     `pattern = rank` gives them another rank; * stands for any text. Raises ValueError on an unknown preset, a rank outside
     16..256 in steps of 16, or an exception that can't be read.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"The input preset is {preset!r}, which this version of SVDQuant does not offer; choose {', '.join(PRESETS)}.")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(f"The input preset is {quoted(preset)}, which this version of SVDQuant does not offer; choose "
+                         f"{', '.join(PRESETS)}.")
     keep, ranks = [], []
     for entry in filter(None, map(str.strip, exceptions.replace(",", "\n").splitlines())):
         pattern, equals, value = map(str.strip, entry.partition("="))
-        if equals and not value.isdecimal():
-            raise ValueError(f"The exception {entry!r} can't be read; write a layer pattern, or pattern = rank.")
+        if equals and not (value.isdecimal() and len(value) <= RANK_DIGITS):
+            raise ValueError(f"The exception {quoted(entry)} can't be read; write a layer pattern, or pattern = rank.")
         if equals:
             ranks.append((pattern, _checked_rank(int(value))))
         else:

@@ -103,10 +103,17 @@ def svdquant_cases():
                                                      operands.lora_strength, operands.lora)
                     y = gemm_mma.gemm(storage, tile, q, operands, m)
                     yield f"{name}, {storage.name}, {cut}, by mma", y, expected
+                residual, gate = torch.randn(m, n).bfloat16(), torch.randn(n).bfloat16()
+                if gemm_mma.gates(storage):
+                    y = gemm_mma.gemm(storage, tile, q, operands, m, residual.cuda(), gate.cuda())
+                    yield f"{name}, {storage.name}, gated, by mma", y, residual.double() + gate.double() * expected
             if act_bits == 8 and target.wgmma and gemm_wgmma.takes(k, split) and k == 192:
                 for pair in gemm_wgmma.STAGES:
                     out = torch.full((m, n), torch.nan, dtype=there.dtype, device="cuda")
                     yield f"{name}, tile {pair}", gemm_wgmma.gemm(pair, q, operands, m, out), expected
+                    out = torch.full((m, n), torch.nan, dtype=there.dtype, device="cuda")
+                    y = gemm_wgmma.gemm(pair, q, operands, m, out, residual.cuda(), gate.cuda())
+                    yield f"{name}, tile {pair}, gated", y, residual.double() + gate.double() * expected
 
 
 def awq_cases():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from comfyui_svdquant.cuda import gemm_mma, gemm_wgmma
 from comfyui_svdquant.cuda.activation_layout import CodeStorage
-from comfyui_svdquant.cuda.choose import MLP, W4A16, AWQKernel, Layer, choose
+from comfyui_svdquant.cuda.choose import MLP, W4A16, AWQKernel, Kind, Layer, choose
 from comfyui_svdquant.cuda.targets import TARGETS
 
 from .variants import variants
@@ -43,6 +43,19 @@ def test_the_parts_that_the_gemm_leaves_to_pytorch(changes, rank, gelu_from, who
     """Ranks are padded to 16. PyTorch applies GELU from columns at which no warp begins."""
     kernels = choose(layer(**changes), *H100)
     assert (kernels.rank, kernels.gelu_from, kernels.whole) == (rank, gelu_from, whole)
+
+
+@pytest.mark.parametrize(("number", "changes", "whole"), [
+    (90, {}, True), (90, {"dtype": FP16}, True), (90, {"rank": 160}, True), (90, {"rank": 24}, False), (90, {"gelu_from": 64}, False),
+    (90, {"unsigned_from": 64}, True), (90, {"act_bits": 4}, False), (89, {"act_bits": 4}, True), (120, {"act_bits": 8}, True),
+    (75, {"dtype": FP16}, True), (75, {}, False)])
+def test_the_layers_that_the_gemm_adds_to_a_residual(number, changes, whole):
+    """The choice of tile and plans is that of the layer alone, also where the kernel has failed."""
+    target, alone = TARGETS[number], layer(**changes)
+    gated, kernels = alone._replace(gated=True), choose(alone, target, 132)
+    source = gemm_wgmma.SOURCE if kernels.wgmma else gemm_mma.SOURCE
+    assert choose(gated, target, 132) == kernels._replace(whole=whole)
+    assert choose(gated, target, 132, frozenset({Kind(source, kernels.storage, gated=True)})) == kernels._replace(whole=False)
 
 
 @pytest.mark.parametrize("changes", [{"m": 0}, {"k": 96}, {"n": 72}, {"n": 1 << 20, "k": 1 << 13}])

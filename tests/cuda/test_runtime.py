@@ -167,7 +167,7 @@ def test_a_tensor_map(launches, maps):
     """The kernel with boxes gets a map of the matrix at an address; the chain's other kernel gets the address."""
     kernel, driver = launches
     boxes = runtime.Boxes(rows=7, columns=48, box_rows=32, box_columns=64)
-    mapped, plain = kernel.launcher((1,), (32,), 2, (5,), boxes=boxes), kernel.launcher((1,), (32,), 2, (6,))
+    mapped, plain = kernel.launcher((1,), (32,), 2, (5,), boxes=(boxes,)), kernel.launcher((1,), (32,), 2, (6,))
     run = runtime.chain("abc", (mapped, "ba"), (plain, "bc"))
 
     class Map(ctypes.c_char * 128):
@@ -188,7 +188,7 @@ def test_another_format_of_tensor_maps(launches, maps):
     kernel, _ = launches
     maps.offset = 8
     with pytest.raises(KernelsUnavailable, match="format of tensor maps: the tensor's address is not where it was. Update"):
-        kernel.launcher((1,), (32,), 1, boxes=runtime.Boxes(1, 64, 32, 64))
+        kernel.launcher((1,), (32,), 1, boxes=(runtime.Boxes(1, 64, 32, 64),))
 
 
 def test_on_another_device(launches, monkeypatch):

@@ -104,6 +104,23 @@ def test_kernels_with_a_lora_are_kernels_of_their_own(gpu):
     assert ops.chosen(layer()._replace(rank=160), GPU).wgmma and gpu.ran.count(GEMM_WGMMA) == 2
 
 
+@pytest.mark.parametrize(("number", "act_bits", "gemm"), [
+    (90, 8, GEMM_WGMMA), (89, 8, GEMM_MMA), (89, 4, Kind(gemm_mma.SOURCE, INT4_NIBBLES))])
+def test_a_gated_layer_has_a_gemm_of_its_own(gpu, monkeypatch, caplog, number, act_bits, gemm):
+    """A wrong one leaves the layer to the GEMM without a gate, and to a pass of its own."""
+    monkeypatch.setattr(targets, "for_device", lambda device: targets.TARGETS[number])
+    monkeypatch.setattr(autotune, "wanted", lambda target: False)
+    gated, alone = gemm._replace(gated=True), layer(act_bits)
+    kernels = ops.chosen(alone, GPU)
+    assert ops.chosen(alone._replace(gated=True), GPU) == kernels and gpu.ran[1:] == [gemm, gated]
+    compiler.cache_folder().rename(compiler.cache_folder().with_name("before"))
+    new_process(gpu)
+    gpu.wrong = {gated}
+    assert ops.chosen(alone._replace(gated=True), GPU) == kernels._replace(whole=False) and ops.chosen(alone, GPU) == kernels
+    assert gpu.ran[1:] == [gated, gemm]
+    assert "so that from now on residuals are added in a pass of their own, which is slower" in caplog.text
+
+
 @pytest.mark.parametrize("change", ["machine", "digest", "code"])
 def test_what_a_verdict_belongs_to(gpu, monkeypatch, change):
     """Another GPU or driver, another kernel or compiler, other code of this folder."""

@@ -62,8 +62,11 @@ def test_every_gemm_passes(dtype, gelu, lora):
     for storage in CodeStorage:
         for tile in gemm_mma.tiles_of(target):
             assert self_test_problems.mma_is_right(storage, tile, dtype, DEVICE, gelu, lora), (storage, tile)
+            if gemm_mma.gates(storage) and not gelu:
+                assert self_test_problems.mma_is_right(storage, tile, dtype, DEVICE, gelu, lora, gated=True), (storage, tile)
     for tile in gemm_wgmma.STAGES if target.wgmma else ():
         assert self_test_problems.wgmma_is_right(tile, dtype, DEVICE, gelu, lora), tile
+        assert gelu or self_test_problems.wgmma_is_right(tile, dtype, DEVICE, gelu, lora, gated=True), tile
 
 
 @pytest.mark.parametrize("storage", CodeStorage)

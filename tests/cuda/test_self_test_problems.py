@@ -97,6 +97,28 @@ def test_a_gemm_with_a_lora(monkeypatch, storage, dtype, gelu, fault):
     assert self_test_problems.mma_is_right(storage, gemm_mma.LARGE, dtype, CPU, gelu, LORA) is (fault == "none")
 
 
+GATED_FAULTS = {
+    "none": lambda y, residual, gate: residual + gate * y,
+    "no gate": lambda y, residual, gate: residual + y,
+    "no residual": lambda y, residual, gate: gate * y,
+    "another column's gate": lambda y, residual, gate: residual + gate.roll(1) * y,
+    "another token's residual": lambda y, residual, gate: residual.roll(1, 0) + gate * y,
+    "a residual's last rows left out": lambda y, residual, gate: residual * (torch.arange(len(y)) < len(y) - 3)[:, None] + gate * y,
+}
+
+
+@pytest.mark.parametrize("fault", GATED_FAULTS)
+@pytest.mark.parametrize(("storage", "dtype"), [(INT8, BF16), (INT8, FP16), (INT4_NIBBLES, BF16)])
+def test_a_gated_gemm(monkeypatch, storage, dtype, fault):
+    def added(y, q, operands, storage, residual, gate):
+        y.copy_(GATED_FAULTS[fault](gemm(q, operands, storage, len(y)).to(dtype).double(), residual.double(), gate.double()))
+
+    monkeypatch.setattr(gemm_mma, "launch", lambda y, storage, tile, q, operands, **given: added(y, q, operands, storage, **given))
+    monkeypatch.setattr(gemm_wgmma, "gemm", lambda tile, q, operands, m, y, **given: added(y, q, operands, INT8, **given))
+    assert self_test_problems.mma_is_right(storage, gemm_mma.LARGE, dtype, CPU, False, NO_LORA, gated=True) is (fault == "none")
+    assert self_test_problems.wgmma_is_right((192, 192, 1), dtype, CPU, False, NO_LORA, gated=True) is (fault == "none")
+
+
 @pytest.mark.parametrize("lora", [NO_LORA, LORA])
 @pytest.mark.parametrize(("storage", "dtype"), [(INT8, BF16), (INT4_NIBBLES, FP16)])
 def test_what_a_gemm_is_compared_with(storage, dtype, lora):

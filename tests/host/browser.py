@@ -17,12 +17,17 @@ POLL = 500  # milliseconds
 # The scripts' arguments and results are JSON. `app` is the page's own.
 VIEW = "() => ({scale: app.canvas.ds.scale, offset: [...app.canvas.ds.offset]})"
 GRAPH = "() => JSON.parse(JSON.stringify(app.graph.serialize()))"
-READY = "() => window.app?.extensionManager?.command && app.canvas?.graph && document.querySelector('#graph-canvas')"
+READY = """() => window.app?.extensionManager?.command && app.canvas?.graph && document.querySelector('#graph-canvas')
+    && !document.querySelector('#splash-loader')"""
 COMMAND = "name => app.extensionManager.command.execute(name)"
 SETTING = "([name, value]) => app.extensionManager.setting.set(name, value)"
 COUNT_PROGRESS = """() => {
     window.progressSeen = 0;
     app.api.addEventListener("progress", () => { window.progressSeen += 1; });
+}"""
+IDLE = """async () => {
+    const queue = await (await app.api.fetchApi("/queue")).json();
+    return queue.queue_running.length + queue.queue_pending.length === 0;
 }"""
 DRAWN = """() => app.graph.nodes.filter(node => node.type === "SaveImage")
     .every(node => app.nodeOutputs[node.id]?.images?.length)"""
@@ -101,7 +106,13 @@ class Page:
         self.page.evaluate(COUNT_PROGRESS)
         self.page.get_by_test_id("queue-button").click()
         self.wait(DRAWN)
+        self.wait(IDLE)
         return self.page.evaluate("window.progressSeen")
+
+    def fit_view(self) -> None:
+        """Zoom until the whole graph is on the screen."""
+        self.page.evaluate(COMMAND, "Comfy.Canvas.FitView")
+        self.page.wait_for_timeout(1000)  # the canvas moves there
 
     def markdown_switches(self) -> list[bool]:
         """The switches between plain text and Markdown of all nodes that show text."""
@@ -117,11 +128,13 @@ class Page:
         self.wait("name => app.extensionManager.workflow.activeWorkflow?.path === `workflows/${name}.json`", name)
 
     def reopen(self, name: str) -> dict:
-        """Load the page anew and open a saved workflow from the sidebar."""
+        """Load the page anew and open a saved workflow from the sidebar, behind an empty one: the page itself restores what was open."""
         self.page.reload()
         self.wait(READY)
+        self.page.evaluate(COMMAND, "Comfy.NewBlankWorkflow")
+        self.wait("() => app.graph.nodes.length === 0")
         self.page.keyboard.press("w")
-        self.page.get_by_text(name, exact=False).last.click()
+        self.page.get_by_role("treeitem", name=name).last.click()
         self.wait("name => app.extensionManager.workflow.activeWorkflow?.filename === name", name)
         return self.graph()
 

@@ -10,5 +10,6 @@ from host.server import Server
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(setup.locate(), tmp_path_factory.mktemp("server")) as running:
+    # A user's folder has spaces and letters of any alphabet in its path.
+    with Server(setup.locate(), tmp_path_factory.mktemp("ein ComfyUI ü 模型")) as running:
         yield running

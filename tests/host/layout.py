@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from host import workflow
 
 TITLE = 30  # above a node's position
+CLEARANCE = 14  # between a link and a node that it passes; at less it seems to touch or to enter the node
 # Heights and the least width of a node in the newer renderer; the older one takes less.
 MARGINS, SLOT, WIDGET, MULTILINE, LEAST_WIDTH = 24, 24, 32, 68, 225
 PACK_NAME = 24  # the line with the name of a node's pack, unless it is ComfyUI
+BADGE = 22  # the same name in the older renderer, above the title
 MISSING_FILE = 28  # the line under a loader whose file is missing
 # Text that a node shows after its run is no widget of its schema; PreviewAny's text also has a switch.
 SHOWN_TEXT = {"SVDQuantLoadModel": 64, "SVDQuantQuantizeModel": 64, "PreviewAny": 104}
@@ -59,11 +61,11 @@ def least_height(node: dict, info: dict) -> int:
 
 
 def box(node: dict, object_info: dict) -> tuple[float, float, float, float]:
-    """A node's rectangle with its title. The page enlarges a node whose stored size is too small."""
+    """A node's rectangle with its title and badge. The page enlarges a node whose stored size is too small."""
     (x, y), (width, height) = node["pos"], node["size"]
     if not is_drawn_by_the_page(node):
         width, height = max(width, LEAST_WIDTH), max(height, least_height(node, object_info[node["type"]]))
-    return x, y - TITLE, x + width, y + height
+    return x, y - TITLE - BADGE * node["type"].startswith("SVDQuant"), x + width, y + height
 
 
 def group_box(group: dict) -> tuple[float, float, float, float]:
@@ -105,7 +107,8 @@ def slot_points(link: list, nodes: dict, renderer: Renderer) -> tuple[tuple[floa
 
 
 def hidden_links(graph: dict, object_info: dict, renderer: Renderer) -> list[str]:
-    """Links that run behind a node or a note, the two nodes that they connect included; each as a sentence."""
+    """Links that run behind a node or a note, the two nodes that they connect included, or pass another closer than CLEARANCE; each as a
+    sentence."""
     nodes = {node["id"]: node for node in graph["nodes"]}
     boxes = {number: box(node, object_info) for number, node in nodes.items()}
     found = []
@@ -113,9 +116,12 @@ def hidden_links(graph: dict, object_info: dict, renderer: Renderer) -> list[str
         start, end = slot_points(link, nodes, renderer)
         points = curve(start, end)
         for number, (left, top, right, bottom) in boxes.items():
-            # A link begins and ends inside its own nodes' edges, and may swing out behind them by as much.
-            own = renderer.inset + 2
-            left, right = left + own * (number == link[3]), right - own * (number == link[1])
+            if number in (link[1], link[3]):
+                # A link begins and ends inside its own nodes' edges, and may swing out behind them by as much.
+                own = renderer.inset + 2
+                left, right = left + own * (number == link[3]), right - own * (number == link[1])
+            else:
+                left, top, right, bottom = left - CLEARANCE, top - CLEARANCE, right + CLEARANCE, bottom + CLEARANCE
             if any(left < x < right and top < y < bottom for x, y in points):
                 ends = " -> ".join(f"{nodes[i].get('title', nodes[i]['type'])} ({i})" for i in (link[1], link[3]))
                 found.append(f"{link[5]} {ends} runs behind {nodes[number].get('title', nodes[number]['type'])} ({number})")

@@ -61,6 +61,8 @@ def test_the_demo_runs_and_is_saved_and_reopened_unchanged(page):
     before = page.graph()  # a run adds the texts that nodes show, which are not saved
     assert page.run() > 0, "the page heard of no step"
     look(page, "SVDQuant_demo after its run")
+    page.fit_view()
+    look(page, "SVDQuant_demo's pictures")
     assert page.markdown_switches() in ([True, True], []), "older pages have no switch"
     page.save("saved by a test")
     after = page.reopen("saved by a test")

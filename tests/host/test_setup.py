@@ -47,26 +47,65 @@ def test_a_folder_without_comfyui_is_refused(tmp_path, monkeypatch):
         setup.locate()
 
 
+@pytest.mark.parametrize(("tests", "gpu", "left_out"), [(True, False, set()), (False, True, {"kitchen", "tests"}),
+                                                         (False, False, {"kitchen", "tests", "kernels"})])
+def test_the_demo_installs_less_than_the_tests(monkeypatch, tests, gpu, left_out):
+    monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: gpu)
+    host = setup.locate({})
+    names = list(setup.steps(host, tests))
+    assert names[0] == "torch" and set(setup.steps(host, True)) - set(names) == left_out
+
+
+def test_every_file_of_pins_is_installed(checkout):
+    packaged, foreign = setup.steps(setup.locate({}), True), setup.steps(setup.locate(), True)
+    installed = [package for step in (packaged | foreign).values() for package in step]
+    assert [line for path in setup.PINS.glob("*.txt") for line in setup.pip_pins(path.stem) if line not in installed] == []
+
+
 @pytest.fixture
 def fake_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The interpreter of a virtual environment that contains only this file."""
+    """The interpreter of a virtual environment that contains only this file and its configuration. It is made where there is none, or
+    one of another Python."""
     python = setup.venv_python(tmp_path / "venv")
-    monkeypatch.setattr(setup, "make_venv", lambda folder: (python.parent.mkdir(parents=True), python.touch()))
+
+    def make(folder):
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.touch()
+        (folder / "steps.json").unlink(missing_ok=True)
+        (folder / "pyvenv.cfg").write_text("home = /usr\nversion = {}.{}.9\n".format(*sys.version_info))
+
+    monkeypatch.setattr(setup, "make_venv", make)
     return python
 
 
-def test_nothing_is_installed_twice(fake_venv, monkeypatch):
-    calls = []
-    monkeypatch.setattr(setup, "pip_install", lambda python, step: calls.append(step))
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The steps that pip has installed."""
+    found = []
+    monkeypatch.setattr(setup, "pip_install", lambda python, step: found.append(step))
+    return found
+
+
+def test_nothing_is_installed_twice(fake_venv, calls):
     for _ in range(2):
-        setup.install(fake_venv, [["a==1"], ["--no-deps", "b==2"]])
+        setup.install(fake_venv, {"a": ["a==1"], "b": ["--no-deps", "b==2"]})
     assert calls == [["a==1"], ["--no-deps", "b==2"]]
-    setup.install(fake_venv, [["a==2"]])
-    assert calls[2:] == [["a==2"]]
+    setup.install(fake_venv, {"a": ["a==2"]})
+    setup.install(fake_venv, {"a": ["a==1"], "c": ["c==3"]})
+    assert calls[2:] == [["a==2"], ["a==1"], ["c==3"]]
 
 
-def test_a_failing_pip_is_an_error_and_leaves_no_stamp(fake_venv, monkeypatch):
-    monkeypatch.setattr(subprocess, "call", lambda command: 1)
-    with pytest.raises(setup.SetupError, match="pip could not install a==1 and 1 more"):
-        setup.install(fake_venv, [["a==1", "b==2"]])
-    assert not (fake_venv.parents[1] / "installed.txt").exists()
+def test_an_environment_of_another_python_is_made_again(fake_venv, calls):
+    setup.install(fake_venv, {"a": ["a==1"]})
+    (fake_venv.parents[1] / "pyvenv.cfg").write_text("version = 3.9.1\n")
+    setup.install(fake_venv, {"a": ["a==1"]})
+    assert calls == [["a==1"], ["a==1"]]
+
+
+def test_a_failing_pip_is_an_error_and_the_next_run_goes_on(fake_venv, monkeypatch):
+    tried = []
+    monkeypatch.setattr(subprocess, "call", lambda command: tried.append(command[-1]) or command[-1] == "b==2")
+    for _ in range(2):
+        with pytest.raises(setup.SetupError, match="pip could not install a==1 and 1 more"):
+            setup.install(fake_venv, {"first": ["c==3"], "second": ["a==1", "b==2"]})
+    assert tried == ["c==3", "b==2", "b==2"]

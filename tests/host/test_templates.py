@@ -185,8 +185,13 @@ def test_a_link_behind_a_node_is_found(object_info):
     ], "links": [[1, 1, 0, 3, 1, "VAE"]]}
     for renderer in layout.RENDERERS:
         assert layout.hidden_links(graph, object_info, renderer) == ["VAE VAELoader (1) -> VAEDecode (3) runs behind Note (2)"]
-        graph["nodes"][1]["pos"] = [400, 100]
+        level = renderer.first_slot + layout.SLOT_PITCH // 2  # the link's height halfway, where the note is
+        graph["nodes"][1]["pos"] = [400, level + layout.TITLE + layout.CLEARANCE + 10]
         assert layout.hidden_links(graph, object_info, renderer) == []
+        graph["nodes"][1]["pos"] = [400, level + layout.TITLE - 10]
+        assert len(layout.hidden_links(graph, object_info, renderer)) == 1, "it runs behind the note's title"
+        graph["nodes"][1]["pos"] = [400, level + layout.TITLE + 10]
+        assert len(layout.hidden_links(graph, object_info, renderer)) == 1, "it almost touches the note's title"
         graph["nodes"][2]["pos"] = [0, 300]
         assert len(layout.hidden_links(graph, object_info, renderer)) == 2, "a link that returns runs behind both its nodes"
         graph["nodes"][1]["pos"], graph["nodes"][2]["pos"] = [400, 0], [600, 0]

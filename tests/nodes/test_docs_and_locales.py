@@ -1,8 +1,10 @@
 """The help pages and the translations match the nodes' inputs, outputs and messages."""
 
+import ast
 import asyncio
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ LOCALES = ROOT / "locales"
 LANGUAGES = ("de", "es", "fr", "ja", "ko", "ru", "zh", "zh-TW")  # beside English, whose texts are the schemas'
 SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA()
            for node in asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())}
-PAGES = {f"{node}-{locale}": (SCHEMAS[node], DOCS / node / f"{locale}.md") for node in SCHEMAS for locale in ("en", "zh")}
+PAGES = {f"{node}-{locale}": (SCHEMAS[node], DOCS / node / f"{locale}.md") for node in SCHEMAS for locale in ("en", *LANGUAGES)}
+TRANSLATED = {name: (DOCS / schema.node_id / "en.md", page) for name, (schema, page) in PAGES.items() if page.stem != "en"}
 # The text of all sources, with the parts of a sentence joined and {} for every value in it.
 CODE = re.sub(r"\{[^{}]*\}", "{}", " ".join(
     re.sub(r'["\']\s*\n\s*f?["\']', "", path.read_text(encoding="utf-8"))
@@ -30,7 +33,7 @@ def read(path: Path):
 def test_a_help_page_explains_every_input_output_and_choice(schema, page):
     text = page.read_text(encoding="utf-8")
     names = [entry.id for entry in schema.inputs] + [output.display_name for output in schema.outputs]
-    assert [name for name in names if not re.search(rf"\*\*{name}\*\*|（{name}[，）]", text)] == []
+    assert [name for name in names if not re.search(rf"\*\*{name}\*\*|[(（]{name}[,，)）]", text)] == []
     choices = [option for entry in schema.inputs for option in getattr(entry, "options", None) or []
                if entry.id not in ("model_name", "sampler_name", "scheduler")]
     assert [choice for choice in choices if f"`{choice}`" not in text] == []
@@ -41,7 +44,41 @@ def test_a_help_page_gives_the_right_defaults(schema, page):
     text = page.read_text(encoding="utf-8")
     for entry in schema.inputs:
         if isinstance(getattr(entry, "default", None), (int, float)) and not isinstance(entry.default, bool):
-            assert entry.id.startswith("seconds_") or re.search(rf"{entry.id}(\*\* \(|，){entry.default}[)）]", text), entry.id
+            assert entry.id.startswith("seconds_") or re.search(rf"{entry.id}(\*\* \(|, |，){entry.default}[)）]", text), entry.id
+
+
+def lines(text: str) -> list[str]:
+    """The kind of each of a page's lines: heading, item, item within an item, row of a table, text, or nothing."""
+    return [re.match(r"#+ |- |  - |\||", line)[0] or ("text" if line.strip() else "") for line in text.splitlines()]
+
+
+def tables(text: str) -> list[list[str]]:
+    """The rows of a page's tables without their heads, which are translated."""
+    return [re.findall(r"^\|.*\|$", block, re.MULTILINE)[1:] for block in text.split("\n\n") if block.startswith("|")]
+
+
+@pytest.mark.parametrize(("english", "page"), TRANSLATED.values(), ids=TRANSLATED)
+def test_a_translated_help_page_says_what_the_english_one_says(english, page):
+    """As far as a program sees it: the same paragraphs, items and tables, the same values and commands, no number missing."""
+    original, text = (path.read_text(encoding="utf-8") for path in (english, page))
+    assert lines(text) == lines(original)
+    assert tables(text) == tables(original)
+    assert Counter(re.findall("`[^`]+`", text)) == Counter(re.findall("`[^`]+`", original))
+    numbers, expected = (Counter(re.findall(r"\d+(?:\.\d+)*", words.replace(",", "."))) for words in (text, original))
+    assert not expected - numbers
+
+
+@pytest.mark.parametrize(("english", "page"), TRANSLATED.values(), ids=TRANSLATED)
+def test_a_translated_help_page_calls_nodes_and_inputs_as_the_page_does(english, page):
+    """With their names of locales/, since those stand on the nodes."""
+    translated = read(LOCALES / page.stem / "nodeDefs.json")
+    entry, text = translated[page.parent.name], page.read_text(encoding="utf-8")
+    schema = SCHEMAS[page.parent.name]
+    for port, words in [*zip(schema.inputs, entry["inputs"].values()), *zip(schema.outputs, entry["outputs"].values())]:
+        name = port.display_name or port.id
+        assert re.search(rf"\*\*{re.escape(words['name'])}\*\*( ?[(（]{name}[,，)）]|[ :：])", text), words["name"]
+    prose = re.sub(r"`[^`]+`|^- \*\*(?:[^*]|\*(?!\*))+\*\* ?[:：]", "", text, flags=re.MULTILINE)
+    assert [schema.display_name for schema in SCHEMAS.values() if schema.display_name in prose] == []
 
 
 @pytest.mark.parametrize("node", SCHEMAS)
@@ -97,8 +134,46 @@ def test_every_message_is_translated(language):
 
 
 def test_the_translated_messages_are_in_the_code():
-    messages = read(MESSAGES / "de.json")
-    assert [message for message in messages if re.sub(r"\{\d\}", "{}", message) not in CODE] == []
+    """Those that begin with {0} may be the end of a sentence, whose beginning is a message too or stays English."""
+    messages = [re.sub(r"\{\d\}", "{}", message) for message in read(MESSAGES / "de.json")]
+    assert [message for message in messages if message not in CODE and message.removeprefix("{}") not in CODE] == []
+
+
+# {file: why its sentences, or some of them, are in English on the node}
+ENGLISH = {
+    "checkpoint/": "names tensors, layers or metadata of a rare or damaged file, for a bug report or for who made the file",
+    "download/hub.py": "of a Hub that answers as none should, or of a file that is no model",
+    "families/family.py": "a part of a sentence about a damaged file",
+    "host/build.py": "a part of a sentence about a damaged file",
+    "host/find_nan.py": "a search for the bug report, which a user asks for",
+    "host/loader.py": "names what ComfyUI's version can't read",
+    "host/lora.py": "a part of a line in the console",
+    "host/mapping.py": "raised when another node runs the model",
+    "host/patcher.py": "raised when another node uses the model",
+    "host/quantize.py": "of a model without layers that can be quantized, or a LoRA that changes shapes",
+    "host/resume.py": "shown nowhere",
+    "host/saving.py": "of another pack that replaces parts of the model",
+    "layers/": "a part of a sentence about a damaged file",
+    "quantizer/gptq.py": "of a matrix that no real prompt gives",
+}
+
+
+def raised(path: Path) -> list[str]:
+    """The sentences of a file's exceptions, with a word for every value in them."""
+    calls = [node.exc for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args]
+    texts = [call.args[0] for call in calls if isinstance(call.args[0], (ast.Constant, ast.JoinedStr))]
+    return ["".join(part.value if isinstance(part, ast.Constant) else "value" for part in getattr(text, "values", [text]))
+            for text in texts]
+
+
+def test_the_sentences_of_errors_are_translated_or_said_to_stay_english():
+    patterns = [re.compile("(.*?)".join(map(re.escape, re.split(r"\{\d\}", message)))) for message in read(MESSAGES / "de.json")]
+    untranslated = {path.relative_to(room).as_posix(): sentence
+                    for room in (ROOT / "nodes", ROOT / "quant") for path in sorted(room.rglob("*.py"))
+                    for sentence in raised(path) if not any(pattern.fullmatch(sentence) for pattern in patterns)}
+    assert {path: sentence for path, sentence in untranslated.items() if not path.startswith(tuple(ENGLISH))} == {}
+    assert [place for place in ENGLISH if not any(path.startswith(place) for path in untranslated)] == [], "all is translated there now"
 
 
 @pytest.mark.parametrize("locale", [path.name for path in sorted(LOCALES.iterdir())])
@@ -110,7 +185,7 @@ def test_every_locale_names_the_menu_category(locale):
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_messages_that_a_page_explains_are_in_the_code(page):
     _, last = page.read_text(encoding="utf-8").rsplit("\n## ", 1)
-    rows = re.findall(r"^- \*\*(.+?)\*\*[:：]", last, re.MULTILINE)
+    rows = re.findall(r"^- \*\*(.+?)\*\* ?[:：]", last, re.MULTILINE)
     assert rows
     parts = [part.strip() for row in rows for part in re.split(r"…|, |、| 等", row) if part.strip()]
     flat = CODE.replace("{}", " ")

@@ -193,14 +193,14 @@ def test_a_choice_of_another_version_is_named_before_anything_is_loaded(monkeypa
         SVDQuantLoadModel.execute(**{"model_name": "packed.safetensors", "compute_dtype": "auto"} | inputs)
 
 
-def test_the_sentence_of_an_error_is_shown_on_the_node(monkeypatch):
+def test_the_sentence_of_an_error_is_shown_on_the_node(folder, monkeypatch):
     said = []
     monkeypatch.setattr(NodeProgress, "say", lambda self, text: said.append(text))
     with pytest.raises(CheckpointError) as caught:
         SVDQuantLoadModel.execute("style.safetensors", "auto")
     assert said == [str(caught.value)] and said[0].startswith("style.safetensors is a LoRA; move it to models/loras")
     with pytest.raises(ValueError, match="can't be read"):
-        SVDQuantQuantizeModel.execute(None, "best", 32, 8, 0, exceptions="* = x")
+        SVDQuantQuantizeModel.execute(loader.load_model(str(folder / "packed.safetensors")), "best", 32, 8, 0, exceptions="* = x")
     assert said[1].startswith("The exception '* = x' can't be read")
     with pytest.raises(RuntimeError), NodeProgress(None):
         raise RuntimeError("CUDA error: first line\nsecond line")

@@ -12,7 +12,7 @@ from comfyui_svdquant.cuda.int4 import GELU_SHIFT
 from comfyui_svdquant.quant.host import fused_blocks
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
-from .comfy_models import CONTEXT, HIDDEN, POOLED
+from .comfy_models import CONTEXT, POOLED
 from .lora_tensors import generic, load_lora, shapes
 
 GPU = torch.cuda.is_available()
@@ -48,7 +48,7 @@ class Path:
         for patcher in patchers:
             model = patcher.model.diffusion_model
             for block in (*model.double_blocks, *model.single_blocks):
-                fused_blocks.agrees(type(block), HIDDEN, 2, bool(block.modulation), DTYPE, patcher.load_device)
+                fused_blocks.agrees(*fused_blocks.kind(block), DTYPE, patcher.load_device)
                 block.register_forward_pre_hook(count)
 
     def share(self, on, draw):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
@@ -31,13 +32,15 @@ class FakeHub:
 
     gets: the GET requests that were answered with data, as (path, Range, Authorization). What can be set: cuts, how many bytes
     each of the next answers sends before the connection is cut; hold, an Event that an answer waits for half way; redirect,
-    the URL of another server that has the data; etag, size, commit: lies; status: an error to answer with.
+    the URL of another server that has the data; etag, size, commit: lies; status: an error to answer with, get_status: to GET alone;
+    silence: an Event that every answer waits for; trickle: (bytes, seconds) between which the data are sent.
     """
 
     def __init__(self, files, host="127.0.0.1"):
         self.files, self.host = files, host
         self.gets, self.cuts, self.asked = [], [], []
         self.hold = self.redirect = self.etag = self.size = self.status = self.error_code = None
+        self.get_status = self.silence = self.trickle = None
         self.commit = COMMIT
         self.halfway = threading.Event()
 
@@ -50,8 +53,8 @@ class FakeHub:
         return self
 
     def __exit__(self, *_):
-        if self.hold:
-            self.hold.set()
+        for event in filter(None, (self.hold, self.silence)):
+            event.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -71,10 +74,13 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self):
         hub = self.hub
         hub.asked.append((self.command, self.path, self.headers["Authorization"]))
+        if hub.silence:
+            hub.silence.wait(30)
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", unquote(self.path))
         data = found and hub.files.get(f"{found[1]}/{found[3]}")
-        if hub.status or data is None or found[2] not in ("main", COMMIT):
-            return self.refuse(hub.status or 404, hub.error_code or self.missing(found))
+        status = hub.status or (hub.get_status if self.command == "GET" else None)
+        if status or data is None or found[2] not in ("main", COMMIT):
+            return self.refuse(status or 404, hub.error_code or self.missing(found))
         if hub.redirect and self.command == "GET":
             self.send_response(302)
             self.send_header("Location", hub.redirect + self.path)
@@ -103,6 +109,12 @@ class _Handler(BaseHTTPRequestHandler):
             hub.halfway.set()
             hub.hold.wait(30)
             data = data[len(data) // 2:]
+        elif hub.trickle:
+            count, seconds = hub.trickle
+            while data:
+                self.wfile.write(data[:count])
+                data = data[count:]
+                time.sleep(seconds)
         self.wfile.write(data)
 
     def missing(self, found):

@@ -72,6 +72,7 @@ def write_nvfp4(path, hidden=128, depth=1, depth_single=1, **changes):
                 own = smooth if w.shape[1] == len(smooth) else smooth.split([hidden, 4 * hidden])[w.shape[1] > hidden]
                 leaves = packed_layer(w, b, own.contiguous(), 3 if part.startswith("qkv_proj") else 1, 100 * seed + 10 * i + len(part))
                 tensors |= {f"{theirs}.{part}.{leaf}": tensor.contiguous() for leaf, tensor in leaves.items()}
-    del metadata["svdquant.recipe"], metadata["svdquant.source"]
+    for key in ("svdquant.recipe", "svdquant.source", "svdquant.checksums"):  # of the INT4 file
+        del metadata[key]
     save_file(tensors, path, metadata | {"quantization_config": json.dumps(QUANTIZATION)})
     return plain

@@ -80,12 +80,15 @@ def run(tmp_path):
 def test_messages_are_shown_in_the_pages_language(run):
     texts = ["layer 3 of 7, about 2 min left", "layer 3 of 7",
              "x.safetensors is a LoRA; move it to models/loras, and choose a FLUX.1 model in safetensors format.",
-             "16-bit FLUX.1, opens with SVDQuant Load Model\nother", "no message"]
+             "16-bit FLUX.1, opens with SVDQuant Load Model\nother", "no message",
+             "x.safetensors lacks tensor a.b; the file is incomplete, download it again."]
     places = [*((text, "1") for text in texts), ("stopped", "3:1"), ("stopped", "2"), ("stopped", "9")]
     said = run("", f"[{', '.join(f'await say(...{json.dumps(place)})' for place in places)}]")
     assert said == ["7 層中 3 層目、残り約 2 min", "7 層中 3 層目",
                     "x.safetensors は LoRA です。models/loras に移動し、safetensors 形式の FLUX.1 モデルを選んでください。",
-                    "16-bit FLUX.1、SVDQuant モデルを読み込む で開けます\nother", "no message", "停止しました", "stopped", "stopped"]
+                    "16-bit FLUX.1、SVDQuant モデルを読み込む で開けます\nother", "no message",
+                    "x.safetensors にテンソル a.b がありません。ファイルが不完全です。もう一度ダウンロードしてください。",
+                    "停止しました", "stopped", "stopped"]
 
 
 def test_an_older_page_keeps_the_packs_translations(run):

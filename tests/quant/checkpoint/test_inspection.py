@@ -163,6 +163,34 @@ def test_a_files_own_description_may_be_anything(model, tmp_path, recipe):
     assert facts["errors"] == {} and "\x1b" not in text and "author: a\N{REPLACEMENT CHARACTER}b" in text
 
 
+LONG = {  # {what: changes of (recipe, source, card)}
+    "a text": ({"preset": "x" * 5_000_000}, "", {}), "a list": ({"keep": ["x"] * 1_000_000}, "", {}),
+    "many entries": ({f"key {i}": i for i in range(100_000)}, "", {}), "a key": ({"x" * 5_000_000: 1}, "", {}),
+    "a layer": ({"layers": [{"name": "x" * 5_000_000, "format": "svdquant_w4a4", "error": 0.1, "error_naive": 0.2}]}, "", {}),
+    "the calibration": ({"calibration": {"prompts": ["x" * 1000] * 5000}}, "", {}),
+    "the source": ({}, "x" * 5_000_000, {}), "the card": ({}, "", {"modelspec.author": "x" * 5_000_000}),
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_megabytes_of_description_give_a_short_report(model, tmp_path, what):
+    recipe, source, source_card = LONG[what]
+    path = tmp_path / "long.safetensors"
+    native.save(str(path), *model, recipe, source, source_card=source_card)
+    info = inspect(path)
+    assert len(inspection.text(info)) < 20_000 and len(json.dumps(info)) < 200_000
+    assert inspection.text(info).startswith("4-bit FLUX.1, opens with SVDQuant Load Model\nlong.safetensors: ")
+
+
+def test_equal_models_give_equal_files(model, tmp_path, monkeypatch):
+    """SOURCE_DATE_EPOCH is the convention of builds that can be reproduced; the date is all that differs otherwise."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1600000000")
+    for folder in ("a", "b"):
+        native.save(str(tmp_path / folder / "x.safetensors"), *model, RECIPE, "flux")
+    assert (tmp_path / "a" / "x.safetensors").read_bytes() == (tmp_path / "b" / "x.safetensors").read_bytes()
+    assert read_header(str(tmp_path / "a" / "x.safetensors")).metadata["modelspec.date"] == "2020-09-13T12:26:40Z"
+
+
 # --- the card ------------------------------------------------------------------------------------------------------
 
 
@@ -208,8 +236,9 @@ def test_the_command(files, tmp_path):
                               cwd=tmp_path)
 
     path = files / "native.safetensors"
-    assert run(path).stdout.rstrip("\n") == inspection.text(inspect(path))
-    assert json.loads(run(path, "--json").stdout) == json.loads(json.dumps(inspect(path)))
+    whole = inspection.inspect_body(read_header(str(path)))
+    assert run(path).stdout.rstrip("\n") == inspection.text(whole) and whole["intact"] == len(read_header(str(path)).tensors)
+    assert json.loads(run(path, "--json", "--header").stdout) == json.loads(json.dumps(inspect(path)))
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:1000])
     refused = run(tmp_path / "cut.safetensors")
     assert refused.returncode == 1 and refused.stderr.startswith("inspect: cut.safetensors is cut off")

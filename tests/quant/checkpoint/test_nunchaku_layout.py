@@ -144,7 +144,7 @@ def test_a_file_that_is_cut_off_while_it_is_read(tmp_path, kind):
     found = stored(tmp_path / "x.safetensors", array)
     with open(found.header.path, "rb+") as file:
         file.truncate(found.header.tensors["x"].stop - 4)
-    with pytest.raises(CheckpointError, match="x.safetensors was cut off while it was read; download it again."):
+    with pytest.raises(CheckpointError, match="x.safetensors was changed, cut off or removed while it was read; wait until it is"):
         unpack(found)
 
 

@@ -276,7 +276,8 @@ def test_offline_is_one_sentence(use, tmp_path, monkeypatch):
     assert "HF_HUB_OFFLINE forbids" in refusal(tmp_path)
 
 
-def test_too_little_disk_space_is_reported_before_the_download(server, tmp_path):
+def test_too_little_disk_space_is_reported_before_the_download(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "MAX_HTTP_DOWNLOAD_SIZE", 10**18)
     server.size = 10**17
     assert "it needs 100000000.00 GB and the disk has" in refusal(tmp_path)
     assert os.listdir(tmp_path) == [] and server.gets == []

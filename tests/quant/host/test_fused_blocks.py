@@ -136,6 +136,10 @@ def test_a_forward_that_differs_runs_the_hosts(monkeypatch, caplog):
     monkeypatch.setattr(fused_blocks.block_ops, "gated_residual", lambda x, y, gate: x + 1.1 * gate * y)
     assert not fused_blocks.agrees(*sizes)
     assert "differs from ComfyUI's" in caplog.text
+    fused_blocks._verdicts.clear()
+    monkeypatch.setattr(fused_blocks.block_ops, "gated_residual", lambda x, y, gate: 1 / 0)
+    assert not fused_blocks.agrees(*sizes)
+    assert "failed its test on cpu (ZeroDivisionError: division by zero): ComfyUI's own runs" in caplog.text
 
 
 @pytest.mark.parametrize("host_class", CLASSES, ids=lambda c: c.__name__)

@@ -14,7 +14,8 @@ from .test_compile import calls, fresh_dynamo, plain_attention  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 DOUBLE, SINGLE = 2, 3
-PASSES = 6 * DOUBLE + 2 * SINGLE  # of modulate: two before qkv, two between the parts of a double block, two after it; two a single block
+NORMS = 4 * DOUBLE + SINGLE  # passes of modulate: two before qkv, two between the parts of a double block; one a single block
+GATED = 4 * DOUBLE + SINGLE  # layers that are added to the states
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def fresh(file):
     return plain_attention(loader.load_model(file, act_bits=8))
 
 
-def compiled(patcher, backend, keys=("diffusion_model",)):
-    set_torch_compile_wrapper(patcher, backend=backend, keys=list(keys), fullgraph=True)  # a break of the graph is an error
+def compiled(patcher, backend, keys=("diffusion_model",), options=None):
+    set_torch_compile_wrapper(patcher, backend=backend, keys=list(keys), options=options, fullgraph=True)  # a break is an error
     return patcher
 
 
@@ -63,7 +64,8 @@ def test_a_whole_model_is_one_graph(file, fused):
     graphs = Graphs()
     latent = sample(compiled(fresh(file), graphs))
     assert len(graphs) == 1
-    assert calls(graphs, "svdquant.modulate") == fused * PASSES and calls(graphs, "svdquant.qk_norm_rope") == fused * (DOUBLE + SINGLE)
+    assert calls(graphs, "svdquant.modulate") == fused * NORMS and calls(graphs, "svdquant.gated_linear") == fused * GATED
+    assert calls(graphs, "svdquant.qk_norm_rope") == fused * (DOUBLE + SINGLE)
     assert calls(graphs) <= (345 if fused else 510), "as measured: 329 nodes, and 490 of ComfyUI 0.3.75's forwards"
     assert torch.equal(latent, sample(fresh(file))), "the same bits as without torch.compile"
 
@@ -106,6 +108,7 @@ def test_attention_that_somebody_replaces_is_traced(file, fused, monkeypatch, re
 @pytest.mark.gpu
 @pytest.mark.parametrize("keys", [("diffusion_model",), tuple(block_names())], ids=["whole", "blocks"])
 def test_inductors_code_has_the_eager_models_latents(file, keys):
+    """With the eager model's rounding: without it ComfyUI's embedding of the guidance, 1000 times a bfloat16 number, is another one."""
     eager = sample(fresh(file))
-    latent = sample(compiled(fresh(file), "inductor", keys))
-    assert relative_error(latent, eager) < 0.05, relative_error(latent, eager)
+    latent = sample(compiled(fresh(file), "inductor", keys, {"emulate_precision_casts": True}))
+    assert relative_error(latent, eager) < 0.02, f"relative error {relative_error(latent, eager):.2g}: more than bfloat16's rounding"

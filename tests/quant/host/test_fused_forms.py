@@ -8,6 +8,7 @@ import comfy.quant_ops
 import pytest
 import torch
 from comfyui_svdquant.quant.host import fused_blocks, loader
+from comfyui_svdquant.quant.layers import linear, preparation
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 from safetensors.torch import save_file
 
@@ -47,6 +48,19 @@ def test_layers_whose_output_has_another_dtype(path, model, monkeypatch, name):
         return patcher, {}
 
     compared(path, model, monkeypatch, hooked, FUSED)
+
+
+def test_the_layers_that_are_added_to_the_states(path, model, monkeypatch):
+    """Each is one op with the residual, and a warm-up prepares its kernel. (In W4A4 an MLP is an op of its own.)"""
+    preparation.set_act_bits(model.model, 8)
+    diffusion_model, gated, given = model.model.diffusion_model, linear.gated_linear.gated_linear, []
+    monkeypatch.setattr(linear.gated_linear, "gated_linear", lambda x, operands, *added: given.append(operands.weight) or gated(
+        x, operands, *added))
+    layers = {diffusion_model.get_submodule(f"{kind}_blocks.0.{name}") for kind, name in (
+        ("double", "img_attn.proj"), ("double", "txt_attn.proj"), ("double", "img_mlp.2"), ("double", "txt_mlp.2"), ("single", "linear2"))}
+    assert {module for module in diffusion_model.modules() if getattr(module, "gated", False)} == layers
+    assert path.share(True, lambda: draw(model))[1] == FUSED
+    assert {id(weight) for weight in given} == {id(layer.weight) for layer in layers}
 
 
 @pytest.mark.parametrize("how", ["override", "replaced"])

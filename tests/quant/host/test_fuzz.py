@@ -7,7 +7,7 @@ import resource
 
 import pytest
 import torch
-from comfyui_svdquant.quant.checkpoint import convert, inspection, native
+from comfyui_svdquant.quant.checkpoint import checksums, convert, inspection, native
 from comfyui_svdquant.quant.checkpoint.header import DTYPES, CheckpointError, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
 from comfyui_svdquant.quant.checkpoint.write import DTYPE_NAMES
@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.usefixtures("inference_mode"), pytest.mark.timeout(150
 
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 DESCRIPTION = ".comfy_quant"
+FACTORS = (".weight_smooth_factor", ".smooth")
 PREFIX = "model.diffusion_model."
 GIGABYTES = 10**11  # 100 of them
 QKV, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear2"
@@ -46,6 +47,8 @@ def files(tmp_path_factory):
     headers = {form: read_header(str(folder / form)) for form in ("native", "nunchaku")}
     forms = {form: ({name: entry(header, name) for name, info in header.tensors.items()}, header.metadata)
              for form, header in headers.items()}
+    for _, metadata in forms.values():
+        del metadata[checksums.KEY]  # of other data
     tensors, metadata = forms["native"]
     forms["kitchen"] = {PREFIX + name: value for name, value in tensors.items()}, {}
     layers = {name.removesuffix(DESCRIPTION): json.loads(value[2]) for name, value in tensors.items() if name.endswith(DESCRIPTION)}
@@ -64,7 +67,8 @@ def entry(header, name):
 
 
 def write(path, entries, metadata, lie=lambda header, size: size):
-    """A file of these entries, whose data are a hole of the right size. lie(header, size) may change both first."""
+    """A file of these entries. The data are a hole of the right size, but for smoothing factors, which are positive. lie(header, size) may
+    change both first."""
     header, position = {"__metadata__": metadata}, 0
     for name, (dtype, shape, data) in entries.items():
         count = len(data) if data is not None else torch.Size(shape).numel() * DTYPES[dtype].itemsize
@@ -77,7 +81,10 @@ def write(path, entries, metadata, lie=lambda header, size: size):
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + size)
-        for name, (_, _, data) in entries.items():
+        for name, (dtype, shape, data) in entries.items():
+            count = torch.Size(shape).numel() * DTYPES[dtype].itemsize
+            if data is None and name.endswith(FACTORS) and count < 100_000:
+                data = (b"\x80\x3f" * count)[:count]  # ones in bf16, and positive in the other types
             if data is not None and placed[name] + len(data) <= size:
                 file.seek(8 + len(raw) + placed[name])
                 file.write(data)
@@ -354,7 +361,7 @@ def test_mutated_files_are_refused_or_match_their_description(files, tmp_path, f
     if state is not None:
         assert agrees(state, entries, form)
     try:
-        inspection.text(inspection.inspect(read_header(str(path))))  # as the command line does, without ComfyUI
+        inspection.text(inspection.inspect_body(read_header(str(path))))  # as the command line does, without ComfyUI
     except CheckpointError as error:
         assert state is None, error
     else:

@@ -7,7 +7,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelSave
-from comfyui_svdquant.quant.checkpoint import native, write
+from comfyui_svdquant.quant.checkpoint import checksums, native, write
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import loader, quantize, weights
 from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
@@ -262,7 +262,8 @@ def changed(source, path, change, metadata=None):
     """A copy of a checkpoint with its tensors changed; `metadata` replaces the file's own."""
     tensors = load_file(source)
     change(tensors)
-    save_file(tensors, path, metadata=read_header(source).metadata if metadata is None else metadata)
+    kept = read_header(source).metadata if metadata is None else metadata
+    save_file(tensors, path, metadata={key: text for key, text in kept.items() if key != checksums.KEY})
     return path
 
 

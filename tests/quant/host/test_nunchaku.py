@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from comfyui_svdquant.quant.checkpoint import int8_scales, native
+from comfyui_svdquant.quant.checkpoint import checksums, int8_scales, native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
 from comfyui_svdquant.quant.host import build, loader
@@ -42,7 +42,8 @@ def refusal(path):
 def edited(source, path, change=lambda tensors: None, metadata=None):
     tensors = load_file(source)
     change(tensors)
-    save_file(tensors, path, metadata=read_header(str(source)).metadata if metadata is None else metadata)
+    kept = read_header(str(source)).metadata if metadata is None else metadata
+    save_file(tensors, path, metadata={key: text for key, text in kept.items() if key != checksums.KEY})
     return path
 
 

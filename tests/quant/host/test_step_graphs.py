@@ -1,7 +1,10 @@
 """Recorded steps of a quantized model. Recording needs a GPU; the rules for it don't."""
 
 import copy
+import functools
+import gc
 import types
+import weakref
 
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
@@ -44,10 +47,22 @@ def test_a_model_on_the_cpu_draws_as_ever(quantized_model):
     assert isinstance(model, step_graphs._Graphed) and type(model).__name__ == type(model).host_class.__name__
     assert model.is_the_hosts() and not step_graphs.ModelState(model).can_be_recorded()  # nothing is on a GPU
     assert not step_graphs.allowed(arguments(torch.zeros(1, 16, 8, 8)))
-    model.step_graphs.steps["a"] = step_graphs.Step(None)
-    assert not copy.deepcopy(model).step_graphs.steps
+    step_graphs.graphs_of(model).steps["a"] = step_graphs.Step(None)
+    assert not step_graphs.graphs_of(copy.deepcopy(model)).steps
     step_graphs.release(model)
-    assert not model.step_graphs.steps
+    assert not step_graphs.graphs_of(model).steps
+
+
+def test_graphs_keep_no_model_alive():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    step_graphs.graphs_of(model).steps["a"] = step_graphs.Step(step_graphs.ModelState(model))
+    weight = weakref.ref(model[0].weight)
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ("forward", "_forward", "forward_orig"))
@@ -126,8 +141,12 @@ def recording(quantized_model, monkeypatch):
         monkeypatch.setattr(step_graphs, name, value)
     draw = draws(quantized_model, "cpu")
     with torch.inference_mode():
-        yield draw, quantized_model, lambda: [step.graph for step in quantized_model.model.diffusion_model.step_graphs.steps.values()
-                                              if step.graph is not None]
+        yield draw, quantized_model, functools.partial(recorded_graphs, quantized_model)
+
+
+def recorded_graphs(patcher):
+    steps = step_graphs.graphs_of(patcher.model.diffusion_model).steps
+    return [step.graph for step in steps.values() if step.graph is not None]
 
 
 def draws(quantized_model, device):
@@ -184,6 +203,19 @@ def test_a_change_of_the_model_is_recorded_anew(recording, monkeypatch):
         assert torch.equal(draw(), expected[0])
 
 
+def test_a_replaced_lora_takes_no_memory(recording):
+    draw, patcher, graphs = recording
+    model = lora(patcher, 1.0)
+    for _ in range(3):
+        draw(model)
+    branch = next(weakref.ref(layer.lora_branch.lora_up) for layer in patcher.packed_layers().values() if layer.lora_branch)
+    assert graphs()
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    del model
+    gc.collect()
+    assert branch() is None and not graphs()
+
+
 def test_the_next_picture_uses_the_graphs_of_the_last_one(recording):
     draw, patcher, graphs = recording
     for _ in range(3):
@@ -228,8 +260,7 @@ def drawing(quantized_model, monkeypatch):
     """As `recording`, with CUDA graphs."""
     monkeypatch.setenv(step_graphs.VARIABLE, "1")
     with torch.inference_mode():
-        yield draws(quantized_model, "cuda"), quantized_model, lambda: [
-            step.graph for step in quantized_model.model.diffusion_model.step_graphs.steps.values() if step.graph is not None]
+        yield draws(quantized_model, "cuda"), quantized_model, functools.partial(recorded_graphs, quantized_model)
 
 
 def without_graphs(draw, monkeypatch, *args, **more):

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import ops, reference, row_scales, targets
+from comfyui_svdquant.cuda import block_ops, ops, reference, row_scales, targets
 from comfyui_svdquant.cuda.choose import W4A16
 from comfyui_svdquant.cuda.errors import KernelsUnavailable
 from comfyui_svdquant.cuda.operands import NO_LORA, LayerOperands
@@ -53,15 +53,15 @@ def test_warm_up_asks_for_every_kind_of_layer_once(monkeypatch, dtype, computed)
     awq = layout.LayerSpec(layout.AWQ, 128, 192)
     model = torch.nn.Sequential(*map(linear.SVDQuantLinear, (wide, wide, split)), linear.AWQLinear(awq), torch.nn.Linear(8, 8))
     preparation.set_act_bits(model, 8)
-    model[2].gelu_from = 64
+    model[2].gelu_from, model[1].gated = 64, True
     assert preparation.warm_up(model, torch.device("cpu"), torch.bfloat16, (5,)) == [] and asked == []
     preparation.warm_up(model, torch.device("cuda", 1), dtype, tokens=(70, 5))
     (layers, device, others), = asked
     assert device == torch.device("cuda", 1) and others == []
     lora = NO_LORA
-    assert layers == [(1, 192, 128, 0, 128, W4A16, computed),
-                      (70, 64, 128, 16, 128, 8, computed, None, lora), (70, 64, 256, 16, 128, 8, computed, 64, lora),
-                      (5, 64, 128, 16, 128, 8, computed, None, lora), (5, 64, 256, 16, 128, 8, computed, 64, lora)]
+    assert layers == [(1, 192, 128, 0, 128, W4A16, computed), *((m, 64, k, 16, 128, 8, computed, gelu_from, lora, *gated)
+                                                                for m in (70, 5) for k, gelu_from, gated in (
+                                                                    (128, None, ()), (128, None, (True,)), (256, 64, ())))]
 
 
 @pytest.mark.parametrize(("number", "dtype", "held"), [
@@ -169,6 +169,63 @@ def test_the_second_call_looks_nothing_up(module, monkeypatch):
             module(aligned(torch.randn(m, 256).bfloat16()))
         assert len(module._launches) <= linear.SHAPES
         assert len(calls) == 22 + 2 * linear.SHAPES
+
+
+def added(x, n=208):
+    """(a residual, a gate) for outputs of a layer."""
+    residual, gates = torch.randn(*x.shape[:-1], n).to(x.dtype), torch.randn(1, 1, 3 * n).to(x.dtype)
+    return aligned(residual), gates.chunk(3, dim=-1)[1]
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "other", "gain"])
+def test_a_gated_layer_has_the_bits_of_two_passes(module, kind):
+    x = torch.randn(1, 5, 256).bfloat16()
+    residual, gate = added(x)
+    module.set_lora_branch(lora_branch(kind))
+    z = module.add_gated(x, residual, gate)
+    assert (z is None) is (kind in ("other", "gain")), "what is added to the layer's own output needs that"
+    assert z is None or torch.equal(z, block_ops.gated_residual(residual, module(x), gate)) and not torch.equal(z, residual)
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "global hook", "forward", "gelu", "W4A16"])
+def test_a_layer_whose_own_output_somebody_needs_is_not_gated(module, monkeypatch, kind):
+    x = torch.randn(1, 5, 256).bfloat16()
+    if kind == "hook":
+        module.register_forward_hook(lambda *args: None)
+    elif kind == "pre-hook":
+        module.register_forward_pre_hook(lambda *args: None)
+    elif kind == "global hook":
+        monkeypatch.setitem(linear.module_hooks._global_forward_hooks, 1, lambda *args: None)
+    elif kind == "forward":
+        module.forward = lambda x: x
+    elif kind == "gelu":
+        module.gelu_from = 64
+    else:
+        module = filled(linear.AWQLinear(layout.LayerSpec(layout.AWQ, 256, 208), "cpu"))
+    assert module.add_gated(x, *added(x)) is None
+
+
+def test_the_second_gated_call_looks_nothing_up(module, monkeypatch):
+    """It passes the same addresses as the first. A layer has cached launches for calls with a residual and without one."""
+    module.act_bits, x = 8, aligned(torch.randn(1, 70, 256).bfloat16())
+    looked, cached = [], ops.cached_launch
+    monkeypatch.setattr(ops, "cached_launch", lambda *args: looked.append(args[2]) or cached(*args))
+    with recorded(monkeypatch) as calls:
+        for branch in (None, lora_branch("lora")):
+            module.set_lora_branch(branch)
+            looked.clear()
+            for _ in range(3):
+                module(x)
+                assert "residual" not in calls[-1]
+                residual, gate = added(x)
+                z = module.add_gated(x, residual, gate)
+                assert calls[-1].items() >= addresses(x=x, y=z, residual=residual, gate=gate).items()
+                kept = {name: address for name, address in present(module).items() if branch is None or name != "proj_down"}
+                assert calls[-1].items() >= kept.items() and z.shape == residual.shape
+            assert looked == [False, True] and len(module._launches) == 2
+        module.bias_function = [torch.neg]
+        module.add_gated(x, *added(x))
+        assert looked == [False, True, True]
 
 
 def lora_branch(kind, dtype=torch.bfloat16, rank=32):

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import targets
+from comfyui_svdquant.cuda import block_ops, targets
 from comfyui_svdquant.cuda.operands import NO_LORA
 from comfyui_svdquant.quant.layers import layout, linear, packed_mlp, preparation
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch, LowRank
@@ -232,3 +232,23 @@ def test_warm_up_asks_for_the_op_or_for_the_layers(mlp, monkeypatch, act_bits, d
                 for n, k, unsigned_from, gelu_from in ((HIDDEN, K, K, 0), (N, HIDDEN, 0, None)))
     assert asked == (fc1 if together else [fc1[0], fc2[0], fc1[1], fc2[1]])
     assert prepared == ([(m, K, HIDDEN, N, 16, 16, K, 0, dtype, device) for m in (70, 5)] if together else [])
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_a_gated_mlp_is_its_last_layers(mlp, x, act_bits, monkeypatch):
+    """With 8 bits; with 4, both layers are one op, which has no gate. A hook on the MLP sees its own output."""
+    preparation.set_act_bits(mlp, act_bits)
+    residual, gate = torch.randn(2, 3, N).bfloat16(), torch.randn(2, 1, N).bfloat16()
+    if act_bits == 4:
+        assert mlp.add_gated(x, residual, gate) is None
+        return
+    expected, gated = block_ops.gated_residual(residual, mlp(x), gate), linear.gated_linear.gated_linear
+    calls = []
+    monkeypatch.setattr(linear.gated_linear, "gated_linear", lambda *args: calls.append(args) or gated(*args))
+    assert torch.equal(mlp.add_gated(x, residual, gate), expected) and len(calls) == 1
+    hook = mlp[2].register_forward_hook(lambda module, args, y: 2 * y)
+    doubled = block_ops.gated_residual(residual, mlp(x), gate)
+    assert torch.equal(mlp.add_gated(x, residual, gate), doubled) and not torch.equal(doubled, expected) and len(calls) == 1
+    hook.remove()
+    mlp.register_forward_hook(lambda *args: None)
+    assert mlp.add_gated(x, residual, gate) is None

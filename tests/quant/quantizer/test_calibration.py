@@ -282,15 +282,3 @@ def test_a_fault_that_comes_late_is_not_taken_for_a_missing_product(monkeypatch,
 def test_without_cuda_no_product_is_tried(monkeypatch):
     device = FakeDevice(monkeypatch)
     assert calibration._sums_in_float32.__wrapped__(torch.device("cpu")) is False and device.calls == []
-
-
-@pytest.mark.parametrize("status", ["CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"])
-def test_cuda_libraries_out_of_memory_are_recognized(status):
-    assert calibration.is_out_of_memory(RuntimeError(f"CUDA error: {status} when calling `cublasCreate(handle)`"))
-
-
-@pytest.mark.parametrize("message", ["ALLOC_FAILED", "MY_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED_TWICE",
-                                     "CUBLAS_STATUS_EXECUTION_FAILED", "shapes"])
-def test_other_errors_are_not_taken_for_a_lack_of_memory(message):
-    assert not calibration.is_out_of_memory(RuntimeError(message))
-    assert calibration.is_out_of_memory(torch.OutOfMemoryError(message))

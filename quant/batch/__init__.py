@@ -1,0 +1,1 @@
+"""Quantizing without a graph and a server: the command line of quantize.py, and lists of jobs."""

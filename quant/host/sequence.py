@@ -1,0 +1,89 @@
+"""One forward of a diffusion model with its tokens divided among processes (parallel/all_to_all.py).
+
+ComfyUI's own forward runs in every process, on the same inputs. Hooks on the blocks narrow the states to a process's own tokens before the
+first block, and make the whole image of them in process 0 after the last one; attention goes through ComfyUI's option for other attention
+functions. Packed layers, LoRAs in them and fused forwards see ordinary tensors of fewer tokens.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+from ..parallel import all_to_all
+from .fused_blocks import OVERRIDE
+
+ROPE = "pe"  # the blocks' argument with the position embedding, whose third dimension is the tokens
+
+
+class Finished(Exception):
+    """Raised in the processes other than 0 when the last block has run: only process 0 computes what follows."""
+
+
+def heads_of(diffusion_model, family):
+    """The number of attention heads of a model's blocks."""
+    return next(block.num_heads for _, block in family.running_blocks(diffusion_model))
+
+
+def can_be_divided(family):
+    """Whether the tokens of the family's models can be divided."""
+    return all(blocks.sequence for blocks in family.blocks)
+
+
+class _Forward:
+    """The hooks of one forward."""
+
+    def __init__(self, family, rank, size):
+        self.family, self.rank, self.size = family, rank, size
+        self.division, self.rope, self.kept = None, None, None
+
+    def attention(self, function, q, k, v, heads, *args, **kwargs):
+        """In place of an attention function of ComfyUI's. The mask is that of the whole sequence."""
+        if not kwargs.get("skip_reshape"):
+            raise ValueError("SVDQuant Several GPUs knows attention with separate heads only; bypass it.")
+        own, mask = heads // self.size, kwargs.get("mask")
+        if mask is not None:
+            if mask.ndim == 4 and mask.shape[1] == heads:
+                mask = mask[:, self.rank * own:(self.rank + 1) * own]
+            kwargs = kwargs | {"mask": self.division.ordered(mask)}
+        out = function(*all_to_all.to_heads(q, k, v, self.division), own, *args, **kwargs)
+        return all_to_all.to_tokens(out, self.division)
+
+    def narrow(self, blocks):
+        """A pre-hook for the blocks of a BlockList."""
+        def hook(_block, args, kwargs):
+            states = {name: args[place] if place < len(args) else kwargs[name] for place, name in enumerate(blocks.states)}
+            if self.division is None:
+                self.division = all_to_all.Division([states[name].shape[1] for name in blocks.sequence], self.rank, self.size)
+                states |= {name: self.division.own_of_part(states[name], part) for part, name in enumerate(blocks.sequence)}
+            if self.rope is None or self.rope[0] is not kwargs[ROPE]:
+                self.rope = kwargs[ROPE], self.division.own(kwargs[ROPE], 2)
+            args = tuple(states[name] for name in blocks.states[:len(args)]) + tuple(args[len(blocks.states):])
+            return args, kwargs | {name: states[name] for name in blocks.states[len(args):]} | {ROPE: self.rope[1]}
+        return hook
+
+    def widen(self, _block, _args, output):
+        """A hook for the last block: its own tokens of the text, which the model drops, and the whole image."""
+        text = self.division.counts[self.rank][0]
+        image = all_to_all.gathered(output[:, text:], self.division, 1)
+        if self.rank:
+            raise Finished
+        return torch.cat((output[:, :text], image), 1)
+
+
+@contextmanager
+def divided(diffusion_model, family, options, rank, size):
+    """A context in which a forward of the model with these transformer options works on a part of the tokens. options: a dict, which is
+    changed for the time."""
+    forward, hooks = _Forward(family, rank, size), []
+    try:
+        for blocks in family.blocks:
+            hook = forward.narrow(blocks)
+            for block in getattr(diffusion_model, blocks.name):
+                hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        hooks.append(block.register_forward_hook(forward.widen))
+        options[OVERRIDE] = forward.attention
+        yield
+    finally:
+        options.pop(OVERRIDE, None)
+        for hook in hooks:
+            hook.remove()
