@@ -25,6 +25,7 @@ COMMANDS = {
     "pictures_knobs": "python benchmarks/pictures.py --comfyui PATH --knobs --prompts 64 --batch 64",
     "pictures": "python benchmarks/pictures.py --comfyui PATH --prompts 128 --batch 64",
     "quantize_full": "python benchmarks/quantize_full.py --comfyui PATH --vram-gb 12",
+    "several_gpus": "python benchmarks/several_gpus.py --comfyui PATH --blocks 5,10",
 }
 MODELS = {"bf16": "bf16", "fp8": "fp8, a scale a row (torchao's scheme)", "comfyui-fp8": "fp8, ComfyUI's own with --fast",
           "nf4": "NF4 (bitsandbytes)", "ours": "**4 bits, W4A8**", "ours-fused": "**4 bits, W4A8, fused blocks**",
@@ -197,6 +198,22 @@ def quantize(results, gpu):
             *table(["stage", "time"], stages)]
 
 
+def several(results, gpu):
+    """Quantizing a part of a FLUX.1 dev's blocks, and a step of the whole model, on one and on two GPUs."""
+    found = results(f"several_gpus_{gpu}")
+    runs = {name: found[f"quantize_{name}"]["lines"][0] for name in ("one", "two")}
+    one, two = (runs[name]["seconds_with_saving"] for name in ("one", "two"))
+    doubles, singles = found["arguments"]["blocks"]
+    same = "the same" if runs["one"]["sha256"] == runs["two"]["sha256"] else "different"
+    steps = [[f"{entry['size']} x {entry['size']}", f"{entry['one']['ms']:.1f} ms", f"{entry['several']['ms']:.1f} ms",
+              f"{entry['one']['ms'] / entry['several']['ms']:.2f}x", f"{entry['relative_error']:.3f}",
+              f"{entry['relative_error_of_other_attention']:.3f}", "the same" if entry["same_bits_again"] else "others"]
+             for entry in found["draw"]["lines"]]
+    return [*table(["quantization with saving", "1 GPU", "2 GPUs", "ratio", "bytes"],
+                   [[f"{doubles} double and {singles} single blocks", f"{one:.1f} s", f"{two:.1f} s", f"{two / one:.2f}", same]]), "",
+            *table(["step", "1 GPU", "2 GPUs", "faster", "relative error", "of another attention function", "bits again"], steps)]
+
+
 def file(results, machine):
     """Loading and converting files."""
     return files.tables(results(f"files_{machine}")).replace("warm / cold:", "Warm / cold:").split("\n")
@@ -228,4 +245,5 @@ def demo(results):
 
 TABLES = {"summary": summary, "step": step, "steps": steps, "caps": caps, "linears": linear, "lora": lora, "loras": loras, "layers": layers,
           "pictures": picture,
-          "recipes": recipes, "quantize": quantize, "files": file, "overhead": overhead, "compile": compilation, "demo": demo}
+          "recipes": recipes, "quantize": quantize, "several": several, "files": file, "overhead": overhead, "compile": compilation,
+          "demo": demo}

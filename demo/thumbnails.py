@@ -5,8 +5,8 @@
 Each picture is a template's own output: its graph runs in a real ComfyUI, with small files under the names of its models. Text encoders
 are replaced by the demo's words, sizes by the tiny FLUX's 192 pixels. Fill is the tiny FLUX with input channels for the mask whose
 weights are zero, so what it leaves alone is kept by the sampler. The LoRAs are exact: each makes the model read one word as another.
-There is no tiny model that follows edges, so Canny's and ControlNet's pictures show the edges that their graphs find; Kontext and Redux
-have no picture.
+Kontext is the tiny FLUX itself: beside a picture's tokens it draws that picture again, with the changes that its caption asks for. There
+is no tiny model that follows edges, so Canny's and ControlNet's pictures show the edges that their graphs find; Redux has no picture.
 """
 
 import io
@@ -26,6 +26,7 @@ from tiny_flux import words
 WORKFLOWS = setup.ROOT / "workflows"
 SIDE, SHOWN, STEPS = 192, 320, 20  # pixels of a picture, and in the thumbnail; sampler steps
 DEV, FILL = "svdq-int4_r32-flux.1-dev.safetensors", "svdq-int4_r32-flux.1-fill-dev.safetensors"
+KONTEXT = "svdq-int4_r32-flux.1-kontext-dev.safetensors"
 LORAS = {"realism_lora_comfy_converted.safetensors": ("star", "heart", 0.8),  # word, what it becomes, the template's strength
          "art_lora_comfy_converted.safetensors": ("blue", "yellow", 0.5),
          "anime_lora_comfy_converted.safetensors": ("white", "navy", 1.0)}
@@ -34,6 +35,9 @@ ROWS = {
     "SVDQuant_FLUX1-Fill_inpaint": (
         ("small red circle left of large blue star on white", "small red circle left of large yellow heart on white", 42),
         ("large green ring above medium black circle on mint", "large green ring above medium purple diamond on mint", 7)),
+    "SVDQuant_FLUX1-Kontext_edit": (
+        ("small red circle left of large blue star on white", "small red circle left of large green star on white", 42),
+        ("large blue star above small green square on white", "large red star above small green square on white", 3)),
     "SVDQuant_LoRA_stack": (
         ("small red circle left of large blue star on white", None, 42),
         ("large blue star above small green square on white", None, 3)),
@@ -43,6 +47,7 @@ ROWS = {
                                   ("small red circle left of large blue star on white", None, 42)),
 }
 FIND_EDGES = ("SVDQuant_FLUX1-Canny_control", "SVDQuant_FLUX1_ControlNet")
+MASKED = ("SVDQuant_FLUX1-Fill_inpaint",)
 MASKS = {42: (0.38, 0.12, 1, 1), 7: (0, 0.55, 1, 1)}  # {seed: the part that Fill redraws, left, top, right, bottom}
 
 
@@ -59,6 +64,9 @@ def prompt_of(name: str, client: Client, caption: str, seed: int) -> dict:
             del prompt[number]
         elif number in encoders:
             node.update(class_type="SVDQuantDemoWords", inputs={"text": caption})
+        elif node["class_type"] == "FluxKontextImageScale":  # to a megapixel
+            scale = {"upscale_method": "lanczos", "largest_size": SIDE}
+            node.update(class_type="ImageScaleToMaxDimension", inputs={**node["inputs"], **scale})
         values = {"steps": STEPS, "width": SIDE, "height": SIDE, "seed": seed}
         node["inputs"].update({key: value for key, value in values.items() if key in node["inputs"]})
         node["inputs"].update({key: [value[0], 1] for key, value in node["inputs"].items()
@@ -114,6 +122,7 @@ def make_models(client: Client, folder: Path) -> None:
     for name, change in LORAS.items():
         save_file(lora(state, *change), folder / "loras" / name)
     quantize(client, tiny.name, DEV)
+    (tiny.parent / KONTEXT).write_bytes((tiny.parent / DEV).read_bytes())
     quantize(client, "tiny_fill.safetensors", FILL)
 
 
@@ -132,7 +141,9 @@ def row(name: str, client: Client, inputs: Path, caption: str, other: str | None
     prompt = prompt_of(name, client, other or caption, seed)
     for node in prompt.values():
         if node["class_type"] == "LoadImage":
-            shown = first.resize((2 * SHOWN, 2 * SHOWN), Image.Resampling.LANCZOS) if name in FIND_EDGES else masked(first, seed)
+            shown = masked(first, seed) if name in MASKED else first
+            if name in FIND_EDGES:
+                shown = first.resize((2 * SHOWN, 2 * SHOWN), Image.Resampling.LANCZOS)
             shown.save(inputs / f"{name}_{seed}.png")
             node["inputs"]["image"] = f"{name}_{seed}.png"
     return first, picture(client, up_to("PreviewImage" if name in FIND_EDGES else "SaveImage", prompt))

@@ -34,7 +34,8 @@ KINDS = {
 
 def check_types(node, **values):
     """Raise ValueError, which names the input, unless all values have the types of the node's schema. An optional one may be None."""
-    entries = {entry.id: entry for entry in node.GET_SCHEMA().inputs}
+    # Not GET_SCHEMA, which sets attributes of the class: ComfyUI runs a node on a copy of its class that refuses that.
+    entries = {entry.id: entry for entry in (node.SCHEMA or node.define_schema()).inputs}
     for name, value in values.items():
         kind = str(entries[name].io_type)
         fits, remedy = KINDS[kind]

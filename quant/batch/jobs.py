@@ -175,11 +175,19 @@ def ray_places(address):
         import ray
     except ModuleNotFoundError:
         raise ValueError("Ray is not installed in this Python; pip install ray, or leave --ray out to use this machine's GPUs.") from None
+
+    def on_node(command, folder):
+        # Ray sends this function itself, since its workers don't know the pack's modules, and sets CUDA_VISIBLE_DEVICES before it runs.
+        import subprocess
+
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+                              errors="replace")
+        return done.returncode, done.stdout
+
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     count = int(ray.cluster_resources().get("GPU", 0))
     if not count:
         raise ValueError("The Ray cluster has no GPU; start its nodes with --num-gpus.")
-    # Ray sets CUDA_VISIBLE_DEVICES to the GPU that it has chosen; an attempt of its own is not one of ours. SPREAD sends a second attempt
-    # elsewhere where it can.
-    remote = ray.remote(num_gpus=1, max_retries=0, scheduling_strategy="SPREAD")(lambda command: finished(command, {}))
-    return {f"Ray {number}": lambda command: ray.get(remote.remote(command)) for number in range(count)}
+    # SPREAD sends a second attempt to another node where it can. Ray itself tries nothing again: that is run_all's part.
+    remote = ray.remote(num_gpus=1, max_retries=0, scheduling_strategy="SPREAD")(on_node)
+    return {f"Ray {number}": lambda command: ray.get(remote.remote(command, os.getcwd())) for number in range(count)}

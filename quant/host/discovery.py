@@ -301,8 +301,9 @@ def lineage(model, call, device, blocks, layers):
 def check_replay(family, patcher, call, seen):
     """Raise ValueError unless calibration's replay of one block at a time sees the inputs that the whole model has."""
     model = patcher.model.diffusion_model
+    replayed = stages(family, model)
     stream = calibration.stream_blocks(
-        model, [call], calibration.Memory(patcher.load_device), stages(family, model),
+        model, [call], calibration.Memory(patcher.load_device), replayed,
         lambda name, block: family.outer_layers(block) if name == OUTSIDE else family.block_layers(name, block), None,
         sources=family.sources(model))
     with torch.no_grad():

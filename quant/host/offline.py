@@ -31,6 +31,7 @@ def run(options, progress, ranks=ALONE):
         family = checks.check_model(patcher)
         for path, strength in options.lora:
             patcher = with_lora(patcher, path, strength)
+        _compare(ranks, patcher.load_device, progress)
         recipe = replace(presets.make_recipe(options.preset, options.rank, options.exceptions), tokens=options.tokens)
         prompts = _prompts(family, options, progress) if ranks.rank == 0 else None
         if options.write_conditioning:
@@ -55,6 +56,13 @@ def with_lora(patcher, path, strength):
     if sum(map(len, patched.patches.values())) == sum(map(len, patcher.patches.values())):
         raise ValueError(f"{os.path.basename(path)} has no LoRA for this model; leave it out, or choose one that was trained on it.")
     return patched
+
+
+def _compare(ranks, device, progress):
+    """Say if the processes' GPUs are of different kinds, whose products are rounded differently."""
+    kinds = sorted(set(ranks.gathered(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)))
+    if len(kinds) > 1:
+        progress.say(f"The GPUs are of different kinds ({', '.join(kinds)}): which one quantizes a layer decides its last bits.")
 
 
 def _prompts(family, options, progress):

@@ -7,12 +7,13 @@ from dataclasses import asdict
 
 import torch
 
+from ..families.family import OUTSIDE
 from ..layers import layout
 from ..parallel import shares
 from ..parallel.alone import ALONE
 from ..quantizer import calibration, out_of_memory, pipeline
 from ..quantizer.pace import Pace
-from .calibrate import OUTSIDE, block_statistics, stages
+from .calibrate import block_statistics, stages
 from .weights import effective_weight
 
 

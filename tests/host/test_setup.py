@@ -80,26 +80,35 @@ def fake_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The steps that pip has installed."""
+    """The steps that pip has installed, and "compiled" after those of a run."""
     found = []
     monkeypatch.setattr(setup, "pip_install", lambda python, step: found.append(step))
+    monkeypatch.setattr(setup, "compile_packages", lambda python: found.append("compiled"))
     return found
 
 
 def test_nothing_is_installed_twice(fake_venv, calls):
     for _ in range(2):
         setup.install(fake_venv, {"a": ["a==1"], "b": ["--no-deps", "b==2"]})
-    assert calls == [["a==1"], ["--no-deps", "b==2"]]
+    assert calls == [["a==1"], ["--no-deps", "b==2"], "compiled"]
     setup.install(fake_venv, {"a": ["a==2"]})
     setup.install(fake_venv, {"a": ["a==1"], "c": ["c==3"]})
-    assert calls[2:] == [["a==2"], ["a==1"], ["c==3"]]
+    assert calls[3:] == [["a==2"], "compiled", ["a==1"], ["c==3"], "compiled"]
+
+
+def test_all_packages_are_compiled(tmp_path, monkeypatch):
+    (tmp_path / "good.py").write_text("a = 1")
+    (tmp_path / "python2.py").write_text("print 1")
+    monkeypatch.setattr(setup, "site_packages", lambda python: tmp_path)
+    setup.compile_packages(Path(sys.executable))
+    assert [path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")] == ["good"]
 
 
 def test_an_environment_of_another_python_is_made_again(fake_venv, calls):
     setup.install(fake_venv, {"a": ["a==1"]})
     (fake_venv.parents[1] / "pyvenv.cfg").write_text("version = 3.9.1\n")
     setup.install(fake_venv, {"a": ["a==1"]})
-    assert calls == [["a==1"], ["a==1"]]
+    assert calls == [["a==1"], "compiled", ["a==1"], "compiled"]
 
 
 def test_a_failing_pip_is_an_error_and_the_next_run_goes_on(fake_venv, monkeypatch):

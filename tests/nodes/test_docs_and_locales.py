@@ -139,21 +139,27 @@ def test_the_translated_messages_are_in_the_code():
     assert [message for message in messages if message not in CODE and message.removeprefix("{}") not in CODE] == []
 
 
-# {file: why its sentences, or some of them, are in English on the node}
+# {file, or file: beginning of a sentence: why its sentences, or some of them, are in English on the node or not on a node at all}
 ENGLISH = {
+    "batch/": "of the command line",
     "checkpoint/": "names tensors, layers or metadata of a rare or damaged file, for a bug report or for who made the file",
     "download/hub.py": "of a Hub that answers as none should, or of a file that is no model",
+    "families/discovered.py": "a part of a sentence about a damaged file",
     "families/family.py": "a part of a sentence about a damaged file",
     "host/build.py": "a part of a sentence about a damaged file",
+    "host/conditioning.py": "of the command line's --conditioning",
+    "host/discovery.py: This MODEL is value, none of the families": "of torchrun's processes; that of one process is translated",
     "host/find_nan.py": "a search for the bug report, which a user asks for",
     "host/loader.py": "names what ComfyUI's version can't read",
     "host/lora.py": "a part of a line in the console",
     "host/mapping.py": "raised when another node runs the model",
+    "host/offline.py": "of the command line",
     "host/patcher.py": "raised when another node uses the model",
     "host/quantize.py": "of a model without layers that can be quantized, or a LoRA that changes shapes",
     "host/resume.py": "shown nowhere",
     "host/saving.py": "of another pack that replaces parts of the model",
     "layers/": "a part of a sentence about a damaged file",
+    "parallel/ranks.py": "of torchrun's processes",
     "quantizer/gptq.py": "of a matrix that no real prompt gives",
 }
 
@@ -169,11 +175,12 @@ def raised(path: Path) -> list[str]:
 
 def test_the_sentences_of_errors_are_translated_or_said_to_stay_english():
     patterns = [re.compile("(.*?)".join(map(re.escape, re.split(r"\{\d\}", message)))) for message in read(MESSAGES / "de.json")]
-    untranslated = {path.relative_to(room).as_posix(): sentence
+    untranslated = [f"{path.relative_to(room).as_posix()}: {sentence}"
                     for room in (ROOT / "nodes", ROOT / "quant") for path in sorted(room.rglob("*.py"))
-                    for sentence in raised(path) if not any(pattern.fullmatch(sentence) for pattern in patterns)}
-    assert {path: sentence for path, sentence in untranslated.items() if not path.startswith(tuple(ENGLISH))} == {}
-    assert [place for place in ENGLISH if not any(path.startswith(place) for path in untranslated)] == [], "all is translated there now"
+                    for sentence in raised(path) if not any(pattern.fullmatch(sentence) for pattern in patterns)]
+    assert [sentence for sentence in untranslated if not sentence.startswith(tuple(ENGLISH))] == []
+    unused = [place for place in ENGLISH if not any(sentence.startswith(place) for sentence in untranslated)]
+    assert unused == [], "all is translated there now"
 
 
 @pytest.mark.parametrize("locale", [path.name for path in sorted(LOCALES.iterdir())])

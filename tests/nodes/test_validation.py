@@ -11,8 +11,10 @@ import folder_paths
 import nodes
 import pytest
 import torch
+from comfy_api.internal import lock_class
 from comfy_api.latest import io
 from comfyui_svdquant import comfy_entrypoint
+from comfyui_svdquant.nodes.checked import check_types
 from comfyui_svdquant.nodes.download_model import OWN_CHOICE, PRESETS
 from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
 from comfyui_svdquant.nodes.progress import NodeProgress
@@ -222,3 +224,13 @@ def test_the_order_of_inputs_and_what_newer_versions_know():
         schema = node.GET_SCHEMA()
         assert schema.category == "SVDQuant"
         assert {"nunchaku", "4-bit", "low vram"} <= set(getattr(schema, "search_aliases", ["nunchaku", "4-bit", "low vram"]))
+
+
+@pytest.mark.parametrize("node", [SVDQuantSaveModel, SVDQuantLoadModel, SVDQuantQuantizeModel])
+def test_types_are_checked_on_the_copy_of_the_class_that_comfyui_runs(node):
+    """The copy takes no attributes, so that a node can't keep anything between runs."""
+    name, value = {SVDQuantSaveModel: ("overwrite", True)}.get(node, (node.define_schema().inputs[-1].id, "auto"))
+    copy = lock_class(node.PREPARE_CLASS_CLONE({}))
+    check_types(copy, **{name: value})
+    with pytest.raises(ValueError, match=f"The input {name} is "):
+        check_types(copy, **{name: []})

@@ -6,6 +6,7 @@ import shutil
 import folder_paths
 import pytest
 import torch
+from comfy_api.internal import lock_class
 from comfyui_svdquant.nodes import load_model
 from comfyui_svdquant.nodes.checked import choose
 from comfyui_svdquant.nodes.compare import SVDQuantCompare
@@ -139,6 +140,15 @@ def test_compare_models_names_its_input(model, name, value):
     inputs = {"model_1": model, "model_2": model, "positive": [[IMAGE, {}]], "latent_image": {"samples": IMAGE}, "vae": Vae(), "seed": 0,
               "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "factor": 8.0} | {name: value}
     assert said(SVDQuantCompareModels.execute, **inputs).startswith(f"The input {name} is ")
+
+
+@pytest.mark.parametrize(("node", "inputs"), [
+    (SVDQuantCompare, (3, IMAGE, 8.0)), (SVDQuantCompareModels, ("x", *[None] * 11)),
+    (SVDQuantDownloadModel, (OWN_CHOICE, 3, "x", "main", "")), (SVDQuantQuantizeModel, (3, "naive", 16, 1, 0)),
+    (SVDQuantSaveModel, (None, 3, False))])
+def test_a_node_runs_on_comfyuis_locked_copy_of_its_class(node, inputs):
+    """A copy that refuses to be changed, as in a server's run."""
+    assert said(lock_class(node.PREPARE_CLASS_CLONE(None)).execute, *inputs).startswith("The input ")
 
 
 @pytest.mark.parametrize("name", ["repository", "file", "revision", "filename"])

@@ -30,8 +30,15 @@ def write_conditioning(path):
     return str(path)
 
 
-def quantize(*arguments, launcher=(sys.executable,), **variables):
-    """quantize.py's finished process. variables: environment variables."""
+def started(*arguments, launcher=(sys.executable,), **variables):
+    """quantize.py's running process. variables: environment variables."""
     environment = os.environ | {"COMFYUI_PATH": str(setup.locate().comfy), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run([*launcher, str(SHIM), str(ROOT / "quantize.py"), *map(str, arguments)], capture_output=True, text=True,
-                          encoding="utf-8", env=environment, timeout=250)
+    return subprocess.Popen([*launcher, str(SHIM), str(ROOT / "quantize.py"), *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment)
+
+
+def quantize(*arguments, **options):
+    """quantize.py's finished process. The arguments are those of started."""
+    with started(*arguments, **options) as process:
+        output, errors = process.communicate(timeout=250)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

@@ -1,6 +1,8 @@
 """quantize.py, alone and under torchrun: real processes on the CPU, with gloo."""
 
 import os
+import signal
+import time
 from types import SimpleNamespace
 
 import comfy.sd
@@ -15,7 +17,7 @@ from comfyui_svdquant.quant.host import conditioning, loader, offline
 from safetensors.torch import save_file
 
 from ..comfy_models import sample
-from .commands import OPTIONS, TORCHRUN, quantize, write_conditioning, write_model
+from .commands import OPTIONS, TORCHRUN, quantize, started, write_conditioning, write_model
 
 DATE = "1000000000"  # of SOURCE_DATE_EPOCH
 
@@ -60,6 +62,27 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on_to_the_same_byte
     again = quantize(*arguments, launcher=TORCHRUN, SOURCE_DATE_EPOCH=DATE)
     assert again.returncode == 0, again.stderr
     assert target.read_bytes() == one_process and not kept.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows can't send Ctrl-C to one process")
+def test_ctrl_c_leaves_the_finished_blocks_and_no_file(files, one_process):
+    target, kept = files.folder / "interrupted" / "model.safetensors", files.folder / "kept after Ctrl-C"
+    arguments = (files.model, target, "--conditioning", files.cond, *OPTIONS, "--progress", kept)
+    with started(*arguments, SOURCE_DATE_EPOCH=DATE) as process:
+        until = time.monotonic() + 150
+        while not list(kept.rglob("*blocks.0.safetensors")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "The same command goes on" in errors and "Traceback" not in errors, errors
+    assert not target.parent.exists() and list(kept.rglob("*blocks.0.safetensors"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", DATE)
+        texts = []
+        shown = Terminal(shown=False)
+        shown.step = texts.append
+        offline.run(options.parsed(list(map(str, arguments))), shown)
+    assert any("done before" in text for text in texts) and target.read_bytes() == one_process
 
 
 def test_one_process_runs_without_a_server(files, tmp_path):

@@ -1,0 +1,111 @@
+"""What to expect of two, four and eight GPUs, as arithmetic:  python benchmarks/several_gpus_estimate.py
+
+A step of FLUX.1-dev in W4A8 with fused blocks. The work on tokens and in attention is that of one H200, divided by the number of GPUs.
+Before and after attention of each block the GPUs exchange q, k, v and the output: of L tokens of K channels in 16 bits each GPU sends
+3 L K 2 (N - 1) / N^2 and L K 2 (N - 1) / N^2 bytes. What a GPU sends is also copied twice in its own memory. The processor launches a
+block's work in a time of its own: no step is shorter than that.
+
+Quantization: everything up to the file is divided, but for the start and the file.
+"""
+
+import json
+from dataclasses import dataclass
+
+import flux_model
+from machine import ROOT
+
+STEPS, SEVERAL = (ROOT / "benchmarks" / "results" / f"{name}_h200.json" for name in ("flux_step", "several_gpus"))
+BLOCKS = flux_model.DEV["depth"] + flux_model.DEV["depth_single_blocks"]
+WIDTH, BYTES = flux_model.DEV["hidden_size"], 2
+MEMORY = 4.0e12  # bytes a second of an H200's memory, of copies, read and written bytes together
+
+
+@dataclass(frozen=True)
+class Link:
+    """bandwidth: bytes a second in one direction from one GPU; latency: seconds of a collective without data."""
+
+    name: str
+    bandwidth: float
+    latency: float
+
+
+LINKS = (Link("NVLink 4", 350e9, 25e-6), Link("PCIe 5.0 x16", 45e9, 40e-6), Link("PCIe 4.0 x16", 22e9, 40e-6))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of a step on one GPU: on tokens, in attention, and of the processor."""
+
+    tokens: float
+    attention: float
+    processor: float
+
+
+def tokens_of(pixels):
+    return (pixels // 16) ** 2 + flux_model.TEXT_TOKENS
+
+
+def work_of(pixels, entries):
+    """The Work at a size, from the kernels' times at 1024 x 1024: attention's grows with the square of the tokens, the rest with them."""
+    kernels = next(entry["kernel_ms"] for entry in entries if entry["variant"] == "ours-fused-eager" and entry.get("kernel_ms"))
+    growth = tokens_of(pixels) / tokens_of(1024)
+    attention = kernels["attention"]
+    launches = next(entry["ms"] for entry in entries if entry["variant"] == "ours-fused-eager" and entry["pixels"] == 256)
+    return Work((sum(kernels.values()) - attention) * growth / 1e3, attention * growth**2 / 1e3, launches / 1e3)
+
+
+def bytes_sent(tokens, gpus):
+    """(before, after) attention of a block, by each GPU."""
+    one = tokens * WIDTH * BYTES * (gpus - 1) / gpus**2
+    return 3 * one, one
+
+
+def exchange_seconds(tokens, gpus, link):
+    """Of one block: the two collectives, and the copies in a GPU's own memory."""
+    copied = 2 * 2 * 4 * tokens * WIDTH * BYTES / gpus / MEMORY
+    return 2 * link.latency + sum(bytes_sent(tokens, gpus)) / link.bandwidth + copied
+
+
+def step_seconds(pixels, gpus, link, work, launch=150e-6):
+    """A step. launch: the processor's seconds for the exchange of a block."""
+    if gpus == 1:
+        return max(work.tokens + work.attention, work.processor)
+    tokens = tokens_of(pixels)
+    gathered = tokens * WIDTH * BYTES * (gpus - 1) / gpus / link.bandwidth
+    on_gpu = (work.tokens + work.attention) / gpus + BLOCKS * exchange_seconds(tokens, gpus, link) + gathered
+    return max(on_gpu, work.processor + BLOCKS * launch)
+
+
+def quantize_seconds(gpus, one, start, file):
+    """A quantization. one: seconds of one GPU up to the file; start: of them, those that can't be divided, plus what several take to find
+    each other; file: those that writing the file takes."""
+    return start + (one - start) / gpus + file
+
+
+def tables():
+    entries = json.loads(STEPS.read_text(encoding="utf-8"))["entries"]
+    lines = ["| pixels | link | MB a block | 1 GPU | 2 | 4 | 8 |", "|---|---|---|---|---|---|---|"]
+    for pixels in (1024, 2048):
+        work = work_of(pixels, entries)
+        for link in LINKS:
+            times = [step_seconds(pixels, gpus, link, work) for gpus in (1, 2, 4, 8)]
+            cells = [f"{times[0] * 1e3:.0f} ms", *(f"{time * 1e3:.0f} ms ({times[0] / time:.2f}x)" for time in times[1:])]
+            lines.append(f"| {pixels} | {link.name} | {sum(bytes_sent(tokens_of(pixels), 2)) / 1e6:.0f} | {' | '.join(cells)} |")
+    lines += ["", "| quantization of all blocks | 1 GPU | 2 | 4 | 8 |", "|---|---|---|---|---|", quantization()]
+    return "\n".join(lines)
+
+
+def quantization():
+    """The row of FLUX.1-dev's quantization, from the measured part of its blocks: what does not grow with them is found from the times of
+    one and two GPUs."""
+    found = json.loads(SEVERAL.read_text(encoding="utf-8"))
+    one, two = (found[f"quantize_{name}"]["lines"][0] for name in ("one", "two"))
+    share = BLOCKS / sum(found["arguments"]["blocks"])
+    start = max(0.0, 2 * two["seconds"] - one["seconds"])  # t2 = start + (t1 - start) / 2
+    whole, file = start + (one["seconds"] - start) * share, (one["seconds_with_saving"] - one["seconds"]) * share
+    times = [quantize_seconds(gpus, whole, start, file) for gpus in (1, 2, 4, 8)]
+    return f"| seconds | {' | '.join(f'{time:.0f} ({time / times[0]:.2f})' for time in times)} |"
+
+
+if __name__ == "__main__":
+    print(tables())
