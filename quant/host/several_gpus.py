@@ -82,7 +82,7 @@ class Drawing:
                 log.warning("SVDQuant Several GPUs: this runs on one GPU, since %s.", why)
             return executor(*args, **kwargs)
         self.start()
-        ranks = self.crew.joined()
+        ranks = self.crew.joined(comfy.model_management.throw_exception_if_processing_interrupted)
         try:
             ranks.exchanged(dict.fromkeys(range(1, ranks.size), (without_options(args, options), without_options(kwargs, options))))
             with sequence.divided(executor.class_obj, self.family, options, 0, ranks.size):

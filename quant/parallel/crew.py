@@ -40,13 +40,14 @@ class Crew:
         self.state = {"joined": False}
         self.end = weakref.finalize(self, _end, self.processes, self.state)
 
-    def joined(self):
-        """The Ranks of the crew. Waits until every worker is ready. Raises Lost if one has ended."""
+    def joined(self, check=lambda: None):
+        """The Ranks of the crew. Waits until every worker is ready. Raises Lost if one has ended. check: called often, to cancel."""
         self.check()
         if self.ranks is None:
             until = time.monotonic() + START_SECONDS
             while not self.store.check([READY.format(rank) for rank in range(1, self.size)]):
                 self.check()
+                check()
                 if time.monotonic() > until:
                     self.close()
                     raise Lost(f"The processes of the other GPUs were not ready after {START_SECONDS} s; see ComfyUI's log.")

@@ -22,6 +22,7 @@ from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
 from comfyui_svdquant.nodes.progress import NodeProgress
 from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
+from comfyui_svdquant.nodes.several_gpus import SVDQuantSeveralGPUs
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header, read_header
 from comfyui_svdquant.quant.download.hub import HubError
 from comfyui_svdquant.quant.host.loader import load_model
@@ -32,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from host.server import ROOT, TINY
 
 NODES = (SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect, SVDQuantCompare,
-         SVDQuantCompareModels, SVDQuantDoctor)
+         SVDQuantCompareModels, SVDQuantDoctor, SVDQuantSeveralGPUs)
 FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
