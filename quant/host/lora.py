@@ -16,7 +16,9 @@ import comfy.lora
 import torch
 
 from ..layers.lora_branch import Dense, Kronecker, LoRABranch, LowRank
+from ..quantizer import out_of_memory
 from ..quantizer.truncated_svd import KEPT_ENERGY, truncated_svd
+from ..text import bounded
 from .patches import NAMES, LoKrParts, LoRAParts, dora_scale, identity, kind, parts, patch_of, reads_weight
 
 EXACT = "exactly"
@@ -220,8 +222,14 @@ class _Sketch:
             return difference if function is None else function(difference)
 
         originals = {self.key: [(self.layer.dense(self.device), None)]} if kind(value) == NAMES["model_as_lora"] else None
-        result = comfy.lora.calculate_weight([(strength, value, 1.0, offset, passed_on)], weight.clone(), self.key,
-                                             original_weights=originals)
+        try:
+            result = comfy.lora.calculate_weight([(strength, value, 1.0, offset, passed_on)], weight.clone(), self.key,
+                                                 original_weights=originals)
+        except (RuntimeError, IndexError, TypeError) as error:  # of factors that don't fit each other
+            if out_of_memory.on_device(error) or out_of_memory.on_host(error):
+                raise
+            raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)} "
+                                    f"({bounded(str(error), 200)})") from error
         if result.shape != weight.shape:
             raise self.misfit(f"a weight of {list(result.shape)}")
         # ComfyUI only logs when it can't apply a patch. When it can, it calls `function` or replaces the weight.
