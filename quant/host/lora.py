@@ -40,7 +40,10 @@ def check(layer_name, layer, parameter, value, strength_model, offset):
         raise refusal(layer_name, "its bias contains the GELU shift correction, so a patch can only add to it")
     if parameter == "weight" and isinstance(parts(value), (LoRAParts, LoKrParts)):
         # On the meta device this computes nothing, and raises if shapes do not fit.
-        _Sketch(layer_name, layer, torch.device("meta"), {}).add_factors(value, 1.0, offset)
+        try:
+            _Sketch(layer_name, layer, torch.device("meta"), {}).add_factors(value, 1.0, offset)
+        except RuntimeError as error:
+            raise refusal(layer_name, f"the factors of its {kind(value)} don't fit each other ({bounded(str(error), 200)})") from error
 
 
 def build(key, layer, patches, device, cache, in_place=False):
@@ -235,6 +238,8 @@ class _Sketch:
         # ComfyUI only logs when it can't apply a patch. When it can, it calls `function` or replaces the weight.
         if not computed and torch.equal(result, weight):
             raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)}; the console says why")
+        if not torch.isfinite(result).all():
+            raise refusal(self.key, f"its {kind(value)} gives NaN or infinity")
         return result
 
     def add_difference(self, difference, rows=None, cols=None):

@@ -85,8 +85,10 @@ def dense_change(patcher, key, dense):
 @example(file=("LoRA", LINEAR1, [], 1.0)).via("a sound file")
 @example(file=("LoRA", LINEAR1, [(0, "nan", 0)], 1.0)).via("silent acceptance")
 @example(file=("LoHa", LINEAR2, [(1, "shape", 3)], 1.0)).via("factors that do not fit")
+@example(file=("set", LINEAR2, [(1, "nan", 5)], 1.0)).via("no singular values")
+@example(file=("LoKr in factors", LINEAR1, [(2, "empty", 3)], -2.5)).via("factors of a factor")
 @example(file=("LoKr", QKV, [(1, "empty", 0)], 1.0)).via("no elements")
-@settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 def test_any_lora_is_refused_or_has_its_effect(model, file):
     kind, name, changes, strength = file
     layer, key = layer_of(model, name), f"diffusion_model.{name}.weight"
