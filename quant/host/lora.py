@@ -16,7 +16,9 @@ import comfy.lora
 import torch
 
 from ..layers.lora_branch import Dense, Kronecker, LoRABranch, LowRank
+from ..quantizer import out_of_memory
 from ..quantizer.truncated_svd import KEPT_ENERGY, truncated_svd
+from ..text import bounded
 from .patches import NAMES, LoKrParts, LoRAParts, dora_scale, identity, kind, parts, patch_of, reads_weight
 
 EXACT = "exactly"
@@ -38,7 +40,10 @@ def check(layer_name, layer, parameter, value, strength_model, offset):
         raise refusal(layer_name, "its bias contains the GELU shift correction, so a patch can only add to it")
     if parameter == "weight" and isinstance(parts(value), (LoRAParts, LoKrParts)):
         # On the meta device this computes nothing, and raises if shapes do not fit.
-        _Sketch(layer_name, layer, torch.device("meta"), {}).add_factors(value, 1.0, offset)
+        try:
+            _Sketch(layer_name, layer, torch.device("meta"), {}).add_factors(value, 1.0, offset)
+        except RuntimeError as error:
+            raise refusal(layer_name, f"the factors of its {kind(value)} don't fit each other ({bounded(str(error), 200)})") from error
 
 
 def build(key, layer, patches, device, cache, in_place=False):
@@ -220,13 +225,21 @@ class _Sketch:
             return difference if function is None else function(difference)
 
         originals = {self.key: [(self.layer.dense(self.device), None)]} if kind(value) == NAMES["model_as_lora"] else None
-        result = comfy.lora.calculate_weight([(strength, value, 1.0, offset, passed_on)], weight.clone(), self.key,
-                                             original_weights=originals)
+        try:
+            result = comfy.lora.calculate_weight([(strength, value, 1.0, offset, passed_on)], weight.clone(), self.key,
+                                                 original_weights=originals)
+        except (RuntimeError, IndexError, TypeError) as error:  # of factors that don't fit each other
+            if out_of_memory.on_device(error) or out_of_memory.on_host(error):
+                raise
+            raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)} "
+                                    f"({bounded(str(error), 200)})") from error
         if result.shape != weight.shape:
             raise self.misfit(f"a weight of {list(result.shape)}")
         # ComfyUI only logs when it can't apply a patch. When it can, it calls `function` or replaces the weight.
         if not computed and torch.equal(result, weight):
             raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)}; the console says why")
+        if not torch.isfinite(result).all():
+            raise refusal(self.key, f"its {kind(value)} gives NaN or infinity")
         return result
 
     def add_difference(self, difference, rows=None, cols=None):
