@@ -5,8 +5,8 @@
 Each picture is a template's own output: its graph runs in a real ComfyUI, with small files under the names of its models. Text encoders
 are replaced by the demo's words, sizes by the tiny FLUX's 192 pixels. Fill is the tiny FLUX with input channels for the mask whose
 weights are zero, so what it leaves alone is kept by the sampler. The LoRAs are exact: each makes the model read one word as another.
-Kontext is the tiny FLUX itself, which was not trained for it: beside a picture's tokens it draws that picture again, in a colour between the
-picture's and the caption's. There is no tiny model that follows edges, so Canny's and ControlNet's pictures show the edges that their
+Kontext is the tiny FLUX itself, which was not trained for it: beside a picture's tokens it draws that picture again, in a colour between
+the picture's and the caption's. There is no tiny model that follows edges, so Canny's and ControlNet's pictures show the edges that their
 graphs find; Redux has no picture.
 """
 
