@@ -5,8 +5,9 @@
 Each picture is a template's own output: its graph runs in a real ComfyUI, with small files under the names of its models. Text encoders
 are replaced by the demo's words, sizes by the tiny FLUX's 192 pixels. Fill is the tiny FLUX with input channels for the mask whose
 weights are zero, so what it leaves alone is kept by the sampler. The LoRAs are exact: each makes the model read one word as another.
-Kontext is the tiny FLUX itself: beside a picture's tokens it draws that picture again, with the changes that its caption asks for. There
-is no tiny model that follows edges, so Canny's and ControlNet's pictures show the edges that their graphs find; Redux has no picture.
+Kontext is the tiny FLUX itself, which was not trained for it: beside a picture's tokens it draws that picture again, in a colour between
+the picture's and the caption's. There is no tiny model that follows edges, so Canny's and ControlNet's pictures show the edges that their
+graphs find; Redux has no picture.
 """
 
 import io
@@ -36,8 +37,8 @@ ROWS = {
         ("small red circle left of large blue star on white", "small red circle left of large yellow heart on white", 42),
         ("large green ring above medium black circle on mint", "large green ring above medium purple diamond on mint", 7)),
     "SVDQuant_FLUX1-Kontext_edit": (
-        ("small red circle left of large blue star on white", "small red circle left of large green star on white", 42),
-        ("large blue star above small green square on white", "large red star above small green square on white", 3)),
+        ("small red circle left of large blue star on white", "small red circle left of large yellow star on white", 42),
+        ("large blue star above small green square on white", "large yellow star above small green square on white", 3)),
     "SVDQuant_LoRA_stack": (
         ("small red circle left of large blue star on white", None, 42),
         ("large blue star above small green square on white", None, 3)),
