@@ -43,6 +43,9 @@ def test_the_check_of_links_sees_broken_ones():
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 
+OPTIONS = {"demo/run.py": ["demo/show.py"], "quantize.py": ["quant/batch/options.py"]}  # where scripts have more
+
+
 def commands(path: Path) -> list[str]:
     found = code(read(path))
     lines = [line.strip() for block in found.blocks for line in block.splitlines()]
@@ -66,9 +69,10 @@ def check_script(command: str, words: list[str]) -> None:
         name, words = words[1].replace(".", "/") + ".py", words[1:]
         if words[0] == "pytest":
             return
-    script = ROOT / name.removeprefix("ComfyUI-SVDQuant/")
+    name = name.removeprefix("ComfyUI-SVDQuant/")
+    script = ROOT / name
     assert script.is_file(), f"{command}: there is no {name}"
-    text = read(script) + (read(ROOT / "demo" / "show.py") if script == ROOT / "demo" / "run.py" else "")
+    text = read(script) + "".join(read(ROOT / other) for other in OPTIONS.get(name, ()))
     for option in words[1:]:
         assert not option.startswith("--") or f'"{option}"' in text, f"{command}: {name} has no option {option}"
 
