@@ -5,6 +5,7 @@ forward on a part of the tokens (sequence.py). A forward that other nodes have c
 as ever, and a line of the log says why.
 """
 
+import inspect
 import json
 import logging
 import sys
@@ -63,7 +64,7 @@ class Drawing:
         self.family, self.gpus, self.unpatched, self.crew, self.said = family, gpus, patcher.patches_uuid, None, set()
         self.model, self.device = patcher.model, patcher.load_device
         bits = {layer.act_bits for layer in patcher.model.diffusion_model.modules() if isinstance(layer, SVDQuantLinear)}
-        self.options = {"comfyui": str(Path(comfy.options.__file__).parents[1]), "options": host_options(), "path": path,
+        self.options = {"comfyui": str(Path(inspect.getfile(comfy.options)).parents[1]), "options": host_options(), "path": path,
                         "act_bits": max(bits, default=0),
                         "compute_dtype": str(patcher.model.get_dtype()).removeprefix("torch.")}
         self.start()
