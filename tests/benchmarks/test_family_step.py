@@ -16,6 +16,7 @@ from host import setup
 from host.server import ROOT
 
 
+@pytest.mark.heavy
 def test_a_run(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "family_step.py", "--comfyui", setup.locate().comfy, "--small", "--pixels", "64",
                "--variants", "bf16-eager", "ours-eager", "ours-w4a4", "--out", tmp_path / "result.json"]

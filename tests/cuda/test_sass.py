@@ -20,7 +20,7 @@ from .variants import variants as all_variants
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 
 REGISTERS = 65536  # of an SM, in all architectures
-FULLY = ("sm_80", "sm_86", "sm_89")  # generations of which every variant is compiled, also where time is short
+FULLY = ("sm_80", "sm_89")  # generations of which every variant is compiled, also where time is short
 
 
 @dataclass(frozen=True)

@@ -433,7 +433,7 @@ def mutations(draw):
 
 @given(nvfp4=st.booleans(), changes=st.lists(mutations(), min_size=1, max_size=3))
 @example(nvfp4=False, changes=[(158, "shape", [96, 96])])  # a modulation layer for a wider model
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_mutated_headers_are_refused_or_describe_a_whole_model(written, written_nvfp4, tmp_path, nvfp4, changes):
     header = read_header(str(written_nvfp4 if nvfp4 else written))
     types = {torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}

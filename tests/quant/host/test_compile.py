@@ -87,6 +87,7 @@ def test_row_scales_are_computed_when_a_layer_gets_its_weights(pair_files):
     assert all(layer._row_scale.is_of(layer.weight_scale) and layer._row_scale.value.dtype == torch.float32 for layer in layers_of(patcher))
 
 
+@pytest.mark.heavy
 def test_the_search_is_not_in_the_graph_if_act_bits_change_after_loading(pair_files):
     patcher, graphs = compiled(loader.load_model(pair_files[1]))
     preparation.set_act_bits(patcher.model, 8)

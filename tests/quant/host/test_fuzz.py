@@ -343,7 +343,7 @@ def lie(header, size, name, kind, value):
 
 
 @given(form=st.sampled_from(FORMS), changes=st.lists(mutations(), min_size=1, max_size=3))
-@settings(FUZZ, max_examples=2000)
+@settings(FUZZ, max_examples=1000)
 def test_mutated_files_are_refused_or_match_their_description(files, tmp_path, form, changes):
     entries = {name: list(value) for name, value in files[form][0].items()}
     metadata, lies = dict(files[form][1]), []

@@ -22,7 +22,7 @@ from ..comfy_models import LATENT, prompts
 from ..lora_tensors import generic, load_lora, random, shapes
 from ..packed_flux import packed_flux
 
-HISTORIES, MANY, STEPS = 60, 2000, 10
+HISTORIES, MANY, STEPS = 40, 2000, 10
 BUDGETS = (0.0, 0.2, 0.5, 0.9, 1.0, 1.5)  # parts of the model's size
 STRENGTHS = (1.0, -0.5)
 FLAGS = ("comfy_patched_weights", "prev_comfy_cast_weights", "streamed", "_row_scale")
