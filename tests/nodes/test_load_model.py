@@ -87,5 +87,6 @@ def test_the_node_does_not_import_the_quantizers_pipeline():
     paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "demo")))
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str([f"comfyui_svdquant.quant.quantizer.{name}" for name in ("lowrank", "out_of_memory", "truncated_svd")]), (
+    names = ("lowrank", "out_of_memory", "truncated_svd")
+    assert done.stdout.splitlines()[-1] == str([f"comfyui_svdquant.quant.quantizer.{name}" for name in names]), (
         "LoRA uses their SVDs, and says when memory is full")
