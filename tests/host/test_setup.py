@@ -99,6 +99,7 @@ def test_nothing_is_installed_twice(fake_venv, calls):
 def test_all_packages_are_compiled(tmp_path, monkeypatch):
     (tmp_path / "good.py").write_text("a = 1")
     (tmp_path / "python2.py").write_text("print 1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)  # which the set-up uses for somebody's own ComfyUI
     monkeypatch.setattr(setup, "site_packages", lambda python: tmp_path)
     setup.compile_packages(Path(sys.executable))
     assert [path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")] == ["good"]
