@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+from .source_names import dotted
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for room in ("nodes", "quant", "cuda") for path in (ROOT / room).rglob("*.py"))])
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
@@ -39,14 +41,6 @@ def within(name, modules):
 def forbidden(path, modules):
     """`modules` without those that a source may import."""
     return modules - OF_RUNS if path.parent in RUNS else modules
-
-
-def dotted(node):
-    """The text of a name such as a.b.c; "" for other expressions."""
-    if isinstance(node, ast.Attribute):
-        before = dotted(node.value)
-        return before and f"{before}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else ""
 
 
 def calls(tree):

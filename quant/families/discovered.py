@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 from .family import NO_ENTRIES, OUTSIDE, Configuration, Family, Layer, Packing, Signature, all_signed, all_unsigned
 
-KEY = "discovered"  # of the description in a file's configuration
+KEY = "discovered"  # the configuration key that holds the description
 FLAGS = "w4a16", "unsigned", "bias"
 
 

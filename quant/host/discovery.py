@@ -31,7 +31,7 @@ from . import build
 from .calibrate import stages
 from .weights import unpatched_shape
 
-CALLS = 3             # of the recorded calls that run once more: the first, the last, and one between them
+CALLS = 3             # as many recorded calls run once more: the first, the last, and one between them
 FEW_ROWS = 16         # a layer that never sees more rows than this in a call is W4A16
 UNSIGNED_PEAK = 4     # an input that shall have unsigned codes reaches this many times the GELU shift: codes of smaller ones would be lost
 AGREEMENT = 1e-3      # relative, between the inputs of a block that runs alone and those in the whole model

@@ -270,7 +270,7 @@ def _compare(fused, sizes, dtype, device):
     try:
         error = difference(fused, sizes, dtype, device)
     except torch.OutOfMemoryError:
-        raise  # which says nothing about the forward
+        raise  # a lack of memory says nothing about the forward
     except Exception as reason:  # a host or a driver that nobody here has: its own forward may run all the same
         log.warning("SVDQuant's fused forward of %s failed its test on %s (%s: %s): ComfyUI's own runs, which takes longer. Please report "
                     "this line.", fused.__name__, device, type(reason).__name__, reason)
@@ -296,7 +296,7 @@ def difference(fused, sizes, dtype, device):
             parameter.copy_(random(*parameter.shape))
         ours = fused.declared.forward(example, fused.host._replace(takes=lambda *_: True), **arguments)
         copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-        theirs = fused.host_forward(example, **copies)  # which may write to its arguments
+        theirs = fused.host_forward(example, **copies)  # it may write to its arguments
     if ours is NotImplemented:
         return torch.nan
     ours, theirs = (states if isinstance(states, tuple) else (states,) for states in (ours, theirs))

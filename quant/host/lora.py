@@ -228,7 +228,7 @@ class _Sketch:
         try:
             result = comfy.lora.calculate_weight([(strength, value, 1.0, offset, passed_on)], weight.clone(), self.key,
                                                  original_weights=originals)
-        except (RuntimeError, IndexError, TypeError) as error:  # of factors that don't fit each other
+        except (RuntimeError, IndexError, TypeError) as error:  # the factors don't fit each other
             if out_of_memory.on_device(error) or out_of_memory.on_host(error):
                 raise
             raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)} "

@@ -192,7 +192,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             key = f"{PREFIX}{name}.weight"
             branch = self._branch(key, layer, self.patches[key], notes, in_place=own) if key in self.patches else None
             if branch is not layer.lora_branch:
-                step_graphs.release(self.model.diffusion_model)  # which would keep the memory of the old branch
+                step_graphs.release(self.model.diffusion_model)  # a recorded step keeps the old branch's memory
                 layer.set_lora_branch(branch)
                 new = new or branch is not None
         for oldest in list(self.model.svdquant_decomposed)[:-CACHED_SVDS * len(layers)]:

@@ -99,8 +99,8 @@ def _done_before(names, kept, ranks, everywhere):
     """{block name: (tensors, records)} of the blocks that an interrupted run has finished. everywhere: whether all processes need the
     tensors; otherwise only process 0 gets them."""
     found = {name: block for name in names if kept and (block := kept.load_block(name))}
-    told = ranks.from_first({name: (tensors if everywhere else {}, records) for name, (tensors, records) in found.items()})
-    return found or told
+    finished = ranks.from_first({name: (tensors if everywhere else {}, records) for name, (tensors, records) in found.items()})
+    return found or finished
 
 
 def _pace(specs, layers_of, calibrated, processes):

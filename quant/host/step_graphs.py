@@ -36,8 +36,8 @@ FREE_BYTES = 1 << 30  # free memory that must be left to other models
 KNOWN_OPTIONS = {"cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "total_blocks", "block_type", "block_index",
                  "block", "img_slice", "reference_image_num_tokens", "multigpu_thread_device"}
 SIMPLE = (int, float, bool, str, type(None))
-# {diffusion model: StepGraphs}. They hold the dictionaries of the model's modules, and so are kept outside of it: the model would be part
-# of a circle, and its memory would wait for the garbage collector.
+# {diffusion model: StepGraphs}. A StepGraphs refers to the dictionaries of the model's modules. As an attribute of the model it would form
+# a reference cycle, and the model's memory would wait for the garbage collector.
 _graphs = weakref.WeakKeyDictionary()
 REPLACED = ("forward", "weight_function", "bias_function", "streamed")  # attributes of modules whose Python code a replay would leave out
 ATTRIBUTES = (*REPLACED, "act_bits", "_row_scale")  # attributes that decide what a module runs

@@ -14,17 +14,12 @@ import torch
 from comfyui_svdquant.quant.host import relied_on
 from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
 
+from ...source_names import dotted
+
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for room in ("nodes", "quant") for path in (ROOT / room).rglob("*.py")}
 HOSTS = ("comfy", "comfy_execution", "comfyui_version", "execution", "folder_paths", "latent_preview", "node_helpers", "server")
 LISTED = {name.replace(":", ".") for name in relied_on.NAMES}
-
-
-def dotted(node):
-    if isinstance(node, ast.Attribute):
-        before = dotted(node.value)
-        return before and f"{before}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else ""
 
 
 def used(tree):
