@@ -3,7 +3,7 @@
 import comfy.sample
 import torch
 from comfyui_svdquant.quant.checkpoint import native
-from comfyui_svdquant.quant.host import build, quantize
+from comfyui_svdquant.quant.host import build, loader, quantize
 from comfyui_svdquant.quant.quantizer import presets
 from safetensors.torch import save_file
 
@@ -63,3 +63,11 @@ def save(patcher, path, overwrite=False):
     specs = {name: layer.spec for name, layer in patcher.packed_layers().items()}
     native.save(str(path), tensors, specs, build.stored_config(patcher.model), patcher.recipe, patcher.source, overwrite)
     return str(path)
+
+
+def saved_and_loaded(patcher, path):
+    """(path, the MODEL that was loaded from it), with the same tensors to the bit."""
+    loaded = loader.load_model(save(patcher, path))
+    first, second = (model.model.diffusion_model.state_dict() for model in (patcher, loaded))
+    assert first.keys() == second.keys() and all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)
+    return str(path), loaded

@@ -14,7 +14,7 @@ from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.quantizer import calibration
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
-from ..comfy_models import Progress, save
+from ..comfy_models import Progress, save, saved_and_loaded
 from ..lora_tensors import generic, load_lora
 from ..undeclared_models import LUMINA2, MODELS, WAN
 
@@ -85,10 +85,7 @@ def test_the_report_says_that_it_was_not_measured_and_what_stays_in_16_bits(case
 
 def test_saved_and_loaded_it_has_the_same_bits(case, pair, tmp_path):
     _, model = pair
-    path = save(model, tmp_path / "model_4bit.safetensors")
-    loaded = loader.load_model(path)
-    first, second = (m.model.diffusion_model.state_dict() for m in (model, loaded))
-    assert first.keys() == second.keys() and all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)
+    path, loaded = saved_and_loaded(model, tmp_path / "model_4bit.safetensors")
     assert type(loaded.model.diffusion_model) is type(pair[0].model.diffusion_model)
     assert torch.equal(case.sample(model), case.sample(loaded))
     again = save(loaded, tmp_path / "again.safetensors")

@@ -15,7 +15,7 @@ from comfyui_svdquant.quant.quantizer import calibration
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 from safetensors.torch import load_file, save_file
 
-from ..comfy_models import save
+from ..comfy_models import save, saved_and_loaded
 from ..family_cases import CASES
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -83,10 +83,7 @@ def test_layers_that_read_the_same_tensor_have_one_smoothing_factor(case, pair):
 
 def test_saved_and_loaded_it_has_the_same_bits(case, pair, tmp_path):
     _, model = pair
-    path = save(model, tmp_path / "model_4bit.safetensors")
-    loaded = loader.load_model(path)
-    first, second = (m.model.diffusion_model.state_dict() for m in (model, loaded))
-    assert first.keys() == second.keys() and all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)
+    path, loaded = saved_and_loaded(model, tmp_path / "model_4bit.safetensors")
     assert torch.equal(case.sample(model), case.sample(loaded))
     metadata = read_header(path).metadata
     assert metadata["modelspec.architecture"] == case.family.architecture
