@@ -28,7 +28,8 @@ def watch(diffusion_model):
 
 @functools.cache
 def _install():
-    torch.nn.modules.module.register_module_forward_hook(_check)
+    """The handle of the hook, which is registered once."""
+    return torch.nn.modules.module.register_module_forward_hook(_check)
 
 
 def _check(module, args, output):
