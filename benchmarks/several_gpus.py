@@ -85,10 +85,10 @@ def draw(args):
 
             def divided():
                 given = ranks.exchanged(dict.fromkeys(range(1, ranks.size), inputs) if ranks.rank == 0 else {})[0] or inputs
-                options = {}
-                with sequence.divided(flux, FAMILY, options, ranks.rank, ranks.size):
+                given = given | {"transformer_options": {}}
+                with sequence.divided(flux, FAMILY, given, ranks.rank, ranks.size):
                     try:
-                        return flux(**given, transformer_options=options)
+                        return flux(**given)
                     except sequence.Finished:
                         return None
 

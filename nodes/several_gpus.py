@@ -16,8 +16,8 @@ class SVDQuantSeveralGPUs(io.ComfyNode):
             description="Runs each step of a model on several GPUs of this machine at once. A process on each other GPU loads the same "
                         "file and computes a part of the image.",
             inputs=[
-                io.Model.Input("model", tooltip="The model, right behind SVDQuant Load Model: the other GPUs load the same file, without "
-                                                "LoRAs."),
+                io.Model.Input("model", tooltip="The model of SVDQuant Load Model, with or without LoRAs: the other GPUs load the same "
+                                                "file and get the LoRAs."),
                 io.Int.Input("gpus", default=2, min=2, max=64,
                              tooltip="The number of GPUs. It has to divide the model's number of attention heads: 2, 3, 4, 6, 8 and 12 "
                                      "suit FLUX.1."),

@@ -47,11 +47,11 @@ NAMES = (
 ATTRIBUTES = {
     "comfy.model_patcher": (
         "additional_models", "attachments", "backup", "cached_hook_patches", "cached_patcher_init", "callbacks", "comfy_cast_weights",
-        "comfy_patched_weights", "current_weight_patches_uuid", "detach", "device", "force_cast_weights", "forced_hooks",
-        "get_all_callbacks", "get_attachment", "get_model_object", "hook_backup", "hook_mode", "hook_patches", "injections",
-        "inplace_update", "load_device", "model", "model_loaded_weight_memory", "model_lowvram", "model_options", "object_patches",
-        "object_patches_backup", "offload_device", "patches", "patches_uuid", "pinned", "set_attachments", "set_model_compute_dtype",
-        "size", "weight", "weight_wrapper_patches", "wrappers"),
+        "comfy_patched_weights", "current_hooks", "current_patcher", "current_weight_patches_uuid", "detach", "device",
+        "force_cast_weights", "forced_hooks", "get_all_callbacks", "get_attachment", "get_model_object", "hook_backup", "hook_mode",
+        "hook_patches", "injections", "inplace_update", "load_device", "model", "model_loaded_weight_memory", "model_lowvram",
+        "model_options", "object_patches", "object_patches_backup", "offload_device", "patches", "patches_uuid", "pinned",
+        "set_attachments", "set_model_compute_dtype", "size", "weight", "weight_wrapper_patches", "wrappers"),
     "comfy.model_base": ("diffusion_model", "get_dtype", "model_config", "state_dict_for_saving"),
     "comfy.ops": ("comfy_cast_weights", "weight_function", "bias_function"),
 }

@@ -2,7 +2,8 @@
 
 ComfyUI's own forward runs in every process, on the same inputs. Hooks on the blocks narrow the states to a process's own tokens before the
 first block, and make the whole image of them in process 0 after the last one; attention goes through ComfyUI's option for other attention
-functions. Packed layers, LoRAs in them and fused forwards see ordinary tensors of fewer tokens.
+functions. What a ControlNet adds after each block is narrowed likewise. Packed layers, LoRAs in them and fused forwards see ordinary
+tensors of fewer tokens.
 """
 
 from contextlib import contextmanager
@@ -30,11 +31,12 @@ def can_be_divided(family):
 
 
 class _Forward:
-    """The hooks of one forward."""
+    """The hooks of one forward. control: its own {place: [residual of each block (B, image tokens, K), or None]} of ControlNets."""
 
-    def __init__(self, family, rank, size):
+    def __init__(self, family, control, rank, size):
         self.family, self.rank, self.size = family, rank, size
-        self.division, self.rope, self.kept = None, None, None
+        self.division, self.rope = None, None
+        self.control, self.residuals = control, {place: list(tensors) for place, tensors in control.items()}
 
     def attention(self, function, q, k, v, heads, *args, **kwargs):
         """In place of an attention function of ComfyUI's. The mask is that of the whole sequence."""
@@ -55,14 +57,25 @@ class _Forward:
             if self.division is None:
                 self.division = all_to_all.Division([states[name].shape[1] for name in blocks.sequence], self.rank, self.size)
                 states |= {name: self.division.own_of_part(states[name], part) for part, name in enumerate(blocks.sequence)}
+                self.narrow_control(blocks.sequence.index("img"))
             if self.rope is None or self.rope[0] is not kwargs[ROPE]:
                 self.rope = kwargs[ROPE], self.division.own(kwargs[ROPE], 2)
             args = tuple(states[name] for name in blocks.states[:len(args)]) + tuple(args[len(blocks.states):])
             return args, kwargs | {name: states[name] for name in blocks.states[len(args):]} | {ROPE: self.rope[1]}
         return hook
 
+    def narrow_control(self, part):
+        """Leave this process's image tokens in the ControlNets' residuals. They may have fewer tokens than the image, whose last ones are
+        reference pictures then."""
+        own = self.division.own_range(part)
+        for place, tensors in self.residuals.items():
+            self.control[place][:] = [None if tensor is None else tensor[:, own] for tensor in tensors]
+
     def widen(self, _block, _args, output):
-        """A hook for the last block: its own tokens of the text, which the model drops, and the whole image."""
+        """A hook for the last block: its own tokens of the text, which the model drops, and the whole image, to which the model then adds
+        the last residual of a ControlNet."""
+        for place, tensors in self.residuals.items():
+            self.control[place][:] = tensors
         text = self.division.counts[self.rank][0]
         image = all_to_all.gathered(output[:, text:], self.division, 1)
         if self.rank:
@@ -71,10 +84,13 @@ class _Forward:
 
 
 @contextmanager
-def divided(diffusion_model, family, options, rank, size):
-    """A context in which a forward of the model with these transformer options works on a part of the tokens. options: a dict, which is
-    changed for the time."""
-    forward, hooks = _Forward(family, rank, size), []
+def divided(diffusion_model, family, arguments, rank, size):
+    """A context in which a forward of the model with {name: argument} works on a part of the tokens. It changes `arguments`, and for the
+    time their transformer options."""
+    options, control = arguments["transformer_options"], arguments.get("control")
+    if control is not None:
+        arguments["control"] = control = {place: list(tensors) for place, tensors in control.items()}
+    forward, hooks = _Forward(family, control or {}, rank, size), []
     try:
         for blocks in family.blocks:
             hook = forward.narrow(blocks)

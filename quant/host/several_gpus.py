@@ -1,14 +1,15 @@
 """SVDQuant Several GPUs: a MODEL whose forwards run on several GPUs of this machine, one worker process a further GPU.
 
-The worker processes load the same file and wait. At every forward of the MODEL process 0 sends them its inputs, and all processes run the
-forward on a part of the tokens (sequence.py). A forward that other nodes have changed in a way that the workers don't know runs on one GPU
-as ever, and a line of the log says why.
+The worker processes load the same file and wait. At every forward of the MODEL process 0 sends them its inputs, and its LoRAs where they
+have changed, and all processes run the forward on a part of the tokens (sequence.py). A forward that other nodes have changed in a way that
+the workers can't know runs on one GPU as ever, and a line of the log says why.
 """
 
 import inspect
 import json
 import logging
 import sys
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,14 +18,16 @@ import comfy.options
 import comfy.patcher_extension
 import torch
 import torch.distributed as dist
+from comfy.weight_adapter import WeightAdapterBase
 
 from ..layers.linear import SVDQuantLinear
-from ..parallel import crew
+from ..parallel import crew, ranks
 from ..parallel.alone import Lost
 from . import loader, model_folder, sequence
 from .attachments import SOURCE
 from .fused_blocks import OVERRIDE
 from .model_family import family_of
+from .patcher import PREFIX
 from .step_graphs import KNOWN_OPTIONS, SIMPLE
 
 KEY = "svdquant_several_gpus"
@@ -43,9 +46,9 @@ def several_gpus(patcher, gpus):
     if family is None or path is None:
         raise ValueError("SVDQuant Several GPUs takes a MODEL from SVDQuant Load Model, since the other GPUs load the same file; save this "
                          "MODEL, load it, and put this node right behind the loader.")
-    if patcher.patches or patcher.injections or patcher.object_patches.keys() - {"manual_cast_dtype"}:
-        raise ValueError("There are LoRAs or other patches on this MODEL, which don't travel to the other GPUs; put SVDQuant Several GPUs "
-                         "right behind the loader, and bake LoRAs in with SVDQuant Quantize Model.")
+    if part := replaced_part(patcher):
+        raise ValueError(f"Another node has changed a part of this MODEL ({part}), and the other GPUs can't have that; put SVDQuant Several "
+                         "GPUs right behind the loader.")
     if not sequence.can_be_divided(family):
         raise ValueError(f"SVDQuant Several GPUs does not divide {family.title} models yet; use one GPU.")
     heads = sequence.heads_of(patcher.model.diffusion_model, family)
@@ -57,11 +60,18 @@ def several_gpus(patcher, gpus):
     return clone
 
 
+def replaced_part(patcher):
+    """What a node has changed in a MODEL's model other than its weights, by name; None if there is nothing."""
+    changes = (name for name in (*patcher.object_patches, *patcher.weight_wrapper_patches) if name.startswith(PREFIX[:-1]))
+    return next(changes, None) or next((str(name) for name, found in patcher.injections.items() if found), None)
+
+
 class Drawing:
     """The wrapper of a diffusion model's forward."""
 
     def __init__(self, patcher, family, path, gpus):
-        self.family, self.gpus, self.unpatched, self.crew, self.said = family, gpus, patcher.patches_uuid, None, set()
+        self.family, self.gpus, self.crew, self.said = family, gpus, None, set()
+        self.sent = None  # the patches_uuid of the weight patches that the workers have
         self.model, self.device = patcher.model, patcher.load_device
         bits = {layer.act_bits for layer in patcher.model.diffusion_model.modules() if isinstance(layer, SVDQuantLinear)}
         self.options = {"comfyui": str(Path(inspect.getfile(comfy.options)).parents[1]), "options": host_options(), "path": path,
@@ -73,21 +83,26 @@ class Drawing:
         if self.crew is not None and self.crew.has_lost_one(0):  # between two pictures
             self.crew.close()
         if self.crew is None or self.crew.closed:
-            self.crew = crew.Crew(self.gpus, [*PROGRAM, json.dumps(self.options)], self.device)
+            self.crew, self.sent = crew.Crew(self.gpus, [*PROGRAM, json.dumps(self.options)], self.device), None
 
     def __call__(self, executor, *args, **kwargs):
-        options = next(value for value in (*args, *kwargs.values()) if isinstance(value, dict) and "wrappers" in value)
-        if (why := self.unfit(args, kwargs, options)) is not None:
+        bound = inspect.signature(executor.class_obj.forward).bind(*args, **kwargs)
+        if (why := self.unfit(bound.arguments)) is not None:
             if why not in self.said:
                 self.said.add(why)
                 log.warning("SVDQuant Several GPUs: this runs on one GPU, since %s.", why)
             return executor(*args, **kwargs)
         self.start()
-        ranks = self.crew.joined(comfy.model_management.throw_exception_if_processing_interrupted)
+        every = self.crew.joined(comfy.model_management.throw_exception_if_processing_interrupted)
         try:
-            ranks.exchanged(dict.fromkeys(range(1, ranks.size), (without_options(args, options), without_options(kwargs, options))))
-            with sequence.divided(executor.class_obj, self.family, options, 0, ranks.size):
-                result = executor(*args, **kwargs)
+            patcher = self.model.current_patcher
+            patches = None if patcher.patches_uuid == self.sent else patcher.patches
+            # The transformer options have code in them, and stay here.
+            arguments = {name: value for name, value in bound.arguments.items() if name != "transformer_options"}
+            every.exchanged(dict.fromkeys(range(1, every.size), (arguments, patches)))
+            self.sent = patcher.patches_uuid
+            with sequence.divided(executor.class_obj, self.family, bound.arguments, 0, every.size):
+                result = executor(*bound.args, **bound.kwargs)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # a worker that ended leaves numbers without meaning behind
             self.crew.check()
@@ -100,18 +115,25 @@ class Drawing:
                                    "ComfyUI's log say why. No picture was made; run again to start new ones.") from error
             raise
 
-    def unfit(self, args, kwargs, options):
-        """Why the workers can't run this forward, as the end of a sentence; None if they can."""
+    def unfit(self, arguments):
+        """Why the workers can't run a forward with {name: argument}, as the end of a sentence; None if they can."""
+        options, patcher = arguments.get("transformer_options", {}), self.model.current_patcher
         wrappers = options.get("wrappers", {}).get(WRAPPER, {})
-        if self.model.current_weight_patches_uuid != self.unpatched:
-            return "a LoRA or another weight patch is on the MODEL"
+        if patcher is None or patcher.model is not self.model or self.model.current_weight_patches_uuid != patcher.patches_uuid:
+            return "another node has loaded the model by itself"
+        if patcher.current_hooks is not None:
+            return "hooks change the model's weights while it draws"
+        if patcher.patches_uuid != self.sent and not all(simple(entry) for found in patcher.patches.values() for entry in found):
+            return "another node's LoRA or merge brings code of its own"
+        if part := replaced_part(patcher):
+            return f"another node has changed a part of the model, {part}"
         if OVERRIDE in options or any(key != KEY and found for key, found in wrappers.items()):
             return "another node works on attention or on the model's forward"
         if any(options[name] for name in options.keys() - KNOWN_OPTIONS):
             return f"another node has set {min(name for name in options.keys() - KNOWN_OPTIONS if options[name])}"
-        if not all(simple(value) for value in (*without_options(args, options), *without_options(kwargs, options).values())):
-            return "a ControlNet or another object is an input of the model"
-        if "timestep_zero" in str(kwargs.get("ref_latents_method", "")):
+        if not all(simple(value) for name, value in arguments.items() if name != "transformer_options"):
+            return "another node's object is an input of the model"
+        if "timestep_zero" in str(arguments.get("kwargs", {}).get("ref_latents_method", "")):
             return "its reference pictures have a time of their own"
         return None
 
@@ -124,15 +146,10 @@ def host_options():
     return sys.argv[1:] if comfy.options.args_parsing else []
 
 
-def without_options(values, options):
-    """The arguments of a forward without the transformer options, which have code in them: None stands for them."""
-    if isinstance(values, dict):
-        return {name: value for name, value in values.items() if value is not options}
-    return tuple(None if value is options else value for value in values)
-
-
 def simple(value):
-    """Whether a value can be sent to another process: tensors, numbers and texts, and lists, tuples and dicts of them."""
+    """Whether a value can be sent to another process: tensors, numbers and texts, lists, tuples and dicts of them, and ComfyUI's LoRAs."""
+    if isinstance(value, WeightAdapterBase):
+        return type(value).__module__.partition(".")[0] == "comfy" and simple(value.weights)
     if isinstance(value, (list, tuple)):
         return all(map(simple, value))
     if isinstance(value, dict):
@@ -150,29 +167,34 @@ def serve(options, rank, size, port):
         patcher = loader.load_model(options["path"], getattr(torch, options["compute_dtype"]), options["act_bits"])
         comfy.model_management.load_models_gpu([patcher])
         store.set(crew.READY.format(rank), "1")
-        ranks = crew.join(store, rank, size, patcher.load_device)
-        family, model = family_of(patcher.model), patcher.model.diffusion_model
+        every = crew.join(store, rank, size, patcher.load_device)
+        family = family_of(patcher.model)
         while True:
-            args, kwargs = ranks.exchanged({})[0]
-            run(model, family, args, kwargs, rank, size, patcher.load_device)
+            arguments, patches = every.exchanged({})[0]
+            if patches is not None:
+                patcher = patched(patcher, patches)
+            run(patcher.model.diffusion_model, family, moved(arguments, patcher.load_device), rank, size)
 
 
-def run(model, family, args, kwargs, rank, size, device):
-    """One forward in a worker. args, kwargs: of process 0, from without_options; None in place of the transformer options."""
-    args, kwargs = moved(args, device), moved(kwargs, device)
-    options = {}
-    with sequence.divided(model, family, options, rank, size):
+def patched(patcher, patches):
+    """The MODEL with these weight patches in place of its own, loaded."""
+    clone = patcher.clone()
+    clone.patches, clone.patches_uuid = moved(patches, patcher.offload_device), uuid.uuid4()
+    comfy.model_management.load_models_gpu([clone])
+    return clone
+
+
+def run(model, family, arguments, rank, size):
+    """One forward in a worker. arguments: {name: value} of ComfyUI's forward, without transformer options."""
+    arguments = arguments | {"transformer_options": {}}
+    with sequence.divided(model, family, arguments, rank, size):
         try:
-            # The transformer options are the last positional argument, where they are one.
-            model(*(args[:-1] if args and args[-1] is None else args), **kwargs, transformer_options=options)
+            model(**{name: value for name, value in arguments.items() if name != "kwargs"}, **arguments.get("kwargs", {}))
         except sequence.Finished:
             pass
 
 
 def moved(value, device):
-    """Nested tensors on `device`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: moved(each, device) for name, each in value.items()}
-    return type(value)(moved(each, device) for each in value) if isinstance(value, (list, tuple)) else value
+    """A value of process 0 with its tensors on `device`."""
+    data, tensors = ranks.parted(value)
+    return ranks.joined(data, [tensor.to(device) for tensor in tensors])

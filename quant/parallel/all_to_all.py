@@ -26,11 +26,15 @@ class Division:
         """This process's tokens of the whole sequence x, along dimension `dim`, in the memory layout of x."""
         return torch.cat([x.narrow(dim, start, count) for start, count in self.places[self.rank]], dim)
 
-    def own_of_part(self, x, part, dim=1):
-        """This process's tokens of one part x of the sequence."""
-        before = sum(self.parts[:part])
+    def own_range(self, part):
+        """This process's tokens of one part of the sequence, as a slice of the part."""
         start, count = self.places[self.rank][part]
-        return x.narrow(dim, start - before, count).contiguous()
+        before = sum(self.parts[:part])
+        return slice(start - before, start - before + count)
+
+    def own_of_part(self, x, part):
+        """This process's tokens of one part x (B, length, K) of the sequence."""
+        return x[:, self.own_range(part)].contiguous()
 
     def order(self, device):
         """(L,) positions in the sequence of the tokens that attention sees, which come process by process."""

@@ -25,8 +25,14 @@ CODE = re.sub(r"\{[^{}]*\}", "{}", " ".join(
     for room in ("nodes", "quant", "cuda") for path in sorted((ROOT / room).rglob("*.py"))))
 
 
+def unique(pairs):
+    """{name: value} of a JSON object, in which json would let the later of two equal names win in silence."""
+    assert [name for name, count in Counter(name for name, _ in pairs).items() if count > 1] == []
+    return dict(pairs)
+
+
 def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
 
 
 @pytest.mark.parametrize(("schema", "page"), PAGES.values(), ids=PAGES)
