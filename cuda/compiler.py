@@ -243,13 +243,36 @@ def write_entry(path, data):
     """Write a cache entry atomically: other processes see no entry or a whole one. A cache that can't be written only costs time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(data).digest() + data)
-            os.replace(temporary, path)
-        except OSError:  # Windows also refuses while another process reads the entry
-            os.unlink(temporary)
-            raise
+        temporary = _write_beside(path, hashlib.sha256(data).digest() + data)
     except OSError as error:
+        _warn(unwritable(path.parent, error.strerror or str(error)))
+        return
+    try:
+        os.replace(temporary, path)
+    except OSError as error:  # Windows refuses while another process reads the entry, which is as good
+        os.unlink(temporary)
         log.debug("%s was not cached: %s", path, error)
+
+
+def _write_beside(path, data):
+    """Write a new file in the folder of `path`; return its name."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    return temporary
+
+
+def unwritable(folder, reason):
+    """The message for a cache folder in which no file can be written."""
+    return (f"The folder of compiled kernels, {folder}, can't be written ({reason}), so that each start of ComfyUI compiles them again; "
+            f"make it writable, or set {CACHE_VARIABLE} to another folder.")
+
+
+@functools.cache
+def _warn(message):
+    """Log a warning, once."""
+    log.warning(message)

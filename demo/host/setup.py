@@ -49,7 +49,7 @@ def prepare(tests: bool = True) -> Host:
     which need more packages than the demo."""
     host = locate()
     if "COMFYUI_PYTHON" not in os.environ or not host.foreign:
-        install(host.python, steps(host, tests))
+        install(host, steps(host, tests))
     if not host.foreign:
         unpack_tree(host.python)
     return host
@@ -106,9 +106,9 @@ def checkout_requirements(comfy: Path) -> list[str]:
     return [line for line in requirements if line and not re.match(r"torch(vision|audio)?\b", line)]
 
 
-def install(python: Path, steps: dict[str, list[str]]) -> None:
-    """Make the environment of `python` and pip install each step, unless its stamp records that."""
-    folder = python.parents[1]
+def install(host: Host, steps: dict[str, list[str]]) -> None:
+    """Make the host's environment and pip install each step, unless its stamp records that."""
+    python, folder = host.python, host.python.parents[1]
     stamp = folder / "steps.json"
     version = "{}.{}".format(*sys.version_info)
     if sys.version_info < OLDEST_PYTHON:
@@ -123,7 +123,7 @@ def install(python: Path, steps: dict[str, list[str]]) -> None:
         done[name] = digest(step)
         stamp.write_text(json.dumps(done), encoding="utf-8")
     if missing:
-        compile_packages(python)
+        compile_packages(host)
 
 
 def venv_version(folder: Path) -> str:
@@ -156,10 +156,12 @@ def pip_install(python: Path, step: list[str]) -> None:
         raise SetupError(f"pip could not install {packages[0]}{more}; its own message is above.")
 
 
-def compile_packages(python: Path) -> None:
-    """Write the byte code of all installed packages. Python 2's and templates' files among them don't compile, which is no error."""
+def compile_packages(host: Host) -> None:
+    """Write the byte code of all installed packages to where the host's processes look for it. Python 2's and templates' files among them
+    don't compile, which is no error."""
     print("Compiling", flush=True)
-    subprocess.call([str(python), "-m", "compileall", "-qq", "-j", "0", str(site_packages(python))], stdout=subprocess.DEVNULL)
+    subprocess.call([str(host.python), "-m", "compileall", "-qq", "-j", "0", str(site_packages(host.python))], stdout=subprocess.DEVNULL,
+                    env=variables(host))
 
 
 def unpack_tree(python: Path) -> None:

@@ -70,9 +70,7 @@ def cache():
     try:
         _try_writing(folder)
     except OSError as error:
-        reason = error.strerror or first_line(error)
-        return Part((line,), (f"The folder of compiled kernels, {folder}, can't be written ({reason}), so that each start of ComfyUI "
-                              f"compiles them again; make it writable, or set {compiler.CACHE_VARIABLE} to another folder.",))
+        return Part((line,), (compiler.unwritable(folder, error.strerror or first_line(error)),))
     return Part((f"{line}, writable",))
 
 

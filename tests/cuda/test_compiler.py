@@ -1,6 +1,9 @@
 """The kernel compiler without a GPU: the disk cache, its keys, and every message."""
 
+import errno
+import io
 import logging
+import os
 import subprocess
 import sys
 import types
@@ -115,11 +118,41 @@ def test_corrupt_entry_is_rebuilt(sources, fake, damage):
     assert fake.calls == 2 and entry.read_bytes() == whole
 
 
-def test_cache_that_cannot_be_written(sources, fake, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "file"))
+def test_a_cache_that_can_not_be_written_is_one_warning(sources, fake, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "file"
+    folder.write_text("in the way")
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(folder))
     assert compiler.compile_cubin("probe.cu", (), "sm_89") == compiler.compile_cubin("probe.cu", (), "sm_89")
     assert fake.calls == 2
+    [message] = caplog.messages
+    assert f"{folder}, can't be written (" in message and "set SVDQUANT_CACHE_DIR to another folder" in message
+
+
+def test_a_full_disk_leaves_no_part_of_an_entry(tmp_path, monkeypatch, caplog):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(handle, mode):
+        os.close(handle)
+        return Full()
+
+    monkeypatch.setattr(os, "fdopen", full)
+    compiler.write_entry(tmp_path / "entry.cubin", b"data")
+    assert list(tmp_path.iterdir()) == [] and "(No space left on device)" in caplog.text
+
+
+def test_an_entry_that_another_process_reads_stays(tmp_path, monkeypatch, caplog):
+    """Windows then refuses to replace it; that is no reason to warn."""
+    path = tmp_path / "entry.cubin"
+    compiler.write_entry(path, b"first")
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    compiler.write_entry(path, b"second")
+    assert list(tmp_path.iterdir()) == [path] and compiler.read_entry(path) == b"first" and not caplog.messages
 
 
 def test_several_processes(tmp_path):

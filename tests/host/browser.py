@@ -19,6 +19,8 @@ VIEW = "() => ({scale: app.canvas.ds.scale, offset: [...app.canvas.ds.offset]})"
 GRAPH = "() => JSON.parse(JSON.stringify(app.graph.serialize()))"
 READY = """() => window.app?.extensionManager?.command && app.canvas?.graph && document.querySelector('#graph-canvas')
     && !document.querySelector('#splash-loader')"""
+SHOWN = "name => app.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length > 0"
+BLANK = "name => app.extensionManager.workflow.activeWorkflow?.filename !== name && app.graph.nodes.length === 0"
 COMMAND = "name => app.extensionManager.command.execute(name)"
 SETTING = "([name, value]) => app.extensionManager.setting.set(name, value)"
 COUNT_PROGRESS = """() => {
@@ -74,8 +76,7 @@ class Page:
         self.page.evaluate(COMMAND, "Comfy.BrowseTemplates")
         self.page.locator("[role=dialog] input:not([type=checkbox])").first.fill(name)
         self.page.get_by_test_id(f"template-workflow-{name}").click()
-        self.wait("name => app.extensionManager.workflow.activeWorkflow?.filename === name", name)
-        self.wait("() => app.graph.nodes.length > 0")
+        self.wait(SHOWN, name)
         self.page.wait_for_timeout(500)  # for dialogs that the page opens when the graph is loaded
         return self.graph()
 
@@ -128,14 +129,18 @@ class Page:
         self.wait("name => app.extensionManager.workflow.activeWorkflow?.path === `workflows/${name}.json`", name)
 
     def reopen(self, name: str) -> dict:
-        """Load the page anew and open a saved workflow from the sidebar, behind an empty one: the page itself restores what was open."""
+        """Load the page anew and open the workflow saved last from the sidebar, behind an empty one: the page restores it by itself.
+
+        A page that is still restoring names the restored workflow as the open one, whatever its graph holds by then. So each step waits
+        for both."""
         self.page.reload()
         self.wait(READY)
+        self.wait(SHOWN, name)
         self.page.evaluate(COMMAND, "Comfy.NewBlankWorkflow")
-        self.wait("() => app.graph.nodes.length === 0")
+        self.wait(BLANK, name)
         self.page.keyboard.press("w")
         self.page.get_by_role("treeitem", name=name).last.click()
-        self.wait("name => app.extensionManager.workflow.activeWorkflow?.filename === name", name)
+        self.wait(SHOWN, name)
         return self.graph()
 
 

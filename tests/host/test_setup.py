@@ -63,9 +63,9 @@ def test_every_file_of_pins_is_installed(checkout):
 
 
 @pytest.fixture
-def fake_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The interpreter of a virtual environment that contains only this file and its configuration. It is made where there is none, or
-    one of another Python."""
+def fake_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> setup.Host:
+    """A host whose virtual environment contains only an interpreter and its configuration. It is made where there is none, or one of
+    another Python."""
     python = setup.venv_python(tmp_path / "venv")
 
     def make(folder):
@@ -75,7 +75,7 @@ def fake_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "pyvenv.cfg").write_text("home = /usr\nversion = {}.{}.9\n".format(*sys.version_info))
 
     monkeypatch.setattr(setup, "make_venv", make)
-    return python
+    return setup.Host(python, tmp_path / "ComfyUI", foreign=False)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The steps that pip has installed, and "compiled" after those of a run."""
     found = []
     monkeypatch.setattr(setup, "pip_install", lambda python, step: found.append(step))
-    monkeypatch.setattr(setup, "compile_packages", lambda python: found.append("compiled"))
+    monkeypatch.setattr(setup, "compile_packages", lambda host: found.append("compiled"))
     return found
 
 
@@ -96,18 +96,27 @@ def test_nothing_is_installed_twice(fake_venv, calls):
     assert calls[3:] == [["a==2"], "compiled", ["a==1"], ["c==3"], "compiled"]
 
 
-def test_all_packages_are_compiled(tmp_path, monkeypatch):
-    (tmp_path / "good.py").write_text("a = 1")
-    (tmp_path / "python2.py").write_text("print 1")
-    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)  # which the set-up uses for somebody's own ComfyUI
-    monkeypatch.setattr(setup, "site_packages", lambda python: tmp_path)
-    setup.compile_packages(Path(sys.executable))
-    assert [path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")] == ["good"]
+@pytest.mark.parametrize("foreign", [False, True])
+def test_all_packages_are_compiled_where_the_hosts_processes_look(foreign, tmp_path, monkeypatch):
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "good.py").write_text("a = 1")
+    (packages / "python2.py").write_text("print 1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)  # which a test run on somebody's own ComfyUI has
+    monkeypatch.setattr(setup, "STATE", tmp_path / "state")
+    monkeypatch.setattr(setup, "site_packages", lambda python: packages)
+    host = setup.Host(Path(sys.executable), tmp_path / "ComfyUI", foreign)
+    setup.compile_packages(host)
+    print_cache = "import importlib.util, sys; print(importlib.util.cache_from_source(sys.argv[1]))"
+    command = [str(host.python), "-c", print_cache, str(packages / "good.py")]
+    expected = Path(subprocess.check_output(command, text=True, env=setup.variables(host)).strip())
+    assert list(tmp_path.rglob("*.pyc")) == [expected]
+    assert expected.is_relative_to(tmp_path / "state") == foreign
 
 
 def test_an_environment_of_another_python_is_made_again(fake_venv, calls):
     setup.install(fake_venv, {"a": ["a==1"]})
-    (fake_venv.parents[1] / "pyvenv.cfg").write_text("version = 3.9.1\n")
+    (fake_venv.python.parents[1] / "pyvenv.cfg").write_text("version = 3.9.1\n")
     setup.install(fake_venv, {"a": ["a==1"]})
     assert calls == [["a==1"], "compiled", ["a==1"], "compiled"]
 

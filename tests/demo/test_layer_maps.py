@@ -1,0 +1,46 @@
+"""The pictures of the quantizing templates: their sizes are those of real files, and the stored pictures are what the script draws."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import layer_maps
+
+ROOT = Path(__file__).resolve().parents[2]
+# Gigabytes of the files in 16 bits that the templates offer to download.
+PUBLISHED = {"SVDQuant_quantize_Chroma": 17.80, "SVDQuant_quantize_FLUX2": 7.75, "SVDQuant_quantize_Qwen-Image": 40.86,
+             "SVDQuant_quantize_Z-Image": 12.31}
+FLUX = layer_maps.Model("FLUX.1 dev", "flux", layer_maps.FLUX_BLOCKS | {
+    "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "vec_in_dim": 768, "guidance_embed": True})
+
+
+@pytest.mark.parametrize("template", layer_maps.MODELS)
+def test_a_picture_is_drawn_from_a_published_model(template):
+    shown = layer_maps.packed(layer_maps.MODELS[template])
+    assert shown.bytes_before / 1e9 == pytest.approx(PUBLISHED[template], abs=0.006)
+    drawn = layer_maps.draw(layer_maps.MODELS[template], shown)
+    stored = Image.open(ROOT / "workflows" / f"{template}.jpg")
+    assert stored.size == drawn.size
+    # JPEG and other versions of letters change details by some of 255 levels; another number or row of layers changes whole areas.
+    small, large = (np.asarray(picture.reduce(16), np.float32) for picture in (stored, drawn))
+    assert np.abs(small - large).max() < 8, "run demo/layer_maps.py"
+
+
+def test_the_size_of_a_saved_file():
+    """FLUX.1 dev's, which this pack has written at full size."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "files_epyc.json").read_text(encoding="utf-8"))
+    assert layer_maps.packed(FLUX).bytes_after == pytest.approx(measured["files"]["ours"] * 1e9, rel=0.001)
+
+
+def test_layers_within_and_outside_of_blocks():
+    layers = {"double_blocks.0.img_attn.qkv": "W4A4", "double_blocks.1.img_attn.qkv": "W4A4", "single_blocks.0.linear1": "W4A4",
+              "single_blocks.0.modulation.lin": "W4A16", "time_in.out_layer": "W4A16"}
+    kinds, blocks, grid = layer_maps.cells(layer_maps.in_blocks(layers))
+    assert kinds == ["img_attn.qkv", "linear1", "modulation.lin"]
+    assert blocks == [("double_blocks", 0), ("double_blocks", 1), ("single_blocks", 0)]
+    colours = {name: tuple(round(255 * part) for part in grid[place]) for name, place in {"W4A4": (0, 1), "W4A16": (2, 2)}.items()}
+    assert {name: "#%02x%02x%02x" % colour for name, colour in colours.items()} == layer_maps.COLOURS
+    assert "#%02x%02x%02x" % tuple(round(255 * part) for part in grid[1, 0]) == layer_maps.BACKGROUND, "a double block has no linear1"
