@@ -35,6 +35,12 @@ def main():
 
 
 def _run(options, shared):
+    relied_on = importlib.import_module(f"{PACK}.quant.host.relied_on")
+    try:
+        relied_on.check(in_server=False)
+        relied_on.check_feature(relied_on.COMMAND_LINE)
+    except relied_on.HostError as error:
+        _end(f"quantize: {error}", 1, shared is not None)
     offline, terminal = (importlib.import_module(f"{PACK}.quant.{name}") for name in ("host.offline", "batch.terminal"))
     if shared is None:
         return offline.run(options, terminal.Terminal())

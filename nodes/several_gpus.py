@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..quant.host import relied_on
 from .newer import ALIASES, CATEGORY, SEARCH
 from .progress import NodeProgress
 
@@ -29,6 +30,7 @@ class SVDQuantSeveralGPUs(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, gpus):
+        relied_on.check_feature(relied_on.SEVERAL_GPUS)
         # Imported here, since it brings torch.distributed, which nobody needs who doesn't ask for it.
         from ..quant.host.several_gpus import several_gpus
 

@@ -15,11 +15,12 @@ from collections import defaultdict
 import comfy.lora
 import torch
 
+from ..layers import linear
 from ..layers.lora_branch import Dense, Kronecker, LoRABranch, LowRank
 from ..quantizer import out_of_memory
 from ..quantizer.truncated_svd import KEPT_ENERGY, truncated_svd
 from ..text import bounded
-from .patches import NAMES, LoKrParts, LoRAParts, dora_scale, identity, kind, parts, patch_of, reads_weight
+from .patches import NAMES, LoKrParts, LoRAParts, dora_scale, identity, kind, nbytes, parts, patch_of, reads_weight
 
 EXACT = "exactly"
 
@@ -60,6 +61,13 @@ def build(key, layer, patches, device, cache, in_place=False):
         return layer.lora_branch, sketch.notes
     branch, home = sketch.branch(), layer.weight.device
     return branch if branch is None or home == device else branch.to(home), sketch.notes
+
+
+def branch_size(layer, patches, device):
+    """About how many bytes build()'s branch takes beside the layer on `device`: where the two don't share memory, it has the layer's own
+    proj_down a second time."""
+    own = layer.in_features * layer.spec.rank if layer.takes_lora and device.type not in linear.SHARING else 0
+    return nbytes(patches) + own * layer.lora_dtype.itemsize
 
 
 def lines(notes):

@@ -14,7 +14,7 @@ from ..layers.preparation import warm_up
 from ..layers.streaming import WeightStream, block_bytes, offload_order, ring_bytes
 from . import lora, mapping, step_graphs
 from .model_family import family_of
-from .patches import nbytes, padded, patch_of, widened_columns, widest_last
+from .patches import padded, patch_of, widened_columns, widest_last
 
 PREFIX = "diffusion_model."
 COMPILED = "_orig_mod."  # in the names of parameters of a module that torch.compile has replaced
@@ -111,7 +111,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         return layer if isinstance(layer, PackedLinear) else None
 
     def model_size(self):
-        return super().model_size() + sum(nbytes(self.patches[key]) for key in self.patches if self.packed_at(key))
+        packed = ((self.packed_at(key), entries) for key, entries in self.patches.items())
+        return super().model_size() + sum(lora.branch_size(layer, entries, self.load_device) for layer, entries in packed if layer)
 
     # --- taking patches --------------------------------------------------------------------------------------------
 
@@ -232,27 +233,26 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def _patch_in_place(self, key):
         """Patch the 16-bit parameter `key` where it lies, and not at every call."""
         if key not in self.backup:
+            pinned = key in self.pinned
             self.unpin_weight(key)
             self.patch_weight_to_device(key)
+            if pinned:
+                self.pin_weight_to_device(key)
         path, _, parameter = key.rpartition(".")
         module, functions = comfy.utils.get_attr(self.model, path), f"{parameter}_function"
         if hasattr(module, functions):
             setattr(module, functions, [function for function in getattr(module, functions) if not isinstance(function, LowVramPatch)])
 
     def _patch_once(self):
-        """Correct which 16-bit parameters ComfyUI has patched after it moved a part of the model.
+        """Patch every 16-bit parameter in place after ComfyUI has moved a part of the model.
 
-        ComfyUI gives a LowVramPatch, applied at every call, to parameters that are already patched in place. It skips modules that can't
-        have one, such as norms in some versions. And it reads the width of the image input from the parameter, which such a patch does
-        not widen.
+        ComfyUI patches those of offloaded modules at every call, by a LowVramPatch. That computes in another dtype, so that a picture would
+        depend on how much of the model was loaded. Parameters that are patched in place get one too, modules such as norms in some versions
+        get none, and the width of the image input, which ComfyUI reads from the parameter, stays as it was. A packed layer's bias keeps
+        its LowVramPatch: it shares pinned memory with the weight, and the layer computes as a patch in place does (operations.py).
         """
-        for key, patches in self.patches.items():
-            if self.packed_at(key):
-                continue
-            path, _, parameter = key.rpartition(".")
-            functions = getattr(comfy.utils.get_attr(self.model, path), f"{parameter}_function", ())
-            at_every_call = any(isinstance(function, LowVramPatch) for function in functions)
-            if key in self.backup or not at_every_call or any(widened_columns(patch_of(entry).value) for entry in patches):
+        for key in self.patches:
+            if not self.packed_at(key) and (self._layer_of(key) is None or key in self.backup):
                 self._patch_in_place(key)
 
     def _streams(self):

@@ -22,27 +22,32 @@ NAMES = (
     "comfy.model_management:InterruptProcessingException", "comfy.model_management:MAX_PINNED_MEMORY",
     "comfy.model_management:extra_reserved_memory", "comfy.model_management:get_free_memory", "comfy.model_management:get_torch_device",
     "comfy.model_management:get_total_memory", "comfy.model_management:load_models_gpu", "comfy.model_management:pin_memory",
-    "comfy.model_management:soft_empty_cache", "comfy.model_management:throw_exception_if_processing_interrupted",
-    "comfy.model_management:unet_dtype",
-    "comfy.model_management:unet_manual_cast", "comfy.model_management:unet_offload_device",
-    "comfy.model_management:unload_all_models", "comfy.model_management:unpin_memory",
+    "comfy.model_management:throw_exception_if_processing_interrupted", "comfy.model_management:unet_dtype",
+    "comfy.model_management:unet_manual_cast", "comfy.model_management:unet_offload_device", "comfy.model_management:unpin_memory",
     PATCHER, "comfy.model_patcher:LowVramPatch", "comfy.model_patcher:get_key_weight",
     "comfy.ops:CastWeightBiasOp", "comfy.ops:disable_weight_init", "comfy.ops:manual_cast", "comfy.ops:run_every_op",
-    "comfy.options:args_parsing", "comfy.options:enable_args_parsing",
     "comfy.patcher_extension:CallbacksMP.ON_LOAD", "comfy.patcher_extension:WrappersMP.APPLY_MODEL",
-    "comfy.patcher_extension:WrappersMP.DIFFUSION_MODEL",
     "comfy.quant_ops:QUANT_ALGOS",
     "comfy.sample:fix_empty_latent_channels", "comfy.sample:prepare_noise", "comfy.sample:sample",
     "comfy.samplers:KSampler.SAMPLERS", "comfy.samplers:KSampler.SCHEDULERS",
-    "comfy.sd:CLIPType.STABLE_DIFFUSION", "comfy.sd:load_clip", "comfy.sd:load_diffusion_model", "comfy.sd:load_lora_for_models",
+    "comfy.sd:load_diffusion_model",
     "comfy.utils:DISABLE_MMAP", "comfy.utils:ProgressBar", "comfy.utils:copy_to_param", "comfy.utils:get_attr",
     "comfy.utils:load_torch_file", "comfy.utils:set_attr_param",
     "comfy.weight_adapter:WeightAdapterBase",
     "comfyui_version:__version__",
     "folder_paths:get_filename_list", "folder_paths:get_folder_paths", "folder_paths:get_full_path", "folder_paths:get_output_directory",
     "folder_paths:get_temp_directory",
-    "server:PromptServer.send_progress_text",
 )
+SERVER = "server:PromptServer.send_progress_text"  # of the nodes; quantize.py runs without a server
+COMMAND_LINE, SEVERAL_GPUS = "quantize.py", "SVDQuant Several GPUs"
+# Names that one feature alone takes, which is refused where a ComfyUI lacks them, while the rest of the pack works.
+FEATURES = {
+    COMMAND_LINE: ("comfy.model_management:soft_empty_cache", "comfy.model_management:unload_all_models",
+                   "comfy.options:enable_args_parsing", "comfy.sd:CLIPType.STABLE_DIFFUSION", "comfy.sd:load_clip",
+                   "comfy.sd:load_lora_for_models"),
+    SEVERAL_GPUS: ("comfy.options:args_parsing", "comfy.options:enable_args_parsing",
+                   "comfy.patcher_extension:WrappersMP.DIFFUSION_MODEL"),
+}
 # {module: names in its source: of methods, of attributes of its objects, and of those that it sets on models}.
 ATTRIBUTES = {
     "comfy.model_patcher": (
@@ -69,12 +74,12 @@ class HostError(ImportError):
     """This ComfyUI lacks what the pack needs. The message is one sentence, which ComfyUI logs in place of the nodes."""
 
 
-def check():
+def check(in_server=True):
     """Raise HostError unless this ComfyUI has everything on the lists above, with the parameters that this pack's overrides have. It logs
     a warning for each parameter that an override doesn't know yet and that ComfyUI can leave out. Functions that another node pack has put
-    in the place of ComfyUI's are not compared: they pass on what they get."""
-    if lacking := [*missing_names(), *missing_attributes()]:
-        raise HostError(_sentence(f"no longer has {', '.join(lacking[:3])}" + (f" and {len(lacking) - 3} more" if lacking[3:] else "")))
+    in the place of ComfyUI's are not compared: they pass on what they get. in_server: whether ComfyUI's server runs in this process."""
+    if lacking := [*missing_names(in_server), *missing_attributes()]:
+        raise HostError(_sentence(_lacks(lacking)))
     from .patcher import SVDQuantModelPatcher  # it imports the names that were just found
 
     host = resolve_name(PATCHER)
@@ -90,9 +95,16 @@ def check():
                         "there, update ComfyUI-SVDQuant.", _version(), ", ".join(unknown), method)
 
 
-def missing_names():
-    """Those of NAMES and OVERRIDES that this ComfyUI does not have, as a.b.c."""
-    return [name.replace(":", ".") for name in (*NAMES, *ATTRIBUTES, *(f"{PATCHER}.{method}" for method in OVERRIDES)) if not _exists(name)]
+def check_feature(feature):
+    """Raise HostError if this ComfyUI lacks a name that the feature, a key of FEATURES, takes."""
+    if lacking := sorted(_dotted(name) for name in FEATURES[feature] if not _exists(name)):
+        raise HostError(_sentence(_lacks(lacking), feature))
+
+
+def missing_names(in_server=True):
+    """Those of NAMES and OVERRIDES, and SERVER, that this ComfyUI does not have, as a.b.c."""
+    methods = [f"{PATCHER}.{method}" for method in OVERRIDES]
+    return [_dotted(name) for name in (*NAMES, *([SERVER] if in_server else []), *ATTRIBUTES, *methods) if not _exists(name)]
 
 
 def missing_attributes():
@@ -146,8 +158,17 @@ def _version():
     return resolve_name("comfyui_version:__version__") if _exists("comfyui_version:__version__") else "of an unknown version"
 
 
-def _sentence(what):
-    """The message of a HostError. what: what this ComfyUI has changed, as the rest of a sentence."""
+def _dotted(name):
+    return name.replace(":", ".")
+
+
+def _lacks(names):
+    return f"no longer has {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+def _sentence(what, feature="ComfyUI-SVDQuant"):
+    """The message of a HostError. what: what this ComfyUI has changed, as the rest of a sentence; feature: what needs it."""
     numbers = tuple(int(part) for part in _version().split(".")[:3] if part.isdecimal())
     remedy = "update ComfyUI" if numbers and numbers < OLDEST else "update ComfyUI-SVDQuant, or go back to the previous version of ComfyUI"
-    return f"ComfyUI {_version()} {what}, which this version of ComfyUI-SVDQuant needs; {remedy}."
+    needs = f"this version of {feature}" if feature == "ComfyUI-SVDQuant" else f"{feature} of this version of ComfyUI-SVDQuant"
+    return f"ComfyUI {_version()} {what}, which {needs} needs; {remedy}."

@@ -20,6 +20,9 @@ def enter_comfyui(program, folder, options):
     sys.path[:] = [str(found), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
     import comfy.options
 
+    if not hasattr(comfy.options, "enable_args_parsing"):
+        sys.exit(f"{program}: the ComfyUI in {found} no longer has comfy.options.enable_args_parsing, which {program} needs; update "
+                 "ComfyUI-SVDQuant, or go back to the previous version of ComfyUI.")
     comfy.options.enable_args_parsing()
     arguments, sys.argv = sys.argv, ["main.py", *options]
     try:

@@ -1,11 +1,13 @@
 """quantize.py, alone and under torchrun: real processes on the CPU, with gloo."""
 
+import importlib.util
 import os
 import signal
 import time
 from types import SimpleNamespace
 
 import comfy.sd
+import comfyui_svdquant
 import pytest
 import torch
 from comfyui_svdquant.nodes import quantize_model, save_model
@@ -17,7 +19,7 @@ from comfyui_svdquant.quant.host import conditioning, loader, offline
 from safetensors.torch import save_file
 
 from ..comfy_models import sample
-from .commands import OPTIONS, TORCHRUN, quantize, started, write_conditioning, write_model
+from .commands import OPTIONS, ROOT, TORCHRUN, quantize, started, write_conditioning, write_model
 
 DATE = "1000000000"  # of SOURCE_DATE_EPOCH
 
@@ -152,6 +154,27 @@ def test_options_that_start_no_run(arguments, message, capsys):
     with pytest.raises(SystemExit):
         options.parsed(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_comfyui_without_a_name_that_it_needs_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    spec = importlib.util.spec_from_file_location("quantize_program", ROOT / "quantize.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    monkeypatch.setattr(program, "PACK", comfyui_svdquant.__name__)
+    monkeypatch.delattr(comfy.sd, "load_clip")
+    with pytest.raises(SystemExit) as end:
+        program._run(None, None)
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and message.startswith("quantize: ComfyUI ") and "comfy.sd.load_clip, which quantize.py of this" in message
+
+
+def test_a_comfyui_whose_options_have_changed_is_one_sentence(files, tmp_path):
+    for name in ("sd", "options"):
+        (tmp_path / "comfy" / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / "comfy" / f"{name}.py").touch()
+    done = quantize("a", "b", "--preset", "naive", "--comfyui", tmp_path)
+    assert done.returncode == 1 and "enable_args_parsing, which quantize needs; update" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_wrong_folder_or_file_is_one_sentence(files, tmp_path):

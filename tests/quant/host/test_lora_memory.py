@@ -5,6 +5,7 @@ import pytest
 import torch
 from comfyui_svdquant.cuda.operands import RANK_STEP
 from comfyui_svdquant.quant.host import loader, lora
+from comfyui_svdquant.quant.layers import linear
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 from ..comfy_models import HIDDEN, prompts, sample
@@ -41,6 +42,15 @@ def test_a_lora_survives_offloading(quantized_model):
     patched.detach()
     assert not any(layer.lora_branch for layer in patched.packed_layers().values())
     assert torch.equal(sample(patched), whole)
+
+
+def test_branches_that_share_no_memory_with_their_layers_are_counted_whole(quantized_model, monkeypatch):
+    """Each has its layer's proj_down a second time, as on a computer without a GPU."""
+    monkeypatch.setattr(linear, "SHARING", set())
+    size = quantized_model.model_size()
+    patched = loaded(load_lora(quantized_model, generic(*shapes(quantized_model).items())))
+    added = sum(layer.lora_branch.nbytes() for layer in patched.packed_layers().values())
+    assert patched.model_size() == patched.loaded_size() == size + added
 
 
 @pytest.mark.usefixtures("shared_memory")

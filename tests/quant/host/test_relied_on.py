@@ -3,14 +3,18 @@
 import ast
 import asyncio
 import logging
+from collections import defaultdict
 from pathlib import Path
 
 import comfy.model_patcher
+import comfy.options
+import comfy.sd
 import comfy.utils
 import comfyui_svdquant
 import comfyui_version
 import pytest
 import torch
+from comfyui_svdquant.nodes.several_gpus import SVDQuantSeveralGPUs
 from comfyui_svdquant.quant.host import relied_on
 from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
 
@@ -19,7 +23,7 @@ from ...source_names import dotted
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for room in ("nodes", "quant") for path in (ROOT / room).rglob("*.py")}
 HOSTS = ("comfy", "comfy_execution", "comfyui_version", "execution", "folder_paths", "latent_preview", "node_helpers", "server")
-LISTED = {name.replace(":", ".") for name in relied_on.NAMES}
+LISTED = {name.replace(":", ".") for names in (relied_on.NAMES, (relied_on.SERVER,), *relied_on.FEATURES.values()) for name in names}
 
 
 def used(tree):
@@ -125,6 +129,43 @@ def test_a_module_without_a_source_is_not_searched(monkeypatch):
 
     monkeypatch.setattr(relied_on.inspect, "getsource", getsource)
     assert relied_on.missing_attributes() == []
+
+
+ALONE = {relied_on.COMMAND_LINE: {"quant/host/conditioning.py", "quant/host/offline.py", "quant/parallel/entry.py"},
+         relied_on.SEVERAL_GPUS: {"quant/host/several_gpus.py", "quant/parallel/entry.py"}}
+
+
+def test_a_feature_has_the_names_that_it_alone_uses():
+    places = defaultdict(set)
+    for path, tree in SOURCES.items():
+        for name in used(tree):
+            places[name].add(path.relative_to(ROOT).as_posix())
+    of_all = {name.replace(":", ".") for name in (*relied_on.NAMES, relied_on.SERVER)}
+    for feature, files in ALONE.items():
+        own = {name for name, where in places.items() if where <= files and is_listed(name) and name.count(".") > 1}
+        listed = {name.replace(":", ".") for name in relied_on.FEATURES[feature]}
+        assert {name for name in own if not any(other.startswith(f"{name}.") for other in LISTED)} <= listed
+        assert not listed & of_all
+
+
+@pytest.mark.parametrize(("feature", "module", "name"), [
+    (relied_on.COMMAND_LINE, comfy.sd, "load_clip"), (relied_on.SEVERAL_GPUS, comfy.options, "args_parsing")])
+def test_a_feature_alone_is_refused(monkeypatch, feature, module, name):
+    monkeypatch.delattr(module, name)
+    monkeypatch.setattr(comfyui_version, "__version__", "0.48.1")
+    asyncio.run(comfyui_svdquant.comfy_entrypoint())
+    with pytest.raises(relied_on.HostError) as caught:
+        relied_on.check_feature(feature)
+    assert str(caught.value) == (f"ComfyUI 0.48.1 no longer has {module.__name__}.{name}, which {feature} of this version of "
+                                 "ComfyUI-SVDQuant needs; update ComfyUI-SVDQuant, or go back to the previous version of ComfyUI.")
+    for other in relied_on.FEATURES.keys() - {feature}:
+        relied_on.check_feature(other)
+
+
+def test_several_gpus_is_refused_before_it_starts_processes(monkeypatch):
+    monkeypatch.delattr(comfy.options, "args_parsing")
+    with pytest.raises(relied_on.HostError, match="which SVDQuant Several GPUs of this version"):
+        SVDQuantSeveralGPUs.execute(None, 2)
 
 
 def of_comfyui(function):
