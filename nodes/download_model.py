@@ -12,12 +12,15 @@ from .progress import NodeProgress
 OWN_CHOICE = "repository and file below"
 
 
-def nunchaku(model, codes="int4"):
-    """(repository, file) of a FLUX.1 model that the Nunchaku project publishes. codes: "int4", or "fp4" for NVFP4."""
-    return f"nunchaku-ai/nunchaku-{model}", f"svdq-{codes}_r32-{model}.safetensors"
+def nunchaku(model, codes="int4", rank=32, variant=""):
+    """(repository, file) of a model that the Nunchaku project publishes. codes: "int4", or "fp4" for NVFP4; variant: the end of the file's
+    name."""
+    return f"nunchaku-ai/nunchaku-{model}", f"svdq-{codes}_r{rank}-{model}{variant}.safetensors"
 
 
-# The models, repositories and sizes are those that the Hub's pages list.
+# The models, repositories and sizes are those that the Hub's pages list, with these exceptions: the page of nunchaku-qwen-image was seen in
+# part, with 12.7 GB for rank 128 INT4 of the Lightning variants, whose tensors are the base model's; that Qwen-Image-Edit-2509 of rank 128
+# has 11.79 GiB, and Z-Image-Turbo of rank 128 4,011,374,152 bytes, is what users of the files have published.
 PRESETS = {
     "FLUX.1-dev INT4 (6.8 GB)": nunchaku("flux.1-dev"),
     "FLUX.1-schnell INT4 (6.7 GB)": nunchaku("flux.1-schnell"),
@@ -26,6 +29,10 @@ PRESETS = {
     "FLUX.1-Fill-dev INT4 (6.8 GB)": nunchaku("flux.1-fill-dev"),
     "FLUX.1-Canny-dev INT4 (6.8 GB)": nunchaku("flux.1-canny-dev"),
     "FLUX.1-Depth-dev INT4 (6.8 GB)": nunchaku("flux.1-depth-dev"),
+    "Qwen-Image INT4 (12.7 GB)": nunchaku("qwen-image", rank=128),
+    "Qwen-Image 4 steps INT4 (12.7 GB)": nunchaku("qwen-image", rank=128, variant="-lightningv1.0-4steps"),
+    "Qwen-Image-Edit-2509 INT4 (12.7 GB)": nunchaku("qwen-image-edit-2509", rank=128),
+    "Z-Image-Turbo INT4 (4.0 GB)": nunchaku("z-image-turbo", rank=128),
     "FLUX.1-dev NVFP4 (7.0 GB)": nunchaku("flux.1-dev", "fp4"),
     "FLUX.1-schnell NVFP4 (7.0 GB)": nunchaku("flux.1-schnell", "fp4"),
     "FLUX.1-Kontext-dev NVFP4 (7.0 GB)": nunchaku("flux.1-kontext-dev", "fp4"),
@@ -57,7 +64,7 @@ class SVDQuantDownloadModel(io.ComfyNode):
                         "download resumes where it stopped; a file that is already there is used as it is.",
             inputs=[
                 io.Combo.Input("model", options=[*PRESETS, OWN_CHOICE], default=next(iter(PRESETS)),
-                               tooltip="A 4-bit FLUX.1 model that the Nunchaku project publishes, or the repository and file named below. "
+                               tooltip="A 4-bit model that the Nunchaku project publishes, or the repository and file named below. "
                                        "INT4 suits all GPUs; NVFP4 runs without kernels of this pack, which is slow."),
                 io.String.Input("repository", default="",
                                 tooltip="The repository on the Hub, as owner/name. Leave empty for a model of the list.", **ADVANCED),

@@ -22,7 +22,7 @@ class SVDQuantLoadModel(io.ComfyNode):
             category=CATEGORY,
             **SEARCH,
             description=f"Loads a {families.TITLES} model: a 4-bit model (from SVDQuant Save Model, in comfy-kitchen's "
-                        "svdquant_w4a4 format, or Nunchaku's FLUX.1), or an ordinary bf16, fp16 or fp8 model that you want to "
+                        "svdquant_w4a4 format, or one of Nunchaku's), or an ordinary bf16, fp16 or fp8 model that you want to "
                         "quantize.",
             inputs=[
                 io.Combo.Input("model_name", options=model_folder.listed(),

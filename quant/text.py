@@ -16,6 +16,12 @@ def bounded(text, most=SENTENCE):
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def alternatives(words):
+    """"A, B or C"."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def quoted(value):
     """repr(value) of a value that a user or a file has given, cut in the middle if it is long."""
     return bounded(_values.repr(value))

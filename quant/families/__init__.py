@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from ..text import alternatives
 from .discovered import KEY, discovered
 
 # A new family is a file here and a line below. If a file's tensors match two families, the first one counts.
@@ -13,8 +14,7 @@ MODULES = (
     "z_image",
 )
 FAMILIES = tuple(import_module(f".{module}", __name__).FAMILY for module in MODULES)
-# For messages and descriptions: "A, B or C".
-TITLES = " or ".join(filter(None, (", ".join(family.title for family in FAMILIES[:-1]), FAMILIES[-1].title)))
+TITLES = alternatives(family.title for family in FAMILIES)  # for messages and descriptions
 EXAMPLES = FAMILIES[0].examples  # for the tooltip of exceptions: a pattern of layers, and one with a rank
 
 

@@ -11,6 +11,9 @@ from enum import Enum
 from types import MappingProxyType
 
 NO_ENTRIES = MappingProxyType({})
+# {leaf name in the second version of Nunchaku's format: in the first}.
+NUNCHAKU_LEAVES = MappingProxyType({
+    "proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth", "smooth_factor_orig": "smooth_orig"})
 OUTSIDE = "outside"  # in place of a block's name: the layers outside the blocks; their "block" is the whole model
 
 
@@ -173,31 +176,39 @@ class Diffusers:
 class Nunchaku:
     """The family in Nunchaku's files. Tables map {our name: Nunchaku's name}, relative to a block or to the model.
 
-    model_classes: values of model_class in Nunchaku's metadata; diffusers_class, comfy_class(configuration): the class names that
-    Nunchaku's loaders expect in the metadata that we write; config: {diffusers' configuration key: ComfyUI's key}; blocks: {our list of
-    blocks: Nunchaku's}; linears: the W4A4 layers of each of Nunchaku's lists, one or two of them for a layer of ours; modulations: the
-    W4A16 layers; chunks: the number of modulation vectors that each of them computes; norms, outside: 16-bit tensors and modules;
-    optional: modules of `outside` that not every model has; swapped: a module whose two output halves are in the opposite order;
-    modules_v2, leaves_v2: names of the format's second version, {version 2: version 1}; inputs: modules by which a file of the family
-    is recognized, the first of which has the hidden size; output: the last module.
+    model_classes: values of model_class in Nunchaku's metadata; config: {diffusers' configuration key: ComfyUI's key}; inputs: modules by
+    which a file of the family is recognized, the first of which has the hidden size; blocks: {our list of blocks: Nunchaku's}; linears:
+    the W4A4 layers of each of Nunchaku's lists, one or two of them for a layer of ours; modulations: the W4A16 layers; norms, outside,
+    others: 16-bit tensors of a block, modules, and tensors that are neither a weight nor a bias; optional: modules of `outside` that not
+    every model has; swapped: a module whose two output halves are in the opposite order; modules_v2, leaves_v2: names of the format's
+    second version, {version 2: version 1}; chunks: the number of modulation vectors that each modulation layer computes.
+    stacked: {list: {Nunchaku's W4A4 layer: our layers, equally high, whose rows it has one after another}}; dense: {list: {Nunchaku's W4A4
+    layer: the layers that it is where a file has it in 16 bits}}; markers: {diffusers' configuration key: the empty tensor by which our
+    files say that it is true}.
+    Only of a family that we write: diffusers_class, comfy_class(configuration): the class names that Nunchaku's loaders expect in the
+    metadata; output: the last module.
     """
 
     model_classes: tuple
-    diffusers_class: str
-    comfy_class: Callable[[dict], str]
     config: MappingProxyType
     inputs: tuple
-    output: str
     blocks: MappingProxyType
     linears: MappingProxyType
-    modulations: MappingProxyType
-    chunks: MappingProxyType
     norms: MappingProxyType
     outside: MappingProxyType
-    optional: tuple
-    swapped: str
     modules_v2: MappingProxyType
-    leaves_v2: MappingProxyType
+    leaves_v2: MappingProxyType = field(default_factory=lambda: NUNCHAKU_LEAVES)
+    modulations: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
+    chunks: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
+    stacked: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
+    dense: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
+    others: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
+    markers: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
+    optional: tuple = ()
+    swapped: str | None = None
+    diffusers_class: str | None = None
+    comfy_class: Callable[[dict], str] | None = None
+    output: str | None = None
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,6 @@ NUNCHAKU = Nunchaku(
             "ff_context.net.0.proj": "mlp_context_fc1", "ff_context.net.2": "mlp_context_fc2", "attn.norm_q": "norm_q",
             "attn.norm_k": "norm_k", "attn.norm_added_q": "norm_added_q", "attn.norm_added_k": "norm_added_k"},
         SINGLE: {"attn.to_qkv": "qkv_proj", "attn.to_out": "out_proj", "attn.norm_q": "norm_q", "attn.norm_k": "norm_k"}}),
-    leaves_v2=MappingProxyType({
-        "proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth", "smooth_factor_orig": "smooth_orig"}),
 )
 
 FAMILY = Family(

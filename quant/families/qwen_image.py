@@ -2,7 +2,7 @@
 
 from types import MappingProxyType
 
-from .family import BlockList, Configuration, Family, Gelu, Layer, Packing, Signature, all_unsigned
+from .family import BlockList, Configuration, Family, Gelu, Layer, Nunchaku, Packing, Signature, all_unsigned
 from .flux1 import TIMESTEP, depth_of, linears
 
 BLOCKS = "transformer_blocks"
@@ -68,6 +68,27 @@ def figures(config):
             f"{config['in_channels'] // PIXELS} channels in")
 
 
+# Files of the second version only. q, k and v are one layer there, with one smoothing factor and one branch. All other names are ours.
+SINGLE_LINEARS = ("attn.to_out.0", "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+NUNCHAKU = Nunchaku(
+    model_classes=("NunchakuQwenImageTransformer2DModel",),
+    config=MappingProxyType({key: key for key in ("in_channels", "out_channels", "num_layers", "num_attention_heads",
+                                                  "attention_head_dim", "joint_attention_dim", "axes_dims_rope")}),
+    inputs=("img_in", "txt_in", "txt_norm"),
+    blocks=MappingProxyType({BLOCKS: BLOCKS}),
+    linears=MappingProxyType({BLOCKS: {name: (name,) for name in SINGLE_LINEARS}}),
+    stacked=MappingProxyType({BLOCKS: {"attn.to_qkv": QKV, "attn.add_qkv_proj": ADDED_QKV}}),
+    modulations=MappingProxyType({BLOCKS: {name: name for name in ("img_mod.1", "txt_mod.1")}}),
+    chunks=MappingProxyType({BLOCKS: 6}),  # shift, scale and gate, twice
+    norms=MappingProxyType({BLOCKS: {f"attn.{norm}.weight": f"attn.{norm}.weight" for norm in NORMS}}),
+    outside=MappingProxyType({name: name for name in (
+        "img_in", "txt_in", "norm_out.linear", "proj_out", "time_text_embed.timestep_embedder.linear_1",
+        "time_text_embed.timestep_embedder.linear_2")}),
+    others=MappingProxyType({"txt_norm.weight": "txt_norm.weight"}),
+    markers=MappingProxyType({"zero_cond_t": ZERO_TIMESTEP}),
+    modules_v2=MappingProxyType({BLOCKS: {}}),
+)
+
 FAMILY = Family(
     title="Qwen-Image",
     architecture="qwen-image",
@@ -102,4 +123,5 @@ FAMILY = Family(
     clip_type="QWEN_IMAGE",
     tokens=(4096, 256, 4352),  # a 1024 x 1024 image, its text, both
     examples=(f"{BLOCKS}.59.*", "*.net.2 = 128"),
+    nunchaku=NUNCHAKU,
 )

@@ -2,7 +2,7 @@
 
 from types import MappingProxyType
 
-from .family import BlockList, Configuration, Family, Layer, Packing, Signature
+from .family import BlockList, Configuration, Family, Layer, Nunchaku, Packing, Signature
 from .flux1 import TIMESTEP, depth_of, linears
 
 MODULATED = 256  # widest vector that the modulation layers read
@@ -63,6 +63,34 @@ def tensors(config):
     return linears(shapes) | others
 
 
+LISTS = (CONTEXT, NOISE, MAIN)
+FEED_FORWARD = "feed_forward.net.0.proj"  # Nunchaku's name of w3 and w1
+NUNCHAKU_MODULES = {"attention.to_qkv": "attention.qkv", "attention.to_out.0": "attention.out", "feed_forward.net.2": "feed_forward.w2"}
+# Files of the second version only, under diffusers' names. The modulation is in 16 bits, and so may the refiners be.
+NUNCHAKU = Nunchaku(
+    model_classes=("NunchakuZImageTransformer2DModel",),
+    config=MappingProxyType({"t_scale": "time_scale", **{key: key for key in (
+        "in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads", "cap_feat_dim", "rope_theta", "axes_dims")}}),
+    inputs=("all_x_embedder.2-1", "cap_embedder.1"),
+    blocks=MappingProxyType({name: name for name in LISTS}),
+    linears=MappingProxyType({name: {ours: (theirs,) for theirs, ours in NUNCHAKU_MODULES.items()} for name in LISTS}),
+    stacked=MappingProxyType({name: {FEED_FORWARD: ("feed_forward.w3", "feed_forward.w1")} for name in LISTS}),
+    dense=MappingProxyType({name: {
+        "attention.to_qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+        **{theirs: (theirs,) for theirs in ("attention.to_out.0", "feed_forward.net.2", FEED_FORWARD)}} for name in (CONTEXT, NOISE)}),
+    norms=MappingProxyType({name: {
+        **{f"{norm}.weight": f"{norm}.weight" for norm in NORMS},
+        "attention.q_norm.weight": "attention.norm_q.weight", "attention.k_norm.weight": "attention.norm_k.weight",
+        **({f"adaLN_modulation.0.{leaf}": f"adaLN_modulation.0.{leaf}" for leaf in ("weight", "bias")} if name != CONTEXT else {}),
+    } for name in LISTS}),
+    outside=MappingProxyType({
+        "x_embedder": "all_x_embedder.2-1", "cap_embedder.1": "cap_embedder.1", "t_embedder.mlp.0": "t_embedder.mlp.0",
+        "t_embedder.mlp.2": "t_embedder.mlp.2", "final_layer.linear": "all_final_layer.2-1.linear",
+        "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1"}),
+    others=MappingProxyType({name: name for name in ("cap_embedder.0.weight", "x_pad_token", "cap_pad_token")}),
+    modules_v2=MappingProxyType({name: {} for name in LISTS}),
+)
+
 FAMILY = Family(
     title="Z-Image",
     architecture="z-image",
@@ -105,4 +133,5 @@ FAMILY = Family(
     clip_type="LUMINA2",
     tokens=(4096, 256, 4352),  # a 1024 x 1024 image, its text, both
     examples=(f"{MAIN}.29.*", "*.feed_forward.w2 = 128"),
+    nunchaku=NUNCHAKU,
 )

@@ -11,6 +11,7 @@ from comfyui_svdquant.quant.checkpoint.nunchaku import writer as nunchaku_writer
 from comfyui_svdquant.quant.families.flux1 import DOUBLE, FAMILY, SINGLE
 from safetensors.torch import load_file, save_file
 
+from .nunchaku_places import e4m3_places
 from .packed_flux import flux_tensors, packed_flux
 
 TABLES = FAMILY.nunchaku
@@ -18,13 +19,6 @@ RANK = 16
 QUANTIZATION = {"method": "svdquant", "rank": RANK,
                 "weight": {"dtype": "fp4_e2m1_all", "scale_dtype": [None, "fp8_e4m3_nan"], "group_size": 16},
                 "activation": {"dtype": "fp4_e2m1_all", "scale_dtype": "fp8_e4m3_nan", "group_size": 16}}
-
-
-def scale_places(n, k):
-    """(N, K/16): the offset of the scale of a row and a group in the file's bytes; section 2.3 of the format's description."""
-    row, group = torch.arange(n).unsqueeze(1), torch.arange(k // 16).unsqueeze(0)
-    tile = row // 128 * (k // 64) + group // 4
-    return ((tile * 8 + row % 8) * 4 + row % 32 // 8) * 16 + row % 128 // 32 * 4 + group % 4
 
 
 def packed_layer(weight, bias, smooth, matrices, seed):
@@ -39,7 +33,7 @@ def packed_layer(weight, bias, smooth, matrices, seed):
     values = nvfp4.round_e2m1(groups / scales.float().unsqueeze(-1)).flatten(1)
     codes = (values.unsqueeze(-1) == torch.tensor(nvfp4.VALUES)).int().argmax(-1)  # -0 is 0, which is code 0
     stored = torch.empty(n * k // 16, dtype=torch.uint8)
-    stored[scale_places(n, k)] = scales.view(torch.uint8)
+    stored[e4m3_places(n, k)] = scales.view(torch.uint8)
     leaves = {"qweight": order.pack_codes(int4.pack(codes)), "wscales": stored.view(torch.float8_e4m3fn).view(k // 16, n),
               "bias": order.pack_vector(bias), "smooth": order.pack_vector(smooth), "lora_down": order.pack_down(down),
               "lora_up": order.pack_up(up)}

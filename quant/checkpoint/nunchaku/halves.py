@@ -1,4 +1,4 @@
-"""Join two of Nunchaku's layers into one of ours and split it again, as a family's Joined declares.
+"""Join two of Nunchaku's layers into one of ours and split it again, as a family's Joined declares; and take stacked layers apart.
 
 rows: True if both layers read the same input (q k v; MLP up), so that their weights are stacked in rows; False if their outputs are added
 (attention out | MLP down), so that their weights are side by side. Parameters are in our order, as in layers/layout.py.
@@ -63,6 +63,16 @@ def _diagonal(first, second):
 
 def _bits(tensor):
     return tensor.view(INTEGERS[tensor.itemsize]).numpy()
+
+
+def unstack(tensors, count):
+    """The parameters of `count` layers, equally high, that are stacked in one: a list of {parameter name: tensor}. They read one input
+    through one branch, so each has the same smoothing factor and proj_down."""
+    cuts = ROWS | {"weight_scale_2": 1}
+    pieces = {part: np.split(_bits(tensor), count, cuts[part]) if part in cuts else [_bits(tensor)] * count
+              for part, tensor in tensors.items()}
+    # Copies: each parameter has memory of its own.
+    return [{part: torch.from_numpy(own[i].copy()).view(tensors[part].dtype) for part, own in pieces.items()} for i in range(count)]
 
 
 def scale_blocks(*columns):

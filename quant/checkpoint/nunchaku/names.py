@@ -1,7 +1,7 @@
 """Nunchaku's names of tensors, from a family's tables (families.family.Nunchaku).
 
-Published FLUX.1 files have the names of the format's first version (v1). Newer tools write those of the second (v2), which the function
-`v1` converts.
+Published FLUX.1 files have the names of the format's first version (v1), Qwen-Image's and Z-Image's those of the second (v2), as files of
+FLUX.1 by newer tools have. The function `v1` converts names of the second version; where the first has no name for a module, it stays.
 """
 
 from ... import families
@@ -15,12 +15,26 @@ def family_of(keys):
 
 def v1(tables, name):
     """The v1 name of a tensor. A v1 name is returned unchanged."""
+    return _renamed(name, tables.modules_v2, tables.leaves_v2)
+
+
+def v2(tables, name):
+    """The v2 name of a tensor: the inverse of v1."""
+    return _renamed(name, {kind: _inverse(modules) for kind, modules in tables.modules_v2.items()}, _inverse(tables.leaves_v2))
+
+
+def _renamed(name, modules, leaves):
+    """A tensor's name with its module and its leaf renamed. modules: {Nunchaku's list: {module within a block: its other name}}."""
     kind, _, rest = name.partition(".")
     index, _, rest = rest.partition(".")
-    if kind not in tables.modules_v2 or not rest:
+    if kind not in modules or not rest:
         return name
     module, _, leaf = rest.rpartition(".")
-    return f"{kind}.{index}.{tables.modules_v2[kind].get(module, module)}.{tables.leaves_v2.get(leaf, leaf)}"
+    return f"{kind}.{index}.{modules[kind].get(module, module)}.{leaves.get(leaf, leaf)}"
+
+
+def _inverse(table):
+    return {value: key for key, value in table.items()}
 
 
 def depth(names, kind):

@@ -6,13 +6,21 @@ correction. NVFP4 files have neither; their modulation layers are INT4 as well.
 
 A linear of ours that combines two published layers (families.family.Joined) is two layers there, each with its own branch. The two
 branches of rank R become one block-diagonal branch of rank 2R. If both layers have the same proj_down or proj_up, as in files from
-writer.py, the joined branch keeps rank R.
+writer.py, the joined branch keeps rank R. Linears of ours that one published layer stacks (families.family.Nunchaku.stacked) get their
+rows of it, and each its own copy of the smoothing factor and of proj_down.
+
+No published file was opened. The layout of Qwen-Image and Z-Image is that of nunchaku's transformer_qwenimage.py, transformer_zimage.py
+and linear.py, which take a file's tensors as they are, and of ComfyUI-nunchaku's zimage.py, which renames them for ComfyUI. What others
+have published about the files agrees with it: Z-Image-Turbo INT4 of rank 32 has 963 tensors in bf16 and 136 in int8 of 3,008,102,400 bytes,
+that of rank 128 4,011,374,152 bytes with the header; w3's rows stand before w1's; the metadata say "skip_refiners": false. Inferred, since
+only kernels and DeepCompressor's export determine them: the packed arrays are ordered as in FLUX.1's files, which the same kernels read; in
+INT4 files the bias of a layer after a GELU contains the shift correction; the bias of Qwen-Image's modulation has 1 added to its scales,
+since the loader sets scale_shift to 0; and a second scale may be of either form, wtscale or wcscales.
 """
 
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
@@ -20,17 +28,12 @@ from ...layers import layout
 from .. import completeness
 from ..header import CheckpointError
 from ..packed import PackedFile
-from . import halves, names
+from . import contents, halves, names
 from . import layout as order
 from .source import BLOCKS_FILE, REST_FILE, gather
 
 READERS = min(4, os.cpu_count() or 1)  # threads; more threads than cores would only wait for each other
 AHEAD = 4  # number of layers that are read ahead
-HALF_TYPES = (torch.bfloat16, torch.float16)
-FLOAT_TYPES = (*HALF_TYPES, torch.float32)
-UNUSED = ("smooth_orig",)  # the smoothing factor before it was merged into another layer; it has no use
-LEAVES = ("qweight", "wscales", "wzeros", "wcscales", "wtscale", "smooth", "bias", "lora_down", "lora_up")  # tensors read of a layer
-SECOND_SCALES = ("wtscale", "wcscales")  # NVFP4's
 
 
 def matches(header):
@@ -49,25 +52,32 @@ def open_file(header):
     _check_supported(source)
     nvfp4, tables = _is_nvfp4(source), source.family.nunchaku
     depths = {kind: names.depth(source.tensors, kind) for kind in tables.linears}
-    layers = {}
+    layers, plain = [], contents.plain_tensors(source, depths)
     for ours, theirs, kind in names.blocks(tables, depths):
-        for name, parts in tables.linears[kind].items():
-            layers[f"{ours}.{name}"] = _linear(source, f"{ours}.{name}", [f"{theirs}.{part}" for part in parts], nvfp4)
-        for name, part in tables.modulations[kind].items():
-            if not _is_dense(source, f"{theirs}.{part}"):
-                layers[f"{ours}.{name}"] = _modulation(source, f"{theirs}.{part}", tables.chunks[kind])
-    _check_uniform(source, layers, nvfp4)
-    plain = _plain(source, depths)
-    _check_left_over(source, layers, plain, nvfp4)
-    specs = {name: layer.spec for name, layer in layers.items()}
+        for names_within, parts in contents.w4a4_layers(tables, kind):
+            prefixed, stored = [f"{ours}.{name}" for name in names_within], [f"{theirs}.{part}" for part in parts]
+            if dense := contents.dense_parts(source, tables, kind, theirs, parts):
+                plain |= {f"{name}.weight": contents.Plain(dense, i, len(prefixed)) for i, name in enumerate(prefixed)}
+            else:
+                layers.append(contents.linear(source, prefixed, stored, nvfp4))
+        for name, part in tables.modulations.get(kind, {}).items():
+            if not contents.is_dense(source, f"{theirs}.{part}"):
+                layers.append(contents.modulation(source, f"{ours}.{name}", f"{theirs}.{part}", tables.chunks[kind]))
+    contents.check_uniform(source, layers, nvfp4)
+    plain_shapes = {name: contents.plain_shape(source, entry) for name, entry in plain.items()}
+    contents.check_left_over(source, layers, plain, nvfp4)
+    specs = {name: spec for layer in layers for name, spec in layer.specs().items()}
     shapes = {f"{name}.{part}": shape for name, spec in specs.items() for part, (shape, _) in spec.tensors().items()}
-    shapes |= {name: source.info(stored).shape for name, stored in plain.items()}
+    shapes |= plain_shapes
     dtypes = {f"{name}.{part}": dtype for name, spec in specs.items() for part, (_, dtype) in spec.tensors().items()}
-    dtypes |= {name: source.info(stored).dtype for name, stored in plain.items()}
+    dtypes |= {name: source.info(entry.stored[0]).dtype for name, entry in plain.items()}
+    markers = contents.markers(source)
+    shapes |= {name: tuple(tensor.shape) for name, tensor in markers.items()}
+    dtypes |= {name: tensor.dtype for name, tensor in markers.items()}
     config = completeness.configuration(header, source.family, shapes, _config(source))
     completeness.check(header, source.family, config, shapes, specs)
     return PackedFile(header, source.family, specs, shapes, dtypes, config, _recipe(source, specs, nvfp4),
-                      source.metadata.get("svdquant.source", header.file), lambda: _tensors(source, layers, plain),
+                      source.metadata.get("svdquant.source", header.file), lambda: _tensors(source, layers, plain, markers),
                       stored=source.infos(), modules=source.packed_modules(), paths=source.paths())
 
 
@@ -106,181 +116,36 @@ def _config(source):
 def _recipe(source, specs, nvfp4):
     """The recipe of the model, from its metadata; a short one if the metadata have none."""
     rank = max((spec.rank for name, spec in specs.items() if not source.family.layer(name).joined), default=0)
-    return source.json("svdquant.recipe") or {"preset": f"Nunchaku {_kind(nvfp4)}", "rank": rank}
-
-
-def _kind(nvfp4):
-    return "NVFP4" if nvfp4 else "INT4"
-
-
-# --- layers --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One packed layer of ours. parts: v1 prefixes of Nunchaku's layers in it; joint: as in halves.join; chunks: number of vectors that a
-    modulation layer computes, else 0."""
-
-    spec: layout.LayerSpec
-    parts: tuple
-    joint: bool = True
-    chunks: int = 0
-
-
-def _linear_spec(source, part, nvfp4):
-    """The LayerSpec of one of Nunchaku's W4A4 layers, without unsigned_from. Raises CheckpointError unless its tensors are valid."""
-    kind = layout.NVFP4 if nvfp4 else layout.SVDQUANT
-    shape, file = source.info(f"{part}.qweight").shape, source.header.file
-    if len(shape) != 2 or shape[0] % order.TILE or shape[1] * 2 % order.TILE or 0 in shape:
-        raise CheckpointError(f"{file}: tensor {part}.qweight has shape {list(shape)} instead of (N, K/2) with N and K "
-                              f"multiples of {order.TILE}; choose a Nunchaku {source.family.title} model.")
-    n, k = shape[0], shape[1] * 2
-    source.check(f"{part}.qweight", shape, (torch.int8,))
-    dtype = source.check(f"{part}.bias", (n,), HALF_TYPES)
-    source.check(f"{part}.wscales", (k // layout.GROUP_SIZES[kind], n), (torch.float8_e4m3fn,) if nvfp4 else (dtype,))
-    if nvfp4:
-        _check_second_scales(source, part, n)
-    rank = 0
-    if f"{part}.lora_down" in source.tensors or f"{part}.lora_up" in source.tensors:
-        rank = (*source.info(f"{part}.lora_down").shape, 0, 0)[1]
-        if rank % order.RANK_TILE:
-            raise CheckpointError(f"{file}: tensor {part}.lora_down has rank {rank}, which is not a multiple of "
-                                  f"{order.RANK_TILE}; the file is damaged, download it again.")
-        source.check(f"{part}.lora_down", (k, rank), (dtype,))
-        source.check(f"{part}.lora_up", (n, rank), (dtype,))
-    source.check(f"{part}.smooth", (k,), (dtype,))
-    return layout.LayerSpec(kind, k, n, rank, dtype=dtype)
-
-
-def _check_second_scales(source, part, n):
-    """Raise CheckpointError unless the second scales are valid: wtscale, one number for a layer of one matrix, or wcscales, one number per
-    row of a fused q k v layer. Very old files have neither."""
-    if f"{part}.wtscale" in source.tensors:
-        shape = source.info(f"{part}.wtscale").shape
-        source.check(f"{part}.wtscale", shape if shape == () else (1,), FLOAT_TYPES)
-    if f"{part}.wcscales" in source.tensors:
-        source.check(f"{part}.wcscales", (n,), HALF_TYPES)
-
-
-def _check_uniform(source, layers, nvfp4):
-    """Raise CheckpointError if some W4A4 layers have second scales, or a branch, and others have none. Very old files have none at all. In
-    newer files a layer without them is damaged and would give wrong images."""
-    parts = [part for layer in layers.values() if not layer.chunks for part in layer.parts]
-    for leaves in ((SECOND_SCALES,) if nvfp4 else ()) + (("lora_down", "lora_up"),):
-        with_them = [part for part in parts if any(f"{part}.{leaf}" in source.tensors for leaf in leaves)]
-        without = set(parts) - set(with_them)
-        if with_them and without:
-            raise CheckpointError(f"{source.header.file} has {' or '.join(leaves)} in layer {with_them[0]} and not in {min(without)}; the "
-                                  "file is incomplete, download it again.")
-
-
-def _linear(source, name, parts, nvfp4):
-    """The _Layer of our linear `name`, which is one or two of Nunchaku's layers."""
-    specs = [_linear_spec(source, part, nvfp4) for part in parts]
-    n, k, rank = specs[0].out_features, specs[0].in_features, specs[0].rank
-    joint = True
-    if len(specs) == 2:
-        rows = _by_rows(source, name)
-        shared, ranks = ("in_features", "lora_down") if rows else ("out_features", "lora_up"), [s.rank for s in specs]
-        if getattr(specs[0], shared[0]) != getattr(specs[1], shared[0]) or specs[0].dtype != specs[1].dtype:
-            raise CheckpointError(f"{source.header.file}: layers {parts[0]} and {parts[1]} do not fit together; the file is "
-                                  "damaged, download it again.")
-        if rows and source.read_bytes(f"{parts[0]}.smooth") != source.read_bytes(f"{parts[1]}.smooth"):
-            raise CheckpointError(f"{source.header.file}: layers {parts[0]} and {parts[1]} read the same input with different "
-                                  "smoothing factors, which this version can't run; choose another version of the model.")
-        joint = ranks[0] == ranks[1] and (not rank or source.read_bytes(f"{parts[0]}.{shared[1]}")
-                                          == source.read_bytes(f"{parts[1]}.{shared[1]}"))
-        rank = rank if joint else sum(ranks)
-        n, k = (n + specs[1].out_features, k) if rows else (n, k + specs[1].in_features)
-    unsigned_from = source.family.layer(name).unsigned_from(k, n)
-    if len(specs) == 2 and not rows and unsigned_from != specs[0].in_features:
-        raise CheckpointError(f"{source.header.file}: layer {parts[0]} has {specs[0].in_features} input columns instead of "
-                              f"{unsigned_from}; the file is damaged, download it again.")
-    if nvfp4:
-        blocks = (1,) if len(specs) == 1 or rows else halves.scale_blocks(*(spec.in_features for spec in specs))
-        return _Layer(layout.LayerSpec(layout.NVFP4, k, n, rank, dtype=specs[0].dtype, scale_blocks=sum(blocks)), tuple(parts), joint)
-    try:
-        spec = layout.svdquant_spec(k, n, rank, unsigned_from, True, specs[0].dtype)
-    except ValueError as error:
-        raise CheckpointError(f"{source.header.file}: layer {name} {error}; the file is damaged, download it again.") from None
-    return _Layer(spec, tuple(parts), joint)
-
-
-def _by_rows(source, name):
-    """Whether the two parts of our layer split its rows, not its columns."""
-    return source.family.layer(name).joined.rows
-
-
-def _is_dense(source, part):
-    """Whether a modulation layer is in 16 bits, as in diffusers' files: nunchaku-lite reads both forms."""
-    return f"{part}.weight" in source.tensors
-
-
-def _modulation(source, part, chunks):
-    shape, width = source.info(f"{part}.qweight").shape, (*source.info(f"{source.family.nunchaku.inputs[0]}.weight").shape, 0)[0]
-    source.check(f"{part}.qweight", shape, (torch.int32,))
-    n, k = (shape[0] * order.AWQ_ROWS, shape[1] * 2) if len(shape) == 2 else (0, 0)
-    # The padded scales do not determine K, so K is compared with the model's width.
-    if not n or not k or n % chunks or k != width or k % layout.GROUP_SIZE:
-        raise CheckpointError(f"{source.header.file}: tensor {part}.qweight has shape {list(shape)} instead of (N/4, K/2) with N a "
-                              f"multiple of {chunks} and K {width}; the file is damaged, download it again.")
-    groups = k // layout.GROUP_SIZE
-    groups += -groups % order.AWQ_GROUP_TILE
-    dtype = source.check(f"{part}.wscales", (groups, n), HALF_TYPES)
-    source.check(f"{part}.wzeros", (groups, n), (dtype,))
-    source.check(f"{part}.bias", (n,), (dtype,))
-    return _Layer(layout.LayerSpec(layout.AWQ, k, n, dtype=dtype), (part,), chunks=chunks)
-
-
-def _plain(source, depths):
-    """{our name: v1 name} of the tensors that are not packed."""
-    tables = source.family.nunchaku
-    plain = {f"{ours}.{name}": f"{theirs}.{stored}" for ours, theirs, kind in names.blocks(tables, depths)
-             for name, stored in tables.norms[kind].items()}
-    dense = {f"{ours}.{name}": f"{theirs}.{part}" for ours, theirs, kind in names.blocks(tables, depths)
-             for name, part in tables.modulations[kind].items() if _is_dense(source, f"{theirs}.{part}")}
-    for name, stored in (tables.outside | dense).items():
-        if name not in tables.optional or any(f"{stored}.{leaf}" in source.tensors for leaf in ("weight", "bias")):
-            plain |= {f"{name}.{leaf}": f"{stored}.{leaf}" for leaf in ("weight", "bias")}
-    for name, stored in plain.items():
-        shape = source.info(stored).shape
-        source.check(stored, shape, FLOAT_TYPES)
-        if name.startswith(source.family.nunchaku.swapped) and (not shape or shape[0] % 2):
-            raise CheckpointError(f"{source.header.file}: tensor {stored} has shape {list(shape)} instead of an even number of "
-                                  "rows; the file is damaged, download it again.")
-    return plain
-
-
-def _check_left_over(source, layers, plain, nvfp4):
-    """Raise CheckpointError if the file has a tensor that no layer uses."""
-    used, linear = set(plain.values()), ("smooth", "lora_down", "lora_up", *UNUSED, *(SECOND_SCALES if nvfp4 else ()))
-    for layer in layers.values():
-        leaves = ("qweight", "wscales", "bias", *(("wzeros",) if layer.chunks else linear))
-        used |= {f"{part}.{leaf}" for part in layer.parts for leaf in leaves}
-    for name in source.tensors:
-        if name not in used:
-            raise CheckpointError(f"{source.header.file} has tensor {name}, which a Nunchaku {_kind(nvfp4)} {source.family.title} model "
-                                  "has no place for; choose another version of the model.")
+    return source.json("svdquant.recipe") or {"preset": f"Nunchaku {contents.kind_of(nvfp4)}", "rank": rank}
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _tensors(source, layers, plain):
+def _tensors(source, layers, plain, markers):
     """Yield (our name, tensor) of the whole model, one layer at a time, in the order of the file."""
-    def stored(name):
-        return [f"{part}.{leaf}" for part in layers[name].parts for leaf in LEAVES] if name in layers else [plain[name]]
+    def stored(item):
+        return item.stored() if isinstance(item, contents.PackedLayers) else plain[item].stored
 
-    def read(name):
-        if name in plain:
-            tensor = source.read(plain[name])
-            return {name: torch.cat(tensor.chunk(2)[::-1]) if name.startswith(source.family.nunchaku.swapped) else tensor}
-        tensors = (_read_modulation if layers[name].chunks else _read_linear)(source, name, layers[name])
-        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+    def read(item):
+        if not isinstance(item, contents.PackedLayers):
+            return {item: _read_plain(source, plain[item])}
+        tensors = (_read_modulation if item.chunks else _read_linear)(source, item)
+        pieces = halves.unstack(tensors, len(item.names)) if len(item.names) > 1 else [tensors]
+        return {f"{name}.{part}": tensor for name, own in zip(item.names, pieces) for part, tensor in own.items()}
 
-    in_order = sorted((*layers, *plain), key=lambda name: source.info(stored(name)[0]).start)
-    for tensors in _ahead(read, in_order, lambda name: source.announce(stored(name))):
+    in_order = sorted((*layers, *plain), key=lambda item: source.info(stored(item)[0]).start)
+    for tensors in _ahead(read, in_order, lambda item: source.announce(stored(item))):
         yield from tensors.items()
+    yield from markers.items()
+
+
+def _read_plain(source, entry):
+    tensors = [source.read(stored) for stored in entry.stored]
+    tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if entry.pieces > 1:
+        tensor = tensor.chunk(entry.pieces)[entry.piece].clone()
+    return torch.cat(tensor.chunk(2)[::-1]) if contents.is_swapped(source, entry) else tensor
 
 
 def _ahead(function, items, announce):
@@ -301,7 +166,7 @@ def _ahead(function, items, announce):
                 future.cancel()
 
 
-def _read_modulation(source, _name, layer):
+def _read_modulation(source, layer):
     part = layer.parts[0]
     leaves = (source.read(f"{part}.{leaf}") for leaf in ("wscales", "wzeros", "bias"))
     return order.unpack_awq(source.stored(f"{part}.qweight"), *leaves, layer.chunks)
@@ -312,13 +177,14 @@ def _read_part(source, part, spec):
     contains it."""
     nvfp4, wscales = spec.format == layout.NVFP4, f"{part}.wscales"
     tensors = {"weight_scale": order.unpack_nvfp4_scales(source.stored(wscales)) if nvfp4 else order.unpack_scales(source.read(wscales)),
-               "weight_smooth_factor": order.unpack_vector(source.read(f"{part}.smooth")),
-               "bias": order.unpack_vector(source.read(f"{part}.bias"))}
+               "weight_smooth_factor": order.unpack_vector(source.read(f"{part}.smooth"))}
+    if spec.bias:
+        tensors["bias"] = order.unpack_vector(source.read(f"{part}.bias"))
     if nvfp4:
         tensors["weight_scale_2"] = _read_second_scales(source, part, source.info(wscales).shape[1])
     if spec.rank == 0 or f"{part}.lora_down" not in source.tensors:
-        features = {"weight_proj_down": tensors["weight_smooth_factor"], "weight_proj_up": tensors["bias"]}
-        return tensors | {name: torch.zeros(len(vector), 0, dtype=spec.dtype) for name, vector in features.items()}
+        n, k = source.info(f"{part}.qweight").shape[0], len(tensors["weight_smooth_factor"])
+        return tensors | {name: torch.zeros(size, 0, dtype=spec.dtype) for name, size in (("weight_proj_down", k), ("weight_proj_up", n))}
     return tensors | {"weight_proj_down": order.unpack_down(source.read(f"{part}.lora_down")),
                       "weight_proj_up": order.unpack_up(source.read(f"{part}.lora_up"))}
 
@@ -333,8 +199,8 @@ def _read_second_scales(source, part, n):
     return second.unsqueeze(0)
 
 
-def _read_linear(source, name, layer):
-    spec, rows = layer.spec, len(layer.parts) == 2 and _by_rows(source, name)
+def _read_linear(source, layer):
+    spec, rows = layer.spec, len(layer.parts) == 2 and contents.by_rows(source, layer.names[0])
     weight = order.empty(spec.out_features, spec.in_features // 2)
     shapes = [source.info(f"{part}.qweight").shape for part in layer.parts]
     for part, own in zip(layer.parts, weight.split([shape[0] if rows else shape[1] for shape in shapes], 0 if rows else 1)):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...families import FAMILIES
 from ...families.family import Family
+from ...text import alternatives
 from ..header import CheckpointError, Header, StoredTensor, read_header
 from . import names
 
@@ -13,8 +14,8 @@ BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.s
 CONFIG_FILES = {"config": "config.json", "comfy_config": "comfy_config.json"}
 MAX_CONFIG_BYTES = 1 << 20
 WITH_FILES = [family for family in FAMILIES if family.nunchaku]
-TITLES = " or ".join(family.title for family in WITH_FILES)
-KNOWN_CLASSES = {name for family in WITH_FILES for name in family.nunchaku.model_classes}
+TITLES = alternatives(family.title for family in WITH_FILES)
+BY_CLASS = {name: family for family in WITH_FILES for name in family.nunchaku.model_classes}
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,20 @@ class Source:
         """Paths of the model's safetensors files."""
         return tuple({header.path: None for header, _ in self.tensors.values()})
 
+    def label(self, name):
+        """A tensor's name for messages: the one in the file or, if the file lacks the tensor, the one that the file would have."""
+        if name in self.tensors:
+            return self.tensors[name][1]
+        return names.v2(self.family.nunchaku, name) if self._has_v2_leaves() else name
+
+    def _has_v2_leaves(self):
+        leaves = self.family.nunchaku.leaves_v2
+        return any(stored.rpartition(".")[2] in leaves for _, stored in self.tensors.values())
+
     def info(self, name):
         """The TensorInfo of a tensor by its v1 name. Raises CheckpointError if the file lacks it."""
         if name not in self.tensors:
-            raise CheckpointError(f"{self.header.file} lacks tensor {name}; the file is incomplete, download it again.")
+            raise CheckpointError(f"{self.header.file} lacks tensor {self.label(name)}; the file is incomplete, download it again.")
         header, stored = self.tensors[name]
         return header.tensors[stored]
 
@@ -84,11 +95,11 @@ class Source:
         """Raise CheckpointError unless tensor `name` has this shape and one of these dtypes. Returns its dtype."""
         info = self.info(name)
         if info.shape != tuple(shape):
-            raise CheckpointError(f"{self.header.file}: tensor {name} has shape {list(info.shape)} instead of "
+            raise CheckpointError(f"{self.header.file}: tensor {self.label(name)} has shape {list(info.shape)} instead of "
                                   f"{list(shape)}; the file is damaged, download it again.")
         if info.dtype not in dtypes:
-            raise CheckpointError(f"{self.header.file}: tensor {name} is {info.dtype} instead of {dtypes[0]}; the file "
-                                  "is damaged, download it again.")
+            raise CheckpointError(f"{self.header.file}: tensor {self.label(name)} is {info.dtype} instead of {dtypes[0]}; the "
+                                  "file is damaged, download it again.")
         return info.dtype
 
 
@@ -104,10 +115,10 @@ def gather(header):
                                   "it; put both into one folder.")
         headers.append(read_header(path))
         metadata |= {key: text for key, file in CONFIG_FILES.items() if (text := _small_text(os.path.join(folder, file)))}
-    family = names.family_of({name for part in headers for name in part.tensors})
+    title = metadata.get("model_class", "")
+    family = names.family_of({name for part in headers for name in part.tensors}) or BY_CLASS.get(title)
     if family is None:
-        title = metadata.get("model_class", "")
-        what = f"is a {title}" if title and title not in KNOWN_CLASSES else f"is not a {TITLES}"
+        what = f"is a {title}" if title else f"is not a {TITLES}"
         raise CheckpointError(f"{header.file} is a Nunchaku model that {what}; choose a Nunchaku {TITLES} model.")
     tensors = {}
     for part in headers:

@@ -15,7 +15,7 @@ from ..packed import StoredTensors
 from ..write import check_target, write
 from . import halves, names
 from . import layout as order
-from .reader import FLOAT_TYPES, HALF_TYPES
+from .contents import FLOAT_TYPES, HALF_TYPES
 
 
 def save(path, tensors, specs, config, recipe, source, overwrite=False, source_card=None, counted=lambda tensors, total: tensors):
@@ -29,7 +29,7 @@ def save(path, tensors, specs, config, recipe, source, overwrite=False, source_c
     """
     check_target(path, overwrite)
     family = families.of_config(config)
-    if family.nunchaku is None:
+    if family.nunchaku is None or family.nunchaku.comfy_class is None:
         raise CheckpointError(f"Nunchaku's layout has no place for {family.title} models; choose layout native.")
     depths = {kind: config[key] for kind, key in names.depth_keys(family).items()}
     layers = _layers(family.nunchaku, depths)

@@ -8,10 +8,13 @@ from comfy_kitchen.backends.eager import svdquant as theirs
 from comfyui_svdquant.quant.checkpoint import comfy_kitchen, convert, native
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.checkpoint.nunchaku import reader as nunchaku
+from comfyui_svdquant.quant.families import qwen_image
 from comfyui_svdquant.quant.layers import layout
 from safetensors.torch import load_file, save_file
 
-from ..packed_flux import packed_flux
+from ..packed_flux import packed_flux, packed_tensors
+from ..random_models import random_tensors
+from ..random_qwen_image import qwen_image_shapes
 
 QKV, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear2"
 PREFIX = "model.diffusion_model."
@@ -212,6 +215,31 @@ def test_comfy_quants_names(ours, model, tmp_path):
     file = opened(write(tmp_path / "quants.safetensors", tensors))
     same(file, model)
     assert file.prefix is None
+
+
+@pytest.mark.parametrize("modulation", [True, False])
+def test_comfy_quants_qwen_image_edit(tmp_path, modulation):
+    """Its export of Qwen-Image-Edit-2511: attention and MLPs in W4A4, in tiles; modulation in W4A16, or in 16 bits for a host without it;
+    the tensor that marks 2511, from the model in 16 bits."""
+    plain = random_tensors(qwen_image_shapes(depth=1, marked=True))
+    tensors, specs = packed_tensors(qwen_image.FAMILY, plain)
+    if not modulation:
+        for name in [name for name, spec in specs.items() if spec.format == layout.AWQ]:
+            del specs[name]
+            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
+            tensors |= {f"{name}.{leaf}": plain[f"{name}.{leaf}"] for leaf in ("weight", "bias")}
+    stored = dict(tensors)
+    for name, spec in specs.items():
+        if spec.format == layout.AWQ:
+            stored[f"{name}.weight_zero"] = stored.pop(f"{name}.weight_zeros")
+            stored[f"{name}.comfy_quant"] = layout.encode_conf({"format": "awq_w4a16", "group_size": 64})
+        else:
+            by_comfy_quants((tensors, specs), stored, name, "raw")
+    file = opened(write(tmp_path / "qwen.safetensors", stored))
+    same(file, (tensors, specs, None))
+    assert file.family is qwen_image.FAMILY and file.config["default_ref_method"] == "index_timestep_zero"
+    assert {name for name, spec in specs.items() if spec.unsigned_from == 0} == {
+        f"transformer_blocks.0.{stream}_mlp.net.2" for stream in ("img", "txt")}
 
 
 def test_a_branch_that_reads_the_smoothed_input(ours, model, tmp_path):

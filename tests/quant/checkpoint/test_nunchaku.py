@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from .. import nunchaku_places as places
 from ..nunchaku_nvfp4 import write_nvfp4
 from ..packed_flux import packed_flux
 
@@ -120,27 +121,18 @@ def test_a_branch_a_half_is_the_sum_of_the_halves(written, tmp_path):
 
 def dense(tensors, part, shifted):
     """Section 2.8 of the format's description, by separate index arithmetic in float64: (W, b)."""
-    qweight, smooth = tensors[f"{part}.qweight"], tensors[f"{part}.smooth"].double()
-    n_total, k_total = qweight.shape[0], qweight.shape[1] * 2
-    n, k = torch.arange(n_total).unsqueeze(1), torch.arange(k_total).unsqueeze(0)
-    word = ((n // 128 * (k_total // 64) + k // 64) * 8 + n % 128 // 16) * 8 + n % 8
-    word = (word * 4 + k % 32 // 8) * 4 + n % 16 // 8 * 2 + k % 64 // 32
-    byte = qweight.flatten().view(torch.uint8)[4 * word + k % 8 // 2].int()
-    codes = torch.where(k % 2 == 0, byte & 15, byte >> 4)
+    qweight = tensors[f"{part}.qweight"]
+    n, k = qweight.shape[0], qweight.shape[1] * 2
+    byte, high = places.code_places(n, k)
+    data = qweight.flatten().view(torch.uint8)[byte].int()
+    codes = torch.where(high, data >> 4, data & 15)
     codes = torch.where(codes > 7, codes - 16, codes).double()
-
-    def channel(i):
-        return i // 16 * 16 + i % 8 // 2 * 4 + i % 16 // 8 * 2 + i % 2
-
-    scale = tensors[f"{part}.wscales"].flatten().double()[(n // 128 * (k_total // 64) + k // 64) * 128 + channel(n) % 128]
-    quantized = codes * scale / smooth[channel(torch.arange(k_total))]
+    scale = tensors[f"{part}.wscales"].flatten().double()[places.scale_places(n, k)].repeat_interleave(64, 1)
+    quantized = codes * scale / tensors[f"{part}.smooth"].double()[places.vector_places(k)]
     down, up = tensors[f"{part}.lora_down"].flatten().double(), tensors[f"{part}.lora_up"].flatten().double()
-    rank = down.numel() // k_total
-    r, kk, nn = torch.arange(rank).unsqueeze(0), torch.arange(k_total).unsqueeze(1), n
-    down_at = (((kk // 16 * (rank // 16) + r // 16) * 8 + r % 8) * 4 + kk % 8 // 2) * 8 + r % 16 // 8 * 4 + kk % 16 // 8 * 2 + kk % 2
-    up_at = (((nn // 16 * (rank // 16) + r // 16) * 8 + nn % 8) * 4 + r % 8 // 2) * 8 + nn % 16 // 8 * 4 + r % 16 // 8 * 2 + r % 2
-    weight = quantized + up[up_at] @ down[down_at].t()
-    bias = tensors[f"{part}.bias"].double()[channel(torch.arange(n_total))]
+    rank = down.numel() // k
+    weight = quantized + up[places.up_places(n, rank)] @ down[places.down_places(k, rank)].t()
+    bias = tensors[f"{part}.bias"].double()[places.vector_places(n)]
     return weight, bias + (0.171875 * quantized.sum(1) if shifted else 0)
 
 
@@ -176,10 +168,9 @@ def test_modulation_layers_by_the_documented_formulas(written, model):
     words = theirs[f"{part}.qweight"].flatten().view(torch.int16).int() & 0xFFFF
     scale, zero = theirs[f"{part}.wscales"].double(), theirs[f"{part}.wzeros"].double()
     n_total, k_total = scale.shape[1], 128
-    row, k = torch.arange(n_total).unsqueeze(1), torch.arange(k_total).unsqueeze(0)
-    word = (((row // 4 * (k_total // 64) + k // 64) * 4 + row % 4) * 2 + k % 64 // 32) * 8 + k % 8
-    codes = ((words[word] >> (k % 32 // 8 * 4)) & 15).double()
-    weight = codes * scale[k // 64, row] + zero[k // 64, row]
+    word, shift = places.w4a16_places(n_total, k_total)
+    codes = ((words[word] >> shift) & 15).double()
+    weight = codes * scale[: k_total // 64].t().repeat_interleave(64, 1) + zero[: k_total // 64].t().repeat_interleave(64, 1)
     d = n_total // chunks
     weight = torch.stack([weight[j * chunks + s] for s in range(chunks) for j in range(d)])
     bias = theirs[f"{part}.bias"].double().view(d, chunks).t().clone()
@@ -320,7 +311,7 @@ def put(name, make):
     (drop(f"{BLOCK}.norm_q.weight"), f"lacks tensor {BLOCK}.norm_q.weight"),
     (drop(f"{BLOCK}.qkv_proj.lora_up"), f"lacks tensor {BLOCK}.qkv_proj.lora_up"),
     (drop("proj_out.bias"), "lacks tensor proj_out.bias"),
-    (drop("x_embedder.weight"), "not a FLUX.1"),
+    (drop("x_embedder.weight"), "lacks tensor x_embedder.weight"),
     (put(f"{BLOCK}.mlp_fc2.qweight", lambda t: t.view(torch.float8_e4m3fn)), "torch.float8_e4m3fn instead of torch.int8"),
     (put(f"{BLOCK}.mlp_fc2.qweight", lambda t: t[:64]), "multiples of 128"),
     (put(f"{BLOCK}.mlp_fc2.smooth", lambda t: t[:256]), "has shape [256] instead of [512]"),

@@ -15,7 +15,8 @@ from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.layers import layout
 from safetensors.torch import load_file, save_file
 
-from ..nunchaku_nvfp4 import RANK, scale_places, write_nvfp4
+from ..nunchaku_nvfp4 import RANK, write_nvfp4
+from ..nunchaku_places import e4m3_places
 from .test_nunchaku import drop, put, rename_v2, rewritten, with_header
 
 VECTORS = Path(__file__).resolve().parents[2] / "data" / "nunchaku" / "nvfp4_linear_n256_k256_r32.safetensors"
@@ -51,7 +52,7 @@ def test_nunchakus_packed_tensors_are_unpacked_to_the_bit():
     scales = order.unpack_nvfp4_scales(v["out.wscales"])
     assert scales.dtype == torch.float8_e4m3fn
     assert torch.equal(scales.float(), v["in.wscales"].t().to(torch.float8_e4m3fn).float())
-    assert torch.equal(v["out.wscales"].flatten().float()[scale_places(256, 256)], scales.t().float())
+    assert torch.equal(v["out.wscales"].flatten().float()[e4m3_places(256, 256)], scales.t().float())
     for name in ("bias", "smooth", "wcscales", "lora_up"):
         unpack = order.unpack_up if name == "lora_up" else order.unpack_vector
         assert torch.equal(unpack(v[f"out.{name}"]), v[f"in.{name}"]), name
@@ -61,7 +62,7 @@ def test_nunchakus_packed_tensors_are_unpacked_to_the_bit():
 def test_scales_of_several_tiles():
     scales = torch.arange(256 * 320 // 16).to(torch.uint8).view(256, 20)
     stored = torch.empty(scales.numel(), dtype=torch.uint8)
-    stored[scale_places(256, 320)] = scales
+    stored[e4m3_places(256, 320)] = scales
     stored = stored.view(torch.float8_e4m3fn).view(20, 256)
     assert torch.equal(order.unpack_nvfp4_scales(stored).view(torch.uint8), scales.t())
 
