@@ -56,7 +56,7 @@ class Page:
         address = message.location.get("url", "")
         text = f"{message.text} {address}"
         ours = address.startswith(self.url) and any(word in text.lower() for word in OURS)
-        if message.type == "error" and ours and not address.endswith(".jpg"):  # a template may have no picture
+        if message.type == "error" and ours:
             self.complaints.append(text)
 
     def wait(self, condition: str, argument=None) -> None:
