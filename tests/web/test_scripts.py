@@ -117,3 +117,19 @@ def test_a_box_grows_with_its_text(run):
               box.computedHeight = 600; await say("line\\n".repeat(500)); const long = [...nodes[1].size];"""
     before, after, long = run(code, "[before, after, long]")
     assert before == [200, 100] and after[0] == 200 and 150 < after[1] < 250 and long == after
+
+
+def test_reports_are_shown_as_markdown_and_other_texts_as_they_are(run):
+    """A newer page's text finds its switch by the node's id; an older page has no switch."""
+    code = """await import("./js/report_preview.js");
+              const quantize = { type: "SVDQuantQuantizeModel", outputs: [{ name: "MODEL" }, { name: "report" }] };
+              const preview = (id, slot, ...widgets) => ({ id, type: "PreviewAny", widgets, getInputLink: () => ({ origin_slot: slot }),
+                                                           getInputNode: () => quantize });
+              const text = () => ({ name: "preview_text", component: {}, props: { kept: 1 } });
+              const shown = (slot) => preview(7, slot, text(), { name: "preview_mode", value: false });
+              app.graph.nodes = [shown(1), shown(0), preview(8, 1, { name: "preview" }), { type: "Other" }];
+              extensions["SVDQuant.ReportPreview"].afterConfigureGraph();"""
+    report, model, older, _ = run(code, "app.graph.nodes")
+    assert [report["widgets"][1]["value"], report["widgets"][0]["props"]] == [True, {"kept": 1, "nodeId": 7}]
+    assert [model["widgets"][1]["value"], model["widgets"][0]["props"]] == [False, {"kept": 1}]
+    assert older["widgets"] == [{"name": "preview"}]
