@@ -120,6 +120,10 @@ class Page:
         return self.page.evaluate("""() => app.graph.nodes.flatMap(node => node.widgets ?? [])
             .filter(widget => widget.name === "preview_mode").map(widget => widget.value)""")
 
+    def tables(self) -> int:
+        """How many tables the page shows on nodes, which it makes of Markdown."""
+        return self.page.locator(".dom-widget table").count()
+
     def save(self, name: str) -> None:
         """Save the open workflow under a name, as Ctrl+S does."""
         self.page.evaluate("() => { app.extensionManager.command.execute('Comfy.SaveWorkflow'); }")

@@ -111,12 +111,20 @@ def test_workflows_of_earlier_versions_keep_their_values(run):
         present, present, None]
 
 
-def test_a_box_grows_with_its_text(run):
-    code = """box.computedHeight = 58; await say("short"); const before = [...nodes[1].size];
-              await say("a sentence of more than two lines, ".repeat(5)); const after = [...nodes[1].size];
-              box.computedHeight = 600; await say("line\\n".repeat(500)); const long = [...nodes[1].size];"""
-    before, after, long = run(code, "[before, after, long]")
-    assert before == [200, 100] and after[0] == 200 and 150 < after[1] < 250 and long == after
+def test_a_box_grows_with_its_text_once_the_page_has_measured_it(run):
+    """Which it does when it draws the node, at the earliest."""
+    code = """let drawn = 0;
+              nodes[1].onDrawForeground = () => { drawn += 1; };
+              extensions["SVDQuant.nodes"].nodeCreated(nodes[1]);
+              const draw = async () => { nodes[1].onDrawForeground(); await new Promise((resolve) => setTimeout(resolve, 10)); };
+              await say("a sentence of more than two lines, ".repeat(5)); await draw(); const unmeasured = nodes[1].size[1];
+              box.computedHeight = 58; const offScreen = nodes[1].size[1]; await draw(); const after = [...nodes[1].size];
+              box.computedHeight += after[1] - 100; await draw(); await say("short"); await draw(); const short = [...nodes[1].size];
+              box.computedHeight = 600; await say("line\\n".repeat(500)); await draw(); const long = [...nodes[1].size];"""
+    unmeasured, off_screen, after, short, long, drawn = run(code, "[unmeasured, offScreen, after, short, long, drawn]")
+    assert unmeasured == off_screen == 100 and 150 < after[1] < 250
+    assert after == short == long and after[0] == 300, "a box never shrinks, and a long text scrolls"
+    assert drawn == 5, "what was there before still runs"
 
 
 def test_reports_are_shown_as_markdown_and_other_texts_as_they_are(run):
