@@ -34,17 +34,25 @@ function width(line) {
   return [...line].reduce((sum, letter) => sum + (letter > "\u2e80" ? 1.9 : 1), 0);
 }
 
-// The page gives a node's text two lines, whatever its length: make room for the rest of it, once the page has made and measured the box.
-function fit(node, attempts = 20) {
+const unfitted = new WeakSet(); // nodes with a new text
+
+// The page gives a node's text two lines, whatever its length: make room for the rest of it. Called when a node is drawn, since the page has
+// measured the box only then; a node off the screen waits.
+function fit(node) {
   const box = textBox(node);
-  if (!box?.computedHeight) {
-    if (attempts) setTimeout(() => fit(node, attempts - 1), 100);
-    return;
-  }
+  if (!box?.computedHeight || !unfitted.delete(node)) return;
   const columns = (node.size[0] - MARGIN) / LETTER;
   const lines = box.value.split("\n").reduce((count, line) => count + Math.max(1, Math.ceil(width(line) / columns)), 0);
   const missing = Math.min(lines * LINE + MARGIN, TALLEST) - box.computedHeight;
   if (missing > 0) node.setSize([node.size[0], node.size[1] + missing]);
+}
+
+function fitWhenDrawn(node) {
+  const draw = node.onDrawForeground;
+  node.onDrawForeground = function (...given) {
+    if (unfitted.has(node)) setTimeout(() => fit(node)); // not while the page draws
+    return draw?.apply(this, given);
+  };
 }
 
 app.registerExtension({
@@ -61,6 +69,7 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
+    if (node.comfyClass?.startsWith("SVDQuant")) fitWhenDrawn(node);
     if (node.comfyClass === "SVDQuantSaveModel") {
       const filename = node.widgets.find((widget) => widget.name === "filename");
       filename.serializeValue = () => window.comfyAPI.utils.applyTextReplacements(app, filename.value);
@@ -72,7 +81,11 @@ app.registerExtension({
   setup() {
     api.addEventListener("progress_text", ({ detail }) => {
       const node = ownNode(detail.nodeId);
-      if (node) setTimeout(() => fit(node)); // after the page's own listener, and the translation
+      if (!node) return;
+      setTimeout(() => { // after the page's own listener, and the translation
+        unfitted.add(node);
+        app.canvas?.setDirty(true, true);
+      });
     });
   },
 });

@@ -56,7 +56,7 @@ class Page:
         address = message.location.get("url", "")
         text = f"{message.text} {address}"
         ours = address.startswith(self.url) and any(word in text.lower() for word in OURS)
-        if message.type == "error" and ours and not address.endswith(".jpg"):  # a template may have no picture
+        if message.type == "error" and ours:
             self.complaints.append(text)
 
     def wait(self, condition: str, argument=None) -> None:
@@ -119,6 +119,10 @@ class Page:
         """The switches between plain text and Markdown of all nodes that show text."""
         return self.page.evaluate("""() => app.graph.nodes.flatMap(node => node.widgets ?? [])
             .filter(widget => widget.name === "preview_mode").map(widget => widget.value)""")
+
+    def tables(self) -> int:
+        """How many tables the page shows on nodes, which it makes of Markdown."""
+        return self.page.locator(".dom-widget table").count()
 
     def save(self, name: str) -> None:
         """Save the open workflow under a name, as Ctrl+S does."""

@@ -64,6 +64,7 @@ def test_the_demo_runs_and_is_saved_and_reopened_unchanged(page):
     page.fit_view()
     look(page, "SVDQuant_demo's pictures")
     assert page.markdown_switches() in ([True, True], []), "older pages have no switch"
+    assert page.tables() == 2, "the reports are shown as plain text"
     page.save("saved by a test")
     after = page.reopen("saved by a test")
     look(page, "SVDQuant_demo reopened")

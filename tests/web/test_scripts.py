@@ -111,9 +111,33 @@ def test_workflows_of_earlier_versions_keep_their_values(run):
         present, present, None]
 
 
-def test_a_box_grows_with_its_text(run):
-    code = """box.computedHeight = 58; await say("short"); const before = [...nodes[1].size];
-              await say("a sentence of more than two lines, ".repeat(5)); const after = [...nodes[1].size];
-              box.computedHeight = 600; await say("line\\n".repeat(500)); const long = [...nodes[1].size];"""
-    before, after, long = run(code, "[before, after, long]")
-    assert before == [200, 100] and after[0] == 200 and 150 < after[1] < 250 and long == after
+def test_a_box_grows_with_its_text_once_the_page_has_measured_it(run):
+    """Which it does when it draws the node, at the earliest."""
+    code = """let drawn = 0;
+              nodes[1].onDrawForeground = () => { drawn += 1; };
+              extensions["SVDQuant.nodes"].nodeCreated(nodes[1]);
+              const draw = async () => { nodes[1].onDrawForeground(); await new Promise((resolve) => setTimeout(resolve, 10)); };
+              await say("a sentence of more than two lines, ".repeat(5)); await draw(); const unmeasured = nodes[1].size[1];
+              box.computedHeight = 58; const offScreen = nodes[1].size[1]; await draw(); const after = [...nodes[1].size];
+              box.computedHeight += after[1] - 100; await draw(); await say("short"); await draw(); const short = [...nodes[1].size];
+              box.computedHeight = 600; await say("line\\n".repeat(500)); await draw(); const long = [...nodes[1].size];"""
+    unmeasured, off_screen, after, short, long, drawn = run(code, "[unmeasured, offScreen, after, short, long, drawn]")
+    assert unmeasured == off_screen == 100 and 150 < after[1] < 250
+    assert after == short == long and after[0] == 300, "a box never shrinks, and a long text scrolls"
+    assert drawn == 5, "what was there before still runs"
+
+
+def test_reports_are_shown_as_markdown_and_other_texts_as_they_are(run):
+    """A newer page's text finds its switch by the node's id; an older page has no switch."""
+    code = """await import("./js/report_preview.js");
+              const quantize = { type: "SVDQuantQuantizeModel", outputs: [{ name: "MODEL" }, { name: "report" }] };
+              const preview = (id, slot, ...widgets) => ({ id, type: "PreviewAny", widgets, getInputLink: () => ({ origin_slot: slot }),
+                                                           getInputNode: () => quantize });
+              const text = () => ({ name: "preview_text", component: {}, props: { kept: 1 } });
+              const shown = (slot) => preview(7, slot, text(), { name: "preview_mode", value: false });
+              app.graph.nodes = [shown(1), shown(0), preview(8, 1, { name: "preview" }), { type: "Other" }];
+              extensions["SVDQuant.ReportPreview"].afterConfigureGraph();"""
+    report, model, older, _ = run(code, "app.graph.nodes")
+    assert [report["widgets"][1]["value"], report["widgets"][0]["props"]] == [True, {"kept": 1, "nodeId": 7}]
+    assert [model["widgets"][1]["value"], model["widgets"][0]["props"]] == [False, {"kept": 1}]
+    assert older["widgets"] == [{"name": "preview"}]

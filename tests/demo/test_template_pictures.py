@@ -1,13 +1,15 @@
-"""The pictures of the quantizing templates: their sizes are those of real files, and the stored pictures are what the script draws."""
+"""The templates' pictures that no model draws: what they say is so, and the stored files are what the scripts draw."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 import layer_maps
+import redux_schematic
 
 ROOT = Path(__file__).resolve().parents[2]
 # Gigabytes of the files in 16 bits that the templates offer to download.
@@ -17,16 +19,23 @@ FLUX = layer_maps.Model("FLUX.1 dev", "flux", layer_maps.FLUX_BLOCKS | {
     "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "vec_in_dim": 768, "guidance_embed": True})
 
 
+def check_stored(path: Path, drawn: Image.Image) -> None:
+    """JPEG and other versions of letters change details by some of 255 levels; another number or row of layers changes whole areas."""
+    stored = Image.open(path)
+    assert stored.size == drawn.size
+    small, large = (np.asarray(picture.reduce(16), np.float32) for picture in (stored, drawn))
+    assert np.abs(small - large).max() < 8, f"{path.name} is not what its script in demo/ draws; run that"
+
+
 @pytest.mark.parametrize("template", layer_maps.MODELS)
 def test_a_picture_is_drawn_from_a_published_model(template):
     shown = layer_maps.packed(layer_maps.MODELS[template])
     assert shown.bytes_before / 1e9 == pytest.approx(PUBLISHED[template], abs=0.006)
-    drawn = layer_maps.draw(layer_maps.MODELS[template], shown)
-    stored = Image.open(ROOT / "workflows" / f"{template}.jpg")
-    assert stored.size == drawn.size
-    # JPEG and other versions of letters change details by some of 255 levels; another number or row of layers changes whole areas.
-    small, large = (np.asarray(picture.reduce(16), np.float32) for picture in (stored, drawn))
-    assert np.abs(small - large).max() < 8, "run demo/layer_maps.py"
+    check_stored(ROOT / "workflows" / f"{template}.jpg", layer_maps.draw(layer_maps.MODELS[template], shown))
+
+
+def test_the_schematic_of_redux():
+    check_stored(redux_schematic.TARGET, redux_schematic.schematic(Image.open(redux_schematic.SOURCE)))
 
 
 def test_the_size_of_a_saved_file():
@@ -41,6 +50,6 @@ def test_layers_within_and_outside_of_blocks():
     kinds, blocks, grid = layer_maps.cells(layer_maps.in_blocks(layers))
     assert kinds == ["img_attn.qkv", "linear1", "modulation.lin"]
     assert blocks == [("double_blocks", 0), ("double_blocks", 1), ("single_blocks", 0)]
-    colours = {name: tuple(round(255 * part) for part in grid[place]) for name, place in {"W4A4": (0, 1), "W4A16": (2, 2)}.items()}
-    assert {name: "#%02x%02x%02x" % colour for name, colour in colours.items()} == layer_maps.COLOURS
-    assert "#%02x%02x%02x" % tuple(round(255 * part) for part in grid[1, 0]) == layer_maps.BACKGROUND, "a double block has no linear1"
+    expected = {(0, 1): layer_maps.COLOURS["W4A4"], (2, 2): layer_maps.COLOURS["W4A16"], (1, 0): layer_maps.BACKGROUND}
+    for at, colour in expected.items():
+        assert tuple(grid[at]) == to_rgb(colour), at
