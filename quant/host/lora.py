@@ -20,7 +20,7 @@ from ..layers.lora_branch import Dense, Kronecker, LoRABranch, LowRank
 from ..quantizer import out_of_memory
 from ..quantizer.truncated_svd import KEPT_ENERGY, truncated_svd
 from ..text import bounded
-from .patches import NAMES, LoKrParts, LoRAParts, dora_scale, identity, kind, nbytes, parts, patch_of, reads_weight
+from .patches import NAMES, LoKrParts, LoRAParts, dora_scale, identity, kind, nbytes, parts, patch_of, reads_weight, tensors_of
 
 EXACT = "exactly"
 
@@ -39,11 +39,13 @@ def check(layer_name, layer, parameter, value, strength_model, offset):
     corrected = layer.spec.unsigned_from < layer.in_features
     if parameter == "bias" and corrected and (strength_model != 1.0 or kind(value) != NAMES["diff"]):
         raise refusal(layer_name, "its bias contains the GELU shift correction, so a patch can only add to it")
+    if parameter == "bias" and not all(torch.isfinite(tensor).all() for tensor in tensors_of(value)):
+        raise refusal(layer_name, f"its {kind(value)} has NaN or infinity")
     if parameter == "weight" and isinstance(parts(value), (LoRAParts, LoKrParts)):
         # On the meta device this computes nothing, and raises if shapes do not fit.
         try:
             _Sketch(layer_name, layer, torch.device("meta"), {}).add_factors(value, 1.0, offset)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise refusal(layer_name, f"the factors of its {kind(value)} don't fit each other ({bounded(str(error), 200)})") from error
 
 
@@ -96,10 +98,14 @@ class _Sketch:
     def branch(self):
         """The LoRABranch, or None if the patches change nothing."""
         own = self.layer.spec.rank if self.layer.takes_lora else 0
-        kept = self.terms, self.shape, self.layer.lora_dtype, self.device, own
-        if self.gain is not None:
-            return LoRABranch.of(*kept, self.gain[:, 0], self.layer.gelu_shift_correction(self.device))
-        return LoRABranch.of(*kept) if self.terms else None
+        gain = () if self.gain is None else (self.gain[:, 0], self.layer.gelu_shift_correction(self.device))
+        if not self.terms and not gain:
+            return None
+        branch = LoRABranch.of(self.terms, self.shape, self.layer.lora_dtype, self.device, own, *gain)
+        if not branch.is_finite():
+            kinds = " or its ".join(dict.fromkeys(what for what, _ in self.notes))
+            raise refusal(self.key, f"its {kinds} gives NaN or infinity")
+        return branch
 
     def changes_strengths(self):
         """Whether only strengths differ from those of the layer's branch, which then has them."""
@@ -181,16 +187,21 @@ class _Sketch:
         self.terms.append(LowRank(rows, cols, up, down, strength * scale))
         return EXACT
 
+    def multiplied(self, up, down):
+        """(a factor of a LoKr from its own two, their rank)"""
+        if up is None or down is None:
+            raise refusal(self.key, "its LoKr lacks a factor")
+        up, down = self.floats(up, down)
+        return up @ down, down.shape[0]
+
     def add_lokr(self, adapter, strength, rows, cols):
         if adapter.dora_scale is not None or adapter.t2 is not None:
             return None
         left, right, rank = adapter.w1, adapter.w2, None
         if left is None:
-            up, down = self.floats(adapter.w1_a, adapter.w1_b)
-            rank, left = down.shape[0], up @ down
+            left, rank = self.multiplied(adapter.w1_a, adapter.w1_b)
         if right is None:
-            up, down = self.floats(adapter.w2_a, adapter.w2_b)
-            rank, right = down.shape[0], up @ down
+            right, rank = self.multiplied(adapter.w2_a, adapter.w2_b)
         left, right = self.floats(left, right)
         if left.ndim != 2 or right.ndim != 2:
             return None
@@ -236,7 +247,7 @@ class _Sketch:
         try:
             result = comfy.lora.calculate_weight([(strength, value, 1.0, offset, passed_on)], weight.clone(), self.key,
                                                  original_weights=originals)
-        except (RuntimeError, IndexError, TypeError) as error:  # the factors don't fit each other
+        except (RuntimeError, IndexError, TypeError, UnboundLocalError) as error:  # the factors don't fit each other
             if out_of_memory.on_device(error) or out_of_memory.on_host(error):
                 raise
             raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)} "

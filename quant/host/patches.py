@@ -166,6 +166,14 @@ def nbytes(patches):
     return 2 * sum(numel(patch_of(entry).value) for entry in patches)
 
 
+def tensors_of(value):
+    """The tensors of a patch's value."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    value = value.weights if isinstance(value, WeightAdapterBase) else value
+    return [tensor for entry in value for tensor in tensors_of(entry)] if isinstance(value, (tuple, list)) else []
+
+
 def identity(value):
     """A hashable stand-in for a patch's value: the same tensors, the same identity."""
     if isinstance(value, torch.Tensor):

@@ -265,6 +265,12 @@ class LoRABranch(torch.nn.Module):
         self.lora_strength.copy_(_strength(terms, self.lora, n))
         return True
 
+    def is_finite(self):
+        """Whether all its numbers are, beside the rows of the layer's own ranks, which may have no values yet."""
+        own = [] if self.lora_up is None else [self.lora_down[self.own:], self.lora_up, self.lora_strength]
+        numbers = [*own, *self.terms.buffers(), *([] if self.gain is None else [self.gain])]
+        return bool(torch.stack([torch.isfinite(tensor).all() for tensor in numbers]).all())
+
     def nbytes(self):
         """Bytes that the branch takes beside the layer."""
         return sum(buffer.nbytes for buffer in self.buffers()) - (self.lora_down[:self.own].nbytes if self.shares else 0)
