@@ -20,6 +20,7 @@ def _is_conditioning(value):
 # that a workflow holds in place of a link.
 KINDS = {
     "MODEL": (lambda value: isinstance(value, comfy.model_patcher.ModelPatcher), "connect a node that loads or changes a MODEL"),
+    "CLIP": (lambda value: callable(getattr(value, "tokenize", None)), "connect a node that loads a CLIP"),
     "CONDITIONING": (_is_conditioning, "connect a text encode node"),
     "LATENT": (lambda value: isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor), "connect an empty latent"),
     "IMAGE": (_is_image, "connect a node that gives an IMAGE"),

@@ -98,7 +98,8 @@ def _read(header, names, computed, name):
     return int8_scales.product(integers, row_scale)
 
 
-def _json_metadata(header, key):
+def json_metadata(header, key):
+    """The dict in an entry of the metadata. Raises CheckpointError if it is missing or damaged."""
     try:
         value = json.loads(header.metadata.get(key, ""))
     except (ValueError, RecursionError):
@@ -129,12 +130,12 @@ def newer(header):
 def config(header):
     """The host's configuration in the file's metadata, a dict. Raises CheckpointError if the version is newer or the entry is damaged."""
     _version(header)
-    return _json_metadata(header, "svdquant.config")
+    return json_metadata(header, "svdquant.config")
 
 
 def recipe(header):
     """How the model was quantized, a dict. Raises CheckpointError if the entry is damaged."""
-    return _json_metadata(header, "svdquant.recipe")
+    return json_metadata(header, "svdquant.recipe")
 
 
 def layer_specs(header, family):
@@ -159,7 +160,7 @@ def _layer_spec(header, family, name):
     layer = family.layer(name)
     if layer is None:
         raise CheckpointError(f"{header.file}: layer {name} is packed, but a {family.title} has no such packed layer; choose another file.")
-    weight, scale = (_info(header, f"{name}.{part}") for part in ("weight", "weight_scale"))
+    weight, scale = (info_of(header, f"{name}.{part}") for part in ("weight", "weight_scale"))
     if len(weight.shape) != 2:
         # The tiles of comfy-kitchen's files have been unpacked to such a matrix.
         raise CheckpointError(f"{header.file}: {name}.weight has shape {list(weight.shape)} instead of (N, K/2); "
@@ -171,10 +172,10 @@ def _layer_spec(header, family, name):
     unsigned = _unsigned_from(header, key, conf, k)
     dtype, scale_blocks, int8_scale = scale.dtype, 1, kind == layout.SVDQUANT_INT8_SCALE
     if kind == layout.NVFP4:
-        dtype = _info(header, f"{name}.weight_smooth_factor").dtype
-        scale_blocks = (*_info(header, f"{name}.weight_scale_2").shape, 0)[0]
+        dtype = info_of(header, f"{name}.weight_smooth_factor").dtype
+        scale_blocks = (*info_of(header, f"{name}.weight_scale_2").shape, 0)[0]
     elif int8_scale:
-        dtype = _info(header, f"{name}.weight_scale_2").dtype
+        dtype = info_of(header, f"{name}.weight_scale_2").dtype
     elif f"{name}.weight_scale_2" in header.tensors:
         raise CheckpointError(f"{header.file} has tensor {name}.weight_scale_2, which a layer of format {kind} has no place for; "
                               "download or save it again.")
@@ -221,11 +222,12 @@ def check_unsigned(header, family, specs, signed_allowed):
 
 def _rank(header, name):
     """The rank of a layer's branch according to the tensor's shape."""
-    shape = _info(header, f"{name}.weight_proj_down").shape
+    shape = info_of(header, f"{name}.weight_proj_down").shape
     return shape[1] if len(shape) == 2 else None
 
 
-def _info(header, key):
+def info_of(header, key):
+    """The TensorInfo of tensor `key`. Raises CheckpointError if the file has none."""
     if key not in header.tensors:
         raise CheckpointError(f"{header.file} lacks tensor {key}; the file is incomplete, download or save it again.")
     return header.tensors[key]
@@ -233,7 +235,7 @@ def _info(header, key):
 
 def check_tensor(header, key, shape, dtype=None):
     """Raise CheckpointError unless the file has tensor `key` with this shape (and dtype, if given)."""
-    info = _info(header, key)
+    info = info_of(header, key)
     if info.shape != tuple(shape):
         raise CheckpointError(f"{header.file}: tensor {key} has shape {list(info.shape)} instead of {list(shape)}; "
                               "the file does not fit its own configuration, download or save it again.")

@@ -10,7 +10,8 @@ from . import find_nan, mapping
 from .fused_blocks import fuse
 from .model_family import family_of, set_family
 from .operations import Operations
-from .patcher import SVDQuantModelPatcher, packed_layers, unpatched
+from .packed_layers import packed_layers, unpatched
+from .patcher import SVDQuantModelPatcher
 from .step_graphs import record_steps
 
 
@@ -151,15 +152,15 @@ def make_patcher(model, patcher_class):
 
 
 def copied(model, backup, disable_dynamic=False):
-    """A patcher for a copy of a quantized model without its patches (patcher.unpatched). disable_dynamic: an argument of ComfyUI's, which
-    changes nothing here, since these patchers are never dynamic."""
+    """A patcher for a copy of a quantized model without its patches (packed_layers.unpatched). disable_dynamic: an argument of ComfyUI's,
+    which changes nothing here, since these patchers are never dynamic."""
     mapping.check(model)
     layers = packed_layers(model.diffusion_model)
     copy = empty_like(model, {name: layer.spec for name, layer in layers.items()}, model.get_dtype())
     for name, layer in layers.items():
         if isinstance(layer, SVDQuantLinear):
             copy.diffusion_model.get_submodule(name).act_bits = layer.act_bits
-    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in unpatched(model, backup).items()}
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in unpatched(model.diffusion_model, backup).items()}
     copy.diffusion_model.load_state_dict(tensors, assign=True)
     return make_patcher(copy, SVDQuantModelPatcher)
 

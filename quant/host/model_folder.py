@@ -1,4 +1,4 @@
-"""The folder for diffusion models, and the paths of files in it."""
+"""The folder for diffusion models, and the paths of files in it. Some functions are for the folders of other kinds of models too."""
 
 import os
 import re
@@ -17,28 +17,34 @@ DEVICE = re.compile(r"(CON|PRN|AUX|NUL|(COM|LPT)[1-9\u00b9\u00b2\u00b3]) *(\..*)
 MAX_BYTES = 255  # of a part of a path, on the usual file systems
 TEMPORARY_BYTES = 22  # length of ".0123456789abcdef.part" and ".0123456789abcd.saving", which end the name of an incomplete file
 SHOWN = 60  # characters of a name in a message
+# {kind of the folder: what is said of a filename that names no file in it}
+OUTSIDE = {
+    KIND: "The filename {} {}, so it does not name a file within models/diffusion_models; write a plain name such as my_model, or "
+          "folder/my_model.",
+    "text_encoders": "The filename {} {}, so it does not name a file within models/text_encoders; write a plain name such as my_encoder, "
+                     "or folder/my_encoder.",
+}
 
 
-def target_folder():
-    """The folder for new models: the first in ComfyUI's list, which is the default one of extra_model_paths.yaml.
+def target_folder(kind=KIND):
+    """The folder for new models: the first in ComfyUI's list of this kind, which is the default one of extra_model_paths.yaml.
 
     ComfyUI lists models/unet, the older name of the folder, before models/diffusion_models; if both are in one place, the latter is used.
     """
-    folders = [os.path.normpath(path) for path in folder_paths.get_folder_paths(KIND)]
-    beside = os.path.join(os.path.dirname(folders[0]), KIND)
+    folders = [os.path.normpath(path) for path in folder_paths.get_folder_paths(kind)]
+    beside = os.path.join(os.path.dirname(folders[0]), kind)
     return beside if beside in folders else folders[0]
 
 
-def target_path(filename):
+def target_path(filename, kind=KIND):
     """(absolute path, name within the folder) for a filename given by the user. Raises ValueError, whose message is one sentence, if the
     file would be outside the folder, or if some operating system does not accept the name."""
-    folder = target_folder()
+    folder = target_folder(kind)
     name = filename.strip().replace("\\", "/")
     whole = name if name.lower().endswith(EXTENSIONS) else name + EXTENSIONS[0]
     if trouble := _trouble(name, whole):
         shown = filename if len(filename) <= SHOWN else filename[:SHOWN] + "..."
-        raise ValueError(f"The filename {shown!r} {trouble}, so it does not name a file within models/diffusion_models; write "
-                         "a plain name such as my_model, or folder/my_model.")
+        raise ValueError(OUTSIDE[kind].format(repr(shown), trouble))
     path = os.path.abspath(os.path.join(folder, whole))
     return path, os.path.relpath(path, folder)
 
@@ -77,17 +83,17 @@ def name_in_folder(filename):
         return None
 
 
-def found_elsewhere(path, name):
+def found_elsewhere(path, name, kind=KIND):
     """The path of the file, in another of ComfyUI's folders, that ComfyUI opens under a name of target_path; None if there is none."""
-    found = folder_paths.get_full_path(KIND, name)
+    found = folder_paths.get_full_path(kind, name)
     if found is None or os.path.abspath(found) == path or os.path.exists(path) and os.path.samefile(found, path):
         return None
     return found
 
 
-def check_found_again(path, name):
+def check_found_again(path, name, kind=KIND):
     """Raise ValueError if ComfyUI would open another file than the one at `path` under this name."""
-    if found := found_elsewhere(path, name):
+    if found := found_elsewhere(path, name, kind):
         folder = os.path.normpath(found)[:-len(name) - 1]
         raise ValueError(f"There is a {name} in {folder} already, and ComfyUI opens only one file of a name; choose another filename, or "
                          "move that file away.")

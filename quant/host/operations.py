@@ -5,7 +5,9 @@ import torch
 
 from ..layers import layout
 from ..layers.linear import AWQLinear, NVFP4Linear, SVDQuantLinear
+from ..layers.packed_embedding import PackedEmbedding
 from ..layers.packed_mlp import PackedMLP
+from ..layers.token_linear import TokenLinear
 
 
 class Operations(comfy.ops.manual_cast):
@@ -41,6 +43,12 @@ class Operations(comfy.ops.manual_cast):
 
     class AWQLinear(Packed, AWQLinear):
         pass
+
+    class TokenLinear(Packed, TokenLinear):
+        pass
+
+    class PackedEmbedding(PackedEmbedding, comfy.ops.CastWeightBiasOp):  # the first has its own weight_function
+        comfy_cast_weights = True
 
     class PackedMLP(PackedMLP):
         def fused(self, x):

@@ -14,10 +14,9 @@ from ..layers.preparation import warm_up
 from ..layers.streaming import WeightStream, block_bytes, offload_order, ring_bytes
 from . import lora, mapping, step_graphs
 from .model_family import family_of
+from .packed_layers import PREFIX, branch_bytes, packed_layers
 from .patches import padded, patch_of, widened_columns, widest_last
 
-PREFIX = "diffusion_model."
-COMPILED = "_orig_mod."  # in the names of parameters of a module that torch.compile has replaced
 BRANCH_SHARE = 4  # LoRA branches of offloaded layers stay on the GPU if they take at most a quarter of the budget
 CACHED_SVDS = 4  # per packed layer: two LoRAs beside each other, and the two before them
 
@@ -26,25 +25,6 @@ def refuse_to_save(*args, **kwargs):
     """Replaces the BaseModel's state_dict_for_saving, which ComfyUI's saving nodes call, with arguments that depend on the version."""
     raise ValueError("ComfyUI's own nodes can't save a MODEL in 4 bits, as their file would not say how its layers are packed; save it "
                      "with SVDQuant Save Model.")
-
-
-def packed_layers(diffusion_model):
-    """{name: packed layer}"""
-    return {name.replace(COMPILED, ""): module for name, module in diffusion_model.named_modules() if isinstance(module, PackedLinear)}
-
-
-def branch_bytes(layers):
-    """Bytes of the LoRA branches of packed layers."""
-    return sum(layer.lora_branch.nbytes() for layer in layers if layer.lora_branch)
-
-
-def unpatched(model, backup):
-    """{name: tensor} of a BaseModel's diffusion model as it is without patches. backup: a patcher's, which its clones share. While one of
-    them is loaded with LoRAs, the backup holds the model's own tensors."""
-    tensors = {name.replace(COMPILED, ""): tensor for name, tensor in model.diffusion_model.state_dict().items()}
-    for key, original in backup.items():
-        tensors[key.removeprefix(PREFIX).replace(COMPILED, "")] = original.weight
-    return tensors
 
 
 def pin_memory(tensor):
@@ -70,6 +50,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     source = ""
     recipe = None
     dying = False
+    kind, prefix = "MODEL", PREFIX  # what ComfyUI calls the model, and what precedes the names of `root`'s parameters in keys of patches
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -92,9 +73,14 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         clone.size = self.size  # not model_size(), which ComfyUI has passed on and which counts the patches
         return clone
 
+    @property
+    def root(self):
+        """The module that holds the packed layers."""
+        return self.model.diffusion_model
+
     def packed_layers(self):
-        """{name: packed layer}, names relative to the diffusion model."""
-        return packed_layers(self.model.diffusion_model)
+        """{name: packed layer}, names relative to `root`."""
+        return packed_layers(self.root)
 
     def packed_at(self, key):
         """The packed layer whose weight `key` is, else None."""
@@ -102,7 +88,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def _layer_of(self, key):
         """The packed layer that has the parameter `key`, else None."""
-        if not key.startswith(PREFIX):
+        if not key.startswith(self.prefix):
             return None
         try:
             layer = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
@@ -134,8 +120,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     def add_weight_wrapper(self, name, function):
         # The bias counts too: training in bypass mode wraps nothing else, and mistakes the packed weight's size for the layer's.
         if self._layer_of(name):
-            raise ValueError(f"A node, as those that train LoRAs do, puts a function of its own around {name}, and a MODEL in 4 bits has "
-                             "no 16-bit weights for that; train on the 16-bit model, and use the LoRA on this one.")
+            raise ValueError(f"A node, as those that train LoRAs do, puts a function of its own around {name}, and a {self.kind} in 4 bits "
+                             "has no 16-bit weights for that; train on the 16-bit model, and use the LoRA on this one.")
         super().add_weight_wrapper(name, function)
 
     def _check(self, patches, strength_model):
@@ -143,12 +129,12 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         for target, value in patches.items():
             key, offset = (target, None) if isinstance(target, str) else target[:2]
             if layer := self._layer_of(key):
-                name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+                name, _, parameter = key.removeprefix(self.prefix).rpartition(".")
                 lora.check(name, layer, parameter, value, strength_model, offset)
 
     def model_state_dict(self, filter_prefix=None):
         if filter_prefix is not None:  # LoraSave, which would mistake the codes for weights; others only look for names
-            raise ValueError("The weights of this MODEL are packed in 4 bits, and a node reads them as LoraSave does; give it what "
+            raise ValueError(f"The weights of this {self.kind} are packed in 4 bits, and a node reads them as LoraSave does; give it what "
                              "ModelMergeSubtract makes of 16-bit models, or of a 16-bit model1 and this MODEL as model2.")
         return super().model_state_dict()
 
@@ -157,7 +143,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         found = super().get_key_patches(*args, **kwargs)
         for name, layer in self.packed_layers().items():
             for parameter in layer.spec.tensors():
-                key = f"{PREFIX}{name}.{parameter}"
+                key = f"{self.prefix}{name}.{parameter}"
                 if key not in found:
                     continue
                 stored = found[key][0][0]
@@ -190,10 +176,10 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         notes, layers, new = [], self.packed_layers(), False
         own = not self.model.svdquant_unhooked  # a hook's branch comes back as it was
         for name, layer in layers.items():
-            key = f"{PREFIX}{name}.weight"
+            key = f"{self.prefix}{name}.weight"
             branch = self._branch(key, layer, self.patches[key], notes, in_place=own) if key in self.patches else None
             if branch is not layer.lora_branch:
-                step_graphs.release(self.model.diffusion_model)  # a recorded step keeps the old branch's memory
+                step_graphs.release(self.root)  # a recorded step keeps the old branch's memory
                 layer.set_lora_branch(branch)
                 new = new or branch is not None
         for oldest in list(self.model.svdquant_decomposed)[:-CACHED_SVDS * len(layers)]:
@@ -201,14 +187,17 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         self.model.svdquant_attached = self.patches_uuid
         self._log(notes)
         if new:  # LoRAs take kernels of their own, compiled while the model is moved
-            warm_up(self.model.diffusion_model, self.load_device, self.model.get_dtype(), family_of(self.model).tokens)
+            self._warm_up()
+
+    def _warm_up(self):
+        warm_up(self.root, self.load_device, self.model.get_dtype(), family_of(self.model).tokens)
 
     def _load_list(self, *args, **kwargs):
         # ComfyUI loads the entries with the largest first number first, and offloads the others. It has no public way to set the order, nor
         # to say what a layer takes: by its own numbers it would reserve room to cast and patch a packed weight as a dense one, count no
         # LoRA branch, and offload one part of the model as a whole.
         entries = super()._load_list(*args, **kwargs)
-        sizes = {name: block_bytes(module) for _, _, name, module, *_ in entries if isinstance(module, PackedLinear)}
+        sizes = {name: block_bytes(module) for _, _, name, module, *_ in entries if isinstance(module, PackedLinear) and module.streams}
         largest = max(sizes.values(), default=0)
         numbers = {name: largest + place for place, name in enumerate(offload_order(sizes))}
 
@@ -260,7 +249,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.load_device.type == "cuda" and comfy.model_management.MAX_PINNED_MEMORY > 0
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        step_graphs.release(self.model.diffusion_model)
+        step_graphs.release(self.root)
         self.unpatch_hooks()
         self._attach()
         layers, stream, ring, branches = self.packed_layers().values(), self.model.svdquant_stream, 0, 0
@@ -286,7 +275,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         stream, ring = self.model.svdquant_stream, 0
-        step_graphs.release(self.model.diffusion_model)
+        step_graphs.release(self.root)
         stream.forget()
         if self._streams() and not self.model.model_lowvram:  # the ring comes into being
             ring = ring_bytes(self.packed_layers().values())
@@ -316,7 +305,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         layer = self._layer_of(key)
         if layer is None:
             super().pin_weight_to_device(key)
-        elif self._streams() and self.model.svdquant_stream.pin(layer):
+        elif layer.streams and self._streams() and self.model.svdquant_stream.pin(layer):
             self.pinned.add(f"{key.rpartition('.')[0]}.weight")
 
     def unpin_weight(self, key):
@@ -334,7 +323,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
-            step_graphs.release(self.model.diffusion_model)
+            step_graphs.release(self.root)
             self.unpatch_hooks()
             for layer in self.packed_layers().values():
                 layer.set_lora_branch(None)
@@ -348,7 +337,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         """Give a model that is whole on its device this patcher's patches in place of another clone's, without the walks over all modules
         that ComfyUI makes for this. room: bytes by which it may grow. Where this isn't possible, nothing is changed and ComfyUI does it."""
         model, patched = self.model, self.model.current_weight_patches_uuid
-        replaced = any(key.startswith(PREFIX.rstrip(".")) for key in (*self.object_patches, *self.object_patches_backup))
+        replaced = any(key.startswith(self.prefix.rstrip(".")) for key in (*self.object_patches, *self.object_patches_backup))
         if (patched in (None, self.patches_uuid) or replaced or self._casts() != model.svdquant_casts
                 or self.get_all_callbacks(CallbacksMP.ON_LOAD) or self.model_size() - model.model_loaded_weight_memory > room):
             return

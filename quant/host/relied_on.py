@@ -20,7 +20,8 @@ NAMES = (
     "comfy.model_detection:convert_diffusers_mmdit", "comfy.model_detection:detect_unet_config",
     "comfy.model_detection:model_config_from_unet_config",
     "comfy.model_management:InterruptProcessingException", "comfy.model_management:MAX_PINNED_MEMORY",
-    "comfy.model_management:extra_reserved_memory", "comfy.model_management:get_free_memory", "comfy.model_management:get_torch_device",
+    "comfy.model_management:extra_reserved_memory", "comfy.model_management:free_memory",
+    "comfy.model_management:get_free_memory", "comfy.model_management:get_torch_device",
     "comfy.model_management:get_total_memory", "comfy.model_management:load_models_gpu", "comfy.model_management:pin_memory",
     "comfy.model_management:throw_exception_if_processing_interrupted", "comfy.model_management:unet_dtype",
     "comfy.model_management:unet_manual_cast", "comfy.model_management:unet_offload_device", "comfy.model_management:unpin_memory",
@@ -30,7 +31,8 @@ NAMES = (
     "comfy.quant_ops:QUANT_ALGOS",
     "comfy.sample:fix_empty_latent_channels", "comfy.sample:prepare_noise", "comfy.sample:sample",
     "comfy.samplers:KSampler.SAMPLERS", "comfy.samplers:KSampler.SCHEDULERS",
-    "comfy.sd:load_diffusion_model",
+    "comfy.sd1_clip:SDClipModel", "comfy.sd:CLIP", "comfy.sd:CLIPType.STABLE_DIFFUSION", "comfy.sd:detect_te_model", "comfy.sd:load_clip",
+    "comfy.sd:load_diffusion_model", "comfy.sd:load_text_encoder_state_dicts",
     "comfy.utils:DISABLE_MMAP", "comfy.utils:ProgressBar", "comfy.utils:copy_to_param", "comfy.utils:get_attr",
     "comfy.utils:load_torch_file", "comfy.utils:set_attr_param",
     "comfy.weight_adapter:WeightAdapterBase",
@@ -38,13 +40,13 @@ NAMES = (
     "folder_paths:get_filename_list", "folder_paths:get_folder_paths", "folder_paths:get_full_path", "folder_paths:get_output_directory",
     "folder_paths:get_temp_directory",
 )
-SERVER = "server:PromptServer.send_progress_text"  # of the nodes; quantize.py runs without a server
+# Names that the nodes take; quantize.py runs without a server.
+SERVER = ("nodes:CLIPLoader.INPUT_TYPES", "nodes:DualCLIPLoader.INPUT_TYPES", "server:PromptServer.send_progress_text")
 COMMAND_LINE, SEVERAL_GPUS = "quantize.py", "SVDQuant Several GPUs"
 # Names that one feature alone takes, which is refused where a ComfyUI lacks them, while the rest of the pack works.
 FEATURES = {
     COMMAND_LINE: ("comfy.model_management:soft_empty_cache", "comfy.model_management:unload_all_models",
-                   "comfy.options:enable_args_parsing", "comfy.sd:CLIPType.STABLE_DIFFUSION", "comfy.sd:load_clip",
-                   "comfy.sd:load_lora_for_models"),
+                   "comfy.options:enable_args_parsing", "comfy.sd:load_lora_for_models"),
     SEVERAL_GPUS: ("comfy.options:args_parsing", "comfy.options:enable_args_parsing",
                    "comfy.patcher_extension:WrappersMP.DIFFUSION_MODEL"),
 }
@@ -104,7 +106,7 @@ def check_feature(feature):
 def missing_names(in_server=True):
     """Those of NAMES and OVERRIDES, and SERVER, that this ComfyUI does not have, as a.b.c."""
     methods = [f"{PATCHER}.{method}" for method in OVERRIDES]
-    return [_dotted(name) for name in (*NAMES, *([SERVER] if in_server else []), *ATTRIBUTES, *methods) if not _exists(name)]
+    return [_dotted(name) for name in (*NAMES, *(SERVER if in_server else ()), *ATTRIBUTES, *methods) if not _exists(name)]
 
 
 def missing_attributes():

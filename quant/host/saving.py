@@ -8,7 +8,8 @@ from ..checkpoint import formats, write
 from ..checkpoint.header import CheckpointError, read_header
 from . import build, filename_tokens, mapping, model_folder, written
 from .attachments import CARD
-from .patcher import SVDQuantModelPatcher, unpatched
+from .packed_layers import unpatched
+from .patcher import SVDQuantModelPatcher
 
 NUMBERED = "{}_{:05}_"  # as ComfyUI's own nodes number their files
 
@@ -94,7 +95,7 @@ def stored_tensors(model):
     to the model are left out. Raises ValueError if another node has removed a tensor."""
     specs = {layer: module.spec for layer, module in model.packed_layers().items()}
     own = build.empty_like(model.model, specs, model.model.get_dtype()).diffusion_model.state_dict()
-    found = unpatched(model.model, model.backup)
+    found = unpatched(model.model.diffusion_model, model.backup)
     if missing := own.keys() - found.keys():
         raise ValueError(f"Another node has replaced the part of this MODEL that has {min(missing)}; load the MODEL again, and save it "
                          "before that node runs.")

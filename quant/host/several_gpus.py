@@ -27,7 +27,7 @@ from . import loader, model_folder, sequence
 from .attachments import SOURCE
 from .fused_blocks import OVERRIDE
 from .model_family import family_of
-from .patcher import PREFIX
+from .packed_layers import PREFIX
 from .step_graphs import KNOWN_OPTIONS, SIMPLE
 
 KEY = "svdquant_several_gpus"
@@ -47,8 +47,8 @@ def several_gpus(patcher, gpus):
         raise ValueError("SVDQuant Several GPUs takes a MODEL from SVDQuant Load Model, since the other GPUs load the same file; save this "
                          "MODEL, load it, and put this node right behind the loader.")
     if part := replaced_part(patcher):
-        raise ValueError(f"Another node has changed a part of this MODEL ({part}), and the other GPUs can't have that; put SVDQuant Several "
-                         "GPUs right behind the loader.")
+        raise ValueError(f"Another node has changed a part of this MODEL ({part}), and the other GPUs can't have that; put SVDQuant "
+                         "Several GPUs right behind the loader.")
     if not sequence.can_be_divided(family):
         raise ValueError(f"SVDQuant Several GPUs does not divide {family.title} models yet; use one GPU.")
     heads = sequence.heads_of(patcher.model.diffusion_model, family)

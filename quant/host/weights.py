@@ -7,7 +7,7 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from .patcher import PREFIX
+from .packed_layers import PREFIX
 from .patches import new_shape, patch_of
 
 
@@ -28,7 +28,11 @@ def effective_weight(patcher, name, device):
     Returns a tensor on `device`: in its own dtype if it has no patches, otherwise in float32. It may share the MODEL's memory, but is
     never its nn.Parameter.
     """
-    key = PREFIX + name
+    return effective_tensor(patcher, PREFIX + name, device)
+
+
+def effective_tensor(patcher, key, device):
+    """effective_weight by its key in the patcher's whole model."""
     # The patcher's own get_key_patches fails for scaled fp8, whose scale is in the state dict only.
     stored, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
     if key in patcher.backup:

@@ -27,13 +27,15 @@ class _File:
     changes: int = 0
 
 
-_files = {}  # {name within the model folder: _File}
-_names = {}  # {filename as the user gave it, with its tokens and without a number: {name within the model folder: None}}
+_files = {}  # {(kind of the folder, name within it): _File}
+_names = {}  # {(kind, filename as the user gave it, with its tokens and without a number): {name within the folder: None}}
+
+# In all functions below, kind is ComfyUI's name for the list of folders.
 
 
-def state(name):
+def state(name, kind=KIND):
     """(path, time, size) of the file that ComfyUI opens under this name; None if there is none."""
-    return state_of(folder_paths.get_full_path(KIND, name) if isinstance(name, str) else None)
+    return state_of(folder_paths.get_full_path(kind, name) if isinstance(name, str) else None)
 
 
 def state_of(path):
@@ -45,42 +47,43 @@ def state_of(path):
     return found and (path, found.st_mtime_ns, found.st_size)
 
 
-def note(name, content=None, filename=None):
+def note(name, content=None, filename=None, kind=KIND):
     """Record that a node has written the file `name`. content: identifies its content, for nodes that can write different contents;
     filename: as the user gave it, for nodes that can write different files under it."""
     if filename is not None:
-        _names.setdefault(filename, {})[name] = None
-    file = _files.setdefault(name, _File(content))
+        _names.setdefault((kind, filename), {})[name] = None
+    file = _files.setdefault((kind, name), _File(content))
     if file.content != content:
         file.changes += 1  # for the node that wrote the previous content, whose result may still be in ComfyUI's cache
-    file.content, file.state, file.intact = content, state(name), True
+    file.content, file.state, file.intact = content, state(name, kind), True
 
 
-def holds(filename, content):
+def holds(filename, content, kind=KIND):
     """The name of a file that a node has written under this filename with this content, and that has not changed since; None if there is
     none."""
-    return next((name for name in _names.get(filename, ()) if is_intact(name) and _files[name].content == content), None)
+    names = _names.get((kind, filename), ())
+    return next((name for name in names if is_intact(name, kind) and _files[kind, name].content == content), None)
 
 
-def is_intact(name):
+def is_intact(name, kind=KIND):
     """Whether a node has written the file `name`, and the file has not changed since."""
-    file = _files.get(name)
-    return file is not None and file.intact and file.state is not None and file.state == state(name)
+    file = _files.get((kind, name))
+    return file is not None and file.intact and file.state is not None and file.state == state(name, kind)
 
 
-def fingerprint(name):
+def fingerprint(name, kind=KIND):
     """The number of changes to the file `name` other than the node's own. name: None if it is unknown before the workflow runs; the changes
-    to all files are then counted."""
+    to all files of this kind are then counted."""
     if name is None:
-        return sum(map(fingerprint, list(_files)))
-    file = _files.get(name)
+        return sum(fingerprint(own, kind) for own_kind, own in list(_files) if own_kind == kind)
+    file = _files.get((kind, name))
     if file is None:
         return 0
-    if file.state != (now := state(name)):
+    if file.state != (now := state(name, kind)):
         file.state, file.intact, file.changes = now, False, file.changes + 1
     return file.changes
 
 
-def fingerprint_of_filename(filename):
+def fingerprint_of_filename(filename, kind=KIND):
     """fingerprint of all files that a node has written under a filename as the user gave it; None as in fingerprint."""
-    return fingerprint(None) if filename is None else sum(map(fingerprint, _names.get(filename, ())))
+    return fingerprint(None, kind) if filename is None else sum(fingerprint(name, kind) for name in _names.get((kind, filename), ()))

@@ -29,11 +29,12 @@ class PackedLinear(torch.nn.Module):
     gelu_from = None
     gated = False  # whether the model's forward calls add_gated too; warm_up prepares for it
     takes_lora = False  # whether product() adds LoRAs
+    streams = True  # whether a WeightStream may bring the parameters; not those of which a call reads a small part
     bias_function = ()  # the host's patches of the bias, which its own at() applies
     streamed = None  # streaming.StreamedLayer, while a WeightStream brings the offloaded parameters
 
     def __init__(self, spec, device="meta"):
-        super().__init__()
+        torch.nn.Module.__init__(self)  # a class of the host's, with other arguments, may be another base
         self.spec = spec
         self.lora_branch = None
         self.in_features = spec.in_features

@@ -282,6 +282,16 @@ class LoRABranch(torch.nn.Module):
         return (*(factor.to(x.device, dtype, non_blocking=True) for factor in (self.lora_down, self.lora_up)),
                 self.lora_strength.to(x.device, torch.float32, non_blocking=True), self.lora)
 
+    def low_rank_parts(self, n):
+        """[((start, stop), up (stop - start, R), down (R, K))] of the joined LoRAs, in float32, their strengths in `down`: up @ down is
+        what they add to these rows of the weight. n: the layer's N."""
+        if self.lora_up is None:
+            return []
+        sizes = [(stop - start, rank) for (start, stop), rank in zip(self.lora.rows(n), self.lora.ranks)]
+        ups = self.lora_up.float().split([rows * rank for rows, rank in sizes])
+        downs = (self.lora_down[self.own:] * self.lora_strength.unsqueeze(-1)).split(self.lora.ranks)
+        return [(rows, up.view(size), down) for rows, up, size, down in zip(self.lora.rows(n), ups, sizes, downs)]
+
     def add(self, y, x, with_lora=True):
         """y (..., N) plus the terms of x (..., K), in place. with_lora: plus the joined LoRAs too, which y doesn't have yet."""
         if with_lora and self.lora_up is not None:

@@ -29,7 +29,7 @@ def block_bytes(layer):
 
 def ring_bytes(layers):
     """Bytes of the ring for a model with these packed layers."""
-    return RING_LAYERS * max(map(block_bytes, layers), default=0)
+    return RING_LAYERS * max((block_bytes(layer) for layer in layers if layer.streams), default=0)
 
 
 def offload_order(sizes):

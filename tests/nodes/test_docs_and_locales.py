@@ -41,7 +41,7 @@ def test_a_help_page_explains_every_input_output_and_choice(schema, page):
     names = [entry.id for entry in schema.inputs] + [output.display_name for output in schema.outputs]
     assert [name for name in names if not re.search(rf"\*\*{name}\*\*|[(（]{name}[,，)）]", text)] == []
     choices = [option for entry in schema.inputs for option in getattr(entry, "options", None) or []
-               if entry.id not in ("model_name", "sampler_name", "scheduler")]
+               if entry.id not in ("model_name", "sampler_name", "scheduler", "type")]
     assert [choice for choice in choices if f"`{choice}`" not in text] == []
 
 
@@ -153,6 +153,8 @@ ENGLISH = {
     "families/discovered.py": "a part of a sentence about a damaged file",
     "families/family.py": "a part of a sentence about a damaged file",
     "host/build.py": "a part of a sentence about a damaged file",
+    "host/clip_loader.py": "names tensors of a rare or damaged file",
+    "host/clip_patcher.py": "raised when another node saves the CLIP",
     "host/conditioning.py": "of the command line's --conditioning",
     "host/discovery.py: This MODEL is value, none of the families": "of torchrun's processes; that of one process is translated",
     "host/find_nan.py": "a search for the bug report, which a user asks for",
@@ -166,6 +168,7 @@ ENGLISH = {
     "host/saving.py": "of another pack that replaces parts of the model",
     "layers/": "a part of a sentence about a damaged file",
     "parallel/ranks.py": "of torchrun's processes",
+    "quantizer/text_encoder.py": "a part of a sentence of the host's",
     "quantizer/gptq.py": "of a matrix that no real prompt gives",
 }
 

@@ -23,7 +23,7 @@ from ...source_names import dotted
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for room in ("nodes", "quant") for path in (ROOT / room).rglob("*.py")}
 HOSTS = ("comfy", "comfy_execution", "comfyui_version", "execution", "folder_paths", "latent_preview", "node_helpers", "server")
-LISTED = {name.replace(":", ".") for names in (relied_on.NAMES, (relied_on.SERVER,), *relied_on.FEATURES.values()) for name in names}
+LISTED = {name.replace(":", ".") for names in (relied_on.NAMES, relied_on.SERVER, *relied_on.FEATURES.values()) for name in names}
 
 
 def used(tree):
@@ -140,7 +140,7 @@ def test_a_feature_has_the_names_that_it_alone_uses():
     for path, tree in SOURCES.items():
         for name in used(tree):
             places[name].add(path.relative_to(ROOT).as_posix())
-    of_all = {name.replace(":", ".") for name in (*relied_on.NAMES, relied_on.SERVER)}
+    of_all = {name.replace(":", ".") for name in (*relied_on.NAMES, *relied_on.SERVER)}
     for feature, files in ALONE.items():
         own = {name for name, where in places.items() if where <= files and is_listed(name) and name.count(".") > 1}
         listed = {name.replace(":", ".") for name in relied_on.FEATURES[feature]}
@@ -149,7 +149,7 @@ def test_a_feature_has_the_names_that_it_alone_uses():
 
 
 @pytest.mark.parametrize(("feature", "module", "name"), [
-    (relied_on.COMMAND_LINE, comfy.sd, "load_clip"), (relied_on.SEVERAL_GPUS, comfy.options, "args_parsing")])
+    (relied_on.COMMAND_LINE, comfy.sd, "load_lora_for_models"), (relied_on.SEVERAL_GPUS, comfy.options, "args_parsing")])
 def test_a_feature_alone_is_refused(monkeypatch, feature, module, name):
     monkeypatch.delattr(module, name)
     monkeypatch.setattr(comfyui_version, "__version__", "0.48.1")

@@ -74,8 +74,8 @@ def test_two_processes_draw_the_picture_of_one_and_end_with_the_model(model):
 
 
 def test_loras_reach_the_other_process_and_leave_it_again(model, divided):
-    """LoRAs of packed layers and of one in 16 bits, whose strength changes, behind the node and before it. The linears round differently for
-    other numbers of tokens, and in 4 bits a code that rounds the other way moves this model's latent by up to 4 %; in 8 bits by 0.3 %."""
+    """LoRAs of packed layers and of one in 16 bits, whose strength changes, behind the node and before it. The linears round differently
+    for other numbers of tokens, and in 4 bits a code that rounds the other way moves this model's latent by up to 4 %; in 8 bits by 0.3."""
     preparation.set_act_bits(model.model, 8)
     lora = generic(*shapes(model).items(), ("final_layer.linear", (64, 256)))
     one = {strength: sample(load_lora(model, lora, strength)) for strength in (0.5, 1.0)}
