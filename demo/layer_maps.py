@@ -37,6 +37,8 @@ class Model:
 
 
 MODELS = {
+    "SVDQuant_quantize_FLUX1": Model("FLUX.1 dev", "flux", FLUX_BLOCKS | {
+        "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "vec_in_dim": 768, "guidance_embed": True}),
     "SVDQuant_quantize_Chroma": Model("Chroma1 HD", "chroma", FLUX_BLOCKS | {
         "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}),
     "SVDQuant_quantize_FLUX2": Model("FLUX.2 klein 4B", "flux2", FLUX_BLOCKS | {

@@ -1,15 +1,13 @@
 """Draw the pictures that stand beside the templates in ComfyUI's list, with the templates themselves and the tiny FLUX.
 
-    python demo/host/setup.py demo/thumbnails.py                                    # all of them
-    python demo/host/setup.py demo/thumbnails.py SVDQuant_quantize_FLUX1            # one of them
+    python demo/host/setup.py demo/thumbnails.py
 
 Each picture is a template's own output: its graph runs in a real ComfyUI, with small files under the names of its models. Text encoders
 are replaced by the demo's words, sizes by the tiny FLUX's 192 pixels. Fill is the tiny FLUX with input channels for the mask whose
 weights are zero, so what it leaves alone is kept by the sampler. The LoRAs are exact: each makes the model read one word as another.
 Kontext is the tiny FLUX itself, which was not trained for it: beside a picture's tokens it draws that picture again, in a colour between
 the picture's and the caption's. There is no tiny model that follows edges, so Canny's and ControlNet's pictures show the edges that their
-graphs find. The chart is that of the tiny FLUX, quantized by its template. redux_schematic.py and layer_maps.py draw the templates whose
-models have no tiny one.
+graphs find. redux_schematic.py and layer_maps.py draw the pictures of templates for which there is no tiny model.
 """
 
 import io
@@ -28,9 +26,6 @@ from tiny_flux import words
 
 WORKFLOWS = setup.ROOT / "workflows"
 SIDE, SHOWN, STEPS = 192, 320, 20  # pixels of a picture, and in the thumbnail; sampler steps
-QUANTIZE, WHOLE = "SVDQuant_quantize_FLUX1", "flux1-dev.safetensors"  # the template with a chart, and its 16-bit model
-CALIBRATION = ("small red circle left of large blue star on white", "large green ring above medium black circle on mint",
-               "large yellow moon above small green square on navy", "medium purple ring left of medium pink heart on cream")
 DEV, FILL = "svdq-int4_r32-flux.1-dev.safetensors", "svdq-int4_r32-flux.1-fill-dev.safetensors"
 KONTEXT = "svdq-int4_r32-flux.1-kontext-dev.safetensors"
 LORAS = {"realism_lora_comfy_converted.safetensors": ("star", "heart", 0.8),  # word, what it becomes, the template's strength
@@ -61,16 +56,15 @@ def template(name: str) -> dict:
     return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def prompt_of(name: str, client: Client, captions: tuple[str, ...], seed: int) -> dict:
-    """A template's prompt at the tiny FLUX's size, with the demo's words in place of its text encoders: a caption for each of them."""
+def prompt_of(name: str, client: Client, caption: str, seed: int) -> dict:
+    """A template's prompt at the tiny FLUX's size, with the demo's words in place of text encoders."""
     prompt = workflow.to_prompt(template(name), client.object_info())
-    encoders = [number for number, node in prompt.items() if node["class_type"] == "CLIPTextEncode"]
-    texts = dict(zip(encoders, captions, strict=True))
+    encoders = {number for number, node in prompt.items() if node["class_type"] == "CLIPTextEncode"}
     for number, node in list(prompt.items()):
         if node["class_type"] == "DualCLIPLoader":
             del prompt[number]
         elif number in encoders:
-            node.update(class_type="SVDQuantDemoWords", inputs={"text": texts[number]})
+            node.update(class_type="SVDQuantDemoWords", inputs={"text": caption})
         elif node["class_type"] == "FluxKontextImageScale":  # to a megapixel
             scale = {"upscale_method": "lanczos", "largest_size": SIDE}
             node.update(class_type="ImageScaleToMaxDimension", inputs={**node["inputs"], **scale})
@@ -126,7 +120,6 @@ def make_models(client: Client, folder: Path) -> None:
     save_file({**state, "img_in.weight": wide}, folder / "diffusion_models" / "tiny_fill.safetensors")
     (folder / "vae" / "ae.safetensors").write_bytes((folder / "vae" / TINY["vae"]).read_bytes())
     (folder / "loras").mkdir(exist_ok=True)
-    (tiny.parent / WHOLE).write_bytes(tiny.read_bytes())
     for name, change in LORAS.items():
         save_file(lora(state, *change), folder / "loras" / name)
     quantize(client, tiny.name, DEV)
@@ -144,9 +137,9 @@ def masked(first: Image.Image, seed: int) -> Image.Image:
 
 def row(name: str, client: Client, inputs: Path, caption: str, other: str | None, seed: int) -> tuple[Image.Image, Image.Image]:
     """The picture that FLUX.1-dev's template draws of a caption, and the template's own beside it."""
-    plain = prompt_of("SVDQuant_FLUX1-dev_text_to_image", client, (caption,), seed)
+    plain = prompt_of("SVDQuant_FLUX1-dev_text_to_image", client, caption, seed)
     first = picture(client, plain)
-    prompt = prompt_of(name, client, (other or caption,), seed)
+    prompt = prompt_of(name, client, other or caption, seed)
     for node in prompt.values():
         if node["class_type"] == "LoadImage":
             shown = masked(first, seed) if name in MASKED else first
@@ -166,24 +159,15 @@ def compose(rows: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
     return sheet
 
 
-def chart(client: Client) -> Image.Image:
-    """The upper part of the chart that the quantizing template draws of the tiny FLUX: the title and the worst layers."""
-    drawn = picture(client, up_to("PreviewImage", prompt_of(QUANTIZE, client, CALIBRATION, 42)))
-    return drawn.crop((0, 0, drawn.width, drawn.width)).resize((2 * SHOWN, 2 * SHOWN), Image.Resampling.LANCZOS)
-
-
-def draw(client: Client, base: Path, out: Path, chosen: list[str]) -> None:
-    """Draw the thumbnails of the chosen templates with the server in a base folder."""
+def draw(client: Client, base: Path, out: Path) -> None:
+    """Draw the thumbnails of ROWS with the server in a base folder."""
     make_models(client, base / "models")
-    for name in chosen:
-        if name == QUANTIZE:
-            drawn = chart(client)
-        else:
-            drawn = compose([row(name, client, base / "input", *given) for given in ROWS[name]])
-        drawn.save(out / f"{name}.jpg", quality=90)
+    for name, rows in ROWS.items():
+        compose([row(name, client, base / "input", *given) for given in rows]).save(out / f"{name}.jpg", quality=90)
         print(out / f"{name}.jpg", flush=True)
 
 
 if __name__ == "__main__":
     with Server(setup.locate(), setup.STATE / "thumbnails") as server:
-        draw(server.client, server.base, WORKFLOWS, sys.argv[1:] or [*ROWS, QUANTIZE])
+        draw(server.client, server.base, WORKFLOWS)
+    sys.exit()
