@@ -11,6 +11,7 @@ from comfyui_svdquant.quant.families import qwen_image, z_image
 from safetensors.torch import save_file
 
 from .. import nunchaku_files as files
+from ..header_files import with_header
 
 FAMILIES = {files.QWEN: qwen_image.FAMILY, files.Z_IMAGE: z_image.FAMILY}
 QKV, FEED_FORWARD, MODULATION = "transformer_blocks.0.attn.to_qkv", "layers.0.feed_forward.net.0.proj", "transformer_blocks.0.img_mod.1"
@@ -88,6 +89,29 @@ def test_incomplete_files(models, tmp_path, kind, missing):
     tensors, metadata = models[kind]
     kept = {name: tensor for name, tensor in tensors.items() if name != missing}
     assert f"lacks tensor {missing}; the file is incomplete" in refusal(tmp_path / "cut.safetensors", kept, metadata)
+
+
+CHANGES = {"missing": lambda dtype, shape: None, "of another type": lambda dtype, shape: ["I64", shape],
+           "of another size": lambda dtype, shape: [dtype, [*shape[:-1], shape[-1] + 1]]}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_tensor_is_needed_in_its_size_and_type(model, tmp_path, change):
+    """All but the factors that no one reads. A file with more of them, or in another type, is the same model."""
+    kind, nvfp4, tensors, metadata = model
+    path = tmp_path / "changed.safetensors"
+    save_file(tensors, path)
+    names = {torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}
+    entries, accepted = {name: [names[info.dtype], list(info.shape)] for name, info in read_header(str(path)).tensors.items()}, set()
+    for name, entry in entries.items():
+        changed = CHANGES[change](*entry)
+        rest = {other: kept for other, kept in entries.items() if other != name}
+        try:
+            reader.open_file(read_header(str(with_header(path, rest | ({name: changed} if changed else {}), metadata))))
+            accepted.add(name)
+        except CheckpointError as error:
+            assert "changed.safetensors" in str(error) and "\n" not in str(error)
+    assert accepted == {name for name in entries if name.endswith("smooth_factor_orig")}
 
 
 def test_a_layer_without_a_branch_is_incomplete(models, tmp_path):
