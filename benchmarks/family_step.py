@@ -72,19 +72,26 @@ MODELS = {"flux2-klein-9b": flux2(4096, 8, 24, 12288), "z-image": z_image(3840, 
 SMALL = {"flux2-klein-9b": flux2(256, 1, 1, 128), "z-image": z_image(256, 1), "qwen-image": qwen_image(1, 2)}  # for tests
 
 
-def new_model(model, rank=None):
-    """(the diffusion model of a Model with random values on the GPU, its Family). rank: of this pack's layers; None for bf16."""
+def described(image_model, config):
+    """(Family, {name: shape} of its 16-bit model, the host's configuration) of a model with these sizes."""
     import comfy.model_detection
     from comfyui_svdquant.quant import families
     from comfyui_svdquant.quant.host import build
-    from comfyui_svdquant.quant.layers import layout
 
-    family = families.of_image_model(model.image_model)
-    config = {**family.configuration.fixed, **model.config}
+    family = families.of_image_model(image_model)
+    config = {**family.configuration.fixed, **config}
     shapes = family.tensors(config)
     tensors = build.shapes_as_tensors(shapes)
     host = family.configuration.added_to(comfy.model_detection.detect_unet_config(tensors, ""), config)
-    model_config = comfy.model_detection.model_config_from_unet_config(host, tensors)
+    return family, shapes, comfy.model_detection.model_config_from_unet_config(host, tensors)
+
+
+def new_model(model, rank=None):
+    """(the diffusion model of a Model with random values on the GPU, its Family). rank: of this pack's layers; None for bf16."""
+    from comfyui_svdquant.quant.host import build
+    from comfyui_svdquant.quant.layers import layout
+
+    family, shapes, model_config = described(model.image_model, model.config)
     if rank is None:
         model_config.set_inference_dtype(torch.bfloat16, None)
         made = model_config.get_model({}, "", device=torch.device("meta"))

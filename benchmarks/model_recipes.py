@@ -1,4 +1,4 @@
-"""Recipes for a whole FLUX: every W4A4 layer is quantized on its real inputs; this pack's presets quantize the modulation layers to W4A16.
+"""Recipes for a whole model: every W4A4 layer is quantized on its real inputs; this pack's presets quantize the modulation layers to W4A16.
 
 The other recipes come from recipes.py. They quantize the layers as published SVDQuant files have them. linear2 is two layers, one for the
 attention and one for the GELU, each with its own smoothing and branch. linear1 has two branches in those files, for qkv and for the MLP;
@@ -13,8 +13,8 @@ import comfy.model_management
 import layers
 import torch
 from comfyui_svdquant.quant.families.family import Packing
-from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import build, quantize, weights
+from comfyui_svdquant.quant.host.model_family import family_of
 from comfyui_svdquant.quant.layers.linear import SVDQuantLinear
 from comfyui_svdquant.quant.quantizer import calibration, pipeline, presets
 
@@ -35,9 +35,9 @@ class Silent:
 def layer_inputs(patcher, calls):
     """{layer name: (tokens, K) float32}: all inputs of the W4A4 layers in the recorded calls, on the patcher's device."""
     comfy.model_management.load_models_gpu([patcher])
-    model, seen = patcher.model.diffusion_model, {}
+    model, seen, family = patcher.model.diffusion_model, {}, family_of(patcher.model)
     hooks = [module.register_forward_pre_hook(lambda _module, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2)))
-             for name, module in model.named_modules() if (kind := FAMILY.layer(name)) and kind.packing is Packing.W4A4]
+             for name, module in model.named_modules() if (kind := family.layer(name)) and kind.packing is Packing.W4A4]
     try:
         for args, kwargs in calls:
             model(*calibration.to_device(args, patcher.load_device), **calibration.to_device(kwargs, patcher.load_device))
@@ -47,9 +47,10 @@ def layer_inputs(patcher, calls):
     return {name: torch.cat(inputs).float() for name, inputs in seen.items()}
 
 
-def parts(name, weight, inputs, unsigned_from):
-    """[Layer]: the columns before `unsigned_from` and those from it on, as separate layers. weight: (N, K), inputs: (M, K)."""
-    edges = sorted({0, unsigned_from, weight.shape[1]})
+def parts(name, weight, inputs, unsigned_from, second=None):
+    """[Layer]: the columns before `second` and those from it on, as separate layers. weight: (N, K), inputs: (M, K); second: the first
+    column of the second of two layers side by side; the first unsigned column if None."""
+    edges = sorted({0, unsigned_from if second is None else second, weight.shape[1]})
     return [layers.Layer(name, weight[:, start:stop], inputs[:, start:stop], inputs[:0, start:stop], start >= unsigned_from)
             for start, stop in zip(edges, edges[1:])]
 
@@ -67,8 +68,9 @@ def joined(packed):
 def packed_layer(made, bias, dtype):
     """{parameter name: tensor} of a whole layer from the tensors of its parts."""
     tensors = joined(made)
+    correction = tensors.pop("bias")  # of the GELU shift, which layers without a bias don't have
     if bias is not None:
-        tensors["bias"] = tensors["bias"] + bias
+        tensors["bias"] = correction + bias
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
@@ -85,11 +87,13 @@ def by_recipes(chosen, patcher, inputs, rank, rest=("naive",), narrow=False):
     seconds = [0.0] * len(chosen)
     packed_layers = quantized_models[0].packed_layers()
     for name in [name for name, linear in packed_layers.items() if isinstance(linear, SVDQuantLinear)]:
-        spec = packed_layers[name].spec
-        weight, bias = (weights.effective_weight(patcher, f"{name}.{part}", patcher.load_device).float() for part in ("weight", "bias"))
+        spec, joined_by = packed_layers[name].spec, family_of(patcher.model).layer(name).joined
+        weight, bias = (weights.effective_weight(patcher, f"{name}.{part}", patcher.load_device).float() if part != "bias" or spec.bias
+                        else None for part in ("weight", "bias"))
         made = [[] for _ in chosen]
-        pieces = parts(name, weight, inputs[name], spec.unsigned_from)
-        branch = rank // len(pieces) if narrow else 2 * rank if name.endswith(".linear1") else rank
+        second = joined_by.at(spec.in_features, spec.out_features) if joined_by and not joined_by.rows else None
+        pieces = parts(name, weight, inputs[name], spec.unsigned_from, second)
+        branch = rank // len(pieces) if narrow else 2 * rank if joined_by and joined_by.rows else rank
         for part in pieces:
             for i, recipe in enumerate(chosen):
                 with pipeline.threads_for(weight):

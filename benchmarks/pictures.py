@@ -1,13 +1,14 @@
-"""Pictures of the trained small FLUX, 4-bit against bf16, with this pack's recipe and others:
+"""Pictures of a trained small model, 4-bit against bf16, with this pack's recipe and others:
 
     python benchmarks/pictures.py --comfyui ~/ComfyUI             every recipe
     python benchmarks/pictures.py --comfyui ~/ComfyUI --knobs     this pack's recipe by preset, rank and calibration
+    python benchmarks/pictures.py --comfyui ~/ComfyUI --model tiny_qwen-image.safetensors    a model of train_families.py
     python benchmarks/pictures.py --table FILE                    the Markdown table of a result file
 
-The model and its VAE are demo/tiny_flux, on ComfyUI's own FLUX. ComfyUI's own sampler draws the pictures: euler, simple, cfg 1, picture i
-with seed 1000 + i, from captions on which no recipe is calibrated. All recipes calibrate on the same prompts, steps and seed. 4-bit
-layers run through cuda/reference.py, so that every recipe's scales are used exactly. With CUDA, one more row runs this pack's recipe
-through the kernels. The result file is written after every row, and --resume continues it.
+The model and its VAE are demo/tiny_flux, on ComfyUI's own FLUX, unless --model names another. ComfyUI's own sampler draws the pictures:
+euler, simple, cfg 1, picture i with seed 1000 + i, from captions on which no recipe is calibrated. All recipes calibrate on the same
+prompts, steps and seed. 4-bit layers run through cuda/reference.py, so that every recipe's scales are used exactly. With CUDA, one more row
+runs this pack's recipe through the kernels. The result file is written after every row, and --resume continues it.
 """
 
 import argparse
@@ -23,10 +24,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+import tiny_families
 import torch
 from machine import ROOT, description, load_pack
 from picture_metrics import interval, latent_error
 
+DEMO = ROOT / "demo" / "tiny_flux"
+FLUX1 = str(DEMO / "tiny_flux.safetensors")
 SIDE = 24  # latents; 192 pixels
 FIRST_SEED = 1000  # seed of the first picture; calibration uses the seeds from 0 on
 CALIBRATION_CAPTIONS, PICTURE_CAPTIONS = 1, 2  # seeds of the two lists of captions
@@ -69,7 +73,7 @@ class Studio:
 
     def __init__(self, args):
         import comfy.model_management
-        from comfyui_svdquant.quant.host import loader
+        from comfyui_svdquant.quant.host import loader, model_family
 
         from tiny_flux import train
 
@@ -77,15 +81,15 @@ class Studio:
         self.device = comfy.model_management.get_torch_device()
         self.known = captions(MOST_CALIBRATION, CALIBRATION_CAPTIONS)
         self.captions = captions(args.prompts, PICTURE_CAPTIONS, self.known)
-        self.files = ROOT / "demo" / "tiny_flux"
         dtype = getattr(torch, args.compute) if args.compute else None
-        self.patcher = loader.load_model(str(self.files / "tiny_flux.safetensors"), dtype)
-        self.vae = train.load_vae(str(self.files / "tiny_vae.safetensors"), self.device)
+        self.patcher = loader.load_model(args.model, dtype)
+        self.tiny = tiny_families.BY_IMAGE_MODEL[model_family.family_of(self.patcher.model).image_model]
+        self.vae = train.load_vae(str(DEMO / "tiny_vae.safetensors"), self.device)
         self.latents = self.draw(self.patcher)
         self.pictures = self.decode(self.latents)
 
     def draw(self, patcher, batch=None):
-        """(n, 16, SIDE, SIDE) latents in FLUX's scale, one per caption, drawn `batch` at a time."""
+        """(n, 16, SIDE, SIDE) latents in the VAE's scale, one per caption, drawn `batch` at a time."""
         import comfy.sample
 
         from tiny_flux import words
@@ -93,12 +97,12 @@ class Studio:
         latents, batch = [], batch or self.args.batch
         for start in range(0, len(self.captions), batch):
             context, pooled = words.embed(torch.tensor([words.word_ids(c) for c in self.captions[start:start + batch]]))
-            empty = torch.zeros(len(context), 16, SIDE, SIDE)
+            empty = self.tiny.pack(torch.zeros(len(context), 16, SIDE, SIDE))
             noise = torch.cat([comfy.sample.prepare_noise(empty[:1], FIRST_SEED + start + i) for i in range(len(context))])
             prompt = [[context, {"pooled_output": pooled}]]
             latents.append(comfy.sample.sample(patcher, noise, self.args.steps, 1.0, "euler", "simple", prompt, prompt, empty,
                                                disable_pbar=True, seed=0))
-        return self.patcher.model.process_latent_in(torch.cat(latents).float())
+        return self.tiny.unpack(self.patcher.model.process_latent_in(torch.cat(latents).float()))
 
     def decode(self, latents):
         """(n, 3, 192, 192) in [0, 1]."""
@@ -130,7 +134,7 @@ class Studio:
         from tiny_flux import words
 
         entries = [[context, {"pooled_output": pooled}] for context, pooled in map(words.encode, self.known[:prompts])]
-        return entries, {"samples": torch.zeros(1, 16, SIDE, SIDE)}
+        return entries, {"samples": self.tiny.pack(torch.zeros(1, 16, SIDE, SIDE))}
 
 
 @contextmanager
@@ -162,7 +166,7 @@ def noise_floor(studio, *names):
     attending.model_options["transformer_options"]["optimized_attention_override"] = other_attention
     usual = weights.compute_dtype(studio.patcher)
     dtype = torch.bfloat16 if usual == torch.float32 else torch.float32
-    other = loader.load_model(str(studio.files / "tiny_flux.safetensors"), dtype)
+    other = loader.load_model(studio.args.model, dtype)
     drawn = [studio.draw(attending), studio.draw(studio.patcher, max(1, studio.args.batch // 8)), studio.draw(other)]
     return {name: {"arithmetic": [str(usual), str(dtype)], "w4a4": studio.compare(latents)} for name, latents in zip(names, drawn)}
 
@@ -212,9 +216,9 @@ def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, excep
 def recipe_jobs(args):
     """[(function, row names, settings)] of the recipes, the longest first."""
     narrow = f"*.linear1 = {args.rank}, *.linear2 = {args.rank}"
-    return [(others, (BASE, GPTQ), {}), (others, (BASE + NARROW,), {"narrow": True}), (others, (BASE + MODULATED,), {"modulated": True}),
-            (ours, ("ours: slow",), {"preset": "slow"}),
-            (ours, (OURS + NARROW,), {"exceptions": narrow}),
+    in_single_blocks = [(others, (BASE + NARROW,), {"narrow": True}), (ours, (OURS + NARROW,), {"exceptions": narrow})]
+    return [(others, (BASE, GPTQ), {}), (others, (BASE + MODULATED,), {"modulated": True}), (ours, ("ours: slow",), {"preset": "slow"}),
+            *(in_single_blocks if args.model == FLUX1 else ()),
             *((ours, (f"ours: {preset}",), {"preset": preset}) for preset in ("best", "fast", "data-free")),
             (noise_floor, FLOOR, {}), *((others, (name,), {}) for name in ("naive rounding", "SmoothQuant", "SVDQuant, one shot"))]
 
@@ -322,6 +326,7 @@ def table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH)")
+    parser.add_argument("--model", default=FLUX1, help="a small model that reads the demo's captions (default: the demo's FLUX)")
     parser.add_argument("--knobs", action="store_true", help="this pack's recipe by preset, rank and calibration")
     parser.add_argument("--prompts", type=int, default=32, help="pictures")
     parser.add_argument("--steps", type=int, default=20)
@@ -334,7 +339,7 @@ def main():
                         help="arithmetic of all that is not 4-bit, in the reference too (default: ComfyUI's choice for the device)")
     parser.add_argument("--only", default="*", help="pattern of the rows to make")
     parser.add_argument("--jobs", type=int, default=1, help="rows made at a time, each by a process of its own")
-    parser.add_argument("--out", help="the result file; benchmarks/results/pictures[_knobs]_<device>.json")
+    parser.add_argument("--out", help="the result file; benchmarks/results/pictures[_<model>][_knobs]_<device>.json")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the result file has, of a run with the same arguments")
     parser.add_argument("--table", metavar="FILE", help="print a result file's table, and do nothing else")
     args = parser.parse_args()
@@ -349,8 +354,10 @@ def run(args):
     start = time.perf_counter()
     enter_comfy(args.comfyui, args.device)
     machine = torch.cuda.get_device_name().replace("NVIDIA ", "").split()[0].lower() if args.device == "cuda" else "cpu"
-    path = args.out or ROOT / "benchmarks" / "results" / f"pictures{'_knobs' if args.knobs else ''}_{machine}.json"
-    arguments = {key: value for key, value in vars(args).items() if key not in ("comfyui", "out", "resume", "table")}
+    which = "" if args.model == FLUX1 else f"_{os.path.splitext(os.path.basename(args.model))[0]}"
+    path = args.out or ROOT / "benchmarks" / "results" / f"pictures{which}{'_knobs' if args.knobs else ''}_{machine}.json"
+    arguments = {key: value for key, value in vars(args).items() if key not in ("comfyui", "out", "resume", "table", "model")}
+    arguments["model"] = os.path.basename(args.model)
     record = description() | {"arguments": arguments, "results": {}}
     if args.resume and os.path.exists(path):
         with open(path, encoding="utf-8") as file:

@@ -13,12 +13,12 @@ SHARE = 0.01
 STRENGTHS = (8.0,)
 
 
-def _factors(channels, generator, share, strengths):
+def factors(channels, generator, share, strengths):
     """(channels,) powers of two: `strengths` on a fraction of the channels, 1 elsewhere."""
-    factors = torch.ones(channels)
+    made = torch.ones(channels)
     picked = torch.randperm(channels, generator=generator)[:round(channels * share)]
-    factors[picked] = torch.tensor(strengths)[torch.randint(len(strengths), picked.shape, generator=generator)]
-    return factors
+    made[picked] = torch.tensor(strengths)[torch.randint(len(strengths), picked.shape, generator=generator)]
+    return made
 
 
 def _rows(tensor, factors):
@@ -53,21 +53,21 @@ def add_outliers(state, seed=0, share=SHARE, strengths=STRENGTHS):
     generator = torch.Generator().manual_seed(seed)
     hidden = sd["img_in.weight"].shape[0]
 
-    def factors():
-        return _factors(hidden, generator, share, strengths)
+    def drawn():
+        return factors(hidden, generator, share, strengths)
 
     blocks = sorted({tuple(name.split(".")[:2]) for name in sd if name.split(".")[0] in ("double_blocks", "single_blocks")})
     for block in map(".".join, blocks):
         if block.startswith("double"):
             for stream in ("img", "txt"):
                 mod, attn, mlp = (f"{block}.{stream}_{part}" for part in ("mod.lin", "attn", "mlp"))
-                _scale_modulated(sd, mod, 0, f"{attn}.qkv", factors())
-                _scale_modulated(sd, mod, 3, f"{mlp}.0", factors())
-            shared = factors()
+                _scale_modulated(sd, mod, 0, f"{attn}.qkv", drawn())
+                _scale_modulated(sd, mod, 3, f"{mlp}.0", drawn())
+            shared = drawn()
             for stream in ("img", "txt"):
                 attn = f"{block}.{stream}_attn"
                 _scale_values(sd, f"{attn}.qkv", f"{attn}.proj", shared)
         else:
-            _scale_modulated(sd, f"{block}.modulation.lin", 0, f"{block}.linear1", factors())
-            _scale_values(sd, f"{block}.linear1", f"{block}.linear2", factors())
+            _scale_modulated(sd, f"{block}.modulation.lin", 0, f"{block}.linear1", drawn())
+            _scale_values(sd, f"{block}.linear1", f"{block}.linear2", drawn())
     return sd

@@ -187,15 +187,15 @@ def initialize_flux(flux):
             torch.nn.init.xavier_uniform_(parameter)
 
 
-def copy_streams(block_class):
-    """Make a block class work on copies of its streams: ComfyUI's blocks add to them in place, which autograd does not allow."""
-    original = block_class.forward
+def copy_streams(block):
+    """Make a block work on copies of its streams: ComfyUI's FLUX blocks add to them in place, which autograd does not allow."""
+    original = block.forward
 
-    def forward(self, *args, **kwargs):
+    def forward(*args, **kwargs):
         streams = {name: kwargs[name].clone() for name in ("img", "txt") if name in kwargs}
-        return original(self, *[stream.clone() for stream in args], **{**kwargs, **streams})
+        return original(*[stream.clone() for stream in args], **{**kwargs, **streams})
 
-    block_class.forward = forward
+    block.forward = forward
 
 
 @torch.no_grad()
@@ -237,20 +237,24 @@ def train_flux(args, vae, source, report):
     torch.manual_seed(args.seed)
     flux = host.new_flux(args.device)
     initialize_flux(flux)
-    copy_streams(type(flux.double_blocks[0]))
-    copy_streams(type(flux.single_blocks[0]))
-    if args.compile:
-        for block in (*flux.double_blocks, *flux.single_blocks):
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        copy_streams(block)
+        if args.compile:
             block.compile()
+    report["flow"] = optimize(flux, flux, latents, captions, args) | {
+        "pool": args.pool, "pool_seconds": round(pool_seconds, 1), "parameters": sum(map(torch.numel, flux.parameters()))}
+    return flux
+
+
+def optimize(model, velocity, latents, captions, args):
+    """Train a flow model, and return the report of it. velocity: the model's forward with FLUX's arguments."""
     budget = Budget(args.seconds_flow, args.steps_flow)
-    trainer = Trainer(flux, args.lr_flow, budget)
+    trainer = Trainer(model, args.lr_flow, budget)
     for _ in budget:
         picked = torch.randint(args.pool, (args.batch_flow,), device=args.device)
-        trainer.update(flow_loss(flux, latents[picked], captions[picked]))
+        trainer.update(flow_loss(velocity, latents[picked], captions[picked]))
     trainer.take_average()
-    report["flow"] = {"steps": budget.step, "batch": args.batch_flow, "pool": args.pool, "pool_seconds": round(pool_seconds, 1),
-                      "seconds": round(budget.elapsed, 1), "loss": trainer.history, "parameters": sum(map(torch.numel, flux.parameters()))}
-    return flux
+    return {"steps": budget.step, "batch": args.batch_flow, "seconds": round(budget.elapsed, 1), "loss": trainer.history}
 
 
 @torch.no_grad()

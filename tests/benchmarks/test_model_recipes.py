@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 @pytest.fixture(scope="module")
 def studio():
-    args = Namespace(prompts=2, steps=2, batch=2, rank=16, calibration_prompts=1, calibration_steps=1, compute=None)
+    args = Namespace(prompts=2, steps=2, batch=2, rank=16, calibration_prompts=1, calibration_steps=1, compute=None, model=pictures.FLUX1)
     with torch.inference_mode():
         return pictures.Studio(args)
 

@@ -1,6 +1,7 @@
 """Nunchaku's Qwen-Image and Z-Image files: what is read of them, and one sentence for what is not. tests/quant/host draws with them."""
 
 import json
+import math
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from comfyui_svdquant.quant.families import qwen_image, z_image
 from safetensors.torch import save_file
 
 from .. import nunchaku_files as files
+from ..header_files import DTYPE_SIZES, with_header
 
 FAMILIES = {files.QWEN: qwen_image.FAMILY, files.Z_IMAGE: z_image.FAMILY}
 QKV, FEED_FORWARD, MODULATION = "transformer_blocks.0.attn.to_qkv", "layers.0.feed_forward.net.0.proj", "transformer_blocks.0.img_mod.1"
@@ -90,6 +92,29 @@ def test_incomplete_files(models, tmp_path, kind, missing):
     assert f"lacks tensor {missing}; the file is incomplete" in refusal(tmp_path / "cut.safetensors", kept, metadata)
 
 
+CHANGES = {"missing": lambda dtype, shape: None, "of another type": lambda dtype, shape: ["I64", shape],
+           "of another size": lambda dtype, shape: [dtype, [*shape[:-1], shape[-1] + 1]]}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_tensor_is_needed_in_its_size_and_type(model, tmp_path, change):
+    """All but the factors that no one reads. A file with more of them, or in another type, is the same model."""
+    kind, nvfp4, tensors, metadata = model
+    path = tmp_path / "changed.safetensors"
+    save_file(tensors, path)
+    names = {torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}
+    entries, accepted = {name: [names[info.dtype], list(info.shape)] for name, info in read_header(str(path)).tensors.items()}, set()
+    for name, entry in entries.items():
+        changed = CHANGES[change](*entry)
+        rest = {other: kept for other, kept in entries.items() if other != name}
+        try:
+            reader.open_file(read_header(str(with_header(path, rest | ({name: changed} if changed else {}), metadata))))
+            accepted.add(name)
+        except CheckpointError as error:
+            assert "changed.safetensors" in str(error) and "\n" not in str(error)
+    assert accepted == {name for name in entries if name.endswith("smooth_factor_orig")}
+
+
 def test_a_layer_without_a_branch_is_incomplete(models, tmp_path):
     tensors, metadata = models[files.QWEN]
     kept = {name: tensor for name, tensor in tensors.items() if name not in (f"{QKV}.proj_down", f"{QKV}.proj_up")}
@@ -129,3 +154,53 @@ def test_refiners_in_16_bits(tmp_path):
     assert f"lacks tensor {qkv}" in refusal(tmp_path / "cut.safetensors", kept, metadata)
     odd = tensors | {"noise_refiner.0.feed_forward.net.0.proj.weight": torch.zeros(1535, 256).bfloat16()}
     assert "instead of an even number of rows" in refusal(tmp_path / "odd.safetensors", odd, metadata)
+
+
+# --- published sizes -------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    files.Z_IMAGE: {"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "in_channels": 16, "patch_size": 2,
+                    "cap_feat_dim": 2560, "ffn_dim_multiplier": 8 / 3, "pad_tokens_multiple": 32},
+    files.QWEN: {"in_channels": 64, "out_channels": 16, "num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128,
+                 "joint_attention_dim": 3584, "use_additional_t_cond": False, "default_ref_method": "index"},
+}
+DEPTHS = {files.Z_IMAGE: (30, 2), files.QWEN: (60,)}
+
+
+def published(kind, rank):
+    """{name: [dtype, shape]} of an INT4 file of the published model."""
+    rest = FAMILIES[kind].tensors(PUBLISHED[kind])
+    layers, modulations, theirs = files.LAYERS[kind](*DEPTHS[kind])
+    entries = {}
+    for part, ours in layers.items():
+        shapes = [rest.pop(f"{name}.weight") for name in ours]
+        n, k = sum(shape[0] for shape in shapes), shapes[0][1]
+        entries |= {f"{part}.qweight": ["I8", [n, k // 2]], f"{part}.wscales": ["BF16", [k // 64, n]],
+                    f"{part}.proj_up": ["BF16", [n, rank]], f"{part}.proj_down": ["BF16", [k, rank]],
+                    f"{part}.smooth_factor": ["BF16", [k]], f"{part}.smooth_factor_orig": ["BF16", [k]]}
+        if [rest.pop(f"{name}.bias", None) for name in ours][0]:
+            entries[f"{part}.bias"] = ["BF16", [n]]
+    for name in modulations:
+        n, k = rest.pop(f"{name}.weight")
+        entries |= {f"{name}.qweight": ["I32", [n // 4, k // 2]], f"{name}.wscales": ["BF16", [k // 64, n]],
+                    f"{name}.wzeros": ["BF16", [k // 64, n]], f"{name}.bias": ["BF16", list(rest.pop(f"{name}.bias"))]}
+    return entries | {theirs(name): ["BF16", list(shape)] for name, shape in rest.items()}
+
+
+@pytest.mark.parametrize(("kind", "rank", "size"), [(files.Z_IMAGE, 128, 4_011_374_152), (files.QWEN, 128, 12_654_443_120)])
+def test_the_layout_has_the_size_of_published_files(tmp_path, kind, rank, size):
+    """Sizes that users have published, of Nunchaku's Z-Image-Turbo and of a Qwen-Image-Edit-2511 for Nunchaku's loader. What is missing is
+    the header: about a hundred bytes a tensor. One vector a block more or less would leave these bounds."""
+    entries = published(kind, rank)
+    data = sum(DTYPE_SIZES[dtype] * math.prod(shape) for dtype, shape in entries.values())
+    assert 90 * len(entries) < size - data < 140 * len(entries)
+    file = reader.open_file(read_header(str(with_header(tmp_path / "svdq.safetensors", entries, {}))))
+    assert file.family is FAMILIES[kind] and {spec.rank for spec in file.specs.values()} <= {0, rank}
+    assert {key: file.config[key] for key in PUBLISHED[kind]} == PUBLISHED[kind]
+
+
+def test_the_numbers_of_a_published_files_tensors():
+    """Of Nunchaku's Z-Image-Turbo in INT4 of rank 32, as its users have counted them."""
+    entries = published(files.Z_IMAGE, 32)
+    assert [sum(dtype == kind for dtype, _ in entries.values()) for kind in ("BF16", "I8")] == [963, 136]
+    assert sum(math.prod(shape) for dtype, shape in entries.values() if dtype == "I8") == 3_008_102_400
