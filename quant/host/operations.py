@@ -6,6 +6,9 @@ import torch
 from ..layers import layout
 from ..layers.linear import AWQLinear, NVFP4Linear, SVDQuantLinear
 from ..layers.packed_mlp import PackedMLP
+from . import malloc_graph
+
+malloc_graph.install()
 
 
 class Operations(comfy.ops.manual_cast):
