@@ -8,6 +8,9 @@ from ..layers.linear import AWQLinear, NVFP4Linear, SVDQuantLinear
 from ..layers.packed_embedding import PackedEmbedding
 from ..layers.packed_mlp import PackedMLP
 from ..layers.token_linear import TokenLinear
+from . import malloc_graph
+
+malloc_graph.install()
 
 
 class Operations(comfy.ops.manual_cast):

@@ -24,6 +24,7 @@ import torch
 from torch.nn.modules import module as module_hooks
 
 from ..layers.linear import version_of
+from . import malloc_graph
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def allowed(arguments):
     return (isinstance(x, torch.Tensor) and x.device.type == DEVICE and not torch.version.hip and arguments.get("control") is None
             and not any(options[name] for name in options.keys() - KNOWN_OPTIONS)  # an empty entry, as of "patches", does nothing
             and not torch.is_grad_enabled() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-            and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks))
+            and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks) and not malloc_graph.is_active())
 
 
 def described(value, tensors):

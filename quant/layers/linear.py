@@ -10,6 +10,7 @@ from torch.nn.modules import module as module_hooks
 from ...cuda import gated_linear, nvfp4, nvfp4_ops, ops, reference, row_scales
 from ...cuda.int4 import GELU_SHIFT
 from ...cuda.operands import LayerOperands
+from .kept_memory import kept
 
 SHAPES = 8  # input shapes whose launch plan a layer caches
 SHARING = {"cuda"}  # types of devices on which a LoRA branch and its layer share memory; in host memory streaming.py lays it out
@@ -295,7 +296,8 @@ class SVDQuantLinear(BranchedLinear):
 
     @torch.compiler.disable  # the search tries 61 candidates, which would all become part of a traced graph
     def _find_row_scale(self, weight_scale):
-        value = row_scales.row_scale(weight_scale)
+        with kept():
+            value = row_scales.row_scale(weight_scale)
         self._row_scale = RowScale.of(value, self._parameters["weight_scale"])
         return value
 

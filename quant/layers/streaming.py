@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from .kept_memory import kept
+
 ALIGNMENT = 512  # bytes; of each parameter in a block, as PyTorch's own allocations on the GPU
 RING_LAYERS = 5  # the ring has room for so many of the largest layer: what computes, what arrives, and a reserve for uneven blocks
 
@@ -224,7 +226,7 @@ class WeightStream:
             if self._refused:
                 return False
             try:
-                with torch.inference_mode(False):
+                with torch.inference_mode(False), kept():
                     self._ring = torch.empty(self.size, dtype=torch.uint8, device=self.device)
             except torch.cuda.OutOfMemoryError:  # PyTorch has emptied its cache for it, which must not happen in every call
                 self._refused = True

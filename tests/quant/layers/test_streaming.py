@@ -13,9 +13,10 @@ import weakref
 
 import pytest
 import torch
-from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.layers import kept_memory, layout, linear
 from comfyui_svdquant.quant.layers.streaming import ALIGNMENT, WeightStream, block_bytes, offload_order, ring_bytes
 
+from ..allocations import Recorder
 from .test_linear import filled
 
 SIZES = (256, 208), (128, 64), (512, 128), (128, 512), (256, 256), (128, 128), (256, 64)  # (in features, out features)
@@ -455,3 +456,12 @@ def test_streamed_layers_compute_the_same_bits():
     del busy, y
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= held + (64 << 20)
+
+
+def test_the_ring_outlives_the_step_that_makes_it(monkeypatch):
+    """ComfyUI's allocation graph must not record it."""
+    recorder, stream = Recorder(), Simulated([packed(*SIZES[0])])
+    monkeypatch.setattr(kept_memory, "context", recorder.pause)
+    with recorder:
+        assert stream._starts(stream.gpu.compute)
+    assert stream._ring is not None and recorder.pauses == 1 and not recorder.rogues()
