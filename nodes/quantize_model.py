@@ -50,7 +50,8 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                              tooltip="The random seed of the noise for calibration."),
                 io.String.Input("exceptions", default="", multiline=True, optional=True,
                                 tooltip="Exceptions, one per line: a layer name or pattern keeps its layers in 16 bits, such as "
-                                        f"{KEPT}; with a number it sets their rank, such as {RANKED}.", **ADVANCED),
+                                        f"{KEPT}; with a number it sets their rank, such as {RANKED}; with = int8 their activations have "
+                                        "8 bits on every card, for a closer image.", **ADVANCED),
                 io.Int.Input("tokens", default=TOKENS_PER_INPUT, min=1, max=64, optional=True,
                              tooltip="The number of calibration tokens per input channel of a layer, for GPTQ and the fit of the "
                                      "branch. 2 to 4 are enough; more take longer and change little.", **ADVANCED),

@@ -42,7 +42,8 @@ def _add_recipe(group):
     group.add_argument("--rank", type=int, default=32, metavar="N",
                        help=f"{presets.MIN_RANK} to {presets.MAX_RANK} in steps of {presets.RANK_STEP}")
     group.add_argument("--exceptions", default="", metavar="TEXT",
-                       help="layer patterns, separated by commas: `pattern` keeps its layers in 16 bits, `pattern = rank` sets their rank")
+                       help="layer patterns, separated by commas: `pattern` keeps its layers in 16 bits, `pattern = rank` sets their "
+                            "rank, `pattern = int8` gives them activations of 8 bits")
     group.add_argument("--tokens", type=int, default=TOKENS_PER_INPUT, metavar="N", help="calibration tokens per input of a layer")
     group.add_argument("--steps", type=int, default=8, metavar="N", help="sampling steps for each prompt")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise for calibration")

@@ -61,6 +61,8 @@ def text(info):
         lines.append(f"{kind}: {layers['count']} layers" + (f" ({ranks})" if kind != layout.AWQ else ""))
     if info.get("int8_scales"):
         lines.append(f"scales: 8-bit integers times one number per row, in {info['int8_scales']} layers")
+    if info.get("int8_activations"):
+        lines.append(f"activations: 8 bits in {info['int8_activations']} layers; in the others as the card is fastest")
     if "intact" in info:
         lines.append(f"checked: {info['intact']} tensors have the checksums with which they were saved" if info["intact"] else
                      "checked: no scale, factor or 16-bit value is NaN or infinite; there are no checksums, which only SVDQuant writes")
@@ -80,7 +82,9 @@ def _packed(header, found):
     return {"bytes": packed.nbytes(), "format": f"{found.name} layout, {codes}", "family": packed.family.title,
             "model": packed.config, "source": bounded(packed.source, MAX_TEXT), "recipe": recipe,
             "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs),
-            "int8_scales": len(packed.computed), "newer": native.newer(header), **_sizes(packed.stored, packed.modules)}
+            "int8_scales": len(packed.computed),
+            "int8_activations": sum(spec.act_bits == 8 for spec in packed.specs.values()),
+            "newer": native.newer(header), **_sizes(packed.stored, packed.modules)}
 
 
 def _plain(header):

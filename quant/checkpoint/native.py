@@ -16,6 +16,7 @@ Files from other software under comfy-kitchen's names have none of these metadat
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -169,6 +170,10 @@ def _layer_spec(header, family, name):
     rank = 0 if kind == layout.AWQ else conf.get("rank", _rank(header, name))
     if type(rank) is not int or rank < 0:  # True is an int too
         raise CheckpointError(f"{header.file}: {key} lacks a valid rank; save or download the file again.")
+    act_bits = conf.get("act_bits", 0)
+    if type(act_bits) is not int or act_bits not in ((0,) if kind in (layout.AWQ, layout.NVFP4) else (0, 4, 8)):
+        raise CheckpointError(f"{header.file}: {key} says act_bits = {act_bits!r}, which this version can't run; update ComfyUI-SVDQuant, "
+                              "or save or download the file again.")
     unsigned = _unsigned_from(header, key, conf, k)
     dtype, scale_blocks, int8_scale = scale.dtype, 1, kind == layout.SVDQUANT_INT8_SCALE
     if kind == layout.NVFP4:
@@ -185,6 +190,7 @@ def _layer_spec(header, family, name):
         # If the kind of layer has a bias, a file without it is damaged.
         spec = (layout.svdquant_spec(k, n, rank, unsigned, layer.bias, dtype) if int8_scale
                 else layout.LayerSpec(kind, k, n, rank, unsigned, layer.bias, dtype, scale_blocks))
+        spec = replace(spec, act_bits=act_bits)
     except ValueError as error:
         raise CheckpointError(f"{header.file}: layer {name} {error}; save or download the file again.") from None
     for part, (shape, dtype) in spec.stored(int8_scale).items():

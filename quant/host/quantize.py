@@ -31,7 +31,7 @@ def layer_specs(family, diffusion_model, recipe, dtype):
     of the recipe matches no layer, or if no layer is left."""
     linears = {name: layer for block_name, block in family.running_blocks(diffusion_model)
                for name, layer in family.block_layers(block_name, block).items()} | family.outer_layers(diffusion_model)
-    for pattern in (*recipe.keep, *(pattern for pattern, _ in recipe.ranks)):
+    for pattern in (*recipe.keep, *(pattern for pattern, _ in recipe.ranks), *recipe.int8):
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise ValueError(f"No layer is called {quoted(pattern)}; layers are called like {next(iter(linears))}, and * stands "
                              "for any text.")
@@ -43,7 +43,7 @@ def layer_specs(family, diffusion_model, recipe, dtype):
     for name, layer in quantized.items():
         try:
             specs[name] = layout.spec_of(family.layer(name), layer.weight.shape, recipe.rank_of(name, family.layer(name).branches),
-                                         layer.bias is not None, dtype)
+                                         layer.bias is not None, dtype, recipe.act_bits_of(name))
         except ValueError as error:
             misfits.setdefault(str(error), []).append(name)
     notes = [f"{' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))} can't be packed in 4 bits and "

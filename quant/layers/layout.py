@@ -23,6 +23,9 @@ in half the bytes (checkpoint/int8_scales.py). The loaded layer still has the 16
 The description of this format always has `act_unsigned_from`, which is K if no column is unsigned. The format has its own name because a
 reader that used these integers as the scales would silently compute wrong images.
 
+If a layer's activations have 8 bits where those of others may have 4, its description says so in `act_bits`. A reader that ignores it
+computes the same layer with the bits of the others.
+
 Published NVFP4 layers keep their format (cuda/nvfp4.py has the arithmetic), with groups of 16, G = K / 16:
 
     svdquant_nvfp4
@@ -46,7 +49,7 @@ A linear of a model may combine two published layers (families.family.Joined). I
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,7 +72,8 @@ class LayerSpec:
     """The format and sizes of one packed layer.
 
     unsigned_from: the first input column with unsigned codes; in_features if there is none. scale_blocks: B, the number of rows of NVFP4's
-    second scale. Raises ValueError, whose message is the second half of a sentence, if the sizes don't fit each other.
+    second scale. act_bits: bits of a W4A4 layer's activations unless the user chooses others: 8, or 0 for those with which the device is
+    fastest. Raises ValueError, whose message is the second half of a sentence, if the sizes don't fit each other.
     """
 
     format: str
@@ -80,6 +84,7 @@ class LayerSpec:
     bias: bool = True
     dtype: torch.dtype = torch.bfloat16  # of the scales (not NVFP4's), the branch, the smoothing factor and the bias
     scale_blocks: int = 1
+    act_bits: int = 0
 
     def __post_init__(self):
         if self.unsigned_from < 0:
@@ -132,6 +137,8 @@ class LayerSpec:
                 "orig_shape": [self.out_features, self.in_features]}
         if self.format != AWQ:
             conf |= {"rank": self.rank, "act_unsigned": self.unsigned_from == 0}
+        if self.act_bits:
+            conf["act_bits"] = self.act_bits
         if int8_scale:
             conf["format"] = SVDQUANT_INT8_SCALE
         if int8_scale or self.format == SVDQUANT_SPLIT:
@@ -145,13 +152,14 @@ def svdquant_spec(in_features, out_features, rank, unsigned_from, bias, dtype):
     return LayerSpec(SVDQUANT_SPLIT if split else SVDQUANT, in_features, out_features, rank, unsigned_from, bias, dtype)
 
 
-def spec_of(layer, weight_shape, rank, bias, dtype):
+def spec_of(layer, weight_shape, rank, bias, dtype, act_bits=0):
     """The LayerSpec of a linear, from its family's Layer and its weight's shape (N, K). rank: the rank of its LoRA branch, if it has one;
-    bias: whether it has a bias. Raises ValueError, whose message is the second half of a sentence, if the linear can't be packed."""
+    bias: whether it has a bias; act_bits: as in LayerSpec, of a W4A4 layer. Raises ValueError, whose message is the second half of
+    a sentence, if the linear can't be packed."""
     n, k = weight_shape
     if layer.packing is Packing.W4A16:
         return LayerSpec(AWQ, k, n, bias=bias, dtype=dtype)
-    return svdquant_spec(k, n, rank, layer.unsigned_from(k, n), bias, dtype)
+    return replace(svdquant_spec(k, n, rank, layer.unsigned_from(k, n), bias, dtype), act_bits=act_bits)
 
 
 def layer_spec(layer, name, weight_shape, rank, bias, dtype):

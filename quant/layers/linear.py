@@ -163,8 +163,8 @@ class CachedLaunch(NamedTuple):
 class SVDQuantLinear(BranchedLinear):
     """W4A4 with a low-rank branch: x (..., K) -> (..., N). One op, with plain LoRAs too.
 
-    act_bits: 4, as SVDQuant is published, with one code more; 8, the same weights with int8 activations; 0, the bits with which the device
-    is fastest.
+    act_bits: 4, as SVDQuant is published, with one code more; 8, the same weights with int8 activations; 0, those that the file gives the
+    layer (LayerSpec.act_bits), or else the bits with which the device is fastest.
     """
 
     act_bits = 0
@@ -226,7 +226,7 @@ class SVDQuantLinear(BranchedLinear):
 
     def bits(self, device):
         """4 or 8: act_bits, or what they stand for on `device`."""
-        return self.act_bits or ops.best_act_bits(device)
+        return self.act_bits or self.spec.act_bits or ops.best_act_bits(device)
 
     def product(self, x, p, bias, gelu_from=None, lora=()):
         return self._computed(x, p, bias, gelu_from, lora)

@@ -31,7 +31,7 @@ class PackedMLP(torch.nn.Sequential):
             return False
         first, between, second = self._modules.values()
         return (isinstance(first, SVDQuantLinear) and isinstance(second, SVDQuantLinear) and isinstance(between, torch.nn.Identity)
-                and first.act_bits == second.act_bits and first.bits(device) == 4 and mlp.pays(device)
+                and first.bits(device) == second.bits(device) == 4 and mlp.pays(device)
                 and first.gelu_from == 0 and second.gelu_from is None
                 and untouched(first) and untouched(between) and untouched(second)
                 and not module_hooks._global_forward_hooks and not module_hooks._global_forward_pre_hooks)

@@ -35,6 +35,7 @@ class LayerRecord:
     bytes_before: int  # of the layer in 16 bits, whatever type the model stores it in
     bytes_after: int
     notes: tuple = ()  # sentences about unusual events
+    act_bits: int = 0  # as in LayerSpec
 
 
 def choose_smoothing(weight, stats, spec, recipe, check):
@@ -252,7 +253,8 @@ def awq_weight(tensors):
 
 
 def layer_error(weight, bias, tensors, stats, spec):
-    """(relative error of a packed layer, "outputs" or "weights"): of its outputs on the sampled inputs, or of its weight without stats."""
+    """(relative error of a packed layer, "outputs" or "weights"): of its outputs on the sampled inputs, with spec.act_bits
+    or else 4 bits of activations; of its weight without stats."""
     if spec.format == layout.AWQ:
         dequantized = awq_weight(tensors)
         if stats is None:
@@ -269,7 +271,7 @@ def layer_error(weight, bias, tensors, stats, spec):
     exact = torch.nn.functional.linear(x, weight, bias)
     estimate = reference.svdquant_linear(x, LayerOperands(
         tensors["weight"], tensors["weight_scale"], tensors["weight_proj_down"], tensors["weight_proj_up"],
-        tensors["weight_smooth_factor"], tensors.get("bias"), spec.unsigned_from))
+        tensors["weight_smooth_factor"], tensors.get("bias"), spec.unsigned_from, spec.act_bits or 4))
     return relative_error(estimate, exact), "outputs"
 
 
@@ -342,7 +344,7 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None, 
         notes.append(f"It stays in 16 bits: in 4 bits its error would be {error:.0%}.")
         tensors, form, rank, bytes_after, error = {}, KEPT, 0, bytes_before, 0.0
     return tensors, LayerRecord(name, form, rank, error, naive, measured_on, label, scales, 0 if stats is None else stats.tokens,
-                                round(time.perf_counter() - start, 3), bytes_before, bytes_after, tuple(notes))
+                                round(time.perf_counter() - start, 3), bytes_before, bytes_after, tuple(notes), spec.act_bits)
 
 
 def naive_error(weight, bias, stats, spec):

@@ -7,6 +7,7 @@ from ..text import quoted
 from .calibration import TOKENS_PER_INPUT
 
 MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
+INT8 = "int8"  # in place of an exception's rank
 RANK_DIGITS = 9  # more are no rank, and Python refuses to read thousands
 
 
@@ -33,6 +34,7 @@ class Recipe:
     quiet: bool = False
     keep: tuple = ()  # patterns of the names of layers that stay in 16 bits
     ranks: tuple = ()  # (pattern, rank) of layers with a rank of their own; the last match counts
+    int8: tuple = ()  # patterns of layers whose activations have 8 bits, where those of other layers may have 4
     tokens: int = TOKENS_PER_INPUT  # per input channel of a layer, for GPTQ and refit
     largest_error: float = 0.5  # relative error of a layer in 4 bits; a layer with a larger one stays in 16 bits
     propagate: str = "exact"  # or "quantized": whether the earlier blocks run in 16 or in 4 bits while a block is calibrated
@@ -47,6 +49,10 @@ class Recipe:
     def rank_of(self, name, branches=1):
         """The rank of layer `name`, which combines `branches` layers of published files."""
         return next((rank for pattern, rank in reversed(self.ranks) if fnmatchcase(name, pattern)), branches * self.rank)
+
+    def act_bits_of(self, name):
+        """LayerSpec.act_bits of layer `name`."""
+        return 8 if any(fnmatchcase(name, pattern) for pattern in self.int8) else 0
 
     def needs_gram(self):
         """Whether the stages need the inputs' Gram matrix."""
@@ -65,26 +71,29 @@ PRESETS = {
 def make_recipe(preset, rank, exceptions=""):
     """The Recipe of a preset.
 
-    exceptions: patterns of layer names, one per line or separated by commas: `pattern` keeps its layers in 16 bits,
-    `pattern = rank` gives them another rank; * stands for any text. Raises ValueError on an unknown preset, a rank outside
+    exceptions: patterns of layer names, one per line or separated by commas: `pattern` keeps its layers in 16 bits, `pattern = rank` gives
+    them another rank, `pattern = int8` activations of 8 bits; * stands for any text. Raises ValueError on an unknown preset, a rank outside
     16..256 in steps of 16, or an exception that can't be read.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"The input preset is {quoted(preset)}, which this version of SVDQuant does not offer; choose "
                          f"{', '.join(PRESETS)}.")
-    keep, ranks = [], []
+    keep, ranks, int8 = [], [], []
     for entry in filter(None, map(str.strip, exceptions.replace(",", "\n").splitlines())):
         pattern, equals, value = map(str.strip, entry.partition("="))
+        if equals and value.lower() == INT8:
+            int8.append(pattern)
+            continue
         if equals and not (value.isdecimal() and len(value) <= RANK_DIGITS):
-            raise ValueError(f"The exception {quoted(entry)} can't be read; write a layer pattern, or pattern = rank.")
+            raise ValueError(f"The exception {quoted(entry)} can't be read; write a layer pattern, pattern = rank, or pattern = int8.")
         if equals:
             ranks.append((pattern, _checked_rank(int(value))))
         else:
             keep.append(pattern)
     chosen = Recipe(preset, _checked_rank(rank), **PRESETS[preset])
     if preset == "naive":
-        return replace(chosen, rank=0, keep=tuple(keep))
-    return replace(chosen, keep=tuple(keep), ranks=tuple(ranks))
+        return replace(chosen, rank=0, keep=tuple(keep), int8=tuple(int8))
+    return replace(chosen, keep=tuple(keep), ranks=tuple(ranks), int8=tuple(int8))
 
 
 def check_inputs(preset, exceptions, positive, latent):

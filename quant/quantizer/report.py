@@ -11,7 +11,7 @@ from ..layers import layout
 from .pipeline import KEPT
 
 COLUMNS = ("layer", "format", "rank", "error", "plain rounding", "measured on", "tokens", "MB", "smoothing")
-FORMATS = {layout.AWQ: "W4A16", KEPT: "16 bit"}  # Every other format is W4A4.
+FORMATS = {layout.AWQ: "W4A16", KEPT: "16 bit"}  # Every other format is W4A4, or W4A8 where the file says so.
 BLOCK = re.compile(r".*?\.\d+\.")  # the prefix of a layer's name that names its block
 STANDS_OUT = 2.0  # times the median error of the layers of its kind
 
@@ -28,13 +28,18 @@ class Yardstick(NamedTuple):
     naive: float
 
 
+def form(record):
+    """A layer's bits, for users."""
+    return FORMATS.get(record.format, "W4A8" if record.act_bits == 8 else "W4A4")
+
+
 def yardstick(records):
-    """The Yardstick of [LayerRecord]: of the W4A4 layers, or of the W4A16 layers if there is no other in 4 bits; None without any. Errors
-    of the two kinds are not averaged."""
-    for title, layers in (("W4A4 layers", [r for r in records if r.format not in FORMATS]),
-                          ("W4A16 layers", [r for r in records if r.format == layout.AWQ])):
+    """The Yardstick of [LayerRecord]: of the W4A4 layers, or of the W4A8 or the W4A16 layers if there is no other in 4 bits; None without
+    any. Errors of different kinds are not averaged."""
+    for title in ("W4A4", "W4A8", "W4A16"):
+        layers = [record for record in records if form(record) == title]
         if layers:
-            return Yardstick(title, layers, fmean(r.error for r in layers), fmean(r.error_naive for r in layers))
+            return Yardstick(f"{title} layers", layers, fmean(r.error for r in layers), fmean(r.error_naive for r in layers))
     return None
 
 
@@ -89,8 +94,7 @@ def warnings(records):
 
 def row(record):
     """The table's cells for one LayerRecord, as strings."""
-    form = FORMATS.get(record.format, "W4A4")
-    return (record.name, form, str(record.rank or "-"), f"{record.error:.2%}", f"{record.error_naive:.2%}", record.measured_on,
+    return (record.name, form(record), str(record.rank or "-"), f"{record.error:.2%}", f"{record.error_naive:.2%}", record.measured_on,
             str(record.tokens), f"{record.bytes_after / 1e6:.2f}", record.smoothing)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,20 @@ def switched(*indices):
     return change
 
 
+def of_the_file(index):
+    """The file gives one of the layers 8 bits, and nobody asks for others."""
+    def change(mlp):
+        before = mlp[index].spec
+        mlp[index].spec = replace(before, act_bits=8)
+        mlp[0].act_bits = mlp[2].act_bits = 0
+
+        def undo():
+            mlp[index].spec = before
+            mlp[0].act_bits = mlp[2].act_bits = 4
+        return undo
+    return change
+
+
 def gelu(index, now):
     def change(mlp):
         before, mlp[index].gelu_from = mlp[index].gelu_from, now
@@ -163,6 +178,7 @@ CHANGES = {
     "a hook of all": hooked_everywhere("register_module_forward_hook"),
     "a hook before all": hooked_everywhere("register_module_forward_pre_hook"),
     "bypass LoRA": wrapped, "8 bits": switched(0, 2), "fc1 in 8 bits": switched(0), "fc2 in 8 bits": switched(2),
+    "fc1 in 8 bits in the file": of_the_file(0), "fc2 in 8 bits in the file": of_the_file(2),
     "fc2 W4A16": exchanged(2, awq), "fc2 in 16 bits": exchanged(2, in_16_bits(HIDDEN, N)),
     "fc1 in 16 bits": exchanged(0, in_16_bits(K, HIDDEN)), "another activation": exchanged(1, torch.nn.SiLU),
     "no GELU": gelu(0, None), "half a GELU": gelu(0, HIDDEN // 2), "a GELU after fc2": gelu(2, 0),
