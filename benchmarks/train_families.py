@@ -4,7 +4,8 @@
 
 It runs as demo/tiny_flux/train.py trains the demo's FLUX: on the same pictures and captions, with the demo's VAE, optimizer, schedule and
 number of seconds, from a fixed seed. It writes tiny_FAMILY.safetensors, under the names that ComfyUI reads and with outlier channels, and
-training-FAMILY.json with the loss curve. For a CUDA GPU with 40 GB: a CPU needs days for the steps of six minutes on an H100.
+training-FAMILY.json with the loss curve. For a CUDA GPU with 40 GB: by estimate, two cores need days for the steps of six minutes on an
+H100.
 """
 
 import argparse

@@ -179,9 +179,10 @@ class Nunchaku:
     model_classes: values of model_class in Nunchaku's metadata; config: {diffusers' configuration key: ComfyUI's key}; inputs: modules by
     which a file of the family is recognized, the first of which has the hidden size; blocks: {our list of blocks: Nunchaku's}; linears:
     the W4A4 layers of each of Nunchaku's lists, one or two of them for a layer of ours; modulations: the W4A16 layers; norms, outside,
-    others: 16-bit tensors of a block, modules, and tensors that are neither a weight nor a bias; optional: modules of `outside` that not
-    every model has; swapped: a module whose two output halves are in the opposite order; modules_v2, leaves_v2: names of the format's
-    second version, {version 2: version 1}; chunks: the number of modulation vectors that each modulation layer computes.
+    others: 16-bit tensors of a block, modules, and tensors that are neither a weight nor a bias; leaves: the tensors of the modules in
+    `outside`; optional: modules of `outside` that not every model has; swapped: a module whose two output halves are in the opposite
+    order; modules_v2, leaves_v2: names of the format's second version, {version 2: version 1}; chunks: the number of modulation vectors
+    that each modulation layer computes.
     stacked: {list: {Nunchaku's W4A4 layer: our layers, equally high, whose rows it has one after another}}; dense: {list: {Nunchaku's W4A4
     layer: the layers that it is where a file has it in 16 bits}}; markers: {diffusers' configuration key: the empty tensor by which our
     files say that it is true}.
@@ -204,6 +205,7 @@ class Nunchaku:
     dense: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
     others: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
     markers: MappingProxyType = field(default_factory=lambda: NO_ENTRIES)
+    leaves: tuple = ("weight", "bias")
     optional: tuple = ()
     swapped: str | None = None
     diffusers_class: str | None = None

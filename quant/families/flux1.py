@@ -175,7 +175,7 @@ NUNCHAKU = Nunchaku(
         "axes_dims_rope": "axes_dim", "num_layers": "depth", "num_single_layers": "depth_single_blocks",
         "num_attention_heads": "num_heads", "joint_attention_dim": "context_in_dim", "pooled_projection_dim": "vec_in_dim",
         "guidance_embeds": "guidance_embed"}),
-    inputs=("x_embedder", "context_embedder"),
+    inputs=("x_embedder", "context_embedder", "time_text_embed.timestep_embedder.linear_1"),  # FLUX.2 has the first two as well
     output="proj_out",
     blocks=MappingProxyType({"double_blocks": DOUBLE, "single_blocks": SINGLE}),
     linears=MappingProxyType({

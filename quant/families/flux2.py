@@ -2,8 +2,8 @@
 
 from types import MappingProxyType
 
-from .family import Configuration, Family, Joined, Layer, Packing, Signature
-from .flux1 import NORMS, TIMESTEP, depth_of, double_blocks, figures, heads, rope_trouble, single_blocks
+from .family import Configuration, Family, Joined, Layer, Nunchaku, Packing, Signature
+from .flux1 import DOUBLE, NORMS, SINGLE, TIMESTEP, depth_of, double_blocks, figures, heads, rope_trouble, single_blocks
 
 LINEAR = Layer(bias=False)
 MODULATION = Layer(Packing.W4A16, bias=False)
@@ -53,6 +53,39 @@ def tensors(config):
 # {(hidden size, double blocks, single blocks): name}. The base models have the tensors of those distilled from them.
 VARIANTS = {(6144, 8, 48): "FLUX.2-dev", (3072, 5, 20): "FLUX.2-klein-4B", (4096, 8, 24): "FLUX.2-klein-9B"}
 
+# Nunchaku publishes no FLUX.2. Others publish klein in files of the second version for nunchaku-lite, whose adapter has these names. That
+# qkv_proj and mlp_fc1 of a single block have one smoothing factor, as in FLUX.1's files, is inferred; other files are refused.
+EMBEDDED = "time_guidance_embed"
+NUNCHAKU = Nunchaku(
+    model_classes=("NunchakuFlux2Transformer2DModel",),
+    config=MappingProxyType({
+        "axes_dims_rope": "axes_dim", "rope_theta": "theta", "mlp_ratio": "mlp_ratio", "num_layers": "depth",
+        "num_single_layers": "depth_single_blocks", "num_attention_heads": "num_heads", "joint_attention_dim": "context_in_dim"}),
+    inputs=("x_embedder", "context_embedder", "double_stream_modulation_img.linear"),
+    blocks=MappingProxyType({"double_blocks": DOUBLE, "single_blocks": SINGLE}),
+    linears=MappingProxyType({
+        DOUBLE: {
+            "img_attn.qkv": ("attn.to_qkv",), "img_attn.proj": ("attn.to_out.0",), "img_mlp.0": ("ff.linear_in",),
+            "img_mlp.2": ("ff.linear_out",), "txt_attn.qkv": ("attn.to_added_qkv",), "txt_attn.proj": ("attn.to_add_out",),
+            "txt_mlp.0": ("ff_context.linear_in",), "txt_mlp.2": ("ff_context.linear_out",)},
+        SINGLE: {"linear1": ("attn.qkv_proj", "attn.mlp_fc1"), "linear2": ("attn.out_proj", "attn.mlp_fc2")}}),
+    norms=MappingProxyType({
+        DOUBLE: {
+            "img_attn.norm.query_norm.scale": "attn.norm_q.weight", "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+            "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight", "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight"},
+        SINGLE: {"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"}}),
+    outside=MappingProxyType({
+        "img_in": "x_embedder", "txt_in": "context_embedder",
+        "time_in.in_layer": f"{EMBEDDED}.timestep_embedder.linear_1", "time_in.out_layer": f"{EMBEDDED}.timestep_embedder.linear_2",
+        "guidance_in.in_layer": f"{EMBEDDED}.guidance_embedder.linear_1",
+        "guidance_in.out_layer": f"{EMBEDDED}.guidance_embedder.linear_2",
+        **{name: f"{name.removesuffix('.lin')}.linear" for name in MODULATIONS if name.endswith(".lin")},
+        "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out"}),
+    leaves=("weight",),
+    optional=("guidance_in.in_layer", "guidance_in.out_layer"),  # klein has no guidance
+    swapped="final_layer.adaLN_modulation.1",  # scale, shift in diffusers' files; shift, scale in ComfyUI's
+    modules_v2=MappingProxyType({DOUBLE: {}, SINGLE: {}}),
+)
 
 FAMILY = Family(
     title="FLUX.2",
@@ -85,5 +118,6 @@ FAMILY = Family(
     tokens=(4096, 512, 4608),  # a 1024 x 1024 image, its text, both
     examples=("single_blocks.47.*", "*.linear2 = 128"),
     renamed=(NORMS,),
+    nunchaku=NUNCHAKU,
     fused="flux_blocks",
 )

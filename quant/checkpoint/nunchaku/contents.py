@@ -130,9 +130,9 @@ def linear(source, ours, parts, nvfp4):
         raise CheckpointError(f"{source.header.file}: tensor {parts[0]}.qweight has {n} rows, which are not those of {len(ours)} equally "
                               "high layers; the file is damaged, download it again.")
     unsigned_from = layer.unsigned_from(k, n)
-    if len(specs) == 2 and not layer.joined.rows and unsigned_from != specs[0].in_features:
+    if len(specs) == 2 and not layer.joined.rows and (at := layer.joined.at(k, n)) != specs[0].in_features:
         raise CheckpointError(f"{source.header.file}: layer {parts[0]} has {specs[0].in_features} input columns instead of "
-                              f"{unsigned_from}; the file is damaged, download it again.")
+                              f"{at}; the file is damaged, download it again.")
     if nvfp4:
         blocks = (1,) if len(specs) == 1 or layer.joined.rows else halves.scale_blocks(*(spec.in_features for spec in specs))
         spec = layout.LayerSpec(layout.NVFP4, k, n, rank, bias=layer.bias, dtype=specs[0].dtype, scale_blocks=sum(blocks))
@@ -195,8 +195,8 @@ def plain_tensors(source, depths):
     dense = {f"{ours}.{name}": f"{theirs}.{part}" for ours, theirs, kind in names.blocks(tables, depths)
              for name, part in tables.modulations.get(kind, {}).items() if is_dense(source, f"{theirs}.{part}")}
     for name, stored in (tables.outside | dense).items():
-        if name not in tables.optional or any(f"{stored}.{leaf}" in source.tensors for leaf in ("weight", "bias")):
-            plain |= {f"{name}.{leaf}": f"{stored}.{leaf}" for leaf in ("weight", "bias")}
+        if name not in tables.optional or any(f"{stored}.{leaf}" in source.tensors for leaf in tables.leaves):
+            plain |= {f"{name}.{leaf}": f"{stored}.{leaf}" for leaf in tables.leaves}
     return {name: Plain((stored,)) for name, stored in plain.items()}
 
 

@@ -36,14 +36,13 @@ def join(parts, rows, joint):
         blocks = scale_blocks(*(len(part["weight_smooth_factor"]) for part in parts))
         extra["weight_scale_2"] = cat("weight_scale_2", 1) if rows else torch.cat(
             [part["weight_scale_2"].expand(count, -1) for part, count in zip(parts, blocks)])
+    if "bias" in first:
+        extra["bias"] = cat("bias", 0) if rows else (first["bias"].float() + second["bias"].float()).to(first["bias"].dtype)
     if rows:
-        return extra | {"weight_scale": cat("weight_scale", 1), "bias": cat("bias", 0),
-                "weight_smooth_factor": first["weight_smooth_factor"],
+        return extra | {"weight_scale": cat("weight_scale", 1), "weight_smooth_factor": first["weight_smooth_factor"],
                 "weight_proj_down": first["weight_proj_down"] if joint else cat("weight_proj_down", 1),
                 "weight_proj_up": cat("weight_proj_up", 0) if joint else diagonal("weight_proj_up")}
-    bias = (first["bias"].float() + second["bias"].float()).to(first["bias"].dtype)
-    return extra | {"weight_scale": cat("weight_scale", 0), "bias": bias,
-            "weight_smooth_factor": cat("weight_smooth_factor", 0),
+    return extra | {"weight_scale": cat("weight_scale", 0), "weight_smooth_factor": cat("weight_smooth_factor", 0),
             "weight_proj_down": cat("weight_proj_down", 0) if joint else diagonal("weight_proj_down"),
             "weight_proj_up": first["weight_proj_up"] if joint else cat("weight_proj_up", 1)}
 

@@ -15,7 +15,8 @@ have published about the files agrees with it: Z-Image-Turbo INT4 of rank 32 has
 that of rank 128 4,011,374,152 bytes with the header; w3's rows stand before w1's; the metadata say "skip_refiners": false. Inferred, since
 only kernels and DeepCompressor's export determine them: the packed arrays are ordered as in FLUX.1's files, which the same kernels read; in
 INT4 files the bias of a layer after a GELU contains the shift correction; the bias of Qwen-Image's modulation has 1 added to its scales,
-since the loader sets scale_shift to 0; and a second scale may be of either form, wtscale or wcscales.
+since the loader sets scale_shift to 0; and a second scale may be of either form, wtscale or wcscales. FLUX.2's layout is that
+of nunchaku-lite's adapter: Nunchaku itself publishes no FLUX.2.
 """
 
 import os

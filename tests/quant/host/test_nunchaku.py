@@ -124,7 +124,7 @@ def test_layers_that_do_not_fit_each_other(files, tmp_path):
 def test_foreign_nunchaku_files_are_named(tmp_path):
     path = tmp_path / "svdq-int4_r32-sana.safetensors"
     save_file({"transformer_blocks.0.attn.to_qkv.qweight": torch.zeros(2, 2)}, path)
-    assert "a Nunchaku model that is not a FLUX.1, Qwen-Image or Z-Image" in refusal(path)
+    assert "a Nunchaku model that is not a FLUX.1, FLUX.2, Qwen-Image or Z-Image" in refusal(path)
     save_file({"img_in.qweight": torch.zeros(2, 2)}, path, metadata={"model_class": "NunchakuSanaTransformer2DModel"})
     assert "is a NunchakuSanaTransformer2DModel" in refusal(path)
 
