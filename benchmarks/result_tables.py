@@ -7,6 +7,7 @@ import files
 import layer_error
 import linears
 import memory_caps
+import picture_sources
 import pictures
 
 # {beginning of a result file's name: the command that writes it}
@@ -22,6 +23,7 @@ COMMANDS = {
     "lora_cost": "python benchmarks/lora_cost.py --comfyui PATH",
     "memory_caps": "python benchmarks/memory_caps.py --comfyui PATH",
     "overhead": "python benchmarks/overhead.py --out FILE",
+    "picture_sources": "python benchmarks/picture_sources.py --comfyui PATH --prompts 3 --steps 6 --batch 3",
     "pictures_knobs": "python benchmarks/pictures.py --comfyui PATH --knobs --prompts 64 --batch 64",
     "pictures": "python benchmarks/pictures.py --comfyui PATH --prompts 128 --batch 64",
     "quantize_full": "python benchmarks/quantize_full.py --comfyui PATH --vram-gb 12",
@@ -179,6 +181,11 @@ def picture(results, gpu):
     return pictures.table(results(f"pictures_{gpu}")["results"]).split("\n")
 
 
+def sources(results, machine):
+    """Where the decibels are lost: the error of the path by kind of layer and by block."""
+    return picture_sources.table(results(f"picture_sources_{machine}")["results"]).split("\n")
+
+
 def recipes(results, gpu):
     """The README's choice of the recipes: PSNR in both kinds of activations, and the difference to DeepCompressor's default."""
     found = results(f"pictures_{gpu}")["results"]
@@ -244,6 +251,6 @@ def demo(results):
 
 
 TABLES = {"summary": summary, "step": step, "steps": steps, "caps": caps, "linears": linear, "lora": lora, "loras": loras, "layers": layers,
-          "pictures": picture,
+          "pictures": picture, "sources": sources,
           "recipes": recipes, "quantize": quantize, "several": several, "files": file, "overhead": overhead, "compile": compilation,
           "demo": demo}

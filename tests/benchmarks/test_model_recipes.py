@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("comfy", reason="there is no ComfyUI")
 
 import model_recipes
+import picture_sources
 import pictures
 import recipes
 from comfyui_svdquant.quant.families.family import Packing
@@ -108,3 +109,28 @@ def test_the_table_compares_picture_by_picture():
     assert base.startswith("| DeepCompressor default | 35.00 | +0.00")
     assert ours.startswith("| ours: best | 38.00 | +3.00 (+2.00 to +4.00) | 1.0000 | 10.00% | 38.00 | +3.00")
     assert last == "Both at W4A8, ours: best is +3.00 (+2.00 to +4.00) dB from DeepCompressor default."
+
+
+def test_parts_that_run_exactly_lose_nothing_and_parts_in_4_bits_lose_their_own():
+    args = Namespace(prompts=1, steps=2, batch=1, rank=16, calibration_prompts=1, calibration_steps=1, compute="float32")
+    studio = pictures.Studio(args)
+    recipe = presets.make_recipe("naive", 16)
+    quantized_model, _ = quantize.quantize(studio.patcher, recipe, None, None, 1, 0, model_recipes.Silent())
+    parts, path = picture_sources.Parts(studio, quantized_model), picture_sources.Path16(studio)
+    assert abs(sum(path.lengths) - 1) < 0.1 and len(path.calls) == 2
+    model, found = quantized_model.model.diffusion_model, {}
+    for mode, names in (("none", set()), *((mode, set(parts.layers)) for mode in picture_sources.MODES)):
+        with parts.running(names, mode):
+            found[mode] = path.errors(model)
+    assert found["none"]["velocity"] < 1e-5
+    assert found["both"]["velocity"] > found["activations"]["velocity"] > 0.01 and found["weights"]["path"] > 0.01
+    with pictures.by_definition():
+        assert path.errors(model)["velocity"] == pytest.approx(found["both"]["velocity"], rel=1e-5)  # nothing stays behind
+    kinds = parts.selections()[picture_sources.KINDS]
+    assert "double attn.qkv" in kinds and len(kinds["double attn.qkv"]) == 4 and len(kinds["single linear1"]) == 6
+    record = {"results": {}}
+    few = {picture_sources.WHOLE: {picture_sources.WHOLE: list(parts.layers)}, picture_sources.KINDS: {"one": ["single_blocks.0.linear1"]}}
+    parts.selections = lambda: few
+    picture_sources.measure(parts, path, 4, record, lambda: None)
+    lines = picture_sources.table(record["results"]).splitlines()
+    assert lines[2].startswith("| everything | 11.0") and "100%" in lines[2] and lines[3].startswith("| one | 0.46 M")
