@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from .. import families
 from ..layers import layout
-from . import native
+from . import native, text_encoder
 from .header import CheckpointError, Header
 
 PREFIXES = ("model.diffusion_model.", "")
@@ -53,6 +53,8 @@ def open_file(header):
 
 def prefix_of(header):
     """The prefix of the packed layers' names; None if no layer has a format that this version runs."""
+    if text_encoder.matches(header):  # its layers have such a format too
+        return None
     for name, conf in descriptions(header).items():
         if conf.get("format") in native.MODULE_FORMATS:
             # In the metadata, names may also lack the prefix.

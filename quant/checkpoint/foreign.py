@@ -4,6 +4,7 @@ import re
 
 from ..families import FAMILIES
 from ..layers import layout
+from . import text_encoder
 from .comfy_kitchen import METADATA, descriptions
 from .header import WEIGHT_DTYPES, CheckpointError
 
@@ -33,8 +34,9 @@ FOREIGN = (
     ("taesd_decoder.", "a VAE"),
     ("down_blocks.0.resnets.0.conv1.weight", "a Stable Diffusion or SDXL UNet"),
 )
+PACKED_ENCODER = "a text encoder in 4 bits"
 FOLDERS = {"a LoRA": "models/loras", "a VAE": "models/vae",  # {kind of file: ComfyUI's folder for it}
-           **dict.fromkeys(("a T5 text encoder", "a CLIP text encoder"), "models/text_encoders")}
+           **dict.fromkeys(("a T5 text encoder", "a CLIP text encoder", PACKED_ENCODER), "models/text_encoders")}
 
 
 def find(header):
@@ -169,6 +171,8 @@ def check_diffusers(header, family):
 
 def kind(header):
     """The name of a file's content, if it holds no model of a family, for messages; None if it is unknown."""
+    if text_encoder.matches(header):
+        return PACKED_ENCODER
     keys = header.tensors.keys()
     relatives = sorted(filter(None, (family.signature.lookalike(keys) for family in FAMILIES)), key=lambda what: "parts missing" in what)
     partial = [(part, f"a {family.title} model with parts missing") for family in FAMILIES if (part := family.signature.telltale)]

@@ -55,7 +55,14 @@ def load(paths, kind, device="default"):
         states.append(comfy.utils.load_torch_file(header.path, safe_load=True) if file is None else _state(file, placeholders))
     options |= {"custom_operations": _building(placeholders), "initial_device": BUILT_ON}
     dynamic = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(comfy.sd.load_text_encoder_state_dicts).parameters else {}
-    clip = comfy.sd.load_text_encoder_state_dicts(states, folders, found, options, **dynamic)
+    try:
+        clip = comfy.sd.load_text_encoder_state_dicts(states, folders, found, options, **dynamic)
+    except RuntimeError as error:  # of Module.load_state_dict, with a line for each tensor
+        if "size mismatch" not in str(error):
+            raise
+        raise CheckpointError(f"ComfyUI can't load {', '.join(header.file for header in headers)} as text encoders of type {kind} "
+                              f"({str(error).splitlines()[1].strip()}); choose the type of your model and the files that belong to "
+                              "it.") from error
     placeholders.clear()  # the classes of the encoders' layers keep it
     return _packed_clip(clip, list(filter(None, files)), kind)
 

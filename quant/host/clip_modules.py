@@ -56,12 +56,12 @@ def class_name(module):
 
 def encoders(model):
     """[Encoder] of a cond_stage_model, in its order."""
-    return [_encoder(name, module) for name, module in model.named_modules()
+    return [encoder(name, getattr(module, TRANSFORMER)) for name, module in model.named_modules()
             if isinstance(module, comfy.sd1_clip.SDClipModel) and hasattr(module, TRANSFORMER)]
 
 
-def _encoder(name, module):
-    transformer = getattr(module, TRANSFORMER)
+def encoder(name, transformer):
+    """The Encoder called `name`, of a transformer."""
     stacks = {path: stack for path, stack in transformer.named_modules() if isinstance(stack, torch.nn.ModuleList)}
     count = {path: sum(p.numel() for p in stack.parameters()) for path, stack in stacks.items()}
     stack = max(count, key=count.get, default=None)

@@ -19,9 +19,12 @@ from comfyui_svdquant.nodes.doctor import SVDQuantDoctor
 from comfyui_svdquant.nodes.download_model import SVDQuantDownloadModel
 from comfyui_svdquant.nodes.inspect_model import SVDQuantInspect
 from comfyui_svdquant.nodes.load_model import SVDQuantLoadModel
+from comfyui_svdquant.nodes.load_text_encoder import SVDQuantLoadTextEncoder
 from comfyui_svdquant.nodes.progress import NodeProgress
 from comfyui_svdquant.nodes.quantize_model import SVDQuantQuantizeModel
+from comfyui_svdquant.nodes.quantize_text_encoder import SVDQuantQuantizeTextEncoder
 from comfyui_svdquant.nodes.save_model import SVDQuantSaveModel
+from comfyui_svdquant.nodes.save_text_encoder import SVDQuantSaveTextEncoder
 from comfyui_svdquant.nodes.several_gpus import SVDQuantSeveralGPUs
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, Header, read_header
 from comfyui_svdquant.quant.download.hub import HubError
@@ -33,7 +36,8 @@ from safetensors.torch import load_file, save_file
 from host.server import ROOT, TINY
 
 NODES = (SVDQuantDownloadModel, SVDQuantLoadModel, SVDQuantQuantizeModel, SVDQuantSaveModel, SVDQuantInspect, SVDQuantCompare,
-         SVDQuantCompareModels, SVDQuantDoctor, SVDQuantSeveralGPUs)
+         SVDQuantCompareModels, SVDQuantDoctor, SVDQuantSeveralGPUs, SVDQuantQuantizeTextEncoder, SVDQuantSaveTextEncoder,
+         SVDQuantLoadTextEncoder)
 FOLDER = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
 
 pytestmark = pytest.mark.usefixtures("inference_mode")

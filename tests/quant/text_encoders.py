@@ -16,6 +16,7 @@ import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.text_encoders.qwen_vl as qwen_vl
+import comfy.text_encoders.sd3_clip as sd3_clip
 import sentencepiece
 import torch
 from safetensors.torch import save_file
@@ -126,6 +127,8 @@ def small(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(comfy.sd1_clip.SDClipModel, "__init__", with_sizes)
         patch.setattr(comfy.sd, "detect_te_model", detect)
+        patch.setattr(comfy.sd, "t5xxl_detect", lambda states: next(
+            (sd3_clip.t5_xxl_detect(state) for state in states if "encoder.final_layer_norm.weight" in state), {}))
         vision = qwen_vl.Qwen2VLVisionTransformer
         patch.setattr(qwen_vl, "Qwen2VLVisionTransformer", lambda **kwargs: vision(**kwargs | VISION))
         yield

@@ -166,3 +166,34 @@ def test_parts_of_the_model_can_be_offloaded(flux):
 def test_comfyuis_own_nodes_do_not_save_it(flux):
     with pytest.raises(ValueError, match="SVDQuant Save Text Encoder"):
         flux[1].clone().get_sd()
+
+
+# --- sources in other types -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_source_in_another_type(tmp_path, dtype):
+    path = write(tmp_path, "t5xxl", **{name: tensor.to(dtype) for name, tensor in KINDS["t5xxl"].tensors().items()})
+    clip = load([path], "SD3")
+    packed = quantized(clip)
+    assert relative(encode(packed)[0], encode(clip)[0]) < 0.25
+    assert relative(encode(packed)[0], encode(with_dequantized(clip, packed))[0]) < 1e-4
+
+
+def test_a_source_in_scaled_fp8(tmp_path):
+    """Its scales are in the weights of the packed layers, and no layer in 16 bits keeps one."""
+    own = KINDS["t5xxl"].tensors()
+    own["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    for name in [name for name in own if "layer" in name and name.endswith("weight") and own[name].ndim == 2 and "bias" not in name]:
+        scale = own[name].float().abs().max() / 448
+        own[name], own[name.replace(".weight", ".scale_weight")] = (own[name].float() / scale).to(torch.float8_e4m3fn), scale
+    clip = load([write(tmp_path, "t5xxl", 0, **own)], "SD3")
+    packed = quantized(clip, exceptions="t5xxl.*.k")
+    exact = encode(clip)[0]
+    assert 0.01 < relative(encode(packed)[0], exact) < 0.25
+    names = packed.cond_stage_model.state_dict().keys()
+    assert not [name for name in names if "scale_weight" in name or "scaled_fp8" in name]
+    assert packed.cond_stage_model.get_parameter("t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.k.weight").dtype == torch.bfloat16
+    loaded, _ = clip_loader.load([saved(packed, tmp_path)], "sd3")
+    assert torch.equal(encode(loaded)[0], encode(packed)[0])
+
