@@ -154,7 +154,7 @@ def test_a_file_beside_one_in_4_bits_that_lacks_a_weight(clip, folder, monkeypat
     cut = KINDS["clip_l"].tensors()
     del cut["text_model.encoder.layers.2.mlp.fc2.weight"]
     save_file(cut, str(folder / "cut.safetensors"))
-    with pytest.raises(CheckpointError, match="The files lack the weight clip_l.transformer.text_model.encoder.layers.2.mlp.fc2.weight, which"):
+    with pytest.raises(CheckpointError, match="The files lack the weight clip_l.transformer.text_model.encoder.layers.2.mlp.fc2.weight,"):
         SVDQuantLoadTextEncoder.execute(name, "flux", "cut.safetensors")
 
 

@@ -1,9 +1,11 @@
 """Text encoders in 4 bits in a real ComfyUI: quantized from a CLIP, encoding prompts, saved and loaded."""
 
+import comfy.hooks
 import comfy.sd
 import comfy.text_encoders.llama as llama
 import pytest
 import torch
+from comfy_extras.nodes_hooks import SetClipHooks
 from comfyui_svdquant.quant.host import clip_loader, clip_modules, clip_quantize, clip_saving
 from comfyui_svdquant.quant.host.packed_layers import packed_layers
 from comfyui_svdquant.quant.layers.packed_embedding import PackedEmbedding
@@ -125,6 +127,17 @@ def test_a_lora_changes_the_conditioning_as_in_16_bits(flux):
             assert relative(found, expected) < 5e-3, "a LoRA's factors are in bf16"
     assert relative(encode(with_lora(packed, 1.0))[0], plain[0]) > 0.05
     assert torch.equal(encode(packed)[0], plain[0])
+
+
+def test_a_hooks_lora_is_that_of_load_lora(flux):
+    """Create Hook LoRA and Set CLIP Hooks; without the hook the conditioning is as before."""
+    _, packed, _ = flux
+    plain, expected = encode(packed)[0], encode(with_lora(packed, 1.0))[0]
+    hooks = comfy.hooks.create_hook_lora(lora=lora(), strength_model=1.0, strength_clip=1.0)
+    [hooked] = SetClipHooks().apply_hooks(packed, schedule_clip=True, apply_to_conds=False, hooks=hooks)
+    [[found, _]] = hooked.encode_from_tokens_scheduled(hooked.tokenize("a red fox on the old wall"), show_pbar=False)
+    assert relative(found, expected) < 1e-4 < relative(found, plain)
+    assert torch.equal(encode(packed)[0], plain)
 
 
 def test_a_lora_is_baked_in(flux, tmp_path):
