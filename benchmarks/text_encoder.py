@@ -11,8 +11,8 @@ The weights are random; the encoders are ComfyUI's own classes, which compute in
     ours-kernel      the same, by the W4A16 kernel for any number of rows (token_linear.KERNEL_ROWS)
     ours-dequantize  the same, by dequantized weights for any number of rows
 
-The cosine and the relative error are those of the last hidden state to that of 16-bit. Random weights say what rounding does to a layer, and
-not what it does to an image. Each entry is merged into the result file as soon as it is measured.
+The cosine and the relative error are those of the last hidden state to that of 16-bit. Random weights say what rounding does to a layer,
+and not what it does to an image. Each entry is merged into the result file as soon as it is measured.
 """
 
 import argparse
@@ -50,8 +50,8 @@ ENCODERS = {"t5xxl": Encoder("comfy.text_encoders.t5.T5", T5, 32000), "qwen25-7b
             "gemma2-2b": Encoder(f"{LLAMA}Gemma2_2B", {}, 250000)}
 SMALL_LLAMA = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
                "vocab_size": 500}
-SMALL = {"t5xxl": Encoder("comfy.text_encoders.t5.T5", T5 | {"d_ff": 320, "d_model": 128, "num_heads": 2, "num_layers": 2, "vocab_size": 500},
-                          500),
+SMALL_T5 = T5 | {"d_ff": 320, "d_model": 128, "num_heads": 2, "num_layers": 2, "vocab_size": 500}
+SMALL = {"t5xxl": Encoder("comfy.text_encoders.t5.T5", SMALL_T5, 500),
          "qwen3-4b": Encoder(f"{LLAMA}Qwen3_4B", SMALL_LLAMA, 500), "gemma2-2b": Encoder(f"{LLAMA}Gemma2_2B", SMALL_LLAMA, 500)}
 
 

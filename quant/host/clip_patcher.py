@@ -14,6 +14,8 @@ class SVDQuantClipPatcher(SVDQuantModelPatcher):
     recipe: {name of each packed encoder, as t5xxl: how it was quantized}.
     """
 
+    unreadable = ("The weights of this CLIP are packed in 4 bits, and a node reads them as LoraSave does; give it what CLIPMergeSubtract "
+                  "makes of 16-bit CLIPs.")
     kind, prefix = "CLIP", ""
 
     @property

@@ -50,6 +50,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     source = ""
     recipe = None
     dying = False
+    unreadable = ("The weights of this MODEL are packed in 4 bits, and a node reads them as LoraSave does; give it what "
+                  "ModelMergeSubtract makes of 16-bit models, or of a 16-bit model1 and this MODEL as model2.")
     kind, prefix = "MODEL", PREFIX  # what ComfyUI calls the model, and what precedes the names of `root`'s parameters in keys of patches
 
     def __init__(self, *args, **kwargs):
@@ -134,8 +136,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def model_state_dict(self, filter_prefix=None):
         if filter_prefix is not None:  # LoraSave, which would mistake the codes for weights; others only look for names
-            raise ValueError(f"The weights of this {self.kind} are packed in 4 bits, and a node reads them as LoraSave does; give it what "
-                             "ModelMergeSubtract makes of 16-bit models, or of a 16-bit model1 and this MODEL as model2.")
+            raise ValueError(self.unreadable)
         return super().model_state_dict()
 
     def get_key_patches(self, *args, **kwargs):

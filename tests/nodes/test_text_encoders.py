@@ -13,6 +13,7 @@ from comfyui_svdquant.nodes.save_text_encoder import SVDQuantSaveTextEncoder
 from comfyui_svdquant.quant.checkpoint import text_encoder
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import clip_loader, clip_modules, written
+from safetensors.torch import save_file
 
 from ..quant.text_encoders import KINDS, encode, load, small, write
 
@@ -139,8 +140,22 @@ def test_a_type_of_another_model_is_refused(clip, folder):
     with pytest.raises(CheckpointError, match=r"^ComfyUI can't load t5.safetensors, clip_g_0.safetensors as text encoders of type flux "
                                               ".size mismatch for .*; choose the type of your model"):
         SVDQuantLoadTextEncoder.execute(name, "flux", "clip_g_0.safetensors")
-    with pytest.raises(CheckpointError, match="The files lack the weight clip_l"):
+    with pytest.raises(CheckpointError, match="t5.safetensors is a T5 encoder, and for type flux and these files ComfyUI builds"):
         SVDQuantLoadTextEncoder.execute(name, "flux", name)
+
+
+def test_a_file_beside_one_in_4_bits_that_lacks_a_weight(clip, folder, monkeypatch):
+    """ComfyUI would leave it without values."""
+    packed, _ = quantized(clip, exceptions="clip_l.*")
+    name = SVDQuantSaveTextEncoder.execute(packed, "t5", False).result[0]
+    monkeypatch.setattr(clip_loader, "SMALL", 0)
+    found = SVDQuantLoadTextEncoder.execute(name, "flux", "clip_l_0.safetensors").result[0]
+    assert all(torch.equal(a, b) for a, b in zip(encode(packed), encode(found)))
+    cut = KINDS["clip_l"].tensors()
+    del cut["text_model.encoder.layers.2.mlp.fc2.weight"]
+    save_file(cut, str(folder / "cut.safetensors"))
+    with pytest.raises(CheckpointError, match="The files lack the weight clip_l.transformer.text_model.encoder.layers.2.mlp.fc2.weight,"):
+        SVDQuantLoadTextEncoder.execute(name, "flux", "cut.safetensors")
 
 
 def test_scaled_files_beside_one_in_4_bits_are_refused(clip, folder):

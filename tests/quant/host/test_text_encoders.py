@@ -1,8 +1,11 @@
 """Text encoders in 4 bits in a real ComfyUI: quantized from a CLIP, encoding prompts, saved and loaded."""
 
+import comfy.hooks
 import comfy.sd
+import comfy.text_encoders.llama as llama
 import pytest
 import torch
+from comfy_extras.nodes_hooks import SetClipHooks
 from comfyui_svdquant.quant.host import clip_loader, clip_modules, clip_quantize, clip_saving
 from comfyui_svdquant.quant.host.packed_layers import packed_layers
 from comfyui_svdquant.quant.layers.packed_embedding import PackedEmbedding
@@ -126,6 +129,17 @@ def test_a_lora_changes_the_conditioning_as_in_16_bits(flux):
     assert torch.equal(encode(packed)[0], plain[0])
 
 
+def test_a_hooks_lora_is_that_of_load_lora(flux):
+    """Create Hook LoRA and Set CLIP Hooks; without the hook the conditioning is as before."""
+    _, packed, _ = flux
+    plain, expected = encode(packed)[0], encode(with_lora(packed, 1.0))[0]
+    hooks = comfy.hooks.create_hook_lora(lora=lora(), strength_model=1.0, strength_clip=1.0)
+    [hooked] = SetClipHooks().apply_hooks(packed, schedule_clip=True, apply_to_conds=False, hooks=hooks)
+    [[found, _]] = hooked.encode_from_tokens_scheduled(hooked.tokenize("a red fox on the old wall"), show_pbar=False)
+    assert relative(found, expected) < 1e-4 < relative(found, plain)
+    assert torch.equal(encode(packed)[0], plain)
+
+
 def test_a_lora_is_baked_in(flux, tmp_path):
     clip, _, _ = flux
     baked = quantized(with_lora(clip, 1.0), exceptions="clip_l.*")
@@ -166,6 +180,20 @@ def test_parts_of_the_model_can_be_offloaded(flux):
 def test_comfyuis_own_nodes_do_not_save_it(flux):
     with pytest.raises(ValueError, match="SVDQuant Save Text Encoder"):
         flux[1].clone().get_sd()
+    with pytest.raises(ValueError, match="The weights of this CLIP are packed in 4 bits"):  # LoraSave
+        flux[1].patcher.model_state_dict(filter_prefix="")
+
+
+@pytest.mark.skipif(not hasattr(llama.Qwen3_4B, "logits"), reason="the encoders of this ComfyUI write no text")
+@pytest.mark.parametrize("kind", ["qwen3_4b", "gemma2_2b"])
+def test_writing_text_reads_the_whole_table(kind, tmp_path):
+    """With tied weights, ComfyUI multiplies by the table of embeddings, which has 8 bits."""
+    packed = quantized(load([write(tmp_path, kind)], KINDS[kind].clip_type))
+    transformer = getattr(packed.cond_stage_model, KINDS[kind].name).transformer
+    packed.load_model()
+    x = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(2))
+    exact = x[:, -1:] @ transformer.get_input_embeddings().dense("cpu").t()
+    assert relative(transformer.logits(x), exact) < 1e-5
 
 
 # --- sources in other types -------------------------------------------------------------------------------------------
@@ -193,7 +221,7 @@ def test_a_source_in_scaled_fp8(tmp_path):
     assert 0.01 < relative(encode(packed)[0], exact) < 0.25
     names = packed.cond_stage_model.state_dict().keys()
     assert not [name for name in names if "scale_weight" in name or "scaled_fp8" in name]
-    assert packed.cond_stage_model.get_parameter("t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.k.weight").dtype == torch.bfloat16
+    assert packed.cond_stage_model.get_parameter("t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.k.weight").dtype.itemsize == 2
     loaded, _ = clip_loader.load([saved(packed, tmp_path)], "sd3")
     assert torch.equal(encode(loaded)[0], encode(packed)[0])
 
