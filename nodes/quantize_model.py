@@ -54,7 +54,7 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                                         "8 bits on every card, for a closer image.", **ADVANCED),
                 io.Int.Input("tokens", default=TOKENS_PER_INPUT, min=1, max=64, optional=True,
                              tooltip="The number of calibration tokens per input channel of a layer, for GPTQ and the fit of the "
-                                     "branch. 2 to 4 are enough; more take longer and change little.", **ADVANCED),
+                                     "branch. 4 to 16 are enough; more take longer and change little.", **ADVANCED),
                 io.Combo.Input("progress", options=list(PROGRESS_FOLDERS), default="temp", optional=True,
                                tooltip="Where finished blocks are stored during the run, so that an interrupted run can resume. "
                                        "temp: ComfyUI's temp folder, which is emptied when ComfyUI restarts. output: the output "

@@ -18,8 +18,9 @@ from ..parallel.alone import ALONE
 from . import out_of_memory, shared_replay
 
 SAMPLE_TOKENS = 1024  # inputs kept for each layer, evenly spaced over all the calls
-# Tokens for each input channel that go into a Gram matrix. Fewer than 2 are too few for GPTQ; more than 4 change little.
-TOKENS_PER_INPUT = 4
+# Tokens for each input channel that go into a Gram matrix. Fewer than 2 are too few for GPTQ. With 16 in place of 4 the small FLUX's steps
+# together have an error of 2.43 % for 2.52 (W4A4) and of 1.32 % for 1.42 (W4A8) on prompts on which it was not calibrated.
+TOKENS_PER_INPUT = 16
 STRIPE = 2048  # rows of a Gram matrix that are updated at a time
 
 # Errors of the device itself, as opposed to an operation that PyTorch lacks. Older PyTorch has no AcceleratorError.
