@@ -174,6 +174,8 @@ class _Sketch:
         up, down = (factor if factor.ndim == 2 else factor.flatten(1) for factor in (adapter.up, adapter.down))
         if (up.shape[0], down.shape[1]) != (n, k):
             raise self.misfit(f"{[up.shape[0], down.shape[1]]} in place of {[n, k]}")
+        if not down.shape[0]:
+            raise refusal(self.key, "its LoRA has no ranks")
         scale = 1.0 if adapter.alpha is None else adapter.alpha / down.shape[0]
         dora = adapter.dora_scale
         if dora is not None:
@@ -208,7 +210,7 @@ class _Sketch:
         shape = [left.shape[0] * right.shape[0], left.shape[1] * right.shape[1]]
         if shape != [rows[1] - rows[0], cols[1] - cols[0]]:
             raise self.misfit(f"{shape} in place of {[rows[1] - rows[0], cols[1] - cols[0]]}")
-        scale = adapter.alpha / rank if adapter.alpha is not None and rank is not None else 1.0
+        scale = adapter.alpha / rank if adapter.alpha is not None and rank else 1.0
         self.terms.append(Kronecker(rows, cols, left * (strength * scale), right))
         return EXACT
 

@@ -158,8 +158,7 @@ def nbytes(patches):
     def numel(value):
         if isinstance(value, torch.Tensor):
             return value.numel()
-        if isinstance(lora := parts(value), LoRAParts):
-            rank = lora.down.shape[0]
+        if isinstance(lora := parts(value), LoRAParts) and (rank := lora.down.shape[0]):
             return ((lora.up.numel() + lora.down.numel()) // rank + 2) * (rank + -rank % RANK_STEP)  # 2: a strength has 32 bits
         value = value.weights if isinstance(value, WeightAdapterBase) else value
         return sum(map(numel, value)) if isinstance(value, (tuple, list)) else 0

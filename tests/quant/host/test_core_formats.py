@@ -8,10 +8,12 @@ from comfy import quant_ops
 from comfyui_svdquant.quant.checkpoint import core_formats, inspection
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
 from comfyui_svdquant.quant.host import loader
+from comfyui_svdquant.quant.host.weights import effective_weight
 from comfyui_svdquant.quant.layers import layout
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
 from safetensors.torch import load_file, save_file
 
-from ..comfy_models import sample
+from ..comfy_models import quantized, sample
 from ..random_flux import flux_tensors
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -26,8 +28,8 @@ def write(path, name):
     tensors = flux_tensors(depth_single=1)
     weight = tensors.pop(f"{QKV}.weight")
     if DESCRIBED and name in quant_ops.QUANT_ALGOS:
-        quantized = quant_ops.QuantizedTensor.from_float(weight, quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"])
-        tensors |= {key: tensor.contiguous() for key, tensor in quantized.state_dict(f"{QKV}.weight").items()}
+        stored = quant_ops.QuantizedTensor.from_float(weight, quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"])
+        tensors |= {key: tensor.contiguous() for key, tensor in stored.state_dict(f"{QKV}.weight").items()}
     else:
         stored = core_formats.FORMATS[name]
         tensors[f"{QKV}.weight"] = torch.zeros(core_formats.stored_shape(name, weight.shape)).to(stored.dtype)
@@ -46,6 +48,23 @@ def test_comfyui_reads_its_own_formats_and_others_are_named(tmp_path, name):
     else:
         with pytest.raises(CheckpointError, match=f"^model.safetensors has layers in the format '{name}' .* update ComfyUI, or choose "):
             loader.load_model(path)
+
+
+@pytest.mark.skipif(not DESCRIBED, reason="this ComfyUI reads no descriptions")
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantize_takes_the_weights_that_comfyui_draws_with(tmp_path, name):
+    """As well as from a file that has those weights in 16 bits: the codes differ, as the rounding to 16 bits turns the low-rank factors."""
+    if name not in quant_ops.QUANT_ALGOS:
+        pytest.skip(f"this ComfyUI has no {name}")
+    path, tensors = write(tmp_path / "model.safetensors", name), flux_tensors(depth_single=1)
+    stored = quant_ops.QuantizedTensor.from_float(tensors[f"{QKV}.weight"], quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"])
+    exact = stored.dequantize().contiguous()
+    save_file(tensors | {f"{QKV}.weight": exact}, tmp_path / "plain.safetensors")
+    model, plain = loader.load_model(path), loader.load_model(str(tmp_path / "plain.safetensors"))
+    assert relative_error(effective_weight(model, f"{QKV}.weight", "cpu").float(), exact.float()) < 2**-8
+    found, expected = (quantized(source, "data-free")[0].packed_layers()[QKV] for source in (model, plain))
+    ours, best = (relative_error(layer.dense("cpu"), exact.float()) for layer in (found, expected))
+    assert found.spec == expected.spec and ours < 1.03 * best < 0.1
 
 
 @pytest.mark.skipif(not DESCRIBED, reason="this ComfyUI reads no descriptions")

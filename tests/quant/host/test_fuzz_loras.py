@@ -39,7 +39,7 @@ def files(draw):
     """(kind, layer, tensors of a LoRA, strength): one of a kind, with up to two changes."""
     kind, layer = draw(st.sampled_from(sorted(KINDS))), draw(st.sampled_from(LAYERS))
     return kind, layer, draw(st.lists(st.tuples(
-        st.integers(0, 3), st.sampled_from(("shape", "type", "drop", "alpha", "nan", "empty", "dora", "transpose")),
+        st.integers(0, 3), st.sampled_from(("shape", "type", "drop", "alpha", "nan", "empty", "none", "dora", "transpose")),
         st.integers(0, 9)), max_size=2)), draw(st.sampled_from((1.0, 0.0, -2.5, 1e30)))
 
 
@@ -62,6 +62,8 @@ def tensors_of(kind, layer, changes, n, k):
             tensors[name] = tensors[name].to(DTYPES[number % len(DTYPES)])
         elif change == "nan":
             tensors[name] = torch.full_like(tensors[name].float(), (float("nan"), float("inf"))[number % 2])
+        elif change == "none":  # of the ranks: no row of the one factor, no column of the other
+            tensors |= {key: each[:0] if each.shape[0] == RANK else each[:, :0] for key, each in tensors.items() if each.ndim == 2}
         elif change == "empty":
             tensors[name] = torch.zeros(0, number)
         else:
@@ -93,6 +95,8 @@ def dense_change(patcher, key, dense):
 @example(file=("GLoRA", LINEAR1, [(0, "shape", 1), (0, "alpha", 1)], 1.0)).via("an error of ComfyUI's own")
 @example(file=("bias", LINEAR1, [(0, "alpha", 0), (1, "shape", 1)], 1.0)).via("a file that ComfyUI can't read")
 @example(file=("LoKr", LINEAR1, [(0, "drop", 0)], 1.0)).via("a factor is missing")
+@example(file=("mid", LINEAR1, [(1, "empty", 0)], 0.0)).via("no ranks")
+@example(file=("LoRA", LINEAR1, [(0, "none", 0), (0, "alpha", 4)], 1.0)).via("no ranks")
 @example(file=("LoKr", LINEAR2, [(1, "nan", 0)], 1.0)).via("silent acceptance")
 @example(file=("LoRA", LINEAR2, [(0, "alpha", 3)], 1.0)).via("silent acceptance")
 @example(file=("bias", QKV, [(0, "nan", 1)], 1.0)).via("silent acceptance")

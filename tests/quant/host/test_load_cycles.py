@@ -40,14 +40,13 @@ def cycle(path, lora):
     return picture
 
 
-def test_twenty_cycles_leave_nothing(pair_files, record_property):
+def test_twenty_cycles_leave_nothing(pair_files):
     path, pictures, states = pair_files[1], {}, []
     for number in range(CYCLES):
         lora = (None, 4, 20)[number % 3]
         picture = cycle(path, lora)
         assert torch.equal(picture, pictures.setdefault(lora, picture))
         states.append((live(torch.nn.Module), live(torch.Tensor), *memory(path)))
-    record_property("states", str(states))
     (modules, tensors, private, maps, _), (*last, last_private, last_maps, of_file) = states[WARM], states[-1]
     assert last == [modules, tensors] and of_file == 0, states
     assert last_private - private <= KEPT and last_maps <= maps + 5, states
