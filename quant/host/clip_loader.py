@@ -35,14 +35,14 @@ def types():
 def load(paths, kind, device="default"):
     """(CLIP, a line about it) from files in the order of ComfyUI's loaders.
 
-    kind: one of types(); device: "default", or "cpu" to run the encoders there. Files without packed layers go
-    to ComfyUI's own loader. Raises CheckpointError, whose message is one sentence, if a file is no whole text encoder for this type.
+    kind: one of types(); device: "default", or "cpu" to run the encoders there. If no file has packed layers, ComfyUI's own loader loads
+    them. Raises CheckpointError, whose message is one sentence, if a file is no whole text encoder for this type.
     """
     headers = [read_header(path) for path in paths]
     files = [text_encoder.open_file(header) if text_encoder.matches(header) else None for header in headers]
     options = {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")} if device == "cpu" else {}
     found, folders = types()[kind], folder_paths.get_folder_paths("embeddings")
-    if not any(files):  # no packed layers
+    if not any(files):
         clip = comfy.sd.load_clip(list(paths), folders, found, options)
         return clip, f"not quantized, {size_text(clip.patcher.model_size())}"
     for header, file in zip(headers, files):
