@@ -23,6 +23,8 @@ from ..text import bounded
 from .patches import NAMES, LoKrParts, LoRAParts, dora_scale, identity, kind, nbytes, parts, patch_of, reads_weight, tensors_of
 
 EXACT = "exactly"
+# What ComfyUI's arithmetic raises for damaged adapters.
+FAILURES = RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, NameError
 
 
 def refusal(layer_name, why):
@@ -249,7 +251,7 @@ class _Sketch:
         try:
             result = comfy.lora.calculate_weight([(strength, value, 1.0, offset, passed_on)], weight.clone(), self.key,
                                                  original_weights=originals)
-        except (RuntimeError, IndexError, TypeError, UnboundLocalError) as error:  # the factors don't fit each other
+        except FAILURES as error:  # factors are missing, empty, or don't fit each other
             if out_of_memory.on_device(error) or out_of_memory.on_host(error):
                 raise
             raise refusal(self.key, f"ComfyUI could not apply its {kind(value)} to a weight of {list(self.shape)} "
