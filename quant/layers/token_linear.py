@@ -14,13 +14,13 @@ import functools
 import torch
 from torch.nn.functional import linear
 
-from ...cuda import ops, reference
+from ...cuda import ops, reference, targets
+from ...cuda.errors import KernelsUnavailable
 from ...cuda.int4 import GROUP_SIZE
 from .linear import AWQLinear
 
 KERNEL_ROWS = 128     # more rows than this are multiplied by the dequantized weight
 CHUNK = 1 << 25       # weights that are dequantized at a time, so that their codes in 8 bits stay small beside the result
-BFLOAT16_SINCE = (8, 0)  # compute capability of the first GPUs with bfloat16 tensor cores
 
 
 @functools.lru_cache(maxsize=64)
@@ -28,7 +28,10 @@ def product_dtype(dtype, device):
     """The type in which a layer multiplies an input in `dtype` on `device`."""
     if dtype != torch.float32 or device.type != "cuda" or torch.version.hip:
         return dtype
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE else dtype
+    try:
+        return torch.bfloat16 if targets.for_device(device).bf16 else dtype
+    except KernelsUnavailable:  # the GPU is too old
+        return dtype
 
 
 def dequantized(weight, weight_scale, weight_zeros, dtype):

@@ -162,11 +162,12 @@ def test_a_comfyui_without_a_name_that_it_needs_is_one_sentence(monkeypatch, cap
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
     monkeypatch.setattr(program, "PACK", comfyui_svdquant.__name__)
-    monkeypatch.delattr(comfy.sd, "load_clip")
+    monkeypatch.delattr(comfy.sd, "load_lora_for_models")
     with pytest.raises(SystemExit) as end:
         program._run(None, None)
     message = capsys.readouterr().err
-    assert end.value.code == 1 and message.startswith("quantize: ComfyUI ") and "comfy.sd.load_clip, which quantize.py of this" in message
+    assert end.value.code == 1 and message.startswith("quantize: ComfyUI ")
+    assert "comfy.sd.load_lora_for_models, which quantize.py of this" in message
 
 
 def test_a_comfyui_whose_options_have_changed_is_one_sentence(files, tmp_path):
