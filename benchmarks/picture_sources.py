@@ -191,6 +191,7 @@ def table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH)")
+    parser.add_argument("--model", default=pictures.FLUX1, help="a small model that reads the demo's captions (default: the demo's FLUX)")
     parser.add_argument("--prompts", type=int, default=8, help="pictures")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8, help="pictures drawn at a time")
@@ -199,7 +200,7 @@ def main():
     parser.add_argument("--calibration-prompts", type=int, default=8)
     parser.add_argument("--calibration-steps", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="the result file; benchmarks/results/picture_sources_<device>.json")
+    parser.add_argument("--out", type=Path, help="the result file; benchmarks/results/picture_sources[_<model>]_<device>.json")
     parser.add_argument("--table", metavar="FILE", help="print a result file's table, and do nothing else")
     args = parser.parse_args()
     if args.table:
@@ -218,9 +219,8 @@ def run(args):
     from comfyui_svdquant.quant.quantizer import presets
 
     machine = torch.cuda.get_device_name().replace("NVIDIA ", "").split()[0].lower() if args.device == "cuda" else "cpu"
-    path = args.out or ROOT / "benchmarks" / "results" / f"picture_sources_{machine}.json"
-    record = description() | {"arguments": {key: value for key, value in vars(args).items() if key not in ("comfyui", "out", "table")},
-                              "results": {}}
+    path = args.out or ROOT / "benchmarks" / "results" / f"picture_sources{pictures.suffix(args.model)}_{machine}.json"
+    record = description() | {"arguments": pictures.recorded(args), "results": {}}
     studio = pictures.Studio(args)
     quantized_model, _ = quantize.quantize(studio.patcher, presets.make_recipe("best", args.rank), *studio.calibration(
         args.calibration_prompts), args.calibration_steps, 0, model_recipes.Silent())

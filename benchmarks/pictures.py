@@ -350,15 +350,23 @@ def main():
     return run(args)
 
 
+def recorded(args, *others):
+    """A result file's description of the run: the arguments but for places, `others`, and the model's folder."""
+    left_out = ("comfyui", "out", "table", *others)
+    return {key: value for key, value in vars(args).items() if key not in left_out} | {"model": os.path.basename(args.model)}
+
+
+def suffix(model):
+    """The part of a result file's name that says the model; none for the demo's FLUX."""
+    return "" if model == FLUX1 else f"_{os.path.splitext(os.path.basename(model))[0]}"
+
+
 def run(args):
     start = time.perf_counter()
     enter_comfy(args.comfyui, args.device)
     machine = torch.cuda.get_device_name().replace("NVIDIA ", "").split()[0].lower() if args.device == "cuda" else "cpu"
-    which = "" if args.model == FLUX1 else f"_{os.path.splitext(os.path.basename(args.model))[0]}"
-    path = args.out or ROOT / "benchmarks" / "results" / f"pictures{which}{'_knobs' if args.knobs else ''}_{machine}.json"
-    arguments = {key: value for key, value in vars(args).items() if key not in ("comfyui", "out", "resume", "table", "model")}
-    arguments["model"] = os.path.basename(args.model)
-    record = description() | {"arguments": arguments, "results": {}}
+    path = args.out or ROOT / "benchmarks" / "results" / f"pictures{suffix(args.model)}{'_knobs' if args.knobs else ''}_{machine}.json"
+    record = description() | {"arguments": recorded(args, "resume"), "results": {}}
     if args.resume and os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             record["results"] = json.load(file)["results"]

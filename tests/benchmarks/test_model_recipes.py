@@ -112,7 +112,8 @@ def test_the_table_compares_picture_by_picture():
 
 
 def test_parts_that_run_exactly_lose_nothing_and_parts_in_4_bits_lose_their_own():
-    args = Namespace(prompts=1, steps=2, batch=1, rank=16, calibration_prompts=1, calibration_steps=1, compute="float32")
+    args = Namespace(prompts=1, steps=2, batch=1, rank=16, calibration_prompts=1, calibration_steps=1, compute="float32",
+                     model=pictures.FLUX1)
     studio = pictures.Studio(args)
     recipe = presets.make_recipe("naive", 16)
     quantized_model, _ = quantize.quantize(studio.patcher, recipe, None, None, 1, 0, model_recipes.Silent())
