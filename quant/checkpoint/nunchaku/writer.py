@@ -77,6 +77,8 @@ def _check_layer(layer, name, spec):
         why = f"is {spec.out_features} x {spec.in_features}, not multiples of {order.TILE}"
     elif spec.format != layout.AWQ and spec.unsigned_from != layer.unsigned_from(spec.in_features, spec.out_features):
         why = "has other unsigned input columns"
+    elif spec.act_bits == 8:
+        why = "has activations of 8 bits"
     if why:
         raise CheckpointError(f"Layer {name} {why}, which Nunchaku's layout has no place for; choose layout native.")
 

@@ -366,6 +366,7 @@ def test_a_model_that_nunchakus_layout_cannot_hold_is_refused(model, tmp_path):
     assert f"Layer {name} is not in 4 bits" in missing and missing.endswith("; choose layout native.")
     signed = replace(specs[name], format="svdquant_w4a4", unsigned_from=specs[name].in_features)
     assert f"Layer {name} has other unsigned input columns" in refusal(specs | {name: signed})
+    assert f"Layer {name} has activations of 8 bits" in refusal(specs | {name: replace(specs[name], act_bits=8)})
     assert "not multiples of 128" in refusal(specs | {narrow: replace(specs[narrow], out_features=64)})
     assert "img_in.bias" in refusal(specs, {key: t for key, t in tensors.items() if key != "img_in.bias"})
     (tmp_path / "taken.safetensors").write_bytes(b"mine")
