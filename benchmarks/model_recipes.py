@@ -68,7 +68,7 @@ def joined(packed):
 def packed_layer(made, bias, dtype):
     """{parameter name: tensor} of a whole layer from the tensors of its parts."""
     tensors = joined(made)
-    correction = tensors.pop("bias")  # of the GELU shift, which layers without a bias don't have
+    correction = tensors.pop("bias")  # it makes up for the GELU shift; layers without a bias need none
     if bias is not None:
         tensors["bias"] = correction + bias
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}

@@ -16,6 +16,11 @@ def bounded(text, most=SENTENCE):
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def shown_name(name):
+    """A file's name that a user or another program has given, which may be anything."""
+    return bounded(name, 300) if isinstance(name, str) else quoted(name)
+
+
 def alternatives(words):
     """"A, B or C"."""
     *others, last = words

@@ -83,6 +83,12 @@ class Header:
         """The file's name, for messages."""
         return os.path.basename(self.path)
 
+    def check_extension(self):
+        """Raise CheckpointError for a safetensors file under another extension, which ComfyUI would open as a pickle."""
+        if not self.file.lower().endswith(EXTENSIONS):
+            raise CheckpointError(f"{self.file} is a safetensors file under the name of another kind; rename it so that it ends in "
+                                  f"{EXTENSIONS[0]}.")
+
     @contextmanager
     def opened(self, buffering=-1):
         """The file, opened to read its bytes. Raises CheckpointError if it is no longer the file that read_header has read, or if it can't

@@ -111,10 +111,15 @@ def json_metadata(header, key):
 
 
 def _version(header):
-    version = header.metadata["svdquant.version"]
-    if not version.isdecimal() or len(version) > 9 or int(version) > VERSION:
-        raise CheckpointError(f"{header.file} has SVDQuant format version {version}, and this pack reads up to "
-                              f"{VERSION}; update ComfyUI-SVDQuant.")
+    return version_of(header, "svdquant.version", VERSION)
+
+
+def version_of(header, key, newest):
+    """The version of a format of ours, in an entry of the metadata. Raises CheckpointError if it is higher than `newest`."""
+    version = header.metadata[key]
+    if not version.isdecimal() or len(version) > 9 or int(version) > newest:
+        raise CheckpointError(f"{header.file} has SVDQuant format version {version}, and this pack reads up to {newest}; update "
+                              "ComfyUI-SVDQuant.")
     return int(version)
 
 

@@ -24,8 +24,8 @@ from ..layers import layout
 from ..layers.packed_embedding import INT8, EmbeddingSpec
 from . import checksums
 from .card import modelspec
-from .header import EXTENSIONS, WEIGHT_DTYPES, CheckpointError, Header
-from .native import SCALE_TYPES, check_tensor, info_of, json_metadata
+from .header import WEIGHT_DTYPES, CheckpointError, Header
+from .native import SCALE_TYPES, check_tensor, info_of, json_metadata, version_of
 from .write import write
 
 KEY, VERSION = "svdquant.text_encoder", 1
@@ -82,13 +82,8 @@ def matches(header):
 def open_file(header):
     """The EncoderFile of a header. Raises CheckpointError, before any weight is read, unless all descriptions are valid and all packed
     layers whole. Whether the encoder is whole shows when ComfyUI's own class is built (host/clip_loader.py)."""
-    if not header.file.lower().endswith(EXTENSIONS):
-        raise CheckpointError(f"{header.file} is a safetensors file under the name of another kind; rename it so that it ends in "
-                              f"{EXTENSIONS[0]}.")
-    version = header.metadata[KEY]
-    if not version.isdecimal() or len(version) > 9 or int(version) > VERSION:
-        raise CheckpointError(f"{header.file} has SVDQuant format version {version}, and this pack reads up to {VERSION}; update "
-                              "ComfyUI-SVDQuant.")
+    header.check_extension()
+    version_of(header, KEY, VERSION)
     config = json_metadata(header, "svdquant.config")
     transformer, multimodal = config.get("transformer"), config.get("multimodal")
     if not isinstance(transformer, str) or not isinstance(multimodal, bool):

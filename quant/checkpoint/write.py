@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from . import checksums
-from .header import DTYPES, EXTENSIONS, CheckpointError
+from .header import DTYPES, EXTENSIONS, CheckpointError, read_header
 
 SPARE_BYTES = 1 << 20  # header and file system overhead in the check for free disk space
 # Temporary names of files that are being saved. Downloads, which can be resumed, have other names.
@@ -41,6 +41,22 @@ def check_target(path, overwrite):
         raise CheckpointError(f"{os.path.basename(path)} is a folder; choose another filename.")
     if os.path.exists(path) and not overwrite:
         raise CheckpointError(f"{os.path.basename(path)} exists already; choose another filename, or switch overwrite on.")
+
+
+def check_replaceable(path, opened, message):
+    """Raise CheckpointError with `message`, in which {} stands for the file's name, if the file exists and is not of the kind that is
+    saved: what is saved may have been made from it. Only the header is read.
+
+    opened: a function of the Header, which finds nothing in a file of another kind, or raises CheckpointError.
+    """
+    if not os.path.isfile(path):
+        return
+    try:
+        if opened(read_header(path)):
+            return
+    except (CheckpointError, OSError):
+        pass
+    raise CheckpointError(message.format(os.path.basename(path)))
 
 
 def size_text(count):

@@ -4,7 +4,7 @@ import folder_paths
 
 from ..checkpoint import text_encoder
 from ..checkpoint.header import read_header
-from ..text import bounded, quoted
+from ..text import shown_name
 from .written import state_of
 
 KIND = "text_encoders"  # ComfyUI's name for the list of folders, and the name of the usual folder
@@ -27,8 +27,8 @@ def paths(names):
     for name in chosen(names):
         path = folder_paths.get_full_path(KIND, name) if isinstance(name, str) else None
         if path is None:
-            shown = bounded(name, 300) if isinstance(name, str) else quoted(name)
-            raise ValueError(f"There is no {shown} in models/text_encoders; download it, or press R and choose another text encoder.")
+            raise ValueError(f"There is no {shown_name(name)} in models/text_encoders; download it, or press R and choose another text "
+                             "encoder.")
         found.append(path)
     if not found:
         raise ValueError("No text encoder is chosen; choose a file in clip_name1.")

@@ -57,7 +57,7 @@ def load(paths, kind, device="default"):
     dynamic = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(comfy.sd.load_text_encoder_state_dicts).parameters else {}
     try:
         clip = comfy.sd.load_text_encoder_state_dicts(states, folders, found, options, **dynamic)
-    except RuntimeError as error:  # of Module.load_state_dict, with a line for each tensor
+    except RuntimeError as error:  # Module.load_state_dict raises it, with a line for each tensor
         if "size mismatch" not in str(error):
             raise
         raise CheckpointError(f"ComfyUI can't load {', '.join(header.file for header in headers)} as text encoders of type {kind} "

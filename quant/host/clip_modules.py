@@ -18,7 +18,7 @@ from .operations import Operations
 
 LARGE = 10**9  # parameters of a text stack from which an encoder is worth packing: CLIP-L has 0.09, CLIP-G 0.6, T5-XXL 4.6 thousand million
 TRANSFORMER = "transformer"
-DTYPE = torch.bfloat16  # of scales: its range is float32's, in which the encoders compute
+DTYPE = torch.bfloat16  # the scales' type: it has the range of float32, in which the encoders compute
 OUTPUTS = 16  # the W4A16 kernel computes outputs in multiples of this
 # What ComfyUI's patchers and its dynamic VRAM set on a module of a loaded model.
 OF_LOADING = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function", "prev_comfy_cast_weights",

@@ -7,7 +7,6 @@ import comfy.sd
 import torch
 
 from ..checkpoint import text_encoder, write
-from ..checkpoint.header import CheckpointError, read_header
 from . import clip_modules, filename_tokens, model_folder, written
 from .clip_folder import KIND
 from .clip_patcher import SVDQuantClipPatcher
@@ -56,22 +55,15 @@ def check_target(name, overwrite):
     """Raise ValueError or CheckpointError if a file can't be written under this name of the folder. It writes nothing."""
     path, name = model_folder.target_path(name, KIND)
     model_folder.check_found_again(path, name, KIND)
-    if os.path.isfile(path):
-        _check_overwritten(path)
+    # Regardless of `overwrite`: the quantized encoder may come from the file.
+    write.check_replaceable(path, _opened, "{} exists already and is no text encoder that SVDQuant has quantized, and overwrite replaces "
+                                           "nothing else; choose another filename, or move that file away.")
     write.check_target(path, overwrite)
 
 
-def _check_overwritten(path):
-    """Raise CheckpointError for a file that is no encoder of ours, regardless of `overwrite`: the quantized one may come from it."""
-    try:
-        header = read_header(path)
-        if text_encoder.matches(header):
-            text_encoder.open_file(header)
-            return
-    except (CheckpointError, OSError):
-        pass
-    raise CheckpointError(f"{os.path.basename(path)} exists already and is no text encoder that SVDQuant has quantized, and overwrite "
-                          "replaces nothing else; choose another filename, or move that file away.")
+def _opened(header):
+    """The encoder that SVDQuant has quantized, of a header, or False. Raises CheckpointError for a damaged one."""
+    return text_encoder.matches(header) and text_encoder.open_file(header)
 
 
 def summary(names):

@@ -13,7 +13,7 @@ from comfy import quant_ops
 from ...cuda import ops
 from .. import families
 from ..checkpoint import card, comfy_kitchen, completeness, foreign, formats, native, plain
-from ..checkpoint.header import EXTENSIONS, CheckpointError, read_header
+from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.write import size_text
 from ..families.discovered import DiscoveredFamily
 from ..layers import layout
@@ -41,7 +41,7 @@ def load_model(path, compute_dtype=None, act_bits=0, name=None):
 def load_described(path, compute_dtype=None, act_bits=0, name=None):
     """load_model, and one line for users: format, precision, the code that the layers run on this device, memory."""
     header = read_header(path)
-    _check_extension(header)
+    header.check_extension()
     found = formats.identify(header)
     patcher = _load_packed(found.reader.open_file(header), compute_dtype, act_bits) if found else _load_plain(header, compute_dtype)
     patcher.set_attachments(CARD, card.of_source(header.metadata))
@@ -49,13 +49,6 @@ def load_described(path, compute_dtype=None, act_bits=0, name=None):
         patcher.set_attachments(SOURCE, name)
     newer = native.newer(header)
     return patcher, _summary(patcher, found, act_bits) + (newer and f". {newer}")
-
-
-def _check_extension(header):
-    """Raise CheckpointError for a safetensors file under another extension, which ComfyUI would open as a pickle."""
-    if not header.file.lower().endswith(EXTENSIONS):
-        raise CheckpointError(f"{header.file} is a safetensors file under the name of another kind; rename it so that it ends in "
-                              f"{EXTENSIONS[0]}.")
 
 
 def _summary(patcher, found, act_bits):
@@ -83,7 +76,7 @@ def check_kind(name):
 
 def check_file(header):
     """Raise CheckpointError if load_model would. It reads no weights, and it does not check whether this ComfyUI reads the format."""
-    _check_extension(header)
+    header.check_extension()
     if found := formats.identify(header):
         _empty_packed(found.reader.open_file(header))
     else:

@@ -7,7 +7,7 @@ import unicodedata
 import folder_paths
 
 from ..checkpoint.header import EXTENSIONS
-from ..text import bounded, quoted
+from ..text import shown_name
 from . import checkpoints
 
 KIND = "diffusion_models"  # ComfyUI's name for the list of folders, and the name of the usual folder
@@ -68,7 +68,7 @@ def existing_path(name):
     """find, or ValueError if there is none."""
     path = find(name)
     if path is None:
-        shown = bounded(name, 300) if isinstance(name, str) else quoted(name)
+        shown = shown_name(name)
         place = shown if shown.startswith(checkpoints.PREFIX) else f"{KIND}/{shown}"
         folder, _, file = place.partition("/")
         raise ValueError(f"There is no {file} in models/{folder}; download it, or press R and choose another model_name.")

@@ -2,7 +2,7 @@
 
 from ..layers.linear import PackedLinear
 
-PREFIX = "diffusion_model."  # of a BaseModel's parameters
+PREFIX = "diffusion_model."  # what the names of a BaseModel's parameters begin with
 COMPILED = "_orig_mod."  # in the names of parameters of a module that torch.compile has replaced
 
 

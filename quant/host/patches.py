@@ -156,12 +156,9 @@ def padded(patches, usual, width):
 def nbytes(patches):
     """About how many bytes the LoRA branch of these patches takes."""
     def numel(value):
-        if isinstance(value, torch.Tensor):
-            return value.numel()
         if isinstance(lora := parts(value), LoRAParts) and (rank := lora.down.shape[0]):
             return ((lora.up.numel() + lora.down.numel()) // rank + 2) * (rank + -rank % RANK_STEP)  # 2: a strength has 32 bits
-        value = value.weights if isinstance(value, WeightAdapterBase) else value
-        return sum(map(numel, value)) if isinstance(value, (tuple, list)) else 0
+        return sum(tensor.numel() for tensor in tensors_of(value))
     return 2 * sum(numel(patch_of(entry).value) for entry in patches)
 
 

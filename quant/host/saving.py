@@ -5,7 +5,6 @@ import weakref
 from itertools import chain, count
 
 from ..checkpoint import formats, write
-from ..checkpoint.header import CheckpointError, read_header
 from . import build, filename_tokens, mapping, model_folder, written
 from .attachments import CARD
 from .packed_layers import unpatched
@@ -109,16 +108,12 @@ def stored_tensors(model):
 
 
 def check_overwritten(path):
-    """Raise CheckpointError if the file exists and is no quantized model, regardless of `overwrite`: the quantized model may have been made
-    from it. Only the header is read."""
-    if not os.path.isfile(path):
-        return
-    try:
-        header = read_header(path)
-        if found := formats.identify(header):
-            found.reader.open_file(header)
-            return
-    except (CheckpointError, OSError):
-        pass
-    raise CheckpointError(f"{os.path.basename(path)} exists already and is no quantized model that this pack reads, and overwrite "
-                          "replaces nothing else; choose another filename, or move that file away.")
+    """Raise CheckpointError if the file exists and is no quantized model, regardless of `overwrite`."""
+    write.check_replaceable(path, _opened, "{} exists already and is no quantized model that this pack reads, and overwrite replaces "
+                                           "nothing else; choose another filename, or move that file away.")
+
+
+def _opened(header):
+    """The quantized model of a header, or None. Raises CheckpointError for a damaged one."""
+    found = formats.identify(header)
+    return found and found.reader.open_file(header)

@@ -15,7 +15,7 @@ from comfyui_svdquant.quant.host import loader
 from ..quant.comfy_models import LATENT, prompts, sample, write_flux
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-POINTS = 34  # of each of three runs
+POINTS = 34  # at which each of the three runs is cancelled
 
 
 @pytest.fixture(scope="module")

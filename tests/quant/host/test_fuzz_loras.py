@@ -62,7 +62,7 @@ def tensors_of(kind, layer, changes, n, k):
             tensors[name] = tensors[name].to(DTYPES[number % len(DTYPES)])
         elif change == "nan":
             tensors[name] = torch.full_like(tensors[name].float(), (float("nan"), float("inf"))[number % 2])
-        elif change == "none":  # of the ranks: no row of the one factor, no column of the other
+        elif change == "none":  # no ranks are left: no row of the one factor, no column of the other
             tensors |= {key: each[:0] if each.shape[0] == RANK else each[:, :0] for key, each in tensors.items() if each.ndim == 2}
         elif change == "empty":
             tensors[name] = torch.zeros(0, number)

@@ -107,7 +107,7 @@ def world(tmp_path_factory):
 def histories(world):
     """The state machine of a World."""
 
-    hooks = st.lists(st.sampled_from((None, 0, 1)), max_size=2)  # of the pictures that are drawn
+    hooks = st.lists(st.sampled_from((None, 0, 1)), max_size=2)  # one for each picture that is drawn
 
     class Histories(RuleBasedStateMachine):
         clones = Bundle("clones")
