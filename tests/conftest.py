@@ -38,6 +38,9 @@ HAS_COMFY = (HOST.comfy / "main.py").is_file()
 # `python -m pytest` puts the repository on the path, where its cuda/ hides the `cuda` package that CuPy imports.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 BASE = Path(tempfile.mkdtemp(prefix="svdquant-tests-"))
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
+    # Not the user's cache: a verdict that a test brings about would hold in the user's ComfyUI too.
+    os.environ["SVDQUANT_CACHE_DIR"] = str(BASE / "kernels")
 
 collect_ignore_glob = [] if HAS_COMFY else ["nodes/*", "host/*", "quant/host/*", "benchmarks/test_*"]
 

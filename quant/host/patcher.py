@@ -27,14 +27,6 @@ def refuse_to_save(*args, **kwargs):
                      "with SVDQuant Save Model.")
 
 
-def pin_memory(tensor):
-    return comfy.model_management.pin_memory(tensor)
-
-
-def unpin_memory(tensor):
-    return comfy.model_management.unpin_memory(tensor)
-
-
 class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     """ComfyUI's classic patcher, which moves and offloads whole layers: all tensors of a packed layer together.
 
@@ -63,7 +55,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             self.model.svdquant_unhooked = {}  # {key: the LoRA branch that a hook has replaced, or None}
             self.model.svdquant_attached = None  # the patches_uuid that the LoRA branches were made for
             self.model.svdquant_casts = None  # _casts of the patcher that was loaded last
-            self.model.svdquant_stream = WeightStream(pin_memory, unpin_memory)
+            self.model.svdquant_stream = WeightStream(
+                lambda tensor: comfy.model_management.pin_memory(tensor), lambda tensor: comfy.model_management.unpin_memory(tensor))
             self.model.svdquant_branches_stay = False  # on the GPU, while their layers are offloaded
         self.keeps_device = False  # while a loaded model changes its patches
         self.logged = set()  # lines that are in the log already
@@ -221,11 +214,13 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         return super().patch_weight_to_device(key, *args, **kwargs)
 
     def _patch_in_place(self, key):
-        """Patch the 16-bit parameter `key` where it lies, and not at every call."""
+        """Patch the 16-bit parameter `key` once, and not at every call. The load device computes it wherever it lies: another device adds a
+        product's terms in another order."""
         if key not in self.backup:
-            pinned = key in self.pinned
+            pinned, device = key in self.pinned, comfy.utils.get_attr(self.model, key).device
             self.unpin_weight(key)
-            self.patch_weight_to_device(key)
+            self.patch_weight_to_device(key, self.load_device)
+            comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).to(device))
             if pinned:
                 self.pin_weight_to_device(key)
         path, _, parameter = key.rpartition(".")
@@ -409,11 +404,20 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             hooked = padded(hooked, self.backup[key].weight.shape[1], weight.shape[1])
         return combined_patches | {key: hooked}
 
+    def _patch_hook_weight(self, hooks, combined_patches, key, *args, **kwargs):
+        """Patch the 16-bit parameter `key` in its own memory, which may be pinned; the load device computes it, as in _patch_in_place."""
+        self._before_hook(key)
+        weight = comfy.utils.get_attr(self.model, key)
+        comfy.utils.set_attr_param(self.model, key, weight.to(self.load_device))
+        try:
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
+        finally:
+            comfy.utils.copy_to_param(self.model, key, comfy.utils.set_attr(self.model, key, weight))  # set_attr returns the old value
+
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
         layer = self.packed_at(key)
         if layer is None or key not in combined_patches:
-            self._before_hook(key)
-            return super().patch_hook_weight_to_device(hooks, self._fitting(key, combined_patches), key, *args, **kwargs)
+            return self._patch_hook_weight(hooks, self._fitting(key, combined_patches), key, *args, **kwargs)
         branch = self._branch(key, layer, self.patches.get(key, []) + combined_patches[key], self.hook_notes)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
             self.cached_hook_patches.setdefault(hooks, {})[key] = branch

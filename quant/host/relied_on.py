@@ -34,7 +34,7 @@ NAMES = (
     "comfy.sd1_clip:SDClipModel", "comfy.sd:CLIP", "comfy.sd:CLIPType.STABLE_DIFFUSION", "comfy.sd:detect_te_model", "comfy.sd:load_clip",
     "comfy.sd:load_diffusion_model", "comfy.sd:load_text_encoder_state_dicts",
     "comfy.utils:DISABLE_MMAP", "comfy.utils:ProgressBar", "comfy.utils:copy_to_param", "comfy.utils:get_attr",
-    "comfy.utils:load_torch_file", "comfy.utils:set_attr_param",
+    "comfy.utils:load_torch_file", "comfy.utils:set_attr", "comfy.utils:set_attr_param",
     "comfy.weight_adapter:WeightAdapterBase",
     "comfyui_version:__version__",
     "folder_paths:get_filename_list", "folder_paths:get_folder_paths", "folder_paths:get_full_path", "folder_paths:get_output_directory",
