@@ -14,6 +14,7 @@ import pictures
 COMMANDS = {
     "compile": "python benchmarks/overhead.py --compile --out FILE",
     "demo": "make demo",
+    "family_step": "python benchmarks/family_step.py --comfyui PATH",
     "files": "python benchmarks/files.py --comfyui PATH",
     "flux_step": "python benchmarks/flux_step.py --comfyui PATH",
     "layer_error_k1024_mild": "python benchmarks/layer_error.py --mild",
@@ -25,14 +26,24 @@ COMMANDS = {
     "overhead": "python benchmarks/overhead.py --out FILE",
     "picture_sources": "python benchmarks/picture_sources.py --comfyui PATH --prompts 3 --steps 6 --batch 3",
     "pictures_knobs": "python benchmarks/pictures.py --comfyui PATH --knobs --prompts 64 --batch 64",
+    "pictures_tiny": "python benchmarks/pictures.py --comfyui PATH --model FILE --prompts 64",
     "pictures": "python benchmarks/pictures.py --comfyui PATH --prompts 128 --batch 64",
     "quantize_full": "python benchmarks/quantize_full.py --comfyui PATH --vram-gb 12",
     "several_gpus": "python benchmarks/several_gpus.py --comfyui PATH --blocks 5,10",
+    "text_encoder": "python benchmarks/text_encoder.py --comfyui PATH",
 }
 MODELS = {"bf16": "bf16", "fp8": "fp8, a scale a row (torchao's scheme)", "comfyui-fp8": "fp8, ComfyUI's own with --fast",
           "nf4": "NF4 (bitsandbytes)", "ours": "**4 bits, W4A8**", "ours-fused": "**4 bits, W4A8, fused blocks**",
           "ours-w4a4": "4 bits, W4A4"}
 MODES = {"eager": "", "compiled": ", torch.compile", "graph": ", CUDA graph"}
+FAMILIES = {"flux2": "FLUX.2", "qwen-image": "Qwen-Image", "z-image": "Z-Image"}  # models that train_families.py trains
+FAMILY_MODELS = {"flux2-klein-9b": "FLUX.2 klein 9B", "flux2-klein-4b": "FLUX.2 klein 4B", "flux2-dev": "FLUX.2 dev",
+                 "qwen-image": "Qwen-Image", "z-image": "Z-Image"}
+FAMILY_VARIANTS = {"bf16-eager": "bf16", "fp8-compiled": "fp8, a scale a row, torch.compile",
+                   "ours-plain": "4 bits, W4A8, in ComfyUI's own blocks", "ours-eager": "**4 bits, W4A8**", "ours-w4a4": "4 bits, W4A4"}
+ENCODERS = {"t5xxl": "T5-XXL", "qwen25-7b": "Qwen2.5-VL 7B", "qwen3-4b": "Qwen3 4B", "mistral-24b": "Mistral Small 24B",
+            "gemma2-2b": "Gemma 2 2B"}
+ENCODER_VARIANTS = {"16-bit": "bf16", "fp8-scaled": "fp8 with one scale a weight", "ours": "**4 bits**"}
 KERNELS = {"gemm": "matrix products", "awq": "W4A16"}
 CAPPED = {"4 bits": "**4 bits, W4A8**", "fp8": "fp8 weights, ComfyUI's own, computed in bf16", "bf16": "bf16"}
 LORAS = {"rank 16, q k v apart": "one of rank 16, with factors of their own for q, k and v",
@@ -116,6 +127,46 @@ def steps(results, gpu):
     found = sorted(entries(results(f"flux_step_{gpu}")), key=lambda entry: (entry["pixels"], entry["batch"]))
     rows, kinds = step_rows(found, True)
     return table(["size", "precision", *STEP_HEAD, *(f"{KERNELS.get(kind, kind)}, ms" for kind in kinds)], rows)
+
+
+def families(results, gpu):
+    """A step of full-size models of the newer families."""
+    rows = []
+    for model, title in FAMILY_MODELS.items():
+        found = {entry["variant"].removeprefix(f"{model} "): entry for entry in results(f"family_step_{gpu}")["entries"]
+                 if entry["variant"].startswith(f"{model} ")}
+        base = found.get("bf16-eager", {}).get("ms")
+        rows += [[title, name, f"{entry['ms']:.1f}", f"{base / entry['ms']:.2f}x" if base else "", f"{entry['first_s']:.1f} s",
+                  f"{entry['weights_gb']:.2f} GB", f"{entry['peak_gb']:.2f} GB"]
+                 for variant, name in FAMILY_VARIANTS.items() if (entry := found.get(variant))]
+    return table(["model, 1024 x 1024", "precision", "ms a step", "faster than bf16", "first step", "weights", "peak memory"], rows)
+
+
+def family_pictures(results, gpu):
+    """PSNR of the pictures of small models of the newer families, by recipe."""
+    rows = []
+    for family, title in FAMILIES.items():
+        found = results(f"pictures_tiny_{family}_{gpu}")["results"]
+        for name in (*pictures.FLOOR, *README_RECIPES):
+            if name in found:
+                cells = [pictures.cell(found, name, bits, measure, pictures.BASE) for bits in pictures.BITS for measure in ("psnr", "gain")]
+                rows.append([title, README_RECIPES.get(name, name), *cells])
+    return table(["model", "recipe", "W4A4, dB", "to DeepCompressor's default at W4A4, dB (95 % interval)", "W4A8, dB", "to the same"], rows)
+
+
+def encoders(results, gpu):
+    """One prompt through text encoders."""
+    found = {tuple(entry[key] for key in ("encoder", "variant", "tokens")): entry for entry in results(f"text_encoder_{gpu}")["entries"]}
+    counts = sorted({tokens for *_, tokens in found})
+    rows = []
+    for encoder, title in ENCODERS.items():
+        for variant, name in ENCODER_VARIANTS.items():
+            measured = {tokens: found[encoder, variant, tokens] for tokens in counts if (encoder, variant, tokens) in found}
+            if measured:
+                first = next(iter(measured.values()))
+                rows.append([title, name, f"{first['megabytes'] / 1e3:.2f} GB", *(f"{measured[tokens]['ms']:.1f}" if tokens in measured
+                             else "" for tokens in counts), f"{first['seconds_to_pack']:.0f} s" if variant == "ours" else ""])
+    return table(["text encoder", "weights", "memory", *(f"{tokens} tokens, ms" for tokens in counts), "to quantize"], rows)
 
 
 def caps(results, gpu):
@@ -252,5 +303,6 @@ def demo(results):
 
 TABLES = {"summary": summary, "step": step, "steps": steps, "caps": caps, "linears": linear, "lora": lora, "loras": loras, "layers": layers,
           "pictures": picture, "sources": sources,
+          "families": families, "family_pictures": family_pictures, "encoders": encoders,
           "recipes": recipes, "quantize": quantize, "several": several, "files": file, "overhead": overhead, "compile": compilation,
           "demo": demo}
