@@ -1,6 +1,8 @@
 """FLUX.1-dev with random weights, on ComfyUI's own classes: with ordinary linears in bf16 or fp8, or with this pack's layers. It is on the
 GPU, or on the CPU if there is none."""
 
+import threading
+
 import torch
 
 DEV = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 3072, "num_heads": 24, "axes_dim": [16, 56, 56],
@@ -51,8 +53,8 @@ def plain_flux(operations=None, dtype=torch.bfloat16, **smaller):
 
 
 def packed_flux(rank, act_bits=8, fused=False, **smaller):
-    """A Flux with this pack's layers, prepared as the loader prepares it. fused: whether its blocks are fused and small steps
-    recorded, as the loader makes them."""
+    """A Flux with this pack's layers, prepared as the loader prepares it: threads still compile its kernels. fused: whether its blocks are
+    fused and small steps recorded, as the loader makes them."""
     from comfyui_svdquant.quant.families.flux1 import FAMILY
     from comfyui_svdquant.quant.host import build, operations
     from comfyui_svdquant.quant.layers import layout, preparation
@@ -64,14 +66,24 @@ def packed_flux(rank, act_bits=8, fused=False, **smaller):
         build.swap(flux, name, layout.layer_spec(kind, name, shapes[f"{name}.weight"], kind.branches * rank, True, torch.bfloat16))
     build.take_over_activations(FAMILY, flux)
     filled(flux.to_empty(device=device()))
+    blocks = []
     if fused:
         from comfyui_svdquant.quant.host import fused_blocks, step_graphs
 
         fused_blocks.fuse(flux, FAMILY)
         step_graphs.record_steps(flux)
+        blocks = fused_blocks.preparations(flux, torch.bfloat16, device())
     preparation.set_act_bits(flux, act_bits)
     preparation.prepare(flux, device())
+    preparation.warm_up(flux, device(), torch.bfloat16, preparation.of_other_sizes(FAMILY.tokens), blocks)
     return flux
+
+
+def wait_for_compilation():
+    """Wait for the threads in which a warm-up compiles and tests kernels."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("svdquant-compiler"):
+            thread.join()
 
 
 def latent_shape(pixels=1024, batch=1):

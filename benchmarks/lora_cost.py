@@ -11,7 +11,6 @@ and writes benchmarks/results/lora_cost_<gpu>.json: {"none": ms, a set of LoRAs:
 import argparse
 import json
 import sys
-import threading
 import time
 import types
 
@@ -95,11 +94,9 @@ def load(patcher):
 
 
 def warm(flux, inputs):
-    """Run the model's kernels, and wait for the threads in which a warm-up compiles and tests the others."""
+    """Run the model's kernels, and wait until the others are compiled and tested."""
     timed(lambda: flux(**inputs), 2)
-    for thread in threading.enumerate():
-        if thread.name.startswith("svdquant-compiler"):
-            thread.join()
+    flux_model.wait_for_compilation()
 
 
 def step(flux, inputs, repeats=10):
@@ -159,16 +156,13 @@ def main():
     args = parser.parse_args()
     sys.path.insert(0, args.comfyui)
     load_pack()
-    from comfyui_svdquant.quant.families.flux1 import FAMILY
     from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
-    from comfyui_svdquant.quant.layers.preparation import warm_up
 
     result = description() | {"rank": args.rank, "act_bits": args.act_bits}
     with torch.inference_mode():
         result["bf16"] = step(flux_model.plain_flux(), flux_model.inputs())[0]
         print(f"bf16: {result['bf16']:.1f} ms a step, with LoRAs merged or without", flush=True)
         flux = flux_model.packed_flux(args.rank, args.act_bits, fused=True)
-        warm_up(flux, torch.device("cuda"), torch.bfloat16, FAMILY.tokens)  # as the loader does
         result |= measure(SVDQuantModelPatcher(Model(flux), torch.device("cuda"), torch.device("cpu")), args.act_bits)
     with open(args.out or result_path("lora_cost", result["device"]), "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)

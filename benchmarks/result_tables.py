@@ -151,7 +151,7 @@ def family_pictures(results, gpu):
             if name in found:
                 cells = [pictures.cell(found, name, bits, measure, pictures.BASE) for bits in pictures.BITS for measure in ("psnr", "gain")]
                 rows.append([title, README_RECIPES.get(name, name), *cells])
-    return table(["model", "recipe", "W4A4, dB", "to DeepCompressor's default at W4A4, dB (95 % interval)", "W4A8, dB", "to the same"], rows)
+    return table(["model", "recipe", "W4A4, dB", "to DeepCompressor's default, W4A4, dB (95 % interval)", "W4A8, dB", "to the same"], rows)
 
 
 def encoders(results, gpu):

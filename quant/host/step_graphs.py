@@ -109,23 +109,38 @@ class StepGraphs:
         if description is None or not all(block.host_is_known() for block in first_blocks(model)):
             return call(forward, arguments)
         key = description, attentions(model)
-        step = self.steps.pop(key, None)
-        if step is None or (step.pays or not step.timed) and not step.state.unchanged():
-            state = ModelState(model)
-            step, result = Step(state) if state.can_be_recorded() else None, call(forward, arguments)
-        elif step.graph is not None:
-            result = replayed(step, tensors)
-        elif not step.timed:
-            result = timed(step, forward, arguments)
-        elif step.pays and has_room(tensors[0].device):
-            result = recorded(step, forward, arguments, tensors)
-        else:
-            result = call(forward, arguments)
+        step, result = self.steps.pop(key, None), None
+        if step is not None and step.graph is not None:
+            result = replay_of_the_same(step, tensors)
+        if result is None:
+            step, result = self.ordinary(step, model, forward, arguments, tensors)
         if step is not None:
             self.steps[key] = step
         while len(self.steps) > GRAPHS:
             self.steps.popitem(last=False)
         return result
+
+    @staticmethod
+    def ordinary(step, model, forward, arguments, tensors):
+        """(the Step of the next call of this kind, or None; the result) of a call that no recorded graph stands for. step: of the last one,
+        or None."""
+        if step is None or step.graph is not None or (step.pays or not step.timed) and not step.state.unchanged():
+            state = ModelState(model)
+            return Step(state) if state.can_be_recorded() else None, call(forward, arguments)
+        if not step.timed:
+            return step, timed(step, forward, arguments)
+        if step.pays and has_room(tensors[0].device):
+            return step, recorded(step, forward, arguments, tensors)
+        return step, call(forward, arguments)
+
+
+def replay_of_the_same(step, tensors):
+    """The result of a recorded Step, or None if the model has changed since. Most of the comparison runs while the GPU computes: a graph
+    writes to its own memory alone, so that its result can still be dropped if the memory that it reads was there."""
+    if not step.state.has_same_memory():
+        return None
+    result = replayed(step, tensors)
+    return result if step.state.unchanged() else None
 
 
 def call(forward, arguments):
@@ -198,18 +213,23 @@ class ModelState:
         self.children = [own["_modules"] for own in self.owns]
         self.holders = [own[name] for own in self.owns for name in ("_parameters", "_buffers")]
         self.hooks = [own[name] for own in self.owns for name in ("_forward_hooks", "_forward_pre_hooks")]
-        self.before = self.now()
+        self.memory, self.before = self.addresses(), self.now()
+
+    def tensors(self):
+        return [tensor for tensor in chain.from_iterable(map(dict.values, self.holders)) if tensor is not None]
+
+    def addresses(self):
+        return list(map(torch.Tensor.data_ptr, self.tensors()))
 
     def now(self):
-        """(objects, which must stay the same ones, addresses of the tensors, numbers of writes to tensors with a row scale)"""
-        tensors = [tensor for tensor in chain.from_iterable(map(dict.values, self.holders)) if tensor is not None]
-        objects = [*chain.from_iterable(map(dict.values, self.children)), *tensors]
+        """(objects, which must stay the same ones, numbers of writes to tensors with a row scale)"""
+        objects = [*chain.from_iterable(map(dict.values, self.children)), *self.tensors()]
         for name in ATTRIBUTES:
             objects += map(dict.get, self.owns, repeat(name))
         row_scales = filter(None, map(dict.get, self.owns, repeat("_row_scale")))
         # A tensor made in inference mode has no version, and asking for it raises an error, which takes as long as a launch.
         versions = [version_of(known.parameter()) for known in row_scales if known.version is not None]
-        return objects, list(map(torch.Tensor.data_ptr, tensors)), versions
+        return objects, versions
 
     def can_be_recorded(self):
         """Whether a replay would leave nothing out: no hook, no other forward, no patch that is applied at every call, no layer whose
@@ -217,10 +237,15 @@ class ModelState:
         return (not any(self.hooks) and not any(any(map(dict.get, self.owns, repeat(name))) for name in REPLACED)
                 and all(tensor is None or tensor.device.type == DEVICE for holder in self.holders for tensor in holder.values()))
 
+    def has_same_memory(self):
+        """Whether the tensors lie where they lay. Those that somebody has replaced since live as long as this state."""
+        return self.addresses() == self.memory
+
     def unchanged(self):
         """Whether the model is as it was when this state was taken."""
-        (objects, *numbers), (now, *numbers_now) = self.before, self.now()
-        return (not any(self.hooks) and len(objects) == len(now) and all(map(operator.is_, objects, now)) and numbers == numbers_now)
+        (objects, versions), (now, versions_now) = self.before, self.now()
+        return (not any(self.hooks) and len(objects) == len(now) and all(map(operator.is_, objects, now)) and versions == versions_now
+                and self.has_same_memory())
 
 
 def has_room(device):
