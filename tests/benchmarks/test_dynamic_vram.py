@@ -10,7 +10,6 @@ import dynamic_vram
 from host import setup
 from host.server import ROOT
 
-
 # Older ComfyUIs neither read the formats nor load a FLUX.1 of another width from a file.
 VARIANTS = ["4 bits", *(["float8_e4m3fn"] if hasattr(comfy.utils, "convert_old_quants") else [])]
 
