@@ -19,7 +19,6 @@ import argparse
 import functools
 import gc
 import os
-import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -29,7 +28,7 @@ import flux_model
 import fp8_rowwise
 import step_entries
 import torch
-from machine import ROOT, description, load_pack, result_path, synchronize, timed
+from machine import description, load_pack, result_path, synchronize, timed
 
 VARIANTS = "bf16-eager", "fp8-compiled", "ours-eager", "ours-plain", "ours-w4a4"
 FUSED = "SVDQUANT_FUSED"
@@ -178,7 +177,6 @@ def main():
     parser.add_argument("--out", help="the result file; benchmarks/results/family_step_<gpu>.json")
     args = parser.parse_args()
     start = time.perf_counter()
-    sys.path.insert(0, str(ROOT / "demo"))
     from host import launch
 
     launch.enter(args.comfyui, *([] if torch.cuda.is_available() else ["--cpu"]))

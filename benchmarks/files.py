@@ -239,7 +239,7 @@ def reading(path):
 
 def loading(path, comfyui):
     """Load as Load Model does, then read every weight once, since a mapped file is only read then."""
-    sys.path[:0] = [comfyui, str(ROOT / "demo")]
+    sys.path.insert(0, comfyui)
     from host import launch
 
     launch.define_torchvision_ops()

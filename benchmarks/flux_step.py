@@ -33,7 +33,7 @@ import kernel_time
 import step_entries
 import step_variants
 import torch
-from machine import ROOT, description, load_pack, recorded, result_path, synchronize, timed
+from machine import description, load_pack, recorded, result_path, synchronize, timed
 
 MARK = "entry: "  # begins the lines of a child process that its parent reads
 CACHES = "SVDQUANT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
@@ -102,7 +102,6 @@ def measure(flux, mode, pixels, batch, kernels):
 
 def child(args):
     """Measure one variant in this process; print a line with the entry of each size."""
-    sys.path.insert(0, str(ROOT / "demo"))
     from host import launch
 
     launch.enter(args.comfyui, *([] if torch.cuda.is_available() else ["--cpu"]))

@@ -1,6 +1,5 @@
 """The description of a result's machine and versions, its file, the timing functions, and the import of the pack."""
 
-import importlib.util
 import platform
 import subprocess
 import sys
@@ -12,16 +11,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "demo"))  # whose folder host/ the benchmarks share
+
+from host.pack import load_pack  # noqa: E402, F401
+
 EMPTY = "CUDA Graph is empty"  # part of PyTorch's warning after an empty capture, which PyTorch reports in no other way
-
-
-def load_pack():
-    """Import the repository as a package, as ComfyUI does."""
-    # If the repository is on the path, its cuda/ hides the `cuda` package that CuPy imports.
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
-    spec = importlib.util.spec_from_file_location("comfyui_svdquant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
 
 def commit():

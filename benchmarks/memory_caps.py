@@ -22,19 +22,19 @@ GB = 1 << 30  # as cards are sold
 CAPS = 24, 16, 12, 8, 6, 4
 
 
-def new_config():
-    """ComfyUI's own configuration of a FLUX.1-dev."""
+def new_config(**smaller):
+    """ComfyUI's own configuration of a FLUX.1-dev. smaller: arguments of Flux that replace FLUX.1-dev's."""
     from comfy.ldm.flux.model import FluxParams
     from comfy.model_detection import model_config_from_unet_config
 
     newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
-    return model_config_from_unet_config({"image_model": "flux", **DEV, **newer}, {})
+    return model_config_from_unet_config({"image_model": "flux", **DEV, **newer, **smaller}, {})
 
 
 def filled(model):
     """The BaseModel with random weights, in host memory."""
     for name, parameter in model.diffusion_model.named_parameters():
-        parameter.data.copy_(random_(torch.empty_like(parameter, device="cuda"), name))
+        parameter.data.copy_(random_(torch.empty_like(parameter, device=flux_model.device()), name))
     return model
 
 
@@ -48,17 +48,18 @@ def plain_patcher(dtype):
     return comfy.model_patcher.ModelPatcher(model, comfy.model_management.get_torch_device(), torch.device("cpu"))
 
 
-def packed_patcher(rank):
+def packed_patcher(rank, **smaller):
+    """This pack's patcher for a FLUX.1-dev. smaller: as in new_config."""
     from comfyui_svdquant.quant.families.flux1 import FAMILY
     from comfyui_svdquant.quant.host import build, patcher
     from comfyui_svdquant.quant.layers import layout
 
-    shapes = {name: p.shape for name, p in build.empty_model(new_config(), {}, torch.bfloat16).diffusion_model.named_parameters()}
+    shapes = {name: p.shape for name, p in build.empty_model(new_config(**smaller), {}, torch.bfloat16).diffusion_model.named_parameters()}
     specs = {}
     for name in FAMILY.packed_names(shapes):
         kind = FAMILY.layer(name)
         specs[name] = layout.layer_spec(kind, name, shapes[f"{name}.weight"], kind.branches * rank, True, torch.bfloat16)
-    model = build.empty_model(new_config(), specs, torch.bfloat16)
+    model = build.empty_model(new_config(**smaller), specs, torch.bfloat16)
     model.diffusion_model.to_empty(device="cpu")
     return build.make_patcher(filled(model), patcher.SVDQuantModelPatcher)
 

@@ -55,7 +55,6 @@ def captions(count, seed, taken=()):
 
 def enter_comfy(folder, device):
     """Make ComfyUI, the pack and the demo's modules importable. Call it once per process, since it loads the pack."""
-    sys.path.append(str(ROOT / "demo"))
     from host import launch
     from tiny_flux import host
 

@@ -197,7 +197,7 @@ def enter_comfyui(folder, vram_gb):
         total = torch.cuda.get_device_properties(0).total_memory
         options += ["--reserve-vram", f"{(total - vram_gb * 1e9) / 2**30 + 0.4:.2f}"]
         torch.cuda.set_per_process_memory_fraction((vram_gb * 1e9 - CONTEXT_BYTES) / total)
-    sys.path[:0] = [folder, str(ROOT / "demo")]
+    sys.path.insert(0, folder)
     from host import launch
 
     launch.define_torchvision_ops()

@@ -19,14 +19,13 @@ import argparse
 import gc
 import importlib
 import json
-import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from machine import ROOT, description, load_pack, result_path, timed
+from machine import description, load_pack, result_path, timed
 
 VARIANTS = "16-bit", "fp8-scaled", "ours", "ours-kernel", "ours-dequantize"
 RUNS = 9
@@ -160,7 +159,6 @@ def main():
     parser.add_argument("--small", action="store_true", help="encoders of two layers, to try the benchmark")
     parser.add_argument("--out", help="the result file; benchmarks/results/text_encoder_<gpu>.json")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "demo"))
     from host import launch
 
     launch.enter(args.comfyui, *([] if torch.cuda.is_available() else ["--cpu"]))

@@ -6,10 +6,8 @@ No model runs. Everything in a picture follows from the family's declaration and
 layer, a column a block, and the sizes are the sums of the tensors' bytes in bf16, and as SVDQuant Save Model stores them.
 """
 
-import importlib.util
 import io
 import re
-import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
+from host.pack import load_pack
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, DPI, RANK = 640, 100, 32  # pixels of the picture, pixels per inch, the templates' rank
@@ -60,13 +60,6 @@ class Packed:
     layers: dict
     bytes_before: int
     bytes_after: int
-
-
-def load_pack() -> None:
-    """Import the repository as a package, as ComfyUI does."""
-    spec = importlib.util.spec_from_file_location("comfyui_svdquant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
 
 def packed(model: Model) -> Packed:

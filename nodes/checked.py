@@ -3,6 +3,7 @@
 import comfy.model_patcher
 import torch
 
+from ..quant.host.relied_on import HostError
 from ..quant.text import bounded, quoted
 from .progress import NodeProgress
 
@@ -50,7 +51,7 @@ def checked(node, check, *inputs):
     shown = NodeProgress.of(node)
     try:
         check(*inputs)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, HostError) as error:
         sentence = bounded(str(error))
         shown.refuse(sentence)
         return sentence

@@ -1,21 +1,27 @@
 """SVDQuant Compare Models: draws the same images with two models, and shows them side by side as SVDQuant Compare does."""
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..quant.comparison import compare
+from ..quant.host import relied_on
 from ..quant.host.drawing import draw
 from . import compared
 from .checked import check_types, checked, choose
 from .newer import ADVANCED, ALIASES, CATEGORY, SEARCH
 from .progress import NodeProgress
 
-SAMPLERS, SCHEDULERS = map(dict.fromkeys, (comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS))
+SAMPLER, SCHEDULER = "euler", "simple"
+SAMPLERS = dict.fromkeys(relied_on.found(relied_on.SAMPLERS, [SAMPLER]))
+SCHEDULERS = dict.fromkeys(relied_on.found(relied_on.SCHEDULERS, [SCHEDULER]))
 
 
-def check_negative(cfg, negative):
-    """Raise ValueError if cfg needs a negative prompt and there is none. cfg: None if it is still unknown; negative: whether it is
-    connected."""
+def check_inputs(sampler_name, scheduler, cfg, negative):
+    """Raise HostError if this ComfyUI lacks the lists of samplers, and ValueError for a name that is not on them, or if cfg needs a
+    negative prompt and there is none. negative: whether it is connected; the others: None if they are still unknown."""
+    relied_on.check_feature(relied_on.COMPARE_MODELS)
+    for name, value, options in (("sampler_name", sampler_name, SAMPLERS), ("scheduler", scheduler, SCHEDULERS)):
+        if value is not None:
+            choose(name, value, options)
     if cfg not in (None, 1.0) and not negative:
         raise ValueError(f"With cfg {cfg:g} the models need a negative prompt; connect negative, or set cfg to 1.")
 
@@ -42,9 +48,9 @@ class SVDQuantCompareModels(io.ComfyNode):
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="The classifier-free guidance. FLUX.1 takes 1 and its guidance from the prompt; other values need "
                                        "negative."),
-                io.Combo.Input("sampler_name", options=list(SAMPLERS), default="euler",
+                io.Combo.Input("sampler_name", options=list(SAMPLERS), default=SAMPLER,
                                tooltip="The sampler, the same for both."),
-                io.Combo.Input("scheduler", options=list(SCHEDULERS), default="simple",
+                io.Combo.Input("scheduler", options=list(SCHEDULERS), default=SCHEDULER,
                                tooltip="The scheduler, the same for both."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The amount of denoising; below 1 keeps a part "
                                                                                             "of the image in latent_image.", **ADVANCED),
@@ -65,9 +71,9 @@ class SVDQuantCompareModels(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, cfg=None, negative=False):
+    def validate_inputs(cls, sampler_name=None, scheduler=None, cfg=None, negative=False):
         # A connected input is None here, and one that is not connected is left out.
-        return checked(cls, check_negative, cfg, negative is None)
+        return checked(cls, check_inputs, sampler_name, scheduler, cfg, negative is None)
 
     @classmethod
     def execute(cls, model_1, model_2, positive, latent_image, vae, seed, steps, cfg, sampler_name, scheduler, denoise, factor, label_1="",
@@ -75,9 +81,7 @@ class SVDQuantCompareModels(io.ComfyNode):
         with NodeProgress.of(cls) as shown:
             check_types(cls, model_1=model_1, model_2=model_2, positive=positive, negative=negative, latent_image=latent_image, vae=vae,
                         seed=seed, steps=steps, cfg=cfg, denoise=denoise, factor=factor, label_1=label_1, label_2=label_2)
-            choose("sampler_name", sampler_name, SAMPLERS)
-            choose("scheduler", scheduler, SCHEDULERS)
-            check_negative(cfg, negative is not None)
+            check_inputs(sampler_name, scheduler, cfg, negative is not None)
             shown.total(2 * steps)
             images, seconds = zip(*(
                 draw(model, vae, positive, positive if negative is None else negative, latent_image, seed, steps, cfg, sampler_name,

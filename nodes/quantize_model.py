@@ -9,6 +9,7 @@ from ..quant.host.quantize import quantize
 from ..quant.quantizer import chart, presets, report
 from ..quant.quantizer.calibration import TOKENS_PER_INPUT
 from .checked import check_types, checked, choose
+from .exceptions import exceptions_input
 from .newer import ADVANCED, CATEGORY, SEARCH
 from .progress import PROGRESS_FOLDERS, NodeProgress
 
@@ -48,10 +49,8 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                              tooltip="Sampling steps for each calibration prompt. 8 steps cover all noise levels."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                              tooltip="The random seed of the noise for calibration."),
-                io.String.Input("exceptions", default="", multiline=True, optional=True,
-                                tooltip="Exceptions, one per line: a layer name or pattern keeps its layers in 16 bits, such as "
-                                        f"{KEPT}; with a number it sets their rank, such as {RANKED}; with = int8 their activations have "
-                                        "8 bits on every card, for a closer image.", **ADVANCED),
+                exceptions_input(KEPT, f"; with a number it sets their rank, such as {RANKED}; with = int8 their activations have 8 "
+                                       "bits, for a closer image, unless SVDQuant Load Model sets activations to int4"),
                 io.Int.Input("tokens", default=TOKENS_PER_INPUT, min=1, max=64, optional=True,
                              tooltip="The number of calibration tokens per input channel of a layer, for GPTQ and the fit of the "
                                      "branch. 4 to 16 are enough; more take longer and change little.", **ADVANCED),

@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..quant.host.clip_quantize import quantize
 from .checked import check_types, choose
-from .newer import ADVANCED, ALIASES, CATEGORY, SEARCH
+from .exceptions import exceptions_input
+from .newer import ALIASES, CATEGORY, SEARCH
 from .progress import NodeProgress
 
 ENCODERS = {"large": False, "all": True}
@@ -25,9 +26,7 @@ class SVDQuantQuantizeTextEncoder(io.ComfyNode):
                 io.Combo.Input("encoders", options=list(ENCODERS), default="large",
                                tooltip="large: encoders of a billion parameters or more, such as T5-XXL, Qwen, Mistral and Gemma. all: "
                                        "small ones too, such as CLIP-L and CLIP-G, which saves little and changes images more."),
-                io.String.Input("exceptions", default="", multiline=True, optional=True,
-                                tooltip="Layers to keep in 16 bits, one name or pattern per line, such as t5xxl.encoder.block.0.* or "
-                                        "*.wo.", **ADVANCED),
+                exceptions_input("t5xxl.encoder.block.0.* or *.wo"),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The quantized text encoders, for text encode nodes, Load LoRA and SVDQuant "

@@ -11,7 +11,6 @@ one process, since the GPU's tests measure time and memory.
 import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from host import launch, setup
+from host.pack import load_pack
 
 CORES = os.cpu_count() or 1
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -35,22 +35,12 @@ if importlib.util.find_spec("hypothesis"):  # only some of the tests need it
 ROOT = Path(__file__).resolve().parents[1]
 HOST = setup.locate()
 HAS_COMFY = (HOST.comfy / "main.py").is_file()
-# `python -m pytest` puts the repository on the path, where its cuda/ hides the `cuda` package that CuPy imports.
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 BASE = Path(tempfile.mkdtemp(prefix="svdquant-tests-"))
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
     # Not the user's cache: a verdict that a test brings about would hold in the user's ComfyUI too.
     os.environ["SVDQUANT_CACHE_DIR"] = str(BASE / "kernels")
 
 collect_ignore_glob = [] if HAS_COMFY else ["nodes/*", "host/*", "quant/host/*", "benchmarks/test_*"]
-
-
-def load_pack() -> None:
-    """Import the repository as a package, as ComfyUI does under the folder's path as the name."""
-    spec = importlib.util.spec_from_file_location("comfyui_svdquant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
 
 
 def enter_comfy() -> None:

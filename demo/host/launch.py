@@ -1,7 +1,8 @@
 """Run ComfyUI's unchanged main.py as a child process of the demo or the tests:  python launch.py FOLDER ARGS...
 
-`enter` makes ComfyUI's modules importable in the calling process. Both first make torchvision and torchaudio importable if their
-native libraries do not fit the installed torch. The process of main.py ends whenever its parent process ends.
+`enter` makes ComfyUI's modules importable in the calling process; `enter_as_main` also sets up the GPU's memory as main.py does. All
+first make torchvision and torchaudio importable if their native libraries do not fit the installed torch. The process of main.py ends
+whenever its parent process ends.
 """
 
 import importlib.abc
@@ -98,6 +99,29 @@ def enter(folder: Path, *options: str) -> None:
         import comfy.cli_args  # reads sys.argv, once
     finally:
         sys.argv = arguments
+
+
+def enter_as_main(folder: Path, *options: str) -> bool:
+    """`enter`, and what main.py does for a GPU: choose PyTorch's allocator, and stream weights by Dynamic VRAM where this ComfyUI has it.
+    Call it before anything imports torch. Returns whether Dynamic VRAM is on."""
+    enter(folder, *options)
+    import comfy.cli_args
+    import cuda_malloc  # noqa: F401  it sets the allocator in the environment, where PyTorch reads it once
+
+    if not getattr(comfy.cli_args, "enables_dynamic_vram", bool)() or importlib.util.find_spec("comfy_aimdo") is None:
+        return False
+    from comfy_aimdo import control
+
+    control.init(nvml_pressure=not comfy.cli_args.args.disable_nvml_pressure)
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+
+    devices = [device.index for device in comfy.model_management.get_all_torch_devices() if device.type == "cuda"]
+    comfy.memory_management.aimdo_enabled = bool(devices) and control.init_devices(devices)
+    if comfy.memory_management.aimdo_enabled:
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    return comfy.memory_management.aimdo_enabled
 
 
 def end_with_parent() -> None:

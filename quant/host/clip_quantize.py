@@ -8,6 +8,7 @@ import comfy.sd
 import torch
 
 from ..layers import layout
+from ..quantizer import presets
 from ..quantizer.text_encoder import pack
 from ..text import quoted
 from .clip_modules import LARGE, Encoder, dense, encoders, has_plain_forward, is_embedding, is_linear, packed, skeleton, swap
@@ -30,13 +31,12 @@ class Packed(NamedTuple):
 def quantize(clip, every, exceptions, progress):
     """(QuantizedCLIP, report, a line on its size) of a CLIP, which does not change. LoRAs on it are baked in.
 
-    every: whether encoders of less than LARGE parameters are packed too; exceptions: text with a name or pattern of a layer in each line,
-    as t5xxl.encoder.block.0.*, whose layers stay in 16 bits; progress: as in quantize.quantize. Raises ValueError, whose message is one
+    every: whether encoders of less than LARGE parameters are packed too; exceptions: presets.entries of layers' names and patterns, as
+    t5xxl.encoder.block.0.*, whose layers stay in 16 bits; progress: as in quantize.quantize. Raises ValueError, whose message is one
     sentence, if nothing is left to be packed or if a weight isn't finite.
     """
     check(clip)
-    patterns = [line.strip() for line in exceptions.splitlines() if line.strip()]
-    chosen, small = choose(encoders(clip.cond_stage_model), every, patterns)
+    chosen, small = choose(encoders(clip.cond_stage_model), every, presets.entries(exceptions))
     count = sum(len(found.specs) for found in chosen)
     progress.total(count)
     _make_room(clip.patcher, chosen)

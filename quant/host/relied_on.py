@@ -30,7 +30,6 @@ NAMES = (
     "comfy.patcher_extension:CallbacksMP.ON_LOAD", "comfy.patcher_extension:WrappersMP.APPLY_MODEL",
     "comfy.quant_ops:QUANT_ALGOS",
     "comfy.sample:fix_empty_latent_channels", "comfy.sample:prepare_noise", "comfy.sample:sample",
-    "comfy.samplers:KSampler.SAMPLERS", "comfy.samplers:KSampler.SCHEDULERS",
     "comfy.sd1_clip:SDClipModel", "comfy.sd:CLIP", "comfy.sd:CLIPType.STABLE_DIFFUSION", "comfy.sd:detect_te_model", "comfy.sd:load_clip",
     "comfy.sd:load_diffusion_model", "comfy.sd:load_text_encoder_state_dicts",
     "comfy.utils:DISABLE_MMAP", "comfy.utils:ProgressBar", "comfy.utils:copy_to_param", "comfy.utils:get_attr",
@@ -42,13 +41,15 @@ NAMES = (
 )
 # Names that the nodes take; quantize.py runs without a server.
 SERVER = ("nodes:CLIPLoader.INPUT_TYPES", "nodes:DualCLIPLoader.INPUT_TYPES", "server:PromptServer.send_progress_text")
-COMMAND_LINE, SEVERAL_GPUS = "quantize.py", "SVDQuant Several GPUs"
+COMMAND_LINE, SEVERAL_GPUS, COMPARE_MODELS = "quantize.py", "SVDQuant Several GPUs", "SVDQuant Compare Models"
+SAMPLERS, SCHEDULERS = "comfy.samplers:KSampler.SAMPLERS", "comfy.samplers:KSampler.SCHEDULERS"
 # Names that one feature alone takes, which is refused where a ComfyUI lacks them, while the rest of the pack works.
 FEATURES = {
     COMMAND_LINE: ("comfy.model_management:soft_empty_cache", "comfy.model_management:unload_all_models",
                    "comfy.options:enable_args_parsing", "comfy.sd:load_lora_for_models"),
     SEVERAL_GPUS: ("comfy.options:args_parsing", "comfy.options:enable_args_parsing",
                    "comfy.patcher_extension:WrappersMP.DIFFUSION_MODEL"),
+    COMPARE_MODELS: (SAMPLERS, SCHEDULERS),
 }
 # {module: names in its source: of methods, of attributes of its objects, and of those that it sets on models}.
 ATTRIBUTES = {
@@ -101,6 +102,11 @@ def check_feature(feature):
     """Raise HostError if this ComfyUI lacks a name that the feature, a key of FEATURES, takes."""
     if lacking := sorted(_dotted(name) for name in FEATURES[feature] if not _exists(name)):
         raise HostError(_sentence(_lacks(lacking), feature))
+
+
+def found(name, otherwise):
+    """The object of a feature's name; `otherwise`, where this ComfyUI lacks it and check_feature will say so."""
+    return resolve_name(name) if _exists(name) else otherwise
 
 
 def missing_names(in_server=True):

@@ -34,7 +34,7 @@ class Recipe:
     quiet: bool = False
     keep: tuple = ()  # patterns of the names of layers that stay in 16 bits
     ranks: tuple = ()  # (pattern, rank) of layers with a rank of their own; the last match counts
-    int8: tuple = ()  # patterns of layers whose activations have 8 bits, where those of other layers may have 4
+    int8: tuple = ()  # patterns of layers whose activations have 8 bits even where 4 are faster
     tokens: int = TOKENS_PER_INPUT  # per input channel of a layer, for GPTQ and refit
     largest_error: float = 0.5  # relative error of a layer in 4 bits; a layer with a larger one stays in 16 bits
     propagate: str = "exact"  # or "quantized": whether the earlier blocks run in 16 or in 4 bits while a block is calibrated
@@ -68,18 +68,23 @@ PRESETS = {
 }
 
 
+def entries(exceptions):
+    """The exceptions in the text of a node's input, one per line or separated by commas."""
+    return [entry for line in exceptions.splitlines() for entry in map(str.strip, line.split(",")) if entry]
+
+
 def make_recipe(preset, rank, exceptions=""):
     """The Recipe of a preset.
 
-    exceptions: patterns of layer names, one per line or separated by commas: `pattern` keeps its layers in 16 bits, `pattern = rank` gives
-    them another rank, `pattern = int8` activations of 8 bits; * stands for any text. Raises ValueError on an unknown preset, a rank outside
+    exceptions: `entries` of patterns of layer names: `pattern` keeps its layers in 16 bits, `pattern = rank` gives them another rank,
+    `pattern = int8` activations of 8 bits; * stands for any text. Raises ValueError on an unknown preset, a rank outside
     16..256 in steps of 16, or an exception that can't be read.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"The input preset is {quoted(preset)}, which this version of SVDQuant does not offer; choose "
                          f"{', '.join(PRESETS)}.")
     keep, ranks, int8 = [], [], []
-    for entry in filter(None, map(str.strip, exceptions.replace(",", "\n").splitlines())):
+    for entry in entries(exceptions):
         pattern, equals, value = map(str.strip, entry.partition("="))
         if equals and value.lower() == INT8:
             int8.append(pattern)

@@ -13,21 +13,22 @@ sys.path[:] = [str(ROOT / folder) for folder in ("demo", "benchmarks", "tests")]
 
 
 def main() -> None:
-    from machine import load_pack
-
     from host import launch, setup
 
     folder, options = Path(sys.argv[1]), sys.argv[2:]
-    load_pack()
-    launch.enter(setup.locate().comfy, "--base-directory", str(folder), *options)
+    launch.enter_as_main(setup.locate().comfy, "--base-directory", str(folder), *options)
     import torch
+    from machine import load_pack
+
+    load_pack()
     from comfyui_svdquant.quant.host.loader import load_model
     from quant.comfy_models import quantized, sample, save
     from safetensors.torch import save_file
 
     with torch.inference_mode():
         plain, loaded = (load_model(str(folder / f"{name}.safetensors")) for name in ("flux", "flux_4bit"))
-        made = quantized(plain, "naive")[0]
+        # Under Dynamic VRAM, which is a GPU's, calibration is what makes ComfyUI move the 16-bit model.
+        made = quantized(plain, "fast" if torch.cuda.is_available() else "naive")[0]
         reloaded = load_model(save(made, folder / "made.safetensors", overwrite=True))
         models = {"plain": plain, "loaded": loaded, "quantized": made, "reloaded": reloaded}
         save_file({name: sample(model).double().contiguous() for name, model in models.items()}, folder / "draws.safetensors")

@@ -2,18 +2,23 @@
 
 import ast
 import asyncio
+import importlib
+import inspect
 import logging
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import comfy.model_patcher
 import comfy.options
+import comfy.samplers
 import comfy.sd
 import comfy.utils
 import comfyui_svdquant
 import comfyui_version
 import pytest
 import torch
+from comfyui_svdquant.nodes import compare_models
 from comfyui_svdquant.nodes.several_gpus import SVDQuantSeveralGPUs
 from comfyui_svdquant.quant.host import relied_on
 from comfyui_svdquant.quant.host.patcher import SVDQuantModelPatcher
@@ -132,7 +137,8 @@ def test_a_module_without_a_source_is_not_searched(monkeypatch):
 
 
 ALONE = {relied_on.COMMAND_LINE: {"quant/host/conditioning.py", "quant/host/offline.py", "quant/parallel/entry.py"},
-         relied_on.SEVERAL_GPUS: {"quant/host/several_gpus.py", "quant/parallel/entry.py"}}
+         relied_on.SEVERAL_GPUS: {"quant/host/several_gpus.py", "quant/parallel/entry.py"},
+         relied_on.COMPARE_MODELS: {"nodes/compare_models.py", "quant/host/drawing.py"}}
 
 
 def test_a_feature_has_the_names_that_it_alone_uses():
@@ -148,15 +154,21 @@ def test_a_feature_has_the_names_that_it_alone_uses():
         assert not listed & of_all
 
 
+def place(owner):
+    """The whole name of a module or a class."""
+    return owner.__name__ if inspect.ismodule(owner) else f"{owner.__module__}.{owner.__qualname__}"
+
+
 @pytest.mark.parametrize(("feature", "module", "name"), [
-    (relied_on.COMMAND_LINE, comfy.sd, "load_lora_for_models"), (relied_on.SEVERAL_GPUS, comfy.options, "args_parsing")])
+    (relied_on.COMMAND_LINE, comfy.sd, "load_lora_for_models"), (relied_on.SEVERAL_GPUS, comfy.options, "args_parsing"),
+    (relied_on.COMPARE_MODELS, comfy.samplers.KSampler, "SCHEDULERS")])
 def test_a_feature_alone_is_refused(monkeypatch, feature, module, name):
     monkeypatch.delattr(module, name)
     monkeypatch.setattr(comfyui_version, "__version__", "0.48.1")
     asyncio.run(comfyui_svdquant.comfy_entrypoint())
     with pytest.raises(relied_on.HostError) as caught:
         relied_on.check_feature(feature)
-    assert str(caught.value) == (f"ComfyUI 0.48.1 no longer has {module.__name__}.{name}, which {feature} of this version of "
+    assert str(caught.value) == (f"ComfyUI 0.48.1 no longer has {place(module)}.{name}, which {feature} of this version of "
                                  "ComfyUI-SVDQuant needs; update ComfyUI-SVDQuant, or go back to the previous version of ComfyUI.")
     for other in relied_on.FEATURES.keys() - {feature}:
         relied_on.check_feature(other)
@@ -166,6 +178,19 @@ def test_several_gpus_is_refused_before_it_starts_processes(monkeypatch):
     monkeypatch.delattr(comfy.options, "args_parsing")
     with pytest.raises(relied_on.HostError, match="which SVDQuant Several GPUs of this version"):
         SVDQuantSeveralGPUs.execute(None, 2)
+
+
+def test_compare_models_is_there_without_the_lists_of_samplers_and_says_so(monkeypatch):
+    says = r"^ComfyUI \S+ no longer has comfy.samplers.KSampler.SAMPLERS, which SVDQuant Compare Models of this version"
+    with monkeypatch.context() as patch:
+        patch.delattr(comfy.samplers.KSampler, "SAMPLERS")
+        importlib.reload(compare_models)
+        entries = {entry.id: entry for entry in compare_models.SVDQuantCompareModels.define_schema().inputs}
+        assert entries["sampler_name"].options == ["euler"] and len(entries["scheduler"].options) > 1
+        assert re.search(says, compare_models.SVDQuantCompareModels.validate_inputs(sampler_name="ddim", cfg=1.0))
+        with pytest.raises(relied_on.HostError, match=says):
+            compare_models.check_inputs("euler", "simple", 1.0, False)
+    importlib.reload(compare_models)
 
 
 def of_comfyui(function):

@@ -43,6 +43,7 @@ ON_GPU = """
 --lowvram
 --novram
 --disable-cuda-malloc
+--disable-dynamic-vram
 """
 
 # Options with which no test can draw here, and options without effect on a diffusion model.
@@ -106,3 +107,10 @@ def test_4_bit_models_draw_the_same_as_without_options(draw, options, allowed):
         allowed += 2 * relative_error(found["plain"], expected["plain"])
     assert relative_error(found["loaded"], expected["loaded"]) <= allowed
     assert torch.equal(found["quantized"], found["reloaded"])
+
+
+@pytest.mark.gpu
+def test_quantize_makes_the_same_of_a_model_under_dynamic_vram(draw):
+    """Where ComfyUI has it, it is on without options, and its patcher moves the 16-bit MODEL during calibration."""
+    dynamic, classic = draw(), draw("--disable-dynamic-vram")
+    assert torch.equal(dynamic["quantized"], classic["quantized"]) and torch.equal(dynamic["loaded"], classic["loaded"])
