@@ -53,8 +53,12 @@ def gated_residual_norm(x, y, gate, scale, shift, eps):
 
 
 def qk_norm_rope(streams, pe, heads, parts, eps):
-    """q, k and, with 3 `parts`, v, each (B, heads, L, D) in memory of the order (B, L, heads, D). One or two streams, D of HEAD_WIDTHS."""
-    rows, norms = [stream[0] for stream in streams], [norm for stream in streams for norm in stream[1:]]
+    """q, k and, with 3 `parts`, v, each (B, heads, L, D) in memory of the order (B, L, heads, D). One or two streams, D of HEAD_WIDTHS.
+
+    streams: as of reference.qk_norm_rope, all with joined rows or all with q, k and v apart.
+    """
+    sources, norms = [stream[0] for stream in streams], [norm for stream in streams for norm in stream[1:]]
+    rows = sources if isinstance(sources[0], Tensor) else [x for source in sources for x in source[:parts]]
     joined = (_rope if ops.plain(rows[0]) else _rope_op)(rows, norms, pe, heads, parts, eps)
     return [x.transpose(1, 2) for x in joined]
 
@@ -80,7 +84,15 @@ def _rope(rows, norms, pe, heads, parts, eps):
             return _rope_by_kernel(rows, norms, pe, heads, parts, eps)
         except KernelsUnavailable as error:
             ops.warn_once(str(error))
-    return reference.qk_norm_rope([(x, *norms[2 * i:2 * i + 2]) for i, x in enumerate(rows)], pe, heads, parts, eps)
+    of_streams = _of_streams(rows, norms)
+    sources = [of_stream if len(of_stream) > 1 else of_stream[0] for of_stream in of_streams]
+    return reference.qk_norm_rope([(x, *norms[2 * i:2 * i + 2]) for i, x in enumerate(sources)], pe, heads, parts, eps)
+
+
+def _of_streams(rows, norms):
+    """The rows of each stream: one tensor, or q, k and perhaps v. norms: two of each stream."""
+    each = 2 * len(rows) // len(norms)
+    return [rows[i:i + each] for i in range(0, len(rows), each)]
 
 
 # --- modulate.cu -----------------------------------------------------------------------------------------------------
@@ -160,36 +172,55 @@ def _(x, y, gate, scale, shift, eps):
 # --- qk_norm_rope.cu -------------------------------------------------------------------------------------------------
 
 
-def rope_defines(head, heads, parts, dtype, eps):
-    return (("HALF", int(dtype == torch.float16)), ("HEAD", head), ("HEADS", heads), ("PARTS", parts), ("EPSILON", f"{eps!r}f"))
+def rope_defines(head, heads, parts, dtype, eps, pe16=False):
+    """The defines of qk_norm_rope.cu. pe16: whether the position embedding has `dtype` too, in place of float32."""
+    return (("HALF", int(dtype == torch.float16)), ("HEAD", head), ("HEADS", heads), ("PARTS", parts), ("PE16", int(pe16)),
+            ("EPSILON", f"{eps!r}f"))
 
 
 @functools.lru_cache(maxsize=1024)
-def _rope_launch(images, lengths, strides, of_pe, head, heads, parts, eps, dtype, device):
-    """(the kernel's launcher for 10 addresses, a function that allocates an output)"""
+def _rope_launch(images, lengths, strides, of_pe, head, heads, parts, eps, dtype, pe16, device):
+    """(the kernel's launcher for 14 addresses, a function that allocates an output)"""
     if head not in HEAD_WIDTHS:
         raise ValueError(f"qk_norm_rope.cu needs heads of {HEAD_WIDTHS} columns; these have {head}.")
-    kernel = kernel_loader.kernel(f"{ROPE}.cu", ROPE, rope_defines(head, heads, parts, dtype, eps), device)
+    kernel = kernel_loader.kernel(f"{ROPE}.cu", ROPE, rope_defines(head, heads, parts, dtype, eps, pe16), device)
     tokens = sum(lengths)
     sizes = (lengths[0] if len(lengths) > 1 else 0, tokens, strides[0], strides[-1], of_pe)
-    return (kernel.launcher((tokens, images), (ROPE_THREADS,), 10, sizes, pdl=True),
+    return (kernel.launcher((tokens, images), (ROPE_THREADS,), 14, sizes, pdl=True),
             runtime.allocator((images, tokens, heads, head), dtype, device))
 
 
 def _rope_by_kernel(rows, norms, pe, heads, parts, eps):
     first, head = rows[0], norms[0].shape[0]
     dtype, device, images = first.dtype, first.device, first.shape[0]
-    read = [_tokens(x) for x in rows]
+    read = [_qkv(of_stream, heads * head) for of_stream in _of_streams(rows, norms)]
     norms = [norm if norm.dtype == dtype and norm.device == device and norm.is_contiguous() else norm.to(device, dtype).contiguous()
              for norm in norms]
-    pe = pe.to(torch.float32).contiguous()
+    pe = (pe if pe.dtype == dtype else pe.to(torch.float32)).contiguous()
     of_pe = pe.stride(0) // 4 if pe.shape[0] > 1 else 0  # the kernel reads a pair's matrix at once
-    launch, allocate = _rope_launch(images, tuple(x.shape[1] for x in rows), tuple(stride for _, stride in read), of_pe, head, heads,
-                                    parts, eps, dtype, device)
+    lengths = tuple(of_stream[0].shape[1] for of_stream in _of_streams(rows, norms))
+    launch, allocate = _rope_launch(images, lengths, tuple(stride for _, stride, _ in read), of_pe, head, heads, parts, eps, dtype,
+                                    pe.dtype == dtype, device)
     out = [allocate() for _ in range(parts)]
-    launch(read[0][0].data_ptr(), read[-1][0].data_ptr(), *(norm.data_ptr() for norm in (*norms[:2], *norms[-2:])), pe.data_ptr(),
+    launch(*read[0][0], *read[-1][0], *(norm.data_ptr() for norm in (*norms[:2], *norms[-2:])), pe.data_ptr(),
            *(x.data_ptr() for x in out), *([0] * (3 - parts)))
     return out
+
+
+def _qkv(of_stream, width):
+    """Where the kernel finds a stream: (addresses of q, k and v, elements between their rows, the tensors, which must live as long).
+
+    of_stream: [(B, L, [q | k | v | ..])], or q, k and perhaps v apart; width: columns of q.
+    """
+    if len(of_stream) == 1:
+        rows, stride = _tokens(of_stream[0])
+        begin = rows.data_ptr()
+        return [begin + part * width * rows.element_size() for part in range(3)], stride, (rows,)
+    read = [_tokens(x) for x in of_stream]
+    if len({stride for _, stride in read}) > 1:
+        read = [_tokens(x.contiguous()) for x in of_stream]
+    addresses = [rows.data_ptr() for rows, _ in read]
+    return (addresses + [0])[:3], read[0][1], tuple(rows for rows, _ in read)
 
 
 @torch.library.custom_op("svdquant::qk_norm_rope", mutates_args=())
@@ -199,7 +230,7 @@ def _rope_op(rows: Sequence[Tensor], norms: Sequence[Tensor], pe: Tensor, heads:
 
 @_rope_op.register_fake
 def _(rows, norms, pe, heads, parts, eps):
-    shape = rows[0].shape[0], sum(x.shape[1] for x in rows), heads, norms[0].shape[0]
+    shape = rows[0].shape[0], sum(x[0].shape[1] for x in _of_streams(rows, norms)), heads, norms[0].shape[0]
     return [rows[0].new_empty(shape) for _ in range(parts)]
 
 
@@ -210,5 +241,6 @@ def variants(target):
         columns = PIECES * WARP_COLUMNS * 4
         kinds = (False, True, columns), (True, False, columns), (True, True, columns), (True, True, MAX_COLUMNS)
         found[MODULATE] += [(f"{MODULATE}.cu", MODULATE, modulate_defines(*kind, dtype, 1e-6)) for kind in kinds]
-        found[ROPE] += [(f"{ROPE}.cu", ROPE, rope_defines(head, 24, parts, dtype, 1e-6)) for head, parts in ((128, 2), (256, 3))]
+        found[ROPE] += [(f"{ROPE}.cu", ROPE, rope_defines(head, 24, parts, dtype, 1e-6, pe16))
+                        for head, parts, pe16 in ((128, 2, False), (256, 3, False), (128, 3, True))]
     return found

@@ -164,17 +164,20 @@ def modulate(x, y=None, gate=None, scale=None, shift=None, eps=1e-6, dtype=torch
 def qk_norm_rope(streams, pe, heads, parts, eps, dtype=torch.float32):
     """The q, k and, with 3 `parts`, v that attention reads, computed in `dtype`: RMSNorm of each head, then its rotation by `pe`.
 
-    streams: [(rows (B, L, [q | k | v | ..]), q's norm (D,), k's norm (D,))], whose tokens follow one another; pe: (B or 1, 1, L of all
-    streams, D / 2, 2, 2), the 2 x 2 matrix of each pair of columns. Returns [(B, L, heads, D) in rows' dtype].
+    streams: [(rows, q's norm (D,), k's norm (D,))], whose tokens follow one another; rows: (B, L, [q | k | v | ..]), or a sequence of
+    q, k and v, (B, L, heads * D) each; pe: (B or 1, 1, L of all streams, D / 2, 2, 2), the 2 x 2 matrix of each pair of columns. Returns
+    [(B, L, heads, D) in rows' dtype].
     """
     joined, turns = [], pe.transpose(1, 2).to(dtype)
     for part in range(parts):
         of_streams = []
         for rows, *norms in streams:
-            x = rows.unflatten(-1, (-1, norms[0].shape[0]))[:, :, part * heads:(part + 1) * heads]
+            width = heads * norms[0].shape[0]
+            x = rows[..., part * width:(part + 1) * width] if isinstance(rows, torch.Tensor) else rows[part]
+            found, x = x.dtype, x.unflatten(-1, (heads, -1))
             of_streams.append(rms_norm(x.to(dtype), x.shape[-1:], norms[part].to(dtype), eps) if part < 2 else x)
         x = torch.cat(of_streams, dim=1)
         if part < 2:
             x = (turns * x.unflatten(-1, (-1, 1, 2))).sum(dim=-1).flatten(-2)
-        joined.append(x.to(streams[0][0].dtype))
+        joined.append(x.to(found))
     return joined
