@@ -13,6 +13,7 @@ import torch
 from ...cuda import block_ops
 from .family import FusedBlock
 from .fused_parts import Modulation, added, added_and_norm, in_dtype_of, one_vector, output
+from .qwen_image import ADDED_QKV, QKV
 
 HOST = "comfy.ldm.qwen_image.model"
 MODULATIONS = 6  # vectors of a stream: shift, scale and gate of the attention, then of the MLP
@@ -109,7 +110,8 @@ BLOCKS = MappingProxyType({
         transformer_block, sizes, example,
         functions=("Attention.forward", "QwenImageTransformerBlock._modulate", "QwenImageTransformerBlock._apply_gate",
                    "FeedForward.forward"),
-        rope=f"{HOST}.apply_rope1", attention=f"{HOST}.optimized_attention_masked", sources=frozenset(("9f2aaf486cc8c6f4", "7f86406fc41db10d")),
+        rope=f"{HOST}.apply_rope1", attention=f"{HOST}.optimized_attention_masked",
+        sources=frozenset(("9f2aaf486cc8c6f4", "7f86406fc41db10d")),
         gated=("attn.to_out.0", "attn.to_add_out", "img_mlp.net.2", "txt_mlp.net.2"),
-        shared=(("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"))),
+        shared=(QKV, ADDED_QKV)),
 })
