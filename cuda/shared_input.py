@@ -59,8 +59,8 @@ def by_kernels(x, layers):
 
 
 def joined(layers, lora):
-    """(proj_down, lora_down, lora_strength) of the branches of all layers as one. lora: joined_sizes(); without ranks, proj_down (K, ranks of
-    all layers) and two Nones; else as those of LayerOperands, with the first layer's proj_down."""
+    """(proj_down, lora_down, lora_strength) of the branches of all layers as one. lora: joined_sizes(). Without ranks: proj_down (K, ranks
+    of all layers) and two Nones; else as those of LayerOperands, with the first layer's proj_down."""
     if not lora.ranks:
         return torch.cat([layer.proj_down for layer in layers], dim=1), None, None
     downs, strengths = [], []
