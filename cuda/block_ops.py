@@ -17,9 +17,9 @@ from .cupy_import import load_cupy
 from .errors import KernelsUnavailable
 
 MODULATE, ROPE = "modulate", "qk_norm_rope"  # the kernels' entries, in <entry>.cu
-WARP_COLUMNS = 256            # modulate.cu: columns of a warp's first pieces
-PIECES, MAX_TEAM = 3, 32      # modulate.cu: the most pieces of a lane (on an H200 the fastest number), and the most warps of a token
-WARPS = 8                     # modulate.cu: warps of a CTA whose tokens have one warp each
+WARP_COLUMNS = 256            # rows.cuh: columns of a warp's first pieces
+PIECES, MAX_TEAM = 3, 32      # rows.cuh: the most pieces of a lane (on an H200 the fastest number), and the most warps of a token
+WARPS = 8                     # rows.cuh: warps of a CTA whose tokens have one warp each
 ROPE_THREADS = 128            # threads of a CTA of qk_norm_rope.cu
 HEAD_WIDTHS = (64, 128, 256)  # the D that qk_norm_rope takes
 MAX_COLUMNS = PIECES * MAX_TEAM * WARP_COLUMNS
@@ -100,23 +100,33 @@ def _of_streams(rows, norms):
 
 def modulate_defines(residual, norm, k, dtype, eps):
     """The defines of modulate.cu for rows of k columns; eps of the LayerNorm, unused without one."""
+    team, pieces = team_of(k)
+    return (("HALF", int(dtype == torch.float16)), ("RESIDUAL", int(residual)), ("NORM", int(norm)), ("TEAM", team),
+            ("PIECES", pieces), ("EPSILON", f"{eps if norm else 0.0!r}f"))
+
+
+def team_of(k):
+    """(TEAM, PIECES) of rows.cuh for rows of k columns."""
     pieces = -(-k // WARP_COLUMNS)
     team = -(-pieces // PIECES)
-    return (("HALF", int(dtype == torch.float16)), ("RESIDUAL", int(residual)), ("NORM", int(norm)), ("TEAM", team),
-            ("PIECES", -(-pieces // team)), ("EPSILON", f"{eps if norm else 0.0!r}f"))
+    return team, -(-pieces // team)
 
 
 @functools.lru_cache(maxsize=1024)
 def _modulate_launch(residual, norm, shape, strides, eps, dtype, device):
     """(the kernel's launcher for 7 addresses, a function that allocates an output)"""
+    return row_launch(MODULATE, modulate_defines(residual, norm, shape[2], dtype, eps), shape, strides, 7, dtype, device)
+
+
+def row_launch(entry, defines, shape, strides, addresses, dtype, device):
+    """(the launcher of a kernel with rows in registers (rows.cuh) for this number of addresses, a function that allocates an output)"""
     images, per_image, k = shape
     if k % 8 or not 0 < k <= MAX_COLUMNS:
-        raise ValueError(f"modulate.cu needs rows of up to {MAX_COLUMNS} columns in multiples of 8; these have {k}.")
-    defines, tokens = modulate_defines(residual, norm, k, dtype, eps), images * per_image
-    team = dict(defines)["TEAM"]
-    kernel = kernel_loader.kernel(f"{MODULATE}.cu", MODULATE, defines, device)
+        raise ValueError(f"{entry}.cu needs rows of up to {MAX_COLUMNS} columns in multiples of 8; these have {k}.")
+    team, tokens = dict(defines)["TEAM"], images * per_image
+    kernel = kernel_loader.kernel(f"{entry}.cu", entry, defines, device)
     grid, warps = (-(-tokens // WARPS), WARPS) if team == 1 else (tokens, team)
-    return (kernel.launcher((grid,), (32 * warps,), 7, (tokens, per_image, k, *strides), pdl=True),
+    return (kernel.launcher((grid,), (32 * warps,), addresses, (tokens, per_image, k, *strides), pdl=True),
             runtime.allocator(tuple(shape), dtype, device))
 
 
@@ -124,12 +134,12 @@ def _modulate_by_kernel(x, y, gate, scale, shift, eps):
     shape, dtype, residual, norm = x.shape, x.dtype, y is not None, scale is not None
     if not x.numel():
         return [torch.empty_like(x) for _ in range(residual + norm)]
-    source, of_x = _tokens(x)
-    other, of_y = _tokens(y) if residual else (None, 0)
-    gate, of_gate = _vectors(gate, dtype) if residual else (None, 0)
+    source, of_x = tokens_of(x)
+    other, of_y = tokens_of(y) if residual else (None, 0)
+    gate, of_gate = vectors_of(gate, dtype) if residual else (None, 0)
     of_norm = 0
     if norm:
-        (scale, of_norm), (shift, of_shift) = _vectors(scale, dtype), _vectors(shift, dtype)
+        (scale, of_norm), (shift, of_shift) = vectors_of(scale, dtype), vectors_of(shift, dtype)
         if of_norm != of_shift:
             scale, shift = (t.expand(shape[0], 1, -1).contiguous() for t in (scale, shift))
             of_norm = shape[2]
@@ -140,7 +150,7 @@ def _modulate_by_kernel(x, y, gate, scale, shift, eps):
     return out
 
 
-def _tokens(x):
+def tokens_of(x):
     """A (B, L, C) tensor as rows that lie equally far apart, in pieces of 16 bytes: (the tensor or a copy, elements between rows)."""
     if not x.is_contiguous():
         rows = x.reshape(-1, x.shape[-1])
@@ -151,7 +161,7 @@ def _tokens(x):
     return x.clone(memory_format=torch.contiguous_format), x.shape[-1]
 
 
-def _vectors(vectors, dtype):
+def vectors_of(vectors, dtype):
     """(B or 1, 1, K) modulation vectors for a kernel: (the tensor or a copy, elements between an image's vector and the next one's)."""
     if vectors.dtype != dtype or vectors.stride(-1) != 1 or vectors.stride(0) % 8 or vectors.data_ptr() % 16:
         vectors = vectors.to(dtype).clone(memory_format=torch.contiguous_format)
@@ -213,12 +223,12 @@ def _qkv(of_stream, width):
     of_stream: [(B, L, [q | k | v | ..])], or q, k and perhaps v apart; width: columns of q.
     """
     if len(of_stream) == 1:
-        rows, stride = _tokens(of_stream[0])
+        rows, stride = tokens_of(of_stream[0])
         begin = rows.data_ptr()
         return [begin + part * width * rows.element_size() for part in range(3)], stride, (rows,)
-    read = [_tokens(x) for x in of_stream]
+    read = [tokens_of(x) for x in of_stream]
     if len({stride for _, stride in read}) > 1:
-        read = [_tokens(x.contiguous()) for x in of_stream]
+        read = [tokens_of(x.contiguous()) for x in of_stream]
     addresses = [rows.data_ptr() for rows, _ in read]
     return (addresses + [0])[:3], read[0][1], tuple(rows for rows, _ in read)
 

@@ -13,7 +13,7 @@ M tokens, K inputs, N outputs, R the rank, G = K / 64 groups.
 """
 
 import torch
-from torch.nn.functional import gelu, layer_norm, linear, rms_norm
+from torch.nn.functional import gelu, layer_norm, linear, rms_norm, silu
 
 from .int4 import GELU_SHIFT, GROUP_SIZE, INT8_MAX, SIGNED_MAX, SIGNED_MIN, UNSIGNED_MAX, unpack_signed, unpack_unsigned
 
@@ -159,6 +159,30 @@ def modulate(x, y=None, gate=None, scale=None, shift=None, eps=1e-6, dtype=torch
         normed = layer_norm((x if z is None else z).to(dtype), x.shape[-1:], eps=eps)
         m = (normed * (1 + scale.to(dtype)) + shift.to(dtype)).to(x.dtype)
     return z, m
+
+
+def rms_modulate(x, y=None, y_weight=None, gate=None, weight=None, scale=None, eps=1e-6, dtype=torch.float32):
+    """The elementwise work between the linears of a block with RMSNorms, computed in `dtype`:
+
+        z = x + gate * RMSNorm(y) * y_weight      with y and y_weight; without them z is x
+        m = RMSNorm(z) * weight * (1 + scale)     with weight
+
+    x, y: (B, L, K); the weights: (K,); gate, scale: (B, 1, K) or (1, 1, K), or None for a gate of 1 and a scale of 0. Returns (z, m) in
+    x.dtype; None in place of a part that isn't computed.
+    """
+    z, m, columns = None, None, x.shape[-1:]
+    if y is not None:
+        update = rms_norm(y.to(dtype), columns, y_weight.to(dtype), eps)
+        z = (x.to(dtype) + (update if gate is None else gate.to(dtype) * update)).to(x.dtype)
+    if weight is not None:
+        normed = rms_norm((x if z is None else z).to(dtype), columns, weight.to(dtype), eps)
+        m = (normed if scale is None else normed * (1 + scale.to(dtype))).to(x.dtype)
+    return z, m
+
+
+def swiglu(gate, up, dtype=torch.float32):
+    """silu(gate) * up, computed in `dtype`, in gate's dtype."""
+    return (silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
 def qk_norm_rope(streams, pe, heads, parts, eps, dtype=torch.float32):

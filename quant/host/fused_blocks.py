@@ -305,6 +305,13 @@ def _compare(fused, sizes, dtype, device):
     return error <= LARGEST_ERROR
 
 
+def new_block(host_class, made, dtype, device, operations):
+    """A block of a class of the host's with the arguments `made`."""
+    settings = {"dtype": dtype, "device": device, "operations": operations}
+    together = "operation_settings" in inspect.signature(host_class).parameters
+    return host_class(**made, **({"operation_settings": settings} if together else settings))
+
+
 def difference(fused, *arguments):
     """difference(fused, *sizes, dtype, device): the relative error ‖fused - host‖ / ‖host - input‖ of a block's updated states."""
     *sizes, dtype, device = arguments
@@ -315,7 +322,7 @@ def difference(fused, *arguments):
 
     with torch.no_grad():
         made, given = fused.declared.example(*sizes, random)
-        example = fused.host_class(**made, dtype=dtype, device=device, operations=_Operations)
+        example = new_block(fused.host_class, made, dtype, device, _Operations)
         for parameter in example.parameters():
             parameter.copy_(random(*parameter.shape))
         ours = fused.declared.forward(example, fused.host._replace(takes=lambda *_: True), **given)

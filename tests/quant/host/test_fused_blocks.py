@@ -7,25 +7,36 @@ import pickle
 
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
+import comfy.ldm.lumina.model
 import comfy.ldm.qwen_image.model
 import comfy.ops
 import pytest
 import torch
-from comfyui_svdquant.quant.families import qwen_blocks
+from comfyui_svdquant.quant.families import qwen_blocks, z_image_blocks
 from comfyui_svdquant.quant.families.flux_blocks import BLOCKS
 from comfyui_svdquant.quant.host import fused_blocks
 
 CLASSES = comfy.ldm.flux.layers.DoubleStreamBlock, comfy.ldm.flux.layers.SingleStreamBlock
 QWEN = comfy.ldm.qwen_image.model.QwenImageTransformerBlock
-ALL_CLASSES = *CLASSES, QWEN
-FLUX_SIZES, QWEN_SIZES = {"hidden_size": 256, "num_heads": 2, "mlp_ratio": 4.0}, {
-    "dim": 256, "num_attention_heads": 2, "attention_head_dim": 128}
+Z_IMAGE = comfy.ldm.lumina.model.JointTransformerBlock
+ALL_CLASSES = *CLASSES, QWEN, Z_IMAGE
+FLUX = "flux_blocks", {"hidden_size": 256, "num_heads": 2, "mlp_ratio": 4.0, "qkv_bias": True, "modulation": True}
+OTHERS = {  # {class: (module of its fused forward, arguments)}
+    QWEN: ("qwen_blocks", {"dim": 256, "num_attention_heads": 2, "attention_head_dim": 128}),
+    Z_IMAGE: ("z_image_blocks", {"layer_id": 0, "dim": 256, "n_heads": 2, "n_kv_heads": 2, "multiple_of": 256, "ffn_dim_multiplier": 4.0,
+                                 "norm_eps": 1e-5, "qk_norm": True, "modulation": True, "z_image_modulation": True})}
+
+
+def host_block(host_class, dtype=torch.float32, device="cpu", **changes):
+    _, sizes = OTHERS.get(host_class, FLUX)
+    named = inspect.signature(host_class).parameters
+    return fused_blocks.new_block(host_class, {name: value for name, value in (sizes | changes).items() if name in named}, dtype, device,
+                                  comfy.ops.disable_weight_init)
 
 
 def block_of(host_class, modulation=True):
-    sizes = QWEN_SIZES if host_class is QWEN else FLUX_SIZES | {"modulation": modulation}
-    block = host_class(**sizes, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
-    block.__class__ = fused_blocks.fused_class(host_class, "qwen_blocks" if host_class is QWEN else "flux_blocks")
+    block = host_block(host_class, modulation=modulation)
+    block.__class__ = fused_blocks.fused_class(host_class, OTHERS.get(host_class, FLUX)[0])
     return block
 
 
@@ -39,7 +50,7 @@ def fresh():
 @pytest.mark.parametrize(("host_class", "modulation", "dtype", "bound"), [
     (host_class, modulation, dtype, bound) for host_class in ALL_CLASSES for modulation in (True, False)
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 0.03), (torch.float16, 0.004))
-    if host_class is not QWEN or modulation and dtype != torch.float16], ids=str)
+    if host_class not in OTHERS or dtype != torch.float16 and (modulation or host_class is Z_IMAGE)], ids=str)
 def test_a_fused_forward_computes_the_hosts(host_class, modulation, dtype, bound):
     """In float32 only the order of sums differs. In 16 bits the host rounds after each pass, the fused forward once."""
     block = block_of(host_class, modulation)
@@ -49,7 +60,7 @@ def test_a_fused_forward_computes_the_hosts(host_class, modulation, dtype, bound
 
 @pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
 @pytest.mark.parametrize(("host_class", "dtype"), [*((c, dtype) for c in CLASSES for dtype in (torch.bfloat16, torch.float16)),
-                                                    (QWEN, torch.bfloat16)], ids=str)
+                                                    *((c, torch.bfloat16) for c in OTHERS)], ids=str)
 def test_a_fused_forward_is_no_less_accurate(host_class, dtype, device):
     """Against the host's forward in float32, on the same 16-bit weights and inputs."""
     generator = torch.Generator().manual_seed(3)
@@ -57,18 +68,17 @@ def test_a_fused_forward_is_no_less_accurate(host_class, dtype, device):
     def random(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
-    made = FLUX_SIZES | QWEN_SIZES | {"qkv_bias": True}
-    made = {name: value for name, value in made.items() if name in inspect.signature(host_class).parameters}
     angles = torch.rand(1, 1, 128, 64, generator=generator) * 6
     pe = torch.stack((angles.cos(), -angles.sin(), angles.sin(), angles.cos()), dim=-1).unflatten(-1, (2, 2))
     if host_class is QWEN:
         arguments = {"encoder_hidden_states": random(1, 32, 256), "hidden_states": random(1, 96, 256), "temb": random(1, 256),
                      "image_rotary_emb": pe.to(dtype), "encoder_hidden_states_mask": None}
+    elif host_class is Z_IMAGE:
+        arguments = {"x": random(1, 128, 256), "x_mask": None, "freqs_cis": pe.transpose(1, 2), "adaln_input": random(1, 256)}
     else:
-        states = {"img": random(1, 96, 256), "txt": random(1, 32, 256)} if "qkv_bias" in made else {"x": random(1, 128, 256)}
+        states = {"img": random(1, 96, 256), "txt": random(1, 32, 256)} if host_class is CLASSES[0] else {"x": random(1, 128, 256)}
         arguments = states | {"vec": random(1, 256), "pe": pe}
-    exact = host_class(**made, dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init)
-    block = host_class(**made, dtype=dtype, device=device, operations=comfy.ops.disable_weight_init)
+    exact, block = host_block(host_class, torch.float32, device), host_block(host_class, dtype, device)
     with torch.no_grad():
         for mine, other in zip(block.parameters(), exact.parameters()):
             mine.copy_(random(*mine.shape) / (mine.shape[-1] ** 0.5 if mine.ndim > 1 else 4))
@@ -87,7 +97,7 @@ def test_a_fused_forward_is_no_less_accurate(host_class, dtype, device):
 
 @pytest.mark.parametrize("host_class", ALL_CLASSES, ids=lambda c: c.__name__)
 def test_the_host_is_one_whose_source_was_read(host_class):
-    fused = (BLOCKS | qwen_blocks.BLOCKS)[f"{host_class.__module__}.{host_class.__qualname__}"]
+    fused = (BLOCKS | qwen_blocks.BLOCKS | z_image_blocks.BLOCKS)[f"{host_class.__module__}.{host_class.__qualname__}"]
     assert fused_blocks.digest(host_class, fused.functions) in fused.sources
 
 
@@ -130,13 +140,15 @@ def test_anothers_forward_on_the_class_is_no_known_source(fresh, caplog, monkeyp
 
 @pytest.mark.parametrize(("host_class", "replaced"), [
     *((CLASSES[1], name) for name in ("forward", "attention", "apply_mod", "apply_rope", "QKNorm.forward")),
-    *((QWEN, name) for name in ("forward", "_modulate", "apply_rope1", "Attention.forward"))])
+    *((QWEN, name) for name in ("forward", "_modulate", "apply_rope1", "Attention.forward")),
+    *((Z_IMAGE, name) for name in ("forward", "lumina.apply_rope", "JointAttention.forward", "modulate"))])
 def test_a_function_that_somebody_replaced_later(host_class, replaced, monkeypatch):
     block = block_of(host_class)
     assert block.host_is_known()
-    layers, math, qwen = comfy.ldm.flux.layers, comfy.ldm.flux.math, comfy.ldm.qwen_image.model
+    layers, math, qwen, lumina = comfy.ldm.flux.layers, comfy.ldm.flux.math, comfy.ldm.qwen_image.model, comfy.ldm.lumina.model
     owner = {"forward": host_class, "_modulate": host_class, "apply_rope": math, "QKNorm.forward": layers.QKNorm, "apply_rope1": qwen,
-             "Attention.forward": qwen.Attention}.get(replaced, layers)
+             "Attention.forward": qwen.Attention, "lumina.apply_rope": lumina, "JointAttention.forward": lumina.JointAttention,
+             "modulate": lumina}.get(replaced, layers)
     monkeypatch.setattr(owner, replaced.rpartition(".")[2], lambda *args, **kwargs: None)
     assert not block.host_is_known()
 
