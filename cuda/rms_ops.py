@@ -76,7 +76,8 @@ def modulate_defines(residual, norm, modulated, k, dtype, eps):
 @functools.lru_cache(maxsize=1024)
 def _modulate_launch(residual, norm, modulated, shape, strides, eps, dtype, device):
     """(the kernel's launcher for 8 addresses, a function that allocates an output)"""
-    return block_ops.row_launch(MODULATE, modulate_defines(residual, norm, modulated, shape[2], dtype, eps), shape, strides, 8, dtype, device)
+    defines = modulate_defines(residual, norm, modulated, shape[2], dtype, eps)
+    return block_ops.row_launch(MODULATE, defines, shape, strides, 8, dtype, device)
 
 
 def _modulate_by_kernel(x, y, y_weight, gate, weight, scale, eps):

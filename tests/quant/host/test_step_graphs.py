@@ -18,7 +18,7 @@ from comfyui_svdquant.quant.layers.lora_branch import LoRABranch
 from safetensors.torch import save_file
 
 from ..comfy_models import CONTEXT, POOLED
-from ..family_cases import QWEN_IMAGE
+from ..family_cases import QWEN_IMAGE, Z_IMAGE
 
 attention = comfy.ldm.flux.layers.attention
 
@@ -263,7 +263,7 @@ def check_left_out(draw, patcher, graphs, monkeypatch, change):
 # --- Families whose class names fewer of its arguments --------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=(QWEN_IMAGE,), ids=str)
+@pytest.fixture(scope="module", params=(QWEN_IMAGE, Z_IMAGE), ids=str)
 def of_family(request, tmp_path_factory):
     """(Case, its quantized model)"""
     case = request.param
