@@ -33,7 +33,8 @@ DEVICE void normalize(float (&f)[8], const u16* weight, float inverse) {
   for (int j = 0; j < 8; j++) f[j] *= inverse * w[j];
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) rms_modulate(
+// A thread has 64 registers. Without the second bound ptxas leaves it fewer, and keeps one of them in local memory.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS) rms_modulate(
     const u16* __restrict__ x, const u16* __restrict__ y, const u16* __restrict__ y_weight, const u16* __restrict__ gate,
     const u16* __restrict__ weight, const u16* __restrict__ scale, u16* __restrict__ z, u16* __restrict__ m, int tokens, int image_tokens,
     int K, int stride_x, int stride_y, int stride_gate, int stride_scale) {
