@@ -9,6 +9,7 @@ also share the power of two that keeps them in range.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,9 +20,13 @@ from .activation_layout import RANK_BLOCK, ROWS, padded
 from .errors import KernelsUnavailable
 from .operands import MAX_PART_RANK, MAX_PARTS, NO_LORA, LoRASizes
 
+log = logging.getLogger(__name__)
+
+LARGEST_ERROR = 0.02  # relative, of outputs whose branches' products may be rounded to a neighboring 16-bit number
 OF_LAYER = ("weight", "weight_scale", "row_scale", "proj_up", "bias", "lora_up")  # a GEMM's constant arguments
 GEMM = ("y", "act", "act_scale", "lora_act", "lora_act_scale", *OF_LAYER)
 NUMBERED = {"y", "lora_act", *OF_LAYER}  # each layer has its own
+_verdicts = {}  # {arguments of _launches: whether the outputs agreed with those of the layers' own calls}
 
 
 def svdquant_linears(x, layers):
@@ -34,27 +39,54 @@ def svdquant_linears(x, layers):
                 return outputs
         except KernelsUnavailable:  # svdquant_linear logs the reason
             pass
+    return one_by_one(x, layers)
+
+
+def one_by_one(x, layers):
     return [ops.svdquant_linear(x, layer) for layer in layers]
 
 
 def by_kernels(x, layers):
-    """As svdquant_linears, or None if the kernels don't take these layers together."""
+    """As svdquant_linears, or None if the kernels don't take these layers together, or gave other results before."""
     k, dtype, first = x.shape[-1], x.dtype, layers[0]
     tokens = x.reshape(-1, k)
     if (any(layer.weight_scale.dtype != dtype or (layer.unsigned_from, layer.act_bits) != (first.unsigned_from, first.act_bits)
             or layer.act_bits == 8 and layer.row_scale is None for layer in layers)
             or x.data_ptr() % 16 or tokens.data_ptr() != x.data_ptr() or tokens.stride(1) != 1 or tokens.stride(0) % 8):
         return None
-    sizes = tuple((*layer.proj_up.shape, layer.gelu_from, layer.lora) for layer in layers)
-    launches = _launches(len(tokens), k, sizes, first.unsigned_from, first.act_bits, dtype, tokens.stride(0), x.device)
-    if launches is None:
+    kind = (len(tokens), k, tuple((*layer.proj_up.shape, layer.gelu_from, layer.lora) for layer in layers), first.unsigned_from,
+            first.act_bits, dtype, tokens.stride(0), x.device)
+    launches = _launches(*kind)
+    if launches is None or (verdict := _verdicts.get(kind)) is False:
         return None
+    return launched(launches, x, tokens, layers) if verdict else compared(kind, launches, x, tokens, layers)
+
+
+def launched(launches, x, tokens, layers):
+    """The outputs of _Launches for x, which as (M, K) is `tokens`."""
     down, lora_down, strength = joined(layers, launches.lora)
     product = quantize_activation.multiplied(tokens, down, lora_down, strength) if launches.product else (down,)
-    outputs = [x.new_empty(*x.shape[:-1], n) for n, *_ in sizes]
+    outputs = [x.new_empty(*x.shape[:-1], layer.weight.shape[0]) for layer in layers]
     own = (tensor for layer in layers for tensor in (layer.weight, layer.weight_scale, layer.row_scale, layer.proj_up, layer.bias,
                                                      layer.lora_up))
-    launches.run(*map(runtime.address, (x, first.smooth, strength, *product, *outputs, *own)))
+    launches.run(*map(runtime.address, (x, layers[0].smooth, strength, *product, *outputs, *own)))
+    return outputs
+
+
+def compared(kind, launches, x, tokens, layers):
+    """The outputs of the layers' own calls. The first call of a kind whose numbers are all finite compares those of _Launches with them, and
+    keeps the verdict; while a CUDA graph is captured nothing can be compared."""
+    outputs = one_by_one(x, layers)
+    if torch.cuda.is_current_stream_capturing():
+        return outputs
+    others = launched(launches, x, tokens, layers)
+    errors = torch.stack([((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in zip(others, outputs)])
+    if torch.stack([y.isfinite().all() for y in outputs]).all():
+        _verdicts[kind] = bool((errors < LARGEST_ERROR).all())
+        if not _verdicts[kind]:
+            log.warning("Layers that share the quantization of their input gave other results than one by one on %s (relative errors %s), "
+                        "so that each of them now quantizes its own, which is slower; please report this line to the authors of the "
+                        "SVDQuant nodes.", x.device, [f"{error:.2g}" for error in errors.tolist()])
     return outputs
 
 

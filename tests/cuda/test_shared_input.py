@@ -34,6 +34,17 @@ def test_are_the_layers_on_the_cpu(x, loras):
     assert all(torch.equal(y, ops.svdquant_linear(x, layer)) for y, layer in zip(shared_input.svdquant_linears(x, layers), layers))
 
 
+@pytest.fixture
+def agreed(monkeypatch):
+    """As if all kinds of layers had agreed before."""
+    class All(dict):
+        def get(self, kind):
+            return True
+
+    monkeypatch.setattr(shared_input, "_verdicts", All())
+
+
+@pytest.mark.usefixtures("agreed")
 @pytest.mark.parametrize(("number", "act_bits"), [(90, 8), (89, 8), (89, 4)])
 def test_each_gemm_reads_the_codes_and_its_own_ranks(x, monkeypatch, number, act_bits):
     layers, products = layers_of(act_bits), []
@@ -55,6 +66,7 @@ def test_each_gemm_reads_the_codes_and_its_own_ranks(x, monkeypatch, number, act
     assert (not products) is (number == 89), "quantize.cu computes up to 128 ranks on Ada"
 
 
+@pytest.mark.usefixtures("agreed")
 def test_loras_ranks_lie_behind_their_layers_own(x, monkeypatch):
     """The other layers' own ranks are parts of the first one's LoRA, with strengths of 1."""
     layers, products = layers_of(loras=((8,), None, (16, 40))), []
@@ -69,6 +81,26 @@ def test_loras_ranks_lie_behind_their_layers_own(x, monkeypatch):
     assert torch.equal(strength, torch.cat((layers[0].lora_strength, ones[0], ones[1], layers[2].lora_strength)))
     assert call["lora_up0"] == layers[0].lora_up.data_ptr() and call["lora_up2"] == layers[2].lora_up.data_ptr()
     assert len(tokens) == M and call["lora_strength"] == strength.data_ptr()
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "a layer", "not a number", "captured"])
+def test_the_first_call_is_compared_with_the_layers_own(x, monkeypatch, caplog, wrong):
+    layers, calls = layers_of(4), []
+    exact = [torch.full((1, M, 8), torch.nan if wrong == "not a number" else 1.0) for _ in layers]
+
+    def launched(*args):
+        calls.append(1)
+        return [y * (1.1 if i == 1 and wrong == "a layer" else 1.001) for i, y in enumerate(exact)]
+
+    monkeypatch.setattr(shared_input, "_verdicts", {})
+    monkeypatch.setattr(shared_input, "launched", launched)
+    monkeypatch.setattr(shared_input, "one_by_one", lambda x, layers: exact)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: wrong == "captured")
+    with recorded(monkeypatch, 3):
+        outputs = [shared_input.svdquant_linears(x, layers) for _ in range(3)]
+    assert outputs[0] is exact and (outputs[2] is exact) is (wrong != "nothing")
+    assert len(calls) == {"nothing": 3, "a layer": 1, "not a number": 3, "captured": 0}[wrong]
+    assert ("gave other results than one by one" in caplog.text) is (wrong == "a layer")
 
 
 def test_joined_sizes():

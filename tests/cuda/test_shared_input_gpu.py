@@ -33,6 +33,11 @@ def layers_of(k, ns, ranks, act_bits, dtype, loras, exact):
     return found
 
 
+@pytest.fixture(autouse=True)
+def verdicts(monkeypatch):
+    monkeypatch.setattr(shared_input, "_verdicts", {})
+
+
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("loras", LORAS)
@@ -40,7 +45,9 @@ def layers_of(k, ns, ranks, act_bits, dtype, loras, exact):
 def test_have_the_bits_of_the_layers_own_calls(m, k, loras, dtype, act_bits):
     layers = layers_of(k, (768, 2304, 512), (32, 32, 64), act_bits, dtype, LORAS[loras], exact=True)
     x = torch.randint(-6, 7, (1, m, k), generator=torch.Generator().manual_seed(m)).to("cuda", dtype)
-    expected = [ops.svdquant_linear(x, layer) for layer in layers]
+    expected = shared_input.by_kernels(x, layers)  # the first call's are the layers' own
+    assert all(torch.equal(y, ops.svdquant_linear(x, layer)) for y, layer in zip(expected, layers))
+    assert list(shared_input._verdicts.values()) == [True]
     for _ in range(3):
         poison()
         found = shared_input.by_kernels(x, layers)
@@ -53,6 +60,7 @@ def test_another_order_of_the_branchs_sums_is_the_only_difference(act_bits, lora
     """Of random numbers: the branch's product is then rounded elsewhere, by half a unit in the last place at most."""
     layers = layers_of(3072, (768, 2304, 512), (32, 32, 64), act_bits, torch.bfloat16, LORAS[loras], exact=False)
     x = random_input(700, 3072, torch.bfloat16).cuda()[None]
+    shared_input.by_kernels(x, layers)
     for y, layer in zip(shared_input.by_kernels(x, layers), layers):
         assert relative_error(y, ops.svdquant_linear(x, layer)) < 0.002
     without = [layer._replace(proj_up=torch.zeros_like(layer.proj_up), lora_up=None if layer.lora_up is None else torch.zeros_like(
@@ -67,6 +75,7 @@ def test_a_cuda_graph_has_the_same_bits():
     def together(x):
         return torch.cat(shared_input.svdquant_linears(x, layers), dim=-1)
 
+    together(x)
     expected, graph = together(x), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = together(x)
