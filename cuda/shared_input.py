@@ -74,8 +74,8 @@ def launched(launches, x, tokens, layers):
 
 
 def compared(kind, launches, x, tokens, layers):
-    """The outputs of the layers' own calls. The first call of a kind whose numbers are all finite compares those of _Launches with them, and
-    keeps the verdict; while a CUDA graph is captured nothing can be compared."""
+    """The outputs of the layers' own calls. The first call of a kind whose numbers are all finite compares those of _Launches with them,
+    and keeps the verdict; while a CUDA graph is captured nothing can be compared."""
     outputs = one_by_one(x, layers)
     if torch.cuda.is_current_stream_capturing():
         return outputs
