@@ -98,7 +98,17 @@ def new_model(model, rank=None):
         specs = {name: layout.layer_spec(layer, name, shapes[f"{name}.weight"], rank * layer.branches, layer.bias, torch.bfloat16)
                  for name in family.packed_names(shapes) for layer in (family.layer(name),)}
         made = build.empty_model(model_config, specs, torch.bfloat16)
-    return flux_model.filled(made.diffusion_model.to_empty(device=flux_model.device())), family
+    filled = flux_model.filled(made.diffusion_model.to_empty(device=flux_model.device()))
+    return filled if rank is None else with_shared_smoothing(filled, specs, family), family
+
+
+def with_shared_smoothing(diffusion_model, names, family):
+    """The model, whose packed layers `names` that read one tensor have one smoothing, as the quantizer gives them."""
+    for name in names:
+        layer, first = (diffusion_model.get_submodule(each) for each in (name, family.first_reader(name)))
+        if layer is not first:
+            layer.weight_smooth_factor.data.copy_(first.weight_smooth_factor)
+    return diffusion_model
 
 
 def variant_of(model, variant, rank):
@@ -114,7 +124,7 @@ def variant_of(model, variant, rank):
         made, family = new_model(model, rank)
         preparation.set_act_bits(made, 4 if how == "w4a4" else 8)
         preparation.prepare(made, flux_model.device())
-        others = fused_blocks.preparations(made, torch.bfloat16, flux_model.device())
+        others = fused_blocks.preparations(made, torch.bfloat16, flux_model.device(), family.tokens)
         for future in preparation.warm_up(made, flux_model.device(), torch.bfloat16, family.tokens, others):
             future.result()
         return made

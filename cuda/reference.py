@@ -13,7 +13,7 @@ M tokens, K inputs, N outputs, R the rank, G = K / 64 groups.
 """
 
 import torch
-from torch.nn.functional import gelu, layer_norm, linear, rms_norm
+from torch.nn.functional import gelu, layer_norm, linear, rms_norm, silu
 
 from .int4 import GELU_SHIFT, GROUP_SIZE, INT8_MAX, SIGNED_MAX, SIGNED_MIN, UNSIGNED_MAX, unpack_signed, unpack_unsigned
 
@@ -161,20 +161,47 @@ def modulate(x, y=None, gate=None, scale=None, shift=None, eps=1e-6, dtype=torch
     return z, m
 
 
+def rms_modulate(x, y=None, y_weight=None, gate=None, weight=None, scale=None, eps=1e-6, dtype=torch.float32):
+    """The elementwise work between the linears of a block with RMSNorms, computed in `dtype`:
+
+        z = x + gate * RMSNorm(y) * y_weight      with y and y_weight; without them z is x
+        m = RMSNorm(z) * weight * (1 + scale)     with weight
+
+    x, y: (B, L, K); the weights: (K,); gate, scale: (B, 1, K) or (1, 1, K), or None for a gate of 1 and a scale of 0. Returns (z, m) in
+    x.dtype; None in place of a part that isn't computed.
+    """
+    z, m, columns = None, None, x.shape[-1:]
+    if y is not None:
+        update = rms_norm(y.to(dtype), columns, y_weight.to(dtype), eps)
+        z = (x.to(dtype) + (update if gate is None else gate.to(dtype) * update)).to(x.dtype)
+    if weight is not None:
+        normed = rms_norm((x if z is None else z).to(dtype), columns, weight.to(dtype), eps)
+        m = (normed if scale is None else normed * (1 + scale.to(dtype))).to(x.dtype)
+    return z, m
+
+
+def swiglu(gate, up, dtype=torch.float32):
+    """silu(gate) * up, computed in `dtype`, in gate's dtype."""
+    return (silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+
+
 def qk_norm_rope(streams, pe, heads, parts, eps, dtype=torch.float32):
     """The q, k and, with 3 `parts`, v that attention reads, computed in `dtype`: RMSNorm of each head, then its rotation by `pe`.
 
-    streams: [(rows (B, L, [q | k | v | ..]), q's norm (D,), k's norm (D,))], whose tokens follow one another; pe: (B or 1, 1, L of all
-    streams, D / 2, 2, 2), the 2 x 2 matrix of each pair of columns. Returns [(B, L, heads, D) in rows' dtype].
+    streams: [(rows, q's norm (D,), k's norm (D,))], whose tokens follow one another; rows: (B, L, [q | k | v | ..]), or a sequence of
+    q, k and v, (B, L, heads * D) each; pe: (B or 1, 1, L of all streams, D / 2, 2, 2), the 2 x 2 matrix of each pair of columns. Returns
+    [(B, L, heads, D) in rows' dtype].
     """
     joined, turns = [], pe.transpose(1, 2).to(dtype)
     for part in range(parts):
         of_streams = []
         for rows, *norms in streams:
-            x = rows.unflatten(-1, (-1, norms[0].shape[0]))[:, :, part * heads:(part + 1) * heads]
+            width = heads * norms[0].shape[0]
+            x = rows[..., part * width:(part + 1) * width] if isinstance(rows, torch.Tensor) else rows[part]
+            found, x = x.dtype, x.unflatten(-1, (heads, -1))
             of_streams.append(rms_norm(x.to(dtype), x.shape[-1:], norms[part].to(dtype), eps) if part < 2 else x)
         x = torch.cat(of_streams, dim=1)
         if part < 2:
             x = (turns * x.unflatten(-1, (-1, 1, 2))).sum(dim=-1).flatten(-2)
-        joined.append(x.to(streams[0][0].dtype))
+        joined.append(x.to(found))
     return joined

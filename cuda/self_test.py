@@ -71,6 +71,12 @@ def passes(kernels, layer, device, run):
     return all(_verdict(test, device) is not False for test in _tests(kernels, layer, device, run))
 
 
+def quantize_passes(kernels, layer, device):
+    """As passes, of the kernel alone that quantizes the layer's input."""
+    lora = LORA if layer.lora.ranks else NO_LORA
+    return _verdict(_quantize_test(kernels, layer, kernels.rank, lora, device)[1], device) is not False
+
+
 def kernel_passes(source, device, check):
     """As passes, for a kernel of the quantizer, which is compiled without defines. check() returns whether its results are right. The
     quantizer asks thousands of times."""

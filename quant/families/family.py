@@ -116,17 +116,24 @@ class FusedBlock:
     """A forward for the blocks of one of the host's classes, which computes the same with fewer passes over memory.
 
     forward(block, host, arguments of the class's forward) -> its result, or NotImplemented for a call that it doesn't take; host:
-    host/fused_blocks.Host. example(block, random) -> (arguments of the class, arguments of a forward, its states first), for a numerical
-    comparison with the class's own forward. functions: names of functions of the class's module, besides its attention, that the forward
-    replaces or relies on; sources: digests of the host's source (host/fused_blocks.digest) for which the forward was written; gated: names
-    of the block's packed layers whose output the forward has added to the states (PackedLinear.add_gated).
+    host/fused_blocks.Host. sizes(block) -> numbers, equal for blocks of one kind; example(*sizes, random) -> (arguments of the class,
+    arguments of a forward, first its states in the order of its result), for a numerical comparison with the class's own forward.
+    functions: names of functions of the class's module that the forward replaces or relies on, where the host has them; rope, attention:
+    dotted names of the host's functions that rotate q and k, which the forward replaces, and that compute attention, which other packs may
+    replace; sources: digests of the host's source (host/fused_blocks.digest) for which the forward was written; gated: names of the
+    block's packed layers whose output the forward has added to the states (PackedLinear.add_gated); shared: groups of its layers that
+    the forward gives to Host.outputs.
     """
 
     forward: Callable
+    sizes: Callable
     example: Callable
     functions: tuple
+    rope: str
+    attention: str
     sources: frozenset
     gated: tuple = ()
+    shared: tuple = ()
 
 
 @dataclass(frozen=True)

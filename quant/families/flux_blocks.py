@@ -13,6 +13,7 @@ import torch
 
 from ...cuda import block_ops
 from .family import FusedBlock
+from .fused_parts import added, added_and_norm, one_vector, output
 
 PRE_ATTENTION = ("attn1_patch", "attn1_output_patch")  # patches that see q and k before RoPE, or expect the host's own order
 
@@ -26,22 +27,22 @@ def double_block(block, host, img, txt, vec, pe, attn_mask=None, modulation_dims
             or not _takes(block, host, norms, (block.img_attn.norm, block.txt_attn.norm), (img, txt), pe, transformer_options)):
         return NotImplemented
     (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (block.img_mod(vec), block.txt_mod(vec)) if modulates(block) else vec
-    if not _one_vector(img, img_mod1, img_mod2, txt_mod1, txt_mod2):
+    if not one_vector(img, img_mod1, img_mod2, txt_mod1, txt_mod2):
         return NotImplemented
     eps, tokens = norms[0].eps, txt.shape[1]
     streams = []
     for x, attn, mod in ((txt, block.txt_attn, txt_mod1), (img, block.img_attn, img_mod1)):
-        qkv = _output(attn.qkv, block_ops.norm_modulate(x, mod.scale, mod.shift, eps))
+        qkv = output(attn.qkv, block_ops.norm_modulate(x, mod.scale, mod.shift, eps))
         streams.append((qkv, *_norm_weights(attn.norm)))
     q, k, v = block_ops.qk_norm_rope(streams, pe, block.num_heads, 3, host.norm_eps(block.img_attn.norm.query_norm, img))
     del streams, qkv
-    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options or {})
+    attn = host.attention(q, k, v, attn_mask, transformer_options or {})
     del q, k, v
     attn = attn.to(img.dtype)
-    img, img_in = _added_and_norm(block.img_attn.proj, attn[:, tokens:], img, img_mod1, img_mod2, eps)
-    txt, txt_in = _added_and_norm(block.txt_attn.proj, attn[:, :tokens], txt, txt_mod1, txt_mod2, eps)
+    img, img_in = added_and_norm(block.img_attn.proj, attn[:, tokens:], img, img_mod1, img_mod2, eps)
+    txt, txt_in = added_and_norm(block.txt_attn.proj, attn[:, :tokens], txt, txt_mod1, txt_mod2, eps)
     del attn
-    img, txt = _added(block.img_mlp, img_in, img, img_mod2), _added(block.txt_mlp, txt_in, txt, txt_mod2)
+    img, txt = added(block.img_mlp, img_in, img, img_mod2), added(block.txt_mlp, txt_in, txt, txt_mod2)
     return img, txt
 
 
@@ -51,9 +52,9 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
             or not _takes(block, host, (block.pre_norm,), (block.norm,), (x,), pe, transformer_options)):
         return NotImplemented
     mod = block.modulation(vec)[0] if modulates(block) else vec
-    if not _one_vector(x, mod):
+    if not one_vector(x, mod):
         return NotImplemented
-    joint, hidden = _output(block.linear1, block_ops.norm_modulate(x, mod.scale, mod.shift, block.pre_norm.eps)), block.hidden_size
+    joint, hidden = output(block.linear1, block_ops.norm_modulate(x, mod.scale, mod.shift, block.pre_norm.eps)), block.hidden_size
     value, mlp = joint[..., 2 * hidden:3 * hidden], joint[..., 3 * hidden:]
     activated = block.mlp_act(mlp)
     # linear1 has applied the GELU itself; a module in its place may keep its output.
@@ -63,7 +64,7 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
     q, k, *v = block_ops.qk_norm_rope([(joint, *_norm_weights(block.norm))], pe, block.num_heads, parts,
                                       host.norm_eps(block.norm.query_norm, x))
     v = v[0] if v else value.unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
-    attn = host.attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options or {})
+    attn = host.attention(q, k, v, attn_mask, transformer_options or {})
     del q, k, v
     if in_place and attn.shape == value.shape:
         # Attention's output takes the place of v, which nobody reads any more: [attention | mlp] then lies in linear1's output as linear2
@@ -72,32 +73,12 @@ def single_block(block, host, x, vec, pe, attn_mask=None, modulation_dims=None, 
         joint = joint[..., 2 * hidden:]
     else:
         joint = torch.cat((attn, activated), dim=2).to(x.dtype)
-    return _added(block.linear2, joint, x, mod)
+    return added(block.linear2, joint, x, mod)
 
 
 def modulates(block):
     """Whether a block has modulation layers of its own. ComfyUI's attribute is a bool, a module or None."""
     return block.modulation is not None and block.modulation is not False  # torch.compile can't trace bool(module)
-
-
-def _output(module, x):
-    """The module's output in x's dtype, the only one that the kernels read beside x. A hook or another pack's layer may change it."""
-    y = module(x)
-    return y if y.dtype == x.dtype else y.to(x.dtype)
-
-
-def _added(module, x, residual, mod):
-    """residual + gate * the module's output, in one op if the module has it."""
-    z = module.add_gated(x, residual, mod.gate) if hasattr(module, "add_gated") else None
-    return block_ops.gated_residual(residual, _output(module, x), mod.gate) if z is None else z
-
-
-def _added_and_norm(module, x, residual, mod, norm_mod, eps):
-    """(residual + gate * the module's output, its LayerNorm with the modulation norm_mod)"""
-    z = module.add_gated(x, residual, mod.gate) if hasattr(module, "add_gated") else None
-    if z is None:
-        return block_ops.gated_residual_norm(residual, _output(module, x), mod.gate, norm_mod.scale, norm_mod.shift, eps)
-    return z, block_ops.norm_modulate(z, norm_mod.scale, norm_mod.shift, eps)
 
 
 def _copy(source, target):
@@ -117,12 +98,6 @@ def _takes(block, host, norms, head_norms, states, pe, transformer_options):
             and x.shape[-1] == block.hidden_size and pe.shape[-3] * 2 * block.num_heads == block.hidden_size)
 
 
-def _one_vector(x, *mods):
-    """Whether every modulation has one vector for all of x, or one an image, rather than one a token."""
-    return all(part.ndim == 3 and part.shape[0] in (1, x.shape[0]) and part.shape[1] == 1 and part.shape[2] == x.shape[2]
-               for mod in mods for part in (mod.shift, mod.scale, mod.gate))
-
-
 def _norm_weights(norm):
     """The weights (D,) of the RMSNorms of q and of k. ComfyUI has renamed them."""
     return [norm.scale if hasattr(norm, "scale") else norm.weight for norm in (norm.query_norm, norm.key_norm)]
@@ -131,20 +106,25 @@ def _norm_weights(norm):
 # --- The host's classes -----------------------------------------------------------------------------------------------
 
 
-def double_example(block, random):
-    """(arguments of the class, arguments of a forward) with the sizes of `block` and few tokens. random(*shape): a tensor."""
-    hidden, heads, text, image = block.hidden_size, block.num_heads, 3, 5
-    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "qkv_bias": True, "modulation": modulates(block)}
-    vec = random(1, hidden) if made["modulation"] else tuple((_example_mod(hidden, random), _example_mod(hidden, random)) for _ in range(2))
+def sizes(block):
+    """(hidden size, heads, whether the block has modulation layers)"""
+    return block.hidden_size, block.num_heads, modulates(block)
+
+
+def double_example(hidden, heads, modulation, random):
+    """(arguments of the class, arguments of a forward) with these sizes() and few tokens. random(*shape): a tensor."""
+    text, image = 3, 5
+    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "qkv_bias": True, "modulation": modulation}
+    vec = random(1, hidden) if modulation else tuple((_example_mod(hidden, random), _example_mod(hidden, random)) for _ in range(2))
     return made, {"img": random(1, image, hidden), "txt": random(1, text, hidden), "vec": vec,
                   "pe": _example_pe(text + image, hidden // heads, random)}
 
 
-def single_example(block, random):
+def single_example(hidden, heads, modulation, random):
     """As double_example."""
-    hidden, heads, tokens = block.hidden_size, block.num_heads, 7
-    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "modulation": modulates(block)}
-    vec = random(1, hidden) if made["modulation"] else _example_mod(hidden, random)
+    tokens = 7
+    made = {"hidden_size": hidden, "num_heads": heads, "mlp_ratio": 1.0, "modulation": modulation}
+    vec = random(1, hidden) if modulation else _example_mod(hidden, random)
     return made, {"x": random(1, tokens, hidden), "vec": vec, "pe": _example_pe(tokens, hidden // heads, random)}
 
 
@@ -156,13 +136,15 @@ def _example_pe(tokens, head, random):
     return random(1, 1, tokens, head // 2, 2, 2).float()
 
 
-FUNCTIONS = ("apply_mod", "QKNorm.forward", "Modulation.forward")
+# The host's attention() is this attention, after this RoPE where there is a position embedding.
+FUNCTIONS = ("attention", "apply_mod", "QKNorm.forward", "Modulation.forward")
+ROPE, ATTENTION = "comfy.ldm.flux.math.apply_rope", "comfy.ldm.flux.math.optimized_attention"
 
 # The sources of ComfyUI 0.3.75 to 0.33, of November 2025 to August 2026.
 BLOCKS = MappingProxyType({
-    "comfy.ldm.flux.layers.DoubleStreamBlock": FusedBlock(double_block, double_example, FUNCTIONS, frozenset((
+    "comfy.ldm.flux.layers.DoubleStreamBlock": FusedBlock(double_block, sizes, double_example, FUNCTIONS, ROPE, ATTENTION, frozenset((
         "dd0f30fbb43582ee", "79d4282ac69ae88c", "0c1361d97a1b05bc", "236d51cf45814821", "7c84151b4e00b1f5")),
         ("img_attn.proj", "txt_attn.proj", "img_mlp.2", "txt_mlp.2")),
-    "comfy.ldm.flux.layers.SingleStreamBlock": FusedBlock(single_block, single_example, FUNCTIONS, frozenset((
+    "comfy.ldm.flux.layers.SingleStreamBlock": FusedBlock(single_block, sizes, single_example, FUNCTIONS, ROPE, ATTENTION, frozenset((
         "6a3c581479bef19b", "5c1256e41b2851f8", "674295f71104d490", "6a659d8c098406db", "b04521721798160b")), ("linear2",)),
 })

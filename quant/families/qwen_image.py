@@ -124,4 +124,5 @@ FAMILY = Family(
     tokens=(4096, 256, 4352),  # a 1024 x 1024 image, its text, both
     examples=(f"{BLOCKS}.59.*", "*.net.2 = 128"),
     nunchaku=NUNCHAKU,
+    fused="qwen_blocks",
 )

@@ -134,4 +134,5 @@ FAMILY = Family(
     tokens=(4096, 256, 4352),  # a 1024 x 1024 image, its text, both
     examples=(f"{MAIN}.29.*", "*.feed_forward.w2 = 128"),
     nunchaku=NUNCHAKU,
+    fused="z_image_blocks",
 )

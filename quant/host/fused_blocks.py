@@ -19,14 +19,13 @@ import textwrap
 import threading
 import tokenize
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import comfy.ops
 import torch
 
 from ...cuda import block_ops
-from ..families.flux_blocks import modulates
+from ..layers import shared_input
 from ..layers.linear import PackedLinear, replaced
 
 log = logging.getLogger(__name__)
@@ -67,21 +66,24 @@ def fused_class(host_class, module):
     if name not in declared:
         return None
     fused = declared[name]
-    known = _relied_on(host_class, fused.functions)
+    known = _relied_on(host_class, fused)
     if not all(_of_host(each.function) for each in known if each.function is not None):
         log.warning("Another node pack has replaced parts of ComfyUI's %s: that forward runs in place of SVDQuant's fused one, which takes "
                     "longer.", name)
         return None
-    if (found := digest(host_class, fused.functions)) not in fused.sources:
+    whole = all(getattr(*_place(dotted), None) is not None for dotted in (fused.rope, fused.attention))
+    if (found := digest(host_class, fused.functions)) not in fused.sources or not whole:
         log.warning("This ComfyUI's %s is not one that SVDQuant has a fused forward for (source %s): its own forward runs, which takes "
                     "longer. Update the node pack.", name, found)
         return None
-    attention = known[1].function
-    host = Host(attention, takes, untouched, norm_eps, functools.partial(keeps_nothing, attention))
+    attends = _place(fused.attention)
+    host = Host(functools.partial(attention, *attends), takes, untouched, norm_eps, functools.partial(keeps_nothing, *attends),
+                shared_input.outputs)
     # The name stays the host's, since custom nodes find blocks by it.
     return type(host_class.__name__, (_Fused, host_class), {
         "__module__": host_class.__module__, "__qualname__": host_class.__qualname__, "forward": _forward(host_class),
-        "declared": fused, "host_class": host_class, "host_forward": host_class.forward, "host": host, "known": known, "family": module})
+        "declared": fused, "host_class": host_class, "host_forward": host_class.forward, "host": host, "known": known, "attends": attends,
+        "family": module})
 
 
 class Known(NamedTuple):
@@ -92,14 +94,20 @@ class Known(NamedTuple):
     function: Callable
 
 
-def _relied_on(host_class, functions):
-    """(Known of the class's forward, of its module's attention, of attention's apply_rope, and of `functions`)."""
+def _relied_on(host_class, fused):
+    """(Known of the class's forward, of RoPE, and of `functions` of a FusedBlock). One that the host doesn't have has no function."""
     module = sys.modules[host_class.__module__]
-    found = [(host_class, "forward"), (module, "attention"), (sys.modules[module.attention.__module__], "apply_rope")]
-    for path in functions:
+    places = [(host_class, "forward"), _place(fused.rope)]
+    for path in fused.functions:
         owner, _, name = path.rpartition(".")
-        found.append((operator.attrgetter(owner)(module) if owner else module, name))
-    return tuple(Known(owner, name, getattr(owner, name, None)) for owner, name in found)
+        places.append((operator.attrgetter(owner)(module) if owner else module, name))
+    return tuple(Known(owner, name, getattr(owner, name, None)) for owner, name in places)
+
+
+def _place(dotted):
+    """(module, name) of a dotted name in a module of the host's; None in place of one that is not imported."""
+    module, _, name = dotted.rpartition(".")
+    return sys.modules.get(module), name
 
 
 def _of_host(function):
@@ -107,22 +115,28 @@ def _of_host(function):
     return getattr(function, "__module__", "").startswith(HOST_MODULES) and not hasattr(function, "__wrapped__")
 
 
-def preparations(diffusion_model, dtype, device):
-    """Functions that each compile and test the fused passes of one kind of block, for preparation.warm_up."""
+def preparations(diffusion_model, dtype, device, tokens=()):
+    """Functions that each compile and test the fused passes of one kind of block, or the kernels of its layers that share an input, for
+    preparation.warm_up. tokens: numbers of tokens to compile for, of the layers."""
     if device.type != "cuda" or not block_ops.takes(dtype, device):
         return []
-    kinds = dict.fromkeys(kind(block) for block in diffusion_model.modules() if isinstance(block, _Fused))
-    return [functools.partial(agrees, *each, dtype, device) for each in kinds]
+    firsts = {}  # {kind: the first such block}
+    for block in diffusion_model.modules():
+        if isinstance(block, _Fused):
+            firsts.setdefault(kind(block), block)
+    groups = [[block.get_submodule(name) for name in group] for block in firsts.values() for group in block.declared.shared]
+    return [*(functools.partial(agrees, *each, dtype, device) for each in firsts),
+            *(functools.partial(shared_input.prepare, tuple(group), m, dtype, device) for group in groups for m in tokens)]
 
 
 def digest(host_class, functions):
-    """A short digest of the sources of a class's forward and of functions of its module, without comments and line breaks. "unreadable"
-    without a source."""
+    """A short digest of the sources of a class's forward and of those functions that its module has, without comments and line breaks.
+    "unreadable" without a source."""
+    found = (_found(host_class, path) for path in (f"{host_class.__qualname__}.forward", *functions))
     try:
-        sources = [inspect.getsource(_found(host_class, path)) for path in (f"{host_class.__qualname__}.forward", "attention", *functions)]
-    except (AttributeError, OSError, TypeError):
+        return digest_of([inspect.getsource(function) for function in found if function is not None])
+    except (OSError, TypeError):
         return "unreadable"
-    return digest_of(sources)
 
 
 def digest_of(sources):
@@ -132,18 +146,27 @@ def digest_of(sources):
 
 
 def _found(host_class, path):
-    """What the module of a class has under a dotted name."""
-    return operator.attrgetter(path)(sys.modules[host_class.__module__])
+    """What the module of a class has under a dotted name, or None."""
+    found = sys.modules[host_class.__module__]
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 class Host(NamedTuple):
-    """The host's part in a fused forward."""
+    """The host's part in a fused forward, and the layers'."""
 
-    attention: Callable  # the host's (q, k, v, pe, mask, transformer_options) -> (B, L, heads * D); with pe None it doesn't rotate q and k
+    attention: Callable      # attention(q, k, v, mask, transformer_options)
     takes: Callable          # takes(block, states, pe)
     untouched: Callable      # untouched(module, kind)
     norm_eps: Callable       # norm_eps(norm, x)
     keeps_nothing: Callable  # keeps_nothing(transformer_options)
+    outputs: Callable        # shared_input.outputs
+
+
+def attention(module, name, q, k, v, mask, transformer_options):
+    """(B, heads, L, D) each -> (B, L, heads * D), by the function that the host's module has under this name."""
+    return getattr(module, name)(q, k, v, q.shape[1], mask=mask, skip_reshape=True, transformer_options=transformer_options)
 
 
 def _forward(host_class):
@@ -164,7 +187,7 @@ class _Fused:
     def host_is_known(self):
         """Whether the functions that the fused forward replaces are still those whose source was compared."""
         for owner, name, function in self.known:
-            if getattr(owner, name) is not function:
+            if getattr(owner, name, None) is not function:
                 return False
         return True
 
@@ -186,15 +209,16 @@ def takes(block, states, pe):
     x = states[0]
     return (x.ndim == 3 and all(state.dtype == x.dtype and state.shape[::2] == x.shape[::2] for state in states)
             and isinstance(pe, torch.Tensor) and pe.ndim == 6 and pe.shape[1] == 1 and pe.shape[-3] * 2 in block_ops.HEAD_WIDTHS
-            and pe.dtype == torch.float32 and pe.shape[0] in (1, x.shape[0]) and pe.shape[2] == sum(state.shape[1] for state in states)
+            and pe.dtype in (torch.float32, x.dtype) and pe.shape[0] in (1, x.shape[0])
+            and pe.shape[2] == sum(state.shape[1] for state in states)
             and not (torch.is_grad_enabled() and any(state.requires_grad for state in states))
             and x.shape[-1] % 8 == 0 and x.shape[-1] <= block_ops.MAX_COLUMNS
             and agrees(*kind(block), x.dtype, x.device))
 
 
 def kind(block):
-    """The arguments of agrees that blocks of one kind share: (class, hidden size, heads, whether they have modulation layers)."""
-    return type(block), block.hidden_size, block.num_heads, modulates(block)
+    """The first arguments of agrees, which blocks of one kind share: (class, its sizes)."""
+    return type(block), *block.declared.sizes(block)
 
 
 def untouched(module, kind):
@@ -205,10 +229,9 @@ def untouched(module, kind):
         own["_forward_pre_hooks"] or own["_forward_hooks"] or replaced(module) or own.get("weight_function") or own.get("bias_function"))
 
 
-def keeps_nothing(attention, transformer_options):
-    """Whether `attention` runs one of ComfyUI's own functions, none of which keeps its q, k or v."""
-    return (OVERRIDE not in (transformer_options or ())
-            and sys.modules[attention.__module__].optimized_attention.__module__.startswith(HOST_MODULES))
+def keeps_nothing(module, name, transformer_options):
+    """Whether the module's function of attention is one of ComfyUI's own, none of which keeps its q, k or v."""
+    return OVERRIDE not in (transformer_options or ()) and getattr(module, name).__module__.startswith(HOST_MODULES)
 
 
 def norm_eps(norm, x):
@@ -252,23 +275,24 @@ class _Operations(comfy.ops.disable_weight_init):
 
 
 @torch.compiler.assume_constant_result
-def agrees(fused, hidden_size, num_heads, modulation, dtype, device):
-    """Whether `device` has the fused passes for `dtype`, and the forward of the class `fused` agrees there with the host's, for blocks of
-    these sizes. Tried once a process. The block itself is no argument, so that a graph of torch.compile serves all blocks of a kind."""
+def agrees(fused, *arguments):
+    """agrees(fused, *sizes, dtype, device): whether `device` has the fused passes for `dtype`, and the forward of the class `fused` agrees
+    there with the host's, for blocks of these sizes (FusedBlock.sizes). Tried once a process. The block itself is no argument, so that a
+    graph of torch.compile serves all blocks of a kind."""
+    *sizes, dtype, device = arguments
     if not block_ops.takes(dtype, device):
         return False
-    key = fused, hidden_size, num_heads, modulation, dtype, device
+    key = fused, *arguments
     if key not in _verdicts:
         with _testing:
             if key not in _verdicts:
-                _verdicts[key] = _compare(fused, SimpleNamespace(hidden_size=hidden_size, num_heads=num_heads, modulation=modulation),
-                                          dtype, device)
+                _verdicts[key] = _compare(fused, sizes, dtype, device)
     return _verdicts[key]
 
 
 def _compare(fused, sizes, dtype, device):
     try:
-        error = difference(fused, sizes, dtype, device)
+        error = difference(fused, *sizes, dtype, device)
     except torch.OutOfMemoryError:
         raise  # a lack of memory says nothing about the forward
     except Exception as reason:  # a host or a driver that nobody here has: its own forward may run all the same
@@ -281,24 +305,31 @@ def _compare(fused, sizes, dtype, device):
     return error <= LARGEST_ERROR
 
 
-def difference(fused, sizes, dtype, device):
-    """The relative error ‖fused - host‖ / ‖host - input‖ of a block's updated states. sizes: a block, or its hidden_size, num_heads and
-    modulation."""
+def new_block(host_class, made, dtype, device, operations):
+    """A block of a class of the host's with the arguments `made`."""
+    settings = {"dtype": dtype, "device": device, "operations": operations}
+    together = "operation_settings" in inspect.signature(host_class).parameters
+    return host_class(**made, **({"operation_settings": settings} if together else settings))
+
+
+def difference(fused, *arguments):
+    """difference(fused, *sizes, dtype, device): the relative error ‖fused - host‖ / ‖host - input‖ of a block's updated states."""
+    *sizes, dtype, device = arguments
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     with torch.no_grad():
-        made, arguments = fused.declared.example(sizes, random)
-        example = fused.host_class(**made, dtype=dtype, device=device, operations=_Operations)
+        made, given = fused.declared.example(*sizes, random)
+        example = new_block(fused.host_class, made, dtype, device, _Operations)
         for parameter in example.parameters():
             parameter.copy_(random(*parameter.shape))
-        ours = fused.declared.forward(example, fused.host._replace(takes=lambda *_: True), **arguments)
-        copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        ours = fused.declared.forward(example, fused.host._replace(takes=lambda *_: True), **given)
+        copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
         theirs = fused.host_forward(example, **copies)  # it may write to its arguments
     if ours is NotImplemented:
         return torch.nan
     ours, theirs = (states if isinstance(states, tuple) else (states,) for states in (ours, theirs))
     return max(((a.double() - b.double()).norm() / (b.double() - x.double()).norm()).item()
-               for a, b, x in zip(ours, theirs, arguments.values()))
+               for a, b, x in zip(ours, theirs, given.values()))

@@ -100,7 +100,7 @@ def _filled(packed, compute_dtype, act_bits):
     set_act_bits(model, act_bits)
     device, dtype = comfy.model_management.get_torch_device(), model.get_dtype()
     warm_up(model, device, dtype, of_other_sizes(packed.family.tokens),  # compiles while the file is read
-            preparations(model.diffusion_model, dtype, device))
+            preparations(model.diffusion_model, dtype, device, packed.family.tokens))
     heap.give_back()  # the memory of the previous model
     if packed.prefix is None:
         build.fill(model, packed.tensors())

@@ -36,6 +36,7 @@ FREE_BYTES = 1 << 30  # free memory that must be left to other models
 # Entries of transformer_options that no code inside the forward reads, or that it writes itself.
 KNOWN_OPTIONS = {"cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "total_blocks", "block_type", "block_index",
                  "block", "img_slice", "reference_image_num_tokens", "multigpu_thread_device"}
+FORWARDS = "forward", "_forward", "forward_orig"  # of a diffusion model; not every class has the last one
 SIMPLE = (int, float, bool, str, type(None))
 # {diffusion model: StepGraphs}. A StepGraphs refers to the dictionaries of the model's modules. As an attribute of the model it would form
 # a reference cycle, and the model's memory would wait for the garbage collector.
@@ -47,16 +48,17 @@ ATTRIBUTES = (*REPLACED, "act_bits", "_row_scale")  # attributes that decide wha
 @functools.cache
 def graphed_class(host_class):
     """The subclass of a diffusion model's class whose steps are recorded. Its name stays the host's."""
-    functions = {name: inspect.getattr_static(host_class, name) for name in ("forward", "_forward", "forward_orig")}
+    functions = {name: inspect.getattr_static(host_class, name) for name in FORWARDS if hasattr(host_class, name)}
     return type(host_class.__name__, (_Graphed, host_class), {
         "__module__": host_class.__module__, "__qualname__": host_class.__qualname__, "host_class": host_class,
         "host_functions": functions, "signature": inspect.signature(host_class._forward)})
 
 
 def record_steps(diffusion_model):
-    """Let a model whose blocks are all fused record its steps, if its class has the forwards that are known from FLUX.1."""
+    """Let a model whose blocks are all fused record its steps, if its class has the forwards of ComfyUI's: one that runs the wrappers of
+    other nodes, around _forward."""
     host_class = type(diffusion_model)
-    if all(hasattr(host_class, name) for name in ("forward", "_forward", "forward_orig")):
+    if all(hasattr(host_class, name) for name in FORWARDS[:2]):
         diffusion_model.__class__ = graphed_class(host_class)
 
 
@@ -153,8 +155,9 @@ def call(forward, arguments):
 
 def allowed(arguments):
     """Whether a graph can stand for the call: it runs on a GPU, and nothing in it brings Python code of its own."""
-    x, options = arguments.get("x"), arguments.get("transformer_options") or {}
-    return (isinstance(x, torch.Tensor) and x.device.type == DEVICE and not torch.version.hip and arguments.get("control") is None
+    given = {**arguments.get("kwargs", {}), **arguments}  # some classes don't name all that they take
+    x, options = given.get("x"), given.get("transformer_options") or {}
+    return (isinstance(x, torch.Tensor) and x.device.type == DEVICE and not torch.version.hip and given.get("control") is None
             and not any(options[name] for name in options.keys() - KNOWN_OPTIONS)  # an empty entry, as of "patches", does nothing
             and not torch.is_grad_enabled() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
             and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks) and not malloc_graph.is_active())
@@ -191,7 +194,7 @@ def rebuilt(value, tensors):
 
 def attentions(model):
     """The functions that compute attention in the model's blocks, which other node packs replace globally."""
-    return tuple(block.host.attention.__globals__.get("optimized_attention") for block in first_blocks(model))
+    return tuple(getattr(*block.attends) for block in first_blocks(model))
 
 
 def first_blocks(model):

@@ -180,7 +180,7 @@ class SVDQuantLinear(BranchedLinear):
 
     def add_gated(self, x, residual, gate):
         branch = self._modules.get("lora_branch")
-        if not self._alone() or self.gelu_from is not None or branch is not None and (branch.has_gain or branch.has_terms):
+        if not self.alone() or self.gelu_from is not None or branch is not None and (branch.has_gain or branch.has_terms):
             return None
         if ops.plain(x) and not self.bias_function and (known := self._launches.get((x.shape, "gated"))) is not None:
             added = gated_linear.addends(x, residual, gate)
@@ -189,7 +189,7 @@ class SVDQuantLinear(BranchedLinear):
         p = self.at(x)
         return self._computed(x, p, p["bias"], None, () if branch is None else branch.operands(x, self.lora_dtype), residual, gate)
 
-    def _alone(self):
+    def alone(self):
         """Whether nobody's hook or forward sees the layer's output."""
         own = self.__dict__
         return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own and replaced(self)

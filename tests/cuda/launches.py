@@ -3,7 +3,18 @@
 import contextlib
 
 import torch
-from comfyui_svdquant.cuda import autotune, gemm_mma, gemm_wgmma, kernel_loader, ops, quantize_activation, runtime, self_test, targets
+from comfyui_svdquant.cuda import (
+    autotune,
+    gemm_mma,
+    gemm_wgmma,
+    kernel_loader,
+    ops,
+    quantize_activation,
+    runtime,
+    self_test,
+    shared_input,
+    targets,
+)
 
 WORK = 1 << 40  # the address of the chains' work memory
 
@@ -23,20 +34,21 @@ def recorder(note, length):
 
 
 @contextlib.contextmanager
-def recorded(monkeypatch):
-    """Yields a list to which each call of a layer appends its {name: address}."""
+def recorded(monkeypatch, layers=1):
+    """Yields a list to which each call of a layer, or of several with one input, appends its {name: address}."""
     calls = []
-    caches = ops._launches, ops.chosen, quantize_activation.launcher, gemm_mma.launcher, gemm_wgmma.launcher
+    caches = shared_input._launches, ops._launches, ops.chosen, quantize_activation.launcher, gemm_mma.launcher, gemm_wgmma.launcher
     for cache in caches:
         cache.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "chain", recorder(lambda at, steps: calls.append(at), 2))
+        patch.setattr(runtime, "chain", recorder(lambda at, steps: calls.append(at), 1 + layers))
         patch.setattr(runtime, "_tensor_map", lambda boxes: None)
         patch.setattr(kernel_loader, "kernel", lambda source, entry, defines, device, shared=0: runtime.Kernel(0x77, -1, shared))
         patch.setattr(runtime.Kernel, "active_clusters", lambda kernel, ctas, threads: 16)
         patch.setattr(targets, "for_device", lambda device: targets.TARGETS[90])
         patch.setattr(targets, "multiprocessors", lambda device: 132)
         patch.setattr(self_test, "passes", lambda *args: True)
+        patch.setattr(self_test, "quantize_passes", lambda *args: True)
         patch.setattr(autotune, "wanted", lambda target: False)
         patch.setattr(ops, "on_gpu", lambda x: x.device.type == "cpu")
         yield calls

@@ -145,7 +145,7 @@ def mlp_cases():
 
 def block_cases():
     """The passes between a block's linears, with rows of one warp and of a team, tails, and images apart."""
-    from comfyui_svdquant.cuda import block_ops, reference
+    from comfyui_svdquant.cuda import block_ops, reference, rms_ops
 
     for b, tokens, k in ((1, 11, 256), (2, 5, 3072), (3, 3, 1000)):
         x, y = torch.randn(2, b, tokens, k).bfloat16()
@@ -163,6 +163,19 @@ def block_cases():
         exact = reference.qk_norm_rope([[x.double() for x in stream] for stream in streams], pe.double(), heads, 3, 1e-6, torch.float64)
         for part, x, expected in zip("qkv", joined, exact):
             yield f"{part} of {text} + {image} tokens, {heads} heads of {head}", x.transpose(1, 2), expected
+        apart = [([x.contiguous().cuda() for x in rows.chunk(3, dim=-1)], *(norm.cuda() for norm in norms)) for rows, *norms in streams]
+        pe = pe.bfloat16()
+        exact = reference.qk_norm_rope([[x.double() for x in stream] for stream in streams], pe.double(), heads, 3, 1e-6, torch.float64)
+        for part, x, expected in zip("qkv", block_ops.qk_norm_rope(apart, pe.cuda(), heads, 3, 1e-6), exact):
+            yield f"{part} apart, {text} + {image} tokens, {heads} heads of {head}", x.transpose(1, 2), expected
+    for b, tokens, k in ((1, 11, 256), (2, 5, 3840), (3, 3, 1000)):
+        x, y = torch.randn(2, b, tokens, k).bfloat16()
+        weights, vectors = torch.randn(2, k).bfloat16(), torch.randn(2, b, 1, k).bfloat16()
+        operands = x, y, weights[0], vectors[0], weights[1], vectors[1]
+        exact = reference.rms_modulate(*(t.double() for t in operands), 1e-5, torch.float64)
+        for part, found, expected in zip(("residual", "and norm"), rms_ops.gated_residual_norm(*(t.cuda() for t in operands), 1e-5), exact):
+            yield f"RMSNorm, {part} B={b} L={tokens} K={k}", found, expected
+        yield f"SwiGLU B={b} L={tokens} K={k}", rms_ops.swiglu(x.cuda(), y.cuda()), reference.swiglu(x.double(), y.double(), torch.float64)
 
 
 CASES = {"blocks": block_cases, "W4A16": awq_cases, "linears": svdquant_cases, "MLP": mlp_cases}

@@ -105,6 +105,25 @@ def test_qk_norm_rope_is_float64s_result_and_repeats(dtype, head, heads, b, text
     assert all(torch.equal(x, y) for x, y in zip(joined, again))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head", "heads", "parts", "strides"), (
+    (128, 24, 3, (0, 0, 0)), (64, 5, 2, (64, 64, 64)), (256, 2, 3, (0, 64, 8))))
+@pytest.mark.parametrize("pe_dtype", (None, torch.float32, torch.float64), ids=("16 bits", "float32", "float64"))
+def test_q_k_and_v_apart_and_any_pe_have_the_bits_of_joined_rows(dtype, head, heads, parts, strides, pe_dtype):
+    """strides: columns beyond those of q, of k and of v."""
+    torch.manual_seed(head)
+    joined, apart, width = [], [], heads * head
+    for tokens in (37, 110):
+        rows, norms = torch.randn(2, tokens, 3 * width, device="cuda").to(dtype), torch.randn(2, head, device="cuda").to(dtype)
+        joined.append((rows, *norms))
+        pieces = [torch.nn.functional.pad(x, (0, more))[..., :width] for x, more in zip(rows.chunk(3, dim=-1), strides)]
+        apart.append((pieces, *norms))
+    pe = torch.randn(2, 1, 147, head // 2, 2, 2, device="cuda").to(dtype)  # numbers that every type has
+    wanted = block_ops.qk_norm_rope(joined, pe.float(), heads, parts, 1e-6)
+    found = block_ops.qk_norm_rope(apart, pe.to(pe_dtype or dtype), heads, parts, 1e-6)
+    assert len(found) == parts and all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(found, wanted))
+
+
 def test_norms_of_the_two_streams_are_their_own():
     torch.manual_seed(2)
     rows, norms = torch.randn(2, 1, 4, 3 * 128, device="cuda").bfloat16(), torch.randn(4, 128, device="cuda").bfloat16()

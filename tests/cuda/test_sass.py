@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
-from comfyui_svdquant.cuda import awq, block_ops, compiler, gemm_mma, gptq, group_error, mlp, quantize_activation
+from comfyui_svdquant.cuda import awq, block_ops, compiler, gemm_mma, gptq, group_error, mlp, quantize_activation, rms_ops
 from comfyui_svdquant.cuda.activation_layout import CodeStorage
 
 from . import sass
@@ -79,6 +79,8 @@ KERNELS = {
                        lambda d, a: None),
     "qk_norm_rope": Kernel(lambda d, a: block_ops.ROPE_THREADS, lambda d, a: 4, lambda d, a: None),
     "quantize": Kernel(quantize_threads, quantize_ctas, quantize_mma),
+    "rms_modulate": Kernel(lambda d, a: 32 * (d["TEAM"] if d["TEAM"] > 1 else block_ops.WARPS), lambda d, a: 1, lambda d, a: None),
+    "swiglu": Kernel(lambda d, a: rms_ops.SWIGLU_THREADS, lambda d, a: 4, lambda d, a: None),
 }
 
 

@@ -1,7 +1,7 @@
 """A small random model of each family beyond FLUX.1, for the tests that every family has to pass in a real ComfyUI."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.sample
 import torch
@@ -24,7 +24,7 @@ class Case:
     """family: the declaration; shapes(): {name: shape} of a small model's file; model_classes: names of the host's classes of the model and
     of its BaseModel; latent: shape of an empty latent; figures: the line on the model's sizes that Inspect prints; loras: {style of keys:
     {key of a layer: (packed layer, its part's (N, K))}}; packed: number of packed layers; newer: styles of keys that older hosts don't
-    know."""
+    know; more: other arguments of the diffusion model's forward."""
 
     family: Family
     shapes: Callable
@@ -34,6 +34,7 @@ class Case:
     loras: dict
     packed: int
     newer: tuple = ()
+    more: dict = field(default_factory=dict)
 
     def __str__(self):
         return self.family.title
@@ -97,6 +98,6 @@ Z_IMAGE = Case(
                       "transformer.layers.0.attention.to_out.0": ("layers.0.attention.out", (HIDDEN, HIDDEN)),
                       "transformer.layers.0.feed_forward.w1": ("layers.0.feed_forward.w1", (3 * HIDDEN, HIDDEN))},
     },
-    packed=2 * 5 + 4 * 6, newer=("diffusers",))
+    packed=2 * 5 + 4 * 6, newer=("diffusers",), more={"num_tokens": 12})
 
 CASES = [FLUX2, QWEN_IMAGE, Z_IMAGE]

@@ -18,7 +18,7 @@ from .lora_tensors import generic, load_lora, shapes
 GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
 BOUND = 0.1 if GPU else 2e-5  # relative, of the latents; in bf16 the host rounds after each of some ten passes
-PLAIN, HALF, FUSED = 0.0, 0.5, 1.0  # share of the calls of blocks that run fused; the model has one block of each kind
+PLAIN, HALF, FUSED = 0.0, 0.5, 1.0  # share of the calls of blocks that run fused; the model has one block of each kind, or two of one
 
 
 class Path:
@@ -31,7 +31,8 @@ class Path:
 
         def counted(streams, *args):
             self.fused += 1
-            assert {rows.dtype for rows, *_ in streams} == {DTYPE}, "the kernels read no other"
+            rows = [x for source, *_ in streams for x in ([source] if isinstance(source, torch.Tensor) else source)]
+            assert {x.dtype for x in rows} == {DTYPE}, "the kernels read no other"
             return join(streams, *args)
 
         def checked(x, y, *args):
@@ -47,7 +48,7 @@ class Path:
         monkeypatch.setattr(block_ops, "_modulated", checked)
         for patcher in patchers:
             model = patcher.model.diffusion_model
-            for block in (*model.double_blocks, *model.single_blocks):
+            for block in (block for block in model.modules() if isinstance(block, fused_blocks._Fused)):
                 fused_blocks.agrees(*fused_blocks.kind(block), DTYPE, patcher.load_device)
                 block.register_forward_pre_hook(count)
 

@@ -7,8 +7,10 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfyui_svdquant.quant.host import fused_blocks, loader
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
+from safetensors.torch import save_file
 
 from ..comfy_models import quantized, sample, save, write_flux
+from ..family_cases import QWEN_IMAGE, Z_IMAGE
 from ..lora_tensors import generic, load_lora, shapes
 from .test_compile import calls, fresh_dynamo, plain_attention  # noqa: F401
 
@@ -103,6 +105,24 @@ def test_attention_that_somebody_replaces_is_traced(file, fused, monkeypatch, re
     latent = sample(patcher)
     assert len(graphs) == 1 and not calls(graphs, "svdquant.qk_norm_rope")
     assert torch.equal(latent, sample(fresh(file)))
+
+
+@pytest.fixture(scope="module", params=(QWEN_IMAGE, Z_IMAGE), ids=str)
+def of_family(request, tmp_path_factory):
+    """(Case, the file of its quantized model)"""
+    case, folder = request.param, tmp_path_factory.mktemp("models")
+    save_file(case.tensors(), folder / "16bit.safetensors")
+    with torch.inference_mode():
+        return case, save(case.quantized(loader.load_model(str(folder / "16bit.safetensors")), "data-free")[0], folder / "4bit.safetensors")
+
+
+def test_a_model_of_another_family_is_one_graph(of_family, fused):
+    case, path = of_family
+    graphs = Graphs()
+    latent = case.sample(compiled(fresh(path), graphs))
+    assert len(graphs) == 1 and calls(graphs, "svdquant.qk_norm_rope") == fused * len(case.family.running_blocks(
+        loader.load_model(path).model.diffusion_model))
+    assert relative_error(latent, case.sample(fresh(path))) < 1e-5
 
 
 @pytest.mark.gpu

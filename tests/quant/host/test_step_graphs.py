@@ -9,13 +9,16 @@ import weakref
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
 import comfy.model_management
+import comfy.sample
 import comfy.weight_adapter
 import pytest
 import torch
-from comfyui_svdquant.quant.host import step_graphs
+from comfyui_svdquant.quant.host import loader, step_graphs
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch
+from safetensors.torch import save_file
 
 from ..comfy_models import CONTEXT, POOLED
+from ..family_cases import QWEN_IMAGE, Z_IMAGE
 
 attention = comfy.ldm.flux.layers.attention
 
@@ -126,8 +129,8 @@ class Graph:
 
 
 @pytest.fixture
-def recording(quantized_model, monkeypatch):
-    """(a function that runs the loaded model and returns its output, the patcher, a function that returns the Graphs)"""
+def stand_ins(monkeypatch):
+    """Graph in place of CUDA graphs, on the CPU."""
     def recorded(step, forward, arguments, tensors):
         step.graph = Graph(forward.args[0], forward, arguments)
         return step.graph.replay(tensors)
@@ -139,6 +142,11 @@ def recording(quantized_model, monkeypatch):
     for name, value in (("DEVICE", "cpu"), ("recorded", recorded), ("timed", timed), ("has_room", lambda device: True),
                         ("replayed", lambda step, tensors: step.graph.replay(tensors))):
         monkeypatch.setattr(step_graphs, name, value)
+
+
+@pytest.fixture
+def recording(quantized_model, stand_ins):
+    """(a function that runs the loaded model and returns its output, the patcher, a function that returns the Graphs)"""
     draw = draws(quantized_model, "cpu")
     with torch.inference_mode():
         yield draw, quantized_model, functools.partial(recorded_graphs, quantized_model)
@@ -250,6 +258,69 @@ def check_left_out(draw, patcher, graphs, monkeypatch, change):
             handle.remove()
     blocks = len(model.double_blocks) + len(model.single_blocks)
     assert not graphs() and len(seen) == {"hook": 5, "patch": 5, "attention": 5 * blocks}.get(change, 0)
+
+
+# --- Families whose class names fewer of its arguments --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=(QWEN_IMAGE, Z_IMAGE), ids=str)
+def of_family(request, tmp_path_factory):
+    """(Case, its quantized model)"""
+    case = request.param
+    save_file(case.tensors(), path := tmp_path_factory.mktemp("models") / "16bit.safetensors")
+    with torch.inference_mode():
+        return case, case.quantized(loader.load_model(str(path)), "data-free")[0]
+
+
+def draws_of(case, patcher, device="cpu"):
+    """As draws()."""
+    generator, dtype = torch.Generator().manual_seed(0), torch.float32 if device == "cpu" else torch.bfloat16
+    shape = comfy.sample.fix_empty_latent_channels(patcher, torch.zeros(case.latent)).shape
+    x, context = (torch.randn(size, generator=generator).to(device, dtype) for size in (shape, (1, 12, CONTEXT)))
+
+    def draw(**more):
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        return patcher.model.diffusion_model(x, torch.full((1,), 0.5, device=device, dtype=dtype), context, **case.more, **more)
+
+    return draw
+
+
+@pytest.mark.parametrize("change", (None, "patch", "control", "rope", "attention"))
+def test_steps_of_a_family_are_recorded(of_family, stand_ins, monkeypatch, change):
+    case, patcher = of_family
+    step_graphs.release(patcher.model.diffusion_model)
+    draw, more = draws_of(case, patcher), {}
+    with torch.inference_mode():
+        plain = draw()
+        for _ in range(4):
+            assert torch.equal(draw(transformer_options={"sigmas": plain}), plain)
+        assert [graph.replays for graph in recorded_graphs(patcher)] == [3]
+        seen, first = [], step_graphs.first_blocks(patcher.model.diffusion_model)
+        if change == "patch":
+            more = {"transformer_options": {"patches": {"double_block": [lambda out: seen.append(1) or out]}}}
+        elif change == "control":
+            more = {"control": {"input": []}}
+        elif change == "rope":
+            more = {"transformer_options": {"rope_options": {"scale_x": 2.0}}}
+        elif change == "attention":
+            module, name = first[0].attends
+            own = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *args, **kwargs: seen.append(1) or own(*args, **kwargs))
+        for _ in range(2):
+            draw(**more)
+    assert [graph.replays for graph in recorded_graphs(patcher)] == [3 if change else 5] and (seen or change != "attention")
+
+
+@pytest.mark.gpu
+def test_a_familys_graph_draws_the_same_bits(of_family, monkeypatch):
+    case, patcher = of_family
+    monkeypatch.setenv(step_graphs.VARIABLE, "1")
+    draw = draws_of(case, patcher, "cuda")
+    with torch.inference_mode():
+        exact = without_graphs(draw, monkeypatch)
+        for _ in range(5):
+            assert torch.equal(draw(), exact)
+    assert len(recorded_graphs(patcher)) == 1
 
 
 # --- On a GPU ----------------------------------------------------------------------------------------------------------

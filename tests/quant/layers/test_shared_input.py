@@ -1,0 +1,110 @@
+"""Layers that read one tensor: when they share its quantization, and that they compute the same."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import shared_input as kernels
+from comfyui_svdquant.quant.layers import layout, linear, shared_input
+from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank
+
+K, N = 128, 64
+
+
+def layer_of(seed, smooth=1.0):
+    layer, g = linear.SVDQuantLinear(layout.svdquant_spec(K, N, 16, K, True, torch.bfloat16), "cpu"), torch.Generator().manual_seed(seed)
+    for p in layer.parameters():
+        p.data.copy_(torch.randint(-8, 8, p.shape, generator=g) if p.dtype == torch.int8 else torch.rand(p.shape, generator=g) + 0.5)
+    layer.weight_smooth_factor.data.copy_(torch.linspace(0.5, 2, K) * smooth)
+    return layer
+
+
+@pytest.fixture
+def layers():
+    return [layer_of(seed) for seed in range(3)]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, K, generator=torch.Generator().manual_seed(9)).bfloat16()
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """The operands of every call of the op."""
+    calls, op = [], kernels.svdquant_linears
+    monkeypatch.setattr(kernels, "svdquant_linears", lambda x, layers: calls.append(layers) or op(x, layers))
+    return calls
+
+
+def lora(*terms):
+    return LoRABranch.of(terms, (N, K), torch.bfloat16, "cpu", own=16)
+
+
+LOW_RANK = LowRank((0, N), (0, K), torch.ones(N, 8) / 8, torch.ones(8, K) / 8)
+
+
+@pytest.mark.parametrize("change", ["nothing", "GELU", "LoRA", "8 bits"])
+def test_share_one_quantization(layers, x, shared, change):
+    if change == "GELU":
+        layers[1].gelu_from = 0
+    elif change == "LoRA":
+        layers[2].set_lora_branch(lora(LOW_RANK))
+    elif change == "8 bits":
+        for layer in layers:
+            layer.act_bits = 8
+    wanted = [layer(x) for layer in layers]
+    assert all(torch.equal(y, own) for y, own in zip(shared_input.outputs(layers, x), wanted))
+    [found] = shared
+    assert [operands.weight is layer.weight for operands, layer in zip(found, layers)] == [True] * 3
+    assert [operands.act_bits for operands in found] == [8 if change == "8 bits" else 4] * 3
+    assert (found[1].gelu_from == 0) is (change == "GELU") and (found[2].lora_up is not None) is (change == "LoRA")
+
+
+@pytest.mark.parametrize("change", ["smoothing", "hook", "pre-hook", "forward", "a term of its own", "bits", "unsigned inputs", "16 bits",
+                                    "traced"])
+def test_run_one_by_one(layers, x, shared, change, monkeypatch):
+    if change == "smoothing":
+        layers[1] = layer_of(1, smooth=2.0)
+    elif change == "hook":
+        layers[2].register_forward_hook(lambda module, args, output: 2 * output)
+    elif change == "pre-hook":
+        layers[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    elif change == "forward":
+        forward = layers[0].forward
+        layers[0].forward = lambda x: forward(2 * x)
+    elif change == "a term of its own":
+        layers[2].set_lora_branch(lora(Dense((0, N), (0, K), torch.ones(N, K) / K)))
+    elif change == "bits":
+        layers[0].act_bits = 8
+    elif change == "unsigned inputs":
+        layers[0].spec = replace(layers[0].spec, unsigned_from=64)
+    elif change == "16 bits":
+        layers[1] = torch.nn.Linear(K, N, dtype=torch.bfloat16)
+    elif change == "traced":
+        monkeypatch.setattr(shared_input.ops, "plain", lambda x: False)
+    wanted = [layer(x) for layer in layers]
+    assert all(torch.equal(y, own) for y, own in zip(shared_input.outputs(layers, x), wanted)) and not shared
+
+
+def test_new_smoothing_factors_are_seen(layers, x, shared):
+    shared_input.outputs(layers, x)
+    with torch.no_grad():
+        layers[0].weight_smooth_factor.mul_(2)
+    shared_input.outputs(layers, x)
+    assert len(shared) == 1
+    for layer in layers:
+        layer.weight_smooth_factor = torch.nn.Parameter(torch.full((K,), 1.0, dtype=torch.bfloat16), requires_grad=False)
+    shared_input.outputs(layers, x)
+    assert len(shared) == 2
+
+
+def test_a_layer_that_is_gone_takes_no_memory(layers, x):
+    gc.collect()
+    before = len(shared_input._digests)
+    shared_input.outputs(layers, x)
+    assert len(shared_input._digests) == before + 3
+    layers.clear()
+    gc.collect()
+    assert len(shared_input._digests) == before
