@@ -15,7 +15,11 @@ from ..random_flux import flux_tensors
 ROOT = Path(__file__).resolve().parents[3]
 SHIM = Path(__file__).with_name("on_host.py")
 OPTIONS = ("--rank", "16", "--steps", "2", "--size", "64")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+def torchrun(folder):
+    """The launcher of two processes. folder: for their logs, whose temporary folder torchrun would leave behind."""
+    return sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--log-dir", str(folder)
 
 
 def write_model(path):

@@ -19,7 +19,7 @@ from comfyui_svdquant.quant.host import conditioning, loader, offline
 from safetensors.torch import save_file
 
 from ..comfy_models import sample
-from .commands import OPTIONS, ROOT, TORCHRUN, quantize, started, write_conditioning, write_model
+from .commands import OPTIONS, ROOT, quantize, started, torchrun, write_conditioning, write_model
 
 DATE = "1000000000"  # of SOURCE_DATE_EPOCH
 
@@ -52,16 +52,16 @@ def test_the_settings_are_those_of_the_nodes():
     assert choices["preset"] == {each.id: each for each in quantize_model.SVDQuantQuantizeModel.define_schema().inputs}["preset"].options
 
 
-def test_a_killed_process_ends_the_run_and_the_next_one_goes_on_to_the_same_bytes(files, one_process):
+def test_a_killed_process_ends_the_run_and_the_next_one_goes_on_to_the_same_bytes(files, one_process, tmp_path):
     """Two processes write what one process writes, also after one of two was killed in the middle."""
     target, kept = files.folder / "two" / "model.safetensors", files.folder / "kept"
     arguments = (files.model, target, "--conditioning", files.cond, *OPTIONS, "--progress", kept)
     # Messages: one with the recorded calls, one with the outputs, two with the statistics of each block, one with its codes.
-    killed = quantize(*arguments, launcher=TORCHRUN, KILLED_AT="10", SOURCE_DATE_EPOCH=DATE)
+    killed = quantize(*arguments, launcher=torchrun(tmp_path), KILLED_AT="10", SOURCE_DATE_EPOCH=DATE)
     assert killed.returncode and "another process" in killed.stderr, killed.stderr
     assert not target.parent.exists() or not os.listdir(target.parent)
     assert [path.name for path in kept.rglob("*.safetensors")], "finished parts are kept"
-    again = quantize(*arguments, launcher=TORCHRUN, SOURCE_DATE_EPOCH=DATE)
+    again = quantize(*arguments, launcher=torchrun(tmp_path), SOURCE_DATE_EPOCH=DATE)
     assert again.returncode == 0, again.stderr
     assert target.read_bytes() == one_process and not kept.exists()
 

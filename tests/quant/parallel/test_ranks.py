@@ -14,10 +14,13 @@ CHECKS = Path(__file__).with_name("checks.py")
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.heavy)])
-def test_processes_get_what_others_send_and_the_statistics_of_one(count):
+def test_processes_get_what_others_send_and_the_statistics_of_one(count, tmp_path):
     """Four heads can't be divided among three processes, but everything else can."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), str(CHECKS)],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    # Without a folder for its logs torchrun leaves a temporary one behind.
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--log-dir", str(tmp_path / "logs")]
+    done = subprocess.run([sys.executable, *launcher, str(CHECKS)], capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)})
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("torchelastic")] == []
     assert f"{count} processes agree" in done.stdout, done.stderr
 
 
