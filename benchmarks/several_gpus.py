@@ -6,11 +6,13 @@
 The weights are random, as in quantize_full.py and flux_step.py. Every part runs in processes of its own, with a limit of time, and is
 written to the result file as soon as it is measured. quantize: the seconds from the MODEL in host memory to the file, with 2 processes (the
 last of which is killed in the middle), 2 processes that go on from there, 2 and 1 without interruption, and the SHA-256 of the files.
-draw: a step in W4A8 with fused blocks, whose inputs travel from process 0. node: SVDQuant Several GPUs on the quantized file, and a killed
-worker.
+draw: a step in W4A8 with fused blocks, whose inputs travel from process 0, launched one by one and as a CUDA graph on each GPU (--groups:
+attention in so many groups of heads; "several" is the last of them). exchange: microseconds of the stages around one block's attention, in
+a CUDA graph. node: SVDQuant Several GPUs on the quantized file, and a killed worker.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import flux_model
 import quantize_full
+import several_gpus_stages
 import torch
 from machine import description, load_pack, recorded, result_path, synchronize, timed
 
@@ -69,39 +72,44 @@ def step_times(run, count=9):
 
 
 def draw(args):
-    """A step of each size on one GPU, alone and as a CUDA graph, and on all."""
+    """A step of each size on one GPU, alone and as a CUDA graph, and on all, launched one by one and as one graph a GPU."""
     from comfyui_svdquant.quant.families.flux1 import FAMILY
-    from comfyui_svdquant.quant.host import sequence
+    from comfyui_svdquant.quant.host import divided_steps, step_graphs
     from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
     torch.manual_seed(0)
     flux = flux_model.packed_flux(32, fused=True, depth=args.blocks[0], depth_single_blocks=args.blocks[1], hidden_size=args.hidden,
                                   num_heads=args.hidden // 128)
-    os.environ["SVDQUANT_STEP_GRAPHS"] = "0"
     with parallel() as ranks, torch.inference_mode():
         for size in args.sizes:
             torch.manual_seed(1)
             inputs = flux_model.inputs(size)
 
-            def divided():
-                given = ranks.exchanged(dict.fromkeys(range(1, ranks.size), inputs) if ranks.rank == 0 else {})[0] or inputs
-                given = given | {"transformer_options": {}}
-                with sequence.divided(flux, FAMILY, given, ranks.rank, ranks.size):
-                    try:
-                        return flux(**given)
-                    except sequence.Finished:
-                        return None
+            def divided(steps):
+                if ranks.rank == 0:
+                    return steps.draw(flux, flux, inputs | {"transformer_options": {}})
+                if (found := steps.followed()) is not None:
+                    announced, (given, _, live) = found
+                    steps.follow(announced, flux, given, live)
 
             found = {"size": size}
+            os.environ[step_graphs.VARIABLE] = "0"
             if ranks.rank == 0:
                 one = flux(**inputs)
                 found |= {"one": step_times(lambda: flux(**inputs))}
                 found |= one_more(flux, inputs, one) if torch.cuda.is_available() else {}
             ranks.gathered(None)
-            several, again = divided(), divided()
-            times = step_times(divided)
+            found |= {"several_without_graphs": step_times(functools.partial(divided, divided_steps.DividedSteps(ranks, FAMILY)))}
+            os.environ[step_graphs.VARIABLE] = "1"
+            for groups in args.groups:
+                divided_steps.GROUPS, recording = groups, functools.partial(divided, divided_steps.DividedSteps(ranks, FAMILY))
+                ordinary = recording()
+                several, again = recording(), recording()  # the first is recorded
+                found |= {"several": step_times(recording)}
+                found[f"several_in_{groups}_groups"] = found["several"]
             if ranks.rank == 0:
-                found |= {"several": times, "relative_error": relative_error(several, one), "same_bits_again": torch.equal(several, again),
+                found |= {"relative_error": relative_error(several, one), "graphs": len(ranks.graphs),
+                          "same_bits_again": torch.equal(several, again) and torch.equal(several, ordinary),
                           "bits_of_one_gpu": torch.equal(several, one)}
                 print(MARK + json.dumps(found), flush=True)
 
@@ -165,7 +173,17 @@ def node(args):
         drawing.crew.close()
 
 
-PARTS = {"quantize": quantize, "draw": draw, "node": node}
+def exchange(args):
+    """The stages around one block's attention."""
+    with parallel() as ranks, torch.inference_mode():
+        for size in args.sizes:
+            for groups in args.groups:
+                found = {"size": size, "groups": groups} | several_gpus_stages.stages(ranks, size, args.hidden, groups)
+                if ranks.rank == 0:
+                    print(MARK + json.dumps(found), flush=True)
+
+
+PARTS = {"quantize": quantize, "draw": draw, "exchange": exchange, "node": node}
 
 
 def launch(args, part, processes, limit, *options):
@@ -199,7 +217,7 @@ def measure(args, part, write):
             left = os.path.join(args.folder, options[1])
             write(f"quantize_{name}", found | {"files": os.listdir(left) if os.path.isdir(left) else []})
     else:
-        write(part, launch(args, part, 2 if part == "draw" else 1, args.limit, "--folder", args.folder))
+        write(part, launch(args, part, 1 if part == "node" else 2, args.limit, "--folder", args.folder))
 
 
 def parsed():
@@ -212,6 +230,7 @@ def parsed():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048], help="of the pictures that are drawn")
+    parser.add_argument("--groups", type=int, nargs="+", default=[2], help="of a GPU's heads")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--draw-blocks", type=lambda text: tuple(map(int, text.split(","))), default=tuple(quantize_full.BLOCKS.values()))
     parser.add_argument("--kill-at", type=float, default=10, help="seconds after which the last process is killed")

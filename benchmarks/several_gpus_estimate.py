@@ -1,9 +1,10 @@
 """What to expect of two, four and eight GPUs, as arithmetic:  python benchmarks/several_gpus_estimate.py
 
-A step of FLUX.1-dev in W4A8 with fused blocks. The work on tokens and in attention is that of one H200, divided by the number of GPUs.
-Before and after attention of each block the GPUs exchange q, k, v and the output: of L tokens of K channels in 16 bits each GPU sends
-3 L K 2 (N - 1) / N^2 and L K 2 (N - 1) / N^2 bytes. What a GPU sends is also copied twice in its own memory. The processor launches a
-block's work in a time of its own: no step is shorter than that.
+A step of FLUX.1-dev in W4A8 with fused blocks, replayed as a CUDA graph. The work on tokens and in attention is that of one H200, divided
+by the number of GPUs, as if half of the tokens took half of the time. Before and after attention of each block the GPUs exchange q, k, v
+and the output: of L tokens of K channels in 16 bits each GPU sends 3 L K 2 (N - 1) / N^2 and L K 2 (N - 1) / N^2 bytes. A GPU's heads are
+attended in two groups: the first group's q, k and v and the last one's output are waited for, and the rest travels while attention runs.
+What travels is also copied once in a GPU's own memory.
 
 Quantization: everything up to the file is divided, but for the start and the file.
 """
@@ -17,6 +18,7 @@ from machine import ROOT
 STEPS, SEVERAL = (ROOT / "benchmarks" / "results" / f"{name}_h200.json" for name in ("flux_step", "several_gpus"))
 BLOCKS = flux_model.DEV["depth"] + flux_model.DEV["depth_single_blocks"]
 WIDTH, BYTES = flux_model.DEV["hidden_size"], 2
+GROUPS = 2  # host.divided_steps.GROUPS
 MEMORY = 4.0e12  # bytes a second of an H200's memory, of copies, read and written bytes together
 
 
@@ -60,20 +62,22 @@ def bytes_sent(tokens, gpus):
     return 3 * one, one
 
 
-def exchange_seconds(tokens, gpus, link):
-    """Of one block: the two collectives, and the copies in a GPU's own memory."""
-    copied = 2 * 2 * 4 * tokens * WIDTH * BYTES / gpus / MEMORY
-    return 2 * link.latency + sum(bytes_sent(tokens, gpus)) / link.bandwidth + copied
+def exchange_seconds(tokens, gpus, link, attention):
+    """Of one block: what the exchanges add to the time of its attention on one of the GPUs, `attention`."""
+    copied = 2 * tokens * WIDTH * BYTES / gpus / MEMORY  # of one tensor; those of q, k and v come before the first message
+    before, after = (2 * link.latency + sent / link.bandwidth for sent in bytes_sent(tokens, gpus))
+    waited, hidden = (before + after) / GROUPS, (before + after) * (1 - 1 / GROUPS)
+    return waited + max(0.0, hidden - attention * (1 - 1 / GROUPS)) + (3 / GROUPS + 1) * copied
 
 
-def step_seconds(pixels, gpus, link, work, launch=150e-6):
-    """A step. launch: the processor's seconds for the exchange of a block."""
+def step_seconds(pixels, gpus, link, work):
+    """A step."""
     if gpus == 1:
         return max(work.tokens + work.attention, work.processor)
     tokens = tokens_of(pixels)
     gathered = tokens * WIDTH * BYTES * (gpus - 1) / gpus / link.bandwidth
-    on_gpu = (work.tokens + work.attention) / gpus + BLOCKS * exchange_seconds(tokens, gpus, link) + gathered
-    return max(on_gpu, work.processor + BLOCKS * launch)
+    exchanges = BLOCKS * exchange_seconds(tokens, gpus, link, work.attention / gpus / BLOCKS)
+    return (work.tokens + work.attention) / gpus + exchanges + gathered
 
 
 def quantize_seconds(gpus, one, start, file):

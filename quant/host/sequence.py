@@ -31,10 +31,11 @@ def can_be_divided(family):
 
 
 class _Forward:
-    """The hooks of one forward. control: its own {place: [residual of each block (B, image tokens, K), or None]} of ControlNets."""
+    """The hooks of one forward. control: its own {place: [residual of each block (B, image tokens, K), or None]} of ControlNets; groups: as
+    in all_to_all.attend."""
 
-    def __init__(self, family, control, rank, size):
-        self.family, self.rank, self.size = family, rank, size
+    def __init__(self, family, control, rank, size, groups):
+        self.family, self.rank, self.size, self.groups = family, rank, size, groups
         self.division, self.rope = None, None
         self.control, self.residuals = control, {place: list(tensors) for place, tensors in control.items()}
 
@@ -42,13 +43,15 @@ class _Forward:
         """In place of an attention function of ComfyUI's. The mask is that of the whole sequence."""
         if not kwargs.get("skip_reshape"):
             raise ValueError("SVDQuant Several GPUs knows attention with separate heads only; bypass it.")
-        own, mask = heads // self.size, kwargs.get("mask")
+        mask = kwargs.get("mask")
         if mask is not None:
-            if mask.ndim == 4 and mask.shape[1] == heads:
-                mask = mask[:, self.rank * own:(self.rank + 1) * own]
-            kwargs = kwargs | {"mask": self.division.ordered(mask)}
-        out = function(*all_to_all.to_heads(q, k, v, self.division), own, *args, **kwargs)
-        return all_to_all.to_tokens(out, self.division)
+            mask = self.division.ordered(mask)
+
+        def of_heads(q, k, v, own):
+            own_mask = mask[:, own] if mask is not None and mask.ndim == 4 and mask.shape[1] == heads else mask
+            return function(q, k, v, q.shape[1], *args, **kwargs | ({} if mask is None else {"mask": own_mask}))
+
+        return all_to_all.attend(q, k, v, self.division, of_heads, self.groups)
 
     def narrow(self, blocks):
         """A pre-hook for the blocks of a BlockList."""
@@ -84,13 +87,13 @@ class _Forward:
 
 
 @contextmanager
-def divided(diffusion_model, family, arguments, rank, size):
+def divided(diffusion_model, family, arguments, rank, size, groups=1):
     """A context in which a forward of the model with {name: argument} works on a part of the tokens. It changes `arguments`, and for the
-    time their transformer options."""
+    time their transformer options. groups: as in all_to_all.attend."""
     options, control = arguments["transformer_options"], arguments.get("control")
     if control is not None:
         arguments["control"] = control = {place: list(tensors) for place, tensors in control.items()}
-    forward, hooks = _Forward(family, control or {}, rank, size), []
+    forward, hooks = _Forward(family, control or {}, rank, size, groups), []
     try:
         for blocks in family.blocks:
             hook = forward.narrow(blocks)

@@ -23,8 +23,9 @@ from comfy.weight_adapter import WeightAdapterBase
 from ..layers.linear import SVDQuantLinear
 from ..parallel import crew, ranks
 from ..parallel.alone import Lost
-from . import loader, model_folder, sequence
+from . import loader, model_folder, sequence, step_graphs
 from .attachments import SOURCE
+from .divided_steps import DividedSteps
 from .fused_blocks import OVERRIDE
 from .model_family import family_of
 from .packed_layers import PREFIX
@@ -72,6 +73,7 @@ class Drawing:
     def __init__(self, patcher, family, path, gpus):
         self.family, self.gpus, self.crew, self.said = family, gpus, None, set()
         self.sent = None  # the patches_uuid of the weight patches that the workers have
+        self.steps = None  # the DividedSteps of the crew
         self.model, self.device = patcher.model, patcher.load_device
         bits = {layer.act_bits for layer in patcher.model.diffusion_model.modules() if isinstance(layer, SVDQuantLinear)}
         self.options = {"comfyui": str(Path(inspect.getfile(comfy.options)).parents[1]), "options": host_options(), "path": path,
@@ -97,12 +99,10 @@ class Drawing:
         try:
             patcher = self.model.current_patcher
             patches = None if patcher.patches_uuid == self.sent else patcher.patches
-            # The transformer options have code in them, and stay here.
-            arguments = {name: value for name, value in bound.arguments.items() if name != "transformer_options"}
-            every.exchanged(dict.fromkeys(range(1, every.size), (arguments, patches)))
+            if self.steps is None or self.steps.every is not every:
+                self.steps = DividedSteps(every, self.family)
+            result = self.steps.draw(executor.class_obj, executor, bound.arguments, patches)
             self.sent = patcher.patches_uuid
-            with sequence.divided(executor.class_obj, self.family, bound.arguments, 0, every.size):
-                result = executor(*bound.args, **bound.kwargs)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # a worker that ended leaves numbers without meaning behind
             self.crew.check()
@@ -110,6 +110,7 @@ class Drawing:
         except BaseException as error:
             lost = isinstance(error, Exception) and self.crew.has_lost_one()
             self.crew.close()  # the workers may be anywhere in the forward
+            step_graphs.release(executor.class_obj)
             if isinstance(error, Lost) or lost:
                 raise RuntimeError("SVDQuant Several GPUs: a process of another GPU has ended in the middle of a step; its own lines in "
                                    "ComfyUI's log say why. No picture was made; run again to start new ones.") from error
@@ -167,13 +168,15 @@ def serve(options, rank, size, port):
         patcher = loader.load_model(options["path"], getattr(torch, options["compute_dtype"]), options["act_bits"])
         comfy.model_management.load_models_gpu([patcher])
         store.set(crew.READY.format(rank), "1")
-        every = crew.join(store, rank, size, patcher.load_device)
-        family = family_of(patcher.model)
+        steps = DividedSteps(crew.join(store, rank, size, patcher.load_device), family_of(patcher.model))
         while True:
-            arguments, patches = every.exchanged({})[0]
+            if (found := steps.followed()) is None:
+                continue
+            announced, (arguments, patches, live) = found
             if patches is not None:
+                steps.recordings.clear()
                 patcher = patched(patcher, patches)
-            run(patcher.model.diffusion_model, family, moved(arguments, patcher.load_device), rank, size)
+            steps.follow(announced, patcher.model.diffusion_model, moved(arguments, patcher.load_device), live)
 
 
 def patched(patcher, patches):
@@ -182,16 +185,6 @@ def patched(patcher, patches):
     clone.patches, clone.patches_uuid = moved(patches, patcher.offload_device), uuid.uuid4()
     comfy.model_management.load_models_gpu([clone])
     return clone
-
-
-def run(model, family, arguments, rank, size):
-    """One forward in a worker. arguments: {name: value} of ComfyUI's forward, without transformer options."""
-    arguments = arguments | {"transformer_options": {}}
-    with sequence.divided(model, family, arguments, rank, size):
-        try:
-            model(**{name: value for name, value in arguments.items() if name != "kwargs"}, **arguments.get("kwargs", {}))
-        except sequence.Finished:
-            pass
 
 
 def moved(value, device):

@@ -17,7 +17,9 @@ import os
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import chain, repeat
+from typing import NamedTuple
 
 import comfy.model_management
 import torch
@@ -72,12 +74,18 @@ def release(diffusion_model):
     _graphs.pop(diffusion_model, None)
 
 
+def can_record(diffusion_model):
+    """Whether steps of the model are recorded at all."""
+    return (isinstance(diffusion_model, _Graphed) and not torch.compiler.is_compiling() and os.environ.get(VARIABLE) != "0"
+            and diffusion_model.is_the_hosts())
+
+
 class _Graphed:
     """The first base of a graphed class."""
 
     def _forward(self, *args, **kwargs):
         forward = functools.partial(self.host_functions["_forward"], self)
-        if torch.compiler.is_compiling() or os.environ.get(VARIABLE) == "0" or not self.is_the_hosts():
+        if not can_record(self):
             return forward(*args, **kwargs)
         bound = self.signature.bind(self, *args, **kwargs)
         bound.arguments.pop("self")
@@ -92,10 +100,21 @@ class _Graphed:
 
 class Step:
     """The calls of one kind. state: the ModelState of the last one; timed: whether a call was timed; pays: whether a graph would then be
-    faster; graph, inputs, output: the recorded graph and its tensors."""
+    faster; graph, inputs, output: the recorded graph and its tensors; number: of a divided forward's graph (divided_steps.py)."""
 
-    def __init__(self, state):
-        self.state, self.timed, self.pays, self.graph, self.inputs, self.output = state, False, False, None, (), None
+    def __init__(self, state, pays=False):
+        self.state, self.timed, self.pays, self.graph, self.inputs, self.output, self.number = state, pays, pays, None, (), None, 0
+
+
+class Ways(NamedTuple):
+    """How calls run. call(forward, arguments): as ever; recorded(step, forward, arguments, tensors): for the first time from a graph;
+    replayed(step, tensors): from the graph of a Step. by: None on one GPU, else what divides the calls among several (divided_steps.py):
+    its graphs are apart, and record a call at the second time, since the time of one processor says little about that of a step."""
+
+    call: Callable
+    recorded: Callable
+    replayed: Callable
+    by: object = None
 
 
 class StepGraphs:
@@ -104,18 +123,19 @@ class StepGraphs:
     def __init__(self):
         self.steps = OrderedDict()  # {(description of the inputs, attention functions): Step}, the last used last
 
-    def run(self, model, forward, arguments):
-        """The forward of `model` for {name: argument}, from a graph if there is one for such a call."""
+    def run(self, model, forward, arguments, ways=None):
+        """The forward of `model` for {name: argument}, from a graph if there is one for such a call. ways: Ways; None on one GPU."""
+        ways = ways or Ways(call, recorded, replayed)
         tensors = []
         description = described(arguments, tensors) if allowed(arguments) else None
         if description is None or not all(block.host_is_known() for block in first_blocks(model)):
-            return call(forward, arguments)
-        key = description, attentions(model)
+            return ways.call(forward, arguments)
+        key = description, attentions(model), ways.by
         step, result = self.steps.pop(key, None), None
         if step is not None and step.graph is not None:
-            result = replay_of_the_same(step, tensors)
+            result = replay_of_the_same(step, tensors, ways)
         if result is None:
-            step, result = self.ordinary(step, model, forward, arguments, tensors)
+            step, result = self.ordinary(step, model, forward, arguments, tensors, ways)
         if step is not None:
             self.steps[key] = step
         while len(self.steps) > GRAPHS:
@@ -123,25 +143,25 @@ class StepGraphs:
         return result
 
     @staticmethod
-    def ordinary(step, model, forward, arguments, tensors):
+    def ordinary(step, model, forward, arguments, tensors, ways):
         """(the Step of the next call of this kind, or None; the result) of a call that no recorded graph stands for. step: of the last one,
         or None."""
         if step is None or step.graph is not None or (step.pays or not step.timed) and not step.state.unchanged():
             state = ModelState(model)
-            return Step(state) if state.can_be_recorded() else None, call(forward, arguments)
+            return Step(state, ways.by is not None) if state.can_be_recorded() else None, ways.call(forward, arguments)
         if not step.timed:
             return step, timed(step, forward, arguments)
         if step.pays and has_room(tensors[0].device):
-            return step, recorded(step, forward, arguments, tensors)
-        return step, call(forward, arguments)
+            return step, ways.recorded(step, forward, arguments, tensors)
+        return step, ways.call(forward, arguments)
 
 
-def replay_of_the_same(step, tensors):
+def replay_of_the_same(step, tensors, ways):
     """The result of a recorded Step, or None if the model has changed since. Most of the comparison runs while the GPU computes: a graph
     writes to its own memory alone, so that its result can still be dropped if the memory that it reads was there."""
     if not step.state.has_same_memory():
         return None
-    result = replayed(step, tensors)
+    result = ways.replayed(step, tensors)
     return result if step.state.unchanged() else None
 
 
@@ -273,15 +293,24 @@ def timed(step, forward, arguments):
 
 def recorded(step, forward, arguments, tensors):
     """Record the call's launches and replay them; an ordinary call if they can't be recorded."""
-    device = tensors[0].device
+    inputs = [tensor.clone() for tensor in tensors]
+    found = captured(lambda: call(forward, rebuilt(arguments, iter(inputs))), tensors[0].device)
+    if found is None:
+        step.pays = False
+        return call(forward, arguments)
+    step.inputs, (step.graph, step.output) = inputs, found
+    return replayed(step, tensors)
+
+
+def captured(run, device):
+    """(the CUDA graph of run()'s launches, run()'s result), or None if they can't be recorded."""
     current, stream, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     try:
-        inputs = [tensor.clone() for tensor in tensors]
         torch.cuda.synchronize(device)
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")  # other threads go on, such as one that compiles kernels
             try:
-                output = call(forward, rebuilt(arguments, iter(inputs)))
+                output = run()
             finally:
                 graph.capture_end()
         current.wait_stream(stream)
@@ -289,10 +318,8 @@ def recorded(step, forward, arguments, tensors):
         if isinstance(error, comfy.model_management.InterruptProcessingException):
             raise
         log.debug("A step could not be recorded as a CUDA graph.", exc_info=True)
-        step.pays = False
-        return call(forward, arguments)
-    step.graph, step.inputs, step.output = graph, inputs, output
-    return replayed(step, tensors)
+        return None
+    return graph, output
 
 
 def replayed(step, tensors):

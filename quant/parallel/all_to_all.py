@@ -49,39 +49,87 @@ class Division:
         return mask
 
 
-def _exchange(leaving, sizes_in, sizes_out, group):
-    """all-to-all of a flat tensor. sizes_in, sizes_out: elements for and from each process. gloo doesn't know 16-bit numbers, so that bytes
-    travel."""
+def attend(q, k, v, division, attention, groups=1, group=None):
+    """Attention of q, k, v (B, H, own tokens, D) to all tokens -> (B, own tokens, H * D).
+
+    attention(q, k, v, heads): the output (B, all tokens, h * D) of h heads, `heads` their slice of all. Its tokens come in the order of
+    Division.order. A process's heads are attended in `groups` groups, or in fewer that share them evenly: while one group is computed, the
+    next one's q, k and v and the last one's output travel.
+    """
+    heads = q.shape[1] // division.size
+    groups = next(count for count in range(groups, 0, -1) if heads % count == 0)
+    step = heads // groups
+    parts = [x.unflatten(1, (division.size, groups, step)) for x in (q, k, v)]
+    arrivals = [_to_heads([part[:, :, each] for part in parts], division, group) for each in range(groups)]
+    returned, works = None, []
+    for each, arrival in enumerate(arrivals):
+        first = division.rank * heads + each * step
+        out = attention(*arrival(), slice(first, first + step))
+        if returned is None:
+            returned = out.new_empty(groups, division.size, q.shape[0], q.shape[2], out.shape[2])
+        works.append(_to_tokens(out, returned[each], division, group))
+    for work in works:
+        work.wait()
+    return _copied(returned.permute(2, 3, 1, 0, 4)).flatten(2)
+
+
+def _exchange(leaving, arriving, sizes_in, sizes_out, group):
+    """Begin the all-to-all of flat tensors, and return its work. sizes_in, sizes_out: elements for and from each process. gloo doesn't know
+    16-bit numbers, so that bytes travel."""
     even = len({*sizes_in, *sizes_out}) == 1
-    arriving = torch.empty(sum(sizes_out), dtype=leaving.dtype, device=leaving.device)
     splits = [None if even else [size * leaving.itemsize for size in sizes] for sizes in (sizes_out, sizes_in)]
-    dist.all_to_all_single(arriving.view(torch.uint8), leaving.view(torch.uint8), *splits, group=group)
-    return arriving
+    return dist.all_to_all_single(arriving.view(torch.uint8), leaving.view(torch.uint8), *splits, group=group, async_op=True)
 
 
-def to_heads(q, k, v, division, group=None):
-    """q, k, v (B, H, own tokens, D) -> (B, H / size, all tokens, D) of this process's heads, in memory of the order (B, tokens, H, D). The
-    tokens are in the order of Division.order."""
-    b, heads, length, d = q.shape
-    size = division.size
-    own = heads // size
-    # As few calls as possible: at 1024 x 1024 pixels the processor is not much faster than the GPU.
-    leaving = torch.stack([x.unflatten(1, (size, own)).permute(1, 0, 3, 2, 4) for x in (q, k, v)], 1)  # (size, 3, B, own tokens, h, D)
-    row = 3 * b * own * d
+def _to_heads(parts, division, group):
+    """Begin to send q, k, v, each (B, size, h, own tokens, D). Returns a function that waits for those of all tokens and this process's h
+    heads, each (B, h, all tokens, D) in memory of the order (B, tokens, h, D). The tokens are in the order of Division.order."""
+    b, size, heads, length, d = parts[0].shape
+    leaving = parts[0].new_empty(size, b, length, 3, heads, d)
+    for i, part in enumerate(parts):
+        _copy(part.permute(1, 0, 3, 2, 4), leaving[:, :, :, i])
+    row = 3 * b * heads * d
     sizes = [row * tokens for tokens in division.tokens]
-    arrived = _exchange(leaving.view(-1), [row * length] * size, sizes, group)
-    whole = torch.cat([part.view(3, b, -1, own, d) for part in arrived.split(sizes)], 2)
-    return whole.transpose(2, 3).unbind(0)
+    arriving = leaving.new_empty(sum(sizes))
+    work = _exchange(leaving.view(-1), arriving, [row * length] * size, sizes, group)
+
+    def arrival():
+        work.wait()
+        if b == 1:  # each process's tokens lie side by side, in the order of the processes
+            whole = arriving.view(b, -1, 3, heads, d)
+        else:
+            whole = torch.cat([part.view(b, -1, 3, heads, d) for part in arriving.split(sizes)], 1)
+        return whole.permute(2, 0, 3, 1, 4).unbind(0)
+    return arrival
 
 
-def to_tokens(out, division, group=None):
-    """The output (B, all tokens, H / size * D) of this process's heads -> (B, own tokens, H * D) of all heads."""
+def _to_tokens(out, arriving, division, group):
+    """Begin to send the output (B, all tokens, h * D) of this process's h heads, and return the work.
+
+    arriving: (size, B, own tokens, h * D) of the heads of each process.
+    """
     b, _, width = out.shape
-    if b > 1:  # otherwise each process's tokens lie side by side
+    if b > 1:
         out = torch.cat([part.reshape(-1) for part in out.split(division.tokens, 1)])
     own = b * division.tokens[division.rank] * width
-    arrived = _exchange(out.reshape(-1), [b * tokens * width for tokens in division.tokens], [own] * division.size, group)
-    return torch.cat(arrived.view(division.size, b, -1, width).unbind(0), -1)
+    return _exchange(out.reshape(-1), arriving.view(-1), [b * tokens * width for tokens in division.tokens], [own] * division.size, group)
+
+
+def _copied(x):
+    """A contiguous copy."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _copy(x, y)
+    return y
+
+
+def _copy(source, target):
+    """Copy a tensor over another of its shape: 16 bytes at a time where both lie so, since PyTorch copies strided memory element by
+    element."""
+    wide = torch.complex128.itemsize // source.itemsize
+    if source.dtype == target.dtype and all(
+            x.stride(-1) == 1 and not any(n % wide for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])) for x in (source, target)):
+        source, target = source.view(torch.complex128), target.view(torch.complex128)
+    target.copy_(source)
 
 
 def gathered(x, division, part, group=None):

@@ -26,6 +26,10 @@ class Alone:
         """The value of process 0."""
         return value
 
+    def numbers(self, *numbers):
+        """The whole numbers of process 0; the others pass as many."""
+        return list(numbers)
+
     def exchanged(self, outgoing):
         """[what each process sends to this one, or None]. outgoing: {rank: value}. Tensors in a value travel from GPU to GPU where
         possible, and arrive on the device of the communication."""

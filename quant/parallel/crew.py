@@ -20,6 +20,7 @@ EVER = datetime.timedelta(days=3650)  # the workers wait this long for the next 
 READY, POLL = "ready/{}", 0.1
 
 log = logging.getLogger(__name__)
+_leaving = threading.Lock()
 
 
 class Crew:
@@ -37,7 +38,7 @@ class Crew:
         self.processes = [subprocess.Popen([*command, str(rank), str(size), str(self.store.port)], stdin=subprocess.PIPE,
                                            env=os.environ | environment) for rank, environment in
                           enumerate(_environments(size, self.device), 1)]
-        self.state = {"joined": False}
+        self.state = {"ranks": None}
         self.end = weakref.finalize(self, _end, self.processes, self.state)
 
     def joined(self, check=lambda: None):
@@ -52,13 +53,15 @@ class Crew:
                     self.close()
                     raise Lost(f"The processes of the other GPUs were not ready after {START_SECONDS} s; see ComfyUI's log.")
                 time.sleep(POLL)
+            with _leaving:
+                pass  # a crew that has lost a worker leaves its group in another thread
             if dist.is_initialized():
                 if (other := Crew.joined_one()) is None:
                     raise ValueError("Another node of this session already runs torch.distributed; remove it from the workflow and restart "
                                      "ComfyUI.")
                 other.close()
             self.ranks = join(self.store, 0, self.size, self.device)
-            self.state["joined"], Crew.joined_one = True, weakref.ref(self)
+            self.state["ranks"], Crew.joined_one = self.ranks, weakref.ref(self)
             threading.Thread(target=_watch, args=(weakref.ref(self), self.processes), daemon=True).start()
         return self.ranks
 
@@ -89,6 +92,8 @@ class Crew:
 def join(store, rank, size, device):
     """Join the group of a crew: NCCL between GPUs, else gloo. Returns the Ranks."""
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # otherwise PyTorch ends this process when another one ends
+    if torch.__version__ < (2, 8):  # otherwise a recorded step uses memory that has travelled for nothing else
+        os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
     with_nccl = device.type == "cuda" and dist.is_nccl_available()
     dist.init_process_group("nccl" if with_nccl else "gloo", store=store, rank=rank, world_size=size, timeout=EVER,
                             **({"device_id": device} if with_nccl else {}))
@@ -107,20 +112,21 @@ def _watch(crew, processes):
 
 
 def _end(processes, state):
-    """End workers, and leave their group if this process has joined it (state["joined"])."""
+    """End workers, and leave their group if this process has joined it (state["ranks"])."""
     for process in processes:
         process.kill()  # a worker that waits for another one in NCCL would not end by itself
     for process in processes:
         process.wait()
         process.stdin.close()
-    if state["joined"] and dist.is_initialized():
-        state["joined"] = False
-        for leave in (getattr(dist.distributed_c10d, "_abort_process_group", None), dist.destroy_process_group):
-            try:
-                if leave and dist.is_initialized():
-                    leave()  # without waiting for the processes that are gone
-            except Exception as error:  # whatever state they left the group in
-                log.debug("Leaving the process group: %s", error)
+    if state["ranks"] is not None and dist.is_initialized():
+        with _leaving:
+            state.pop("ranks").release_graphs()
+            for leave in (getattr(dist.distributed_c10d, "_abort_process_group", None), dist.destroy_process_group):
+                try:
+                    if leave and dist.is_initialized():
+                        leave()  # without waiting for the processes that are gone
+                except Exception as error:  # whatever state they left the group in
+                    log.debug("Leaving the process group: %s", error)
 
 
 def _environments(size, device):

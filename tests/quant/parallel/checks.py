@@ -97,18 +97,25 @@ def check_attention(ranks):
     parts, k = (5, 9), heads * d
     q, key, v = torch.randn(3, 2, heads, sum(parts), d, generator=g).bfloat16()
 
-    def attention(*qkv, mask=None):
-        return torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask).transpose(1, 2).flatten(2)
+    def attention(q, k, v, mask=None):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
     division = all_to_all.Division(parts, ranks.rank, ranks.size)
-    own = [division.own(x, 2) for x in (q, key, v)]
     masks = torch.randn(2, 1, 1, sum(parts), generator=g).bfloat16(), torch.randn(2, 1, *[sum(parts)] * 2, generator=g).bfloat16()
-    for mask in (None, *masks):
-        ordered = None if mask is None else division.ordered(mask)
-        out = all_to_all.to_tokens(attention(*all_to_all.to_heads(*own, division), mask=ordered), division)
-        whole = attention(q, key, v, mask=mask)
+    for images, groups, mask in ((2, 1, None), (1, 2, None), (1, 1, None), *((2, 2, mask) for mask in masks)):
+        ordered, seen = None if mask is None else division.ordered(mask), []
+
+        def of_heads(q, k, v, own, ordered=ordered, seen=seen):
+            seen.append((own.start, own.stop))
+            return attention(q, k, v, ordered)
+
+        out = all_to_all.attend(*(division.own(x[:images], 2) for x in (q, key, v)), division, of_heads, groups)
+        whole = attention(*(x[:images] for x in (q, key, v)), mask)
         # The order of the keys decides how the sums are rounded.
         assert (out - division.own(whole, 1)).float().norm() < 0.01 * whole.float().norm()
+        own = heads // ranks.size
+        groups = min(own, groups)
+        assert seen == [(start, start + own // groups) for start in range(ranks.rank * own, (ranks.rank + 1) * own, own // groups)]
     image = all_to_all.gathered(division.own(whole, 1)[:, division.counts[ranks.rank][0]:], division, 1)
     assert image is None if ranks.rank else torch.equal(image, whole[:, parts[0]:])
     states = torch.randn(2, parts[1], k, generator=g)
