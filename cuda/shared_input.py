@@ -74,19 +74,20 @@ def launched(launches, x, tokens, layers):
 
 
 def compared(kind, launches, x, tokens, layers):
-    """The outputs of the layers' own calls. The first call of a kind whose numbers are all finite compares those of _Launches with them,
-    and keeps the verdict; while a CUDA graph is captured nothing can be compared."""
-    outputs = one_by_one(x, layers)
+    """The outputs of _Launches. The first call of a kind whose numbers are all finite compares them with those of the layers' own calls and
+    keeps the verdict, and the layers' own are its outputs if they differ: so it has the bits of later calls. While a CUDA graph is captured
+    nothing can be compared."""
     if torch.cuda.is_current_stream_capturing():
-        return outputs
-    others = launched(launches, x, tokens, layers)
-    errors = torch.stack([((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in zip(others, outputs)])
-    if torch.stack([y.isfinite().all() for y in outputs]).all():
+        return one_by_one(x, layers)
+    expected, outputs = one_by_one(x, layers), launched(launches, x, tokens, layers)
+    errors = torch.stack([((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in zip(outputs, expected)])
+    if torch.stack([y.isfinite().all() for y in expected]).all():
         _verdicts[kind] = bool((errors < LARGEST_ERROR).all())
         if not _verdicts[kind]:
             log.warning("Layers that share the quantization of their input gave other results than one by one on %s (relative errors %s), "
                         "so that each of them now quantizes its own, which is slower; please report this line to the authors of the "
                         "SVDQuant nodes.", x.device, [f"{error:.2g}" for error in errors.tolist()])
+            return expected
     return outputs
 
 

@@ -194,7 +194,8 @@ def described(value, tensors):
     if isinstance(value, (list, tuple)):
         parts = tuple(described(part, tensors) for part in value)
     elif isinstance(value, dict):
-        parts = tuple((name, described(part, tensors)) for name, part in value.items() if name != "transformer_options")
+        parts = tuple((name, found) for name, part in value.items()
+                      if name != "transformer_options" and (found := described(part, tensors)) != ())  # an empty dictionary says nothing
         return None if any(part is None for _, part in parts) else parts
     else:
         return None

@@ -98,7 +98,8 @@ def test_the_first_call_is_compared_with_the_layers_own(x, monkeypatch, caplog, 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: wrong == "captured")
     with recorded(monkeypatch, 3):
         outputs = [shared_input.svdquant_linears(x, layers) for _ in range(3)]
-    assert outputs[0] is exact and (outputs[2] is exact) is (wrong != "nothing")
+    # The first call returns what later ones return, since the same seed draws the same picture.
+    assert [outputs[i] is exact for i in (0, 2)] == [wrong in ("a layer", "captured")] * 2
     assert len(calls) == {"nothing": 3, "a layer": 1, "not a number": 3, "captured": 0}[wrong]
     assert ("gave other results than one by one" in caplog.text) is (wrong == "a layer")
 
