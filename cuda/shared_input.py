@@ -26,7 +26,7 @@ LARGEST_ERROR = 0.02  # relative, of outputs whose branches' products may be rou
 OF_LAYER = ("weight", "weight_scale", "row_scale", "proj_up", "bias", "lora_up")  # a GEMM's constant arguments
 GEMM = ("y", "act", "act_scale", "lora_act", "lora_act_scale", *OF_LAYER)
 NUMBERED = {"y", "lora_act", *OF_LAYER}  # each layer has its own
-_verdicts = {}  # {arguments of _launches: whether the outputs agreed with those of the layers' own calls}
+_agreed = {}  # {arguments of _launches: the _Launches, whose outputs agreed with those of the layers' own calls, or () if they didn't}
 
 
 def svdquant_linears(x, layers):
@@ -48,27 +48,32 @@ def one_by_one(x, layers):
 
 def by_kernels(x, layers):
     """As svdquant_linears, or None if the kernels don't take these layers together, or gave other results before."""
-    k, dtype, first = x.shape[-1], x.dtype, layers[0]
+    k, dtype, first, source = x.shape[-1], x.dtype, layers[0], x.data_ptr()
     tokens = x.reshape(-1, k)
-    if (any(layer.weight_scale.dtype != dtype or (layer.unsigned_from, layer.act_bits) != (first.unsigned_from, first.act_bits)
-            or layer.act_bits == 8 and layer.row_scale is None for layer in layers)
-            or x.data_ptr() % 16 or tokens.data_ptr() != x.data_ptr() or tokens.stride(1) != 1 or tokens.stride(0) % 8):
+    if source % 16 or tokens.data_ptr() != source or tokens.stride(1) != 1 or tokens.stride(0) % 8:
         return None
+    for layer in layers:
+        if (layer.weight_scale.dtype != dtype or layer.unsigned_from != first.unsigned_from or layer.act_bits != first.act_bits
+                or layer.act_bits == 8 and layer.row_scale is None):
+            return None
     kind = (len(tokens), k, tuple((*layer.proj_up.shape, layer.gelu_from, layer.lora) for layer in layers), first.unsigned_from,
             first.act_bits, dtype, tokens.stride(0), x.device)
+    launches = _agreed.get(kind)
+    if launches is not None:
+        return launched(launches, x, tokens, layers) if launches else None
     launches = _launches(*kind)
-    if launches is None or (verdict := _verdicts.get(kind)) is False:
-        return None
-    return launched(launches, x, tokens, layers) if verdict else compared(kind, launches, x, tokens, layers)
+    return None if launches is None else compared(kind, launches, x, tokens, layers)
 
 
 def launched(launches, x, tokens, layers):
     """The outputs of _Launches for x, which as (M, K) is `tokens`."""
     down, lora_down, strength = joined(layers, launches.lora)
     product = quantize_activation.multiplied(tokens, down, lora_down, strength) if launches.product else (down,)
-    outputs = [x.new_empty(*x.shape[:-1], layer.weight.shape[0]) for layer in layers]
-    own = (tensor for layer in layers for tensor in (layer.weight, layer.weight_scale, layer.row_scale, layer.proj_up, layer.bias,
-                                                     layer.lora_up))
+    outputs = [allocate() for allocate in launches.allocate]
+    outputs = [y.view(*x.shape[:-1], y.shape[1]) for y in outputs] if x.ndim != 2 else outputs
+    own = []
+    for layer in layers:
+        own += layer.weight, layer.weight_scale, layer.row_scale, layer.proj_up, layer.bias, layer.lora_up
     launches.run(*map(runtime.address, (x, layers[0].smooth, strength, *product, *outputs, *own)))
     return outputs
 
@@ -82,8 +87,8 @@ def compared(kind, launches, x, tokens, layers):
     expected, outputs = one_by_one(x, layers), launched(launches, x, tokens, layers)
     errors = torch.stack([((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in zip(outputs, expected)])
     if torch.stack([y.isfinite().all() for y in expected]).all():
-        _verdicts[kind] = bool((errors < LARGEST_ERROR).all())
-        if not _verdicts[kind]:
+        _agreed[kind] = launches if bool((errors < LARGEST_ERROR).all()) else ()
+        if not _agreed[kind]:
             log.warning("Layers that share the quantization of their input gave other results than one by one on %s (relative errors %s), "
                         "so that each of them now quantizes its own, which is slower; please report this line to the authors of the "
                         "SVDQuant nodes.", x.device, [f"{error:.2g}" for error in errors.tolist()])
@@ -120,6 +125,7 @@ class _Launches(NamedTuple):
 
     lora: LoRASizes  # joined_sizes()
     product: bool    # cuBLAS computes the branches' product
+    allocate: tuple  # functions that allocate the outputs, (M, N) each
     run: Callable    # takes the addresses of x, smooth, lora_strength, the product or proj_down, the outputs, and OF_LAYER of each layer
 
 
@@ -153,7 +159,7 @@ def _launches(m, k, sizes, unsigned_from, act_bits, dtype, stride, device):
         steps.append((gemm, [f"{name}{i}" if name in NUMBERED else name for name in GEMM[:len(GEMM) - (not takes_lora)]]))
     names = ("x", "smooth", "lora_strength", *products, *(f"y{i}" for i in range(len(sizes))),
              *(f"{name}{i}" for i in range(len(sizes)) for name in OF_LAYER))
-    return _Launches(lora, product, runtime.chain(names, *steps, work=work))
+    return _Launches(lora, product, tuple(runtime.allocator((m, n), dtype, device) for n in ns), runtime.chain(names, *steps, work=work))
 
 
 def _quantizes(layer, device):

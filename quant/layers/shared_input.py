@@ -22,22 +22,29 @@ def takes_part(layer, x):
     """Whether a layer's output is its product, of parameters on x's device, with nothing that works on the input, or on the output."""
     if not isinstance(layer, SVDQuantLinear) or not layer.alone():
         return False
-    branch, device = layer.lora_branch, x.device
-    return (branch is None or not (branch.has_gain or branch.has_terms)) and all(
-        p is None or p.device == device for p in layer.parameters(recurse=False))
+    branch, device = layer._modules.get("lora_branch"), x.device  # a module finds attributes of its own kinds slowly
+    if branch is not None and (branch.has_gain or branch.has_terms):
+        return False
+    for p in layer._parameters.values():
+        if p is not None and p.device != device:
+            return False
+    return True
 
 
 def are_alike(layers, device):
     """Whether layers quantize their inputs in the same way."""
-    first = layers[0]
-    return (all(layer.bits(device) == first.bits(device) and layer.spec.unsigned_from == first.spec.unsigned_from
-                and layer.in_features == first.in_features for layer in layers)
-            and (one := smoothing(first)) is not None and all(smoothing(layer) == one for layer in layers[1:]))
+    first, *others = layers
+    bits, unsigned_from, inputs = first.bits(device), first.spec.unsigned_from, first.in_features
+    for layer in others:
+        if layer.bits(device) != bits or layer.spec.unsigned_from != unsigned_from or layer.in_features != inputs:
+            return False
+    one = smoothing(first)
+    return one is not None and all(smoothing(layer) == one for layer in others)
 
 
 def smoothing(layer):
     """A digest of a layer's smoothing factors; None while it is not known, and a CUDA graph is captured, in which nothing can be read."""
-    parameter = layer.weight_smooth_factor
+    parameter = layer._parameters["weight_smooth_factor"]
     version = version_of(parameter)
     known = _digests.get(layer)
     if known is not None and known[0]() is parameter and known[1] == version:
@@ -51,7 +58,8 @@ def smoothing(layer):
 
 def operands_of(layer, x):
     """The LayerOperands of a layer that takes_part()."""
-    p, branch, act_bits = layer.at(x), layer.lora_branch, layer.bits(x.device)
+    p = layer.at(x) if layer.bias_function else layer._parameters
+    branch, act_bits = layer._modules.get("lora_branch"), layer.bits(x.device)
     row_scale = layer.row_scale(p["weight_scale"]) if act_bits == 8 else None
     lora = () if branch is None else branch.operands(x, layer.lora_dtype)
     return operands(p, p["bias"], layer.spec.unsigned_from, act_bits, row_scale, layer.gelu_from, lora)

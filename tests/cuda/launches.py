@@ -42,6 +42,7 @@ def recorded(monkeypatch, layers=1):
         cache.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "chain", recorder(lambda at, steps: calls.append(at), 1 + layers))
+        patch.setattr(shared_input, "_agreed", {})
         patch.setattr(runtime, "_tensor_map", lambda boxes: None)
         patch.setattr(kernel_loader, "kernel", lambda source, entry, defines, device, shared=0: runtime.Kernel(0x77, -1, shared))
         patch.setattr(runtime.Kernel, "active_clusters", lambda kernel, ctas, threads: 16)

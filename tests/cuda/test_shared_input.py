@@ -37,11 +37,7 @@ def test_are_the_layers_on_the_cpu(x, loras):
 @pytest.fixture
 def agreed(monkeypatch):
     """As if all kinds of layers had agreed before."""
-    class All(dict):
-        def get(self, kind):
-            return True
-
-    monkeypatch.setattr(shared_input, "_verdicts", All())
+    monkeypatch.setattr(shared_input, "compared", lambda kind, *args: shared_input.launched(*args))
 
 
 @pytest.mark.usefixtures("agreed")
@@ -92,7 +88,6 @@ def test_the_first_call_is_compared_with_the_layers_own(x, monkeypatch, caplog, 
         calls.append(1)
         return [y * (1.1 if i == 1 and wrong == "a layer" else 1.001) for i, y in enumerate(exact)]
 
-    monkeypatch.setattr(shared_input, "_verdicts", {})
     monkeypatch.setattr(shared_input, "launched", launched)
     monkeypatch.setattr(shared_input, "one_by_one", lambda x, layers: exact)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: wrong == "captured")

@@ -34,8 +34,8 @@ def layers_of(k, ns, ranks, act_bits, dtype, loras, exact):
 
 
 @pytest.fixture(autouse=True)
-def verdicts(monkeypatch):
-    monkeypatch.setattr(shared_input, "_verdicts", {})
+def fresh(monkeypatch):
+    monkeypatch.setattr(shared_input, "_agreed", {})
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
@@ -47,7 +47,7 @@ def test_have_the_bits_of_the_layers_own_calls(m, k, loras, dtype, act_bits):
     x = torch.randint(-6, 7, (1, m, k), generator=torch.Generator().manual_seed(m)).to("cuda", dtype)
     expected = shared_input.by_kernels(x, layers)  # the first call's are the layers' own
     assert all(torch.equal(y, ops.svdquant_linear(x, layer)) for y, layer in zip(expected, layers))
-    assert list(shared_input._verdicts.values()) == [True]
+    assert len(shared_input._agreed) == 1 and all(shared_input._agreed.values())
     for _ in range(3):
         poison()
         found = shared_input.by_kernels(x, layers)
