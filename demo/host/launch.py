@@ -112,13 +112,14 @@ def enter_as_main(folder: Path, *options: str) -> bool:
         return False
     from comfy_aimdo import control
 
-    control.init(nvml_pressure=not comfy.cli_args.args.disable_nvml_pressure)
+    args = comfy.cli_args.args
+    control.init(**({"nvml_pressure": not args.disable_nvml_pressure} if hasattr(args, "disable_nvml_pressure") else {}))
     import comfy.memory_management
     import comfy.model_management
     import comfy.model_patcher
 
-    devices = [device.index for device in comfy.model_management.get_all_torch_devices() if device.type == "cuda"]
-    comfy.memory_management.aimdo_enabled = bool(devices) and control.init_devices(devices)
+    device = comfy.model_management.get_torch_device()
+    comfy.memory_management.aimdo_enabled = device.type == "cuda" and control.init_device(device.index)
     if comfy.memory_management.aimdo_enabled:
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     return comfy.memory_management.aimdo_enabled

@@ -51,7 +51,8 @@ class State(NamedTuple):
 
 
 def check(what: str, states: list[State], warm: int) -> None:
-    """Report the states of the server after each of so many `what`, and assert that it holds no more after the last than after `warm`."""
+    """Report the server's states, and assert that it holds no more after the last of them than after the one at `warm`. what: that of which
+    each has left a state."""
     shown = [tuple(state) for state in states[warm::max(1, (len(states) - warm) // 25)]]
     report = f"{len(states)} {what}; private MB, mappings, threads, open files from number {warm} on: {shown}, last {tuple(states[-1])}"
     print(report)
