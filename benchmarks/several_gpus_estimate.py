@@ -1,10 +1,10 @@
 """What to expect of two, four and eight GPUs, as arithmetic:  python benchmarks/several_gpus_estimate.py
 
 A step of FLUX.1-dev in W4A8 with fused blocks, replayed as a CUDA graph. The work on tokens and in attention is that of one H200, divided
-by the number of GPUs, as if half of the tokens took half of the time. Before and after attention of each block the GPUs exchange q, k, v
-and the output: of L tokens of K channels in 16 bits each GPU sends 3 L K 2 (N - 1) / N^2 and L K 2 (N - 1) / N^2 bytes. A GPU's heads are
-attended in two groups: the first group's q, k and v and the last one's output are waited for, and the rest travels while attention runs.
-What travels is also copied once in a GPU's own memory.
+by the number of GPUs; the part of the former that does not grow with the tokens is not divided. Before and after attention of each block
+the GPUs exchange q, k, v and the output: of L tokens of K channels in 16 bits each GPU sends 3 L K 2 (N - 1) / N^2 and L K 2 (N - 1) / N^2
+bytes. A GPU's heads are attended in two groups: the first group's q, k and v and the last one's output are waited for, and the rest travels
+while attention runs. What travels is also copied once in a GPU's own memory.
 
 Quantization: everything up to the file is divided, but for the start and the file.
 """
@@ -36,8 +36,9 @@ LINKS = (Link("NVLink 4", 350e9, 25e-6), Link("PCIe 5.0 x16", 45e9, 40e-6), Link
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of a step on one GPU: on tokens, in attention, and of the processor."""
+    """Seconds of a step on one GPU: of what takes as long for any number of tokens, on tokens, in attention, and of the processor."""
 
+    fixed: float
     tokens: float
     attention: float
     processor: float
@@ -48,12 +49,14 @@ def tokens_of(pixels):
 
 
 def work_of(pixels, entries):
-    """The Work at a size, from the kernels' times at 1024 x 1024: attention's grows with the square of the tokens, the rest with them."""
-    kernels = next(entry["kernel_ms"] for entry in entries if entry["variant"] == "ours-fused-eager" and entry.get("kernel_ms"))
-    growth = tokens_of(pixels) / tokens_of(1024)
-    attention = kernels["attention"]
-    launches = next(entry["ms"] for entry in entries if entry["variant"] == "ours-fused-eager" and entry["pixels"] == 256)
-    return Work((sum(kernels.values()) - attention) * growth / 1e3, attention * growth**2 / 1e3, launches / 1e3)
+    """The Work at a size, from the kernels' times at 512 x 512 and 1024 x 1024: attention's grows with the square of the tokens, and the
+    rest along the line through the two."""
+    ours = {entry["pixels"]: entry for entry in entries if entry["variant"] == "ours-fused-eager" and entry["batch"] == 1}
+    kernels = {size: entry["kernel_ms"] for size, entry in ours.items()}
+    small, usual = (sum(kernels[size].values()) - kernels[size]["attention"] for size in (512, 1024))
+    slope = (usual - small) / (tokens_of(1024) - tokens_of(512))
+    attention = kernels[1024]["attention"] * (tokens_of(pixels) / tokens_of(1024)) ** 2
+    return Work((usual - slope * tokens_of(1024)) / 1e3, slope * tokens_of(pixels) / 1e3, attention / 1e3, ours[256]["ms"] / 1e3)
 
 
 def bytes_sent(tokens, gpus):
@@ -73,11 +76,11 @@ def exchange_seconds(tokens, gpus, link, attention):
 def step_seconds(pixels, gpus, link, work):
     """A step."""
     if gpus == 1:
-        return max(work.tokens + work.attention, work.processor)
+        return max(work.fixed + work.tokens + work.attention, work.processor)
     tokens = tokens_of(pixels)
     gathered = tokens * WIDTH * BYTES * (gpus - 1) / gpus / link.bandwidth
     exchanges = BLOCKS * exchange_seconds(tokens, gpus, link, work.attention / gpus / BLOCKS)
-    return (work.tokens + work.attention) / gpus + exchanges + gathered
+    return work.fixed + (work.tokens + work.attention) / gpus + exchanges + gathered
 
 
 def quantize_seconds(gpus, one, start, file):

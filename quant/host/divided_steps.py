@@ -110,17 +110,17 @@ class DividedSteps:
     def recorded(self, run, arguments, tensors, fit=True):
         """(the graph of run(arguments), its result, the inputs that process 0 sends from within), or None if one of the processes could
         not record it. fit: whether this one may."""
-        device, found = tensors[0].device, None
-        if fit:
-            message, inputs = ranks.empty_message([(tensor.shape, tensor.dtype) for tensor in tensors], device)
+        if not all(self.every.gathered(fit)):
+            return None
+        device = tensors[0].device
+        message, inputs = ranks.empty_message([(tensor.shape, tensor.dtype) for tensor in tensors], device)
+        self.every.send_from_first(message)  # NCCL connects the processes at the first message of a kind
 
-            def launches():
-                self.every.send_from_first(message)
-                return step_graphs.call(run, step_graphs.rebuilt(arguments, iter(inputs)))
+        def launches():
+            self.every.send_from_first(message)
+            return step_graphs.call(run, step_graphs.rebuilt(arguments, iter(inputs)))
 
-            found = step_graphs.captured(launches, device)
+        found = step_graphs.captured(launches, device)
         if found is not None:
             self.every.graphs.add(found[0])
-        if all(self.every.gathered(found is not None)):
-            return *found, inputs
-        return None
+        return (*found, inputs) if all(self.every.gathered(found is not None)) else None

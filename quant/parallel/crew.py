@@ -53,8 +53,9 @@ class Crew:
                     self.close()
                     raise Lost(f"The processes of the other GPUs were not ready after {START_SECONDS} s; see ComfyUI's log.")
                 time.sleep(POLL)
-            with _leaving:
-                pass  # a crew that has lost a worker leaves its group in another thread
+            while _leaving.locked():  # a crew that has lost a worker leaves its group in another thread
+                check()
+                time.sleep(POLL)
             if dist.is_initialized():
                 if (other := Crew.joined_one()) is None:
                     raise ValueError("Another node of this session already runs torch.distributed; remove it from the workflow and restart "

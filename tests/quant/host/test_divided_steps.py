@@ -79,13 +79,17 @@ def check_a_lost_worker(two, ordinary):
 
 
 def test_a_step_is_recorded_by_all_processes_or_by_none(monkeypatch):
-    monkeypatch.setattr(step_graphs, "captured", stand_in_graphs.captured)
+    """What another process says: whether it may record, and whether it could."""
+    monkeypatch.setattr(Graph, "made", [])
     graphs, x = set(), torch.zeros(1)
-    for others, own, recorded in ((True, True, True), (False, True, False), (True, False, False)):
-        every = types.SimpleNamespace(rank=0, size=2, graphs=graphs, gathered=lambda value, others=others: [value, others])
-        found = DividedSteps(every, None).recorded(None, {"x": x}, [x], own)
-        assert (found is not None) == recorded
-    assert len(graphs) == 2
+    for others, fit, could in (((True, True), True, True), ((True, False), True, True), ((True, True), True, False), ((False,), True, True),
+                               ((True,), False, True)):
+        answers = iter(others)
+        monkeypatch.setattr(step_graphs, "captured", stand_in_graphs.captured if could else lambda run, device: None)
+        every = types.SimpleNamespace(graphs=graphs, gathered=lambda own: [own, next(answers)], send_from_first=lambda message: None)
+        found = DividedSteps(every, None).recorded(None, {"x": x}, [x], fit)
+        assert (found is not None) == (all(others) and fit and could) and not list(answers)
+    assert len(graphs) == len(Graph.made) == 2
 
 
 # --- On two GPUs -------------------------------------------------------------------------------------------------------
