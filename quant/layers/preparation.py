@@ -28,8 +28,8 @@ def compute_in(model, dtype, device):
                     continue
             except KernelsUnavailable:  # a GPU that is too old
                 return
-            for p in module.parameters():
-                if p.dtype == torch.bfloat16:
+            for name, p in module.named_parameters(recurse=False):
+                if p.dtype == torch.bfloat16 and name != "weight_proj_scale":  # the scales are multiplied in float32
                     p.data = p.data.half()
 
 

@@ -37,6 +37,7 @@ class Recipe:
     int8: tuple = ()  # patterns of layers whose activations have 8 bits, where those of other layers may have 4
     tokens: int = TOKENS_PER_INPUT  # per input channel of a layer, for GPTQ and refit
     largest_error: float = 0.5  # relative error of a layer in 4 bits; a layer with a larger one stays in 16 bits
+    branch_bits: int = 16  # of the branches of W4A4 layers, 16 or 8
     propagate: str = "exact"  # or "quantized": whether the earlier blocks run in 16 or in 4 bits while a block is calibrated
 
     def as_dict(self):
@@ -92,7 +93,7 @@ def make_recipe(preset, rank, exceptions=""):
             keep.append(pattern)
     chosen = Recipe(preset, _checked_rank(rank), **PRESETS[preset])
     if preset == "naive":
-        return replace(chosen, rank=0, keep=tuple(keep), int8=tuple(int8))
+        return replace(chosen, rank=0, branch_bits=16, keep=tuple(keep), int8=tuple(int8))
     return replace(chosen, keep=tuple(keep), ranks=tuple(ranks), int8=tuple(int8))
 
 
