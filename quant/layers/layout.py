@@ -116,8 +116,8 @@ class LayerSpec:
         if self.scale_blocks < 1 or self.in_features // self.group_size % self.scale_blocks:
             raise ValueError(f"has {self.scale_blocks} rows of second scales, which do not divide its "
                              f"{self.in_features // self.group_size} groups of columns")
-        if self.branch_bits == 8 and self.rank % CODES_STEP:
-            raise ValueError(f"has a branch in 8 bits of rank {self.rank}, which is not a multiple of {CODES_STEP}")
+        if self.branch_bits == 8 and (self.rank < 1 or self.rank % CODES_STEP):
+            raise ValueError(f"has a branch in 8 bits of rank {self.rank}, which is not a positive multiple of {CODES_STEP}")
 
     @property
     def group_size(self):

@@ -126,7 +126,7 @@ def test_a_model_with_such_scales_is_not_saved(models, tmp_path):
     ({}, {"scale_bits": True}, None, "says scale_bits = True"),
     ({}, {"format": "svdquant_w4a4_int8_scale"}, None, "weight_proj_scale, which a layer of format svdquant_w4a4_int8_scale has no place"),
     ({name: lambda codes: codes[:, :24].contiguous() for name in ("weight_proj_down", "weight_proj_up")},
-     {"rank": 24}, None, "branch in 8 bits of rank 24, which is not a multiple of 16"),
+     {"rank": 24}, None, "branch in 8 bits of rank 24, which is not a positive multiple of 16"),
 ])
 def test_a_file_that_contradicts_itself_is_refused(file, tmp_path, changes, conf, version, sentence):
     path = damaged(file, tmp_path / "damaged.safetensors", changes, conf, version)
