@@ -1,4 +1,5 @@
-"""A low-rank branch in 8 bits (branch_bits of quant/layers/layout.py's LayerSpec), expanded to 16 bits before each call of its layer by kernels/expand_branch.cu.
+"""A low-rank branch in 8 bits (branch_bits of quant/layers/layout.py's LayerSpec), expanded to 16 bits before each call of its layer by
+kernels/expand_branch.cu.
 
 The branch takes half the memory, and the kernels of the layer itself stay as they are. The expansion takes a few microseconds a layer.
 """
@@ -30,7 +31,8 @@ def expanded(proj_down, proj_up, scale, dtype):
 @functools.lru_cache(maxsize=1024)
 def launcher(k, n, rank, dtype, device):
     """(a function that launches the kernel, a function that allocates its output (K + N, R)), for the addresses of (proj_down, proj_up,
-    scale, output); k: rows of proj_down to expand, which may be 0. device: a CUDA device with an index. Raises KernelsUnavailable."""
+    scale, output). k: rows of proj_down to expand; 0: only proj_up, of whose rows alone the scales then are. device: a CUDA device with an
+    index. Raises KernelsUnavailable."""
     defines = defines_of(dtype)
     kernel = kernel_loader.kernel(SOURCE, ENTRY, defines, device)
     if not self_test.kernel_passes(SOURCE, device, lambda: self_test_problems.expand_branch_is_right(expand_by, dtype, device), defines,

@@ -338,6 +338,7 @@ def cached_launch(x, operands, gated=False, codes=(), expander=None):
         (down, up, scale), (expand, new_branch) = map(runtime.address, codes), expander
         known = (down, *known[1:CONSTANT.index("proj_up")], up, *known[CONSTANT.index("proj_up") + 1:], scale)
         rows = 0 if lora_up is not None else k
+        of_rows = scale + (k - rows) * codes[2].itemsize
 
     def launch(x, weight_scale, proj_down, addresses, lora_down=None, lora_strength=None, added=()):
         source = x.data_ptr()
@@ -348,7 +349,7 @@ def cached_launch(x, operands, gated=False, codes=(), expander=None):
         if codes:
             branch = new_branch()
             first = branch.data_ptr()
-            expand(down, up, scale, first)
+            expand(down, up, of_rows, first)
             proj_down, factors = branch[:rows], (first, first + rows * rank * dtype.itemsize)
         if launches.product:
             product = quantize_activation.multiplied(x.view(m, k), proj_down, lora_down, lora_strength)

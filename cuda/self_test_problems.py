@@ -419,8 +419,8 @@ def round_block_is_right(round_block, device):
 
 
 def expand_branch_is_right(expand_by, dtype, device):
-    """Whether expand_branch.expand_by's numbers are reference.expand_branch's, with all codes and scales over 16 octaves. The rows end within
-    a CTA."""
+    """Whether expand_branch.expand_by's numbers are reference.expand_branch's, with all codes and scales over 16 octaves. The rows
+    end within a CTA."""
     _, uniform, whole = _random(0)
     factors, scale = [whole(-127, 128, rows, RANK) for rows in (37, 141)], torch.exp2(uniform(178) * 16 - 12).bfloat16()
     exact = reference.expand_branch(torch.cat(factors), scale, dtype)

@@ -12,8 +12,9 @@ the last pages, which differ in files that were cut off, filled up with zeros or
 a flipped bit within the codes passes there, and changes one of thousands of millions of weights. This takes 50 ms of processor time a GB of
 the file, in several threads: 4 % more time for a load from the system's page cache on two cores, and less where a disk is waited for.
 
-No tensor may have values that spoil every image: NaN, infinity, and smoothing factors and branches' scales that are not positive. A file with such values is not
-written; SVDQuant Inspect looks for them in every file, and SVDQuant Load Model in tensors without a checksum, as other software's.
+No tensor may have values that spoil every image: NaN, infinity, and smoothing factors and scales of branches that are not positive. A file
+with such values is not written; SVDQuant Inspect looks for them in every file, and SVDQuant Load Model in tensors without a checksum, as
+other software's.
 """
 
 import json

@@ -183,7 +183,8 @@ def _layer_spec(header, family, name):
                               "or save or download the file again.")
     unsigned = _unsigned_from(header, key, conf, k)
     int8_branch = kind == layout.SVDQUANT_INT8_BRANCH
-    dtype, scale_blocks, int8_scale = scale.dtype, 1, kind == layout.SVDQUANT_INT8_SCALE or int8_branch and _scale_bits(header, key, conf) == 8
+    int8_scale = kind == layout.SVDQUANT_INT8_SCALE or int8_branch and _scale_bits(header, key, conf) == 8
+    dtype, scale_blocks = scale.dtype, 1
     if kind == layout.NVFP4:
         dtype = info_of(header, f"{name}.weight_smooth_factor").dtype
         scale_blocks = (*info_of(header, f"{name}.weight_scale_2").shape, 0)[0]

@@ -180,8 +180,8 @@ def svdquant_spec(in_features, out_features, rank, unsigned_from, bias, dtype):
 
 def spec_of(layer, weight_shape, rank, bias, dtype, act_bits=0, branch_bits=16):
     """The LayerSpec of a linear, from its family's Layer and its weight's shape (N, K). rank: the rank of its LoRA branch, if it has one;
-    bias: whether it has a bias; act_bits, branch_bits: as in LayerSpec, of a W4A4 layer. Raises ValueError, whose message is the second half of
-    a sentence, if the linear can't be packed."""
+    bias: whether it has a bias; act_bits, branch_bits: as in LayerSpec, of a W4A4 layer. Raises ValueError, whose message is the second
+    half of a sentence, if the linear can't be packed."""
     n, k = weight_shape
     if layer.packing is Packing.W4A16:
         return LayerSpec(AWQ, k, n, bias=bias, dtype=dtype)

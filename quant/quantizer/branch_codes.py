@@ -2,9 +2,11 @@
 
 The error of rounding a rank is a fraction of the rank's own size, and the first singular values of a weight are many times the last. So the
 ranks are mixed before they are rounded: with an orthogonal matrix Q, up Q (down Q)^T is the same product, and all ranks are of about one
-size (the rotations of QuaRot, arXiv 2404.00456, between the factors of a branch). A row's ranks then can share a scale. The branch still depends on most directions of its ranks
-little. So a row is rounded rank by rank, each of which compensates for the errors of those before it, as GPTQ does between columns
-(gptq.py): down in the metric of up, and then up, fitted anew to the rounded down, in the metric of the branch's own input.
+size (the rotations of QuaRot, arXiv 2404.00456, between the factors of a branch). The ranks of a row then can share a scale.
+
+Most directions of the mixed ranks still count little. So a row is rounded rank by rank, and each rank compensates for the errors of those
+before it, as columns do in GPTQ (gptq.py): down in the metric of up; then up, fitted anew to the rounded down, in the metric of the
+branch's inputs.
 """
 
 import math
@@ -24,7 +26,8 @@ def coded(up, down, smooth, factor=None):
     q = mixing(up.shape[1]).to(up.device)
     up, down = up @ q, down @ q
     down_codes, down_scale = _rounded(down, up.t() @ up)
-    before, after = (_weighted(d * smooth.unsqueeze(-1), factor) for d in (down, down_codes * down_scale.float().unsqueeze(-1)))
+    rounded = down_codes * down_scale.float().unsqueeze(-1)
+    before, after = (_weighted(matrix * smooth.unsqueeze(-1), factor) for matrix in (down, rounded))
     gram = after.t() @ after
     # The best up for the rounded down, in the span of the old one's columns.
     up = up @ torch.linalg.solve(_damped(gram), after.double().t() @ before.double()).t().float()
@@ -57,7 +60,7 @@ def _damped(gram):
 
 
 def _rounded(target, gram):
-    """(codes (rows, R) int8, scale (rows,) bf16, positive) of a factor (rows, R) float32 whose errors e cost e gram e^T in each row. Babai's
+    """(codes (rows, R) int8, scale (rows,) bf16, positive) of a factor (rows, R) float32, where errors e of a row cost e gram e^T: Babai's
     nearest plane, as in gptq.py. A row of zeros has the scale 1."""
     scale = (target.abs().amax(dim=1) / LARGEST).bfloat16()
     scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))

@@ -30,7 +30,8 @@ def branch(k, n, rank, seed=0):
 def test_the_kernel_has_the_references_bits(k, n, rank, dtype):
     codes = branch(k, n, rank)
     down, up = expand_branch.expanded(*codes, dtype)
-    assert down.dtype == up.dtype == dtype and torch.equal(torch.cat((down, up)), reference.expand_branch(torch.cat(codes[:2]), codes[2], dtype))
+    assert down.dtype == up.dtype == dtype
+    assert torch.equal(torch.cat((down, up)), reference.expand_branch(torch.cat(codes[:2]), codes[2], dtype))
     assert expand_branch.launcher(k, n, rank, dtype, torch.device("cuda", torch.cuda.current_device()))
 
 

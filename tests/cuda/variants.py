@@ -29,7 +29,8 @@ def variants(target):
     by_mma = sorted({kernels.storage for *_, kernels in chosen if not kernels.wgmma})
     quantize = [quantize_activation.variant(dtype, kernels.storage, kernels.plans[0], bool(lora.ranks)) for lora, dtype, kernels in chosen]
     return {
-        "awq": awq.variants(target), **block_ops.variants(target), "expand_branch": expand_branch.variants(target), "gptq": gptq.variants(), "group_error": group_error.variants(),
+        "awq": awq.variants(target), **block_ops.variants(target), "expand_branch": expand_branch.variants(target),
+        "gptq": gptq.variants(), "group_error": group_error.variants(),
         "gemm_mma": [variant for storage in by_mma for variant in gemm_mma.variants(storage, target)],
         "gemm_wgmma": gemm_wgmma.variants() if any(kernels.wgmma for *_, kernels in chosen) else [],
         "mlp": [] if fused is None else mlp.variants(fused.storage, target),

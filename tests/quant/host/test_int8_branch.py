@@ -99,7 +99,8 @@ def damaged(file, path, changes=(), conf=(), version=None):
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_scales_that_spoil_images_are_refused(file, tmp_path, value):
-    path = damaged(file, tmp_path / "damaged.safetensors", {"weight_proj_scale": lambda scale: scale.index_fill(0, torch.tensor([3]), value)})
+    changes = {"weight_proj_scale": lambda scale: scale.index_fill(0, torch.tensor([3]), value)}
+    path = damaged(file, tmp_path / "damaged.safetensors", changes)
     for read in (loader.load_model, lambda path: inspection.inspect_body(read_header(path))):
         with pytest.raises(CheckpointError, match="weight_proj_scale has values that are not positive and finite"):
             read(path)
