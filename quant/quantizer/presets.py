@@ -69,12 +69,12 @@ PRESETS = {
 }
 
 
-def make_recipe(preset, rank, exceptions=""):
+def make_recipe(preset, rank, exceptions="", branch_bits=16):
     """The Recipe of a preset.
 
     exceptions: patterns of layer names, one per line or separated by commas: `pattern` keeps its layers in 16 bits, `pattern = rank` gives
-    them another rank, `pattern = int8` activations of 8 bits; * stands for any text. Raises ValueError on an unknown preset, a rank outside
-    16..256 in steps of 16, or an exception that can't be read.
+    them another rank, `pattern = int8` activations of 8 bits; * stands for any text. branch_bits: as in Recipe; naive has no branch. Raises
+    ValueError on an unknown preset, a rank outside 16..256 in steps of 16, or an exception that can't be read.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"The input preset is {quoted(preset)}, which this version of SVDQuant does not offer; choose "
@@ -93,8 +93,8 @@ def make_recipe(preset, rank, exceptions=""):
             keep.append(pattern)
     chosen = Recipe(preset, _checked_rank(rank), **PRESETS[preset])
     if preset == "naive":
-        return replace(chosen, rank=0, branch_bits=16, keep=tuple(keep), int8=tuple(int8))
-    return replace(chosen, keep=tuple(keep), ranks=tuple(ranks), int8=tuple(int8))
+        return replace(chosen, rank=0, keep=tuple(keep), int8=tuple(int8))
+    return replace(chosen, keep=tuple(keep), ranks=tuple(ranks), int8=tuple(int8), branch_bits=branch_bits)
 
 
 def check_inputs(preset, exceptions, positive, latent):

@@ -102,8 +102,8 @@ def test_zeros_and_missing_ranks():
 
 @pytest.mark.parametrize(("preset", "most"), [("best", 1.01), ("fast", 1.01), ("data-free", 1.03)])
 def test_a_layer_loses_little(preset, most):
-    """A hundredth of its error with activations of 4 bits, and three without their rounding errors, of the weight alone. With half the ranks
-    in as many bytes it would lose a fifth."""
+    """A hundredth of its error with activations of 4 bits, and three without their rounding errors, of the weight alone. With half the
+    ranks in as many bytes it would lose a fifth."""
     weight = random(N, 64, seed=1) @ random(64, K, seed=2) / 24 + random(N, K, seed=3) / 2
     spec, x = layout.svdquant_spec(K, N, 64, K, False, torch.bfloat16), inputs()
     errors = {}
