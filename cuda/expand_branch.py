@@ -41,6 +41,12 @@ def launcher(k, n, rank, dtype, device):
     return _launcher(kernel, k, n, rank), runtime.allocator((k + n, rank), dtype, device)
 
 
+def prepare(dtype, stored, device):
+    """Compile, load and test the kernel for layers whose floats are stored in `stored`, in a model in `dtype`."""
+    computed = ops.compute_dtype(dtype, stored, device)  # layers that are computed in fp16 are also held in it
+    launcher(0, CODES_STEP, CODES_STEP, computed if computed == torch.float16 else stored, device)
+
+
 def defines_of(dtype):
     return (("HALF", int(dtype == torch.float16)),)
 

@@ -8,30 +8,27 @@ import torch
 from comfyui_svdquant.quant.checkpoint import inspection, native
 from comfyui_svdquant.quant.checkpoint.convert import convert
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
-from comfyui_svdquant.quant.host import loader, quantize
+from comfyui_svdquant.quant.host import build, loader, quantize
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.layers.linear import SVDQuantLinear
 from comfyui_svdquant.quant.quantizer import presets
 from safetensors.torch import load_file, save_file
 
-from ..comfy_models import LATENT, Progress, prompts, sample, save, saved_and_loaded
+from ..comfy_models import Progress, sample, save, saved_and_loaded
+from ..lora_tensors import load_lora
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
 LAYER = "single_blocks.0.linear1"
 
 
-def made(path, bits, preset="data-free"):
-    recipe = replace(presets.make_recipe(preset, 16), branch_bits=bits)
-    calibration = (prompts(), LATENT) if recipe.smooth == "search" else (None, None)
-    return quantize.quantize(loader.load_model(path), recipe, *calibration, 2, 0, Progress())
-
-
 @pytest.fixture(scope="module")
 def models(pair_files):
     """{bits of the branches: (quantized model, [LayerRecord])}"""
     with torch.inference_mode():
-        return {bits: made(pair_files[0], bits) for bits in (8, 16)}
+        recipes = {bits: presets.make_recipe("data-free", 16, branch_bits=bits) for bits in (8, 16)}
+        return {bits: quantize.quantize(loader.load_model(pair_files[0]), recipe, None, None, 2, 0, Progress())
+                for bits, recipe in recipes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +73,41 @@ def test_a_file_without_such_branches_is_of_the_version_before(models, tmp_path)
                                                    if name.endswith(layout.QUANT_KEY)})
 
 
-@pytest.mark.parametrize("preset", ["best", "fast"])
-def test_the_rounding_costs_a_layer_little(pair_files, preset):
-    """At most a tenth of its error, and 1 % in the mean; half the ranks in 16 bits would cost several times as much."""
-    errors = {bits: {record.name: record.error for record in made(pair_files[0], bits, preset)[1]} for bits in (8, 16)}
-    ratios = [errors[8][name] / error for name, error in errors[16].items() if error]
-    assert max(ratios) < 1.1 and sum(ratios) / len(ratios) < 1.01
-    assert errors[8] != errors[16]
+def test_the_rounding_costs_a_layer_little(models):
+    """At most 5 % of its error, 3 % in the mean: of the weight alone, since nothing is calibrated."""
+    errors = {bits: {record.name: record.error for record in found if record.rank} for bits, (_, found) in models.items()}
+    ratios = [errors[8][name] / error for name, error in errors[16].items()]
+    assert max(ratios) < 1.05 and sum(ratios) / len(ratios) < 1.03 and errors[8] != errors[16]
+
+
+@pytest.fixture(scope="module")
+def expanded_file(models, tmp_path_factory):
+    """The same model with the expanded branches in 16 bits."""
+    model, path = models[8][0], tmp_path_factory.mktemp("models") / "expanded.safetensors"
+    tensors = {build.stored_name(model.model, name): tensor for name, tensor in model.model.diffusion_model.state_dict().items()}
+    specs = {name: replace(layer.spec, branch_bits=16) for name, layer in model.packed_layers().items()}
+    for name, layer in w4a4(model).items():
+        del tensors[f"{name}.weight_proj_scale"]
+        tensors |= zip((f"{name}.weight_proj_down", f"{name}.weight_proj_up"), layer.branch("cpu"))
+    native.save(str(path), tensors, specs, build.stored_config(model.model), model.recipe, model.source)
+    return str(path)
+
+
+def test_it_draws_what_the_expanded_model_draws_with_loras_too(file, expanded_file):
+    """A LoRA on all layers; and a DoRA, which gives rows a gain."""
+    tensors = {}
+    for number, (name, layer) in enumerate(w4a4(loader.load_model(file)).items()):
+        g, (n, k) = torch.Generator().manual_seed(number), (layer.out_features, layer.in_features)
+        tensors[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(4, k, generator=g) / 16
+        tensors[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(n, 4, generator=g) / 16
+        if name == LAYER:
+            tensors[f"diffusion_model.{name}.dora_scale"] = torch.rand(n, 1, generator=g) + 0.5
+    drawn = []
+    for path in (file, expanded_file):
+        model = loader.load_model(path)
+        drawn.append([sample(model), sample(load_lora(model, tensors, 0.8)), sample(model)])
+    assert all(torch.equal(*each) for each in zip(*drawn))
+    assert torch.equal(drawn[0][0], drawn[0][2]) and not torch.equal(drawn[0][0], drawn[0][1])
 
 
 def damaged(file, path, changes=(), conf=(), version=None):

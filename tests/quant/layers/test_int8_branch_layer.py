@@ -113,6 +113,21 @@ def test_one_graph_under_torch_compile(act_bits):
         assert torch.equal(compiled(tokens()), wide(tokens()))
 
 
+def test_a_warm_up_prepares_the_kernel_once_a_type(layers, monkeypatch):
+    asked, made = [], []
+    monkeypatch.setattr(ops, "warm_up", lambda found, device, others: asked.extend(others))
+    monkeypatch.setattr(expand_branch, "launcher", lambda *sizes: made.append(sizes))
+    device = torch.device("cuda", 0)
+    preparation.warm_up(torch.nn.Sequential(*layers, pair()[0]), device, torch.float16, (5,))
+    assert len(asked) == 1
+    for number, dtype in ((89, torch.bfloat16), (75, torch.float16)):
+        monkeypatch.setattr(targets, "for_device", lambda device, number=number: targets.TARGETS[number])
+        ops.compute_dtype.cache_clear()
+        expand_branch.prepare(torch.bfloat16, torch.bfloat16, device)
+        assert made.pop()[3:] == (dtype, device)
+    ops.compute_dtype.cache_clear()
+
+
 # --- launches ------------------------------------------------------------------------------------------------------
 
 
