@@ -31,6 +31,8 @@ def random_(tensor, name):
         return tensor.copy_(torch.randint(-128, 128, tensor.shape, dtype=torch.int8, device=tensor.device))
     if tensor.is_floating_point() and tensor.itemsize == 1:
         return tensor.copy_(random_(torch.empty_like(tensor, dtype=torch.bfloat16), name))
+    if name.endswith("weight_proj_scale"):
+        return tensor.fill_(2.0**-12)
     if name.endswith("weight_scale"):
         return tensor.copy_(torch.randint(8, 17, tensor.shape, device=tensor.device) * 2.0**-12)
     if name.endswith(("norm.scale", "norm.weight", "smooth_factor")):
@@ -52,9 +54,9 @@ def plain_flux(operations=None, dtype=torch.bfloat16, **smaller):
     return filled(new_flux(operations or comfy.ops.disable_weight_init, device(), dtype, **smaller))
 
 
-def packed_flux(rank, act_bits=8, fused=False, **smaller):
+def packed_flux(rank, act_bits=8, fused=False, branch_bits=16, **smaller):
     """A Flux with this pack's layers, prepared as the loader prepares it: threads still compile its kernels. fused: whether its blocks are
-    fused and small steps recorded, as the loader makes them."""
+    fused and small steps recorded, as the loader makes them; branch_bits: as in LayerSpec."""
     from comfyui_svdquant.quant.families.flux1 import FAMILY
     from comfyui_svdquant.quant.host import build, operations
     from comfyui_svdquant.quant.layers import layout, preparation
@@ -63,7 +65,8 @@ def packed_flux(rank, act_bits=8, fused=False, **smaller):
     shapes = {name: parameter.shape for name, parameter in flux.named_parameters()}
     for name in FAMILY.packed_names(shapes):
         kind = FAMILY.layer(name)
-        build.swap(flux, name, layout.layer_spec(kind, name, shapes[f"{name}.weight"], kind.branches * rank, True, torch.bfloat16))
+        build.swap(flux, name, layout.spec_of(kind, shapes[f"{name}.weight"], kind.branches * rank, True, torch.bfloat16,
+                                              branch_bits=branch_bits))
     build.take_over_activations(FAMILY, flux)
     filled(flux.to_empty(device=device()))
     blocks = []

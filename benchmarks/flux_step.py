@@ -11,6 +11,7 @@ The weights are random; the classes are ComfyUI's own, with other linears. A var
     comfyui-fp8    ComfyUI's weight_dtype fp8_e4m3fn under --fast fp8_matrix_mult
     nf4            bitsandbytes' NF4
     ours           this pack's layers in W4A8 in ComfyUI's blocks;  ours-w4a4: in W4A4;  ours-fused: in W4A8 in this pack's fused blocks
+                   ours-fused-int8-branch: the same with low-rank branches in 8 bits
     eager, compiled (torch.compile of the whole model, for one size), graph (the eager step as a CUDA graph)
 
 Each variant runs in a process of its own, whose caches of compiled kernels are empty at its start, and takes the sizes in their order. Each

@@ -219,6 +219,7 @@ def recipe_jobs(args):
     return [(others, (BASE, GPTQ), {}), (others, (BASE + MODULATED,), {"modulated": True}), (ours, ("ours: slow",), {"preset": "slow"}),
             *(in_single_blocks if args.model == FLUX1 else ()),
             *((ours, (f"ours: {preset}",), {"preset": preset}) for preset in ("best", "fast", "data-free")),
+            in_8_bits(2 * args.rank, f"{OURS}, "),
             (noise_floor, FLOOR, {}), *((others, (name,), {}) for name in ("naive rounding", "SmoothQuant", "SVDQuant, one shot"))]
 
 
@@ -229,7 +230,13 @@ def knob_jobs(args):
     usual = {"rank": args.rank, "prompts": args.calibration_prompts, "steps": args.calibration_steps, "tokens": TOKENS_PER_INPUT,
              "preset": "best", "propagate": "exact"}
     changed = [(knob, value) for knob, values in KNOBS.items() for value in values if value != usual[knob]]
-    return [(ours, ("defaults",), {}), *((ours, (f"{knob} {value}",), {knob: value}) for knob, value in changed)]
+    return [(ours, ("defaults",), {}), in_8_bits(2 * args.rank, ""),
+            *((ours, (f"{knob} {value}",), {knob: value}) for knob, value in changed)]
+
+
+def in_8_bits(rank, before):
+    """The job of this pack's recipe with branches in 8 bits; before: of the row's name."""
+    return ours, (f"{before}rank {rank} in 8 bits",), {"rank": rank, "branch_bits": 8}
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -286,8 +293,8 @@ def in_order(found):
              "defaults", "preset", "rank", "prompts", "steps", "tokens", "propagate"]
 
     def place(name):
-        number = name.rpartition(" ")[2]
-        return next(i for i, word in enumerate(first) if name.startswith(word)), int(number) if number.isdecimal() else 0, name
+        number = next((int(word) for word in name.split() if word.isdecimal()), 0)
+        return next(i for i, word in enumerate(first) if name.startswith(word)), number, name
 
     return {name: found[name] for name in sorted(found, key=place)}
 

@@ -74,6 +74,7 @@ MODELS = {
     "nf4": Model(nf4_flux, "bitsandbytes"),
     "ours": ours(),
     "ours-fused": ours(fused=True),
+    "ours-fused-int8-branch": ours(fused=True, branch_bits=8),
     "ours-w4a4": ours(act_bits=4),
 }
 DEFAULT = ("bf16-eager", "bf16-compiled", "fp8-compiled", "comfyui-fp8-eager", "nf4-eager", "ours-eager", "ours-fused-eager",

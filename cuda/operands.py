@@ -8,6 +8,7 @@ from torch import Tensor
 # tile has rows of two parts.
 PART_ROWS = 768
 RANK_STEP = 8       # ranks of a part are a multiple of this: 16 bytes
+CODES_STEP = 16     # ranks of a branch in 8 bits are a multiple of this: 16 bytes
 MAX_PARTS, MAX_PART_RANK = 7, 255 * RANK_STEP  # limits for several parts: the kernels take their ranks as bytes of one 64-bit number
 
 

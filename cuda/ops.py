@@ -303,7 +303,7 @@ def by_kernels(x, operands, added=()):
     return y
 
 
-def cached_launch(x, operands, gated=False):
+def cached_launch(x, operands, gated=False, codes=(), expander=None):
     """svdquant_linear for one layer and inputs of x's shape, with all look-ups done: launch(x, weight_scale, proj_down, addresses,
     lora_down, lora_strength, added), or None if the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a
     row_scale.
@@ -312,6 +312,10 @@ def cached_launch(x, operands, gated=False):
     LORA_CONSTANT if there is a LoRA, which has the LoRASizes of `operands`. gated: it also takes `added`, as by_kernels, for residuals of
     y's shape. It returns y, or None if anything has changed. Equal addresses
     also mean equal devices, because the host and all devices share one address space.
+
+    codes: proj_down, proj_up and their scale of a branch in 8 bits, from which each call expands the operands' proj_down and proj_up; their
+    addresses then stand in place of those, with that of the scale at the end. expander: expand_branch.launcher of such a layer, for no rows
+    of proj_down if there is a LoRA, whose lora_down has them.
     """
     (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, _, lora_up, lora_strength,
      lora) = operands
@@ -328,19 +332,30 @@ def cached_launch(x, operands, gated=False):
     tensors = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias
     known = tuple(map(runtime.address, tensors if lora_up is None else (*tensors, lora_up, lora_strength)))
     constants = zip(launches.constant, (*known, 0))  # 0: a lora_up that the kernel has and the layer hasn't
-    run, allocated = _both(launches, (*launches.inputs, *launches.product), constants), runtime.allocator((*leading, n), dtype, x.device)
+    names = *launches.inputs, *launches.product, *(("proj_down", "proj_up") if codes else ())  # a name's first place counts
+    run, allocated = _both(launches, names, constants), runtime.allocator((*leading, n), dtype, x.device)
+    if codes:
+        (down, up, scale), (expand, new_branch) = map(runtime.address, codes), expander
+        known = (down, *known[1:CONSTANT.index("proj_up")], up, *known[CONSTANT.index("proj_up") + 1:], scale)
+        rows = 0 if lora_up is not None else k
+        of_rows = scale + (k - rows) * codes[2].itemsize
 
     def launch(x, weight_scale, proj_down, addresses, lora_down=None, lora_strength=None, added=()):
         source = x.data_ptr()
         if (addresses != known or x.dtype is not dtype or weight_scale.dtype is not dtype or x.get_device() != index or source % 16
                 or not x.is_contiguous()):
             return None
-        y = allocated()
+        y, factors = allocated(), ()
+        if codes:
+            branch = new_branch()
+            first = branch.data_ptr()
+            expand(down, up, of_rows, first)
+            proj_down, factors = branch[:rows], (first, first + rows * rank * dtype.itemsize)
         if launches.product:
             product = quantize_activation.multiplied(x.view(m, k), proj_down, lora_down, lora_strength)
-            run(source, y.data_ptr(), *map(runtime.address, (*added, *product)))
+            run(source, y.data_ptr(), *map(runtime.address, (*added, *product)), *factors)
         else:
-            run(source, y.data_ptr(), *(tensor.data_ptr() for tensor in added))
+            run(source, y.data_ptr(), *(tensor.data_ptr() for tensor in added), *factors)
         return y
 
     return launch

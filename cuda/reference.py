@@ -106,6 +106,12 @@ def lora_product(x, lora_down, lora_up, lora_strength, lora, n):
     return torch.cat([linear(act, up.view(size)) for act, up, size in zip(lora_act, ups, sizes)], dim=-1)
 
 
+def expand_branch(codes, scale, dtype):
+    """Rows of a low-rank branch in 8 bits as the layer multiplies with them: codes (rows, R) int8 times scale (rows,) bf16, in float32,
+    which holds the products exactly, and rounded once to `dtype`."""
+    return (codes * scale.float().unsqueeze(-1)).to(dtype)
+
+
 def svdquant_linear(x, operands, dtype=torch.float32):
     """One SVDQuant layer, computed and accumulated in `dtype`.
 

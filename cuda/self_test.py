@@ -39,7 +39,7 @@ VARIABLE = "SVDQUANT_SELF_TEST"  # environment variable: 0 never
 
 _failed = {}    # {index of a GPU: frozenset of Kinds}
 _verdicts = {}  # {a record's path: whether the kernel passed}
-_quantizer = {}  # {(source, index of a GPU): the same, for the quantizer's kernels}
+_others = {}    # {(source, defines, index of a GPU): the same, for kernels that choose() does not choose}
 skipped = threading.Event()  # set when a kernel was chosen whose test could not run
 _locks = {}     # {a record's path: a lock}, so that a kernel is tested once while other threads test others
 _adding = threading.Lock()
@@ -77,17 +77,20 @@ def quantize_passes(kernels, layer, device):
     return _verdict(_quantize_test(kernels, layer, kernels.rank, lora, device)[1], device) is not False
 
 
-def kernel_passes(source, device, check):
-    """As passes, for a kernel of the quantizer, which is compiled without defines. check() returns whether its results are right. The
+QUANTIZER = "models are quantized by PyTorch alone, which is slower"
+
+
+def kernel_passes(source, device, check, defines=(), instead=QUANTIZER):
+    """As passes, for a kernel that choose() does not choose. check() returns whether its results are right; instead: as in Test. The
     quantizer asks thousands of times."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    if (source, index) not in _quantizer:
-        test = Test(Kind(source), (source, ()), check, "models are quantized by PyTorch alone, which is slower")
-        verdict = _verdict(test, torch.device("cuda", index))
+    key = source, defines, index
+    if key not in _others:
+        verdict = _verdict(Test(Kind(source), (source, defines), check, instead), torch.device("cuda", index))
         if verdict is None:
             return True
-        _quantizer[source, index] = verdict
-    return _quantizer[source, index]
+        _others[key] = verdict
+    return _others[key]
 
 
 def _verdict(test, device):

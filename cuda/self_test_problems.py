@@ -416,3 +416,14 @@ def round_block_is_right(round_block, device):
     exact, diagonal = weight - codes * steps, lower.double().diagonal()
     nearest = (weight + (pending + _matmul(exact, torch.tril(lower, -1))) / diagonal) / steps
     return _within(lost, exact, 1e-5) and _within(codes, nearest.clamp(int4.SIGNED_MIN, int4.SIGNED_MAX), BORDER)
+
+
+def expand_branch_is_right(expand_by, dtype, device):
+    """Whether expand_branch.expand_by's numbers are reference.expand_branch's, with all codes and scales over 16 octaves. The rows
+    end within a CTA."""
+    _, uniform, whole = _random(0)
+    factors, scale = [whole(-127, 128, rows, RANK) for rows in (37, 141)], torch.exp2(uniform(178) * 16 - 12).bfloat16()
+    exact = reference.expand_branch(torch.cat(factors), scale, dtype)
+    inputs = [tensor.to(device) for tensor in (*factors, scale)]
+    results = _same_results(lambda: (expand_by(*inputs, _poisoned(exact.shape, dtype, device)),))
+    return results is not None and torch.equal(results[0], exact)

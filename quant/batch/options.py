@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..checkpoint import formats
+from ..layers import layout
 from ..quantizer import presets
 from ..quantizer.calibration import TOKENS_PER_INPUT
 
@@ -41,6 +42,8 @@ def _add_recipe(group):
     group.add_argument("--preset", choices=list(presets.PRESETS), default="best")
     group.add_argument("--rank", type=int, default=32, metavar="N",
                        help=f"{presets.MIN_RANK} to {presets.MAX_RANK} in steps of {presets.RANK_STEP}")
+    group.add_argument("--branch-bits", type=int, choices=layout.BRANCH_BITS, default=16,
+                       help="bits of the low-rank branch: with 8, twice the rank takes about as much memory")
     group.add_argument("--exceptions", default="", metavar="TEXT",
                        help="layer patterns, separated by commas: `pattern` keeps its layers in 16 bits, `pattern = rank` sets their "
                             "rank, `pattern = int8` gives them activations of 8 bits")

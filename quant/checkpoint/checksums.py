@@ -12,8 +12,9 @@ the last pages, which differ in files that were cut off, filled up with zeros or
 a flipped bit within the codes passes there, and changes one of thousands of millions of weights. This takes 50 ms of processor time a GB of
 the file, in several threads: 4 % more time for a load from the system's page cache on two cores, and less where a disk is waited for.
 
-No tensor may have values that spoil every image: NaN, infinity, and smoothing factors that are not positive. A file with such values is not
-written; SVDQuant Inspect looks for them in every file, and SVDQuant Load Model in tensors without a checksum, as other software's.
+No tensor may have values that spoil every image: NaN, infinity, and smoothing factors and scales of branches that are not positive. A file
+with such values is not written; SVDQuant Inspect looks for them in every file, and SVDQuant Load Model in tensors without a checksum, as
+other software's.
 """
 
 import json
@@ -34,7 +35,7 @@ THREADS, BATCH = 8, 8 << 20  # bytes that a thread checks at least before anothe
 EMPTY = "0" * 16
 CODES, VALUES, FACTORS = "codes", "values", "factors"  # kinds of tensors
 # Last parts of tensors' names in packed layers, in our and comfy-kitchen's files and in Nunchaku's.
-CODE_LEAVES, FACTOR_LEAVES = ("weight", "qweight"), ("weight_smooth_factor", "smooth_factor", "smooth")
+CODE_LEAVES, FACTOR_LEAVES = ("weight", "qweight"), ("weight_smooth_factor", "smooth_factor", "smooth", "weight_proj_scale")
 UNUSED_LEAVES = ("smooth_orig", "smooth_factor_orig")  # no reader uses them
 # {floating point type: (NumPy's type of its bits, the bits of infinity or NaN)}
 EXPONENTS = {torch.bfloat16: (np.uint16, 0x7F80), torch.float16: (np.uint16, 0x7C00), torch.float32: (np.uint32, 0x7F800000),

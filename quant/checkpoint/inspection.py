@@ -19,7 +19,7 @@ REST = "everything else"
 KINDS = {
     "4-bit codes": ("weight", "qweight"),
     "scales": ("weight_scale", "weight_scale_2", "weight_zeros", "wscales", "wzeros", "wtscale", "wcscales"),
-    "low-rank branches": ("weight_proj_down", "weight_proj_up", "lora_down", "lora_up", "proj_down", "proj_up"),
+    "low-rank branches": ("weight_proj_down", "weight_proj_up", "weight_proj_scale", "lora_down", "lora_up", "proj_down", "proj_up"),
     "smoothing factors": ("weight_smooth_factor", "smooth", "smooth_orig", "smooth_factor", "smooth_factor_orig"),
     "biases": ("bias",),
     "descriptions": (layout.QUANT_KEY,),
@@ -61,6 +61,8 @@ def text(info):
         lines.append(f"{kind}: {layers['count']} layers" + (f" ({ranks})" if kind != layout.AWQ else ""))
     if info.get("int8_scales"):
         lines.append(f"scales: 8-bit integers times one number per row, in {info['int8_scales']} layers")
+    if info.get("int8_branches"):
+        lines.append(f"low-rank branches: 8 bits in {info['int8_branches']} layers, expanded to 16 when a layer runs")
     if info.get("int8_activations"):
         lines.append(f"activations: 8 bits in {info['int8_activations']} layers; in the others as the card is fastest")
     if "intact" in info:
@@ -83,6 +85,7 @@ def _packed(header, found):
             "model": packed.config, "source": bounded(packed.source, MAX_TEXT), "recipe": recipe,
             "errors": _errors(packed.recipe.get("layers")), "layers": _layers(packed.specs),
             "int8_scales": len(packed.computed),
+            "int8_branches": sum(spec.branch_bits == 8 for spec in packed.specs.values()),
             "int8_activations": sum(spec.act_bits == 8 for spec in packed.specs.values()),
             "newer": native.newer(header), **_sizes(packed.stored, packed.modules)}
 

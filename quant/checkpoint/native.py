@@ -3,7 +3,7 @@
 Every 16-bit tensor has the same name as in an ordinary file of its family, without prefix. Every packed layer X has the tensors of
 layout.py, and `X.comfy_quant` describes it. The file's metadata:
 
-    svdquant.version   "1"; "2" if a layer has int8 scales; a reader refuses a higher number
+    svdquant.version   "1"; "2" if a layer has int8 scales, "3" if one has a branch in 8 bits; a reader refuses a higher number
     svdquant.config    JSON: the host's configuration of the model (image_model, hidden_size, depth, ...)
     svdquant.recipe    JSON: how it was quantized; its "calibration" has the number of prompts, its "layers" the error,
                        size and smoothing of each layer (pipeline.LayerRecord)
@@ -32,7 +32,7 @@ from .header import CheckpointError
 from .packed import PackedFile
 from .write import check_target, write
 
-VERSION, MINOR = 2, 1
+VERSION, MINOR = 3, 1
 MODULE_FORMATS = tuple(layout.GROUP_SIZES)
 HALF_TYPES = (torch.bfloat16, torch.float16)
 SCALE_TYPES = (*HALF_TYPES, torch.float32)
@@ -58,9 +58,11 @@ def open_file(header):
         raise CheckpointError(f"{header.file} says {what}, which this version doesn't know; update ComfyUI-SVDQuant, or save or download "
                               "the file again.")
     packed = packed_file(header, family, "", stored, recipe(header), header.metadata.get("svdquant.source", ""))
-    if packed.computed and _version(header) < 2:
-        raise CheckpointError(f"{header.file} says that it has SVDQuant format version 1, but {min(packed.computed)} needs version 2; "
-                              "download or save it again.")
+    version = _version(header)
+    for needed, names in ((2, packed.computed), (3, [name for name, spec in packed.specs.items() if spec.branch_bits == 8])):
+        if names and version < needed:
+            raise CheckpointError(f"{header.file} says that it has SVDQuant format version {version}, but {min(names)} needs version "
+                                  f"{needed}; download or save it again.")
     return packed
 
 
@@ -180,7 +182,9 @@ def _layer_spec(header, family, name):
         raise CheckpointError(f"{header.file}: {key} says act_bits = {act_bits!r}, which this version can't run; update ComfyUI-SVDQuant, "
                               "or save or download the file again.")
     unsigned = _unsigned_from(header, key, conf, k)
-    dtype, scale_blocks, int8_scale = scale.dtype, 1, kind == layout.SVDQUANT_INT8_SCALE
+    int8_branch = kind == layout.SVDQUANT_INT8_BRANCH
+    int8_scale = kind == layout.SVDQUANT_INT8_SCALE or int8_branch and _scale_bits(header, key, conf) == 8
+    dtype, scale_blocks = scale.dtype, 1
     if kind == layout.NVFP4:
         dtype = info_of(header, f"{name}.weight_smooth_factor").dtype
         scale_blocks = (*info_of(header, f"{name}.weight_scale_2").shape, 0)[0]
@@ -189,18 +193,30 @@ def _layer_spec(header, family, name):
     elif f"{name}.weight_scale_2" in header.tensors:
         raise CheckpointError(f"{header.file} has tensor {name}.weight_scale_2, which a layer of format {kind} has no place for; "
                               "download or save it again.")
-    if dtype not in (HALF_TYPES if int8_scale else SCALE_TYPES):
+    if not int8_branch and f"{name}.weight_proj_scale" in header.tensors:
+        raise CheckpointError(f"{header.file} has tensor {name}.weight_proj_scale, which a layer of format {kind} has no place for; "
+                              "download or save it again.")
+    if dtype not in (HALF_TYPES if int8_scale or int8_branch else SCALE_TYPES):
         raise CheckpointError(f"{header.file}: layer {name} has scales of type {dtype}; the file is damaged, download or save it again.")
     try:
         # If the kind of layer has a bias, a file without it is damaged.
-        spec = (layout.svdquant_spec(k, n, rank, unsigned, layer.bias, dtype) if int8_scale
+        spec = (layout.svdquant_spec(k, n, rank, unsigned, layer.bias, dtype) if int8_scale or int8_branch
                 else layout.LayerSpec(kind, k, n, rank, unsigned, layer.bias, dtype, scale_blocks))
-        spec = replace(spec, act_bits=act_bits)
+        spec = replace(spec, act_bits=act_bits, branch_bits=8 if int8_branch else 16)
     except ValueError as error:
         raise CheckpointError(f"{header.file}: layer {name} {error}; save or download the file again.") from None
     for part, (shape, dtype) in spec.stored(int8_scale).items():
         check_tensor(header, f"{name}.{part}", shape, dtype)
     return spec, int8_scale
+
+
+def _scale_bits(header, key, conf):
+    """The bits in which a layer's group scales are stored, from its description. Raises CheckpointError if it has none."""
+    bits = conf.get("scale_bits")
+    if type(bits) is not int or bits not in (8, 16):
+        raise CheckpointError(f"{header.file}: {key} says scale_bits = {bits!r}, which this version can't run; update ComfyUI-SVDQuant, "
+                              "or save or download the file again.")
+    return bits
 
 
 def _unsigned_from(header, key, conf, k):
@@ -209,7 +225,7 @@ def _unsigned_from(header, key, conf, k):
     if type(unsigned) is not bool:
         raise CheckpointError(f"{header.file}: {key} says act_unsigned = {unsigned!r} instead of true or false; save or download the "
                               "file again.")
-    if kind not in (layout.SVDQUANT_SPLIT, layout.SVDQUANT_INT8_SCALE):
+    if kind not in (layout.SVDQUANT_SPLIT, layout.SVDQUANT_INT8_SCALE, layout.SVDQUANT_INT8_BRANCH):
         return 0 if unsigned and kind == layout.SVDQUANT else k
     first = conf.get("act_unsigned_from")
     if type(first) is not int or first < 0 or unsigned is not (first == 0):
@@ -283,10 +299,15 @@ def save_stream(path, infos, tensors, specs, config, recipe, source, overwrite=F
     infos |= {key: (tensor.shape, tensor.dtype) for key, tensor in described.items()}
     architecture = families.of_config(config).architecture
     metadata = {
-        "svdquant.version": "2" if row_scales else "1", "svdquant.minor": str(MINOR), "svdquant.config": json.dumps(config),
+        "svdquant.version": _needed_version(specs, row_scales), "svdquant.minor": str(MINOR), "svdquant.config": json.dumps(config),
         "svdquant.recipe": json.dumps(recipe), "svdquant.source": source, **modelspec(path, architecture, source_card),
     }
     write(path, infos, chain(_with_int8_scales(tensors, row_scales), described.items()), metadata, overwrite)
+
+
+def _needed_version(specs, row_scales):
+    """svdquant.version of a file with these layers. row_scales: as in save_stream."""
+    return "3" if any(spec.branch_bits == 8 for spec in specs.values()) else "2" if row_scales else "1"
 
 
 def save_packed(path, packed, overwrite, source_card, counted):

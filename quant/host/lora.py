@@ -69,8 +69,9 @@ def build(key, layer, patches, device, cache, in_place=False):
 
 def branch_size(layer, patches, device):
     """About how many bytes build()'s branch takes beside the layer on `device`: where the two don't share memory, it has the layer's own
-    proj_down a second time."""
-    own = layer.in_features * layer.spec.rank if layer.takes_lora and device.type not in linear.SHARING else 0
+    proj_down a second time, in 16 bits."""
+    shares = device.type in linear.SHARING and layer.spec.branch_bits == 16
+    own = layer.in_features * layer.spec.rank if layer.takes_lora and not shares else 0
     return nbytes(patches) + own * layer.lora_dtype.itemsize
 
 

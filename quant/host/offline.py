@@ -32,7 +32,7 @@ def run(options, progress, ranks=ALONE):
         for path, strength in options.lora:
             patcher = with_lora(patcher, path, strength)
         _compare(ranks, patcher.load_device, progress)
-        recipe = replace(presets.make_recipe(options.preset, options.rank, options.exceptions), tokens=options.tokens)
+        recipe = replace(presets.make_recipe(options.preset, options.rank, options.exceptions, options.branch_bits), tokens=options.tokens)
         prompts = _prompts(family, options, progress) if ranks.rank == 0 else None
         if options.write_conditioning:
             if ranks.rank == 0:

@@ -43,7 +43,7 @@ def layer_specs(family, diffusion_model, recipe, dtype):
     for name, layer in quantized.items():
         try:
             specs[name] = layout.spec_of(family.layer(name), layer.weight.shape, recipe.rank_of(name, family.layer(name).branches),
-                                         layer.bias is not None, dtype, recipe.act_bits_of(name))
+                                         layer.bias is not None, dtype, recipe.act_bits_of(name), recipe.branch_bits)
         except ValueError as error:
             misfits.setdefault(str(error), []).append(name)
     notes = [f"{' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))} can't be packed in 4 bits and "

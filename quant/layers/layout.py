@@ -23,6 +23,18 @@ in half the bytes (checkpoint/int8_scales.py). The loaded layer still has the 16
 The description of this format always has `act_unsigned_from`, which is K if no column is unsigned. The format has its own name because a
 reader that used these integers as the scales would silently compute wrong images.
 
+The low-rank branch of both formats may be in 8 bits. A loaded layer has the same tensors, and expands them in each call
+(cuda/expand_branch.py): the factors that it multiplies with are code * scale, in float32, rounded once to its 16-bit type. In a file:
+
+    svdquant_w4a4_int8_branch
+    X.weight_proj_down      (K, R)    int8, R a multiple of 16
+    X.weight_proj_up        (N, R)    int8
+    X.weight_proj_scale     (K + N)   bfloat16, positive: of proj_down's rows, and of proj_up's
+    and the others as in svdquant_w4a4, or as in svdquant_w4a4_int8_scale
+
+Its description has `act_unsigned_from` too, and `scale_bits`, 8 or 16, which says how `weight_scale` is stored. The format has its own name
+for the same reason.
+
 If a layer's activations have 8 bits where those of others may have 4, its description says so in `act_bits`. A reader that ignores it
 computes the same layer with the bits of the others.
 
@@ -53,16 +65,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...cuda import reference
 from ...cuda.int4 import GROUP_SIZE
 from ...cuda.nvfp4 import NVFP4_GROUP
+from ...cuda.operands import CODES_STEP
 from ..families.family import Packing
 
 SVDQUANT = "svdquant_w4a4"
 SVDQUANT_SPLIT = "svdquant_w4a4_split"  # signed columns, then unsigned ones
 SVDQUANT_INT8_SCALE = "svdquant_w4a4_int8_scale"  # in files only, for both of the above
+SVDQUANT_INT8_BRANCH = "svdquant_w4a4_int8_branch"  # in files only, likewise
 NVFP4 = "svdquant_nvfp4"
 AWQ = "awq_w4a16"
-GROUP_SIZES = {SVDQUANT: GROUP_SIZE, SVDQUANT_SPLIT: GROUP_SIZE, SVDQUANT_INT8_SCALE: GROUP_SIZE, NVFP4: NVFP4_GROUP, AWQ: GROUP_SIZE}
+GROUP_SIZES = {SVDQUANT: GROUP_SIZE, SVDQUANT_SPLIT: GROUP_SIZE, SVDQUANT_INT8_SCALE: GROUP_SIZE, SVDQUANT_INT8_BRANCH: GROUP_SIZE,
+               NVFP4: NVFP4_GROUP, AWQ: GROUP_SIZE}
+BRANCH_BITS = (8, 16)
 
 QUANT_KEY = "comfy_quant"
 
@@ -73,7 +90,8 @@ class LayerSpec:
 
     unsigned_from: the first input column with unsigned codes; in_features if there is none. scale_blocks: B, the number of rows of NVFP4's
     second scale. act_bits: bits of a W4A4 layer's activations unless the user chooses others: 8, or 0 for those with which the device is
-    fastest. Raises ValueError, whose message is the second half of a sentence, if the sizes don't fit each other.
+    fastest. branch_bits: of a W4A4 layer's low-rank branch, 16 or 8. Raises ValueError, whose message is the second half of a sentence, if
+    the sizes don't fit each other.
     """
 
     format: str
@@ -85,6 +103,7 @@ class LayerSpec:
     dtype: torch.dtype = torch.bfloat16  # of the scales (not NVFP4's), the branch, the smoothing factor and the bias
     scale_blocks: int = 1
     act_bits: int = 0
+    branch_bits: int = 16
 
     def __post_init__(self):
         if self.unsigned_from < 0:
@@ -97,6 +116,8 @@ class LayerSpec:
         if self.scale_blocks < 1 or self.in_features // self.group_size % self.scale_blocks:
             raise ValueError(f"has {self.scale_blocks} rows of second scales, which do not divide its "
                              f"{self.in_features // self.group_size} groups of columns")
+        if self.branch_bits == 8 and (self.rank < 1 or self.rank % CODES_STEP):
+            raise ValueError(f"has a branch in 8 bits of rank {self.rank}, which is not a positive multiple of {CODES_STEP}")
 
     @property
     def group_size(self):
@@ -113,15 +134,18 @@ class LayerSpec:
         if self.format == AWQ:
             tensors["weight_zeros"] = ((groups, n), self.dtype)
         else:
-            tensors["weight_proj_down"] = ((k, self.rank), self.dtype)
-            tensors["weight_proj_up"] = ((n, self.rank), self.dtype)
+            branch_dtype = torch.int8 if self.branch_bits == 8 else self.dtype
+            tensors["weight_proj_down"] = ((k, self.rank), branch_dtype)
+            tensors["weight_proj_up"] = ((n, self.rank), branch_dtype)
+            if self.branch_bits == 8:
+                tensors["weight_proj_scale"] = ((k + n,), torch.bfloat16)
             tensors["weight_smooth_factor"] = ((k,), self.dtype)
         if self.bias:
             tensors["bias"] = ((n,), self.dtype)
         return tensors
 
     def stored(self, int8_scale):
-        """{name: (shape, dtype)} of the layer's tensors in a file. int8_scale: whether its format is svdquant_w4a4_int8_scale."""
+        """{name: (shape, dtype)} of the layer's tensors in a file. int8_scale: whether its group scales are stored in 8 bits."""
         if not int8_scale:
             return self.tensors()
         (groups, n), dtype = self.tensors()["weight_scale"]
@@ -141,7 +165,9 @@ class LayerSpec:
             conf["act_bits"] = self.act_bits
         if int8_scale:
             conf["format"] = SVDQUANT_INT8_SCALE
-        if int8_scale or self.format == SVDQUANT_SPLIT:
+        if self.branch_bits == 8:
+            conf |= {"format": SVDQUANT_INT8_BRANCH, "scale_bits": 8 if int8_scale else 16}
+        if conf["format"] in (SVDQUANT_INT8_SCALE, SVDQUANT_INT8_BRANCH, SVDQUANT_SPLIT):
             conf["act_unsigned_from"] = self.unsigned_from
         return conf
 
@@ -152,14 +178,23 @@ def svdquant_spec(in_features, out_features, rank, unsigned_from, bias, dtype):
     return LayerSpec(SVDQUANT_SPLIT if split else SVDQUANT, in_features, out_features, rank, unsigned_from, bias, dtype)
 
 
-def spec_of(layer, weight_shape, rank, bias, dtype, act_bits=0):
+def spec_of(layer, weight_shape, rank, bias, dtype, act_bits=0, branch_bits=16):
     """The LayerSpec of a linear, from its family's Layer and its weight's shape (N, K). rank: the rank of its LoRA branch, if it has one;
-    bias: whether it has a bias; act_bits: as in LayerSpec, of a W4A4 layer. Raises ValueError, whose message is the second half of
-    a sentence, if the linear can't be packed."""
+    bias: whether it has a bias; act_bits, branch_bits: as in LayerSpec, of a W4A4 layer. Raises ValueError, whose message is the second
+    half of a sentence, if the linear can't be packed."""
     n, k = weight_shape
     if layer.packing is Packing.W4A16:
         return LayerSpec(AWQ, k, n, bias=bias, dtype=dtype)
-    return replace(svdquant_spec(k, n, rank, layer.unsigned_from(k, n), bias, dtype), act_bits=act_bits)
+    return replace(svdquant_spec(k, n, rank, layer.unsigned_from(k, n), bias, dtype), act_bits=act_bits, branch_bits=branch_bits)
+
+
+def branch_of(tensors, dtype):
+    """(proj_down (K, R), proj_up (N, R)) in `dtype` with which a layer multiplies, from its {parameter name: tensor}."""
+    factors = tensors["weight_proj_down"], tensors["weight_proj_up"]
+    if "weight_proj_scale" not in tensors:
+        return tuple(factor.to(dtype) for factor in factors)
+    scales = tensors["weight_proj_scale"].split([len(codes) for codes in factors])
+    return tuple(reference.expand_branch(codes, scale, dtype) for codes, scale in zip(factors, scales))
 
 
 def layer_spec(layer, name, weight_shape, rank, bias, dtype):

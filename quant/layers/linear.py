@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch.nn.modules import module as module_hooks
 
-from ...cuda import gated_linear, nvfp4, nvfp4_ops, ops, reference, row_scales
+from ...cuda import expand_branch, gated_linear, nvfp4, nvfp4_ops, ops, reference, row_scales
+from ...cuda.errors import KernelsUnavailable
 from ...cuda.int4 import GELU_SHIFT
 from ...cuda.operands import LayerOperands
+from . import layout
 from .kept_memory import kept
 
 SHAPES = 8  # input shapes whose launch plan a layer caches
@@ -117,8 +119,13 @@ class PackedLinear(torch.nn.Module):
 class BranchedLinear(PackedLinear):
     """Packed codes beside a low-rank branch."""
 
+    def branch(self, device):
+        """(proj_down (K, R), proj_up (N, R)) on `device`, in the 16-bit type in which the layer multiplies with them."""
+        return layout.branch_of({name: p.to(device) for name, p in self._parameters.items() if name.startswith("weight_proj")},
+                                self.lora_dtype)
+
     def dense(self, device):
-        up, down = (p.to(device, torch.float32) for p in (self.weight_proj_up, self.weight_proj_down))
+        down, up = (factor.float() for factor in self.branch(device))
         return self.packed_part(device) + up @ down.t()
 
     def gelu_shift_correction(self, device):
@@ -189,6 +196,13 @@ class SVDQuantLinear(BranchedLinear):
         p = self.at(x)
         return self._computed(x, p, p["bias"], None, () if branch is None else branch.operands(x, self.lora_dtype), residual, gate)
 
+    def at(self, x):
+        p = super().at(x)
+        if self.spec.branch_bits == 8:
+            p["weight_proj_down"], p["weight_proj_up"] = expand_branch.expanded(
+                p["weight_proj_down"], p["weight_proj_up"], p["weight_proj_scale"], p["weight_scale"].dtype)
+        return p
+
     def alone(self):
         """Whether nobody's hook or forward sees the layer's output."""
         own = self.__dict__
@@ -218,11 +232,14 @@ class SVDQuantLinear(BranchedLinear):
             return None
         addresses = (proj_down.data_ptr(), p["weight"].data_ptr(), weight_scale.data_ptr(), p["weight_smooth_factor"].data_ptr(),
                      0 if c is None else c.address, p["weight_proj_up"].data_ptr(), 0 if bias is None else bias.data_ptr())
+        scale = p.get("weight_proj_scale")
+        of_scale = () if scale is None else (scale.data_ptr(),)
         factors = None if branch is None else branch._buffers  # a module finds attributes of its own kinds slowly
         if factors is None or (up := factors["lora_up"]) is None:
-            return launch(x, weight_scale, proj_down, addresses, added=added)
+            return launch(x, weight_scale, proj_down, (*addresses, *of_scale), added=added)
         strength = factors["lora_strength"]
-        return launch(x, weight_scale, proj_down, (*addresses, up.data_ptr(), strength.data_ptr()), factors["lora_down"], strength, added)
+        return launch(x, weight_scale, proj_down, (*addresses, up.data_ptr(), strength.data_ptr(), *of_scale), factors["lora_down"],
+                      strength, added)
 
     def bits(self, device):
         """4 or 8: act_bits, or what they stand for on `device`."""
@@ -237,7 +254,7 @@ class SVDQuantLinear(BranchedLinear):
         row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 else None
         args = operands(p, bias, self.spec.unsigned_from, act_bits, row_scale, gelu_from, lora)
         if ops.plain(x) and bias is p["bias"] and self._resident(p, lora):
-            launch, known = ops.cached_launch(x, args, gated), self._row_scale
+            launch, known = self._cached_launch(x, args, gated), self._row_scale
             if launch and (row_scale is None or known.value is row_scale):
                 if len(self._launches) >= SHAPES:
                     self._launches.clear()
@@ -246,10 +263,23 @@ class SVDQuantLinear(BranchedLinear):
                     launch, gelu_from, self.act_bits, None if row_scale is None else known, branch)
         return gated_linear.gated_linear(x, args, residual, gate) if gated else ops.svdquant_linear(x, args)
 
+    def _cached_launch(self, x, args, gated):
+        """ops.cached_launch of the layer's operands."""
+        if self.spec.branch_bits == 16 or not ops.on_gpu(x):
+            return ops.cached_launch(x, args, gated)
+        codes = [self._parameters[f"weight_proj_{part}"] for part in ("down", "up", "scale")]
+        try:
+            expander = expand_branch.launcher(0 if args.lora.ranks else self.in_features, *args.proj_up.shape, args.proj_up.dtype, x.device)
+        except KernelsUnavailable:  # at() expands the branch by PyTorch
+            return None
+        return ops.cached_launch(x, args, gated, codes, expander)
+
     def _resident(self, p, lora):
-        """Whether the tensors of a call are the layer's own, rather than copies of them."""
+        """Whether the tensors of a call are the layer's own, rather than copies of them. A branch in 8 bits is always expanded."""
         branch = self.lora_branch
-        return (all(tensor is self._parameters[name] for name, tensor in p.items())
+        expanded = ("weight_proj_down", "weight_proj_up") if self.spec.branch_bits == 8 else ()
+        return (all(self._parameters[name].device == tensor.device if name in expanded else tensor is self._parameters[name]
+                    for name, tensor in p.items())
                 and (not lora or lora[0] is branch.lora_down and lora[1] is branch.lora_up and lora[2] is branch.lora_strength))
 
     @property
@@ -259,8 +289,8 @@ class SVDQuantLinear(BranchedLinear):
     def set_lora_branch(self, branch):
         """Take a LoRABranch made for this layer. The first rows of its lora_down get the layer's own proj_down, so that one product
         computes all ranks. While both are on one GPU, weight_proj_down is a view of these rows, and the branch takes only the LoRAs'
-        memory; not with a gain, since the kernels then read weight_proj_down itself, which must be contiguous. Raises ValueError if the
-        branch has other rows for the layer's ranks."""
+        memory; not with a gain, since the kernels then read weight_proj_down itself, which must be contiguous, nor if the layer's own
+        branch has 8 bits. Raises ValueError if the branch has other rows for the layer's ranks."""
         if branch is not None and branch.lora_down is not None and branch.own != self.spec.rank:
             raise ValueError(f"The LoRA branch is for a layer of rank {branch.own}; this one has rank {self.spec.rank}.")
         self.lora_branch = branch
@@ -272,6 +302,10 @@ class SVDQuantLinear(BranchedLinear):
             proj_down.data = proj_down.data.contiguous()
             return
         own = branch.lora_down[:branch.own]
+        if self.spec.branch_bits == 8:
+            with torch.inference_mode():
+                own.copy_(self.branch(own.device)[0].t())
+            return
         if own.data_ptr() != proj_down.data_ptr():
             with torch.inference_mode():  # elsewhere a branch that was made in inference mode can't be written to
                 own.copy_(proj_down.data.t())

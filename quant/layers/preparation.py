@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from ...cuda import mlp, ops
+from ...cuda import expand_branch, mlp, ops
 from ...cuda.choose import W4A16
 from ...cuda.errors import KernelsUnavailable
 from ...cuda.operands import NO_LORA
@@ -28,8 +28,8 @@ def compute_in(model, dtype, device):
                     continue
             except KernelsUnavailable:  # a GPU that is too old
                 return
-            for p in module.parameters():
-                if p.dtype == torch.bfloat16:
+            for name, p in module.named_parameters(recurse=False):
+                if p.dtype == torch.bfloat16 and name != "weight_proj_scale":  # the scales are multiplied in float32
                     p.data = p.data.half()
 
 
@@ -74,9 +74,12 @@ def warm_up(model, device, dtype, tokens, others=()):
                 layers += [(*layers[-1], True)] if gated else []
         elif isinstance(module, AWQLinear):
             layers.append((1, module.out_features, module.in_features, 0, module.in_features, W4A16, computed(module.spec)))
-    together = [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)]
+    stored = dict.fromkeys(module.spec.dtype for module in model.modules() if isinstance(module, SVDQuantLinear)
+                           and module.spec.branch_bits == 8)
+    more = [functools.partial(expand_branch.prepare, dtype, each, device) for each in stored]
+    more += [functools.partial(mlp.prepare, *sizes, device) for sizes in dict.fromkeys(mlps)]
     return ops.warm_up(sorted(dict.fromkeys(layers), key=lambda layer: tokens.index(layer[0]) if layer[0] in tokens else -1), device,
-                       [*together, *others])
+                       [*more, *others])
 
 
 def set_act_bits(model, act_bits):

@@ -58,7 +58,7 @@ def smoothing(layer):
 
 def operands_of(layer, x):
     """The LayerOperands of a layer that takes_part()."""
-    p = layer.at(x) if layer.bias_function else layer._parameters
+    p = layer.at(x) if layer.bias_function or layer.spec.branch_bits == 8 else layer._parameters
     branch, act_bits = layer._modules.get("lora_branch"), layer.bits(x.device)
     row_scale = layer.row_scale(p["weight_scale"]) if act_bits == 8 else None
     lora = () if branch is None else branch.operands(x, layer.lora_dtype)

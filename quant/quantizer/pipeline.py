@@ -10,11 +10,12 @@ import torch
 from ...cuda import int4, reference
 from ...cuda.operands import LayerOperands
 from ..layers import layout
-from . import gptq, group_scales, learned_smoothing, lowrank, noise, rounding, smoothing
+from . import branch_codes, gptq, group_scales, learned_smoothing, lowrank, noise, rounding, smoothing
 from .metrics import relative_error
 from .presets import MIN_RANK, make_recipe
 
 KEPT = "16 bit"  # the format, in its record, of a layer that is left as it is
+BRANCH = "weight_proj_down", "weight_proj_up"
 SMALL_LAYER = 1 << 22  # elements of a weight up to which one CPU thread is as fast as many
 
 
@@ -143,18 +144,24 @@ def find_scales(residual, metric, dtype, recipe):
     return group_scales.search(residual, metric.energy, dtype, integer=recipe.scales == "integer")
 
 
-def stored_branch(up, down, smooth, dtype):
-    """The branch as the layer stores it, and the matrix that it contributes to the smoothed weight.
+def stored_branch(up, down, smooth, spec, factor=None):
+    """The branch as the layer stores it, and the matrix that it contributes to the smoothed weight. factor: gptq.Factor of the smoothed
+    inputs, or None.
 
     The branch reads the raw x, so down is divided by smooth. Later stages work on the weight minus the stored branch, so they
-    compensate for its rounding to 16 bits. Returns up (N, R), down (K, R) in `dtype`, and (N, K) float32.
+    compensate for its rounding to 16 or 8 bits. Returns {parameter name: tensor} and (N, K) float32.
     """
     down = down / smooth.unsqueeze(-1)
     # The two vectors of each rank get the same norm, so that both stay within the range of fp16. Their product does not change.
     ratio = (down.norm(dim=0) / up.norm(dim=0)).sqrt()
     ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
-    up, down = (up * ratio).to(dtype), (down / ratio).to(dtype)
-    return up, down, up.float() @ (down.float() * smooth.unsqueeze(-1)).t()
+    up, down = up * ratio, down / ratio
+    if spec.branch_bits == 8:
+        tensors = branch_codes.coded(up, down, smooth, factor)
+    else:
+        tensors = {"weight_proj_down": down.to(spec.dtype).contiguous(), "weight_proj_up": up.to(spec.dtype).contiguous()}
+    down, up = (factor.float() for factor in layout.branch_of(tensors, spec.dtype))
+    return tensors, up @ (down * smooth.unsqueeze(-1)).t()
 
 
 def alternate(smoothed, metric, spec, recipe, check):
@@ -189,7 +196,7 @@ def pack_svdquant(weight, bias, factor, spec, recipe, stats=None, check=lambda: 
     smooth = stored.float()
     smoothed = weight * smooth
     metric = input_metric(stats, smooth, spec, recipe, [] if notes is None else notes)
-    up, down, branch = stored_branch(*alternate(smoothed, metric, spec, recipe, check), smooth, spec.dtype)
+    factors, branch = stored_branch(*alternate(smoothed, metric, spec, recipe, check), smooth, spec, metric.factor)
     for _ in range(recipe.passes):
         residual = smoothed - branch
         if metric.noise is not None:
@@ -203,9 +210,8 @@ def pack_svdquant(weight, bias, factor, spec, recipe, stats=None, check=lambda: 
         if recipe.refit and metric.factor is not None:
             del residual
             error = torch.sub(smoothed, reference.scaled_codes(codes.float(), found.float().t()), out=branch)
-            up, down, branch = stored_branch(*lowrank.refit(error, spec.rank, metric.factor), smooth, spec.dtype)
-    tensors = {"weight": int4.pack(codes), "weight_scale": found, "weight_proj_down": down.contiguous(),
-               "weight_proj_up": up.contiguous(), "weight_smooth_factor": stored}
+            factors, branch = stored_branch(*lowrank.refit(error, spec.rank, metric.factor), smooth, spec, metric.factor)
+    tensors = {"weight": int4.pack(codes), "weight_scale": found, **factors, "weight_smooth_factor": stored}
     if bias is not None:
         tensors["bias"] = gelu_shift_corrected(bias, tensors, spec).to(spec.dtype)
     return tensors
@@ -265,13 +271,13 @@ def layer_error(weight, bias, tensors, stats, spec):
     if stats is None:
         smooth = tensors["weight_smooth_factor"].float()
         dequantized = reference.dequantize_weight(tensors["weight"], tensors["weight_scale"]) / smooth
-        branch = tensors["weight_proj_up"].float() @ tensors["weight_proj_down"].float().t()
-        return relative_error(dequantized + branch, weight), "weights"
+        down, up = (factor.float() for factor in layout.branch_of(tensors, spec.dtype))
+        return relative_error(dequantized + up @ down.t(), weight), "weights"
     x = stats.sample()
     exact = torch.nn.functional.linear(x, weight, bias)
     estimate = reference.svdquant_linear(x, LayerOperands(
-        tensors["weight"], tensors["weight_scale"], tensors["weight_proj_down"], tensors["weight_proj_up"],
-        tensors["weight_smooth_factor"], tensors.get("bias"), spec.unsigned_from, spec.act_bits or 4))
+        tensors["weight"], tensors["weight_scale"], *layout.branch_of(tensors, spec.dtype), tensors["weight_smooth_factor"],
+        tensors.get("bias"), spec.unsigned_from, spec.act_bits or 4))
     return relative_error(estimate, exact), "outputs"
 
 
@@ -330,7 +336,8 @@ def quantize_layer(name, weight, bias, stats, spec, recipe, check=lambda: None, 
         except torch.linalg.LinAlgError:  # for matrices that are not finite
             raise too_large(name, weight, stats) from None
         check()
-        overflown = [part for part, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        computed = tensors if spec.format == layout.AWQ else tensors | dict(zip(BRANCH, layout.branch_of(tensors, spec.dtype)))
+        overflown = [part for part, tensor in computed.items() if not torch.isfinite(tensor).all()]
         if overflown:
             raise ValueError(f"Layer {name} does not fit {spec.dtype}: its {overflown[0]} overflows; quantize a bf16 version of "
                              f"the model, or keep the layer in 16 bits with the input exceptions.")
@@ -351,7 +358,7 @@ def naive_error(weight, bias, stats, spec):
     """The layer_error of plain rounding, with which the report compares."""
     if spec.format == layout.AWQ:
         return layer_error(weight, bias, awq_tensors(*rounding.awq_plain(weight, spec.dtype), bias, spec), stats, spec)[0]
-    plain = replace(spec, rank=0)
+    plain = replace(spec, rank=0, branch_bits=16)
     ones = torch.ones(spec.in_features, device=weight.device)
     tensors = pack_svdquant(weight, bias, ones, plain, make_recipe("naive", MIN_RANK))
     return layer_error(weight, bias, tensors, stats, plain)[0]

@@ -37,6 +37,7 @@ class Recipe:
     int8: tuple = ()  # patterns of layers whose activations have 8 bits even where 4 are faster
     tokens: int = TOKENS_PER_INPUT  # per input channel of a layer, for GPTQ and refit
     largest_error: float = 0.5  # relative error of a layer in 4 bits; a layer with a larger one stays in 16 bits
+    branch_bits: int = 16  # of the branches of W4A4 layers, 16 or 8
     propagate: str = "exact"  # or "quantized": whether the earlier blocks run in 16 or in 4 bits while a block is calibrated
 
     def as_dict(self):
@@ -73,12 +74,12 @@ def entries(exceptions):
     return [entry for line in exceptions.splitlines() for entry in map(str.strip, line.split(",")) if entry]
 
 
-def make_recipe(preset, rank, exceptions=""):
+def make_recipe(preset, rank, exceptions="", branch_bits=16):
     """The Recipe of a preset.
 
     exceptions: `entries` of patterns of layer names: `pattern` keeps its layers in 16 bits, `pattern = rank` gives them another rank,
-    `pattern = int8` activations of 8 bits; * stands for any text. Raises ValueError on an unknown preset, a rank outside
-    16..256 in steps of 16, or an exception that can't be read.
+    `pattern = int8` activations of 8 bits; * stands for any text. branch_bits: as in Recipe; naive has no branch. Raises ValueError on an
+    unknown preset, a rank outside 16..256 in steps of 16, or an exception that can't be read.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"The input preset is {quoted(preset)}, which this version of SVDQuant does not offer; choose "
@@ -98,7 +99,7 @@ def make_recipe(preset, rank, exceptions=""):
     chosen = Recipe(preset, _checked_rank(rank), **PRESETS[preset])
     if preset == "naive":
         return replace(chosen, rank=0, keep=tuple(keep), int8=tuple(int8))
-    return replace(chosen, keep=tuple(keep), ranks=tuple(ranks), int8=tuple(int8))
+    return replace(chosen, keep=tuple(keep), ranks=tuple(ranks), int8=tuple(int8), branch_bits=branch_bits)
 
 
 def check_inputs(preset, exceptions, positive, latent):

@@ -107,7 +107,8 @@ def table(rows):
 
 def text(records, recipe, notes=()):
     """records: [LayerRecord] in model order; recipe: Recipe; notes: sentences on the whole run. Returns the report, one line per layer."""
-    lines = [f"SVDQuant, preset {recipe.preset}, rank {recipe.rank}: {summary(records)}"]
+    branch = " in 8 bits" if recipe.branch_bits == 8 else ""
+    lines = [f"SVDQuant, preset {recipe.preset}, rank {recipe.rank}{branch}: {summary(records)}"]
     if yardstick(records):
         (largest,) = worst(records, 1)
         lines.append(f"{mean_errors(records)}, {headline(records)}; largest {largest.error:.2%} in {largest.name}")

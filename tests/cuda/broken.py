@@ -19,7 +19,7 @@ from comfyui_svdquant.cuda import (
 
 CACHES = (ops.chosen, ops._launches, mlp._launches, quantize_activation.launcher, gemm_mma.launcher, gemm_wgmma.launcher, awq.launcher,
           awq._prepared, ops.warn_once, compiler.all_sources_digest)
-STATE = ((self_test, ("_failed", "_verdicts", "_quantizer", "_locks")), (self_test_problems, ("_problems",)),
+STATE = ((self_test, ("_failed", "_verdicts", "_others", "_locks")), (self_test_problems, ("_problems",)),
          (kernel_loader, ("_kernels", "_locks")))
 
 

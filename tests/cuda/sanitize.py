@@ -178,7 +178,19 @@ def block_cases():
         yield f"SwiGLU B={b} L={tokens} K={k}", rms_ops.swiglu(x.cuda(), y.cuda()), reference.swiglu(x.double(), y.double(), torch.float64)
 
 
-CASES = {"blocks": block_cases, "W4A16": awq_cases, "linears": svdquant_cases, "MLP": mlp_cases}
+def branch_cases():
+    """Branches in 8 bits, whose rows end within a CTA; with and without proj_down."""
+    from comfyui_svdquant.cuda import expand_branch, reference
+
+    for k, n, rank in ((37, 141, 48), (64, 1, 16), (0, 300, 240)):
+        codes, scale = torch.randint(-127, 128, (k + n, rank), dtype=torch.int8), torch.rand(k + n).bfloat16() + 0.01
+        for dtype in (torch.bfloat16, torch.float16):
+            out = torch.full((k + n, rank), torch.nan, dtype=dtype, device="cuda")
+            y = expand_branch.expand_by(codes[:k].cuda(), codes[k:].cuda(), scale.cuda(), out)
+            yield f"branch of {k} and {n} rows, rank {rank}, {dtype}", y, reference.expand_branch(codes, scale, dtype).double()
+
+
+CASES = {"blocks": block_cases, "branches": branch_cases, "W4A16": awq_cases, "linears": svdquant_cases, "MLP": mlp_cases}
 
 
 def run_cases(names):

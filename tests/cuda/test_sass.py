@@ -11,7 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
-from comfyui_svdquant.cuda import awq, block_ops, compiler, gemm_mma, gptq, group_error, mlp, quantize_activation, rms_ops
+from comfyui_svdquant.cuda import (
+    awq,
+    block_ops,
+    compiler,
+    expand_branch,
+    gemm_mma,
+    gptq,
+    group_error,
+    mlp,
+    quantize_activation,
+    rms_ops,
+)
 from comfyui_svdquant.cuda.activation_layout import CodeStorage
 
 from . import sass
@@ -69,6 +80,7 @@ def mlp_mma(defines, arch):
 
 KERNELS = {
     "awq": Kernel(lambda d, a: 32 * awq.WARPS, lambda d, a: 5 if d["TILES"] == 1 else 1, awq_mma),
+    "expand_branch": Kernel(lambda d, a: expand_branch.THREADS, lambda d, a: 4, lambda d, a: None),
     "gemm_mma": Kernel(lambda d, a: 32 * d["ROW_WARPS"] * d["TOKEN_WARPS"], lambda d, a: 1, gemm_mma_mma),
     "gemm_wgmma": Kernel(lambda d, a: 2 * d["ROWS"] + 128, lambda d, a: 1, gemm_wgmma_mma),
     "gptq": Kernel(lambda d, a: 32 * gptq.WARPS, lambda d, a: 1, lambda d, a: None),

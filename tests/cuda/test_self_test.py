@@ -40,7 +40,7 @@ QUANTIZE, REGISTERS = (Kind(source, INT8) for source in (quantize_activation.SOU
 def gpu(monkeypatch, tmp_path):
     """A fake Hopper whose kernels all pass: {(source, defines or None for all): whether it passes}, and the tests that ran."""
     monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "kernels"))
-    for name in ("_failed", "_verdicts", "_quantizer", "_locks"):
+    for name in ("_failed", "_verdicts", "_others", "_locks"):
         monkeypatch.setattr(self_test, name, {})
     fake = types.SimpleNamespace(wrong=set(), ran=[], machine=("NVIDIA H200", "uuid", "580.1"), digest="digest")
     monkeypatch.setattr(kernel_records, "machine", lambda device: fake.machine)
@@ -77,7 +77,7 @@ def layer(act_bits=8, dtype=BF16, n=3072, k=3072, gelu_from=None):
 
 def new_process(gpu):
     """Forget what a process knows; its files stay."""
-    for state in (self_test._failed, self_test._verdicts, self_test._quantizer, gpu.ran):
+    for state in (self_test._failed, self_test._verdicts, self_test._others, gpu.ran):
         state.clear()
     ops.chosen.cache_clear()
     quantize_activation.launcher.cache_clear()

@@ -283,6 +283,20 @@ def test_an_mlp_in_one_pass(monkeypatch, ranks, fault):
     assert second_slots == min(quantize_activation.DEPTH, hidden // 128), "as quantize.cu wants them"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_expansion_of_a_branch(dtype):
+    def run(change=lambda out: out, sign=lambda codes: codes, scales=lambda scale: scale):
+        def expand_by(down, up, scale, out):
+            out.copy_(reference.expand_branch(sign(torch.cat((down, up))), scales(scale), dtype))
+            return change(out)
+        return expand_by
+
+    assert self_test_problems.expand_branch_is_right(run(), dtype, CPU)
+    wrong = (run(lambda out: out.roll(16, 1)), run(sign=lambda codes: codes.to(torch.uint8)), run(scales=lambda scale: scale.roll(1)),
+             run(lambda out: out.index_fill(0, torch.tensor([177]), torch.nan)))
+    assert not any(self_test_problems.expand_branch_is_right(expand_by, dtype, CPU) for expand_by in wrong)
+
+
 def test_the_quantizers_kernels():
     def plain(groups, steps, energy):
         codes = (groups / steps.unsqueeze(-1)).round().clamp(-8, 7)

@@ -1,6 +1,17 @@
 """Every kernel that a GPU may compile, found through choose(), so that the tests cover all of them."""
 
-from comfyui_svdquant.cuda import awq, block_ops, gemm_mma, gemm_wgmma, gptq, group_error, mlp, quantize_activation, rms_ops
+from comfyui_svdquant.cuda import (
+    awq,
+    block_ops,
+    expand_branch,
+    gemm_mma,
+    gemm_wgmma,
+    gptq,
+    group_error,
+    mlp,
+    quantize_activation,
+    rms_ops,
+)
 from comfyui_svdquant.cuda.choose import MLP, Layer, choose
 from comfyui_svdquant.cuda.operands import NO_LORA, LoRASizes
 
@@ -30,8 +41,8 @@ def variants(target):
     by_mma = sorted({kernels.storage for *_, kernels in chosen if not kernels.wgmma})
     quantize = [quantize_activation.variant(dtype, kernels.storage, kernels.plans[0], bool(lora.ranks)) for lora, dtype, kernels in chosen]
     return {
-        "awq": awq.variants(target), **block_ops.variants(target), **rms_ops.variants(target), "gptq": gptq.variants(),
-        "group_error": group_error.variants(),
+        "awq": awq.variants(target), **block_ops.variants(target), **rms_ops.variants(target),
+        "expand_branch": expand_branch.variants(target), "gptq": gptq.variants(), "group_error": group_error.variants(),
         "gemm_mma": [variant for storage in by_mma for variant in gemm_mma.variants(storage, target)],
         "gemm_wgmma": gemm_wgmma.variants() if any(kernels.wgmma for *_, kernels in chosen) else [],
         "mlp": [] if fused is None else mlp.variants(fused.storage, target),

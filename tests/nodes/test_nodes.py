@@ -108,6 +108,13 @@ def test_exceptions_keep_layers_in_16_bits_or_give_them_rank():
             quantize(exceptions=wrong)
 
 
+def test_branches_in_8_bits():
+    quantized_model, report, *_ = quantize(branch_bits="8", exceptions="*.linear2 = 64")
+    bits = {layer.spec.branch_bits for layer in quantized_model.packed_layers().values() if layer.spec.rank}
+    assert bits == {8} and quantized_model.recipe["branch_bits"] == 8 and "rank 16 in 8 bits" in report
+    assert {layer.spec.branch_bits for layer in quantize(branch_bits="8", preset="naive")[0].packed_layers().values()} == {16}
+
+
 @pytest.mark.parametrize(("progress", "folder"), [("temp", folder_paths.get_temp_directory), ("output", folder_paths.get_output_directory),
                                                   ("off", None)])
 def test_a_cancelled_run_leaves_its_progress_in_the_chosen_folder(monkeypatch, progress, folder):

@@ -215,11 +215,12 @@ def test_the_sentence_of_an_error_is_shown_on_the_node(folder, monkeypatch):
 
 def test_the_order_of_inputs_and_what_newer_versions_know():
     ids = [entry.id for entry in SVDQuantQuantizeModel.GET_SCHEMA().inputs]
-    assert ids == ["model", "preset", "rank", "positive", "latent", "steps", "seed", "exceptions", "tokens", "progress"]
+    assert ids == ["model", "preset", "rank", "positive", "latent", "steps", "seed", "exceptions", "tokens", "progress",
+                   "branch_bits"]
     knows_advanced = "advanced" in inspect.signature(io.Int.Input).parameters
     for name in ids:
         assert bool(nodes_input(SVDQuantQuantizeModel, name).get("advanced")) == (
-            knows_advanced and name in ("exceptions", "tokens", "progress")), name
+            knows_advanced and name in ("exceptions", "tokens", "progress", "branch_bits")), name
     for node in asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list()):
         schema = node.GET_SCHEMA()
         assert schema.category == "SVDQuant"

@@ -99,6 +99,7 @@ def test_a_choice_that_no_version_offers(model, monkeypatch, value):
     assert isinstance(SVDQuantDownloadModel.validate_inputs("abc" if value is None else value, "a/b", "c.sft", "main", ""), str)
     assert "preset" in said(quantize, model, preset=value)
     assert "progress" in said(quantize, model, progress=value)
+    assert "branch_bits" in said(quantize, model, branch_bits=value)
     assert "layout" in said(SVDQuantSaveModel.execute, model, "wrong_inputs_new", False, value)
     assert "layout" in said(SVDQuantSaveModel.check_lazy_status, "wrong_inputs_new", False, value)
 

@@ -2,7 +2,8 @@
 that wrote the files.
 
 Each file was written by the version of the pack that the table names. To write the file of a new version, run this module with the root
-of the pack: python tests/quant/golden_model.py ROOT native|native_nvfp4|nunchaku OUT.safetensors; then compress it with gzip -9n.
+of the pack: python tests/quant/golden_model.py ROOT native|native_nvfp4|native_int8_branch|nunchaku OUT.safetensors; then compress it
+with gzip -9n.
 """
 
 import importlib
@@ -22,6 +23,7 @@ RECIPE = {"preset": "data-free", "rank": RANK}
 FILES = {  # {file: (what wrote it, svdquant.version and svdquant.minor in it)}
     "native_1": ("the first version of the pack", "1", None), "native_1_nvfp4": ("the first version with NVFP4 layers", "1", None),
     "native_2": ("the first version with int8 scales", "2", None), "native_2_1": ("the first version with checksums", "2", "1"),
+    "native_3_int8_branch": ("the first version with branches in 8 bits", "3", "1"),
     "nunchaku_1": ("the first version that wrote Nunchaku's layout", None, None),
     "nunchaku_2": ("the first version with checksums", None, None),
 }
@@ -41,7 +43,7 @@ def layers(nvfp4=False):
     return {name: (kind, *(HIDDEN * size for size in sizes)) for name, (kind, *sizes) in found.items()}
 
 
-def tensors(nvfp4=False):
+def tensors(nvfp4=False, int8_branch=False):
     """{name: tensor} of the model, as it is after loading."""
     shapes = {f"{norm}.{qk}_norm.scale": (128,) for norm in ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm",
                                                              "single_blocks.0.norm") for qk in ("query", "key")}
@@ -53,11 +55,11 @@ def tensors(nvfp4=False):
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     found = {name: values(name, shape) for name, shape in shapes.items()}
     for name, (kind, k, n, _) in layers(nvfp4).items():
-        found |= {f"{name}.{part}": tensor for part, tensor in packed(name, kind, k, n).items()}
+        found |= {f"{name}.{part}": tensor for part, tensor in packed(name, kind, k, n, int8_branch).items()}
     return found
 
 
-def packed(name, kind, k, n):
+def packed(name, kind, k, n, int8_branch):
     """{part: tensor} of one packed layer."""
     codes = pattern(f"{name}.weight", n * k // 2, 251).astype(np.uint8).view(np.int8)
     found = {"weight": torch.from_numpy(codes).view(n, k // 2), "bias": values(f"{name}.bias", (n,))}
@@ -69,8 +71,13 @@ def packed(name, kind, k, n):
         found["weight_scale_2"] = row_scale.unsqueeze(0).float()
     if kind == AWQ:
         return found | {"weight_zeros": values(f"{name}.weight_zeros", (len(group), n))}
-    return found | {"weight_proj_down": values(f"{name}.weight_proj_down", (k, RANK)), "weight_proj_up": values(f"{name}.up", (n, RANK)),
-                    "weight_smooth_factor": values(f"{name}.smooth", (k,)).abs() + 0.5}
+    smooth = {"weight_smooth_factor": values(f"{name}.smooth", (k,)).abs() + 0.5}
+    if int8_branch:
+        codes = torch.from_numpy(pattern(f"{name}.branch", (k + n) * RANK, 255) - 127).to(torch.int8).view(k + n, RANK)
+        scale = (values(f"{name}.branch_scale", (k + n,)).abs() + 1) / 256
+        return found | {"weight_proj_down": codes[:k], "weight_proj_up": codes[k:], "weight_proj_scale": scale} | smooth
+    return found | {"weight_proj_down": values(f"{name}.weight_proj_down", (k, RANK)), "weight_proj_up": values(f"{name}.up", (n, RANK))
+                    } | smooth
 
 
 def pattern(name, count, period):
@@ -99,9 +106,13 @@ def main(root, form, path):
     layout = first("quant.layers.layout", "quant.layout")
     writer = (first("quant.checkpoint.nunchaku.writer", "quant.checkpoint.nunchaku_write") if form == "nunchaku"
               else first("quant.checkpoint.native"))
-    specs = {name: layout.LayerSpec(kind, k, n, 0 if kind == AWQ else RANK, unsigned)
-             for name, (kind, k, n, unsigned) in layers(form == "native_nvfp4").items()}
-    writer.save(path, tensors(form == "native_nvfp4"), specs, CONFIG, RECIPE, "golden")
+    how = {"nvfp4": form == "native_nvfp4"}
+    if form == "native_int8_branch":
+        how["int8_branch"] = True
+    specs = {name: layout.LayerSpec(kind, k, n, 0 if kind == AWQ else RANK, unsigned,
+                                    **({"branch_bits": 8} if "int8_branch" in how and kind != AWQ else {}))
+             for name, (kind, k, n, unsigned) in layers(how["nvfp4"]).items()}
+    writer.save(path, tensors(**how), specs, CONFIG, RECIPE, "golden")
 
 
 if __name__ == "__main__":

@@ -106,9 +106,15 @@ def _plain(tables, tensors, depths):
 def _parts(joined, tensors, name, spec):
     """[{parameter name: tensor}] of the one or two Nunchaku layers in our W4A4 layer. joined: the layer's Joined, or None."""
     own = {part: tensors[f"{name}.{part}"].detach().cpu() for part in spec.tensors()}
+    own |= _branch(own, spec)
     if not spec.bias:
         own["bias"] = torch.zeros(spec.out_features, dtype=spec.dtype)
     return halves.split(own, joined.at(spec.in_features, spec.out_features), joined.rows) if joined else [own]
+
+
+def _branch(tensors, spec):
+    """{parameter name: tensor} of a layer's branch in 16 bits."""
+    return dict(zip(("weight_proj_down", "weight_proj_up"), layout.branch_of(tensors, spec.dtype)))
 
 
 def _common_rank(family, tensors, specs, layers):
@@ -118,9 +124,9 @@ def _common_rank(family, tensors, specs, layers):
         if len(parts) == 1 and not chunks:
             rank = max(rank, specs[name].rank)
         elif specs[name].rank > rank:
-            branch = {part: tensors[f"{name}.{part}"].detach().cpu() for part in ("weight_proj_down", "weight_proj_up")}
             joined, spec = family.layer(name).joined, specs[name]
-            halved = halves.split(branch, joined.at(spec.in_features, spec.out_features), joined.rows)
+            branch = {part: tensors[f"{name}.{part}"].detach().cpu() for part in spec.tensors() if part.startswith("weight_proj")}
+            halved = halves.split(_branch(branch, spec), joined.at(spec.in_features, spec.out_features), joined.rows)
             rank = max(rank, *(half["weight_proj_up"].shape[1] for half in halved))
     return rank + -rank % order.RANK_TILE
 

@@ -49,7 +49,10 @@ def test_the_settings_are_those_of_the_nodes():
         for name in names:
             assert parser.get_default(name) == inputs[name].default, name
     choices = {action.dest: action.choices for action in parser._actions}
-    assert choices["preset"] == {each.id: each for each in quantize_model.SVDQuantQuantizeModel.define_schema().inputs}["preset"].options
+    inputs = {each.id: each for each in quantize_model.SVDQuantQuantizeModel.define_schema().inputs}
+    assert choices["preset"] == inputs["preset"].options
+    assert sorted(map(str, choices["branch_bits"])) == sorted(inputs["branch_bits"].options)
+    assert str(parser.get_default("branch_bits")) == inputs["branch_bits"].default
 
 
 def test_a_killed_process_ends_the_run_and_the_next_one_goes_on_to_the_same_bytes(files, one_process, tmp_path):

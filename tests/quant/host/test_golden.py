@@ -46,7 +46,7 @@ def test_a_file_of_each_version_loads_to_the_same_bits(tmp_path, name):
     _, version, minor = golden_model.FILES[name]
     metadata = read_header(str(path)).metadata
     assert (metadata.get("svdquant.version"), metadata.get("svdquant.minor")) == (version, minor)
-    found, expected = state(loader.load_model(str(path))), golden_model.tensors("nvfp4" in name)
+    found, expected = state(loader.load_model(str(path))), golden_model.tensors("nvfp4" in name, "int8_branch" in name)
     assert found.keys() == expected.keys()
     assert [key for key in found if found[key].dtype != expected[key].dtype or not torch.equal(bits(found[key]), bits(expected[key]))] == []
     info = inspection.inspect_body(read_header(str(path)))
@@ -58,11 +58,12 @@ def bits(tensor):
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def test_this_version_writes_the_last_file_of_its_kind(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "form"), [("native_2_1", "native"), ("native_3_int8_branch", "native_int8_branch")])
+def test_this_version_writes_the_last_file_of_its_kind(tmp_path, name, form):
     """But for the date, and for the file's name in its title."""
-    kept = unpacked("native_2_1", tmp_path)
-    golden_model.main(str(Path(__file__).resolve().parents[3]), "native", str(tmp_path / "new" / "native_2_1.safetensors"))
-    whole, new = kept.read_bytes(), (tmp_path / "new" / "native_2_1.safetensors").read_bytes()
+    kept = unpacked(name, tmp_path)
+    golden_model.main(str(Path(__file__).resolve().parents[3]), form, str(tmp_path / "new" / f"{name}.safetensors"))
+    whole, new = kept.read_bytes(), (tmp_path / "new" / f"{name}.safetensors").read_bytes()
     size = 8 + int.from_bytes(whole[:8], "little")
     assert new[size:] == whole[size:]
     ours, theirs = (json.loads(raw[8:size]) for raw in (new, whole))

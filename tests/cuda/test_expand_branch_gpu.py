@@ -1,0 +1,120 @@
+"""expand_branch.cu against the reference, and layers with a branch in 8 bits against the same layers with the expanded branch, bit for
+bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui_svdquant.cuda import expand_branch, ops, reference
+from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank
+
+from .layers import check_in_graphs, random_input
+from .test_gated_linear_gpu import added
+from .test_ops_gpu import module_of
+
+BFLOAT, HALF = torch.bfloat16, torch.float16
+pytestmark = pytest.mark.gpu
+
+
+def branch(k, n, rank, seed=0):
+    """(proj_down codes, proj_up codes, scale) with all codes."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    codes = torch.randint(-128, 128, (k + n, rank), generator=g, device="cuda", dtype=torch.int8)
+    scale = torch.exp2(torch.rand(k + n, generator=g, device="cuda") * 12 - 16).bfloat16()
+    return codes[:k].contiguous(), codes[k:].contiguous(), scale
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT, HALF])
+@pytest.mark.parametrize(("k", "n", "rank"), [(64, 1, 16), (192, 80, 48), (3072, 9216, 64), (15360, 3072, 128), (0, 37, 240)])
+def test_the_kernel_has_the_references_bits(k, n, rank, dtype):
+    codes = branch(k, n, rank)
+    down, up = expand_branch.expanded(*codes, dtype)
+    assert down.dtype == up.dtype == dtype
+    assert torch.equal(torch.cat((down, up)), reference.expand_branch(torch.cat(codes[:2]), codes[2], dtype))
+    assert expand_branch.launcher(k, n, rank, dtype, torch.device("cuda", torch.cuda.current_device()))
+
+
+def pair(n, k, rank, act_bits, **changes):
+    """(a layer with a branch in 8 bits, the layer with the expanded branch in 16)"""
+    wide = module_of(n, k, rank, act_bits)
+    narrow = linear.SVDQuantLinear(replace(wide.spec, branch_bits=8), "cuda")
+    codes = dict(zip(("weight_proj_down", "weight_proj_up", "weight_proj_scale"), branch(k, n, rank)))
+    for name, p in narrow._parameters.items():
+        p.data.copy_(codes[name] if name in codes else wide._parameters[name])
+    for name, factor in zip(("weight_proj_down", "weight_proj_up"), layout.branch_of(codes, BFLOAT)):
+        wide._parameters[name].data.copy_(factor)
+    for module in (wide, narrow):
+        module.act_bits = act_bits
+        for name, value in changes.items():
+            setattr(module, name, value)
+    return narrow, wide
+
+
+def lora(n, k, rank, other=False):
+    g = torch.Generator().manual_seed(n)
+    terms = [LowRank((0, n), (0, k), torch.randn(n, 12, generator=g), torch.randn(12, k, generator=g) / 16, 0.7)]
+    terms += [Dense((0, 16), (0, k), torch.randn(16, k, generator=g) / 16)] * other
+    return lambda: LoRABranch.of(terms, (n, k), BFLOAT, "cuda", rank)
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize(("m", "n", "k", "rank"), [(70, 384, 256, 32), (300, 256, 1024, 64), (40, 208, 320, 128), (4096, 3072, 3072, 64)])
+def test_a_layer_has_the_bits_of_the_expanded_one(m, n, k, rank, act_bits):
+    """By the op, by cached launches, with LoRAs that come and go, and at other addresses."""
+    narrow, wide = pair(n, k, rank, act_bits)
+    for make in (lambda: None, lora(n, k, rank), lora(n, k, rank, other=True), lambda: None):
+        for module in (narrow, wide):
+            module.set_lora_branch(make())
+        for seed in (1, 2, 1):
+            x = random_input(m, k, BFLOAT, seed=seed).cuda()
+            assert torch.equal(narrow(x), wide(x))
+        assert len(narrow._launches) == len(wide._launches) == 1
+    x = random_input(m, k, BFLOAT).cuda()
+    before = narrow(x)
+    narrow.weight_proj_up.data = -narrow.weight_proj_up.data.clamp(-127)  # a new address
+    wide.weight_proj_up.data = layout.branch_of(narrow._parameters, BFLOAT)[1]
+    assert torch.equal(narrow(x), wide(x)) and not torch.equal(narrow(x), before)
+    narrow.weight_proj_scale.mul_(2)  # at the same address
+    wide.weight_proj_down.mul_(2), wide.weight_proj_up.mul_(2)
+    assert torch.equal(narrow(x), wide(x))
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_a_gated_layer_and_graphs(act_bits):
+    narrow, wide = pair(384, 256, 32, act_bits)
+    x, (residual, gate) = random_input(70, 256, BFLOAT).cuda()[None], added(70, 384, BFLOAT)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(narrow.add_gated(x, residual, gate), wide.add_gated(x, residual, gate))
+        assert torch.equal(check_in_graphs(narrow, x), wide(x))
+
+
+def test_an_offloaded_layer():
+    narrow, wide = pair(384, 256, 32, 8)
+    x = random_input(70, 256, BFLOAT).cuda()
+    expected = wide(x)
+    narrow.to("cpu")
+    assert torch.equal(narrow(x), expected) and not narrow._launches
+    narrow.to("cuda")
+    for _ in range(2):
+        assert torch.equal(narrow(x), expected)
+
+
+def test_float32_inputs_and_the_reference_path(monkeypatch):
+    narrow, wide = pair(384, 256, 32, 4)
+    x = random_input(70, 256).cuda()
+    assert torch.equal(narrow(x), wide(x))
+    monkeypatch.setattr(ops, "on_gpu", lambda x: False)
+    assert torch.equal(narrow(x), wide(x))
+
+
+def test_the_memory_of_the_expanded_branch_is_given_back():
+    narrow, _ = pair(3072, 3072, 64, 8)
+    x = random_input(64, 3072, BFLOAT).cuda()
+    narrow(x), narrow(x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        narrow(x)
+    assert torch.cuda.memory_allocated() == before
