@@ -12,8 +12,9 @@ from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank
 K, N = 128, 64
 
 
-def layer_of(seed, smooth=1.0):
-    layer, g = linear.SVDQuantLinear(layout.svdquant_spec(K, N, 16, K, True, torch.bfloat16), "cpu"), torch.Generator().manual_seed(seed)
+def layer_of(seed, smooth=1.0, branch_bits=16):
+    spec = replace(layout.svdquant_spec(K, N, 16, K, True, torch.bfloat16), branch_bits=branch_bits)
+    layer, g = linear.SVDQuantLinear(spec, "cpu"), torch.Generator().manual_seed(seed)
     for p in layer.parameters():
         p.data.copy_(torch.randint(-8, 8, p.shape, generator=g) if p.dtype == torch.int8 else torch.rand(p.shape, generator=g) + 0.5)
     layer.weight_smooth_factor.data.copy_(torch.linspace(0.5, 2, K) * smooth)
@@ -45,7 +46,7 @@ def lora(*terms):
 LOW_RANK = LowRank((0, N), (0, K), torch.ones(N, 8) / 8, torch.ones(8, K) / 8)
 
 
-@pytest.mark.parametrize("change", ["nothing", "GELU", "LoRA", "8 bits"])
+@pytest.mark.parametrize("change", ["nothing", "GELU", "LoRA", "8 bits", "branch in 8 bits"])
 def test_share_one_quantization(layers, x, shared, change):
     if change == "GELU":
         layers[1].gelu_from = 0
@@ -54,10 +55,13 @@ def test_share_one_quantization(layers, x, shared, change):
     elif change == "8 bits":
         for layer in layers:
             layer.act_bits = 8
+    elif change == "branch in 8 bits":
+        layers[1] = layer_of(1, branch_bits=8)
     wanted = [layer(x) for layer in layers]
     assert all(torch.equal(y, own) for y, own in zip(shared_input.outputs(layers, x), wanted))
     [found] = shared
     assert [operands.weight is layer.weight for operands, layer in zip(found, layers)] == [True] * 3
+    assert {operands.proj_up.dtype for operands in found} == {torch.bfloat16}
     assert [operands.act_bits for operands in found] == [8 if change == "8 bits" else 4] * 3
     assert (found[1].gelu_from == 0) is (change == "GELU") and (found[2].lora_up is not None) is (change == "LoRA")
 
