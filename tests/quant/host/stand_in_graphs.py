@@ -29,7 +29,7 @@ class Graph:
         return self.result.clone()
 
     def reset(self):
-        self.destroyed = True
+        self.destroyed, self.run = True, None  # unlike a graph's launches, run keeps the model
 
 
 def install(step_graphs, captured):
