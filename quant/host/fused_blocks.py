@@ -126,7 +126,7 @@ def preparations(diffusion_model, dtype, device, tokens=()):
             firsts.setdefault(kind(block), block)
     groups = [[block.get_submodule(name) for name in group] for block in firsts.values() for group in block.declared.shared]
     return [*(functools.partial(agrees, *each, dtype, device) for each in firsts),
-            *(functools.partial(shared_input.prepare, tuple(group), m, dtype, device) for group in groups for m in tokens)]
+            *(job for group in groups for job in shared_input.preparations(group, tokens, dtype, device))]
 
 
 def digest(host_class, functions):

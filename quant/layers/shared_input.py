@@ -1,5 +1,6 @@
 """Layers of a model that read the same tensor, such as q, k and v: where they can, they share its quantization."""
 
+import functools
 import hashlib
 import weakref
 
@@ -65,9 +66,12 @@ def operands_of(layer, x):
     return operands(p, p["bias"], layer.spec.unsigned_from, act_bits, row_scale, layer.gelu_from, lora)
 
 
-def prepare(layers, m, dtype, device):
-    """Compile, load and test the kernels with which layers without LoRAs share an input of m tokens; for preparation.warm_up."""
-    if all(isinstance(layer, SVDQuantLinear) for layer in layers):
-        first = layers[0]
-        sizes = tuple((layer.out_features, layer.spec.rank, layer.gelu_from, ops.NO_LORA) for layer in layers)
-        shared_input.prepare(m, first.in_features, sizes, first.spec.unsigned_from, first.bits(device), dtype, device)
+def preparations(layers, tokens, dtype, device):
+    """Functions that each compile, load and test the kernels with which layers without LoRAs share an input of so many tokens, for
+    preparation.warm_up. They hold no layer, since ops.warm_up remembers them."""
+    if not all(isinstance(layer, SVDQuantLinear) for layer in layers):
+        return []
+    first = layers[0]
+    sizes = tuple((layer.out_features, layer.spec.rank, layer.gelu_from, ops.NO_LORA) for layer in layers)
+    return [functools.partial(shared_input.prepare, m, first.in_features, sizes, first.spec.unsigned_from, first.bits(device), dtype, device)
+            for m in tokens]

@@ -1,11 +1,14 @@
 """Layers that read one tensor: when they share its quantization, and that they compute the same."""
 
 import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_svdquant.cuda import ops
 from comfyui_svdquant.cuda import shared_input as kernels
+from comfyui_svdquant.cuda.operands import NO_LORA
 from comfyui_svdquant.quant.layers import layout, linear, shared_input
 from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank
 
@@ -112,3 +115,19 @@ def test_a_layer_that_is_gone_takes_no_memory(layers, x):
     layers.clear()
     gc.collect()
     assert len(shared_input._digests) == before
+
+
+def test_what_prepares_the_kernels_keeps_no_layer(layers, monkeypatch):
+    """ops.warm_up remembers what it has run."""
+    prepared = []
+    monkeypatch.setattr(kernels, "prepare", lambda *args: prepared.append(args))
+    jobs = shared_input.preparations(layers, (96, 32), torch.bfloat16, torch.device("cpu"))
+    gone = weakref.ref(layers[0])
+    layers.clear()
+    gc.collect()
+    assert gone() is None and len(set(map(ops._identity, jobs))) == 2
+    for job in jobs:
+        job()
+    assert [args[0] for args in prepared] == [96, 32] and {args[1:] for args in prepared} == {
+        (K, ((N, 16, None, NO_LORA),) * 3, K, 4, torch.bfloat16, torch.device("cpu"))}
+    assert shared_input.preparations([torch.nn.Linear(K, N)], (96,), torch.bfloat16, torch.device("cpu")) == []
