@@ -73,5 +73,5 @@ def preparations(layers, tokens, dtype, device):
         return []
     first = layers[0]
     sizes = tuple((layer.out_features, layer.spec.rank, layer.gelu_from, ops.NO_LORA) for layer in layers)
-    return [functools.partial(shared_input.prepare, m, first.in_features, sizes, first.spec.unsigned_from, first.bits(device), dtype, device)
-            for m in tokens]
+    shared = first.in_features, sizes, first.spec.unsigned_from, first.bits(device), dtype, device
+    return [functools.partial(shared_input.prepare, m, *shared) for m in tokens]
