@@ -129,9 +129,9 @@ def newer(header):
     """What to tell users about a file of a newer minor version, as a sentence; "" for others. Its additions are no part of the model."""
     minor = header.metadata.get("svdquant.minor", "0")
     if minor.isdecimal() and (len(minor) > 9 or int(minor) > MINOR):
-        version = f"{bounded(header.metadata.get('svdquant.version', '?'), 20)}.{bounded(minor, 20)}"
-        return (f"It is of format version {version}, and this pack knows {VERSION}.{MINOR}: it loads whole, without what newer versions "
-                "add to files; update ComfyUI-SVDQuant for that.")
+        version = bounded(header.metadata.get("svdquant.version", "?"), 20)
+        return (f"It is of format version {version}.{bounded(minor, 20)}, and this pack knows {version}.{MINOR}: it loads whole, without "
+                "what newer versions add to files; update ComfyUI-SVDQuant for that.")
     return ""
 
 

@@ -220,7 +220,7 @@ def test_files_whose_parts_do_not_fit_each_other(files, tmp_path, change, says):
 
 
 @pytest.mark.parametrize(("metadata", "says"), [
-    ({"svdquant.version": "3"}, "format version 3, and this pack reads up to 2"), ({"svdquant.version": "9" * 5000}, "format version 9"),
+    ({"svdquant.version": "4"}, "format version 4, and this pack reads up to 3"), ({"svdquant.version": "9" * 5000}, "format version 9"),
     ({"svdquant.version": "one"}, "format version one"),
     ({"svdquant.version": "1"}, "format version 1, but double_blocks.0.img_attn.proj.weight_scale needs version 2"),
     ({"svdquant.config": "[" * 100_000}, "no valid svdquant.config"),

@@ -369,7 +369,7 @@ def test_damaged_metadata(native_file, tmp_path):
     def with_metadata(**entries):
         return changed(native_file, path, lambda tensors: None, metadata | {f"svdquant.{k}": v for k, v in entries.items()})
 
-    assert "update ComfyUI-SVDQuant" in refusal(with_metadata(version="3"))
+    assert "update ComfyUI-SVDQuant" in refusal(with_metadata(version="4"))
     assert "update ComfyUI-SVDQuant" in refusal(with_metadata(version="one"))
     assert "svdquant.config" in refusal(with_metadata(config="{"))
     assert "svdquant.recipe" in refusal(with_metadata(recipe="[]"))
