@@ -6,6 +6,7 @@ import sys
 
 import comfy.utils
 import dynamic_vram
+import pytest
 
 from host import setup
 from host.server import ROOT
@@ -14,6 +15,7 @@ from host.server import ROOT
 VARIANTS = ["4 bits", *(["float8_e4m3fn"] if hasattr(comfy.utils, "convert_old_quants") else [])]
 
 
+@pytest.mark.heavy
 def test_a_run(tmp_path):
     path = tmp_path / "result.json"
     small = "--hidden 128 --blocks 1 1 --pixels 32 --free 1 --variants".split()

@@ -43,6 +43,11 @@ def fused(request, monkeypatch):
     return request.param
 
 
+# The host's own blocks have fewer parts that could need another graph.
+FUSED_ALWAYS = pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.heavy)], indirect=True,
+                                       ids=["fused", "the host's"])
+
+
 def fresh(file):
     return plain_attention(loader.load_model(file, act_bits=8))
 
@@ -72,6 +77,7 @@ def test_a_whole_model_is_one_graph(file, fused):
     assert torch.equal(latent, sample(fresh(file))), "the same bits as without torch.compile"
 
 
+@FUSED_ALWAYS
 def test_blocks_compiled_one_by_one_share_a_graph_a_kind(file, fused):
     graphs = Graphs()
     latent = sample(compiled(fresh(file), graphs, block_names()))
@@ -79,6 +85,7 @@ def test_blocks_compiled_one_by_one_share_a_graph_a_kind(file, fused):
     assert torch.equal(latent, sample(fresh(file)))
 
 
+@FUSED_ALWAYS
 def test_another_strength_of_a_lora_needs_no_other_graph(file, fused):
     patcher, graphs, latents = fresh(file), Graphs(), []
     tensors = generic(*shapes(patcher).items())
@@ -88,6 +95,7 @@ def test_another_strength_of_a_lora_needs_no_other_graph(file, fused):
     assert all(relative_error(latents[0], other) > 0.05 for other in latents[1:])
 
 
+@FUSED_ALWAYS
 @pytest.mark.parametrize("replaced", [True, pytest.param(False, marks=pytest.mark.heavy)])
 def test_attention_that_somebody_replaces_is_traced(file, fused, monkeypatch, replaced):
     """Before tracing, and after it."""
