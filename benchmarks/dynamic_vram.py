@@ -16,8 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
+
 ROOT = Path(__file__).resolve().parents[1]
-MARK = "entry: "  # begins the lines of a child process that its parent reads
 VARIANTS = "4 bits", "float8_e4m3fn", "int8_tensorwise", "asym_w4a8_int8", "bf16"
 GB = 1 << 30
 
@@ -33,7 +34,7 @@ def leave_free():
         free, _ = torch.cuda.mem_get_info()
         if int(line):
             taken.append(torch.empty(max(0, free - int(line)), dtype=torch.uint8, device="cuda"))
-        print(MARK, flush=True)
+        print(children.MARK, flush=True)
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def other_program():
         def leave(nbytes):
             process.stdin.write(f"{nbytes}\n")
             process.stdin.flush()
-            if process.stdout.readline().strip() != MARK.strip():
+            if process.stdout.readline().strip() != children.MARK.strip():
                 raise RuntimeError("The process that takes the GPU's memory has ended.")
 
         yield leave
@@ -79,19 +80,7 @@ def child(args):
                 found, latent = dynamic_vram_models.measure(patcher, pixels, lambda: leave and leave(int(free * GB)))
                 expected = latent if expected is None else expected
                 found["same_bits"] = torch.equal(latent, expected)
-                print(MARK + json.dumps(shared | {"pixels": pixels, "free_gb": free or None} | found), flush=True)
-
-
-def entries_of(command):
-    """Yield the entries that a child process measures. Raises CalledProcessError if it fails."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith(MARK):
-                yield json.loads(line.removeprefix(MARK))
-            else:
-                print(line, end="")
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+                print(children.MARK + json.dumps(shared | {"pixels": pixels, "free_gb": free or None} | found), flush=True)
 
 
 def table(entries):
@@ -143,7 +132,7 @@ def main():
         result = description() | {"rank": args.rank, "blocks": list(args.blocks), "entries": []}
         path = args.out or result_path("dynamic_vram", result["device"])
         for variant in args.variants:
-            for entry in entries_of([sys.executable, __file__, *sys.argv[1:], *of_child, "--variants", variant]):
+            for entry in children.entries_of([sys.executable, __file__, *sys.argv[1:], *of_child, "--variants", variant]):
                 print(entry, flush=True)
                 result["entries"].append(entry)
                 with open(path, "w", encoding="utf-8") as file:

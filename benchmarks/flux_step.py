@@ -29,6 +29,7 @@ import tempfile
 import time
 from datetime import datetime, timezone
 
+import children
 import flux_model
 import kernel_time
 import step_entries
@@ -36,7 +37,6 @@ import step_variants
 import torch
 from machine import description, load_pack, recorded, result_path, synchronize, timed
 
-MARK = "entry: "  # begins the lines of a child process that its parent reads
 CACHES = "SVDQUANT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 BUDGET_MS, LEAST, MOST = 2500, 3, 8  # how long a step is timed repeatedly, and how often at least and at most
 
@@ -123,26 +123,13 @@ def child(args):
                 found = measure(flux, mode, pixels, batch, args.kernels)
             except torch.cuda.OutOfMemoryError:
                 found = {"not_measured": "out of memory"}
-            print(MARK + json.dumps({"pixels": pixels, "batch": batch, **shared, **found}), flush=True)
+            print(children.MARK + json.dumps({"pixels": pixels, "batch": batch, **shared, **found}), flush=True)
 
 
 def smaller(args):
     """The arguments of Flux that replace FLUX.1-dev's."""
     found = {"hidden_size": args.hidden, "num_heads": args.hidden // 128} if args.hidden else {}
     return found | (dict(zip(("depth", "depth_single_blocks"), args.blocks)) if args.blocks else {})
-
-
-def entries_of(command, caches):
-    """Yield the entries that a child process measures. caches: the folder of its caches. Raises CalledProcessError if it fails."""
-    environment = os.environ | {name: os.path.join(caches, name) for name in CACHES}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith(MARK):
-                yield json.loads(line.removeprefix(MARK))
-            else:
-                print(line, end="")
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def measured(variant, args):
@@ -157,12 +144,13 @@ def measured(variant, args):
                 *(f"{pixels}x{batch}" for pixels, batch in sizes)]
 
     with tempfile.TemporaryDirectory() as caches:
+        environment = os.environ | {name: os.path.join(caches, name) for name in CACHES}
         entries = []
-        for entry in entries_of(command(args.sizes), caches):
+        for entry in children.entries_of(command(args.sizes), environment):
             entries.append(entry)
             yield entry
         if args.restart:
-            again, = entries_of(command(args.sizes[:1]), caches)
+            again, = children.entries_of(command(args.sizes[:1]), environment)
             yield entries[0] | {"first_warm_s": again["first_s"]}
 
 

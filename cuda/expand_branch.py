@@ -14,7 +14,7 @@ from .errors import KernelsUnavailable
 from .operands import CODES_STEP
 
 SOURCE, ENTRY = "expand_branch.cu", "expand_branch"
-THREADS = 256  # of a CTA, as in expand_branch.cu; each expands CODES_STEP ranks of a row
+THREADS = 256  # threads of a CTA, as in expand_branch.cu; each expands CODES_STEP ranks of a row
 INSTEAD = "branches in 8 bits are expanded by PyTorch, which is slower"
 
 

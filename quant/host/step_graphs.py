@@ -38,7 +38,7 @@ FREE_BYTES = 1 << 30  # free memory that must be left to other models
 # Entries of transformer_options that no code inside the forward reads, or that it writes itself.
 KNOWN_OPTIONS = {"cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "total_blocks", "block_type", "block_index",
                  "block", "img_slice", "reference_image_num_tokens", "multigpu_thread_device"}
-FORWARDS = "forward", "_forward", "forward_orig"  # of a diffusion model; not every class has the last one
+FORWARDS = "forward", "_forward", "forward_orig"  # methods of a diffusion model; not every class has the last one
 SIMPLE = (int, float, bool, str, type(None))
 # {diffusion model: StepGraphs}. A StepGraphs refers to the dictionaries of the model's modules. As an attribute of the model it would form
 # a reference cycle, and the model's memory would wait for the garbage collector.

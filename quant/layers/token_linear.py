@@ -1,8 +1,8 @@
 """The W4A16 linear of text encoders, whose inputs have a row for each token of a prompt.
 
 The W4A16 kernel is made for few rows: it reads the codes again for every 32 of them, most of the times from the GPU's cache. For many rows
-it is cheaper to dequantize the weight once, for a product that runs at cuBLAS's speed. T5-XXL on an H200 takes 19, 22 and 42 ms for 77, 256
-and 512 tokens by the kernel, and 46, 49 and 56 ms by dequantized weights, so that they would meet at about 700.
+it is cheaper to dequantize the weight once, for a product that runs at cuBLAS's speed. T5-XXL on an H200 takes 21, 23 and 43 ms for 77, 256
+and 512 tokens by the kernel, and 53, 51 and 56 ms by dequantized weights, so that they would meet at about 700.
 
 ComfyUI's text encoders compute in float32, whatever type their weights have: T5's MLPs leave the range of float16. On GPUs with bfloat16
 tensor cores the product is in bfloat16, which has float32's range: it adds an error of about 2^-9, a thirtieth of what 4-bit weights have,

@@ -37,7 +37,7 @@ class Recipe:
     int8: tuple = ()  # patterns of layers whose activations have 8 bits even where 4 are faster
     tokens: int = TOKENS_PER_INPUT  # per input channel of a layer, for GPTQ and refit
     largest_error: float = 0.5  # relative error of a layer in 4 bits; a layer with a larger one stays in 16 bits
-    branch_bits: int = 16  # of the branches of W4A4 layers, 16 or 8
+    branch_bits: int = 16  # bits of the branches of W4A4 layers, 16 or 8
     propagate: str = "exact"  # or "quantized": whether the earlier blocks run in 16 or in 4 bits while a block is calibrated
 
     def as_dict(self):

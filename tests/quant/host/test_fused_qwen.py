@@ -17,7 +17,7 @@ from .test_other_nodes import by_hand, newer
 from .test_qwen_image import KNOWS_2511
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "activations_without_codes")
-SIZE = {"size": (1, 8, 8)}  # of a latent with a frame
+SIZE = {"size": (1, 8, 8)}  # the latent has one frame
 BLOCK = "transformer_blocks.0"
 Q, ADDED_K = f"{BLOCK}.attn.to_q", f"{BLOCK}.attn.add_k_proj"
 LEAST_EFFECT = 0.002  # relative, on the latents
