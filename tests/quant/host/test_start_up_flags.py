@@ -109,8 +109,9 @@ def test_4_bit_models_draw_the_same_as_without_options(draw, options, allowed):
     assert torch.equal(found["quantized"], found["reloaded"])
 
 
-@pytest.mark.gpu
-def test_quantize_makes_the_same_of_a_model_under_dynamic_vram(draw):
-    """Where ComfyUI has it, it is on without options, and its patcher moves the 16-bit MODEL during calibration."""
-    dynamic, classic = draw(), draw("--disable-dynamic-vram")
-    assert torch.equal(dynamic["quantized"], classic["quantized"]) and torch.equal(dynamic["loaded"], classic["loaded"])
+@pytest.mark.parametrize(("options", "allowed"), [*sets("--disable-dynamic-vram", 0, pytest.mark.gpu)])
+def test_quantize_makes_the_same_of_a_model_under_dynamic_vram(draw, options, allowed):
+    """A ComfyUI that has Dynamic VRAM uses it unless told not to, and its patcher moves the 16-bit MODEL during calibration."""
+    dynamic, classic = draw(), draw(*options)
+    for name in ("quantized", "loaded"):
+        assert relative_error(dynamic[name], classic[name]) <= allowed, name
