@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("comfy", reason="there is no ComfyUI")
 
+import family_models
 import family_step
 from comfyui_svdquant.quant import families
 
@@ -30,11 +31,11 @@ def test_a_run(tmp_path):
 
 @pytest.mark.parametrize(("model", "billions", "name"), [
     ("flux2-klein-9b", 9.08, "FLUX.2-klein-9B"), ("flux2-klein-4b", 3.88, "FLUX.2-klein-4B"), ("flux2-dev", 32.2, "FLUX.2-dev"),
-    ("qwen-image", 20.4, "Qwen-Image"), ("z-image", 6.15, "Z-Image")])
+    ("flux1-dev", 11.9, "FLUX.1-dev"), ("qwen-image", 20.4, "Qwen-Image"), ("z-image", 6.15, "Z-Image")])
 def test_the_models_are_the_published_ones(model, billions, name):
-    found = family_step.MODELS[model]
+    found = family_models.MODELS[model]
     family = families.of_image_model(found.image_model)
     config = {**family.configuration.fixed, **found.config}
     shapes = family.tensors(config)
     assert family.variant(config) == name and family.configuration.of(shapes) == config
-    assert sum(family_step.torch.Size(shape).numel() for shape in shapes.values()) / 1e9 == pytest.approx(billions, rel=0.02)
+    assert sum(family_models.torch.Size(shape).numel() for shape in shapes.values()) / 1e9 == pytest.approx(billions, rel=0.02)
