@@ -6,7 +6,8 @@
 The weights are random; the models are ComfyUI's own classes, made as the loader makes them. A variant is
 
     bf16-eager     ComfyUI's model
-    fp8-compiled   a scale for every token and output channel, with fast accumulation, under torch.compile; W4A16 layers stay in bf16
+    fp8-compiled   a scale for every token and output channel, with fast accumulation; W4A16 layers stay in bf16. torch.compile makes one
+                   code for all blocks of a kind (regional compilation, which PyTorch recommends for repeated blocks)
     ours-eager     this pack's layers in W4A8, in fused blocks where the family has some
     ours-plain     the same in ComfyUI's own blocks
     ours-w4a4      ours-eager in W4A4
@@ -61,8 +62,7 @@ def with_shared_smoothing(diffusion_model, names, family):
 
 
 def variant_of(model, variant, rank):
-    """A variant of a Model: its diffusion model, or a function that torch.compile made of it."""
-    from comfyui_svdquant.quant.families.family import Packing
+    """A variant of a Model: its diffusion model."""
     from comfyui_svdquant.quant.host import fused_blocks
     from comfyui_svdquant.quant.layers import preparation
 
@@ -78,15 +78,29 @@ def variant_of(model, variant, rank):
             future.result()
         return made
     made, family = new_model(model)
-    if kind == "fp8":
-        for name in family.packed_names(dict(made.named_parameters())):
-            if family.layer(name).packing is not Packing.W4A16:
-                parent, _, child = name.rpartition(".")
-                parent = made.get_submodule(parent)
-                setattr(parent, child, fp8_rowwise.Linear(getattr(parent, child)))
-        torch._dynamo.reset()
-        return torch.compile(made, dynamic=False)
-    return made
+    return with_compiled_blocks(in_fp8(made, family), family) if kind == "fp8" else made
+
+
+def in_fp8(diffusion_model, family):
+    """The model, whose layers that this pack has in W4A4 are in fp8."""
+    from comfyui_svdquant.quant.families.family import Packing
+
+    for name in family.packed_names(dict(diffusion_model.named_parameters())):
+        if family.layer(name).packing is not Packing.W4A16:
+            parent, _, child = name.rpartition(".")
+            parent = diffusion_model.get_submodule(parent)
+            setattr(parent, child, fp8_rowwise.Linear(getattr(parent, child)))
+    return diffusion_model
+
+
+def with_compiled_blocks(diffusion_model, family, backend="inductor"):
+    """The model, whose blocks torch.compile compiles when they first run. Blocks of a kind share the code of the first, since PyTorch takes
+    their parameters as its inputs. What it fuses lies within a block, and little runs outside them, so a step should be as fast as that of
+    a model compiled as a whole; compilation takes as long for one block of a kind as for all."""
+    torch._dynamo.reset()
+    for _, block in family.running_blocks(diffusion_model):
+        block.compile(dynamic=False, backend=backend)
+    return diffusion_model
 
 
 def inputs(model, pixels):
