@@ -6,7 +6,8 @@
 The weights are random; the models are ComfyUI's own classes, made as the loader makes them. A variant is
 
     bf16-eager     ComfyUI's model
-    fp8-compiled   a scale for every token and output channel, with fast accumulation, under torch.compile; W4A16 layers stay in bf16
+    fp8-compiled   a scale for every token and output channel, with fast accumulation; W4A16 layers stay in bf16. torch.compile makes one
+                   code for all blocks of a kind (regional compilation, which PyTorch recommends for repeated blocks)
     ours-eager     this pack's layers in W4A8, in fused blocks where the family has some
     ours-plain     the same in ComfyUI's own blocks
     ours-w4a4      ours-eager in W4A4
@@ -20,69 +21,19 @@ import functools
 import gc
 import os
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import NamedTuple
 
 import flux_model
 import fp8_rowwise
 import step_entries
 import torch
+from family_models import MODELS, described, flux2, on_meta, qwen_image, z_image
 from machine import description, load_pack, result_path, synchronize, timed
 
 VARIANTS = "bf16-eager", "fp8-compiled", "ours-eager", "ours-plain", "ours-w4a4"
 FUSED = "SVDQUANT_FUSED"
 STEPS = 8
-
-
-class Model(NamedTuple):
-    """image_model: of the family; config: of the published model; text: (tokens, width) of its text; latent(pixels): the shape of a latent;
-    more: other arguments of a forward."""
-
-    image_model: str
-    config: dict
-    text: tuple
-    latent: Callable
-    more: dict
-
-
-def flux2(hidden, double, single, width, guidance=False):
-    config = {"axes_dim": [32] * 4, "theta": 2000, "mlp_ratio": 3.0, "patch_size": 1, "out_channels": 128, "in_channels": 128,
-              "hidden_size": hidden, "num_heads": hidden // 128, "depth": double, "depth_single_blocks": single, "context_in_dim": width,
-              "guidance_embed": guidance}
-    return Model("flux2", config, (512, width), lambda pixels: (1, 128, pixels // 16, pixels // 16), {"guidance": 3.5} if guidance else {})
-
-
-def qwen_image(layers, heads):
-    config = {"in_channels": 64, "out_channels": 16, "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": 128,
-              "joint_attention_dim": 3584, "axes_dims_rope": [16, 56, 56], "default_ref_method": "index", "use_additional_t_cond": False}
-    return Model("qwen_image", config, (256, 3584), lambda pixels: (1, 16, 1, pixels // 8, pixels // 8), {})
-
-
-def z_image(dim, layers):
-    config = {"dim": dim, "n_layers": layers, "n_refiner_layers": 2, "n_heads": dim // 128, "n_kv_heads": dim // 128, "in_channels": 16,
-              "patch_size": 2, "cap_feat_dim": 2560, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0,
-              "ffn_dim_multiplier": 8 / 3, "time_scale": 1000.0, "pad_tokens_multiple": 32}
-    return Model("lumina2", config, (256, 2560), lambda pixels: (1, 16, pixels // 8, pixels // 8), {"num_tokens": 256})
-
-
-MODELS = {"flux2-klein-9b": flux2(4096, 8, 24, 12288), "z-image": z_image(3840, 30), "qwen-image": qwen_image(60, 24),
-          "flux2-klein-4b": flux2(3072, 5, 20, 7680), "flux2-dev": flux2(6144, 8, 48, 15360, guidance=True)}
 SMALL = {"flux2-klein-9b": flux2(256, 1, 1, 128), "z-image": z_image(256, 1), "qwen-image": qwen_image(1, 2)}  # for tests
-
-
-def described(image_model, config):
-    """(Family, {name: shape} of its 16-bit model, the host's configuration) of a model with these sizes."""
-    import comfy.model_detection
-    from comfyui_svdquant.quant import families
-    from comfyui_svdquant.quant.host import build
-
-    family = families.of_image_model(image_model)
-    config = {**family.configuration.fixed, **config}
-    shapes = family.tensors(config)
-    tensors = build.shapes_as_tensors(shapes)
-    host = family.configuration.added_to(comfy.model_detection.detect_unet_config(tensors, ""), config)
-    return family, shapes, comfy.model_detection.model_config_from_unet_config(host, tensors)
 
 
 def new_model(model, rank=None):
@@ -92,8 +43,7 @@ def new_model(model, rank=None):
 
     family, shapes, model_config = described(model.image_model, model.config)
     if rank is None:
-        model_config.set_inference_dtype(torch.bfloat16, None)
-        made = model_config.get_model({}, "", device=torch.device("meta"))
+        made = on_meta(model_config)
     else:
         specs = {name: layout.layer_spec(layer, name, shapes[f"{name}.weight"], rank * layer.branches, layer.bias, torch.bfloat16)
                  for name in family.packed_names(shapes) for layer in (family.layer(name),)}
@@ -112,8 +62,7 @@ def with_shared_smoothing(diffusion_model, names, family):
 
 
 def variant_of(model, variant, rank):
-    """A variant of a Model: its diffusion model, or a function that torch.compile made of it."""
-    from comfyui_svdquant.quant.families.family import Packing
+    """A variant of a Model: its diffusion model."""
     from comfyui_svdquant.quant.host import fused_blocks
     from comfyui_svdquant.quant.layers import preparation
 
@@ -129,15 +78,29 @@ def variant_of(model, variant, rank):
             future.result()
         return made
     made, family = new_model(model)
-    if kind == "fp8":
-        for name in family.packed_names(dict(made.named_parameters())):
-            if family.layer(name).packing is not Packing.W4A16:
-                parent, _, child = name.rpartition(".")
-                parent = made.get_submodule(parent)
-                setattr(parent, child, fp8_rowwise.Linear(getattr(parent, child)))
-        torch._dynamo.reset()
-        return torch.compile(made, dynamic=False)
-    return made
+    return with_compiled_blocks(in_fp8(made, family), family) if kind == "fp8" else made
+
+
+def in_fp8(diffusion_model, family):
+    """The model, whose layers that this pack has in W4A4 are in fp8."""
+    from comfyui_svdquant.quant.families.family import Packing
+
+    for name in family.packed_names(dict(diffusion_model.named_parameters())):
+        if family.layer(name).packing is not Packing.W4A16:
+            parent, _, child = name.rpartition(".")
+            parent = diffusion_model.get_submodule(parent)
+            setattr(parent, child, fp8_rowwise.Linear(getattr(parent, child)))
+    return diffusion_model
+
+
+def with_compiled_blocks(diffusion_model, family, backend="inductor"):
+    """The model, whose blocks torch.compile compiles when they first run. Blocks of a kind share the code of the first, since PyTorch takes
+    their parameters as its inputs. What it fuses lies within a block, and little runs outside them, so a step should be as fast as that of
+    a model compiled as a whole; compilation takes as long for one block of a kind as for all."""
+    torch._dynamo.reset()
+    for _, block in family.running_blocks(diffusion_model):
+        block.compile(dynamic=False, backend=backend)
+    return diffusion_model
 
 
 def inputs(model, pixels):
@@ -147,6 +110,8 @@ def inputs(model, pixels):
 
     tokens, width = model.text
     more = {name: value if isinstance(value, int) else normal(1).fill_(value) for name, value in model.more.items()}
+    if model.pooled:
+        more["y"] = normal(1, model.pooled)
     return (normal(*model.latent(pixels)), normal(1).fill_(0.5), normal(1, tokens, width)), more
 
 

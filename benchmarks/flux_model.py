@@ -1,7 +1,10 @@
 """FLUX.1-dev with random weights, on ComfyUI's own classes: with ordinary linears in bf16 or fp8, or with this pack's layers. It is on the
 GPU, or on the CPU if there is none."""
 
+import re
 import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -9,6 +12,8 @@ DEV = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 30
        "mlp_ratio": 4.0, "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "vec_in_dim": 768, "qkv_bias": True,
        "guidance_embed": True, "theta": 10000}
 TEXT_TOKENS = 512
+NORM = re.compile(r"norm\w*\.(scale|weight)$")  # a norm's own factor
+COPY_THREADS = 8
 LATENT_CHANNELS, LATENT_PIXELS = 16, 8  # a latent's channels, and the pixels along one side of its elements
 
 
@@ -25,19 +30,34 @@ def new_flux(operations, device, dtype=torch.bfloat16, **smaller):
     return Flux(dtype=dtype, device=device, operations=operations, **DEV | newer | smaller)
 
 
-def random_(tensor, name):
-    """Fill a tensor of the model with values that keep activations at ordinary sizes."""
+def random_(tensor, name, generator=None):
+    """Fill a tensor of a model with values that keep activations at ordinary sizes. generator: of the tensor's device, or None for
+    PyTorch's own."""
     if tensor.dtype == torch.int8:
-        return tensor.copy_(torch.randint(-128, 128, tensor.shape, dtype=torch.int8, device=tensor.device))
+        return tensor.copy_(torch.randint(-128, 128, tensor.shape, dtype=torch.int8, device=tensor.device, generator=generator))
     if tensor.is_floating_point() and tensor.itemsize == 1:
-        return tensor.copy_(random_(torch.empty_like(tensor, dtype=torch.bfloat16), name))
+        return tensor.copy_(random_(torch.empty_like(tensor, dtype=torch.bfloat16), name, generator))
     if name.endswith("weight_proj_scale"):
         return tensor.fill_(2.0**-12)
     if name.endswith("weight_scale"):
-        return tensor.copy_(torch.randint(8, 17, tensor.shape, device=tensor.device) * 2.0**-12)
-    if name.endswith(("norm.scale", "norm.weight", "smooth_factor")):
+        return tensor.copy_(torch.randint(8, 17, tensor.shape, device=tensor.device, generator=generator) * 2.0**-12)
+    if name.endswith("smooth_factor") or NORM.search(name):
         return tensor.fill_(1)
-    return tensor.normal_(std=0.002 if name.endswith(("bias", "zeros")) else 0.02)
+    return tensor.normal_(std=0.002 if name.endswith(("bias", "zeros")) else 0.02, generator=generator)
+
+
+def random_in_host_memory(shapes):
+    """{name: random values in bf16} of {name: shape}, in host memory as after a loader. They are made on the GPU, if there is one, and by
+    several threads, because one alone can't write as fast as the GPU sends. The values depend on a tensor's name and shape alone."""
+    def made(name):
+        generator = torch.Generator(device()).manual_seed(zlib.crc32(name.encode()))
+        return random_(torch.empty(shapes[name], dtype=torch.bfloat16, device=device()), name, generator).cpu()
+
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
+        found = dict(zip(shapes, pool.map(made, shapes)))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
 
 
 def filled(flux):

@@ -139,7 +139,7 @@ def measured(variant, args):
         yield from ({"variant": name, "pixels": pixels, "batch": batch, "not_measured": reason} for pixels, batch in args.sizes)
         return
 
-    def command(sizes):  # of several options of one name the last counts
+    def command(sizes):  # argparse takes the last of several options with one name
         return [sys.executable, __file__, *sys.argv[1:], "--child", "--variants", name, "--sizes",
                 *(f"{pixels}x{batch}" for pixels, batch in sizes)]
 

@@ -1,176 +1,44 @@
-"""Quantize FLUX.1-dev at full size, as in the graph:  python benchmarks/quantize_full.py --comfyui ~/ComfyUI
+"""Quantize a model at full size, as in the graph:
 
-The model has random weights that keep activations at ordinary sizes, in bf16 in host memory, as after a loader. The node's own function
-quantizes it from random conditioning, and it is saved to a temporary folder. The script prints the seconds per stage, the peaks of GPU
-and host memory, the file's size and the errors, and writes them to benchmarks/results/quantize_full_<device>.json.
+    python benchmarks/quantize_full.py --comfyui ~/ComfyUI                                       # FLUX.1-dev
+    python benchmarks/quantize_full.py --comfyui ~/ComfyUI --model qwen-image --vram-gb 16
 
---vram-gb limits ComfyUI and PyTorch to that much GPU memory. --blocks D,S quantizes a model of D double and S single blocks, and
-estimates the time of all 19 and 38; --hidden 256 --size 64 and the like make it small enough for a CPU.
+The model is one of family_models.py. Its random weights, which keep activations at ordinary sizes, are in bf16 in host memory, as after a
+loader. The node's own function quantizes it from random conditioning, and it is saved to a temporary folder. The script prints the seconds
+per stage as they pass, the peaks of GPU and host memory, the file's size and the errors, and merges them into
+benchmarks/results/quantize_full_<gpu>.json, which has an entry for each model, limit of GPU memory and number of blocks.
+
+--vram-gb limits ComfyUI and PyTorch to that much GPU memory. --blocks D,S quantizes a FLUX of D double and S single blocks, --blocks N
+another model of N main blocks, and estimates the time of the whole; --hidden 256 --size 64 and the like make it small enough for a CPU.
 """
 
 import argparse
-import functools
 import gc
 import json
 import os
 import sys
 import tempfile
-import threading
 import time
-from contextlib import contextmanager
+from collections import Counter
 from statistics import fmean, median
 
+import family_models
+import quantize_stages
+import step_entries
 import torch
-from flux_model import DEV, random_
-from machine import ROOT, description, load_pack
+from flux_model import random_in_host_memory
+from machine import description, load_pack, result_path
 
 CONTEXT_BYTES = 5e8  # GPU memory that CUDA itself uses, which PyTorch's limit does not count
-BLOCKS = {"double": DEV["depth"], "single": DEV["depth_single_blocks"]}
-
-
-class Stages:
-    """Seconds by stage and kind of block, and the peaks of GPU memory by stage. A stage's time excludes the stages inside it."""
-
-    def __init__(self):
-        self.seconds, self.kind = {}, "rest"
-        self.allocated, self.reserved = {}, {}  # {label: bytes}
-        self.running = ["everything else"]
-        self.last = time.perf_counter()
-
-    def switch(self):
-        """Add the time and memory since the last switch to the running stage."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            for peaks, found in ((self.allocated, torch.cuda.max_memory_allocated()), (self.reserved, torch.cuda.max_memory_reserved())):
-                peaks[self.running[-1]] = max(peaks.get(self.running[-1], 0), found)
-            torch.cuda.reset_peak_memory_stats()
-        now = time.perf_counter()
-        key = self.running[-1], self.kind
-        self.seconds[key] = self.seconds.get(key, 0.0) + now - self.last
-        self.last = now
-
-    @contextmanager
-    def stage(self, label):
-        self.switch()
-        self.running.append(label)
-        try:
-            yield
-        finally:
-            self.switch()
-            self.running.pop()
-
-    def set_kind(self, name):
-        """name: a block's name, or that of a layer in it; "rest" is everything outside the blocks."""
-        self.switch()
-        self.kind = name.split("_")[0] if "_blocks." in name else "rest"
-
-    def time(self, owner, name, label):
-        """Count every call of owner.name as `label`."""
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def run(*args, **kwargs):
-            with self.stage(label):
-                return original(*args, **kwargs)
-
-        setattr(owner, name, run)
-
-    def by_label(self, factors):
-        """{label: seconds}, each kind of block times its factor."""
-        found = {}
-        for (label, kind), seconds in self.seconds.items():
-            found[label] = found.get(label, 0.0) + seconds * factors[kind]
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def time_stages(stages):
-    """Time the parts of the pipeline, and record the kind of the current block."""
-    from comfyui_svdquant.quant.checkpoint import native
-    from comfyui_svdquant.quant.host import calibrate, checks, quantize, quantize_blocks, resume
-    from comfyui_svdquant.quant.quantizer import calibration, gptq, lowrank, pipeline
-
-    for owner, name, label in (
-            (checks, "check_weights", "checking the weights"), (quantize, "record_trajectory", "sampling"),
-            (resume.Checkpoint, "save", "keeping the progress"),
-            (calibrate, "make_room", "unloading the model"), (calibration, "_replay", "replay"),
-            (calibration.InputStats, "add", "statistics"), (quantize_blocks, "effective_weight", "a layer's weight to the device"),
-            (pipeline, "choose_smoothing", "smoothing"), (pipeline, "alternate", "branch and codes in turn"),
-            (pipeline, "find_scales", "scale search"), (gptq, "damped_cholesky", "Cholesky factor"), (gptq, "gptq_round", "GPTQ"),
-            (lowrank, "refit", "refit"), (pipeline, "pack_awq", "modulation layers"), (pipeline, "layer_error", "errors"),
-            (pipeline, "naive_error", "errors"), (quantize, "_quantized_model", "the quantized model"), (native, "save", "saving")):
-        stages.time(owner, name, label)
-    replay, layer, on_device = calibration._replay, quantize_blocks.quantize_layer, calibrate.on_device
-
-    def replay_in(diffusion_model, call, memory, blocks, pass_through, index, previous):
-        stages.set_kind(blocks[index][0])
-        return replay(diffusion_model, call, memory, blocks, pass_through, index, previous)
-
-    def layer_in(patcher, name, *args):
-        stages.set_kind(name)
-        return layer(patcher, name, *args)
-
-    @contextmanager
-    def timed_on_device(*args):
-        context = on_device(*args)
-        with stages.stage("a block's weights to the device"):
-            context.__enter__()
-        with context_exit(context):
-            yield
-
-    calibration._replay, quantize_blocks.quantize_layer, calibrate.on_device = replay_in, layer_in, timed_on_device
-
-
-@contextmanager
-def context_exit(entered):
-    """A context that exits another context, which is entered already."""
-    try:
-        yield
-    except BaseException:
-        if not entered.__exit__(*sys.exc_info()):
-            raise
-    else:
-        entered.__exit__(None, None, None)
-
-
-class HostMemory:
-    """The largest resident set of this process in each stage, above its size before the run. It is sampled 20 times a second.
-
-    peaks: {label: (bytes above the start, of which bytes mapped from files, such as libraries' code)}
-    """
-
-    def __init__(self, stages):
-        import psutil
-
-        self.process, self.stages, self.peaks, self.done = psutil.Process(), stages, {}, threading.Event()
-        self.before = self.now()
-        self.thread = threading.Thread(target=self.sample, daemon=True)
-        self.thread.start()
-
-    def now(self):
-        info = self.process.memory_info()
-        return info.rss, getattr(info, "shared", 0)  # only Linux reports shared memory
-
-    def look(self):
-        above = tuple(now - before for now, before in zip(self.now(), self.before))
-        label = self.stages.running[-1]
-        self.peaks[label] = max(self.peaks.get(label, (0, 0)), above)
-
-    def sample(self):
-        while not self.done.wait(0.05):
-            self.look()
-
-    def stop(self):
-        """The largest of the peaks."""
-        self.done.set()
-        self.thread.join()
-        self.look()
-        return max(self.peaks.values())
+KEY = "model", "vram_gb", "blocks"  # an entry of the result file
+DEFAULTS = {"model": "flux1-dev", "vram_gb": 12, "preset": "best", "rank": 32, "prompts": 8, "steps": 8, "size": 1024}
 
 
 class Progress:
-    """The node's progress as lines of text."""
+    """The node's progress as lines of text. stages: quantize_stages.Stages whose text is added, or None."""
 
-    def __init__(self):
+    def __init__(self, stages=None):
+        self.stages = stages
         self.began = self.last = time.perf_counter()
         self.done = self.steps = 0
 
@@ -181,7 +49,8 @@ class Progress:
         self.done += 1
         now = time.perf_counter()
         if now - self.last > 5 or self.done == self.steps:
-            print(f"{now - self.began:6.0f} s  {self.done} of {self.steps}: {text}", flush=True)
+            stages = f" ({self.stages.text()})" if self.stages else ""
+            print(f"{now - self.began:6.0f} s  {self.done} of {self.steps}: {text}{stages}", flush=True)
             self.last = now
 
     def check(self):
@@ -212,33 +81,34 @@ def enter_comfyui(folder, vram_gb):
         sys.argv = arguments
 
 
-def new_model(hidden, depth, depth_single):
-    """The MODEL of a loader: a ModelPatcher around a FLUX.1-dev of random bf16 weights in host memory."""
-    import comfy.model_detection
+def new_model(model):
+    """The MODEL of a loader: a ModelPatcher around a family_models.Model of random bf16 weights in host memory. Raises ValueError if a
+    tensor of the host's class has no value."""
     import comfy.model_patcher
-    from comfy.ldm.flux.model import FluxParams
     from comfyui_svdquant.quant.host import build
 
-    # Newer ComfyUIs also ask for the position axes that count for the text; FLUX.1 has none.
-    newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
-    config = {"image_model": "flux", **DEV, "hidden_size": hidden, "num_heads": hidden // 128, "depth": depth,
-              "depth_single_blocks": depth_single, **newer}
-    # Detection of a FLUX reads only the configuration; there are no tensors here.
-    model_config = comfy.model_detection.model_config_from_unet_config(config, {})
-    model_config.set_inference_dtype(torch.bfloat16, None)
-    model = model_config.get_model({}, "", device=torch.device("meta"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = {name: random_(torch.empty(parameter.shape, dtype=torch.bfloat16, device=device), name).cpu()
-               for name, parameter in model.diffusion_model.state_dict().items()}
-    model.diffusion_model.load_state_dict(weights, assign=True)
-    return build.make_patcher(model, comfy.model_patcher.ModelPatcher)
+    made = family_models.on_meta(family_models.described(model.image_model, model.config)[2])
+    diffusion_model = made.diffusion_model
+    diffusion_model.load_state_dict(
+        random_in_host_memory({name: tensor.shape for name, tensor in diffusion_model.state_dict().items()}), assign=True)
+    missing = [name for name, tensor in [*diffusion_model.named_parameters(), *diffusion_model.named_buffers()] if tensor.is_meta]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} of {model.image_model} got no values; give them some here.")
+    return build.make_patcher(made, comfy.model_patcher.ModelPatcher)
 
 
-def conditioning(prompts, tokens):
-    """Random conditioning in the form of a text encode node's output."""
+def conditioning(prompts, tokens, model):
+    """Random conditioning of a family_models.Model, in the form of a text encode node's output."""
     g = torch.Generator().manual_seed(0)
-    return [[torch.randn(1, tokens, DEV["context_in_dim"], generator=g),
-             {"pooled_output": torch.randn(1, DEV["vec_in_dim"], generator=g), "guidance": 3.5}] for _ in range(prompts)]
+    pooled = [{"pooled_output": torch.randn(1, model.pooled, generator=g) if model.pooled else None} for _ in range(prompts)]
+    guidance = {key: value for key, value in model.more.items() if key == "guidance"}
+    return [[torch.randn(1, tokens, model.text[1], generator=g), own | guidance] for own in pooled]
+
+
+def block_counts(model):
+    """{name of a list of blocks: their number} of a family_models.Model."""
+    family, shapes, _ = family_models.described(model.image_model, model.config)
+    return dict(Counter(block.rpartition(".")[0] for block in {family.block_of(name) for name in family.packed_names(shapes)} - {None}))
 
 
 def save(patcher, folder):
@@ -246,7 +116,7 @@ def save(patcher, folder):
     from comfyui_svdquant.quant.checkpoint import native
     from comfyui_svdquant.quant.host import build
 
-    path = os.path.join(folder, "flux_svdquant.safetensors")
+    path = os.path.join(folder, "svdquant.safetensors")
     tensors = {build.stored_name(patcher.model, name): tensor for name, tensor in patcher.model.diffusion_model.state_dict().items()}
     specs = {name: layer.spec for name, layer in patcher.packed_layers().items()}
     native.save(path, tensors, specs, build.stored_config(patcher.model), patcher.recipe, patcher.source, False)
@@ -263,78 +133,93 @@ def errors(records):
     return found
 
 
-def measure(args):
-    """The result file's content."""
+def quantized(args, model, patcher, stages):
+    """Quantize and save, timing the stages. Returns (seconds, seconds with saving, file's bytes, patcher, records)."""
     from comfyui_svdquant.quant.host import quantize
     from comfyui_svdquant.quant.quantizer import presets
 
-    depths = dict(zip(BLOCKS, args.blocks))
-    began = time.perf_counter()
-    patcher = new_model(args.hidden, *args.blocks)
-    gc.collect()
-    parameters = sum(p.numel() for p in patcher.model.diffusion_model.parameters())
-    print(f"{parameters / 1e9:.2f} B parameters, {patcher.model_size() / 1e9:.2f} GB, made in {time.perf_counter() - began:.0f} s",
-          flush=True)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    latent = {"samples": torch.zeros(1, 16, args.size // 8, args.size // 8)}
-    prompts, recipe = conditioning(args.prompts, args.text_tokens), presets.make_recipe(args.preset, args.rank)
-    stages = Stages()
-    memory = HostMemory(stages)
-    time_stages(stages)
-    began = time.perf_counter()
+    latent = {"samples": torch.zeros(model.latent(args.size))}
+    prompts, recipe = conditioning(args.prompts, args.text_tokens, model), presets.make_recipe(args.preset, args.rank)
+    began = stages.begin()
     with tempfile.TemporaryDirectory() as folder:
-        quantized, records = quantize.quantize(patcher, recipe, prompts, latent, args.steps, 0, Progress(),
-                                               os.path.join(folder, "progress"))
+        made, records = quantize.quantize(patcher, recipe, prompts, latent, args.steps, 0, Progress(stages),
+                                          os.path.join(folder, "progress"))
         stages.set_kind("rest")
         seconds = time.perf_counter() - began
-        file_bytes = save(quantized, folder)
+        file_bytes = save(made, folder)
     stages.switch()
+    return seconds, time.perf_counter() - began, file_bytes, made, records
+
+
+def measure(args):
+    """The result's figures."""
+    model = family_models.resized(family_models.MODELS[args.model], args.hidden, args.blocks)
+    blocks, all_blocks = block_counts(model), block_counts(family_models.MODELS[args.model])
+    began = time.perf_counter()
+    patcher = new_model(model)
+    gc.collect()
+    parameters = sum(p.numel() for p in patcher.model.diffusion_model.parameters())
+    print(f"{args.model}: {parameters / 1e9:.2f} B parameters, {patcher.model_size() / 1e9:.2f} GB, made in "
+          f"{time.perf_counter() - began:.0f} s", flush=True)
+    stages = quantize_stages.Stages(blocks)
+    memory = quantize_stages.Memory(stages)
+    quantize_stages.time_stages(stages)
+    seconds, with_saving, file_bytes, made, records = quantized(args, model, patcher, stages)
     host, mapped = memory.stop()
-    result = {"parameters": parameters, "model_gb": patcher.model_size() / 1e9, "seconds": seconds,
-              "seconds_with_saving": time.perf_counter() - began, "stages": stages.by_label({"double": 1, "single": 1, "rest": 1}),
-              "host_gb_above_the_model": host / 1e9, "host_gb_mapped_from_files": mapped / 1e9,
-              "host_gb_by_stage": {label: peak[0] / 1e9 for label, peak in memory.peaks.items()},
-              "file_gb": file_bytes / 1e9, "errors": errors(records),
-              "notes": quantized.recipe.get("notes", [])}
+    packed = made.packed_layers()
+    result = {"parameters": parameters, "model_gb": patcher.model_size() / 1e9, "seconds": seconds, "seconds_with_saving": with_saving,
+              "stages": stages.by_label(), "host_gb_above_the_model": host / 1e9, "host_gb_mapped_from_files": mapped / 1e9,
+              "host_gb_by_stage": {label: peak[0] / 1e9 for label, peak in memory.peaks.items()}, "packed_layers": len(packed),
+              "file_gb": file_bytes / 1e9, "errors": errors(records), "notes": made.recipe.get("notes", [])}
     if torch.cuda.is_available():
         result |= {"gpu_gb_allocated": max(stages.allocated.values()) / 1e9, "gpu_gb_reserved": max(stages.reserved.values()) / 1e9,
+                   "gpu_gb_of_the_device": memory.device / 1e9,
                    "gpu_gb_allocated_by_stage": {label: peak / 1e9 for label, peak in stages.allocated.items()}}
-    if depths != BLOCKS:
+    if blocks != all_blocks:
         # The time of work that is done once per model grows with its number of blocks.
-        factors = {kind: BLOCKS[kind] / depths[kind] for kind in BLOCKS}
-        result["stages_of_all_blocks"] = stages.by_label(factors | {"rest": sum(BLOCKS.values()) / sum(depths.values())})
+        factors = {kind: all_blocks[kind] / count for kind, count in blocks.items()}
+        result["stages_of_all_blocks"] = stages.by_label(factors | {"rest": sum(all_blocks.values()) / sum(blocks.values())})
         result["seconds_of_all_blocks_with_saving"] = sum(result["stages_of_all_blocks"].values())
     return result
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(**DEFAULTS)
     parser.add_argument("--comfyui", required=True, help="ComfyUI's folder")
-    parser.add_argument("--vram-gb", type=float, default=12, help="limit of GPU memory in GB; 0: none")
-    parser.add_argument("--blocks", type=lambda text: tuple(map(int, text.split(","))), default=tuple(BLOCKS.values()),
-                        help="double and single blocks, such as 1,2")
-    parser.add_argument("--preset", default="best")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--text-tokens", type=int, default=512, help="text tokens of each prompt")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--size", type=int, default=1024, help="side in pixels of the pictures drawn for calibration")
-    parser.add_argument("--hidden", type=int, default=DEV["hidden_size"], help="width of the model, a multiple of 128")
-    parser.add_argument("--out", help="the result file; benchmarks/results/quantize_full_<device>.json")
+    parser.add_argument("--model", choices=family_models.MODELS)
+    parser.add_argument("--vram-gb", type=float, help="limit of GPU memory in GB; 0: none")
+    parser.add_argument("--blocks", type=lambda text: tuple(map(int, text.split(","))),
+                        help="number of blocks, for a FLUX of double and single ones, such as 1,2")
+    parser.add_argument("--preset")
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--text-tokens", type=int, help="text tokens of each prompt; as many as family_models.py says")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--size", type=int, help="side in pixels of the pictures drawn for calibration")
+    parser.add_argument("--hidden", type=int, help="width of the model, a multiple of 128")
+    parser.add_argument("--out", help="the result file; benchmarks/results/quantize_full_<gpu>.json")
     args = parser.parse_args()
-    arguments = {name: value for name, value in vars(args).items() if name not in ("comfyui", "out")}
-    result = {"arguments": arguments}  # recorded now, since the checkout may change during the run
+    model = family_models.MODELS[args.model]
+    args.text_tokens, args.blocks = args.text_tokens or model.text[0], args.blocks or family_models.depths(model)
+    if len(args.blocks) != len(family_models.depths(model)):
+        parser.error(f"{args.model} has {len(family_models.depths(model))} kinds of blocks that --blocks counts.")
+    return args
+
+
+def main():
+    args = arguments()
     enter_comfyui(args.comfyui, args.vram_gb)
     load_pack()
-    result |= description()
+    run = description()  # recorded now, since the checkout may change during the run
+    device = run.pop("device")
+    entry = {name: value for name, value in vars(args).items() if name not in ("comfyui", "out")}
+    path = args.out or result_path("quantize_full", device if torch.cuda.is_available() else "cpu")
+    step_entries.read(path)  # a file of another form is an error now, not after the measurement
     with torch.inference_mode():
-        result |= measure(args)
-    print(json.dumps({key: value for key, value in result.items() if key != "arguments"}, indent=1))
-    name = result["device"].replace("NVIDIA ", "").split()[0].lower() if torch.cuda.is_available() else "cpu"
-    path = args.out or ROOT / "benchmarks" / "results" / f"quantize_full_{name}.json"
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=1)
+        entry |= run | measure(args)
+    print(json.dumps(entry, indent=1))
+    step_entries.add(path, device, [entry], KEY)
 
 
 if __name__ == "__main__":

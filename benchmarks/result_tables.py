@@ -28,7 +28,7 @@ COMMANDS = {
     "pictures_knobs": "python benchmarks/pictures.py --comfyui PATH --knobs --prompts 64 --batch 64",
     "pictures_tiny": "python benchmarks/pictures.py --comfyui PATH --model FILE --prompts 64",
     "pictures": "python benchmarks/pictures.py --comfyui PATH --prompts 128 --batch 64",
-    "quantize_full": "python benchmarks/quantize_full.py --comfyui PATH --vram-gb 12",
+    "quantize_full": "python benchmarks/quantize_full.py --comfyui PATH --model MODEL --vram-gb GB",
     "several_gpus": "python benchmarks/several_gpus.py --comfyui PATH --blocks 5,10",
     "text_encoder": "python benchmarks/text_encoder.py --comfyui PATH",
 }
@@ -40,6 +40,7 @@ MODES = {"eager": "", "compiled": ", torch.compile", "graph": ", CUDA graph"}
 FAMILIES = {"flux2": "FLUX.2", "qwen-image": "Qwen-Image", "z-image": "Z-Image"}  # models that train_families.py trains
 FAMILY_MODELS = {"flux2-klein-9b": "FLUX.2 klein 9B", "flux2-klein-4b": "FLUX.2 klein 4B", "flux2-dev": "FLUX.2 dev",
                  "qwen-image": "Qwen-Image", "z-image": "Z-Image"}
+QUANTIZED = {"flux1-dev": "FLUX.1 dev", **FAMILY_MODELS}
 FAMILY_VARIANTS = {"bf16-eager": "bf16", "fp8-compiled": "fp8, a scale a row, torch.compile",
                    "ours-plain": "4 bits, W4A8, in ComfyUI's own blocks", "ours-eager": "**4 bits, W4A8**", "ours-w4a4": "4 bits, W4A4"}
 ENCODERS = {"t5xxl": "T5-XXL", "qwen25-7b": "Qwen2.5-VL 7B", "qwen3-4b": "Qwen3 4B", "mistral-24b": "Mistral Small 24B",
@@ -248,13 +249,18 @@ def recipes(results, gpu):
 
 
 def quantize(results, gpu):
-    """Time and memory of quantizing a FLUX.1 dev."""
-    found = results(f"quantize_full_{gpu}")
-    rows = [[f"**{found['seconds']:.0f} s**", f"{found['seconds_with_saving']:.0f} s", f"{found['gpu_gb_allocated']:.1f} GB",
-             f"{found['host_gb_above_the_model']:.1f} GB", f"{found['file_gb']:.2f} GB"]]
-    stages = [[name, f"{seconds:.1f} s"] for name, seconds in found["stages"].items() if seconds >= 0.2]
-    return [*table(["time", "with saving", "GPU memory, peak", "host memory above the model", "file"], rows), "",
-            *table(["stage", "time"], stages)]
+    """Time and memory of quantizing full-size models, and their stages."""
+    found = [entry for entry in results(f"quantize_full_{gpu}")["entries"] if "stages_of_all_blocks" not in entry]
+    titles = [QUANTIZED[entry["model"]] for entry in found]
+    rows = [[title, f"**{entry['seconds']:.0f} s**", f"{entry['seconds_with_saving']:.0f} s", f"{entry['vram_gb']:g} GB",
+             f"{entry['gpu_gb_allocated']:.1f} GB", f"{entry['gpu_gb_of_the_device']:.1f} GB" if "gpu_gb_of_the_device" in entry else "",
+             f"{entry['host_gb_above_the_model']:.1f} GB", f"{entry['model_gb']:.1f} GB", f"{entry['file_gb']:.2f} GB"]
+            for title, entry in zip(titles, found)]
+    names = sorted({name for entry in found for name in entry["stages"]}, key=lambda name: -max(e["stages"].get(name, 0) for e in found))
+    stages = [[name, *(f"{entry['stages'][name]:.1f} s" if name in entry["stages"] else "" for entry in found)] for name in names
+              if any(entry["stages"].get(name, 0) >= 0.2 for entry in found)]
+    return [*table(["model", "time", "with saving", "limit of GPU memory", "its tensors' peak", "the device's peak",
+                    "host memory above the model", "in 16 bits", "file"], rows), "", *table(["stage", *titles], stages)]
 
 
 def several(results, gpu):

@@ -25,6 +25,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import family_models
 import flux_model
 import quantize_full
 import several_gpus_stages
@@ -32,6 +33,7 @@ import torch
 from machine import description, load_pack, recorded, result_path, synchronize, timed
 
 MARK = "part: "
+FLUX = family_models.MODELS["flux1-dev"]
 
 
 def parallel():
@@ -47,9 +49,10 @@ def quantize(args):
     from comfyui_svdquant.quant.quantizer import presets
 
     torch.manual_seed(0)
-    patcher = quantize_full.new_model(args.hidden, *args.blocks)
+    model = family_models.resized(FLUX, args.hidden, args.blocks)
+    patcher = quantize_full.new_model(model)
     latent = {"samples": torch.zeros(1, 16, args.size // 8, args.size // 8)}
-    prompts, recipe = quantize_full.conditioning(args.prompts, args.text_tokens), presets.make_recipe("best", 32)
+    prompts, recipe = quantize_full.conditioning(args.prompts, args.text_tokens, model), presets.make_recipe("best", 32)
     path = os.path.join(args.folder, f"{args.name}", "flux_svdquant.safetensors")
     with parallel() as ranks, torch.inference_mode():
         if args.kill_after and ranks.rank == ranks.size - 1:
@@ -142,7 +145,7 @@ def node(args):
     folder_paths.add_model_folder_path("diffusion_models", os.path.join(args.folder, "again"))
     several_gpus.host_options = lambda: [] if torch.cuda.is_available() else ["--cpu"]
     name = "flux_svdquant.safetensors"
-    prompt, latent = quantize_full.conditioning(1, args.text_tokens), torch.zeros(1, 16, args.size // 8, args.size // 8)
+    prompt, latent = quantize_full.conditioning(1, args.text_tokens, FLUX), torch.zeros(1, 16, args.size // 8, args.size // 8)
 
     def sample(patcher):
         noise, began = comfy.sample.prepare_noise(latent, 5), time.perf_counter()
@@ -223,7 +226,7 @@ def measure(args, part, write):
 def parsed():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", required=True)
-    parser.add_argument("--blocks", type=lambda text: tuple(map(int, text.split(","))), default=tuple(quantize_full.BLOCKS.values()))
+    parser.add_argument("--blocks", type=lambda text: tuple(map(int, text.split(","))), default=family_models.depths(FLUX))
     parser.add_argument("--hidden", type=int, default=flux_model.DEV["hidden_size"])
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--text-tokens", type=int, default=512)
@@ -232,7 +235,7 @@ def parsed():
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048], help="of the pictures that are drawn")
     parser.add_argument("--groups", type=int, nargs="+", default=[2], help="of a GPU's heads")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--draw-blocks", type=lambda text: tuple(map(int, text.split(","))), default=tuple(quantize_full.BLOCKS.values()))
+    parser.add_argument("--draw-blocks", type=lambda text: tuple(map(int, text.split(","))), default=family_models.depths(FLUX))
     parser.add_argument("--kill-at", type=float, default=10, help="seconds after which the last process is killed")
     parser.add_argument("--limit", type=float, default=600, help="seconds that a part may take")
     parser.add_argument("--commit", help="the commit to record, where the folder is no checkout")

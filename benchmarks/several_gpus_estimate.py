@@ -67,7 +67,7 @@ def bytes_sent(tokens, gpus):
 
 def exchange_seconds(tokens, gpus, link, attention):
     """Of one block: what the exchanges add to the time of its attention on one of the GPUs, `attention`."""
-    copied = 2 * tokens * WIDTH * BYTES / gpus / MEMORY  # of one tensor; those of q, k and v come before the first message
+    copied = 2 * tokens * WIDTH * BYTES / gpus / MEMORY  # one tensor is copied; q, k and v are before the first message
     before, after = (2 * link.latency + sent / link.bandwidth for sent in bytes_sent(tokens, gpus))
     waited, hidden = (before + after) / GROUPS, (before + after) * (1 - 1 / GROUPS)
     return waited + max(0.0, hidden - attention * (1 - 1 / GROUPS)) + (3 / GROUPS + 1) * copied

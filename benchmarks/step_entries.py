@@ -1,7 +1,7 @@
-"""The result file of flux_step.py: {"device": the GPU, "entries": [one for each variant and size]}, and its tables.
+"""Result files {"device": the GPU, "entries": [...]}, into which a run is merged entry by entry, and the tables of flux_step.py.
 
-An entry: {"variant", "pixels", "batch", "date" (UTC, the same for all entries of a run), "commit", "torch", "python"}, and either
-"comfyui", "weights_gb" (GPU memory of the loaded model's tensors) and the keys of flux_step.measure, or "not_measured": the reason.
+An entry of flux_step.py: {"variant", "pixels", "batch", "date" (UTC, the same for all entries of a run), "commit", "torch", "python"}, and
+either "comfyui", "weights_gb" (GPU memory of the loaded model's tensors) and the keys of flux_step.measure, or "not_measured": the reason.
 """
 
 import json
@@ -12,14 +12,16 @@ from kernel_time import NAMES
 KEY = "variant", "pixels", "batch"
 
 
-def merged(old, new):
-    """The entries `old`, with `new` in place of those of the same variant and size or after them. A measurement is not replaced by the
-    reason why there is none."""
-    found = {tuple(entry[name] for name in KEY): entry for entry in old}
+def merged(old, new, key=KEY):
+    """The entries `old`, with `new` in place of those with the same values of the names `key`, or after them. A measurement is not
+    replaced by the reason why there is none."""
+    def values(entry):
+        return json.dumps([entry[name] for name in key])
+
+    found = {values(entry): entry for entry in old}
     for entry in new:
-        key = tuple(entry[name] for name in KEY)
-        if "not_measured" not in entry or "not_measured" in found.get(key, entry):
-            found[key] = entry
+        if "not_measured" not in entry or "not_measured" in found.get(values(entry), entry):
+            found[values(entry)] = entry
     return list(found.values())
 
 
@@ -34,12 +36,12 @@ def read(path):
     return result
 
 
-def add(path, device, entries):
-    """Merge entries into a result file. Raises ValueError if the file is of another device."""
+def add(path, device, entries, key=KEY):
+    """Merge entries into a result file; key: as in `merged`. Raises ValueError if the file is of another device."""
     result = read(path)
     if result.get("device", device) != device:
         raise ValueError(f"{path} has results of {result['device']}, not of {device}: write to another file with --out.")
-    result = {"device": device, "entries": merged(result["entries"], entries)}
+    result = {"device": device, "entries": merged(result["entries"], entries, key)}
     text = json.dumps(result, indent=1) + "\n"  # before the file is opened, so that an error leaves it whole
     Path(path).write_text(text, encoding="utf-8")
 

@@ -135,11 +135,11 @@ BY_IMAGE_MODEL = {tiny.image_model: tiny for tiny in (FLUX1, *TRAINED.values())}
 
 def new_model(tiny, device="cpu", **changes):
     """(the diffusion model of a Tiny in float32 with uninitialized weights, its Family). changes: to the configuration."""
-    import family_step
+    import family_models
 
     from tiny_flux import host
 
-    family, _, model_config = family_step.described(tiny.image_model, tiny.config | changes)
+    family, _, model_config = family_models.described(tiny.image_model, tiny.config | changes)
     model_config.set_inference_dtype(torch.float32, None)
     model_config.custom_operations = host.operations()
     made = model_config.get_model({}, "", device=torch.device("meta"))

@@ -1,6 +1,6 @@
 """Calibration in the graph: sample the prompts with a MODEL, then run its blocks on the device one by one."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import comfy.model_management
 import comfy.sample
@@ -79,7 +79,7 @@ def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done
     outside = [(name, module) for name, module in model.named_modules() if module not in inside]
 
     def loaded(name, block):
-        if name == OUTSIDE:
+        if whole or name == OUTSIDE:
             return nullcontext()  # modules outside the blocks are on the device the whole time
         return on_device(patcher, [(f"{name}.{inner}", module) for inner, module in block.named_modules()])
 
@@ -105,18 +105,26 @@ def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done
         return {layer: module for layer, module in layers.items() if family.first_reader(layer) == layer}
 
     whole = make_room(patcher, working_memory(family, blocks, recipe.needs_gram()))
-    with nullcontext() if whole else on_device(patcher, outside):
+    with ExitStack() as contexts:
+        def unload():
+            nonlocal whole
+            whole = False
+            comfy.model_management.free_memory(EVERYTHING, patcher.load_device)
+            contexts.enter_context(on_device(patcher, outside))
+
+        if not whole:
+            contexts.enter_context(on_device(patcher, outside))
+        elif unloadable(patcher):
+            memory.unload = unload
         yield from calibration.stream_blocks(model, calls, memory, replayed, layers_of, family.pass_through, recipe.needs_gram(),
-                                             recipe.tokens, quantized=quantized if recipe.propagate == "quantized" else None,
-                                             sources={OUTSIDE: (blocks[-1][0],)} | family.sources(model), ranks=ranks, owner_of=owner_of,
-                                             **({} if whole else {"loaded": loaded}))
+                                             recipe.tokens, loaded, quantized if recipe.propagate == "quantized" else None,
+                                             {OUTSIDE: (blocks[-1][0],)} | family.sources(model), ranks, owner_of)
 
 
 def make_room(patcher, needed):
     """Load the whole MODEL on its device if it fits with `needed` bytes free beside it, and return True. Otherwise move it and all other
     models off the device, and return False."""
-    management, device = comfy.model_management, patcher.load_device
-    dynamic = getattr(patcher, "is_dynamic", lambda: False)()  # ComfyUI then moves the weights itself
+    management, device, dynamic = comfy.model_management, patcher.load_device, is_dynamic(patcher)
     fits = patcher.model_size() + needed + management.extra_reserved_memory() < management.get_total_memory(device)
     if dynamic or device == patcher.offload_device or fits:
         management.load_models_gpu([patcher], memory_required=needed)
@@ -124,6 +132,17 @@ def make_room(patcher, needed):
             return True
     management.free_memory(EVERYTHING, device)
     return False
+
+
+def is_dynamic(patcher):
+    """Whether ComfyUI moves the MODEL's weights to the device when a layer runs (Dynamic VRAM)."""
+    return getattr(patcher, "is_dynamic", lambda: False)()
+
+
+def unloadable(patcher):
+    """Whether a MODEL that make_room has loaded whole can leave the device again. ComfyUI moves it by itself with Dynamic VRAM, and keeps
+    it there with --highvram."""
+    return not is_dynamic(patcher) and patcher.load_device != patcher.offload_device
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ..parallel import ranks
 from . import sequence, step_graphs
 
 ORDINARY, RECORD, REPLAY = range(3)
-GROUPS = 2  # of all_to_all.attend, where forwards are recorded: in the ordinary ones among them, too, for the sake of the same bits
+GROUPS = 2  # all_to_all.attend's, where forwards are recorded; ordinary ones among them use as many, so that the bits are the same
 
 
 class DividedSteps:

@@ -14,7 +14,7 @@ KIND = "diffusion_models"  # ComfyUI's name for the list of folders, and the nam
 FORBIDDEN = '<>:"|?*'  # on Windows; models must be portable
 UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, lone surrogates and line breaks
 DEVICE = re.compile(r"(CON|PRN|AUX|NUL|(COM|LPT)[1-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE)
-MAX_BYTES = 255  # of a part of a path, on the usual file systems
+MAX_BYTES = 255  # the usual file systems allow for one part of a path
 TEMPORARY_BYTES = 22  # length of ".0123456789abcdef.part" and ".0123456789abcd.saving", which end the name of an incomplete file
 SHOWN = 60  # characters of a name in a message
 # {kind of the folder: what is said of a filename that names no file in it}

@@ -32,7 +32,7 @@ class LoRAParts(NamedTuple):
     up: torch.Tensor
     down: torch.Tensor
     alpha: float | None
-    mid: torch.Tensor | None         # of convolutions
+    mid: torch.Tensor | None         # convolutions only
     dora_scale: torch.Tensor | None  # DoRA's magnitudes, (n, 1) or (1, k)
     reshape: list | None             # [N, K] that the weight is widened to, of FLUX-tools' LoRAs
 

@@ -168,7 +168,7 @@ def quantize_layer(patcher, name, stats, spec, recipe, memory, check, smoothing=
 def _attempt(patcher, name, memory, run):
     """run(device) on the MODEL's device, or on the CPU if the device runs out of memory at layer `name`."""
     device = torch.device(patcher.load_device)
-    for target in (device, torch.device("cpu")) if memory.level else (device, device, torch.device("cpu")):
+    for target in [device] * (1 + (memory.level == 0) + (memory.unload is not None)) + [torch.device("cpu")]:
         try:
             return run(target)
         except out_of_memory.ERRORS as error:

@@ -151,14 +151,16 @@ class _Reached(Exception):
 class Memory:
     """Where calibration keeps its tensors. They move to host memory step by step when the device runs out of memory.
 
-    states: each call's output of the last block; notes: sentences about the moves.
+    states: each call's output of the last block; notes: sentences about the moves; unload: a function that moves the model off the device,
+    so that its blocks come there one by one, or None if it isn't there as a whole. That is the first step, since it costs the least time.
     """
 
+    UNLOADED = "the model went to host memory, and each block comes back for its turn"
     STEPS = ("the states between the blocks went to host memory", "the statistics went to host memory too, which takes longer")
 
     def __init__(self, device):
         self.device, self.level = torch.device(device), 0
-        self.states, self.notes = [], []
+        self.states, self.notes, self.unload = [], [], None
 
     @property
     def states_on(self):
@@ -184,9 +186,14 @@ class Memory:
             self.step_down(what)
 
     def step_down(self, what):
-        self.say(f"The GPU ran out of memory at {what}: {self.STEPS[self.level]}.")
-        self.level += 1
-        self.states[:] = to_device(self.states, self.states_on)
+        if self.unload is not None:
+            self.say(f"The GPU ran out of memory at {what}: {self.UNLOADED}.")
+            unload, self.unload = self.unload, None
+            unload()
+        else:
+            self.say(f"The GPU ran out of memory at {what}: {self.STEPS[self.level]}.")
+            self.level += 1
+            self.states[:] = to_device(self.states, self.states_on)
         empty_cache(self.device)
 
     def say(self, note):

@@ -1,6 +1,5 @@
 """What nodes and users do to a model, with fused forwards and with the host's: the same latents, and each has its effect."""
 
-import comfy.hooks
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
 import comfy.sd
@@ -11,13 +10,15 @@ from comfyui_svdquant.quant.host import loader
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 from ..comfy_models import CONTEXT
-from ..fused_path import DTYPE, FUSED, HALF, PLAIN, compared, draw, lora, options_of, other_attention, overridden, prompt, single
-from ..lora_tensors import LINEAR1, MOD, QKV, generic, load_lora, random, shapes
+from ..fused_cases import bypass_lora, forward_of_the_class, hook_lora, hook_on, mixed, object_patch
+from ..fused_path import DTYPE, FUSED, HALF, PLAIN, compared, draw, lora, options_of, other_attention, overridden, prompt
+from ..lora_tensors import LINEAR1, MOD, QKV, load_lora, random
 from .test_controlnet import controlled, heads_of_any_width  # noqa: F401
-from .test_other_nodes import by_hand, newer, node
+from .test_other_nodes import newer, node
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "activations_without_codes")
 older = pytest.mark.skipif(hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="newer ComfyUI's own forwards need the options")
+SINGLE = "single_blocks.0"
 LEAST_EFFECT = 0.01  # relative, on the latents
 
 
@@ -27,10 +28,6 @@ def undisturbed(pair_files, activations_without_codes):
     with torch.inference_mode():
         model = loader.load_model(pair_files[1], DTYPE)
         return {steps: draw(model, steps=steps) for steps in (2, 6)}
-
-
-def mixed(states):
-    return states + states.roll(1, -1)
 
 
 def replaced_blocks(patcher, _):
@@ -162,48 +159,8 @@ def lora_of_norms(patcher, _):
     return load_lora(patcher, {f"diffusion_model.{key.removesuffix('.weight')}.set_weight": 1 + 0.5 * random(128) for key in keys}), {}
 
 
-def bypass_lora(patcher, _):
-    tensors = generic(*((name, shapes(patcher)[name]) for name in (QKV, LINEAR1)))
-    return by_hand(patcher, {name: tensor.to(patcher.load_device) for name, tensor in tensors.items()}), {}
-
-
-def hook_lora(patcher, _):
-    tensors = generic(*((name, shapes(patcher)[name]) for name in (QKV, LINEAR1, MOD)), size=1.0)
-    return patcher, {"positive": prompt(hooks=comfy.hooks.create_hook_lora(tensors, 1.0, 0.0))}
-
-
-def block_hook(patcher, patch):
-    patch.setitem(single(patcher)._forward_hooks, -1, lambda module, args, output: mixed(output))
-    return patcher, {}
-
-
-def norm_hook(patcher, patch):
-    patch.setitem(single(patcher).norm.query_norm._forward_hooks, -1, lambda module, args, output: 2 * output)
-    return patcher, {}
-
-
-def linear_hook(patcher, patch):
-    patch.setitem(single(patcher).linear1._forward_hooks, -1, lambda module, args, output: mixed(output))
-    return patcher, {}
-
-
-def object_patch(name, make):
-    def case(patcher, _):
-        patched = patcher.clone()
-        patched.add_object_patch(f"diffusion_model.single_blocks.0.{name}", make(patcher.get_model_object(
-            f"diffusion_model.single_blocks.0.{name}")))
-        return patched, {}
-    return case
-
-
 def forward_of_an_instance(forward):
     return lambda x, *args, **kwargs: mixed(forward(x, *args, **kwargs))
-
-
-def forward_of_the_class(patcher, patch):
-    forward = comfy.ldm.flux.layers.SingleStreamBlock.forward
-    patch.setattr(comfy.ldm.flux.layers.SingleStreamBlock, "forward", lambda *args, **kwargs: mixed(forward(*args, **kwargs)))
-    return patcher, {}
 
 
 class Norm(torch.nn.Module):
@@ -232,21 +189,23 @@ def case(run, share=FUSED, name=None, marks=()):
 
 
 @pytest.mark.parametrize(("run", "share"), [
-    case(replaced_blocks), case(replaced_without_options, marks=older), case(first_block_cache),
-    case(overridden), case(replaced_attention), case(replaced_rope, PLAIN), case(couple), case(regional_mask), case(redux),
-    case(post_input), case(attention_patch, PLAIN, marks=newer), case(attention_output_patch, PLAIN, marks=newer),
+    case(replaced_blocks), case(replaced_without_options, marks=older), case(first_block_cache), case(overridden), case(replaced_attention),
+    case(replaced_rope, PLAIN), case(couple), case(regional_mask), case(redux), case(post_input), case(attention_patch, PLAIN, marks=newer),
+    case(attention_output_patch, PLAIN, marks=newer),
     *(case(reference_latents(method), name=f"reference latents {method}") for method in (None, "offset", "index", "uxo")),
-    *(case(control(form), name=f"ControlNet {form}") for form in ("XLabs", "InstantX")),
-    case(inpaint), case(area), case(cache("easycache", "EasyCacheNode"), name="EasyCache"),
-    case(cache("easycache", "LazyCacheNode"), name="LazyCache"),
-    case(lora), case(lora_of_norms), case(bypass_lora), case(hook_lora),
-    case(block_hook), case(norm_hook, HALF), case(linear_hook),
-    case(object_patch("forward", forward_of_an_instance), name="forward of an instance"), case(forward_of_the_class, HALF),
-    case(object_patch("norm.query_norm", lambda _: Norm()), HALF, "another norm of q"),
-    case(object_patch("pre_norm", lambda _: Norm()), HALF, "another norm of x"),
-    case(object_patch("modulation", Scaled), name="another modulation"),
-    case(object_patch("modulation", lambda modulation: Scaled(modulation, 28)), HALF, "a modulation of each token"),
-    case(object_patch("linear1", lambda linear: torch.nn.Sequential(linear, torch.nn.Tanh())), name="another linear"),
+    *(case(control(form), name=f"ControlNet {form}") for form in ("XLabs", "InstantX")), case(inpaint), case(area),
+    case(cache("easycache", "EasyCacheNode"), name="EasyCache"), case(cache("easycache", "LazyCacheNode"), name="LazyCache"), case(lora),
+    case(lora_of_norms), case(bypass_lora(QKV, LINEAR1), name="bypass_lora"),
+    case(hook_lora(QKV, LINEAR1, MOD, size=1.0), name="hook_lora"), case(hook_on(SINGLE, mixed), name="hook on a block"),
+    case(hook_on(f"{SINGLE}.norm.query_norm", lambda x: 2 * x), HALF, "hook on a norm"),
+    case(hook_on(LINEAR1, mixed), name="hook on a linear"),
+    case(object_patch(f"{SINGLE}.forward", forward_of_an_instance), name="forward of an instance"),
+    case(forward_of_the_class(comfy.ldm.flux.layers.SingleStreamBlock), HALF, "forward of the class"),
+    case(object_patch(f"{SINGLE}.norm.query_norm", lambda _: Norm()), HALF, "another norm of q"),
+    case(object_patch(f"{SINGLE}.pre_norm", lambda _: Norm()), HALF, "another norm of x"),
+    case(object_patch(f"{SINGLE}.modulation", Scaled), name="another modulation"),
+    case(object_patch(f"{SINGLE}.modulation", lambda modulation: Scaled(modulation, 28)), HALF, "a modulation of each token"),
+    case(object_patch(f"{SINGLE}.linear1", lambda linear: torch.nn.Sequential(linear, torch.nn.Tanh())), name="another linear"),
 ])
 def test_has_the_effect_that_it_has_on_the_plain_path(path, model, undisturbed, monkeypatch, run, share):
     exact, steps = compared(path, model, monkeypatch, run, share)

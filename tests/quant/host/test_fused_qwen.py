@@ -1,6 +1,5 @@
 """Qwen-Image with fused forwards and with the host's: the same latents, whatever nodes and users do to the model."""
 
-import comfy.hooks
 import comfy.ldm.qwen_image.model as host
 import pytest
 import torch
@@ -11,9 +10,10 @@ from safetensors.torch import save_file
 
 from ..comfy_models import save
 from ..family_cases import QWEN_IMAGE
+from ..fused_cases import bypass_lora, forward_of_the_class, hook_lora, hook_on, mixed, object_patch
 from ..fused_path import DTYPE, FUSED, PLAIN, Path, compared, draw, lora, options_of, other_attention, overridden, prompt
-from ..lora_tensors import generic, random, shapes
-from .test_other_nodes import by_hand, newer
+from ..lora_tensors import random
+from .test_other_nodes import newer
 from .test_qwen_image import KNOWS_2511
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "activations_without_codes")
@@ -53,10 +53,6 @@ def undisturbed(file, activations_without_codes):
 
 def block_of(patcher):
     return patcher.model.diffusion_model.transformer_blocks[0]
-
-
-def mixed(states):
-    return states + states.roll(1, -1)
 
 
 def replaced_block(patcher, _):
@@ -108,52 +104,23 @@ def controlled(patcher, _):
     return patched, {}
 
 
-def bypass_lora(patcher, _):
-    tensors = generic(*((name, shapes(patcher)[name]) for name in (Q, ADDED_K)), size=8.0)
-    return by_hand(patcher, {name: tensor.to(patcher.load_device) for name, tensor in tensors.items()}), {}
-
-
-def hook_lora(patcher, _):
-    tensors = generic(*((name, shapes(patcher)[name]) for name in (Q, ADDED_K)), size=8.0)
-    return patcher, {"positive": prompt(hooks=comfy.hooks.create_hook_lora(tensors, 1.0, 0.0))}
-
-
-def hook_on(name, change):
-    def case(patcher, patch):
-        module = block_of(patcher).get_submodule(name) if name else block_of(patcher)
-        patch.setitem(module._forward_hooks, -1, lambda module, args, output: change(output))
-        return patcher, {}
-    return case
-
-
-def object_patch(name, make):
-    def case(patcher, _):
-        patched = patcher.clone()
-        patched.add_object_patch(f"diffusion_model.{BLOCK}.{name}", make(patcher.get_model_object(f"diffusion_model.{BLOCK}.{name}")))
-        return patched, {}
-    return case
-
-
-def forward_of_the_class(patcher, patch):
-    forward = host.QwenImageTransformerBlock.forward
-    patch.setattr(host.QwenImageTransformerBlock, "forward", lambda *args, **kwargs: tuple(map(mixed, forward(*args, **kwargs))))
-    return patcher, {}
-
-
 def case(run, share=FUSED, name=None, marks=()):
     return pytest.param(run, share, id=name or run.__name__, marks=marks)
 
 
 @pytest.mark.parametrize(("run", "share"), [
     case(replaced_block), case(block_patch), case(attention_patch, PLAIN, marks=newer), case(replaced_attention), case(overridden),
-    case(replaced_rope, PLAIN), case(text_mask, PLAIN, marks=newer), case(controlled), case(lora), case(bypass_lora), case(hook_lora),
-    case(hook_on("attn.to_v", mixed), name="hook on v"), case(hook_on("attn.norm_k", lambda x: 2 * x), PLAIN, "hook on a norm"),
-    case(hook_on("attn", lambda pair: (mixed(pair[0]), pair[1])), PLAIN, "hook on the attention"),
-    case(hook_on("attn.to_out.1", mixed), PLAIN, "hook on the attention's dropout"),
-    case(hook_on("img_mlp", mixed), name="hook on an MLP"), case(hook_on("img_mlp.net.1", mixed), name="hook in an MLP"),
-    case(hook_on("img_mod", lambda x: 2 * x), name="hook on a modulation"), case(forward_of_the_class, PLAIN),
-    case(object_patch("attn.to_k", lambda layer: torch.nn.Sequential(layer, torch.nn.Tanh())), name="another linear"),
-    case(object_patch("txt_norm1", lambda _: torch.nn.Tanh()), PLAIN, "another norm"),
+    case(replaced_rope, PLAIN), case(text_mask, PLAIN, marks=newer), case(controlled), case(lora),
+    case(bypass_lora(Q, ADDED_K, size=8.0), name="bypass_lora"), case(hook_lora(Q, ADDED_K, size=8.0), name="hook_lora"),
+    case(hook_on(f"{BLOCK}.attn.to_v", mixed), name="hook on v"),
+    case(hook_on(f"{BLOCK}.attn.norm_k", lambda x: 2 * x), PLAIN, "hook on a norm"),
+    case(hook_on(f"{BLOCK}.attn", lambda pair: (mixed(pair[0]), pair[1])), PLAIN, "hook on the attention"),
+    case(hook_on(f"{BLOCK}.attn.to_out.1", mixed), PLAIN, "hook on the attention's dropout"),
+    case(hook_on(f"{BLOCK}.img_mlp", mixed), name="hook on an MLP"), case(hook_on(f"{BLOCK}.img_mlp.net.1", mixed), name="hook in an MLP"),
+    case(hook_on(f"{BLOCK}.img_mod", lambda x: 2 * x), name="hook on a modulation"),
+    case(forward_of_the_class(host.QwenImageTransformerBlock, lambda pair: tuple(map(mixed, pair))), PLAIN, "forward of the class"),
+    case(object_patch(f"{BLOCK}.attn.to_k", lambda layer: torch.nn.Sequential(layer, torch.nn.Tanh())), name="another linear"),
+    case(object_patch(f"{BLOCK}.txt_norm1", lambda _: torch.nn.Tanh()), PLAIN, "another norm"),
 ])
 def test_has_the_effect_that_it_has_on_the_plain_path(qwen_path, qwen, undisturbed, monkeypatch, run, share):
     def sized(patcher, patch):

@@ -1,6 +1,5 @@
 """Z-Image with fused forwards and with the host's: the same latents, whatever nodes and users do to the model."""
 
-import comfy.hooks
 import comfy.ldm.lumina.model as host
 import pytest
 import torch
@@ -11,9 +10,9 @@ from safetensors.torch import save_file
 
 from ..comfy_models import save
 from ..family_cases import Z_IMAGE
+from ..fused_cases import bypass_lora, forward_of_the_class, hook_lora, hook_on, mixed, object_patch
 from ..fused_path import DTYPE, FUSED, PLAIN, Path, compared, draw, lora, other_attention, overridden, prompt
-from ..lora_tensors import generic, random, shapes
-from .test_other_nodes import by_hand
+from ..lora_tensors import random
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "activations_without_codes")
 BLOCK = "layers.0"
@@ -54,10 +53,6 @@ def blocks_of(patcher):
     return [block for block in patcher.model.diffusion_model.modules() if isinstance(block, host.JointTransformerBlock)]
 
 
-def mixed(states):
-    return states + states.roll(1, -1)
-
-
 def replaced_attention(patcher, patch):
     patch.setattr(host, "optimized_attention_masked", other_attention)
     return patcher, {}
@@ -66,37 +61,6 @@ def replaced_attention(patcher, patch):
 def replaced_rope(patcher, patch):
     patch.setattr(host, "apply_rope", lambda q, k, pe: (q, k))
     patch.setattr(host.JointAttention, "forward", lambda self, x, *args, **kwargs: self.out(self.qkv(x)[..., :x.shape[-1]]))
-    return patcher, {}
-
-
-def bypass_lora(patcher, _):
-    tensors = generic(*((name, shapes(patcher)[name]) for name in (QKV, W3)), size=8.0)
-    return by_hand(patcher, {name: tensor.to(patcher.load_device) for name, tensor in tensors.items()}), {}
-
-
-def hook_lora(patcher, _):
-    tensors = generic(*((name, shapes(patcher)[name]) for name in (QKV, W3)), size=8.0)
-    return patcher, {"positive": prompt(hooks=comfy.hooks.create_hook_lora(tensors, 1.0, 0.0))}
-
-
-def hook_on(name, change):
-    def case(patcher, patch):
-        patch.setitem(block_of(patcher).get_submodule(name)._forward_hooks, -1, lambda module, args, output: change(output))
-        return patcher, {}
-    return case
-
-
-def object_patch(name, make):
-    def case(patcher, _):
-        patched = patcher.clone()
-        patched.add_object_patch(f"diffusion_model.{BLOCK}.{name}", make(patcher.get_model_object(f"diffusion_model.{BLOCK}.{name}")))
-        return patched, {}
-    return case
-
-
-def forward_of_the_class(patcher, patch):
-    forward = host.JointTransformerBlock.forward
-    patch.setattr(host.JointTransformerBlock, "forward", lambda *args, **kwargs: mixed(forward(*args, **kwargs)))
     return patcher, {}
 
 
@@ -114,14 +78,17 @@ def case(run, share=FUSED, name=None, marks=()):
 
 
 @pytest.mark.parametrize(("run", "share"), [
-    case(replaced_attention), case(overridden), case(replaced_rope, PLAIN), case(rope_options), case(lora), case(bypass_lora),
-    case(hook_lora), case(hook_on("feed_forward.w3", mixed), name="hook on up"),
-    case(hook_on("attention.q_norm", lambda x: 2 * x), ONE, "hook on a norm of q"),
-    case(hook_on("ffn_norm2", lambda x: 2 * x), ONE, "hook on a norm"), case(hook_on("attention", mixed), ONE, "hook on the attention"),
-    case(hook_on("feed_forward", mixed), name="hook on the MLP"), case(hook_on("adaLN_modulation", lambda x: 2 * x), name="modulation"),
-    case(forward_of_the_class, PLAIN),
-    case(object_patch("attention.qkv", lambda layer: torch.nn.Sequential(layer, torch.nn.Tanh())), name="another linear"),
-    case(object_patch("attention_norm1", lambda _: torch.nn.Tanh()), ONE, "another norm"),
+    case(replaced_attention), case(overridden), case(replaced_rope, PLAIN), case(rope_options), case(lora),
+    case(bypass_lora(QKV, W3, size=8.0), name="bypass_lora"), case(hook_lora(QKV, W3, size=8.0), name="hook_lora"),
+    case(hook_on(f"{BLOCK}.feed_forward.w3", mixed), name="hook on up"),
+    case(hook_on(f"{BLOCK}.attention.q_norm", lambda x: 2 * x), ONE, "hook on a norm of q"),
+    case(hook_on(f"{BLOCK}.ffn_norm2", lambda x: 2 * x), ONE, "hook on a norm"),
+    case(hook_on(f"{BLOCK}.attention", mixed), ONE, "hook on the attention"),
+    case(hook_on(f"{BLOCK}.feed_forward", mixed), name="hook on the MLP"),
+    case(hook_on(f"{BLOCK}.adaLN_modulation", lambda x: 2 * x), name="modulation"),
+    case(forward_of_the_class(host.JointTransformerBlock), PLAIN, "forward of the class"),
+    case(object_patch(f"{BLOCK}.attention.qkv", lambda layer: torch.nn.Sequential(layer, torch.nn.Tanh())), name="another linear"),
+    case(object_patch(f"{BLOCK}.attention_norm1", lambda _: torch.nn.Tanh()), ONE, "another norm"),
 ])
 def test_has_the_effect_that_it_has_on_the_plain_path(z_path, z_image, undisturbed, monkeypatch, run, share):
     # A hook on q's norm has no effect in newer hosts, which read its weight alone.

@@ -151,6 +151,31 @@ def test_running_out_of_memory_in_a_layer_ends_on_the_cpu(patcher, monkeypatch, 
     assert second == "The GPU has no room for double_blocks.0.img_mod.lin: the CPU quantizes it, which takes longer."
 
 
+@pytest.mark.parametrize("where", ["_replay", "quantize_layer"])
+def test_a_model_that_is_on_the_device_as_a_whole_leaves_it_first(patcher, monkeypatch, where):
+    """Its blocks are then streamed with the LoRA applied, and the MODEL does not change."""
+    patched, before = with_lora(patcher), {name: p.clone() for name, p in patcher.model.named_parameters()}
+    resident, streamed, on_device = run(patched)[0].model.state_dict(), [], calibrate.on_device
+    monkeypatch.setattr(calibrate, "unloadable", lambda _: True)
+    monkeypatch.setattr(calibrate, "on_device", lambda patcher, modules: streamed.append(modules[0][0]) or on_device(patcher, modules))
+    owner = calibration if where == "_replay" else pipeline
+    monkeypatch.setattr(owner, where, failing(getattr(owner, where), 2, OUT_OF_MEMORY[0]))
+    quantized_model, _ = run(patched)
+    assert same(quantized_model, resident)
+    first, second = quantized_model.recipe["notes"]
+    assert calibration.Memory.UNLOADED in first and "the states between the blocks went" in second
+    assert streamed[0] == "" and streamed[-1] == "single_blocks.1.", "the modules outside the blocks, then each block"
+    assert all(torch.equal(p, before[name]) for name, p in patcher.model.named_parameters()) and not patched.backup
+
+
+def test_a_resident_model_can_leave_only_for_another_device(patcher, monkeypatch):
+    assert not calibrate.unloadable(patcher), "it is on the CPU, where it stays"
+    monkeypatch.setattr(patcher, "offload_device", torch.device("meta"))
+    assert calibrate.unloadable(patcher)
+    monkeypatch.setattr(patcher, "is_dynamic", lambda: True, raising=False)
+    assert not calibrate.unloadable(patcher)
+
+
 def test_another_error_is_not_treated_as_a_lack_of_memory(patcher, monkeypatch):
     monkeypatch.setattr(calibration, "_replay", failing(calibration._replay, 1, RuntimeError("shapes")))
     with pytest.raises(RuntimeError, match="shapes"):
