@@ -247,7 +247,7 @@ def test_a_group_of_blocks_is_replayed_in_one_forward_to_the_same_bits(skips):
     (one_by_one, before), (in_groups, after) = streamed(None), streamed({"double_blocks.1", "single_blocks.0"})
     assert list(one_by_one) == list(in_groups) == [name for name, _ in named_blocks(model)]
     assert all(torch.equal(*pair) for name in in_groups for pair in zip(one_by_one[name], in_groups[name]))
-    # 3 calls and 5 blocks, in groups of 2, 2 and 1. The call that skips a block runs once more with each block of its group, and then no more.
+    # 3 calls and 5 blocks, in groups of 2, 2 and 1. The blocks that a call skips are replayed again, and then without it.
     assert (before, after) == ((3 + 3 + 2 * 3, 3 + 6 + 2 + 2) if skips else (15, 9))
 
 
