@@ -269,13 +269,14 @@ def measure(args, part, write):
 
 
 def merged(path, result):
-    """The content of an earlier result file, into which `result` goes. Its runs of quantization note what they were measured on, since
-    they may have been of other blocks."""
+    """The content of an earlier result file, into which `result` goes. Its parts note of which commit they are, and its runs of
+    quantization of how many blocks."""
     earlier = json.loads(Path(path).read_text(encoding="utf-8"))
     for name, found in earlier.items():
-        if name.startswith("quantize_"):
-            found.setdefault("blocks", earlier["arguments"]["blocks"])
+        if isinstance(found, dict) and name != "arguments":
             found.setdefault("commit", earlier["commit"])
+            if name.startswith("quantize_"):
+                found.setdefault("blocks", earlier["arguments"]["blocks"])
     return earlier | result
 
 
