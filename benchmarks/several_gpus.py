@@ -72,6 +72,7 @@ def quantize(args):
                                           os.path.join(args.folder, "progress", args.progress), ranks)
         seconds, ranks_times = time.perf_counter() - began, times.of_all()
         if ranks.rank == 0:
+            print(f"quantized in {seconds:.2f} s", flush=True)
             saving.write_model(made, path, "native", True)
             print(MARK + json.dumps({"seconds": seconds, "seconds_with_saving": time.perf_counter() - began, "layers": len(records),
                                      "ranks": ranks_times}), flush=True)
