@@ -40,3 +40,14 @@ def test_what_was_handed_over_is_kept_when_the_run_is_cancelled():
         background.move("block", kept.append)
         raise KeyboardInterrupt
     assert kept == ["block"]
+
+
+@pytest.mark.gpu
+def test_a_copy_has_what_the_gpu_has_yet_to_compute():
+    kept, x = [], torch.randn(4096, 4096, device="cuda")
+    with Background("cpu", "cuda") as background:
+        for _ in range(50):
+            x = torch.nn.functional.normalize(x @ x)
+        background.move({"x": x}, kept.append)
+        later = x @ x
+    assert torch.equal(kept[0]["x"], x.cpu()) and kept[0]["x"].device.type == "cpu" and later.isfinite().all()
