@@ -168,9 +168,9 @@ class Memory:
     def statistics_on(self):
         return self.device if self.level < len(self.STEPS) else torch.device("cpu")
 
-    def attempt(self, what, run):
-        """Return run(). Each time the device runs out of memory, step down and call it again. Raises MemoryError if host memory is used up;
-        other errors of run pass through."""
+    def attempt(self, what, run, otherwise=False):
+        """Return run(). Each time the device runs out of memory, step down and call it again, or return None if the caller can do
+        `otherwise`. Raises MemoryError if host memory is used up; other errors of run pass through."""
         while True:
             try:
                 return run()
@@ -178,9 +178,11 @@ class Memory:
                 if out_of_memory.on_host(error):
                     raise MemoryError(f"The computer has too little memory for {what} ({first_line(error)}); close other programs and "
                                       "models, or calibrate on fewer prompts and steps.") from error
-                if not out_of_memory.on_device(error) or self.level == len(self.STEPS):
+                if not out_of_memory.on_device(error) or (self.level == len(self.STEPS) and not otherwise):
                     raise
             # Outside the except clause the exception is released, and with it the tensors that its frames held.
+            if otherwise:
+                return empty_cache(self.device)
             self.step_down(what)
 
     def step_down(self, what):
@@ -372,6 +374,12 @@ def _groups(blocks, last):
     return [range(*pair) for pair in zip([0, *ends], ends)]
 
 
+def _must_part(group, result, ranks):
+    """Whether the blocks of a group have to be replayed on their own: the device has no room for all of them, or a call skips one, and then
+    counts for none of the later ones. result: of this process's replays, (statistics, outputs) or None."""
+    return len(group) > 1 and any(ranks.gathered(result is None or any(len(found) < len(group) for found in result[1])))
+
+
 def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_through, with_gram=False, tokens_per_input=None,
                   loaded=_unchanged, quantized=None, sources=None, ranks=ALONE, owner_of=lambda layer: 0, last=None):
     """Yield (block name, {layer name: InputStats}) for one block after the other. The statistics are released before the next block.
@@ -390,8 +398,7 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
     """
     # Every block re-reads them; the originals are released. Each has a few MB.
     calls[:] = to_device(calls, memory.states_on)
-    numbers = shared_replay.numbers(ranks, len(calls))
-    memory.states[:] = [{} for _ in calls]
+    numbers, memory.states[:] = shared_replay.numbers(ranks, len(calls)), [{} for _ in calls]
     sources = in_a_row(blocks) if sources is None else sources
 
     def run(group, layers, in_4_bits, read_later):
@@ -415,11 +422,11 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
         name, own = blocks[group[-1]][0], {blocks[index][0]: layers_of(*blocks[index]) for index in group}
         read_later = {source for later, _ in blocks[group.stop:] for source in sources.get(later, ())}
         layers = {layer: module for found in own.values() for layer, module in found.items()}
-        stats, outputs = memory.attempt(name, functools.partial(run, group, layers, _unchanged, read_later))
-        if len(group) > 1 and any(ranks.gathered(any(len(found) < len(group) for found in outputs))):
-            # A call that skips a block counts for none of the later ones, and only blocks on their own show which calls those are.
+        result = memory.attempt(name, functools.partial(run, group, layers, _unchanged, read_later), otherwise=len(group) > 1)
+        if _must_part(group, result, ranks):
             groups[:0] = [range(index, index + 1) for index in group]
             continue
+        stats, outputs = result
         _check_has_run(name, ranks.gathered(any(outputs)))
         if quantized is not None:
             yield name, stats
@@ -428,7 +435,7 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
         whole = [(number, call, _still_read(states | found, read_later, pass_through is None))
                  for number, call, states, found in zip(numbers, calls, memory.states, outputs) if found]
         numbers, calls, memory.states[:] = map(list, zip(*whole)) if whole else ([], [], [])
-        del outputs, whole
+        del outputs, whole, result
         if quantized is None:
             for name, layers in own.items():
                 yield name, {layer: stats.pop(layer) for layer in layers if layer in stats}

@@ -251,6 +251,25 @@ def test_a_group_of_blocks_is_replayed_in_one_forward_to_the_same_bits(skips):
     assert (before, after) == ((3 + 3 + 2 * 3, 3 + 6 + 2 + 2) if skips else (15, 9))
 
 
+@torch.no_grad()
+def test_a_group_that_has_no_room_is_replayed_block_by_block(monkeypatch):
+    """The states and statistics stay on the device, whose room several blocks' statistics together have used up."""
+    model, memory, replay, sizes = Model(), calibration.Memory("cpu"), calibration._replay, []
+    calls = [((torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0}})]
+
+    def small(*args):
+        sizes.append(len(args[5]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return replay(*args)
+
+    monkeypatch.setattr(calibration, "_replay", small)
+    stream = calibration.stream_blocks(model, calls, memory, named_blocks(model), lambda name, block: {name: block.lin}, pass_through,
+                                       last={"double_blocks.1"})
+    assert [name for name, stats in stream if stats[name].tokens == 8] == [name for name, _ in named_blocks(model)]
+    assert sizes == [2, 1, 1, 3, 1, 1, 1] and memory.level == 0 and not memory.notes
+
+
 def test_a_forward_that_is_set_on_a_module_stays():
     model = Model()
     block = model.double_blocks[0]
