@@ -98,9 +98,9 @@ def time_stages(stages):
         stages.time(owner, name, label)
     replay, layer, on_device = calibration._replay, quantize_blocks.quantize_layer, calibrate.on_device
 
-    def replay_in(diffusion_model, call, memory, blocks, pass_through, index, previous):
-        stages.set_kind(blocks[index][0])
-        return replay(diffusion_model, call, memory, blocks, pass_through, index, previous)
+    def replay_in(diffusion_model, call, memory, blocks, pass_through, group, *states):
+        stages.set_kind(blocks[group[-1]][0])
+        return replay(diffusion_model, call, memory, blocks, pass_through, group, *states)
 
     def layer_in(patcher, name, *args):
         stages.set_kind(name)

@@ -2,10 +2,13 @@
 
     python benchmarks/several_gpus.py --comfyui ~/ComfyUI                                       # all parts, full width, all blocks
     python benchmarks/several_gpus.py --comfyui ~/ComfyUI --blocks 6,12 --parts quantize draw
+    python benchmarks/several_gpus.py --comfyui ~/ComfyUI --parts quantize --runs two one --start-together --into ~/earlier.json
 
 The weights are random, as in quantize_full.py and flux_step.py. Every part runs in processes of its own, with a limit of time, and is
 written to the result file as soon as it is measured. quantize: the seconds from the MODEL in host memory to the file, with 2 processes (the
-last of which is killed in the middle), 2 processes that go on from there, 2 and 1 without interruption, and the SHA-256 of the files.
+last of which is killed in the middle), 2 processes that go on from there, 2 and 1 without interruption (--runs chooses), the SHA-256 of
+the files, and how long each process computes, waits and exchanges (rank_times.py). With --start-together the runs' processes make their
+models at the same time, and then run one after the other.
 draw: a step in W4A8 with fused blocks, whose inputs travel from process 0, launched one by one and as a CUDA graph on each GPU (--groups:
 attention in so many groups of heads; "several" is the last of them). exchange: microseconds of the stages around one block's attention, in
 a CUDA graph. node: SVDQuant Several GPUs on the quantized file, and a killed worker.
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,8 +35,11 @@ import quantize_full
 import several_gpus_stages
 import torch
 from machine import description, load_pack, recorded, result_path, synchronize, timed
+from rank_times import RankTimes
 
-MARK = "part: "
+MARK, READY = "part: ", "ready to begin"
+FILE = "flux_svdquant.safetensors"
+RUNS = {"killed": (2, "killed", "a"), "went_on": (2, "again", "a"), "two": (2, "two", "b"), "one": (1, "one", "c")}  # processes and folders
 FLUX = family_models.MODELS["flux1-dev"]
 
 
@@ -53,19 +60,25 @@ def quantize(args):
     patcher = quantize_full.new_model(model)
     latent = {"samples": torch.zeros(1, 16, args.size // 8, args.size // 8)}
     prompts, recipe = quantize_full.conditioning(args.prompts, args.text_tokens, model), presets.make_recipe("best", 32)
-    path = os.path.join(args.folder, f"{args.name}", "flux_svdquant.safetensors")
+    path = os.path.join(args.folder, args.name, FILE)
     with parallel() as ranks, torch.inference_mode():
         if args.kill_after and ranks.rank == ranks.size - 1:
             threading.Timer(args.kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
         ranks.gathered(None)
-        began = time.perf_counter()
+        if args.go:
+            print(READY, flush=True)
+            while not os.path.exists(args.go):
+                time.sleep(0.05)
+            ranks.gathered(None)
+        times, began = RankTimes(ranks), time.perf_counter()
         made, records = quantize.quantize(patcher, recipe, prompts, latent, args.steps, 0, quantize_full.Progress(),
                                           os.path.join(args.folder, "progress", args.progress), ranks)
-        seconds = time.perf_counter() - began
+        seconds, ranks_times = time.perf_counter() - began, times.of_all()
         if ranks.rank == 0:
+            print(f"quantized in {seconds:.2f} s", flush=True)
             saving.write_model(made, path, "native", True)
-            found = {"seconds": seconds, "seconds_with_saving": time.perf_counter() - began, "layers": len(records)}
-            print(MARK + json.dumps(found | {"sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}), flush=True)
+            print(MARK + json.dumps({"seconds": seconds, "seconds_with_saving": time.perf_counter() - began, "layers": len(records),
+                                     "ranks": ranks_times}), flush=True)
 
 
 def step_times(run, count=9):
@@ -142,9 +155,9 @@ def node(args):
     from comfyui_svdquant.quant.host import loader, several_gpus
     from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
-    folder_paths.add_model_folder_path("diffusion_models", os.path.join(args.folder, "again"))
+    folder = next(found for _, name, _ in RUNS.values() if os.path.exists(os.path.join(found := os.path.join(args.folder, name), FILE)))
+    folder_paths.add_model_folder_path("diffusion_models", folder)
     several_gpus.host_options = lambda: [] if torch.cuda.is_available() else ["--cpu"]
-    name = "flux_svdquant.safetensors"
     prompt, latent = quantize_full.conditioning(1, args.text_tokens, FLUX), torch.zeros(1, 16, args.size // 8, args.size // 8)
 
     def sample(patcher):
@@ -153,7 +166,7 @@ def node(args):
         return made, time.perf_counter() - began
 
     with torch.inference_mode():
-        model = loader.load_model(os.path.join(args.folder, "again", name), name=name)
+        model = loader.load_model(os.path.join(folder, FILE), name=FILE)
         sample(model)
         one, seconds_one = sample(model)
         several = several_gpus.several_gpus(model, 2)
@@ -189,8 +202,9 @@ def exchange(args):
 PARTS = {"quantize": quantize, "draw": draw, "exchange": exchange, "node": node}
 
 
-def launch(args, part, processes, limit, *options):
-    """(what a part's processes print, their exit code, seconds). It is killed after `limit` seconds."""
+def launch(args, part, processes, limit, *options, ready=lambda: None):
+    """(what a part's processes print, their exit code, seconds). It is killed after `limit` seconds. ready: called once a process waits
+    for the file of --go, or has ended."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--child", part, *options]
     began, found = time.perf_counter(), {}
@@ -202,25 +216,72 @@ def launch(args, part, processes, limit, *options):
         for line in process.stdout:
             if line.startswith(MARK):
                 lines.append(json.loads(line.removeprefix(MARK)))
+            elif line.startswith(READY):
+                ready()
             print(f"{time.perf_counter() - began:5.0f} s {line}", end="", flush=True)
     timer.cancel()
+    ready()
     found = {"exit_code": process.returncode, "seconds_of_the_processes": time.perf_counter() - began, "lines": lines}
     print(part, options, {key: value for key, value in found.items() if key != "lines"}, flush=True)
     return found
 
 
+def quantize_run(args, run, go=None, ready=lambda: None):
+    """launch of one of RUNS, and the files that it leaves. go: the file for which its processes wait, or None."""
+    processes, name, progress = RUNS[run]
+    options = ["--name", name, "--progress", progress, *(["--kill-after", str(args.kill_at)] if run == "killed" else []),
+               *(["--go", go] if go else [])]
+    found = launch(args, "quantize", processes, args.limit, "--folder", args.folder, *options, ready=ready)
+    folder = os.path.join(args.folder, name)
+    return found | {"blocks": args.blocks, "files": os.listdir(folder) if os.path.isdir(folder) else []}
+
+
+def quantize_runs(args, write):
+    """The runs of --runs, each of which is written at its end, and again with its file's digest."""
+    with ThreadPoolExecutor() as pool:
+        gates, waiting = {}, {}
+        if args.start_together:
+            for run in args.runs:
+                gates[run] = threading.Event(), os.path.join(args.folder, f"go_{run}")
+                waiting[run] = pool.submit(quantize_run, args, run, gates[run][1], gates[run][0].set)
+            for ready, _ in gates.values():
+                ready.wait()
+        digests = {}
+        for run in args.runs:
+            if waiting:
+                Path(gates[run][1]).touch()
+            found = waiting[run].result() if waiting else quantize_run(args, run)
+            write(f"quantize_{run}", found)
+            if found["files"] and found["lines"]:
+                digests[run] = found, pool.submit(sha256, os.path.join(args.folder, RUNS[run][1], FILE))
+        for run, (found, digest) in digests.items():
+            found["lines"][0]["sha256"] = digest.result()
+            write(f"quantize_{run}", found)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(file.read()).hexdigest()
+
+
 def measure(args, part, write):
     """Run a part, and write what it found."""
     if part == "quantize":
-        runs = {"killed": (2, ("--name", "killed", "--progress", "a", "--kill-after", str(args.kill_at))),
-                "went_on": (2, ("--name", "again", "--progress", "a")), "two": (2, ("--name", "two", "--progress", "b")),
-                "one": (1, ("--name", "one", "--progress", "c"))}
-        for name, (processes, options) in runs.items():
-            found = launch(args, "quantize", processes, args.limit, "--folder", args.folder, *options)
-            left = os.path.join(args.folder, options[1])
-            write(f"quantize_{name}", found | {"files": os.listdir(left) if os.path.isdir(left) else []})
+        quantize_runs(args, write)
     else:
         write(part, launch(args, part, 1 if part == "node" else 2, args.limit, "--folder", args.folder))
+
+
+def merged(path, result):
+    """The content of an earlier result file, into which `result` goes. Its parts note of which commit they are, and its runs of
+    quantization of how many blocks."""
+    earlier = json.loads(Path(path).read_text(encoding="utf-8"))
+    for name, found in earlier.items():
+        if isinstance(found, dict) and name != "arguments":
+            found.setdefault("commit", earlier["commit"])
+            if name.startswith("quantize_"):
+                found.setdefault("blocks", earlier["arguments"]["blocks"])
+    return earlier | result
 
 
 def parsed():
@@ -236,11 +297,14 @@ def parsed():
     parser.add_argument("--groups", type=int, nargs="+", default=[2], help="of a GPU's heads")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--draw-blocks", type=lambda text: tuple(map(int, text.split(","))), default=family_models.depths(FLUX))
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="of quantize")
+    parser.add_argument("--start-together", action="store_true", help="quantize: all runs make their models at the same time")
+    parser.add_argument("--into", help="an earlier result file, whose other parts are kept")
     parser.add_argument("--kill-at", type=float, default=10, help="seconds after which the last process is killed")
     parser.add_argument("--limit", type=float, default=600, help="seconds that a part may take")
     parser.add_argument("--commit", help="the commit to record, where the folder is no checkout")
     parser.add_argument("--out")
-    for hidden in ("--child", "--folder", "--name", "--progress"):
+    for hidden in ("--child", "--folder", "--name", "--progress", "--go"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--kill-after", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -260,6 +324,8 @@ def main():
                               "hidden": args.hidden, "size": args.size, "prompts": args.prompts, "steps": args.steps}}
     if args.commit:
         result["commit"] = args.commit
+    if args.into:
+        result = merged(args.into, result)
     path = Path(args.out or result_path("several_gpus", result["device"]))
 
     def write(name, found):

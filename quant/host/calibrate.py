@@ -61,13 +61,14 @@ def stages(family, model):
     return [*family.running_blocks(model), *([(OUTSIDE, model)] if family.outer else [])]
 
 
-def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done, ranks=ALONE, owner_of=lambda layer: 0):
+def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done, ranks=ALONE, owner_of=lambda layer: 0,
+                     last=None):
     """Yield (name, {layer: InputStats}) for each of `stages`, for the first of the layers that read the same input (Family.first_reader).
     The dict is empty without calls and for blocks in `done`.
 
     calls: this process's, or None if the run is not calibrated; specs: {layer name: LayerSpec}; memory: calibration.Memory; packed: {tensor
-    name: packed tensor}, which the caller fills between the blocks; done: names of the blocks that were quantized before; ranks, owner_of:
-    as in calibration.stream_blocks.
+    name: packed tensor}, which the caller fills between the blocks; done: names of the blocks that were quantized before; ranks,
+    owner_of, last: as in calibration.stream_blocks; blocks are replayed together only if every process has the whole MODEL on its device.
     """
     model = patcher.model.diffusion_model
     blocks = family.running_blocks(model)
@@ -118,7 +119,8 @@ def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done
             memory.unload = unload
         yield from calibration.stream_blocks(model, calls, memory, replayed, layers_of, family.pass_through, recipe.needs_gram(),
                                              recipe.tokens, loaded, quantized if recipe.propagate == "quantized" else None,
-                                             {OUTSIDE: (blocks[-1][0],)} | family.sources(model), ranks, owner_of)
+                                             {OUTSIDE: (blocks[-1][0],)} | family.sources(model), ranks, owner_of,
+                                             last if all(ranks.gathered(whole)) else None)
 
 
 def make_room(patcher, needed):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 
 import torch
@@ -13,6 +13,7 @@ from ..parallel import shares
 from ..parallel.alone import ALONE
 from ..quantizer import calibration, out_of_memory, pipeline
 from ..quantizer.pace import Pace
+from .background import Background
 from .calibrate import block_statistics, stages
 from .weights import effective_weight
 
@@ -34,7 +35,9 @@ class _Plan:
         for batch in batches:
             costs = {first: sum(shares.cost(specs[name].out_features, specs[name].in_features) for name in group)
                      for block in batch for first, group in self.groups[block].items()}
-            self.owners |= shares.owners(costs, size)
+            # Layers of one name are neighbours: of equal size are also an image's and a text's, and an image has far more tokens to add up.
+            names = {first: first.removeprefix(f"{block}.") for block in batch for first in self.groups[block]}
+            self.owners |= shares.owners({first: costs[first] for first in sorted(costs, key=names.get)}, size)
 
     def layers(self, block):
         return [name for group in self.groups[block].values() for name in group]
@@ -57,13 +60,21 @@ def quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kep
     packed, records, waiting = {}, [], {}
     pace, before = _pace(specs, {name: plan.layers(name) for name in names}, calls is not None, ranks.size), time.perf_counter()
 
-    home = patcher.offload_device if ranks.rank == 0 and not everywhere else None  # tensors that travel stay on the GPU until then
+    home = patcher.offload_device if ranks.size == 1 else None  # tensors that travel, or are copied in the background, stay on the GPU
+    background = Background(patcher.offload_device, patcher.load_device) if ranks.size > 1 and not everywhere else None
 
     def owner_of(layer):
         return plan.owners.get(layer, 0)
 
+    def keep(blocks):
+        for block, (tensors, found) in blocks.items():
+            if kept:
+                kept.save(block, tensors, [asdict(record) for record in found])
+            packed.update(tensors)
+
     # The stream holds parts of the MODEL on the device, so it is closed at once if this ends early.
-    with closing(block_statistics(family, patcher, calls, specs, recipe, memory, packed, set(done), ranks, owner_of)) as stream:
+    with background or nullcontext(), closing(block_statistics(family, patcher, calls, specs, recipe, memory, packed, set(done), ranks,
+                                                               owner_of, plan.last if ranks.size > 1 else None)) as stream:
         for block_name, stats in stream:
             if block_name in pace.left:
                 pace.done(block_name, None if block_name in done else time.perf_counter() - before)
@@ -79,16 +90,18 @@ def quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kep
             if block_name in plan.last:
                 own = {block: _quantize_block(patcher, plan, block, waiting[block], specs, recipe, memory, progress, pace, ranks.rank, home)
                        for block in waiting}
-                for block, (tensors, found) in _collected(own, ranks, everywhere, patcher.offload_device).items():
+                blocks = _collected(own, ranks, everywhere)
+                for _, found in blocks.values():
                     for record in found:
                         if record.name in pace.left:  # another process has quantized it
                             pace.done(record.name)
                             progress.step(pace.text())
-                    if kept:
-                        kept.save(block, tensors, [asdict(record) for record in found])
                     pace.blocks += bool(found)
-                    packed |= tensors
                     records += found
+                if background:
+                    background.move(blocks, keep)
+                else:
+                    keep(calibration.to_device(blocks, patcher.offload_device))
                 waiting.clear()
             before = time.perf_counter()
     place = plan.order()
@@ -129,14 +142,14 @@ def _quantize_block(patcher, plan, block, stats, specs, recipe, memory, progress
     return packed, records
 
 
-def _collected(own, ranks, everywhere, device):
-    """{block name: (tensors on `device`, records)} of all processes. own: the same of this process; everywhere: whether each process gets
-    the tensors; otherwise only process 0 does, and the others get nothing."""
+def _collected(own, ranks, everywhere):
+    """{block name: (tensors, records)} of all processes. own: the same of this process; everywhere: whether each process gets them;
+    otherwise only process 0 does, and the others get nothing."""
     to = range(ranks.size) if everywhere else [0]
     found = {block: ({}, []) for block in own}
     for blocks in ranks.exchanged(dict.fromkeys(to, own)):
         for block, (tensors, records) in (blocks or {}).items():
-            found[block][0].update((name, tensor.to(device)) for name, tensor in tensors.items())
+            found[block][0].update(tensors)
             found[block][1].extend(records)
     return found
 

@@ -15,7 +15,8 @@ def batches(blocks, size):
 
 
 def owners(costs, size):
-    """{name: rank}: the dearest goes first, always to the process with the least so far. costs: {name: cost}."""
+    """{name: rank}: the dearest goes first, always to the process with the least so far. costs: {name: cost}; of equal ones, neighbours go
+    to different processes."""
     loads, found = [(0.0, rank) for rank in range(size)], {}
     for name in sorted(costs, key=lambda name: -costs[name]):
         load, rank = heapq.heappop(loads)

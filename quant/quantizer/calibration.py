@@ -9,7 +9,7 @@ on how a ComfyUI version writes it.
 import functools
 import itertools
 import logging
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -170,9 +170,9 @@ class Memory:
     def statistics_on(self):
         return self.device if self.level < len(self.STEPS) else torch.device("cpu")
 
-    def attempt(self, what, run):
-        """Return run(). Each time the device runs out of memory, step down and call it again. Raises MemoryError if host memory is used up;
-        other errors of run pass through."""
+    def attempt(self, what, run, otherwise=False):
+        """Return run(). Each time the device runs out of memory, step down and call it again, or return None if the caller can do
+        `otherwise`. Raises MemoryError if host memory is used up; other errors of run pass through."""
         while True:
             try:
                 return run()
@@ -180,9 +180,11 @@ class Memory:
                 if out_of_memory.on_host(error):
                     raise MemoryError(f"The computer has too little memory for {what} ({first_line(error)}); close other programs and "
                                       "models, or calibrate on fewer prompts and steps.") from error
-                if not out_of_memory.on_device(error) or self.level == len(self.STEPS):
+                if not out_of_memory.on_device(error) or (self.level == len(self.STEPS) and not otherwise):
                     raise
             # Outside the except clause the exception is released, and with it the tensors that its frames held.
+            if otherwise:
+                return empty_cache(self.device)
             self.step_down(what)
 
     def step_down(self, what):
@@ -311,22 +313,32 @@ def _filled(value, device):
     return {key: _filled(item, device) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _replay(diffusion_model, call, memory, blocks, pass_through, index, states):
-    """Run one recorded call up to block `index` and return this block's output, or None if the call does not run the block (some nodes skip
-    blocks). states: {name of an earlier block: its stored output, on the meta device where nothing reads it any more}. The last block may
-    be the model itself."""
-    reached = {}
+def _replay(diffusion_model, call, memory, blocks, pass_through, group, states, read_later):
+    """Run one recorded call through the blocks of `group`, a range of indices. Returns {block name: output} of those that the call runs
+    (some nodes skip blocks), on the meta device where neither `read_later` nor the last of the group needs it.
+
+    states: {name of an earlier block: its stored output, on the meta device where nothing reads it any more}; read_later: the names of the
+    blocks whose outputs are read after the group. The last block may be the model itself.
+    """
+    outputs, (*inner, (last, end)) = {}, blocks[group.start:group.stop]
 
     def stop(_module, _args, output):
-        reached["output"] = to_device(output, memory.states_on)
+        outputs[last] = to_device(output, memory.states_on)
         raise _Reached
+
+    def passed_on(name):
+        def hook(_module, _args, output):
+            outputs[name] = to_device(output, memory.states_on, copy=True) if name in read_later else to_device(output, "meta")
+            return to_device(output, memory.device, copy=True)  # as a stored output is, so that the next block computes the same bits
+
+        return hook
 
     def stored(name):
         # The model may change its input in place, and a second attempt after running out of memory needs the original, so it gets a copy.
         return lambda *args, **kwargs: _filled(to_device(states[name], memory.device, copy=True), memory.device)
 
-    replaced = [(block, stored(name) if name in states else pass_through(name)) for name, block in blocks[:index]]
-    hook = blocks[index][1].register_forward_hook(stop)
+    replaced = [(block, stored(name) if name in states else pass_through(name)) for name, block in blocks[:group.start]]
+    hooks = [*(block.register_forward_hook(passed_on(name)) for name, block in inner), end.register_forward_hook(stop)]
     try:
         with _forward_replaced(replaced):
             args, kwargs = to_device(call, memory.device, copy=True)
@@ -334,8 +346,9 @@ def _replay(diffusion_model, call, memory, blocks, pass_through, index, states):
     except _Reached:
         pass
     finally:
-        hook.remove()
-    return reached.get("output")
+        for hook in hooks:
+            hook.remove()
+    return outputs
 
 
 def _unchanged(name, block):
@@ -355,52 +368,81 @@ def in_a_row(blocks):
     return {name: (before,) for before, name in zip(names, names[1:])}
 
 
+def _check_has_run(name, found):
+    """found: for each process whether one of its calls runs the block."""
+    if not any(found):
+        raise ValueError(f"The model never ran its block {name} during calibration; remove nodes that skip blocks "
+                         "from the MODEL, and put them behind SVDQuant Quantize Model.")
+
+
+def _groups(blocks, last):
+    """[range of the indices of blocks that are replayed together]. last: names of the blocks that end a group, or None: all do."""
+    ends = [index for index, (name, _) in enumerate(blocks, 1) if last is None or name in last or index == len(blocks)]
+    return [range(*pair) for pair in zip([0, *ends], ends)]
+
+
+def _must_part(group, result, ranks):
+    """Whether the blocks of a group have to be replayed on their own: the device has no room for all of them, or a call skips one, and then
+    counts for none of the later ones. result: of this process's replays, (statistics, outputs) or None."""
+    return len(group) > 1 and any(ranks.gathered(result is None or any(len(found) < len(group) for found in result[1])))
+
+
 def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_through, with_gram=False, tokens_per_input=None,
-                  loaded=_unchanged, quantized=None, sources=None, ranks=ALONE, owner_of=lambda layer: 0):
+                  loaded=_unchanged, quantized=None, sources=None, ranks=ALONE, owner_of=lambda layer: 0, last=None):
     """Yield (block name, {layer name: InputStats}) for one block after the other. The statistics are released before the next block.
 
     calls: from recorded_calls, moved to the device here; memory: Memory; blocks: [(name, module)] in running order, and last the model
     itself if layers outside the blocks are calibrated too; layers_of(name, block): {name: linear}; pass_through(name): a forward that
     returns a block's states unchanged (families.Family), for blocks whose outputs nothing reads any more; None to have them return zeros of
-    their outputs' shapes; loaded(name, block): a context in which the block can run; quantized(name,
-    block): a context in which it runs in 4 bits, entered after the yield, so that its output there is the next block's input; None to
-    use its 16-bit output; sources: {block name: names of the blocks whose outputs are its states} (families.Family.sources), None for
-    in_a_row. A block's output is kept until the last block that reads it has run. A call that skips a block is left out from this block
-    on. Raises ValueError if no call is left.
+    their outputs' shapes; loaded(name, block): a context in which the block can run; quantized(name, block): a context in which it runs in
+    4 bits, entered after the yield, so that its output there is the next block's input; None to use its 16-bit output; sources: {block
+    name: names of the blocks whose outputs are its states} (families.Family.sources), None for in_a_row. A block's output is kept until the
+    last block that reads it has run. A call that skips a block is left out from this block on. Raises ValueError if no call is left.
 
     ranks: the processes of the run (parallel.alone); each has its own calls (shared_replay.numbers), and gets the statistics, over all
-    calls, of the layers for which owner_of(layer) is its rank.
+    calls, of the layers for which owner_of(layer) is its rank. last: names of the blocks that end a group, which is replayed in one forward
+    a call unless `quantized`; None: all do. Processes meet at every call, so they share the work on the Gram matrices of one group only.
     """
     # Every block re-reads them; the originals are released. Each has a few MB.
     calls[:] = to_device(calls, memory.states_on)
-    numbers = shared_replay.numbers(ranks, len(calls))
-    memory.states[:] = [{} for _ in calls]
+    numbers, memory.states[:] = shared_replay.numbers(ranks, len(calls)), [{} for _ in calls]
     sources = in_a_row(blocks) if sources is None else sources
-    for index, (name, block) in enumerate(blocks):
-        def run(layers, in_4_bits):
-            order = shared_replay.running_order(ranks, numbers)
-            stats = {layer: InputStats(len(order), with_gram, tokens_per_input, memory.statistics_on) for layer in layers}
 
-            def replay(number, add):
-                place = numbers.index(number)
-                with observed(layers, add):
-                    return _replay(diffusion_model, calls[place], memory, blocks, pass_through, index, memory.states[place])
+    def run(group, layers, in_4_bits, read_later):
+        order = shared_replay.running_order(ranks, numbers)
+        stats = {layer: InputStats(len(order), with_gram, tokens_per_input, memory.statistics_on) for layer in layers}
 
-            with loaded(name, block), in_4_bits(name, block):
-                return shared_replay.replay_all(ranks, order, replay, stats, owner_of)
+        def replay(number, add):
+            place = numbers.index(number)
+            with observed(layers, add):
+                return _replay(diffusion_model, calls[place], memory, blocks, pass_through, group, memory.states[place], read_later)
 
-        stats, outputs = memory.attempt(name, functools.partial(run, layers_of(name, block), _unchanged))
-        if not any(ranks.gathered(any(output is not None for output in outputs))):
-            raise ValueError(f"The model never ran its block {name} during calibration; remove nodes that skip blocks "
-                             "from the MODEL, and put them behind SVDQuant Quantize Model.")
+        with ExitStack() as stack:
+            for name, block in blocks[group.start:group.stop]:
+                stack.enter_context(loaded(name, block))
+                stack.enter_context(in_4_bits(name, block))
+            return shared_replay.replay_all(ranks, order, replay, stats, owner_of)
+
+    groups = _groups(blocks, last if quantized is None else None)
+    while groups:
+        group = groups.pop(0)
+        name, own = blocks[group[-1]][0], {blocks[index][0]: layers_of(*blocks[index]) for index in group}
+        read_later = {source for later, _ in blocks[group.stop:] for source in sources.get(later, ())}
+        layers = {layer: module for found in own.values() for layer, module in found.items()}
+        result = memory.attempt(name, functools.partial(run, group, layers, _unchanged, read_later), otherwise=len(group) > 1)
+        if _must_part(group, result, ranks):
+            groups[:0] = [range(index, index + 1) for index in group]
+            continue
+        stats, outputs = result
+        _check_has_run(name, ranks.gathered(any(outputs)))
         if quantized is not None:
             yield name, stats
             stats.clear()
-            _, outputs = memory.attempt(name, functools.partial(run, {}, quantized))
-        read_later = {source for later, _ in blocks[index + 1:] for source in sources.get(later, ())}
-        whole = [(number, call, _still_read(states | {name: output}, read_later, pass_through is None))
-                 for number, call, states, output in zip(numbers, calls, memory.states, outputs) if output is not None]
+            _, outputs = memory.attempt(name, functools.partial(run, group, {}, quantized, read_later))
+        whole = [(number, call, _still_read(states | found, read_later, pass_through is None))
+                 for number, call, states, found in zip(numbers, calls, memory.states, outputs) if found]
         numbers, calls, memory.states[:] = map(list, zip(*whole)) if whole else ([], [], [])
-        del outputs, whole
+        del outputs, whole, result
         if quantized is None:
-            yield name, stats
+            for name, layers in own.items():
+                yield name, {layer: stats.pop(layer) for layer in layers if layer in stats}

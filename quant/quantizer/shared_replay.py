@@ -39,7 +39,7 @@ def running_order(ranks, own):
 def replay_all(ranks, order, replay, stats, owner_of):
     """Replay this process's calls, and add what all calls contribute to the layers of this process.
 
-    order: from running_order; replay(number, add) -> the call's output, calling add(layer, x) for each layer's input; stats: {layer:
+    order: from running_order; replay(number, add) -> the call's outputs, calling add(layer, x) for each layer's input; stats: {layer:
     InputStats} of all layers; owner_of(layer): rank. Returns ({layer: InputStats} of the layers that this process owns, [outputs]).
     """
     outputs = []

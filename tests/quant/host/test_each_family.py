@@ -151,12 +151,14 @@ def test_streaming_records_the_inputs_of_ordinary_forwards(case, plain):
     for name in seen:
         assert all(map(torch.equal, seen[name], seen[case.family.first_reader(name)])), f"{name} reads what its group reads"
     sources = case.family.sources(model) | {calibrate.OUTSIDE: (blocks[-2][0],)}
-    for _, stats in calibration.stream_blocks(model, calls, calibration.Memory("cpu"), blocks, layers_of, case.family.pass_through,
-                                              sources=sources):
-        for name, found in stats.items():
-            x = torch.cat(seen.pop(name))
-            assert found.tokens == len(x) and torch.equal(found.spans()["absmax"], x.abs().amax(0).float()), name
-    assert not seen, "every layer was calibrated"
+    for last in (None, {name for name, _ in blocks[1::2]}):  # each block on its own, and two in one forward
+        left = dict(seen)
+        for _, stats in calibration.stream_blocks(model, list(calls), calibration.Memory("cpu"), blocks, layers_of,
+                                                  case.family.pass_through, sources=sources, last=last):
+            for name, found in stats.items():
+                x = torch.cat(left.pop(name))
+                assert found.tokens == len(x) and torch.equal(found.spans()["absmax"], x.abs().amax(0).float()), name
+        assert not left, "every layer was calibrated"
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence(case, pair, file, tmp_path):

@@ -38,15 +38,16 @@ class Model(torch.nn.Module):
         return x
 
 
-def statistics(ranks, owner_of):
-    """{layer: (absmax, rms, sample, gram)} of the layers that this process owns, of seven calls, two of which skip a block."""
+def statistics(ranks, owner_of, skipping, last=None):
+    """{layer: (absmax, rms, sample, gram)} of the layers that this process owns, of seven calls. skipping: those that skip a block."""
     from comfyui_svdquant.quant.quantizer import calibration
 
     model, g = Model(), torch.Generator().manual_seed(1)
-    calls = [((torch.randn(1, 20 + 3 * i, 48, generator=g), i in (2, 5)), {}) for i in range(7)]
+    calls = [((torch.randn(1, 20 + 3 * i, 48, generator=g), i in skipping), {}) for i in range(7)]
     blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
     stream = calibration.stream_blocks(model, ranks.share(calls), calibration.Memory("cpu"), blocks, lambda name, block: {name: block.lin},
-                                       lambda name: lambda x: x, with_gram=True, tokens_per_input=2, ranks=ranks, owner_of=owner_of)
+                                       lambda name: lambda x: x, with_gram=True, tokens_per_input=2, ranks=ranks, owner_of=owner_of,
+                                       last=last)
     with torch.inference_mode():
         return {layer: (*found.spans().values(), found.sample(), found.gram()) for _, stats in stream for layer, found in stats.items()}
 
@@ -55,10 +56,11 @@ def check_statistics(ranks, alone):
     def owner_of(layer):
         return int(layer[-1]) % ranks.size
 
-    expected, found = statistics(alone, lambda layer: 0), statistics(ranks, owner_of)
-    assert set(found) == {layer for layer in expected if owner_of(layer) == ranks.rank}
-    for layer, parts in found.items():
-        assert all(torch.equal(*pair) for pair in zip(parts, expected[layer])), layer
+    for skipping, last in (((2, 5), None), ((2, 5), {"blocks.1"}), ((), {"blocks.1"})):
+        expected, found = statistics(alone, lambda layer: 0, skipping), statistics(ranks, owner_of, skipping, last)
+        assert set(found) == {layer for layer in expected if owner_of(layer) == ranks.rank}
+        for layer, parts in found.items():
+            assert all(torch.equal(*pair) for pair in zip(parts, expected[layer])), layer
 
 
 def check_exchange(ranks):

@@ -47,6 +47,8 @@ def test_the_layers_are_shared_evenly():
     assert all(found[f"0.{kind}"] != found[f"1.{kind}"] for kind in kinds)
     uneven = shares.owners({"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 3.0}, 2)
     assert sorted(sum({"a": 5, "b": 4}.get(name, 3) for name in uneven if uneven[name] == rank) for rank in (0, 1)) == [8, 10]
+    equal = shares.owners(dict.fromkeys(("0.image", "1.image", "0.text", "1.text"), 5.0), 2)
+    assert equal["0.image"] != equal["1.image"] and equal["0.text"] != equal["1.text"], "neighbours"
     assert shares.batches(list("abcde"), 2) == [["a", "b"], ["c", "d"], ["e"]]
 
 

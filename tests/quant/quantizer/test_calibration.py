@@ -215,6 +215,61 @@ def test_a_call_that_skips_a_block_is_left_out_from_there_on():
             list(calibration.stream_blocks(model, [call(True)], calibration.Memory("cpu"), blocks, layers, pass_through))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_group_of_blocks_is_replayed_in_one_forward_to_the_same_bits(skips):
+    """Also if a call skips a block of a group, whose blocks are then replayed one by one."""
+    class Skipping(Model):
+        def forward(self, img, txt, options=None):
+            forwards.append(options["scale"])
+            for i, block in enumerate(self.double_blocks):
+                if not (i == 1 and options["skip"]):
+                    img, txt = block(img=img, txt=txt, vec=options["scale"])
+                    img[:, :2] += 0.5
+            x = torch.cat((txt, img), 1)
+            for block in self.single_blocks:
+                x = block(x, vec=options["scale"])
+            return x
+
+    model, g, forwards = Skipping(), torch.Generator().manual_seed(0), []
+    calls = [((torch.randn(1, 5, 8, generator=g), torch.randn(1, 3, 8, generator=g)),
+              {"options": {"scale": 1.0 + i, "skip": skips and i == 1}}) for i in range(3)]
+
+    def streamed(last):
+        forwards.clear()
+        memory = calibration.Memory("cpu")
+        stream = calibration.stream_blocks(model, list(calls), memory, named_blocks(model), lambda name, block: {name: block.lin},
+                                           pass_through, with_gram=True, last=last)
+        found = {name: (*stats[name].spans().values(), stats[name].sample(), stats[name].gram()) for name, stats in stream}
+        assert not any(memory.states[-1].values())
+        return found, len(forwards)
+
+    (one_by_one, before), (in_groups, after) = streamed(None), streamed({"double_blocks.1", "single_blocks.0"})
+    assert list(one_by_one) == list(in_groups) == [name for name, _ in named_blocks(model)]
+    assert all(torch.equal(*pair) for name in in_groups for pair in zip(one_by_one[name], in_groups[name]))
+    # 3 calls and 5 blocks, in groups of 2, 2 and 1. The blocks that a call skips are replayed again, and then without it.
+    assert (before, after) == ((3 + 3 + 2 * 3, 3 + 6 + 2 + 2) if skips else (15, 9))
+
+
+@torch.no_grad()
+def test_a_group_that_has_no_room_is_replayed_block_by_block(monkeypatch):
+    """The states and statistics stay on the device, whose room several blocks' statistics together have used up."""
+    model, memory, replay, sizes = Model(), calibration.Memory("cpu"), calibration._replay, []
+    calls = [((torch.randn(1, 5, 8), torch.randn(1, 3, 8)), {"options": {"scale": 1.0}})]
+
+    def small(*args):
+        sizes.append(len(args[5]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return replay(*args)
+
+    monkeypatch.setattr(calibration, "_replay", small)
+    stream = calibration.stream_blocks(model, calls, memory, named_blocks(model), lambda name, block: {name: block.lin}, pass_through,
+                                       last={"double_blocks.1"})
+    assert [name for name, stats in stream if stats[name].tokens == 8] == [name for name, _ in named_blocks(model)]
+    assert sizes == [2, 1, 1, 3, 1, 1, 1] and memory.level == 0 and not memory.notes
+
+
 def test_a_forward_that_is_set_on_a_module_stays():
     model = Model()
     block = model.double_blocks[0]
