@@ -82,7 +82,7 @@ def by_recipes(chosen, patcher, inputs, rank, rest=("naive",), narrow=False):
     previous one.
     """
     preset, *calibration_inputs = rest
-    settings = presets.make_recipe(preset, rank), *(calibration_inputs or (None, None, 1)), 0
+    settings = presets.make_recipe(preset, rank, branch_bits=16), *(calibration_inputs or (None, None, 1)), 0
     quantized_models = [quantize.quantize(patcher, *settings, Silent())[0] for _ in chosen]
     seconds = [0.0] * len(chosen)
     packed_layers = quantized_models[0].packed_layers()

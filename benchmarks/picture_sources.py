@@ -222,7 +222,7 @@ def run(args):
     path = args.out or ROOT / "benchmarks" / "results" / f"picture_sources{pictures.suffix(args.model)}_{machine}.json"
     record = description() | {"arguments": pictures.recorded(args), "results": {}}
     studio = pictures.Studio(args)
-    quantized_model, _ = quantize.quantize(studio.patcher, presets.make_recipe("best", args.rank), *studio.calibration(
+    quantized_model, _ = quantize.quantize(studio.patcher, presets.make_recipe("best", args.rank, branch_bits=16), *studio.calibration(
         args.calibration_prompts), args.calibration_steps, 0, model_recipes.Silent())
     with pictures.by_definition():
         measure(Parts(studio, quantized_model), Path16(studio), args.act_bits, record,

@@ -195,13 +195,14 @@ def others(studio, *names, narrow=False, modulated=False):
 
 
 def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, exceptions="", **changes):
-    """A row of the node's recipe, with `changes` to its fields. With CUDA, `OURS` also runs through the kernels."""
+    """A row of the node's recipe, with `changes` to its fields. rank: of its branches, which have 8 bits unless changed; by default they
+    are as large as others' in 16 bits. With CUDA, `OURS` also runs through the kernels."""
     import model_recipes
     from comfyui_svdquant.quant.host import quantize
     from comfyui_svdquant.quant.quantizer import presets
 
     args = studio.args
-    recipe = replace(presets.make_recipe(preset, rank or args.rank, exceptions), **changes)
+    recipe = replace(presets.make_recipe(preset, rank or 2 * args.rank, exceptions), **changes)
     entries, latent = studio.calibration(prompts or args.calibration_prompts)
     (quantized_model, _), seconds = model_recipes.timed(quantize.quantize, studio.patcher, recipe, entries, latent,
                                              steps or args.calibration_steps, 0, model_recipes.Silent())
@@ -214,12 +215,12 @@ def ours(studio, name, preset="best", rank=None, prompts=None, steps=None, excep
 
 def recipe_jobs(args):
     """[(function, row names, settings)] of the recipes, the longest first."""
-    narrow = f"*.linear1 = {args.rank}, *.linear2 = {args.rank}"
+    narrow = f"*.linear1 = {2 * args.rank}, *.linear2 = {2 * args.rank}"
     in_single_blocks = [(others, (BASE + NARROW,), {"narrow": True}), (ours, (OURS + NARROW,), {"exceptions": narrow})]
     return [(others, (BASE, GPTQ), {}), (others, (BASE + MODULATED,), {"modulated": True}), (ours, ("ours: slow",), {"preset": "slow"}),
             *(in_single_blocks if args.model == FLUX1 else ()),
             *((ours, (f"ours: {preset}",), {"preset": preset}) for preset in ("best", "fast", "data-free")),
-            in_8_bits(2 * args.rank, f"{OURS}, "),
+            in_16_bits(args.rank, f"{OURS}, "),
             (noise_floor, FLOOR, {}), *((others, (name,), {}) for name in ("naive rounding", "SmoothQuant", "SVDQuant, one shot"))]
 
 
@@ -227,16 +228,16 @@ def knob_jobs(args):
     """[(function, row names, settings)] of the knobs, one changed at a time; the row of the defaults belongs to every knob."""
     from comfyui_svdquant.quant.quantizer.calibration import TOKENS_PER_INPUT
 
-    usual = {"rank": args.rank, "prompts": args.calibration_prompts, "steps": args.calibration_steps, "tokens": TOKENS_PER_INPUT,
+    usual = {"rank": 2 * args.rank, "prompts": args.calibration_prompts, "steps": args.calibration_steps, "tokens": TOKENS_PER_INPUT,
              "preset": "best", "propagate": "exact"}
     changed = [(knob, value) for knob, values in KNOBS.items() for value in values if value != usual[knob]]
-    return [(ours, ("defaults",), {}), in_8_bits(2 * args.rank, ""),
+    return [(ours, ("defaults",), {}), in_16_bits(args.rank, ""),
             *((ours, (f"{knob} {value}",), {knob: value}) for knob, value in changed)]
 
 
-def in_8_bits(rank, before):
-    """The job of this pack's recipe with branches in 8 bits; before: of the row's name."""
-    return ours, (f"{before}rank {rank} in 8 bits",), {"rank": rank, "branch_bits": 8}
+def in_16_bits(rank, before):
+    """The job of this pack's recipe with branches in 16 bits. before: the beginning of the row's name."""
+    return ours, (f"{before}rank {rank} in 16 bits",), {"rank": rank, "branch_bits": 16}
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -337,7 +338,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=32, help="pictures")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at a time")
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=32, help="rank of branches in 16 bits; those in 8 have twice as much")
     parser.add_argument("--calibration-prompts", type=int, default=8)
     parser.add_argument("--calibration-steps", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

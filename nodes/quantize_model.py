@@ -26,7 +26,7 @@ class SVDQuantQuantizeModel(io.ComfyNode):
             display_name="SVDQuant Quantize Model",
             category=CATEGORY,
             **SEARCH,
-            description=f"Quantizes a {families.TITLES} model to 4 bits: 4-bit weights and activations plus a small 16-bit low-rank "
+            description=f"Quantizes a {families.TITLES} model to 4 bits: 4-bit weights and activations plus a small low-rank "
                         "branch. It samples the model with your prompts to calibrate each layer. LoRAs on the model are "
                         "baked in.",
             inputs=[
@@ -36,10 +36,10 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                                tooltip="best: calibrated on your prompts, with GPTQ. slow: slightly smaller layer errors, takes "
                                        "longer. fast: calibrated, without GPTQ. data-free: no calibration, larger errors. naive: "
                                        "plain rounding without SVDQuant, for comparison only."),
-                io.Int.Input("rank", default=32, min=presets.MIN_RANK, max=presets.MAX_RANK,
+                io.Int.Input("rank", default=presets.DEFAULT_RANK, min=presets.MIN_RANK, max=presets.MAX_RANK,
                              step=presets.RANK_STEP,
-                             tooltip="The rank of the 16-bit low-rank branch. Layers that combine two layers of the paper, as those in "
-                                     "single blocks do, get twice this rank. 32 suits most models; a higher rank is closer to the "
+                             tooltip="The rank of the low-rank branch. Layers that combine two layers of the paper, as those in "
+                                     "single blocks do, get twice this rank. 64 suits most models; a higher rank is closer to the "
                                      "original and makes the model larger."),
                 io.Conditioning.Input("positive", optional=True,
                                       tooltip="The calibration prompts; join several with Conditioning (Combine). More prompts like "
@@ -60,7 +60,7 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                                tooltip="Where finished blocks are stored during the run, so that an interrupted run can resume. "
                                        "temp: ComfyUI's temp folder, which is emptied when ComfyUI restarts. output: the output "
                                        "folder, which is kept. off: they are not stored.", **ADVANCED),
-                io.Combo.Input("branch_bits", options=list(BRANCH_BITS), default="16", optional=True,
+                io.Combo.Input("branch_bits", options=list(BRANCH_BITS), default=str(presets.DEFAULT_BRANCH_BITS), optional=True,
                                tooltip="The bits of the low-rank branch. With 8, twice the rank takes about as much memory, in the file "
                                        "and on the GPU: rank 64 in 8 bits is much closer to the original than rank 32 in 16. A step takes "
                                        "a few percent longer.", **ADVANCED),
@@ -82,7 +82,7 @@ class SVDQuantQuantizeModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, preset, rank, steps, seed, positive=None, latent=None, exceptions="", tokens=TOKENS_PER_INPUT,
-                progress="temp", branch_bits="16"):
+                progress="temp", branch_bits=str(presets.DEFAULT_BRANCH_BITS)):
         with NodeProgress.of(cls) as shown:
             check_types(cls, model=model, preset=preset, rank=rank, steps=steps, seed=seed, positive=positive, latent=latent,
                         exceptions=exceptions, tokens=tokens)

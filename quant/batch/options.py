@@ -40,10 +40,10 @@ def new_parser():
 
 def _add_recipe(group):
     group.add_argument("--preset", choices=list(presets.PRESETS), default="best")
-    group.add_argument("--rank", type=int, default=32, metavar="N",
+    group.add_argument("--rank", type=int, default=presets.DEFAULT_RANK, metavar="N",
                        help=f"{presets.MIN_RANK} to {presets.MAX_RANK} in steps of {presets.RANK_STEP}")
-    group.add_argument("--branch-bits", type=int, choices=layout.BRANCH_BITS, default=16,
-                       help="bits of the low-rank branch: with 8, twice the rank takes about as much memory")
+    group.add_argument("--branch-bits", type=int, choices=layout.BRANCH_BITS, default=presets.DEFAULT_BRANCH_BITS,
+                       help="bits of the low-rank branch: in 8, twice the rank takes about as much memory as in 16")
     group.add_argument("--exceptions", default="", metavar="TEXT",
                        help="layer patterns, separated by commas: `pattern` keeps its layers in 16 bits, `pattern = rank` sets their "
                             "rank, `pattern = int8` gives them activations of 8 bits")

@@ -121,7 +121,8 @@ class BranchedLinear(PackedLinear):
 
     def branch(self, device):
         """(proj_down (K, R), proj_up (N, R)) on `device`, in the 16-bit type in which the layer multiplies with them."""
-        return layout.branch_of({name: p.to(device) for name, p in self._parameters.items() if name.startswith("weight_proj")},
+        # Of .data, since views of a parameter whose data ComfyUI exchanged in inference mode can't be taken.
+        return layout.branch_of({name: p.data.to(device) for name, p in self._parameters.items() if name.startswith("weight_proj")},
                                 self.lora_dtype)
 
     def dense(self, device):

@@ -7,6 +7,7 @@ from ..text import quoted
 from .calibration import TOKENS_PER_INPUT
 
 MIN_RANK, MAX_RANK, RANK_STEP = 16, 256, 16
+DEFAULT_RANK, DEFAULT_BRANCH_BITS = 64, 8  # as many bytes as rank 32 in 16 bits, which other quantizers take
 INT8 = "int8"  # in place of an exception's rank
 RANK_DIGITS = 9  # more are no rank, and Python refuses to read thousands
 
@@ -74,7 +75,7 @@ def entries(exceptions):
     return [entry for line in exceptions.splitlines() for entry in map(str.strip, line.split(",")) if entry]
 
 
-def make_recipe(preset, rank, exceptions="", branch_bits=16):
+def make_recipe(preset, rank=DEFAULT_RANK, exceptions="", branch_bits=DEFAULT_BRANCH_BITS):
     """The Recipe of a preset.
 
     exceptions: `entries` of patterns of layer names: `pattern` keeps its layers in 16 bits, `pattern = rank` gives them another rank,

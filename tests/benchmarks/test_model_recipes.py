@@ -97,11 +97,11 @@ def test_each_knob_changes_alone():
     jobs = pictures.knob_jobs(Namespace(rank=32, calibration_prompts=8, calibration_steps=8))
     names = [name for _, names, _ in jobs for name in names]
     assert len(set(names)) == len(names) == 2 + sum(len(values) - 1 for values in pictures.KNOBS.values())
-    in_8_bits = "rank 64 in 8 bits",
-    assert all(len(settings) == (names != ("defaults",)) for _, names, settings in jobs if names != in_8_bits)
-    assert dict((names, settings) for _, names, settings in jobs)[in_8_bits] == {"rank": 64, "branch_bits": 8}
+    in_16_bits = "rank 32 in 16 bits",
+    assert all(len(settings) == (names != ("defaults",)) for _, names, settings in jobs if names != in_16_bits)
+    assert dict((names, settings) for _, names, settings in jobs)[in_16_bits] == {"rank": 32, "branch_bits": 16}
     rows = list(pictures.in_order(dict.fromkeys(names)))
-    assert rows.index("rank 16") < rows.index("rank 64") < rows.index("rank 64 in 8 bits") < rows.index("rank 128")
+    assert rows.index("rank 16") < rows.index("rank 32") < rows.index("rank 32 in 16 bits") < rows.index("rank 128")
 
 
 def test_the_table_compares_picture_by_picture():

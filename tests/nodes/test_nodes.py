@@ -282,7 +282,7 @@ def test_saving_a_model_that_computes_in_another_type(layout):
 
 def test_saving_in_nunchakus_layout_and_back():
     """Codes, scales and branches don't change; modulation layers are rounded once."""
-    quantized_model, *_ = quantize(exceptions="*.linear? = 16")  # one rank for all layers, as in Nunchaku's files
+    quantized_model, *_ = quantize(exceptions="*.linear? = 16", branch_bits="16")  # one rank for all layers, as in Nunchaku's files
     name = SVDQuantSaveModel.execute(quantized_model, "theirs", True, "nunchaku").result[0]
     loaded = SVDQuantLoadModel.execute(name, "auto").result[0]
     assert loaded.recipe == json.loads(json.dumps(quantized_model.recipe)) and loaded.source == "tiny_flux.safetensors"
@@ -307,7 +307,7 @@ def test_saving_in_nunchakus_layout_and_back():
 
 
 def test_nunchakus_layout_gives_all_layers_the_largest_rank():
-    quantized_model, *_ = quantize(exceptions="*.linear2 = 48")
+    quantized_model, *_ = quantize(exceptions="*.linear2 = 48", branch_bits="16")
     name = SVDQuantSaveModel.execute(quantized_model, "ranks", True, "nunchaku").result[0]
     layers = SVDQuantLoadModel.execute(name, "auto").result[0].packed_layers()
     for key, layer in quantized_model.packed_layers().items():

@@ -185,7 +185,7 @@ def test_the_file_holds_the_documented_names(native_file):
     linear2 = {name.removeprefix("single_blocks.0.linear2."): info for name, info in header.tensors.items()
                if name.startswith("single_blocks.0.linear2.")}
     assert linear2.keys() == {"weight", "weight_scale", "weight_scale_2", "weight_proj_down", "weight_proj_up",
-                              "weight_smooth_factor", "bias", "comfy_quant"}
+                              "weight_proj_scale", "weight_smooth_factor", "bias", "comfy_quant"}
     assert layout.decode_conf(header.read_bytes("single_blocks.0.linear2.comfy_quant"))["act_unsigned_from"] == HIDDEN
     assert header.tensors["double_blocks.0.img_attn.norm.key_norm.scale"].dtype == torch.bfloat16
     assert native.config(header)["num_heads"] == 2 and native.recipe(header)["preset"] == "fast"

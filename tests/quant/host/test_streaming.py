@@ -81,8 +81,10 @@ def test_offloaded_layers_are_pinned_once_and_the_ring_is_counted(quantized_mode
         assert patcher.loaded_size() <= part * patcher.model_size()
         assert {name for name, layer in layers.items() if layer.streamed} == offloaded(patcher)
     put_on(patcher, 2 * patcher.model_size())
-    assert patcher.loaded_size() == patcher.model_size() and not pinned and not any(layer.streamed for layer in layers.values())
-    assert not patcher.pinned
+    assert patcher.loaded_size() == patcher.model_size() and not any(layer.streamed for layer in layers.values())
+    in_16_bits = {p.data_ptr() for name, module in patcher.model.named_modules() if name.removeprefix("diffusion_model.") not in layers
+                  for p in module._parameters.values() if p is not None}
+    assert set(pinned) <= in_16_bits  # ComfyUI keeps those that it has pinned until the model is detached
     patcher.detach()
     assert patcher.loaded_size() == 0 and not pinned
 
