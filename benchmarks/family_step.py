@@ -37,7 +37,7 @@ SMALL = {"flux2-klein-9b": flux2(256, 1, 1, 128), "z-image": z_image(256, 1), "q
 
 
 def new_model(model, rank=None):
-    """(the diffusion model of a Model with random values on the GPU, its Family). rank: of this pack's layers; None for bf16."""
+    """(the diffusion model of a Model with random values on the GPU, its Family). rank: of the branches, in 8 bits; None for bf16."""
     from comfyui_svdquant.quant.host import build
     from comfyui_svdquant.quant.layers import layout
 
@@ -45,7 +45,7 @@ def new_model(model, rank=None):
     if rank is None:
         made = on_meta(model_config)
     else:
-        specs = {name: layout.layer_spec(layer, name, shapes[f"{name}.weight"], rank * layer.branches, layer.bias, torch.bfloat16)
+        specs = {name: layout.layer_spec(layer, name, shapes[f"{name}.weight"], rank * layer.branches, layer.bias, torch.bfloat16, 8)
                  for name in family.packed_names(shapes) for layer in (family.layer(name),)}
         made = build.empty_model(model_config, specs, torch.bfloat16)
     filled = flux_model.filled(made.diffusion_model.to_empty(device=flux_model.device()))
@@ -146,7 +146,7 @@ def main():
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["flux2-klein-9b", "z-image", "qwen-image"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--pixels", type=int, default=1024)
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=64, help="of low-rank branches in 8 bits")
     parser.add_argument("--seconds", type=float, default=3600, help="begin no variant after this time")
     parser.add_argument("--small", action="store_true", help="models of one block, to try the benchmark")
     parser.add_argument("--out", help="the result file; benchmarks/results/family_step_<gpu>.json")

@@ -74,7 +74,7 @@ def plain_flux(operations=None, dtype=torch.bfloat16, **smaller):
     return filled(new_flux(operations or comfy.ops.disable_weight_init, device(), dtype, **smaller))
 
 
-def packed_flux(rank, act_bits=8, fused=False, branch_bits=16, **smaller):
+def packed_flux(rank, act_bits=8, fused=False, branch_bits=8, **smaller):
     """A Flux with this pack's layers, prepared as the loader prepares it: threads still compile its kernels. fused: whether its blocks are
     fused and small steps recorded, as the loader makes them; branch_bits: as in LayerSpec."""
     from comfyui_svdquant.quant.families.flux1 import FAMILY

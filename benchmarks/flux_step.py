@@ -11,7 +11,7 @@ The weights are random; the classes are ComfyUI's own, with other linears. A var
     comfyui-fp8    ComfyUI's weight_dtype fp8_e4m3fn under --fast fp8_matrix_mult
     nf4            bitsandbytes' NF4
     ours           this pack's layers in W4A8 in ComfyUI's blocks;  ours-w4a4: in W4A4;  ours-fused: in W4A8 in this pack's fused blocks
-                   ours-fused-int8-branch: the same with low-rank branches in 8 bits
+                   ours-fused-16-bit-branch: the same with low-rank branches of half the rank in 16 bits
     eager, compiled (torch.compile of the whole model, for one size), graph (the eager step as a CUDA graph)
 
 Each variant runs in a process of its own, whose caches of compiled kernels are empty at its start, and takes the sizes in their order. Each
@@ -160,7 +160,7 @@ def parsed():
     parser.add_argument("--variants", nargs="+", type=step_variants.variant, metavar="MODEL-MODE",
                         default=[step_variants.variant(text) for text in step_variants.DEFAULT])
     parser.add_argument("--sizes", nargs="+", type=size, metavar="PIXELS[xBATCH]", default=[(1024, 1)])
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=64, help="of low-rank branches in 8 bits")
     parser.add_argument("--kernels", action="store_true", help="also measure the kernels' time by kind")
     parser.add_argument("--restart", action="store_true", help="also take the first step in a second process, with the caches of the first")
     parser.add_argument("--hidden", type=int, help="width of a smaller model, a multiple of 128")

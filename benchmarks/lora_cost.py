@@ -150,7 +150,7 @@ def measure(patcher, act_bits):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", required=True, help="ComfyUI's folder")
-    parser.add_argument("--rank", type=int, default=32, help="the model's own rank")
+    parser.add_argument("--rank", type=int, default=64, help="the model's own rank, in 8 bits")
     parser.add_argument("--act-bits", type=int, choices=(4, 8), default=8)
     parser.add_argument("--out", help="the result file; benchmarks/results/lora_cost_<gpu>.json")
     args = parser.parse_args()

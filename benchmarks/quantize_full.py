@@ -31,7 +31,7 @@ from machine import description, load_pack, result_path
 
 CONTEXT_BYTES = 5e8  # GPU memory that CUDA itself uses, which PyTorch's limit does not count
 KEY = "model", "vram_gb", "blocks"  # an entry of the result file
-DEFAULTS = {"model": "flux1-dev", "vram_gb": 12, "preset": "best", "rank": 32, "prompts": 8, "steps": 8, "size": 1024}
+DEFAULTS = {"model": "flux1-dev", "vram_gb": 12, "preset": "best", "rank": 64, "prompts": 8, "steps": 8, "size": 1024}
 
 
 class Progress:

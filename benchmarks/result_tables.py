@@ -34,7 +34,7 @@ COMMANDS = {
 }
 MODELS = {"bf16": "bf16", "fp8": "fp8, a scale a row (torchao's scheme)", "comfyui-fp8": "fp8, ComfyUI's own with --fast",
           "nf4": "NF4 (bitsandbytes)", "ours": "**4 bits, W4A8**", "ours-fused": "**4 bits, W4A8, fused blocks**",
-          "ours-fused-int8-branch": "4 bits, W4A8, fused blocks, branches of rank 64 in 8 bits",
+          "ours-fused-16-bit-branch": "4 bits, W4A8, fused blocks, branches of rank 32 in 16 bits",
           "ours-w4a4": "4 bits, W4A4"}
 MODES = {"eager": "", "compiled": ", torch.compile", "graph": ", CUDA graph"}
 FAMILIES = {"flux2": "FLUX.2", "qwen-image": "Qwen-Image", "z-image": "Z-Image"}  # models that train_families.py trains

@@ -59,7 +59,7 @@ def quantize(args):
     model = family_models.resized(FLUX, args.hidden, args.blocks)
     patcher = quantize_full.new_model(model)
     latent = {"samples": torch.zeros(1, 16, args.size // 8, args.size // 8)}
-    prompts, recipe = quantize_full.conditioning(args.prompts, args.text_tokens, model), presets.make_recipe("best", 32)
+    prompts, recipe = quantize_full.conditioning(args.prompts, args.text_tokens, model), presets.make_recipe("best")
     path = os.path.join(args.folder, args.name, FILE)
     with parallel() as ranks, torch.inference_mode():
         if args.kill_after and ranks.rank == ranks.size - 1:
@@ -94,7 +94,7 @@ def draw(args):
     from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
     torch.manual_seed(0)
-    flux = flux_model.packed_flux(32, fused=True, depth=args.blocks[0], depth_single_blocks=args.blocks[1], hidden_size=args.hidden,
+    flux = flux_model.packed_flux(64, fused=True, depth=args.blocks[0], depth_single_blocks=args.blocks[1], hidden_size=args.hidden,
                                   num_heads=args.hidden // 128)
     with parallel() as ranks, torch.inference_mode():
         for size in args.sizes:

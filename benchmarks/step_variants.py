@@ -15,7 +15,7 @@ MODES = "eager", "compiled", "graph"
 class Model(NamedTuple):
     make: Callable  # (rank, {argument of Flux: value, for a smaller model}) -> Flux
     package: str = ""  # that it needs
-    ranked: bool = False  # whether it has a LoRA branch
+    ranked: bool = False  # whether it has a low-rank branch
 
 
 def replaced(flux, make, modulation):
@@ -67,6 +67,11 @@ def ours(**how):
     return Model(lambda rank, smaller: flux_model.packed_flux(rank, **how, **smaller), ranked=True)
 
 
+def in_16_bits(rank, smaller):
+    """Branches of half the rank in 16 bits, which are as large."""
+    return flux_model.packed_flux(rank // 2, fused=True, branch_bits=16, **smaller)
+
+
 MODELS = {
     "bf16": Model(lambda rank, smaller: flux_model.plain_flux(**smaller)),
     "fp8": Model(fp8_flux),  # rowwise, as torchao's users run it
@@ -74,7 +79,7 @@ MODELS = {
     "nf4": Model(nf4_flux, "bitsandbytes"),
     "ours": ours(),
     "ours-fused": ours(fused=True),
-    "ours-fused-int8-branch": ours(fused=True, branch_bits=8),
+    "ours-fused-16-bit-branch": Model(in_16_bits, ranked=True),
     "ours-w4a4": ours(act_bits=4),
 }
 DEFAULT = ("bf16-eager", "bf16-compiled", "fp8-compiled", "comfyui-fp8-eager", "nf4-eager", "ours-eager", "ours-fused-eager",

@@ -19,7 +19,7 @@ from PIL import Image
 from host.pack import load_pack
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE, DPI, RANK = 640, 100, 32  # pixels of the picture, pixels per inch, the templates' rank
+SIDE, DPI, RANK, BRANCH_BITS = 640, 100, 64, 8  # pixels of the picture, pixels per inch, the branches of the templates
 LEFT, RIGHT, TOP, FOOT = 168, 24, 150, 74  # pixels around the map
 BACKGROUND, TEXT, DIM = "#202024", "#f2f2f2", "#b4b4bc"  # those of the quantizer's chart
 COLOURS = {"W4A4": "#26a08c", "W4A16": "#f0d65a"}
@@ -71,7 +71,8 @@ def packed(model: Model) -> Packed:
     specs = {}
     for name in family.packed_names(shapes):
         layer = family.layer(name)
-        specs[name] = layout.layer_spec(layer, name, shapes[f"{name}.weight"], RANK * layer.branches, layer.bias, torch.bfloat16)
+        specs[name] = layout.layer_spec(layer, name, shapes[f"{name}.weight"], RANK * layer.branches, layer.bias, torch.bfloat16,
+                                        BRANCH_BITS)
     replaced = {f"{name}.{part}" for name in specs for part in ("weight", "bias")}
     kept = sum(prod(shape) for name, shape in shapes.items() if name not in replaced)
     # The quantizer chooses scales that fit 8 bits times a number a row.

@@ -197,10 +197,10 @@ def branch_of(tensors, dtype):
     return tuple(reference.expand_branch(codes, scale, dtype) for codes, scale in zip(factors, scales))
 
 
-def layer_spec(layer, name, weight_shape, rank, bias, dtype):
+def layer_spec(layer, name, weight_shape, rank, bias, dtype, branch_bits=16):
     """spec_of linear `name`. Raises ValueError, which names the layer, if it can't be packed."""
     try:
-        return spec_of(layer, weight_shape, rank, bias, dtype)
+        return spec_of(layer, weight_shape, rank, bias, dtype, branch_bits=branch_bits)
     except ValueError as error:
         raise ValueError(f"Layer {name} {error}, so it can't be packed in 4 bits.") from None
 
