@@ -62,7 +62,7 @@ class Packed:
     bytes_after: int
 
 
-def packed(model: Model) -> Packed:
+def packed(model: Model, rank: int = RANK, branch_bits: int = BRANCH_BITS) -> Packed:
     from comfyui_svdquant.quant import families
     from comfyui_svdquant.quant.layers import layout
 
@@ -71,8 +71,8 @@ def packed(model: Model) -> Packed:
     specs = {}
     for name in family.packed_names(shapes):
         layer = family.layer(name)
-        specs[name] = layout.layer_spec(layer, name, shapes[f"{name}.weight"], RANK * layer.branches, layer.bias, torch.bfloat16,
-                                        BRANCH_BITS)
+        specs[name] = layout.layer_spec(layer, name, shapes[f"{name}.weight"], rank * layer.branches, layer.bias, torch.bfloat16,
+                                        branch_bits)
     replaced = {f"{name}.{part}" for name in specs for part in ("weight", "bias")}
     kept = sum(prod(shape) for name, shape in shapes.items() if name not in replaced)
     # The quantizer chooses scales that fit 8 bits times a number a row.

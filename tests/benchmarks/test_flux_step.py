@@ -33,7 +33,7 @@ def test_a_run(tmp_path):
     assert [(entry["variant"], entry["pixels"], entry["batch"]) for entry in entries] == [("ours-eager", 64, 1), ("ours-eager", 32, 2)]
     assert all(0 < entry["least_ms"] <= entry["ms"] <= entry["most_ms"] and entry["first_s"] > 0 for entry in entries)
     assert ["first_warm_s" in entry for entry in entries] == [True, False]
-    assert all(entry["rank"] == 32 and entry["comfyui"] and entry["commit"] for entry in entries)
+    assert all(entry["rank"] == 64 and entry["comfyui"] and entry["commit"] for entry in entries)
     assert len({entry["date"] for entry in entries}) == 1
 
 
