@@ -5,15 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_svdquant.cuda import targets
+from comfyui_svdquant.cuda.errors import KernelsUnavailable
 from comfyui_svdquant.quant.checkpoint import inspection, native
 from comfyui_svdquant.quant.checkpoint.convert import convert
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
-from comfyui_svdquant.quant.host import build, loader, quantize
+from comfyui_svdquant.quant.host import build, fused_blocks, loader, quantize
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.layers.linear import SVDQuantLinear
 from comfyui_svdquant.quant.quantizer import presets
 from safetensors.torch import load_file, save_file
 
+from ...cuda.launches import expanding
 from ..comfy_models import Progress, sample, save, saved_and_loaded
 from ..lora_tensors import load_lora
 
@@ -108,6 +111,28 @@ def test_it_draws_what_the_expanded_model_draws_with_loras_too(file, expanded_fi
         drawn.append([sample(model), sample(load_lora(model, tensors, 0.8)), sample(model)])
     assert all(torch.equal(*each) for each in zip(*drawn))
     assert torch.equal(drawn[0][0], drawn[0][2]) and not torch.equal(drawn[0][0], drawn[0][1])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_block_expands_its_branches_by_one_launch(models, file, monkeypatch, fused):
+    """Those whose forward is fused; in others each layer expands its own."""
+    monkeypatch.setenv(fused_blocks.VARIABLE, str(int(fused)))
+    fused_blocks.fused_class.cache_clear()
+    model = loader.load_model(file)
+    fused_blocks.fused_class.cache_clear()
+    expected = sample(models[8][0])
+
+    def no_gpu(device):
+        raise KernelsUnavailable("There is the kernel of expand_branch.cu alone.")
+
+    monkeypatch.setattr(targets, "for_device", no_gpu)
+    network = model.model.diffusion_model
+    blocks = *network.double_blocks, *network.single_blocks
+    counts = [sum(isinstance(layer, SVDQuantLinear) for layer in block.modules()) for block in blocks]
+    counts = counts if fused else [1] * sum(counts)
+    with expanding(monkeypatch) as launches:
+        assert torch.equal(sample(model), expected)
+    assert launches and launches == counts * (len(launches) // len(counts))
 
 
 def damaged(file, path, changes=(), conf=(), version=None):
