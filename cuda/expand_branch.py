@@ -30,24 +30,29 @@ def expanded(proj_down, proj_up, scale, dtype):
     proj_down: (K, R), proj_up: (N, R), int8, contiguous, R a multiple of CODES_STEP; scale: (K + N,) bf16, of the rows of proj_down and of
     proj_up. All on one device; dtype: bf16 or fp16. Nobody may write to the results, which are a block's memory within ahead_of().
     """
-    if not ops.plain(proj_down):
-        branch = _expand_op(proj_down, proj_up, scale, dtype)
-    elif (branch := _found(tuple(map(runtime.address, (proj_down, proj_up, scale))), *_shape(proj_down, proj_up), dtype)) is None:
+    (k, rank), n = proj_down.shape, proj_up.shape[0]
+    if ops.plain(proj_down):
+        found = _found(tuple(map(runtime.address, (proj_down, proj_up, scale))), dtype)
+        if found is not None:
+            return _matrix(*found, k, rank), _matrix(found[0], found[1] + k * rank, n, rank)
         branch = _expand(proj_down, proj_up, scale, dtype)
-    return branch[:proj_down.shape[0]], branch[proj_down.shape[0]:]
+    else:
+        branch = _expand_op(proj_down, proj_up, scale, dtype)
+    return branch[:k], branch[k:]
 
 
 def expander(k, n, rank, dtype, device):
-    """A function of the addresses of a branch's (proj_down, proj_up, scale), sizes and devices as in expanded(), that returns the expanded
-    branch (K + N, R). Raises KernelsUnavailable."""
+    """A function of the addresses of a branch's (proj_down, proj_up, scale), sizes and devices as in expanded(). It returns (a tensor whose
+    memory has the expanded branch, index of the first number there): the rows of proj_down, then those of proj_up. A view takes as long as
+    a launch, and few kernels need one. Raises KernelsUnavailable."""
     launch, allocate = launcher(k, n, rank, dtype, device)
 
     def expand(*codes):
-        branch = _found(codes, k + n, rank, dtype)
-        if branch is None:
-            branch = allocate()
-            launch(branch.data_ptr(), *codes)
-        return branch
+        found = _found(codes, dtype)
+        if found is None:
+            found = allocate(), 0
+            launch(found[0].data_ptr(), *codes)
+        return found
 
     return expand
 
@@ -120,14 +125,19 @@ def ahead_of(codes, sizes, dtype, device):
     return expand
 
 
-def _found(codes, rows, rank, dtype):
-    """The branch (rows, rank) at these addresses from the thread's Expanded, or None."""
+def _found(codes, dtype):
+    """expander()'s results for the branch at these addresses from the thread's Expanded, or None."""
     block = getattr(_current, "block", None)
     if block is None or (begin := block.places.get(codes)) is None:
         return None
     memory = block.memory
     if memory.dtype != dtype or runtime.current_stream(memory.get_device()) != block.stream:
         return None
+    return memory, begin
+
+
+def _matrix(memory, begin, rows, rank):
+    """The matrix (rows, rank) whose first number has this index."""
     return memory.as_strided((rows, rank), (rank, 1), begin)
 
 
@@ -172,10 +182,6 @@ def _ctas(k, n, rank):
     return -(-(k + n) * rank // (CODES_STEP * THREADS))
 
 
-def _shape(proj_down, proj_up):
-    return proj_down.shape[0] + proj_up.shape[0], proj_up.shape[1]
-
-
 def _kernel(dtype, layers, device):
     """The kernel for a table of so many layers, tested. Raises KernelsUnavailable."""
     defines = defines_of(dtype, layers)
@@ -205,4 +211,4 @@ def _expand_op(proj_down: Tensor, proj_up: Tensor, scale: Tensor, dtype: torch.d
 
 @_expand_op.register_fake
 def _(proj_down, proj_up, scale, dtype):
-    return proj_down.new_empty(_shape(proj_down, proj_up), dtype=dtype)
+    return proj_down.new_empty(proj_down.shape[0] + proj_up.shape[0], proj_down.shape[1], dtype=dtype)

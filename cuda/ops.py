@@ -344,10 +344,12 @@ def cached_launch(x, operands, gated=False, codes=(), expand=None):
             return None
         y, factors = allocated(), ()
         if codes:
-            branch = expand(down, up, scale)
-            proj_down, first = branch[:k], branch.data_ptr()
+            memory, begin = expand(down, up, scale)
+            first = memory.data_ptr() + begin * dtype.itemsize
             factors = first, first + k * rank * dtype.itemsize
         if launches.product:
+            if codes:
+                proj_down = memory.as_strided((k, rank), (rank, 1), begin)
             product = quantize_activation.multiplied(x.view(m, k), proj_down, lora_down, lora_strength)
             run(source, y.data_ptr(), *map(runtime.address, (*added, *product)), *factors)
         else:
