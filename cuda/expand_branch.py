@@ -1,10 +1,11 @@
-"""A low-rank branch in 8 bits (branch_bits of quant/layers/layout.py's LayerSpec), expanded to 16 bits before each call of its layer by
-kernels/expand_branch.cu.
+"""Low-rank branches in 8 bits (branch_bits of quant/layers/layout.py's LayerSpec), expanded to 16 bits by kernels/expand_branch.cu.
 
-The branch takes half the memory, and the kernels of the layer itself stay as they are. The expansion takes a few microseconds a layer.
+A branch takes half the memory, and the kernels of its layer stay as they are. A layer expands its branch before each call, or finds it
+expanded: ahead_of() expands those of a whole block by one launch, since a launch takes longer than a layer's expansion.
 """
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -15,58 +16,180 @@ from .operands import CODES_STEP
 
 SOURCE, ENTRY = "expand_branch.cu", "expand_branch"
 THREADS = 256  # threads of a CTA, as in expand_branch.cu; each expands CODES_STEP ranks of a row
+LAYERS = 16    # layers of a launch for several
+PIECE = 16     # bytes of a piece of the output
+FIELDS = ("proj_down", "proj_up", "scale", "offset", "first_cta", "down_pieces", "pieces", "row_pieces")  # of expand_branch.cu's Branch
+NO_LAYER = (0, 0, 0, 0, 2**31 - 1, 0, 0, 0)  # the FIELDS of a place of the table without a layer: no launch has so many CTAs
 INSTEAD = "branches in 8 bits are expanded by PyTorch, which is slower"
+_current = threading.local()  # block: the innermost Expanded that this thread has entered
 
 
 def expanded(proj_down, proj_up, scale, dtype):
     """(proj_down (K, R), proj_up (N, R)) in `dtype`: reference.expand_branch of each, to the bit.
 
     proj_down: (K, R), proj_up: (N, R), int8, contiguous, R a multiple of CODES_STEP; scale: (K + N,) bf16, of the rows of proj_down and of
-    proj_up. All on one device; dtype: bf16 or fp16.
+    proj_up. All on one device; dtype: bf16 or fp16. Nobody may write to the results, which are a block's memory within ahead_of().
     """
-    branch = (_expand if ops.plain(proj_down) else _expand_op)(proj_down, proj_up, scale, dtype)
-    return branch[:proj_down.shape[0]], branch[proj_down.shape[0]:]
+    (k, rank), n = proj_down.shape, proj_up.shape[0]
+    if ops.plain(proj_down):
+        found = _found(tuple(map(runtime.address, (proj_down, proj_up, scale))), dtype)
+        if found is not None:
+            return _matrix(*found, k, rank), _matrix(found[0], found[1] + k * rank, n, rank)
+        branch = _expand(proj_down, proj_up, scale, dtype)
+    else:
+        branch = _expand_op(proj_down, proj_up, scale, dtype)
+    return branch[:k], branch[k:]
+
+
+def expander(k, n, rank, dtype, device):
+    """A function of the addresses of a branch's (proj_down, proj_up, scale), sizes and devices as in expanded(). It returns (a tensor whose
+    memory has the expanded branch, index of the first number there): the rows of proj_down, then those of proj_up. A view takes as long as
+    a launch, and few kernels need one. Raises KernelsUnavailable."""
+    launch, allocate = launcher(k, n, rank, dtype, device)
+
+    def expand(*codes):
+        found = _found(codes, dtype)
+        if found is None:
+            found = allocate(), 0
+            launch(found[0].data_ptr(), *codes)
+        return found
+
+    return expand
 
 
 @functools.lru_cache(maxsize=1024)
 def launcher(k, n, rank, dtype, device):
-    """(a function that launches the kernel, a function that allocates its output (K + N, R)), for the addresses of (proj_down, proj_up,
-    scale, output). k: rows of proj_down to expand; 0: only proj_up, of whose rows alone the scales then are. device: a CUDA device with an
-    index. Raises KernelsUnavailable."""
-    defines = defines_of(dtype)
-    kernel = kernel_loader.kernel(SOURCE, ENTRY, defines, device)
-    if not self_test.kernel_passes(SOURCE, device, lambda: self_test_problems.expand_branch_is_right(expand_by, dtype, device), defines,
-                                   INSTEAD):
-        raise KernelsUnavailable(f"The CUDA kernel {SOURCE} failed its self-test.")
-    return _launcher(kernel, k, n, rank), runtime.allocator((k + n, rank), dtype, device)
+    """(a function that launches the kernel for one branch, a function that allocates its output (K + N, R)), for the addresses of (output,
+    proj_down, proj_up, scale). device: a CUDA device with an index. Raises KernelsUnavailable."""
+    table = _sizes(k, n, rank)
+    step = _kernel(dtype, 1, device).launcher((_ctas(k, n, rank),), (THREADS,), 2, pdl=True)
+    # The kernel's second argument is the table, whose fields lie one behind the other from proj_down on.
+    launch = runtime.chain(("out", *FIELDS[:3]), (step, ("out", FIELDS[0])), constants=dict(zip(FIELDS[3:], table)))
+    return launch, runtime.allocator((k + n, rank), dtype, device)
 
 
 def prepare(dtype, stored, device):
-    """Compile, load and test the kernel for layers whose floats are stored in `stored`, in a model in `dtype`."""
+    """Compile, load and test the kernels for layers whose floats are stored in `stored`, in a model in `dtype`."""
     computed = ops.compute_dtype(dtype, stored, device)  # layers that are computed in fp16 are also held in it
-    launcher(0, CODES_STEP, CODES_STEP, computed if computed == torch.float16 else stored, device)
+    for layers in (1, LAYERS):
+        _kernel(computed if computed == torch.float16 else stored, layers, device)
 
 
-def defines_of(dtype):
-    return (("HALF", int(dtype == torch.float16)),)
+def defines_of(dtype, layers):
+    return ("HALF", int(dtype == torch.float16)), ("LAYERS", layers)
 
 
 def variants(target):
-    """Every (source, entry, defines) that launcher() may compile for a Target."""
-    return [(SOURCE, ENTRY, defines_of(dtype)) for dtype in target.dtypes]
+    """Every (source, entry, defines) that may be compiled for a Target."""
+    return [(SOURCE, ENTRY, defines_of(dtype, layers)) for dtype in target.dtypes for layers in (1, LAYERS)]
 
 
-def expand_by(proj_down, proj_up, scale, out):
-    """Launch the kernel on these tensors, untested; out: (K + N, R)."""
-    (k, rank), n = proj_down.shape, proj_up.shape[0]
-    kernel = kernel_loader.kernel(SOURCE, ENTRY, defines_of(out.dtype), out.device)
-    _launcher(kernel, k, n, rank)(*map(runtime.address, (proj_down, proj_up, scale, out)))
-    return out
+# --- The branches of a block ---------------------------------------------------------------------------------------------
 
 
-def _launcher(kernel, k, n, rank):
-    pieces = (k + n) * rank // CODES_STEP
-    return kernel.launcher((-(-pieces // THREADS),), (THREADS,), 4, (k * rank // CODES_STEP, pieces, rank // CODES_STEP), pdl=True)
+class Expanded:
+    """A context manager. Within it expanded() and the functions of expander() find these branches, on the stream that expanded them.
+
+    memory: (numbers,), of all branches; places: {addresses of (proj_down, proj_up, scale): index of the branch's first number}; stream: the
+    stream's address.
+    """
+
+    __slots__ = ("memory", "places", "stream", "outer")
+
+    def __init__(self, memory, places, stream):
+        self.memory, self.places, self.stream, self.outer = memory, places, stream, None
+
+    def __enter__(self):
+        self.outer = getattr(_current, "block", None)
+        _current.block = self
+
+    def __exit__(self, *_):
+        _current.block = self.outer
+
+
+def ahead_of(codes, sizes, dtype, device):
+    """A function without arguments that expands several branches, by a launch for every LAYERS of them, and returns their Expanded.
+
+    codes: a tuple of the addresses of each branch's (proj_down, proj_up, scale), which must stay valid; sizes: (K, N, R) of each; dtype,
+    device: of all. Raises KernelsUnavailable.
+    """
+    launch, offsets, size = _table(_kernel(dtype, LAYERS, device), LAYERS, codes, sizes)
+    allocate, index = runtime.allocator((size // dtype.itemsize,), dtype, device), device.index
+    places = {each: offset // dtype.itemsize for each, offset in zip(codes, offsets)}
+
+    def expand():
+        memory = allocate()
+        launch(memory.data_ptr())
+        return Expanded(memory, places, runtime.current_stream(index))
+
+    return expand
+
+
+def _found(codes, dtype):
+    """expander()'s results for the branch at these addresses from the thread's Expanded, or None."""
+    block = getattr(_current, "block", None)
+    if block is None or (begin := block.places.get(codes)) is None:
+        return None
+    memory = block.memory
+    if memory.dtype != dtype or runtime.current_stream(memory.get_device()) != block.stream:
+        return None
+    return memory, begin
+
+
+def _matrix(memory, begin, rows, rank):
+    """The matrix (rows, rank) whose first number has this index."""
+    return memory.as_strided((rows, rank), (rank, 1), begin)
+
+
+def expand_by(branches, new, layers):
+    """Launch the kernel for a table of `layers`, untested, and return the expanded branches (K + N, R). branches: (proj_down, proj_up,
+    scale) of each; new(count): a tensor for so many numbers of their type."""
+    sizes = [(down.shape[0], *up.shape) for down, up, _ in branches]
+    total = runtime.laid_out(_bytes(sizes))[1] // 2
+    out = new(total)
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, defines_of(out.dtype, layers), out.device)
+    launch, offsets, _ = _table(kernel, layers, [tuple(map(runtime.address, branch)) for branch in branches], sizes)
+    launch(out.data_ptr())
+    return [out[offset // 2:][:(k + n) * rank].view(k + n, rank) for offset, (k, n, rank) in zip(offsets, sizes)]
+
+
+def _table(kernel, layers, codes, sizes):
+    """(a function that launches the kernel for all branches, of the address of their memory; their offsets there; the memory's bytes).
+    layers: of the kernel's table."""
+    offsets, size = runtime.laid_out(_bytes(sizes))
+    steps, constants = [], {}
+    for begin in range(0, len(codes), layers):
+        table, ctas = [], 0
+        for i in range(begin, min(begin + layers, len(codes))):
+            table += (*codes[i], *_sizes(*sizes[i], offsets[i], ctas))
+            ctas += _ctas(*sizes[i])
+        table += NO_LAYER * (layers - len(table) // len(FIELDS))
+        constants |= {(begin, place): field for place, field in enumerate(table)}
+        steps.append((kernel.launcher((ctas,), (THREADS,), 2, pdl=True), ("out", (begin, 0))))
+    return runtime.chain(("out",), *steps, constants=constants), list(offsets.values()), size
+
+
+def _bytes(sizes):
+    return {i: 2 * (k + n) * rank for i, (k, n, rank) in enumerate(sizes)}
+
+
+def _sizes(k, n, rank, offset=0, first_cta=0):
+    """The last FIELDS of a branch at an offset in bytes."""
+    return offset // PIECE, first_cta, k * rank // CODES_STEP, (k + n) * rank // CODES_STEP, rank // CODES_STEP
+
+
+def _ctas(k, n, rank):
+    return -(-(k + n) * rank // (CODES_STEP * THREADS))
+
+
+def _kernel(dtype, layers, device):
+    """The kernel for a table of so many layers, tested. Raises KernelsUnavailable."""
+    defines = defines_of(dtype, layers)
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, defines, device)
+    check = functools.partial(self_test_problems.expand_branch_is_right, expand_by, layers, dtype, device)
+    if not self_test.kernel_passes(SOURCE, device, check, defines, INSTEAD):
+        raise KernelsUnavailable(f"The CUDA kernel {SOURCE} failed its self-test.")
+    return kernel
 
 
 def _expand(proj_down, proj_up, scale, dtype):
@@ -74,7 +197,7 @@ def _expand(proj_down, proj_up, scale, dtype):
         try:
             launch, allocate = launcher(proj_down.shape[0], *proj_up.shape, dtype, proj_down.device)
             out = allocate()
-            launch(*map(runtime.address, (proj_down, proj_up, scale, out)))
+            launch(*map(runtime.address, (out, proj_down, proj_up, scale)))
             return out
         except KernelsUnavailable:  # the layer's own call logs the reason
             pass

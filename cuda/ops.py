@@ -303,7 +303,7 @@ def by_kernels(x, operands, added=()):
     return y
 
 
-def cached_launch(x, operands, gated=False, codes=(), expander=None):
+def cached_launch(x, operands, gated=False, codes=(), expand=None):
     """svdquant_linear for one layer and inputs of x's shape, with all look-ups done: launch(x, weight_scale, proj_down, addresses,
     lora_down, lora_strength, added), or None if the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a
     row_scale.
@@ -314,8 +314,7 @@ def cached_launch(x, operands, gated=False, codes=(), expander=None):
     also mean equal devices, because the host and all devices share one address space.
 
     codes: proj_down, proj_up and their scale of a branch in 8 bits, from which each call expands the operands' proj_down and proj_up; their
-    addresses then stand in place of those, with that of the scale at the end. expander: expand_branch.launcher of such a layer, for no rows
-    of proj_down if there is a LoRA, whose lora_down has them.
+    addresses then stand in place of those, with that of the scale at the end. expand: expand_branch.expander of such a layer.
     """
     (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, _, lora_up, lora_strength,
      lora) = operands
@@ -335,10 +334,8 @@ def cached_launch(x, operands, gated=False, codes=(), expander=None):
     names = *launches.inputs, *launches.product, *(("proj_down", "proj_up") if codes else ())  # a name's first place counts
     run, allocated = _both(launches, names, constants), runtime.allocator((*leading, n), dtype, x.device)
     if codes:
-        (down, up, scale), (expand, new_branch) = map(runtime.address, codes), expander
+        down, up, scale = map(runtime.address, codes)
         known = (down, *known[1:CONSTANT.index("proj_up")], up, *known[CONSTANT.index("proj_up") + 1:], scale)
-        rows = 0 if lora_up is not None else k
-        of_rows = scale + (k - rows) * codes[2].itemsize
 
     def launch(x, weight_scale, proj_down, addresses, lora_down=None, lora_strength=None, added=()):
         source = x.data_ptr()
@@ -347,11 +344,12 @@ def cached_launch(x, operands, gated=False, codes=(), expander=None):
             return None
         y, factors = allocated(), ()
         if codes:
-            branch = new_branch()
-            first = branch.data_ptr()
-            expand(down, up, of_rows, first)
-            proj_down, factors = branch[:rows], (first, first + rows * rank * dtype.itemsize)
+            memory, begin = expand(down, up, scale)
+            first = memory.data_ptr() + begin * dtype.itemsize
+            factors = first, first + k * rank * dtype.itemsize
         if launches.product:
+            if codes:
+                proj_down = memory.as_strided((k, rank), (rank, 1), begin)
             product = quantize_activation.multiplied(x.view(m, k), proj_down, lora_down, lora_strength)
             run(source, y.data_ptr(), *map(runtime.address, (*added, *product)), *factors)
         else:

@@ -159,6 +159,11 @@ def chain(names, *steps, work=(), constants=()):
     return run
 
 
+def current_stream(index):
+    """The address of PyTorch's current stream of the CUDA device with this index."""
+    return _raw_stream(index)
+
+
 def laid_out(work):
     """Lay out {name: bytes} in one allocation: ({name: offset, or None for 0 bytes}, bytes of the allocation)."""
     offsets, end = {}, 0

@@ -418,12 +418,14 @@ def round_block_is_right(round_block, device):
     return _within(lost, exact, 1e-5) and _within(codes, nearest.clamp(int4.SIGNED_MIN, int4.SIGNED_MAX), BORDER)
 
 
-def expand_branch_is_right(expand_by, dtype, device):
-    """Whether expand_branch.expand_by's numbers are reference.expand_branch's, with all codes and scales over 16 octaves. The rows
-    end within a CTA."""
+def expand_branch_is_right(expand_by, layers, dtype, device):
+    """Whether expand_branch.expand_by's numbers are reference.expand_branch's, with all codes and scales over 16 octaves. layers: of the
+    kernel's table; if it has several, they are not all there. The rows end within a CTA."""
     _, uniform, whole = _random(0)
-    factors, scale = [whole(-127, 128, rows, RANK) for rows in (37, 141)], torch.exp2(uniform(178) * 16 - 12).bfloat16()
-    exact = reference.expand_branch(torch.cat(factors), scale, dtype)
-    inputs = [tensor.to(device) for tensor in (*factors, scale)]
-    results = _same_results(lambda: (expand_by(*inputs, _poisoned(exact.shape, dtype, device)),))
-    return results is not None and torch.equal(results[0], exact)
+    branches, exact = [], []
+    for k, n, rank in ((37, 141, RANK), (1, 300, 16), (64, 64, 240))[:layers]:
+        factors, scale = [whole(-127, 128, rows, rank) for rows in (k, n)], torch.exp2(uniform(k + n) * 16 - 12).bfloat16()
+        branches.append([tensor.to(device) for tensor in (*factors, scale)])
+        exact.append(reference.expand_branch(torch.cat(factors), scale, dtype))
+    results = _same_results(lambda: expand_by(branches, lambda count: _poisoned((count,), dtype, device), layers))
+    return results is not None and all(map(torch.equal, results, exact))

@@ -56,13 +56,55 @@ def by_kernels(x, layers):
         if (layer.weight_scale.dtype != dtype or layer.unsigned_from != first.unsigned_from or layer.act_bits != first.act_bits
                 or layer.act_bits == 8 and layer.row_scale is None):
             return None
-    kind = (len(tokens), k, tuple((*layer.proj_up.shape, layer.gelu_from, layer.lora) for layer in layers), first.unsigned_from,
-            first.act_bits, dtype, tokens.stride(0), x.device)
+    kind = _kind(tokens, layers)
     launches = _agreed.get(kind)
     if launches is not None:
         return launched(launches, x, tokens, layers) if launches else None
     launches = _launches(*kind)
     return None if launches is None else compared(kind, launches, x, tokens, layers)
+
+
+def _kind(tokens, layers):
+    """The arguments of _launches for tokens (M, K)."""
+    sizes, first = tuple((*layer.proj_up.shape, layer.gelu_from, layer.lora) for layer in layers), layers[0]
+    return *tokens.shape, sizes, first.unsigned_from, first.act_bits, tokens.dtype, tokens.stride(0), tokens.device
+
+
+def cached_launch(x, layers):
+    """svdquant_linears for these layers, without LoRAs, and inputs of x's shape, with all look-ups done: launch(x, proj_downs). None if
+    their first call has not been compared yet, or if they don't run together.
+
+    launch takes a plain() x of the same shape and the layers' current proj_downs (K, R), while their other tensors are where they were. It
+    returns the outputs, or None for an x of another dtype, device or layout.
+    """
+    if not ops.on_gpu(x) or not x.is_contiguous():
+        return None
+    *leading, k = x.shape
+    dtype, index, tokens = x.dtype, x.get_device(), x.view(-1, k)
+    launches, m = _agreed.get(_kind(tokens, layers)), len(tokens)
+    if not launches or launches.lora.ranks:
+        return None
+    smooth, own = runtime.address(layers[0].smooth), _own(layers)
+
+    def launch(x, proj_downs):
+        source = x.data_ptr()
+        if x.dtype is not dtype or x.get_device() != index or source % 16 or not x.is_contiguous():
+            return None
+        down = torch.cat(proj_downs, dim=1)
+        product = quantize_activation.multiplied(x.view(m, k), down) if launches.product else (down,)
+        outputs = [allocate() for allocate in launches.allocate]
+        launches.run(source, smooth, 0, *(tensor.data_ptr() for tensor in (*product, *outputs)), *own)
+        return outputs if len(leading) == 1 else [y.view(*leading, y.shape[1]) for y in outputs]
+
+    return launch
+
+
+def _own(layers):
+    """The addresses of OF_LAYER of each layer."""
+    own = []
+    for layer in layers:
+        own += layer.weight, layer.weight_scale, layer.row_scale, layer.proj_up, layer.bias, layer.lora_up
+    return tuple(map(runtime.address, own))
 
 
 def launched(launches, x, tokens, layers):
@@ -71,10 +113,7 @@ def launched(launches, x, tokens, layers):
     product = quantize_activation.multiplied(tokens, down, lora_down, strength) if launches.product else (down,)
     outputs = [allocate() for allocate in launches.allocate]
     outputs = [y.view(*x.shape[:-1], y.shape[1]) for y in outputs] if x.ndim != 2 else outputs
-    own = []
-    for layer in layers:
-        own += layer.weight, layer.weight_scale, layer.row_scale, layer.proj_up, layer.bias, layer.lora_up
-    launches.run(*map(runtime.address, (x, layers[0].smooth, strength, *product, *outputs, *own)))
+    launches.run(*map(runtime.address, (x, layers[0].smooth, strength, *product, *outputs)), *_own(layers))
     return outputs
 
 

@@ -25,7 +25,7 @@ import comfy.ops
 import torch
 
 from ...cuda import block_ops
-from ..layers import shared_input
+from ..layers import block_branches, shared_input
 from ..layers.linear import PackedLinear, replaced
 
 log = logging.getLogger(__name__)
@@ -171,13 +171,19 @@ def attention(module, name, q, k, v, mask, transformer_options):
 
 def _forward(host_class):
     """The forward of a fused class. It has the signature of the host's, which custom nodes read."""
-    @functools.wraps(host_class.forward)
-    def forward(self, *args, **kwargs):
+    def run(self, *args, **kwargs):
         if self.host_is_known():
             states = self.declared.forward(self, self.host, *args, **kwargs)
             if states is not NotImplemented:
                 return states
         return host_class.forward(self, *args, **kwargs)  # looked up here: others may replace it
+
+    @functools.wraps(host_class.forward)
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():  # each layer's op expands its own branch
+            return run(self, *args, **kwargs)
+        with block_branches.expanded(self):
+            return run(self, *args, **kwargs)
     return forward
 
 

@@ -270,10 +270,10 @@ class SVDQuantLinear(BranchedLinear):
             return ops.cached_launch(x, args, gated)
         codes = [self._parameters[f"weight_proj_{part}"] for part in ("down", "up", "scale")]
         try:
-            expander = expand_branch.launcher(0 if args.lora.ranks else self.in_features, *args.proj_up.shape, args.proj_up.dtype, x.device)
+            expand = expand_branch.expander(self.in_features, *args.proj_up.shape, args.proj_up.dtype, x.device)
         except KernelsUnavailable:  # at() expands the branch by PyTorch
             return None
-        return ops.cached_launch(x, args, gated, codes, expander)
+        return ops.cached_launch(x, args, gated, codes, expand)
 
     def _resident(self, p, lora):
         """Whether the tensors of a call are the layer's own, rather than copies of them. A branch in 8 bits is always expanded."""

@@ -179,15 +179,20 @@ def block_cases():
 
 
 def branch_cases():
-    """Branches in 8 bits, whose rows end within a CTA; with and without proj_down."""
+    """Branches in 8 bits, whose rows end within a CTA: by a launch each, and by one launch for all."""
     from comfyui_svdquant.cuda import expand_branch, reference
 
-    for k, n, rank in ((37, 141, 48), (64, 1, 16), (0, 300, 240)):
-        codes, scale = torch.randint(-127, 128, (k + n, rank), dtype=torch.int8), torch.rand(k + n).bfloat16() + 0.01
-        for dtype in (torch.bfloat16, torch.float16):
-            out = torch.full((k + n, rank), torch.nan, dtype=dtype, device="cuda")
-            y = expand_branch.expand_by(codes[:k].cuda(), codes[k:].cuda(), scale.cuda(), out)
-            yield f"branch of {k} and {n} rows, rank {rank}, {dtype}", y, reference.expand_branch(codes, scale, dtype).double()
+    sizes = (37, 141, 48), (64, 1, 16), (2, 300, 240)
+    codes = [torch.randint(-127, 128, (k + n, rank), dtype=torch.int8) for k, n, rank in sizes]
+    scales = [torch.rand(k + n).bfloat16() + 0.01 for k, n, _ in sizes]
+    branches = [tuple(t.cuda() for t in (of[:k], of[k:], scale)) for (k, _, _), of, scale in zip(sizes, codes, scales)]
+    for dtype in (torch.bfloat16, torch.float16):
+        def expand(branches, layers, dtype=dtype):
+            return expand_branch.expand_by(branches, lambda count: torch.full((count,), torch.nan, dtype=dtype, device="cuda"), layers)
+
+        for how, found in (("alone", [y for branch in branches for y in expand([branch], 1)]), ("together", expand(branches, 16))):
+            for size, y, of, scale in zip(sizes, found, codes, scales):
+                yield f"branch {size}, {dtype}, {how}", y, reference.expand_branch(of, scale, dtype).double()
 
 
 CASES = {"blocks": block_cases, "branches": branch_cases, "W4A16": awq_cases, "linears": svdquant_cases, "MLP": mlp_cases}

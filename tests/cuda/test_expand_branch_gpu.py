@@ -1,12 +1,14 @@
 """expand_branch.cu against the reference, and layers with a branch in 8 bits against the same layers with the expanded branch, bit for
 bit."""
 
+import gc
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_svdquant.cuda import expand_branch, ops, reference
-from comfyui_svdquant.quant.layers import layout, linear
+from comfyui_svdquant.quant.layers import block_branches, layout, linear
 from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank
 
 from .layers import check_in_graphs, random_input
@@ -26,13 +28,24 @@ def branch(k, n, rank, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT, HALF])
-@pytest.mark.parametrize(("k", "n", "rank"), [(64, 1, 16), (192, 80, 48), (3072, 9216, 64), (15360, 3072, 128), (0, 37, 240)])
+@pytest.mark.parametrize(("k", "n", "rank"), [(64, 1, 16), (192, 80, 48), (3072, 9216, 64), (15360, 3072, 128), (1, 37, 240)])
 def test_the_kernel_has_the_references_bits(k, n, rank, dtype):
     codes = branch(k, n, rank)
     down, up = expand_branch.expanded(*codes, dtype)
     assert down.dtype == up.dtype == dtype
     assert torch.equal(torch.cat((down, up)), reference.expand_branch(torch.cat(codes[:2]), codes[2], dtype))
     assert expand_branch.launcher(k, n, rank, dtype, torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT, HALF])
+@pytest.mark.parametrize("count", [2, 16, 35])
+def test_a_launch_for_many_has_the_references_bits(count, dtype):
+    sizes = [(64, 1, 16), (192, 80, 48), (3072, 9216, 64), (1, 37, 240)] * count
+    branches = [branch(*size, seed) for seed, size in enumerate(sizes[:count])]
+    found = expand_branch.expand_by(branches, lambda count: torch.full((count,), torch.nan, dtype=dtype, device="cuda"), 16)
+    assert len(found) == count
+    for codes, y in zip(branches, found):
+        assert torch.equal(y, reference.expand_branch(torch.cat(codes[:2]), codes[2], dtype))
 
 
 def pair(n, k, rank, act_bits, **changes):
@@ -113,7 +126,102 @@ def test_the_memory_of_the_expanded_branch_is_given_back():
     narrow, _ = pair(3072, 3072, 64, 8)
     x = random_input(64, 3072, BFLOAT).cuda()
     narrow(x), narrow(x)
+    gc.collect()  # the garbage of earlier tests would be freed in between
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        narrow(x)
+    assert torch.cuda.memory_allocated() == before
+
+
+# --- The layers of a block -----------------------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    """Layers with one input, in a forward as of a fused block."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x):
+        with block_branches.expanded(self):
+            return torch.cat([layer(x) for layer in self.layers], dim=1)
+
+
+def blocks(act_bits):
+    return [Block(layers) for layers in zip(*(pair(n, 256, rank, act_bits) for n, rank in ((384, 32), (192, 64), (80, 128), (1024, 16))))]
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Whether each layer found its branch expanded."""
+    answers, find = [], expand_branch._found
+
+    def noted(*args):
+        answers.append(find(*args))
+        return answers[-1]
+
+    monkeypatch.setattr(expand_branch, "_found", noted)
+    return answers
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_a_block_has_the_bits_of_the_expanded_one(act_bits, found):
+    """In first calls and cached launches, with a LoRA that comes and goes, and with other numbers at the same and at other addresses."""
+    narrow, wide = blocks(act_bits)
+    x = random_input(70, 256, BFLOAT).cuda()
+    for make in (lambda: None, lora(192, 256, 64), lambda: None):
+        for block in (narrow, wide):
+            block.layers[1].set_lora_branch(make())
+        for _ in range(3):
+            assert torch.equal(narrow(x), wide(x))
+    narrow.layers[2].weight_proj_scale.mul_(2)
+    wide.layers[2].weight_proj_down.mul_(2), wide.layers[2].weight_proj_up.mul_(2)
+    assert torch.equal(narrow(x), wide(x))
+    narrow.layers[0].weight_proj_up.data = narrow.layers[0].weight_proj_up.data.roll(1, 0)
+    wide.layers[0].weight_proj_up.data = layout.branch_of(narrow.layers[0]._parameters, BFLOAT)[1]
+    for _ in range(2):
+        assert torch.equal(narrow(x), wide(x))
+    assert len(found) >= 12 * 4 and all(each is not None for each in found)
+
+
+def test_a_block_in_a_cuda_graph(found):
+    """A replay expands the branches anew."""
+    narrow, wide = blocks(8)
+    x = random_input(70, 256, BFLOAT).cuda()
+    narrow(x), narrow(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = narrow(x)
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(y, wide(x))
+        narrow.layers[1].weight_proj_scale.mul_(2)
+        wide.layers[1].weight_proj_down.mul_(2), wide.layers[1].weight_proj_up.mul_(2)
+    assert all(each is not None for each in found)
+
+
+def test_other_streams_and_threads_expand_their_own(found):
+    narrow, wide = blocks(8)
+    x = random_input(70, 256, BFLOAT).cuda()
+    expected, results = wide(x), [narrow(x)]
+    found.clear()
     torch.cuda.synchronize()
+    with block_branches.expanded(narrow), torch.cuda.stream(torch.cuda.Stream()):
+        results.append(torch.cat([layer(x) for layer in narrow.layers], dim=1))
+        thread = threading.Thread(target=lambda: results.append(torch.cat([layer(x) for layer in narrow.layers], dim=1)))
+        thread.start()
+        thread.join()
+    torch.cuda.synchronize()
+    assert len(results) == 3 and all(torch.equal(y, expected) for y in results)
+    assert found == [None] * 2 * len(narrow.layers)
+
+
+def test_a_block_gives_its_memory_back():
+    narrow, _ = blocks(8)
+    x = random_input(70, 256, BFLOAT).cuda()
+    narrow(x), narrow(x)
+    gc.collect()
     before = torch.cuda.memory_allocated()
     for _ in range(20):
         narrow(x)

@@ -283,18 +283,21 @@ def test_an_mlp_in_one_pass(monkeypatch, ranks, fault):
     assert second_slots == min(quantize_activation.DEPTH, hidden // 128), "as quantize.cu wants them"
 
 
+@pytest.mark.parametrize("layers", [1, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_expansion_of_a_branch(dtype):
+def test_the_expansion_of_a_branch(dtype, layers):
     def run(change=lambda out: out, sign=lambda codes: codes, scales=lambda scale: scale):
-        def expand_by(down, up, scale, out):
-            out.copy_(reference.expand_branch(sign(torch.cat((down, up))), scales(scale), dtype))
-            return change(out)
+        def expand_by(branches, new, layers):
+            outs = [new(codes[1].shape[1] * len(codes[2])).view(len(codes[2]), -1) for codes in branches]
+            for (down, up, scale), out in zip(branches, outs):
+                out.copy_(reference.expand_branch(sign(torch.cat((down, up))), scales(scale), dtype))
+            return [*outs[:-1], change(outs[-1])]
         return expand_by
 
-    assert self_test_problems.expand_branch_is_right(run(), dtype, CPU)
+    assert self_test_problems.expand_branch_is_right(run(), layers, dtype, CPU)
     wrong = (run(lambda out: out.roll(16, 1)), run(sign=lambda codes: codes.to(torch.uint8)), run(scales=lambda scale: scale.roll(1)),
-             run(lambda out: out.index_fill(0, torch.tensor([177]), torch.nan)))
-    assert not any(self_test_problems.expand_branch_is_right(expand_by, dtype, CPU) for expand_by in wrong)
+             run(lambda out: out.index_fill(0, torch.tensor([len(out) - 1]), torch.nan)))
+    assert not any(self_test_problems.expand_branch_is_right(expand_by, layers, dtype, CPU) for expand_by in wrong)
 
 
 def test_the_quantizers_kernels():

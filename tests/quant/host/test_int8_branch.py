@@ -5,17 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_svdquant.cuda import targets
+from comfyui_svdquant.cuda.errors import KernelsUnavailable
 from comfyui_svdquant.quant.checkpoint import inspection, native
 from comfyui_svdquant.quant.checkpoint.convert import convert
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
-from comfyui_svdquant.quant.host import build, loader, quantize
+from comfyui_svdquant.quant.host import build, fused_blocks, loader, quantize, step_graphs
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.layers.linear import SVDQuantLinear
 from comfyui_svdquant.quant.quantizer import presets
 from safetensors.torch import load_file, save_file
 
+from ...cuda.launches import expanding
 from ..comfy_models import Progress, sample, save, saved_and_loaded
 from ..lora_tensors import load_lora
+from .test_step_graphs import draws, lora, recorded_graphs
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -108,6 +112,42 @@ def test_it_draws_what_the_expanded_model_draws_with_loras_too(file, expanded_fi
         drawn.append([sample(model), sample(load_lora(model, tensors, 0.8)), sample(model)])
     assert all(torch.equal(*each) for each in zip(*drawn))
     assert torch.equal(drawn[0][0], drawn[0][2]) and not torch.equal(drawn[0][0], drawn[0][1])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_block_expands_its_branches_by_one_launch(models, file, monkeypatch, fused):
+    """Those whose forward is fused; in others each layer expands its own."""
+    monkeypatch.setenv(fused_blocks.VARIABLE, str(int(fused)))
+    fused_blocks.fused_class.cache_clear()
+    model = loader.load_model(file)
+    fused_blocks.fused_class.cache_clear()
+    expected = sample(models[8][0])
+
+    def no_gpu(device):
+        raise KernelsUnavailable("There is the kernel of expand_branch.cu alone.")
+
+    monkeypatch.setattr(targets, "for_device", no_gpu)
+    network = model.model.diffusion_model
+    blocks = *network.double_blocks, *network.single_blocks
+    counts = [sum(isinstance(layer, SVDQuantLinear) for layer in block.modules()) for block in blocks]
+    counts = counts if fused else [1] * sum(counts)
+    with expanding(monkeypatch) as launches:
+        assert torch.equal(sample(model), expected)
+    assert launches and launches == counts * (len(launches) // len(counts))
+
+
+@pytest.mark.gpu
+def test_steps_on_a_gpu_draw_what_the_expanded_model_draws(file, expanded_file, monkeypatch):
+    """One by one and from a CUDA graph, with a LoRA that comes and goes."""
+    monkeypatch.setenv(step_graphs.VARIABLE, "1")
+    models = [loader.load_model(path) for path in (file, expanded_file)]
+    for strength in (0, 1, 0.5, 0):
+        drawn = []
+        for model in models:
+            draw, patched = draws(model, "cuda"), lora(model, strength) if strength else model
+            drawn += [draw(patched) for _ in range(4)]
+            assert recorded_graphs(model)
+        assert all(torch.equal(each, drawn[0]) for each in drawn)
 
 
 def damaged(file, path, changes=(), conf=(), version=None):

@@ -12,15 +12,18 @@ from comfyui_svdquant.cuda.operands import NO_LORA
 from comfyui_svdquant.quant.layers import layout, linear, shared_input
 from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank
 
+from ...cuda.launches import aligned, recorded
+
 K, N = 128, 64
 
 
-def layer_of(seed, smooth=1.0, branch_bits=16):
-    spec = replace(layout.svdquant_spec(K, N, 16, K, True, torch.bfloat16), branch_bits=branch_bits)
+def layer_of(seed, smooth=1.0, branch_bits=16, rank=16, act_bits=0):
+    spec = replace(layout.svdquant_spec(K, N, rank, K, True, torch.bfloat16), branch_bits=branch_bits)
     layer, g = linear.SVDQuantLinear(spec, "cpu"), torch.Generator().manual_seed(seed)
     for p in layer.parameters():
         p.data.copy_(torch.randint(-8, 8, p.shape, generator=g) if p.dtype == torch.int8 else torch.rand(p.shape, generator=g) + 0.5)
     layer.weight_smooth_factor.data.copy_(torch.linspace(0.5, 2, K) * smooth)
+    layer.act_bits = act_bits
     return layer
 
 
@@ -131,3 +134,89 @@ def test_what_prepares_the_kernels_keeps_no_layer(layers, monkeypatch):
     assert [args[0] for args in prepared] == [96, 32] and {args[1:] for args in prepared} == {
         (K, ((N, 16, None, NO_LORA),) * 3, K, 4, torch.bfloat16, torch.device("cpu"))}
     assert shared_input.preparations([torch.nn.Linear(K, N)], (96,), torch.bfloat16, torch.device("cpu")) == []
+
+
+# --- Cached launches -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """(layers whose kernels run together, with 8-bit activations, {name: address} of each call of them, the operands of each general
+    call)"""
+    def compared(kind, launches, *call):
+        kernels._agreed[kind] = launches
+        return kernels.launched(launches, *call)
+
+    layers, general, op = [layer_of(seed, rank=32, act_bits=8) for seed in range(3)], [], kernels.svdquant_linears
+    monkeypatch.setattr(kernels, "compared", compared)
+    monkeypatch.setattr(kernels, "svdquant_linears", lambda x, layers: general.append(layers) or op(x, layers))
+    with recorded(monkeypatch, 3) as calls:
+        yield layers, calls, general
+
+
+def random_tokens(*shape):
+    return aligned(torch.randn(*shape, K, generator=torch.Generator().manual_seed(9)).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_later_calls_look_nothing_up(group, shape):
+    (layers, calls, general), new = group, {"x", "proj_down", "y0", "y1", "y2"}
+    for step in range(4):
+        x = random_tokens(*shape)
+        ys = shared_input.outputs(layers, x)
+        assert [(y.shape, y.dtype, y.is_contiguous()) for y in ys] == [((*shape, N), torch.bfloat16, True)] * 3
+        assert len(calls) == step + 1 and len(general) == 1 and calls[-1]["x"] == x.data_ptr()
+        assert [calls[-1][f"y{i}"] for i in range(3)] == [y.data_ptr() for y in ys]
+        assert {name: address for name, address in calls[-1].items() if name not in new} == {
+            name: address for name, address in calls[0].items() if name not in new}
+
+
+@pytest.mark.parametrize("change", ["hook", "LoRA", "bias", "scale in place", "smoothing in place", "bits", "patch", "GELU",
+                                    "another layer", "fewer layers", "type of x", "layout of x", "shape of x", "branch"])
+def test_a_change_is_looked_up(group, change):
+    (layers, calls, general), x = group, random_tokens(6)
+    for _ in range(2):
+        shared_input.outputs(layers, x)
+    if change == "hook":
+        layers[2].register_forward_hook(lambda module, args, output: output)
+    elif change == "LoRA":
+        layers[1].set_lora_branch(LoRABranch.of([LOW_RANK], (N, K), torch.bfloat16, "cpu", own=32))
+    elif change == "bias":
+        layers[1].bias = torch.nn.Parameter(torch.ones(N).bfloat16(), requires_grad=False)
+    elif change == "scale in place":
+        layers[2].weight_scale.mul_(2)
+    elif change == "smoothing in place":
+        layers[0].weight_smooth_factor.mul_(2)
+    elif change == "bits":
+        layers[0].act_bits = 4
+    elif change == "patch":
+        layers[0].bias_function = [lambda bias: bias]
+    elif change == "GELU":
+        layers[0].gelu_from = 0
+    elif change == "another layer":
+        layers[2] = layer_of(7, rank=32, act_bits=8)
+    elif change == "fewer layers":
+        del layers[2]
+    elif change == "type of x":
+        x = x.float()
+    elif change == "layout of x":
+        x = random_tokens(12)[::2]
+    elif change == "shape of x":
+        x = random_tokens(5)
+    else:
+        layers[0].weight_proj_up.data = layers[0].weight_proj_up.data.clone()
+    seen, launched = len(general), len(calls)
+    alone = change in ("hook", "smoothing in place", "bits")
+    shared_input.outputs(layers, x)
+    assert len(general) == seen + (not alone) and (len(calls) > launched or alone or change in ("fewer layers", "type of x"))
+
+
+def test_a_cached_launch_keeps_no_layer(group):
+    layers, _, _ = group
+    shared_input.outputs(layers, random_tokens(6))
+    assert layers[0] in shared_input._launches
+    before, gone = len(shared_input._launches), [weakref.ref(each) for layer in layers for each in (layer, layer.weight)]
+    group[2].clear()
+    layers.clear()
+    gc.collect()
+    assert len(shared_input._launches) == before - 1 and all(each() is None for each in gone)
