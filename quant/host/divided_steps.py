@@ -100,7 +100,7 @@ class DividedSteps:
     def divided(self, model, forward, groups):
         """A divided forward as a function of its arguments. Its result in process 0, None in the others."""
         def run(**arguments):
-            with sequence.divided(model, self.family, arguments, self.every.rank, self.every.size, groups):
+            with sequence.divided(model, self.family, arguments, self.every, groups):
                 try:
                     return forward(**arguments)
                 except sequence.Finished:
