@@ -82,7 +82,8 @@ class Peers:
     def stop(self):
         """End every wait of this GPU for the others, from any thread. Everything that is computed from then on is without meaning."""
         if self.stopped is not None:
-            self.stopped.fill_(1)
+            with torch.inference_mode():  # it may be an inference tensor, which nothing else may write to
+                self.stopped.fill_(1)
 
     def plan(self, every, q, division, groups):
         """The Plan of a call of `attend` with this q, or None in all processes if they can't have one."""
