@@ -1,15 +1,15 @@
-"""Launches of kernels/put.cu: writes into the memory of other GPUs, and the wait for theirs."""
+"""Launch of kernels/put.cu: writes into the memory of other GPUs, and the wait for theirs."""
 
 import functools
 from typing import NamedTuple
 
 import torch
 
-from . import kernel_loader
+from . import kernel_loader, targets
 
-SOURCE, PUT, WAIT = "put.cu", "put", "wait_for_puts"
-THREADS, RANKS, CHANNELS = 256, 64, 2  # as in put.cu; RANKS: the most processes
-CTAS = 128  # of a put, for all processes together
+SOURCE, ENTRY = "put.cu", "put"
+THREADS, RANKS, CHANNELS = 1024, 64, 2  # as in put.cu; RANKS: the most processes
+BESIDE = 6  # a put beside attention has so many times fewer CTAs than the GPU has SMs, which attention's last wave usually leaves idle
 PIECE = 16  # bytes; rows and the distances between them are multiples of it
 CONTROL = 4096  # bytes at the beginning of a process's memory, which hold put.cu's Control
 
@@ -28,7 +28,7 @@ class Destination(NamedTuple):
 
 def variants():
     """Every (source, entry, defines) of this module."""
-    return [(SOURCE, PUT, ()), (SOURCE, WAIT, ())]
+    return [(SOURCE, ENTRY, (("PARTS", parts),)) for parts in (1, 3)]
 
 
 def flag_of(address, channel, rank):
@@ -48,35 +48,27 @@ def fits(x):
     return x.stride(-1) == 1 and x.data_ptr() % PIECE == 0 and not any(n % wide for n in (x.shape[-1], *x.stride()[:-1]))
 
 
-def put(tensors, heads, to, control, channel, distances):
-    """Write rows of tensors (B, H, tokens, D), one or three that `fits`, into the memory of all processes.
+def put(tensors, heads, to, distances, control, stop, channel, count, beside=False):
+    """Write rows of tensors (B, H, tokens, D), one or three that `fits`, into the memory of all processes, and let the stream wait for
+    `count` more puts of each process through the channel, or until the int32 at `stop`, in pinned memory, is not 0.
 
-    heads: that each process gets, from its Destination's first_head on; to: of `table`; control: address of this process's memory;
-    distances: bytes between a token's rows there, and between those of its tensors. A row there has the heads side by side.
+    heads: that each process gets, from its Destination's first_head on; to: of `table`; distances: bytes between a token's rows there, and
+    between those of its tensors; control: address of this process's memory; beside: whether attention runs meanwhile. A row there has the
+    heads side by side.
     """
     first, wide = tensors[0], PIECE // tensors[0].element_size()
-    strides = tuple(stride // wide for x in (*tensors, *[tensors[0]] * (3 - len(tensors))) for stride in x.stride()[:-1])
+    strides = tuple(stride // wide for x in (*tensors, *[first] * (3 - len(tensors))) for stride in x.stride()[:-1])
     pieces = first.shape[3] // wide
     if all(strides[i] == pieces for i in (1, 4, 7)):
         heads, pieces = 1, heads * pieces  # longer rows
     addresses = [x.data_ptr() for x in tensors]
-    launch = _put_launch(first.device, to.shape[0], channel, (first.shape[0], len(tensors), heads, pieces), strides,
-                         tuple(distance // PIECE for distance in distances))
-    launch(*addresses, *addresses[:1] * (3 - len(addresses)), to.data_ptr(), control)
+    launch = _launch(first.device, len(tensors), to.shape[0], beside, (channel, count, first.shape[0], heads, pieces), strides,
+                     tuple(distance // PIECE for distance in distances))
+    launch(*addresses, *addresses[:1] * (3 - len(addresses)), to.data_ptr(), control, stop)
 
 
 @functools.lru_cache(maxsize=1024)
-def _put_launch(device, ranks, channel, sizes, strides, distances):
-    kernel = kernel_loader.kernel(SOURCE, PUT, (), device)
-    return kernel.launcher((max(1, CTAS // ranks), ranks), (THREADS,), 5, (channel, *sizes, *strides, *distances))
-
-
-@functools.lru_cache(maxsize=64)
-def _wait_launch(device, channel, ranks, count):
-    return kernel_loader.kernel(SOURCE, WAIT, (), device).launcher((1,), (RANKS,), 2, (channel, ranks, count))
-
-
-def wait(control, stop, channel, ranks, count, device):
-    """Let the stream wait for `count` more puts of each process through a channel, or until the int32 at `stop`, in pinned memory, is not
-    0."""
-    _wait_launch(device, channel, ranks, count)(control, stop)
+def _launch(device, parts, ranks, beside, sizes, strides, distances):
+    kernel = kernel_loader.kernel(SOURCE, ENTRY, (("PARTS", parts),), device)
+    ctas = targets.multiprocessors(device) // (BESIDE if beside else 1)
+    return kernel.launcher((max(1, ctas // ranks), ranks), (THREADS,), 6, (*sizes, *strides, *distances))

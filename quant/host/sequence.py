@@ -32,7 +32,7 @@ def can_be_divided(family):
 
 class _Forward:
     """The hooks of one forward. control: its own {place: [residual of each block (B, image tokens, K), or None]} of ControlNets; every: the
-    run's parallel.ranks.Ranks; groups: as in all_to_all.attend."""
+    run's parallel.ranks.Ranks; groups: as in peer_attention.attend."""
 
     def __init__(self, family, control, every, groups):
         self.family, self.every, self.rank, self.groups = family, every, every.rank, groups
@@ -89,7 +89,7 @@ class _Forward:
 @contextmanager
 def divided(diffusion_model, family, arguments, every, groups=1):
     """A context in which a forward of the model with {name: argument} works on a part of the tokens. It changes `arguments`, and for the
-    time their transformer options. every: the run's parallel.ranks.Ranks; groups: as in all_to_all.attend."""
+    time their transformer options. every: the run's parallel.ranks.Ranks; groups: as in peer_attention.attend."""
     options, control = arguments["transformer_options"], arguments.get("control")
     if control is not None:
         arguments["control"] = control = {place: list(tensors) for place, tensors in control.items()}

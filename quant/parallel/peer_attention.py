@@ -17,13 +17,15 @@ from typing import NamedTuple
 
 import torch
 
-from ...cuda import peer_memory, put
+from ...cuda import peer_memory, put, targets
 from ...cuda.errors import KernelsUnavailable
 from . import all_to_all
 
 TO_HEADS, TO_TOKENS = range(2)  # channels of put.cu: of q, k and v, and of the outputs
 OFF = "NCCL_P2P_DISABLE"  # NCCL's variable for machines whose GPUs can't reach each other although they say so
 DEVICE = "cuda"  # type of the devices that reach each other's memory
+MESSAGES = 2  # groups that NCCL exchanges; smaller ones take longer than they hide
+TILE = 128  # rows of q that attention functions take at once
 ALIGNMENT = 256  # bytes, of what attention and the model read
 ROUNDED = 2 << 20  # bytes; CUDA shares memory in pieces of this size
 TRY_SECONDS = 20  # until the first exchange must have arrived
@@ -43,9 +45,9 @@ class Plan(NamedTuple):
     """The exchange of one kind of call.
 
     arrivals: [(q, k, v), each (B, h, all tokens, D), of a group of heads]; returned: (B, own tokens, H * D); to_heads, to_tokens: [what a
-    put writes of the group, as of put.table]; distances: of put.put, for the two; step: heads of a group; size: number of processes;
-    control: address of this process's memory; stopped: int32 in pinned memory, not 0 once nothing is waited for any more; side: the stream
-    of what travels while attention runs.
+    put writes of the group, as of put.table]; distances: of put.put, for the two; step: heads of a group; control: address of this
+    process's memory; stopped: int32 in pinned memory, not 0 once nothing is waited for any more; side: the stream of what travels while
+    attention runs.
     """
 
     arrivals: list
@@ -54,22 +56,21 @@ class Plan(NamedTuple):
     to_tokens: list
     distances: tuple
     step: int
-    size: int
     control: int
     stopped: torch.Tensor
     side: object
 
     def send_heads(self, qkv, group):
-        """Write q, k and v (B, H, own tokens, D) of a group of each process's heads where their attention reads them."""
-        put.put(qkv, self.step, self.to_heads[group], self.control, TO_HEADS, self.distances[TO_HEADS])
+        """Write q, k and v (B, H, own tokens, D) of a group of each process's heads where their attention reads them, and wait for those of
+        this process's."""
+        put.put(qkv, self.step, self.to_heads[group], self.distances[TO_HEADS], self.control, self.stopped.data_ptr(), TO_HEADS, 1,
+                beside=group > 0)
 
-    def send_output(self, out, group):
-        """Write the output (B, all tokens, h * D) of a group of this process's heads where each process wants that of its tokens."""
-        put.put([out.unsqueeze(1)], 1, self.to_tokens[group], self.control, TO_TOKENS, self.distances[TO_TOKENS])
-
-    def wait(self, channel, count):
-        """Let the stream wait for `count` more groups from all processes."""
-        put.wait(self.control, self.stopped.data_ptr(), channel, self.size, count, self.returned.device)
+    def send_output(self, out, group, count=0):
+        """Write the output (B, all tokens, h * D) of a group of this process's heads where each process wants that of its tokens, and wait
+        for `count` more groups of each process."""
+        put.put([out.unsqueeze(1)], 1, self.to_tokens[group], self.distances[TO_TOKENS], self.control, self.stopped.data_ptr(), TO_TOKENS,
+                count, beside=group < len(self.arrivals) - 1)
 
 
 class Peers:
@@ -78,6 +79,7 @@ class Peers:
     def __init__(self):
         self.rooms, self.plans, self.refused = [], {}, bool(int(os.environ.get(OFF, "0") or 0))
         self.stopped = None  # int32 in pinned memory, which every wait looks at
+        self.multiprocessors = None  # SMs of the GPU with the fewest
 
     def stop(self):
         """End every wait of this GPU for the others, from any thread. Everything that is computed from then on is without meaning."""
@@ -93,7 +95,7 @@ class Peers:
         key = tuple(q.shape[:2]), q.shape[3], q.dtype, q.device, groups, *division.parts
         if key not in self.plans:
             room = self.room(every, *needed(q, division), q.device)
-            self.plans[key] = room and planned(room, q, division, groups, self.stopped)
+            self.plans[key] = room and planned(room, q, division, groups, self.multiprocessors, self.stopped)
         return self.plans[key]
 
     def room(self, every, outputs, heads, device):
@@ -104,6 +106,7 @@ class Peers:
             found = memory and Room(memory, outputs, heads)
             if found is not None and self.stopped is None:
                 self.stopped = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+                self.multiprocessors = min(every.gathered(targets.multiprocessors(device)))
                 if not all(every.gathered(arrives(self, every, memory, device))):
                     found, why = None, "what was written did not arrive"
             if found is None:
@@ -119,7 +122,7 @@ def attend(every, q, k, v, division, attention, groups=1):
     parallel.ranks.Ranks."""
     plan = every.peers.plan(every, q, division, groups)
     if plan is None:
-        return all_to_all.attend(q, k, v, division, attention, groups)
+        return all_to_all.attend(q, k, v, division, attention, min(groups, MESSAGES))
     return by_plan(plan, q, k, v, division, attention)
 
 
@@ -127,15 +130,17 @@ def by_plan(plan, q, k, v, division, attention):
     """`attend` by a Plan."""
     qkv, groups = [x if put.fits(x) else x.contiguous() for x in (q, k, v)], len(plan.arrivals)
     first = division.rank * (q.shape[1] // division.size)
-    main, outputs = torch.cuda.current_stream(q.device), []
+    main, arrived, outputs = torch.cuda.current_stream(q.device), [], []
     plan.send_heads(qkv, 0)
     if groups > 1:
         plan.side.wait_stream(main)
         with torch.cuda.stream(plan.side):
             for group in range(1, groups):
                 plan.send_heads(qkv, group)
+                arrived.append(plan.side.record_event())
     for group, arrival in enumerate(plan.arrivals):
-        plan.wait(TO_HEADS, 1)
+        if group:
+            main.wait_event(arrived[group - 1])
         begin = first + group * plan.step
         outputs.append(attention(*arrival, slice(begin, begin + plan.step)).to(q.dtype).contiguous())
         if group < groups - 1:
@@ -144,9 +149,17 @@ def by_plan(plan, q, k, v, division, attention):
                 plan.send_output(outputs[group], group)  # `outputs` keeps it until this stream has waited for that one
     if groups > 1:
         main.wait_stream(plan.side)
-    plan.send_output(outputs[-1], groups - 1)
-    plan.wait(TO_TOKENS, groups)
+    plan.send_output(outputs[-1], groups - 1, groups)
     return plan.returned
+
+
+def fitting_groups(tiles, heads, groups, multiprocessors):
+    """The number of groups, at most `groups`, that `heads` heads form evenly and whose attention takes no more waves than that of all at
+    once. tiles: of a head; multiprocessors: SMs of the GPU, of which each takes a tile at a time."""
+    def waves(count):
+        return count * -(-tiles * heads // count // multiprocessors)
+
+    return next(count for count in range(groups, 0, -1) if heads % count == 0 and waves(count) <= waves(1))
 
 
 def needed(q, division):
@@ -156,11 +169,11 @@ def needed(q, division):
     return -(-row * max(division.tokens) // ALIGNMENT) * ALIGNMENT, 3 * row // division.size * sum(division.tokens)
 
 
-def planned(room, q, division, groups, stopped):
-    """The Plan in a Room."""
+def planned(room, q, division, groups, multiprocessors, stopped):
+    """The Plan in a Room. multiprocessors: as of fitting_groups."""
     memory, (b, heads, _, d) = room.memory, q.shape
     size, me, own, all_tokens = division.size, division.rank, division.tokens[division.rank], sum(division.tokens)
-    groups = all_to_all.fitting_groups(heads // size, groups)
+    groups = fitting_groups(b * -(-all_tokens // TILE), heads // size, groups, multiprocessors)
     step, head = heads // size // groups, d * q.element_size()
     before = [sum(division.tokens[:rank]) for rank in range(size + 1)]
     token = 3 * step * head
@@ -179,7 +192,7 @@ def planned(room, q, division, groups, stopped):
         arrived = memory.part(begin, group).view(q.dtype).view(b, all_tokens, 3, step, d)
         arrivals.append(arrived.permute(2, 0, 3, 1, 4).unbind(0))
     returned = memory.part(put.CONTROL, b * own * heads * head).view(q.dtype).view(b, own, heads * d)
-    return Plan(arrivals, returned, to_heads, to_tokens, ((token, step * head), (heads * head, 0)), step, size, memory.address,
+    return Plan(arrivals, returned, to_heads, to_tokens, ((token, step * head), (heads * head, 0)), step, memory.address,
                 stopped, torch.cuda.Stream(q.device) if groups > 1 else None)
 
 
@@ -216,7 +229,7 @@ def arrives(peers, every, memory, device):
     expected = all_to_all.attend(q, k, v, division, attention)
     found = []
     try:
-        plan = planned(Room(memory, *needed(q, division)), q, division, 2, peers.stopped)
+        plan = planned(Room(memory, *needed(q, division)), q, division, 2, 1, peers.stopped)
         for _ in range(2):
             found.append(by_plan(plan, q, k, v, division, attention).clone())
         event = torch.cuda.Event()
@@ -230,4 +243,5 @@ def arrives(peers, every, memory, device):
         time.sleep(0.001)
     if not event.query():
         peers.stop()
+        return False
     return all(torch.equal(each, expected) for each in found)

@@ -1,6 +1,7 @@
-"""put.cu on one GPU: two memories, each of which stands for that of a process."""
+"""put.cu on one GPU: two memories and two streams, each of which stands for a process."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def two():
         memories = [peer_memory.PeerMemory(put.CONTROL + sum(needed), DEVICE) for _ in divisions]
         for memory in memories:
             memory.addresses[:] = [each.address for each in memories]
-        return [peer_attention.planned(peer_attention.Room(memory, *needed), q, division, groups, stopped)
+        return [peer_attention.planned(peer_attention.Room(memory, *needed), q, division, groups, 1, stopped)
                 for memory, division in zip(memories, divisions)]
 
     made.stopped = stopped
@@ -44,36 +45,48 @@ def test_rows_lie_where_their_readers_want_them(two, b, parts, d, dtype):
     whole = torch.randn(3, b, heads, sum(parts), d, device=DEVICE).to(dtype)
     plans = two(whole[0], divisions, 2)
     order = divisions[0].order(DEVICE)
+    streams = [torch.cuda.Stream(DEVICE) for _ in divisions]
+
+    def each(run):
+        """run(division, plan) on each process's stream."""
+        torch.cuda.synchronize()
+        for stream, *process in zip(streams, divisions, plans):
+            with torch.cuda.stream(stream):
+                run(*process)
+        torch.cuda.synchronize()
+
     for how, turn in itertools.product(("by head", "by token", "longer rows"), range(2)):
         whole += turn
-        for division, plan in zip(divisions, plans):
+        qkv = {division.rank: [lies(division.own(x, 2), how) for x in whole] for division in divisions}
+
+        def heads_to_their_process(division, plan):
             for group in range(2):
-                plan.send_heads([lies(division.own(x, 2), how) for x in whole], group)
+                plan.send_heads(qkv[division.rank], group)
+
+        def outputs_to_their_process(division, plan):
+            for group, arrival in enumerate(plan.arrivals):
+                plan.send_output(arrival[2].transpose(1, 2).flatten(2), group, 2 * group)
+
+        each(heads_to_their_process)
         for division, plan in zip(divisions, plans):
             for group, arrival in enumerate(plan.arrivals):
-                plan.wait(peer_attention.TO_HEADS, 1)
                 first = division.rank * 4 + group * 2
-                for x, arrived in zip(whole, arrival):
-                    assert torch.equal(arrived, x[:, first:first + 2].index_select(2, order)), how
-                plan.send_output(arrival[2].transpose(1, 2).flatten(2), group)
+                assert all(torch.equal(arrived, x[:, first:first + 2].index_select(2, order)) for x, arrived in zip(whole, arrival)), how
+        each(outputs_to_their_process)
         for division, plan in zip(divisions, plans):
-            plan.wait(peer_attention.TO_TOKENS, 2)
             assert torch.equal(plan.returned, division.own(whole[2], 2).transpose(1, 2).flatten(2)), how
 
 
 def test_a_wait_ends_when_it_is_stopped_and_nothing_is_written_from_then_on(two):
-    division = all_to_all.Division((4,), 0, 2)
+    divisions = [all_to_all.Division((4,), rank, 2) for rank in range(2)]
     q = torch.randn(1, 2, 2, 64, device=DEVICE).bfloat16()
-    plan, other = two(torch.zeros_like(q), [division, all_to_all.Division((4,), 1, 2)], 1)
-    plan.send_heads([q] * 3, 0)
-    other.send_heads([q + 1] * 3, 0)
-    plan.wait(peer_attention.TO_HEADS, 1)
-    arrived = [x.clone() for x in other.arrivals[0]]
-    plan.wait(peer_attention.TO_HEADS, 1)  # the other one's second put never comes
+    plan, other = two(q, divisions, 1)
+    plan.send_heads([q] * 3, 0)  # the other one's never come
     event = torch.cuda.Event()
     event.record()
-    plan.send_heads([q + 2] * 3, 0)
+    plan.send_heads([q + 1] * 3, 0)
+    time.sleep(0.05)
     assert not event.query()
     two.stopped.fill_(1)
     torch.cuda.synchronize()
-    assert all(torch.equal(x, before) for x, before in zip(other.arrivals[0], arrived))
+    assert torch.equal(other.arrivals[0][0][:, :, :2], q[:, 1:])

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 PIECE = np.dtype("V16")
-MADE = {"trouble": None, "here": False}  # what goes wrong, and whether in this process
+# What goes wrong, whether in this process, and whether a wait has ended without what it waited for.
+MADE = {"trouble": None, "here": False, "late": False}
 
 
 def at(address, shape, strides, dtype=PIECE):
@@ -55,40 +56,36 @@ class Memory:
         return torch.frombuffer(self.maps[0], dtype=torch.uint8, count=size, offset=offset)
 
 
-def put_launch(put, rank):
-    """In place of put._put_launch: put.cu's kernel in NumPy."""
-    def made(_device, ranks, channel, sizes, strides, distances):
-        (images, parts, heads, pieces), (token_there, part_there) = sizes, distances
+def put_launch(put, own_rank):
+    """In place of put._launch: put.cu's kernel in NumPy."""
+    def made(_device, parts, ranks, _beside, sizes, strides, distances):
+        (channel, count, images, heads, pieces), (token_there, part_there) = sizes, distances
 
-        def launch(q, k, v, destinations, control):
-            for to_rank in range(ranks):
-                address, flag, image, first_head, first_token, tokens = at(destinations + 48 * to_rank, (6,), (1,), np.dtype("i8")).tolist()
-                for part, source in enumerate((q, k, v)[:parts]):
-                    of_image, of_head, of_token = strides[3 * part:3 * part + 3]
-                    shape = images, tokens, heads, pieces
-                    begin = source + 16 * (first_head * of_head + first_token * of_token)
-                    there = at(address + 16 * part * part_there, shape, (image, token_there, pieces, 1))
-                    there[:] = at(begin, shape, (of_image, of_token, of_head, 1))
-                    if MADE["here"] and MADE["trouble"] == "wrong" and to_rank != rank:
-                        there[..., :1] = bytes(16)
-                sent = word(put.flag_of(control + 1024, channel, to_rank))
+        def write(sources, address, image, first_head, first_token, tokens):
+            for part, source in enumerate(sources):
+                of_image, of_head, of_token = strides[3 * part:3 * part + 3]
+                shape = images, tokens, heads, pieces
+                begin = source + 16 * (first_head * of_head + first_token * of_token)
+                there = at(address + 16 * part * part_there, shape, (image, token_there, pieces, 1))
+                there[:] = at(begin, shape, (of_image, of_token, of_head, 1))
+                if MADE["here"] and MADE["trouble"] == "wrong":
+                    there[..., :1] = bytes(16)
+
+        def launch(q, k, v, destinations, control, stop):
+            for rank in range(ranks):
+                address, flag, *rest = at(destinations + 48 * rank, (6,), (1,), np.dtype("i8")).tolist()
+                write((q, k, v)[:parts], address, *rest)
+                sent = word(put.flag_of(control + 1024, channel, rank))
                 sent.value += 1
-                if not (MADE["here"] and MADE["trouble"] == "never") or to_rank == rank:
+                if not (MADE["here"] and MADE["trouble"] == "never") or rank == own_rank:
                     word(flag).value = sent.value
-        return launch
-    return made
-
-
-def wait_launch(put):
-    """In place of put._wait_launch."""
-    def made(_device, channel, ranks, count):
-        def launch(control, stop):
+            until = time.monotonic() + (0.2 if MADE["trouble"] == "never" else 60)  # in place of another thread's stop
             for rank in range(ranks):
                 received, flag = word(put.flag_of(control + 2048, channel, rank)), word(put.flag_of(control, channel, rank))
                 received.value += count
-                until = time.monotonic() + (0.2 if MADE["trouble"] == "never" else 60)  # in place of another thread's stop
                 while flag.value < received.value and not word(stop).value and time.monotonic() < until:
                     time.sleep(1e-4)
+                MADE["late"] |= flag.value < received.value
         return launch
     return made
 
@@ -104,19 +101,21 @@ def install(rank):
     from comfyui_svdquant.cuda import put
     from comfyui_svdquant.quant.parallel import peer_attention
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: None, record_event=lambda: None)
     cuda = types.SimpleNamespace(Stream=lambda device: stream, current_stream=lambda device: stream, stream=contextlib.nullcontext,
-                                 Event=lambda: types.SimpleNamespace(record=lambda: None, query=lambda: True))
+                                 Event=lambda: types.SimpleNamespace(record=lambda: None, query=lambda: not MADE["late"]))
     peer_attention.torch = Torch(cuda=cuda, zeros=lambda *args, pin_memory, **kwargs: torch.zeros(*args, **kwargs))
+    peer_attention.TRY_SECONDS = 0.05
     peer_attention.DEVICE, peer_attention.ROUNDED, peer_attention.peer_memory.PeerMemory = "cpu", 1 << 16, Memory
-    put._put_launch, put._wait_launch = put_launch(put, rank), wait_launch(put)
+    peer_attention.targets = types.SimpleNamespace(multiprocessors=lambda device: 1)
+    put._launch = put_launch(put, rank)
 
 
 @contextlib.contextmanager
 def trouble(name, here):
     MADE.update(trouble=name, here=here)
     yield
-    MADE.update(trouble=None, here=False)
+    MADE.update(trouble=None, here=False, late=False)
 
 
 def slow_attention(generator):
