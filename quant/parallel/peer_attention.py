@@ -77,7 +77,7 @@ class Peers:
     """The memory of all processes of one parallel.ranks.Ranks. It belongs to the Ranks, whose processes call `plan` alike."""
 
     def __init__(self):
-        self.rooms, self.plans, self.refused = [], {}, bool(int(os.environ.get(OFF, "0") or 0))
+        self.rooms, self.plans, self.refused = [], {}, os.environ.get(OFF, "0") not in ("", "0")
         self.stopped = None  # int32 in pinned memory, which every wait looks at
         self.multiprocessors = None  # SMs of the GPU with the fewest
 
