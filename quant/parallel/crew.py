@@ -140,13 +140,22 @@ def _end(processes, state):
         process.stdin.close()
     if state["ranks"] is not None and dist.is_initialized():
         with _leaving:
+            # A graph that runs ends once NCCL has begun to abort, and can be destroyed once it has ended; NCCL's abort ends once all graphs
+            # with its messages are destroyed.
+            leaving = threading.Thread(target=_leave, daemon=True)
+            leaving.start()
             state.pop("ranks").release_graphs()
-            for leave in (getattr(dist.distributed_c10d, "_abort_process_group", None), dist.destroy_process_group):
-                try:
-                    if leave and dist.is_initialized():
-                        leave()  # without waiting for the processes that are gone
-                except Exception as error:  # whatever state they left the group in
-                    log.debug("Leaving the process group: %s", error)
+            leaving.join()
+
+
+def _leave():
+    """Leave the process group without waiting for the processes that are gone."""
+    for leave in (getattr(dist.distributed_c10d, "_abort_process_group", None), dist.destroy_process_group):
+        try:
+            if leave and dist.is_initialized():
+                leave()
+        except Exception as error:  # whatever state they left the group in
+            log.debug("Leaving the process group: %s", error)
 
 
 def _environments(size, device):

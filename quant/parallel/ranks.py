@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -128,8 +128,12 @@ class Ranks(Alone):
         dist.broadcast(message, 0)
 
     def release_graphs(self):
-        """Destroy the graphs, which wait for no other process any more. NCCL waits for that before it leaves a group."""
+        """Destroy the graphs once they have ended; they wait for no other process's memory any more. NCCL waits for that before it leaves a
+        group."""
         self.peers.stop()
+        if self.device.type == "cuda" and self.graphs:
+            with suppress(RuntimeError):  # of work that another process's end has broken
+                torch.cuda.synchronize(self.device)
         for graph in list(self.graphs):
             graph.reset()
 
