@@ -8,7 +8,7 @@ import torch
 from . import kernel_loader, targets
 
 SOURCE, ENTRY = "put.cu", "put"
-THREADS, RANKS, CHANNELS = 1024, 64, 2  # as in put.cu; RANKS: the most processes
+THREADS, RANKS = 1024, 64  # as in put.cu; RANKS: the most processes
 BESIDE = 6  # a put beside attention has so many times fewer CTAs than the GPU has SMs, which attention's last wave usually leaves idle
 PIECE = 16  # bytes; rows and the distances between them are multiples of it
 CONTROL = 4096  # bytes at the beginning of a process's memory, which hold put.cu's Control

@@ -14,7 +14,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int THREADS = 1024, PIECES = 4;  // a thread has PIECES loads in flight
-constexpr int CHANNELS = 2, RANKS = 64;    // as in cuda/put.py
+constexpr int CHANNELS = 2, RANKS = 64;    // RANKS as in cuda/put.py
 constexpr u32 POLLS = 256;                 // between two looks at `stop`, each of which goes to host memory
 
 struct Control {  // at the beginning of each process's memory; 0 at first
@@ -24,6 +24,7 @@ struct Control {  // at the beginning of each process's memory; 0 at first
   u32 done[CHANNELS][RANKS];      // [to the process]: CTAs of this put that have written
   u32 stopped;
 };
+static_assert(sizeof(Control) <= 4096, "put.py's CONTROL holds it");
 
 struct Destination {  // of one process
   u64 address, flag;  // of its first row, and of this process's flag there

@@ -105,7 +105,7 @@ def test_graphs_with_exchanges_draw_the_same_bits_and_a_stopped_worker_ends_them
         patch.setenv(step_graphs.VARIABLE, "0")
         one_by_one = sample(two, steps=4)
     drawing = wrapper(two)
-    assert not drawing.steps.every.graphs
+    assert not drawing.steps.every.graphs and (drawing.steps.every.peers.rooms or not torch.cuda.can_device_access_peer(0, 1))
     ordinary = sample(two, steps=4)
     assert len(drawing.steps.every.graphs) == 1 and relative_error(ordinary, one_by_one) < 0.01
     assert torch.equal(sample(two, steps=4), ordinary)
