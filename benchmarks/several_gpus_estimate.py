@@ -2,9 +2,9 @@
 
 A step of FLUX.1-dev in W4A8 with fused blocks, replayed as a CUDA graph. The work on tokens and in attention is that of one H200, divided
 by the number of GPUs; the part of the former that does not grow with the tokens is not divided. Before and after attention of each block
-the GPUs exchange q, k, v and the output: of L tokens of K channels in 16 bits each GPU sends 3 L K 2 (N - 1) / N^2 and L K 2 (N - 1) / N^2
-bytes. A GPU's heads are attended in two groups: the first group's q, k and v and the last one's output are waited for, and the rest travels
-while attention runs. What travels is also copied once in a GPU's own memory.
+the GPUs write q, k, v and the output into each other's memory: of L tokens of K channels in 16 bits each GPU sends 3 L K 2 (N - 1) / N^2
+and L K 2 (N - 1) / N^2 bytes. A GPU's heads are attended in groups (peer_attention.py): the first group's q, k and v and the last one's
+output are waited for, and the rest travels while attention runs.
 
 Quantization: everything up to the file is divided, but for the start and the file.
 """
@@ -13,25 +13,24 @@ import json
 from dataclasses import dataclass
 
 import flux_model
-from machine import ROOT
+from machine import ROOT, load_pack
 
 STEPS, SEVERAL = (ROOT / "benchmarks" / "results" / f"{name}_h200.json" for name in ("flux_step", "several_gpus"))
 BLOCKS = flux_model.DEV["depth"] + flux_model.DEV["depth_single_blocks"]
 WIDTH, BYTES = flux_model.DEV["hidden_size"], 2
-GROUPS = 2  # host.divided_steps.GROUPS
-MEMORY = 4.0e12  # bytes a second of an H200's memory, of copies, read and written bytes together
+GROUPS, TILE, SMS = 4, 128, 132  # host.divided_steps.GROUPS, peer_attention.TILE, and an H200's
 
 
 @dataclass(frozen=True)
 class Link:
-    """bandwidth: bytes a second in one direction from one GPU; latency: seconds of a collective without data."""
+    """bandwidth: bytes a second in one direction from one GPU; latency: seconds of an exchange without data."""
 
     name: str
     bandwidth: float
     latency: float
 
 
-LINKS = (Link("NVLink 4", 350e9, 25e-6), Link("PCIe 5.0 x16", 45e9, 40e-6), Link("PCIe 4.0 x16", 22e9, 40e-6))
+LINKS = (Link("NVLink 4", 280e9, 5e-6), Link("PCIe 5.0 x16", 45e9, 40e-6), Link("PCIe 4.0 x16", 22e9, 40e-6))
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,11 @@ def bytes_sent(tokens, gpus):
 
 def exchange_seconds(tokens, gpus, link, attention):
     """Of one block: what the exchanges add to the time of its attention on one of the GPUs, `attention`."""
-    copied = 2 * tokens * WIDTH * BYTES / gpus / MEMORY  # one tensor is copied; q, k and v are before the first message
-    before, after = (2 * link.latency + sent / link.bandwidth for sent in bytes_sent(tokens, gpus))
-    waited, hidden = (before + after) / GROUPS, (before + after) * (1 - 1 / GROUPS)
-    return waited + max(0.0, hidden - attention * (1 - 1 / GROUPS)) + (3 / GROUPS + 1) * copied
+    from comfyui_svdquant.quant.parallel.peer_attention import fitting_groups
+
+    groups = fitting_groups(-(-tokens // TILE), flux_model.DEV["num_heads"] // gpus, GROUPS, SMS)
+    of_group = 2 * link.latency + sum(bytes_sent(tokens, gpus)) / groups / link.bandwidth  # q, k and v, and the output
+    return of_group + (groups - 1) * max(0.0, of_group - attention / groups)
 
 
 def step_seconds(pixels, gpus, link, work):
@@ -115,4 +115,5 @@ def quantization():
 
 
 if __name__ == "__main__":
+    load_pack()
     print(tables())

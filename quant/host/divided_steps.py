@@ -5,18 +5,18 @@ forward as an ordinary one, one to record, or the replay of a recorded one, whos
 a replay are those of step_graphs.py. The other processes change their model only when process 0 sends them other patches, which forgets all
 graphs. A forward is recorded by all processes or by none.
 
-SVDQUANT_STEP_GRAPHS=1 in process 0 records. Attention is then exchanged in more pieces than the processor could launch without a graph.
+Where process 0 records (SVDQUANT_STEP_GRAPHS is not 0), attention is exchanged in more pieces than the processor could launch without a
+graph.
 """
 
 import itertools
-import os
 import weakref
 
 from ..parallel import ranks
 from . import sequence, step_graphs
 
 ORDINARY, RECORD, REPLAY = range(3)
-GROUPS = 2  # all_to_all.attend's, where forwards are recorded; ordinary ones among them use as many, so that the bits are the same
+GROUPS = 4  # at most, of peer_attention.attend, where forwards are recorded: in the ordinary ones among them, too, for the same bits
 
 
 class DividedSteps:
@@ -33,12 +33,12 @@ class DividedSteps:
     def draw(self, model, forward, arguments, patches=None):
         """The result of a forward with {name: argument}. forward: the model's; patches: weight patches for the other processes' models,
         None if they have them."""
-        records = os.environ.get(step_graphs.VARIABLE) == "1"
+        records = step_graphs.can_record(model) and step_graphs.allowed(arguments)
         self.patches, self.groups = patches, GROUPS if records else 1
         if patches is not None:
             step_graphs.release(model)
         run = self.divided(model, forward, self.groups)
-        if not (records and step_graphs.can_record(model)):
+        if not records:
             return self.call(run, arguments)
         return step_graphs.graphs_of(model).run(model, run, arguments, step_graphs.Ways(self.call, self.record, self.replay, self))
 
@@ -100,7 +100,7 @@ class DividedSteps:
     def divided(self, model, forward, groups):
         """A divided forward as a function of its arguments. Its result in process 0, None in the others."""
         def run(**arguments):
-            with sequence.divided(model, self.family, arguments, self.every.rank, self.every.size, groups):
+            with sequence.divided(model, self.family, arguments, self.every, groups):
                 try:
                     return forward(**arguments)
                 except sequence.Finished:

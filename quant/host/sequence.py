@@ -1,4 +1,4 @@
-"""One forward of a diffusion model with its tokens divided among processes (parallel/all_to_all.py).
+"""One forward of a diffusion model with its tokens divided among processes (parallel/all_to_all.py, peer_attention.py).
 
 ComfyUI's own forward runs in every process, on the same inputs. Hooks on the blocks narrow the states to a process's own tokens before the
 first block, and make the whole image of them in process 0 after the last one; attention goes through ComfyUI's option for other attention
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..parallel import all_to_all
+from ..parallel import all_to_all, peer_attention
 from .fused_blocks import OVERRIDE
 
 ROPE = "pe"  # the blocks' argument with the position embedding, whose third dimension is the tokens
@@ -31,11 +31,11 @@ def can_be_divided(family):
 
 
 class _Forward:
-    """The hooks of one forward. control: its own {place: [residual of each block (B, image tokens, K), or None]} of ControlNets; groups: as
-    in all_to_all.attend."""
+    """The hooks of one forward. control: its own {place: [residual of each block (B, image tokens, K), or None]} of ControlNets; every: the
+    run's parallel.ranks.Ranks; groups: as in peer_attention.attend."""
 
-    def __init__(self, family, control, rank, size, groups):
-        self.family, self.rank, self.size, self.groups = family, rank, size, groups
+    def __init__(self, family, control, every, groups):
+        self.family, self.every, self.rank, self.groups = family, every, every.rank, groups
         self.division, self.rope = None, None
         self.control, self.residuals = control, {place: list(tensors) for place, tensors in control.items()}
 
@@ -51,14 +51,14 @@ class _Forward:
             own_mask = mask[:, own] if mask is not None and mask.ndim == 4 and mask.shape[1] == heads else mask
             return function(q, k, v, q.shape[1], *args, **kwargs | ({} if mask is None else {"mask": own_mask}))
 
-        return all_to_all.attend(q, k, v, self.division, of_heads, self.groups)
+        return peer_attention.attend(self.every, q, k, v, self.division, of_heads, self.groups)
 
     def narrow(self, blocks):
         """A pre-hook for the blocks of a BlockList."""
         def hook(_block, args, kwargs):
             states = {name: args[place] if place < len(args) else kwargs[name] for place, name in enumerate(blocks.states)}
             if self.division is None:
-                self.division = all_to_all.Division([states[name].shape[1] for name in blocks.sequence], self.rank, self.size)
+                self.division = all_to_all.Division([states[name].shape[1] for name in blocks.sequence], self.rank, self.every.size)
                 states |= {name: self.division.own_of_part(states[name], part) for part, name in enumerate(blocks.sequence)}
                 self.narrow_control(blocks.sequence.index("img"))
             if self.rope is None or self.rope[0] is not kwargs[ROPE]:
@@ -87,13 +87,13 @@ class _Forward:
 
 
 @contextmanager
-def divided(diffusion_model, family, arguments, rank, size, groups=1):
+def divided(diffusion_model, family, arguments, every, groups=1):
     """A context in which a forward of the model with {name: argument} works on a part of the tokens. It changes `arguments`, and for the
-    time their transformer options. groups: as in all_to_all.attend."""
+    time their transformer options. every: the run's parallel.ranks.Ranks; groups: as in peer_attention.attend."""
     options, control = arguments["transformer_options"], arguments.get("control")
     if control is not None:
         arguments["control"] = control = {place: list(tensors) for place, tensors in control.items()}
-    forward, hooks = _Forward(family, control or {}, rank, size, groups), []
+    forward, hooks = _Forward(family, control or {}, every, groups), []
     try:
         for blocks in family.blocks:
             hook = forward.narrow(blocks)

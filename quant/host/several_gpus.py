@@ -101,10 +101,11 @@ class Drawing:
             patches = None if patcher.patches_uuid == self.sent else patcher.patches
             if self.steps is None or self.steps.every is not every:
                 self.steps = DividedSteps(every, self.family)
-            result = self.steps.draw(executor.class_obj, executor, bound.arguments, patches)
+            with self.crew.step():
+                result = self.steps.draw(executor.class_obj, executor, bound.arguments, patches)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # a worker that ended leaves numbers without meaning behind
             self.sent = patcher.patches_uuid
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # a worker that ended leaves numbers without meaning behind
             self.crew.check()
             return result
         except BaseException as error:

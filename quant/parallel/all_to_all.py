@@ -49,6 +49,11 @@ class Division:
         return mask
 
 
+def fitting_groups(heads, groups):
+    """The number of groups, at most `groups`, that a process's heads form evenly."""
+    return next(count for count in range(groups, 0, -1) if heads % count == 0)
+
+
 def attend(q, k, v, division, attention, groups=1, group=None):
     """Attention of q, k, v (B, H, own tokens, D) to all tokens -> (B, own tokens, H * D).
 
@@ -57,7 +62,7 @@ def attend(q, k, v, division, attention, groups=1, group=None):
     next one's q, k and v and the last one's output travel.
     """
     heads = q.shape[1] // division.size
-    groups = next(count for count in range(groups, 0, -1) if heads % count == 0)
+    groups = fitting_groups(heads, groups)
     step = heads // groups
     parts = [x.unflatten(1, (division.size, groups, step)) for x in (q, k, v)]
     arrivals = [_to_heads([part[:, :, each] for part in parts], division, group) for each in range(groups)]

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from .ranks import Ranks
 
 START_SECONDS = 600  # that the workers may take until their models are loaded
 EVER = datetime.timedelta(days=3650)  # the workers wait this long for the next task; their end is noticed by the connection
+STEP_SECONDS = 600  # that a step may take; a worker that is stopped, or whose GPU is, never answers
 READY, POLL = "ready/{}", 0.1
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Crew:
                                            env=os.environ | environment) for rank, environment in
                           enumerate(_environments(size, self.device), 1)]
         self.state = {"ranks": None}
+        self.until = None  # when the step at hand must have ended, by time.monotonic
         self.end = weakref.finalize(self, _end, self.processes, self.state)
 
     def joined(self, check=lambda: None):
@@ -65,6 +68,19 @@ class Crew:
             self.state["ranks"], Crew.joined_one = self.ranks, weakref.ref(self)
             threading.Thread(target=_watch, args=(weakref.ref(self), self.processes), daemon=True).start()
         return self.ranks
+
+    @contextmanager
+    def step(self):
+        """A context of a step, in which this process waits for the workers: it ends within STEP_SECONDS, by their end if need be."""
+        self.until = time.monotonic() + STEP_SECONDS
+        try:
+            yield
+        finally:
+            self.until = None
+
+    def overdue(self):
+        until = self.until
+        return until is not None and time.monotonic() > until
 
     def check(self):
         """Raise Lost if a worker has ended."""
@@ -102,10 +118,13 @@ def join(store, rank, size, device):
 
 
 def _watch(crew, processes):
-    """Once a worker has ended, end what still waits for it: NCCL would wait forever."""
+    """Once a worker has ended, or doesn't answer, end what still waits for it: NCCL would wait forever."""
     while (alive := crew()) is not None and not alive.closed:
-        if any(process.poll() is not None for process in processes):
+        if (overdue := alive.overdue()) or any(process.poll() is not None for process in processes):
             alive.lost = True
+            if overdue:
+                log.error("SVDQuant Several GPUs: a step did not end within %s s, so the processes of the other GPUs are ended.",
+                          STEP_SECONDS)
             alive.close()
             return
         del alive
@@ -121,13 +140,22 @@ def _end(processes, state):
         process.stdin.close()
     if state["ranks"] is not None and dist.is_initialized():
         with _leaving:
+            # A graph that runs ends once NCCL has begun to abort, and can be destroyed once it has ended; NCCL's abort ends once all graphs
+            # with its messages are destroyed.
+            leaving = threading.Thread(target=_leave, daemon=True)
+            leaving.start()
             state.pop("ranks").release_graphs()
-            for leave in (getattr(dist.distributed_c10d, "_abort_process_group", None), dist.destroy_process_group):
-                try:
-                    if leave and dist.is_initialized():
-                        leave()  # without waiting for the processes that are gone
-                except Exception as error:  # whatever state they left the group in
-                    log.debug("Leaving the process group: %s", error)
+            leaving.join()
+
+
+def _leave():
+    """Leave the process group without waiting for the processes that are gone."""
+    for leave in (getattr(dist.distributed_c10d, "_abort_process_group", None), dist.destroy_process_group):
+        try:
+            if leave and dist.is_initialized():
+                leave()
+        except Exception as error:  # whatever state they left the group in
+            log.debug("Leaving the process group: %s", error)
 
 
 def _environments(size, device):

@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
 
 from .alone import Alone, Lost
+from .peer_attention import Peers
 
 TIMEOUT = datetime.timedelta(hours=2)  # a process waits this long for one that is busy; one that has ended is noticed at once
 GRACE = 3  # seconds that a process has to end on its own once torchrun tells it to
@@ -94,12 +95,14 @@ def tensors_of(message, infos):
 class Ranks(Alone):
     """The processes of torch.distributed's default group.
 
-    device: where tensors are when they travel: the GPU with NCCL, else the CPU. graphs: CUDA graphs with messages in them.
+    device: where tensors are when they travel: the GPU with NCCL, else the CPU. graphs: CUDA graphs with messages in them. peers: the other
+    processes' memory.
     """
 
     def __init__(self, device, objects):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device, self.objects, self.graphs = torch.device(device), objects, weakref.WeakSet()
+        self.peers = Peers()
 
     def gathered(self, value):
         found = [None] * self.size
@@ -125,7 +128,12 @@ class Ranks(Alone):
         dist.broadcast(message, 0)
 
     def release_graphs(self):
-        """Destroy the graphs. NCCL waits for that before it leaves a group."""
+        """Destroy the graphs once they have ended; they wait for no other process's memory any more. NCCL waits for that before it leaves a
+        group."""
+        self.peers.stop()
+        if self.device.type == "cuda" and self.graphs:
+            with suppress(RuntimeError):  # of work that another process's end has broken
+                torch.cuda.synchronize(self.device)
         for graph in list(self.graphs):
             graph.reset()
 

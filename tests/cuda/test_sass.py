@@ -20,6 +20,7 @@ from comfyui_svdquant.cuda import (
     gptq,
     group_error,
     mlp,
+    put,
     quantize_activation,
     rms_ops,
 )
@@ -89,6 +90,7 @@ KERNELS = {
                   lambda d, a: 1, mlp_mma),
     "modulate": Kernel(lambda d, a: 32 * (d["TEAM"] if d["TEAM"] > 1 else block_ops.WARPS), lambda d, a: 1,
                        lambda d, a: None),
+    "put": Kernel(lambda d, a: put.THREADS, lambda d, a: 1, lambda d, a: None),
     "qk_norm_rope": Kernel(lambda d, a: block_ops.ROPE_THREADS, lambda d, a: 4, lambda d, a: None),
     "quantize": Kernel(quantize_threads, quantize_ctas, quantize_mma),
     "rms_modulate": Kernel(lambda d, a: 32 * (d["TEAM"] if d["TEAM"] > 1 else block_ops.WARPS), lambda d, a: 1, lambda d, a: None),

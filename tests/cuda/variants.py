@@ -9,6 +9,7 @@ from comfyui_svdquant.cuda import (
     gptq,
     group_error,
     mlp,
+    put,
     quantize_activation,
     rms_ops,
 )
@@ -43,6 +44,7 @@ def variants(target):
     return {
         "awq": awq.variants(target), **block_ops.variants(target), **rms_ops.variants(target),
         "expand_branch": expand_branch.variants(target), "gptq": gptq.variants(), "group_error": group_error.variants(),
+        "put": put.variants(),
         "gemm_mma": [variant for storage in by_mma for variant in gemm_mma.variants(storage, target)],
         "gemm_wgmma": gemm_wgmma.variants() if any(kernels.wgmma for *_, kernels in chosen) else [],
         "mlp": [] if fused is None else mlp.variants(fused.storage, target),

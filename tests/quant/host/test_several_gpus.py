@@ -1,6 +1,8 @@
 """SVDQuant Several GPUs on the CPU: a real worker process, gloo between the two."""
 
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from comfyui_svdquant.quant.host import loader, several_gpus
 from comfyui_svdquant.quant.host.attachments import SOURCE
 from comfyui_svdquant.quant.host.model_folder import target_folder
 from comfyui_svdquant.quant.layers import preparation
+from comfyui_svdquant.quant.parallel import crew as crew_module
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 from ..comfy_models import prompts, quantized, sample, save, write_flux
@@ -50,7 +53,7 @@ def wrapper(patcher):
     return patcher.wrappers[several_gpus.WRAPPER][several_gpus.KEY][0]
 
 
-def test_two_processes_draw_the_picture_of_one_and_end_with_the_model(model):
+def test_two_processes_draw_the_picture_of_one_and_end_with_the_model(model, monkeypatch, caplog):
     one = sample(model)
     two = several_gpus.several_gpus(model, 2)
     first, again = sample(two), sample(two)
@@ -67,6 +70,14 @@ def test_two_processes_draw_the_picture_of_one_and_end_with_the_model(model):
         sample(two)
     hook.remove()
     assert torch.equal(sample(two), first), "the next run works"
+    stopped = wrapper(two).crew.processes[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(crew_module, "STEP_SECONDS", 2)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        with pytest.raises(RuntimeError, match="has ended in the middle of a step"):
+            sample(two)
+    assert stopped.wait(10) and "did not end within 2 s" in caplog.text
+    assert torch.equal(sample(two), first)
     crew = wrapper(two).crew
     processes = crew.processes
     crew.close()

@@ -91,9 +91,12 @@ def check_memory(ranks):
         raise AssertionError("all processes step down together")
 
 
-def check_attention(ranks):
-    """Attention over divided tokens, in parts that the processes can't share evenly, is that of a single process."""
+def check_attention(ranks, attend=None):
+    """Attention over divided tokens, in parts that the processes can't share evenly, is that of a single process. attend: in place of
+    all_to_all.attend, whose bits it gives."""
     from comfyui_svdquant.quant.parallel import all_to_all
+
+    attend = attend or all_to_all.attend
 
     g, heads, d = torch.Generator().manual_seed(2), 4, 8
     parts, k = (5, 9), heads * d
@@ -104,25 +107,63 @@ def check_attention(ranks):
 
     division = all_to_all.Division(parts, ranks.rank, ranks.size)
     masks = torch.randn(2, 1, 1, sum(parts), generator=g).bfloat16(), torch.randn(2, 1, *[sum(parts)] * 2, generator=g).bfloat16()
-    for images, groups, mask in ((2, 1, None), (1, 2, None), (1, 1, None), *((2, 2, mask) for mask in masks)):
+    for images, groups, mask in ((1, 2, None), (2, 1, None), (1, 1, None), *((2, 2, mask) for mask in masks)):
         ordered, seen = None if mask is None else division.ordered(mask), []
 
         def of_heads(q, k, v, own, ordered=ordered, seen=seen):
             seen.append((own.start, own.stop))
             return attention(q, k, v, ordered)
 
-        out = all_to_all.attend(*(division.own(x[:images], 2) for x in (q, key, v)), division, of_heads, groups)
+        own = [division.own(x[:images], 2) for x in (q, key, v)]
+        out = attend(*own, division, of_heads, groups)
         whole = attention(*(x[:images] for x in (q, key, v)), mask)
         # The order of the keys decides how the sums are rounded.
         assert (out - division.own(whole, 1)).float().norm() < 0.01 * whole.float().norm()
-        own = heads // ranks.size
-        groups = min(own, groups)
-        assert seen == [(start, start + own // groups) for start in range(ranks.rank * own, (ranks.rank + 1) * own, own // groups)]
+        count = heads // ranks.size
+        groups = min(count, groups)
+        assert seen == [(start, start + count // groups) for start in range(ranks.rank * count, (ranks.rank + 1) * count, count // groups)]
+        assert torch.equal(out, all_to_all.attend(*own, division, of_heads, groups))
     image = all_to_all.gathered(division.own(whole, 1)[:, division.counts[ranks.rank][0]:], division, 1)
     assert image is None if ranks.rank else torch.equal(image, whole[:, parts[0]:])
     states = torch.randn(2, parts[1], k, generator=g)
     assert torch.equal(division.own_of_part(states, 1), division.own(torch.cat((torch.zeros(2, parts[0], k), states), 1), 1)
                        [:, division.counts[ranks.rank][0]:])
+
+
+def check_peers(ranks):
+    """Attention whose exchanges are writes into the other processes' memory, with waits of any length between its parts; and a process
+    that has ended, or that can't share its memory."""
+    import stand_in_peers
+    from comfyui_svdquant.quant.parallel import all_to_all, peer_attention
+    from comfyui_svdquant.quant.parallel import ranks as parallel_ranks
+
+    stand_in_peers.install(ranks.rank)
+    assert peer_attention.Peers().plan(ranks, torch.zeros(1, 4, 3, 6).bfloat16(), None, 1) is None, "rows of no whole pieces"
+    check_attention(ranks, lambda *args: peer_attention.attend(ranks, *args))
+    assert len(ranks.peers.plans) == 4 and len(ranks.peers.rooms) == 2, "a larger call has its own room, and the next ones find theirs"
+    division, g = all_to_all.Division((3, 6), ranks.rank, ranks.size), torch.Generator().manual_seed(ranks.rank)
+    previous = None
+    for turn in range(40):
+        q, k, v = torch.randn(3, 1, 4, division.tokens[ranks.rank], 8, generator=g).bfloat16()
+        out = peer_attention.attend(ranks, q, k, v, division, stand_in_peers.slow_attention(g), 1 + turn % 2)
+        assert torch.equal(out, all_to_all.attend(q, k, v, division, lambda q, k, v, own: (q + k - v).transpose(1, 2).flatten(2))), turn
+        assert previous is None or out.data_ptr() == previous
+        previous = out.data_ptr()
+    check_a_refusal(ranks, q, division, parallel_ranks.Peers)
+    if ranks.rank == 0:
+        ranks.peers.stop()  # as the thread that sees a process end does; nothing comes from the others any more
+        peer_attention.attend(ranks, q, k, v, division, lambda q, k, v, own: v.transpose(1, 2).flatten(2))
+
+
+def check_a_refusal(ranks, q, division, peers):
+    """What one process can't, none does; and what arrives wrong is not used."""
+    import stand_in_peers
+
+    for trouble in ("no handle", "not mapped", "wrong", "never"):
+        with stand_in_peers.trouble(trouble, ranks.rank == ranks.size - 1):
+            found = peers()
+            assert found.plan(ranks, q, division, 1) is None and found.refused, trouble
+            assert found.plan(ranks, q, division, 1) is None
 
 
 def main():
@@ -136,6 +177,7 @@ def main():
         check_memory(ranks)
         if ranks.size != 3:  # it has four heads
             check_attention(ranks)
+            check_peers(ranks)
         ranks.gathered(None)
         if ranks.rank == 0:
             print(f"{ranks.size} processes agree")

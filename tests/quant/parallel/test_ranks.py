@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
+import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from comfyui_svdquant.quant.parallel import all_to_all, ranks, shares
+from comfyui_svdquant.quant.parallel import all_to_all, crew, ranks, shares
 from comfyui_svdquant.quant.parallel.alone import ALONE
+from comfyui_svdquant.quant.parallel.peer_attention import Peers
 
 CHECKS = Path(__file__).with_name("checks.py")
 
@@ -75,3 +79,22 @@ def test_a_message_keeps_every_dtype():
     message = ranks.message_of(tensors, "cpu")
     for tensor, copy in zip(tensors, ranks.tensors_of(message, [(tuple(tensor.shape), tensor.dtype) for tensor in tensors])):
         assert torch.equal(tensor, copy) and tensor.dtype == copy.dtype
+
+
+def test_the_graphs_of_a_lost_run_and_its_group_end_together(monkeypatch):
+    """As CUDA and NCCL do: a running graph is destroyed once the abort has begun, which ends once the graph is destroyed."""
+    begun, destroyed = threading.Event(), threading.Event()
+    graph = types.SimpleNamespace(reset=lambda: begun.wait(10) and destroyed.set())
+    every = types.SimpleNamespace(peers=Peers(), graphs=[graph], device=torch.device("cpu"))
+    left = []
+
+    def abort():
+        begun.set()
+        left.append(destroyed.wait(10))
+
+    monkeypatch.setattr(crew, "dist", types.SimpleNamespace(is_initialized=lambda: not left, destroy_process_group=lambda: None,
+                                                            distributed_c10d=types.SimpleNamespace(_abort_process_group=abort)))
+    every.release_graphs = lambda: ranks.Ranks.release_graphs(every)
+    began = time.monotonic()
+    crew._end([], {"ranks": every})
+    assert left == [True] and time.monotonic() - began < 5 and not crew._leaving.locked()
