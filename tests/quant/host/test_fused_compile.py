@@ -73,7 +73,7 @@ def test_a_whole_model_is_one_graph(file, fused):
     assert len(graphs) == 1
     assert calls(graphs, "svdquant.modulate") == fused * NORMS and calls(graphs, "svdquant.gated_linear") == fused * GATED
     assert calls(graphs, "svdquant.qk_norm_rope") == fused * (DOUBLE + SINGLE)
-    assert calls(graphs) <= (345 if fused else 510), "as measured: 329 nodes, and 490 of ComfyUI 0.3.75's forwards"
+    assert calls(graphs) <= (395 if fused else 580), "as measured: 377 nodes, and 556 of ComfyUI 0.3.75's forwards"
     assert torch.equal(latent, sample(fresh(file))), "the same bits as without torch.compile"
 
 
