@@ -136,6 +136,11 @@ def _found(codes, dtype):
     return memory, begin
 
 
+def factors(memory, begin, k, rank):
+    """(proj_down (K, R), address of proj_up) of what a function of expander() returned."""
+    return _matrix(memory, begin, k, rank), memory.data_ptr() + (begin + k * rank) * memory.itemsize
+
+
 def _matrix(memory, begin, rows, rank):
     """The matrix (rows, rank) whose first number has this index."""
     return memory.as_strided((rows, rank), (rank, 1), begin)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 LARGEST_ERROR = 0.02  # relative, of outputs whose branches' products may be rounded to a neighboring 16-bit number
 OF_LAYER = ("weight", "weight_scale", "row_scale", "proj_up", "bias", "lora_up")  # a GEMM's constant arguments
 GEMM = ("y", "act", "act_scale", "lora_act", "lora_act_scale", *OF_LAYER)
+PROJ_UP = OF_LAYER.index("proj_up")
 NUMBERED = {"y", "lora_act", *OF_LAYER}  # each layer has its own
 _agreed = {}  # {arguments of _launches: the _Launches, whose outputs agreed with those of the layers' own calls, or () if they didn't}
 
@@ -71,11 +72,11 @@ def _kind(tokens, layers):
 
 
 def cached_launch(x, layers):
-    """svdquant_linears for these layers, without LoRAs, and inputs of x's shape, with all look-ups done: launch(x, proj_downs). None if
+    """svdquant_linears for these layers, without LoRAs, and inputs of x's shape, with all look-ups done: launch(x, branches). None if
     their first call has not been compared yet, or if they don't run together.
 
-    launch takes a plain() x of the same shape and the layers' current proj_downs (K, R), while their other tensors are where they were. It
-    returns the outputs, or None for an x of another dtype, device or layout.
+    launch takes a plain() x of the same shape, and (proj_down (K, R), address of proj_up) of each layer, while the layers' other tensors
+    are where they were. It returns the outputs, or None for an x of another dtype, device or layout.
     """
     if not ops.on_gpu(x) or not x.is_contiguous():
         return None
@@ -86,14 +87,16 @@ def cached_launch(x, layers):
         return None
     smooth, own = runtime.address(layers[0].smooth), _own(layers)
 
-    def launch(x, proj_downs):
+    def launch(x, branches):
         source = x.data_ptr()
         if x.dtype is not dtype or x.get_device() != index or source % 16 or not x.is_contiguous():
             return None
-        down = torch.cat(proj_downs, dim=1)
+        downs, values = [down for down, _ in branches], [*own]
+        values[PROJ_UP::len(OF_LAYER)] = [up for _, up in branches]
+        down = torch.cat(downs, dim=1)
         product = quantize_activation.multiplied(x.view(m, k), down) if launches.product else (down,)
         outputs = [allocate() for allocate in launches.allocate]
-        launches.run(source, smooth, 0, *(tensor.data_ptr() for tensor in (*product, *outputs)), *own)
+        launches.run(source, smooth, 0, *(tensor.data_ptr() for tensor in (*product, *outputs)), *values)
         return outputs if len(leading) == 1 else [y.view(*leading, y.shape[1]) for y in outputs]
 
     return launch

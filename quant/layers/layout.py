@@ -23,7 +23,7 @@ in half the bytes (checkpoint/int8_scales.py). The loaded layer still has the 16
 The description of this format always has `act_unsigned_from`, which is K if no column is unsigned. The format has its own name because a
 reader that used these integers as the scales would silently compute wrong images.
 
-The low-rank branch of both formats may be in 8 bits. A loaded layer has the same tensors, and expands them in each call
+The low-rank branch of both formats may be in 8 bits. A loaded layer has the same tensors, and they are expanded for each of its calls
 (cuda/expand_branch.py): the factors that it multiplies with are code * scale, in float32, rounded once to its 16-bit type. In a file:
 
     svdquant_w4a4_int8_branch

@@ -268,12 +268,19 @@ class SVDQuantLinear(BranchedLinear):
         """ops.cached_launch of the layer's operands."""
         if self.spec.branch_bits == 16 or not ops.on_gpu(x):
             return ops.cached_launch(x, args, gated)
-        codes = [self._parameters[f"weight_proj_{part}"] for part in ("down", "up", "scale")]
+        expand = self.expander(args.proj_up.dtype, x.device)
+        return None if expand is None else ops.cached_launch(x, args, gated, self.codes(), expand)
+
+    def codes(self):
+        """[proj_down, proj_up, their scale] of a branch in 8 bits."""
+        return [self._parameters[f"weight_proj_{part}"] for part in ("down", "up", "scale")]
+
+    def expander(self, dtype, device):
+        """expand_branch.expander for a branch in 8 bits; None without the kernel, when at() expands it by PyTorch."""
         try:
-            expand = expand_branch.expander(self.in_features, *args.proj_up.shape, args.proj_up.dtype, x.device)
-        except KernelsUnavailable:  # at() expands the branch by PyTorch
+            return expand_branch.expander(self.in_features, self.out_features, self.spec.rank, dtype, device)
+        except KernelsUnavailable:
             return None
-        return ops.cached_launch(x, args, gated, codes, expand)
 
     def _resident(self, p, lora):
         """Whether the tensors of a call are the layer's own, rather than copies of them. A branch in 8 bits is always expanded."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...cuda import ops, shared_input
+from ...cuda import expand_branch, ops, shared_input
 from .linear import SHAPES, SVDQuantLinear, operands, version_of
 
 _launches = weakref.WeakKeyDictionary()  # {a group's first layer: {x's shape: CachedLaunch}}
@@ -22,19 +22,29 @@ def outputs(layers, x):
     known = _launches.get(layers[0])
     known = None if known is None else known.get(x.shape)
     if known is not None and known.is_of(layers):
-        found = known.launch(x, [layer._parameters["weight_proj_down"] for layer in layers])
+        found = known.launch(x, list(map(branch, layers, known.expanders)))
         if found is not None:
             return found
     if not all(takes_part(layer, x) for layer in layers) or not are_alike(layers, x.device):
         return [layer(x) for layer in layers]
     args = [operands_of(layer, x) for layer in layers]
-    found, states = shared_input.svdquant_linears(x, args), [state(layer) for layer in layers]
-    if None not in states and (launch := shared_input.cached_launch(x, args)):
-        kept = _launches.setdefault(layers[0], {})
-        if len(kept) >= SHAPES:
-            kept.clear()
-        kept[x.shape] = CachedLaunch(launch, tuple(map(weakref.ref, layers)), states)
+    found = shared_input.svdquant_linears(x, args)
+    keep_launch(layers, x, args)
     return found
+
+
+def keep_launch(layers, x, args):
+    """Keep a CachedLaunch for the layers with these LayerOperands and x's shape, where there can be one."""
+    states, launch = [state(layer) for layer in layers], shared_input.cached_launch(x, args)
+    if launch is None or None in states:
+        return
+    expanders = [layer.expander(x.dtype, x.device) if layer.spec.branch_bits == 8 else None for layer in layers]
+    if any(expand is None and layer.spec.branch_bits == 8 for layer, expand in zip(layers, expanders)):
+        return
+    kept = _launches.setdefault(layers[0], {})
+    if len(kept) >= SHAPES:
+        kept.clear()
+    kept[x.shape] = CachedLaunch(launch, tuple(map(weakref.ref, layers)), states, expanders)
 
 
 class CachedLaunch(NamedTuple):
@@ -43,6 +53,7 @@ class CachedLaunch(NamedTuple):
     launch: Callable  # shared_input.cached_launch's
     layers: tuple     # weak references to the layers
     states: list      # of each when the launch was made
+    expanders: list   # of each, SVDQuantLinear.expander's; None with a branch in 16 bits
 
     def is_of(self, layers):
         return (len(layers) == len(self.layers)
@@ -50,9 +61,9 @@ class CachedLaunch(NamedTuple):
 
 
 def state(layer):
-    """All that a cached launch of an SVDQuantLinear that takes_part() depends on; None if there can be none: with LoRAs, a branch in 8 bits
-    or a patch of the bias."""
-    if layer.spec.branch_bits == 8 or layer.bias_function or layer._modules.get("lora_branch") is not None or not layer.alone():
+    """All that a cached launch of an SVDQuantLinear that takes_part() depends on; None if there can be none: with LoRAs or a
+    patch of the bias."""
+    if layer.bias_function or layer._modules.get("lora_branch") is not None or not layer.alone():
         return None
     p, row_scale, digest = layer._parameters, layer._row_scale, _digests.get(layer)
     if row_scale is not None and not _holds(row_scale.parameter, row_scale.version, p["weight_scale"]):
@@ -61,6 +72,14 @@ def state(layer):
         return None
     return (layer.spec, layer.act_bits, layer.gelu_from, p["weight_scale"].dtype, None if row_scale is None else row_scale.address,
             *[0 if tensor is None else tensor.data_ptr() for tensor in p.values()])
+
+
+def branch(layer, expand):
+    """(proj_down (K, R), address of proj_up) of a layer, in the type in which it multiplies. expand: of CachedLaunch.expanders."""
+    if expand is None:
+        p = layer._parameters
+        return p["weight_proj_down"], p["weight_proj_up"].data_ptr()
+    return expand_branch.factors(*expand(*(tensor.data_ptr() for tensor in layer.codes())), layer.in_features, layer.spec.rank)
 
 
 def _holds(reference, version, parameter):

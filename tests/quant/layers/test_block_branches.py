@@ -1,15 +1,15 @@
 """The branches in 8 bits of a block's layers by one launch, on the CPU, whose memory passes for a GPU's."""
 
+import contextlib
 import gc
 
 import pytest
 import torch
 import torch.utils.flop_counter
 from comfyui_svdquant.cuda import expand_branch, ops
-from comfyui_svdquant.cuda import shared_input as kernels
 from comfyui_svdquant.quant.layers import block_branches, layout, linear, shared_input
 
-from ...cuda.launches import expanding, memory, recorded
+from ...cuda.launches import expanding, groups, memory, recorded
 from .test_int8_branch_layer import RANK, K, N, lora_branch, pair, tokens
 
 
@@ -71,17 +71,40 @@ def test_a_block_expands_by_one_launch(found, kind):
     assert launches.pop() == 1, "outside the block a layer expands its own"
 
 
-def test_layers_that_share_an_input_find_their_branches(monkeypatch):
+@pytest.mark.parametrize("in_block", [True, False])
+def test_layers_that_share_an_input_find_their_branches(monkeypatch, in_block):
+    """In the first call and in cached launches."""
     narrow, wide = pairs(2)
     narrow[1].weight_smooth_factor.data.copy_(narrow[0].weight_smooth_factor)
-    monkeypatch.setattr(kernels, "compared", lambda kind, *call: kernels.launched(*call))  # there are no numbers to compare
+    general, block = groups(monkeypatch), Block(*narrow)
+    joined, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda *args, **more: joined.append(cat(*args, **more)) or joined[-1])
     with recorded(monkeypatch, 2) as calls, expanding(monkeypatch) as launches:
-        for step in range(2):
-            with block_branches.expanded(Block(*narrow)):
+        for step in range(6):
+            if step == 3:
+                narrow[1].weight_proj_scale.mul_(2)
+                wide[1].weight_proj_up.data.mul_(2), wide[1].weight_proj_down.data.mul_(2)
+            with block_branches.expanded(block) if in_block else contextlib.nullcontext():
                 shared_input.outputs(narrow, tokens())
             for i, layer in enumerate(wide):
                 assert torch.equal(memory(calls[-1][f"proj_up{i}"], torch.bfloat16, N, RANK), layer.weight_proj_up)
-            assert launches == [2] * (step + 1)
+            assert torch.equal(joined[-1], cat([layer.weight_proj_down for layer in wide], dim=1))
+            assert launches == ([2] if in_block else [1, 1]) * (step + 1) and len(general) == 1
+
+
+def test_without_the_kernel_such_layers_keep_no_launch(monkeypatch):
+    narrow, _ = pairs(2)
+    narrow[1].weight_smooth_factor.data.copy_(narrow[0].weight_smooth_factor)
+
+    def none(*args):
+        raise ops.KernelsUnavailable("The kernel failed its self-test.")
+
+    general = groups(monkeypatch)
+    with recorded(monkeypatch, 2), expanding(monkeypatch) as launches:
+        monkeypatch.setattr(expand_branch, "_kernel", none)
+        for _ in range(3):
+            shared_input.outputs(narrow, tokens())
+        assert len(general) == 3 and not launches
 
 
 @pytest.mark.parametrize("change", ["elsewhere", "type", "gone", "one left"])

@@ -12,7 +12,7 @@ from comfyui_svdquant.cuda.operands import NO_LORA
 from comfyui_svdquant.quant.layers import layout, linear, shared_input
 from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank
 
-from ...cuda.launches import aligned, recorded
+from ...cuda.launches import aligned, groups, recorded
 
 K, N = 128, 64
 
@@ -143,13 +143,7 @@ def test_what_prepares_the_kernels_keeps_no_layer(layers, monkeypatch):
 def group(monkeypatch):
     """(layers whose kernels run together, with 8-bit activations, {name: address} of each call of them, the operands of each general
     call)"""
-    def compared(kind, launches, *call):
-        kernels._agreed[kind] = launches
-        return kernels.launched(launches, *call)
-
-    layers, general, op = [layer_of(seed, rank=32, act_bits=8) for seed in range(3)], [], kernels.svdquant_linears
-    monkeypatch.setattr(kernels, "compared", compared)
-    monkeypatch.setattr(kernels, "svdquant_linears", lambda x, layers: general.append(layers) or op(x, layers))
+    layers, general = [layer_of(seed, rank=32, act_bits=8) for seed in range(3)], groups(monkeypatch)
     with recorded(monkeypatch, 3) as calls:
         yield layers, calls, general
 
