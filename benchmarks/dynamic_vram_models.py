@@ -31,12 +31,12 @@ def patcher(variant, rank, smaller):
 
 def stored(variant, smaller):
     """{name: tensor} of a FLUX.1's file, with the layers in a format of ComfyUI's that are in 4 bits in this pack's files."""
-    import comfy.ops
     from comfy import quant_ops
     from comfyui_svdquant.quant.families.flux1 import FAMILY
+    from comfyui_svdquant.quant.host.operations import Operations
     from comfyui_svdquant.quant.layers.layout import encode_conf
 
-    shapes = {name: p.shape for name, p in flux_model.new_flux(comfy.ops.disable_weight_init, "meta", **smaller).named_parameters()}
+    shapes = {name: p.shape for name, p in flux_model.new_flux(Operations, "meta", **smaller).named_parameters()}
     packed, tensors = {f"{name}.weight" for name in FAMILY.packed_names(shapes)}, {}
     for name, shape in shapes.items():
         values = flux_model.random_(torch.empty(shape, dtype=torch.bfloat16, device=flux_model.device()), name)

@@ -17,6 +17,16 @@ class Operations(comfy.ops.manual_cast):
     """ComfyUI gets this class as a model's custom_operations. Every 16-bit layer stays ComfyUI's own. The packed layers inherit
     CastWeightBiasOp, by which ComfyUI's model patcher recognizes a layer that can run while its weights are on another device."""
 
+    # With Dynamic VRAM, ComfyUI's linears and embeddings have no parameters until they are loaded, except in classes with a
+    # _load_from_state_dict of their own. Models are built on the meta device here, where parameters take no memory, and filled by name.
+    class Linear(comfy.ops.manual_cast.Linear):
+        def _load_from_state_dict(self, *args):
+            super()._load_from_state_dict(*args)
+
+    class Embedding(comfy.ops.manual_cast.Embedding):
+        def _load_from_state_dict(self, *args):
+            super()._load_from_state_dict(*args)
+
     class Packed(comfy.ops.CastWeightBiasOp):
         comfy_cast_weights = True
 
