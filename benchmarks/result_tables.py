@@ -3,6 +3,8 @@
 Each function takes a tables.Results and, if the files are of one machine, that machine's name in them; it returns lines of Markdown.
 """
 
+import re
+
 import files
 import layer_error
 import linears
@@ -30,6 +32,7 @@ COMMANDS = {
     "pictures": "python benchmarks/pictures.py --comfyui PATH --prompts 128 --batch 64",
     "quantize_full": "python benchmarks/quantize_full.py --comfyui PATH --model MODEL --vram-gb GB",
     "several_gpus": "python benchmarks/several_gpus.py --comfyui PATH --blocks 5,10",
+    "dynamic_vram": "python benchmarks/dynamic_vram.py --comfyui PATH",
     "text_encoder": "python benchmarks/text_encoder.py --comfyui PATH",
 }
 MODELS = {"bf16": "bf16", "fp8": "fp8, a scale a row (torchao's scheme)", "comfyui-fp8": "fp8, ComfyUI's own with --fast",
@@ -53,6 +56,7 @@ LORAS = {"rank 16, q k v apart": "one of rank 16, with factors of their own for 
 README_RECIPES = {"naive rounding": "plain rounding", pictures.BASE: "DeepCompressor's default", pictures.GPTQ: "DeepCompressor with GPTQ",
                   "ours: data-free": "this pack, `data-free`", "ours: fast": "this pack, `fast`", pictures.OURS: "**this pack, `best`**",
                   "ours: slow": "this pack, `slow`"}
+OFFLOADED = {"4 bits": "**4 bits, W4A8**", "bf16": "bf16", "float8_e4m3fn": "fp8, ComfyUI's own", "asym_w4a8_int8": "4 bits, ComfyUI's own"}
 STANDARD = 1024, 1  # pixels and batch of the sizes that the README shows
 
 
@@ -73,9 +77,16 @@ def entries(result):
     return sorted(result["entries"], key=lambda entry: entry["variant"].startswith("ours"))
 
 
-def label(variant):
-    model, _, mode = variant.rpartition("-")
-    return MODELS.get(model, model) + MODES.get(mode, f", {mode}")
+def branches(entry):
+    """The words for the branches of an entry that was measured before they had 8 bits and twice the rank."""
+    old = entry.get("rank") == 32 and re.search(r"\bours\b", entry["variant"])
+    return ", branches of rank 32 in 16 bits" if old else ""
+
+
+def label(entry):
+    """The words for an entry's variant."""
+    model, _, mode = entry["variant"].rpartition("-")
+    return MODELS.get(model, model) + ("" if model.endswith("16-bit-branch") else branches(entry)) + MODES.get(mode, f", {mode}")
 
 
 def summary(results, gpu):
@@ -104,10 +115,10 @@ def step_rows(found, sized):
     for entry in found:
         size = [f"{entry['pixels']} x {entry['pixels']}, batch {entry['batch']}"] if sized else []
         if "not_measured" in entry:
-            rows.append([*size, label(entry["variant"]), entry["not_measured"], *[""] * (4 + len(kinds))])
+            rows.append([*size, label(entry), entry["not_measured"], *[""] * (4 + len(kinds))])
             continue
         warm = f"{entry['first_warm_s']:.1f} s" if "first_warm_s" in entry else ""
-        rows.append([*size, label(entry["variant"]), f"{entry['ms']:.1f}", f"{entry['first_s']:.1f} s", warm,
+        rows.append([*size, label(entry), f"{entry['ms']:.1f}", f"{entry['first_s']:.1f} s", warm,
                      f"{entry['weights_gb']:.2f} GB", f"{entry['peak_gb']:.2f} GB",
                      *(f"{entry['kernel_ms'][kind]:.1f}" if kind in entry.get("kernel_ms", {}) else "" for kind in kinds)])
     return rows, kinds
@@ -138,8 +149,8 @@ def families(results, gpu):
         found = {entry["variant"].removeprefix(f"{model} "): entry for entry in results(f"family_step_{gpu}")["entries"]
                  if entry["variant"].startswith(f"{model} ")}
         base = found.get("bf16-eager", {}).get("ms")
-        rows += [[title, name, f"{entry['ms']:.1f}", f"{base / entry['ms']:.2f}x" if base else "", f"{entry['first_s']:.1f} s",
-                  f"{entry['weights_gb']:.2f} GB", f"{entry['peak_gb']:.2f} GB"]
+        rows += [[title, name + branches(entry), f"{entry['ms']:.1f}", f"{base / entry['ms']:.2f}x" if base else "",
+                  f"{entry['first_s']:.1f} s", f"{entry['weights_gb']:.2f} GB", f"{entry['peak_gb']:.2f} GB"]
                  for variant, name in FAMILY_VARIANTS.items() if (entry := found.get(variant))]
     return table(["model, 1024 x 1024", "precision", "ms a step", "faster than bf16", "first step", "weights", "peak memory"], rows)
 
@@ -279,6 +290,15 @@ def several(results, gpu):
             *table(["step", "1 GPU", "2 GPUs", "faster", "relative error", "of another attention function", "bits again"], steps)]
 
 
+def offloaded(results, gpu):
+    """A step under Dynamic VRAM while little GPU memory is free, by this pack's layers and by ComfyUI's own."""
+    found = results(f"dynamic_vram_{gpu}")["entries"]
+    rows = [[f"{entry['pixels']} x {entry['pixels']}", OFFLOADED[entry["variant"]], f"{entry['model_gb']:.1f} GB",
+             f"{entry['free_gb']:g} GB" if entry["free_gb"] else "all", f"{entry['resident_gb']:.1f} GB", f"{entry['ms']:.1f}",
+             f"{entry['least_ms']:.1f} to {entry['most_ms']:.1f}", "the same" if entry["same_bits"] else "others"] for entry in found]
+    return table(["picture", "model", "its size", "free GPU memory", "of the model on the GPU", "ms a step", "from and to", "bits"], rows)
+
+
 def file(results, machine):
     """Loading and converting files."""
     return files.tables(results(f"files_{machine}")).replace("warm / cold:", "Warm / cold:").split("\n")
@@ -311,5 +331,5 @@ def demo(results):
 TABLES = {"summary": summary, "step": step, "steps": steps, "caps": caps, "linears": linear, "lora": lora, "loras": loras, "layers": layers,
           "pictures": picture, "sources": sources,
           "families": families, "family_pictures": family_pictures, "encoders": encoders,
-          "recipes": recipes, "quantize": quantize, "several": several, "files": file, "overhead": overhead, "compile": compilation,
-          "demo": demo}
+          "recipes": recipes, "quantize": quantize, "several": several, "offloaded": offloaded, "files": file, "overhead": overhead,
+          "compile": compilation, "demo": demo}
