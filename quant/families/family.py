@@ -20,7 +20,7 @@ OUTSIDE = "outside"  # in place of a block's name: the layers outside the blocks
 class Packing(Enum):
     """How a linear is stored in 4 bits."""
 
-    W4A4 = "4-bit weights and activations beside a 16-bit low-rank branch"
+    W4A4 = "4-bit weights and activations beside a low-rank branch"
     W4A16 = "4-bit weights, 16-bit activations: for layers that see few tokens"
 
 
