@@ -78,7 +78,7 @@ def cached_launch(x, layers):
     launch takes a plain() x of the same shape, and (proj_down (K, R), address of proj_up) of each layer, while the layers' other tensors
     are where they were. It returns the outputs, or None for an x of another dtype, device or layout.
     """
-    if not ops.on_gpu(x) or not x.is_contiguous():
+    if not ops.on_gpu(x) or not x.is_contiguous() or any(layer.weight_scale.dtype != x.dtype for layer in layers):
         return None
     *leading, k = x.shape
     dtype, index, tokens = x.dtype, x.get_device(), x.view(-1, k)

@@ -127,7 +127,7 @@ def _fill(model, patcher, progress):
         if path in packed_already:
             continue
         source = patcher.model.get_submodule(path)
-        scaled = not type(source).__qualname__.startswith(("manual_cast.", "disable_weight_init."))
+        scaled = not type(source).__qualname__.startswith(("manual_cast.", "disable_weight_init.", "Operations."))
         if scaled and (is_linear(source) or is_embedding(source)) and has_plain_forward(source):
             module = dense(source, _half(source.weight.dtype))
             swap(model, path, module)

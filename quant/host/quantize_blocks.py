@@ -91,7 +91,7 @@ def quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kep
                 own = {block: _quantize_block(patcher, plan, block, waiting[block], specs, recipe, memory, progress, pace, ranks.rank, home)
                        for block in waiting}
                 blocks = _collected(own, ranks, everywhere)
-                for _, found in blocks.values():
+                for found in [of_block[1] for of_block in blocks.values()]:
                     for record in found:
                         if record.name in pace.left:  # another process has quantized it
                             pace.done(record.name)
@@ -103,6 +103,7 @@ def quantize_blocks(family, patcher, specs, recipe, calls, progress, memory, kep
                 else:
                     keep(calibration.to_device(blocks, patcher.offload_device))
                 waiting.clear()
+                del own, blocks  # the next replays need the memory
             before = time.perf_counter()
     place = plan.order()
     return packed, sorted(records, key=lambda record: place[record.name])

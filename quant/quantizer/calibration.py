@@ -418,9 +418,12 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
                 return _replay(diffusion_model, calls[place], memory, blocks, pass_through, group, memory.states[place], read_later)
 
         with ExitStack() as stack:
-            for name, block in blocks[group.start:group.stop]:
-                stack.enter_context(loaded(name, block))
-                stack.enter_context(in_4_bits(name, block))
+            def enter():
+                for name, block in blocks[group.start:group.stop]:
+                    stack.enter_context(loaded(name, block))
+                    stack.enter_context(in_4_bits(name, block))
+
+            shared_replay.together(ranks, enter)
             return shared_replay.replay_all(ranks, order, replay, stats, owner_of)
 
     groups = _groups(blocks, last if quantized is None else None)
@@ -432,6 +435,7 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
         result = memory.attempt(name, functools.partial(run, group, layers, _unchanged, read_later), otherwise=len(group) > 1)
         if _must_part(group, result, ranks):
             groups[:0] = [range(index, index + 1) for index in group]
+            result = None  # its statistics would take memory beside those of the first block
             continue
         stats, outputs = result
         _check_has_run(name, ranks.gathered(any(outputs)))

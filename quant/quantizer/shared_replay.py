@@ -62,9 +62,13 @@ def replay_all(ranks, order, replay, stats, owner_of):
                     outputs.append(replay(number, add))
 
         together(ranks, run_own)
-        arrived = itertools.chain.from_iterable(ranks.exchanged(outgoing))
-        for _, layer, part in sorted(arrived, key=lambda item: item[0]):
-            stats[layer].merge(part)
+        arrived = sorted(itertools.chain.from_iterable(ranks.exchanged(outgoing)), key=lambda item: item[0])
+
+        def merge():
+            for _, layer, part in arrived:
+                stats[layer].merge(part)
+
+        together(ranks, merge)
     return {layer: found for layer, found in stats.items() if owner_of(layer) == ranks.rank}, outputs
 
 

@@ -17,8 +17,8 @@ from ...cuda.launches import aligned, groups, recorded
 K, N = 128, 64
 
 
-def layer_of(seed, smooth=1.0, branch_bits=16, rank=16, act_bits=0):
-    spec = replace(layout.svdquant_spec(K, N, rank, K, True, torch.bfloat16), branch_bits=branch_bits)
+def layer_of(seed, smooth=1.0, branch_bits=16, rank=16, act_bits=0, dtype=torch.bfloat16):
+    spec = replace(layout.svdquant_spec(K, N, rank, K, True, dtype), branch_bits=branch_bits)
     layer, g = linear.SVDQuantLinear(spec, "cpu"), torch.Generator().manual_seed(seed)
     for p in layer.parameters():
         p.data.copy_(torch.randint(-8, 8, p.shape, generator=g) if p.dtype == torch.int8 else torch.rand(p.shape, generator=g) + 0.5)
@@ -203,6 +203,17 @@ def test_a_change_is_looked_up(group, change):
     alone = change in ("hook", "smoothing in place", "bits")
     shared_input.outputs(layers, x)
     assert len(general) == seen + (not alone) and (len(calls) > launched or alone or change in ("fewer layers", "type of x"))
+
+
+def test_layers_of_another_type_take_no_launch_of_these(group):
+    """A model whose file has 16-bit floats of another type than its states computes layer by layer, also beside one that doesn't."""
+    (layers, calls, _), x = group, random_tokens(6)
+    for _ in range(2):
+        shared_input.outputs(layers, x)
+    others, launched = [layer_of(seed, rank=32, act_bits=8, dtype=torch.float16) for seed in range(3)], len(calls)
+    for _ in range(3):
+        shared_input.outputs(others, x)
+    assert launched == 2 and len(calls) == launched and not shared_input._launches.get(others[0])
 
 
 def test_a_cached_launch_keeps_no_layer(group):
