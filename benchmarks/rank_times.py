@@ -18,7 +18,7 @@ class RankTimes:
 
     def __init__(self, ranks):
         self.ranks, self.inside = ranks, False
-        self.marks, self.names = [self.mark()], []  # of the start, and an entry and an exit for each name
+        self.marks, self.names = [self.mark()], []  # marks: the start, then the entry and the exit of each name
         self.gathered = ranks.gathered
         for message in MESSAGES:
             setattr(ranks, message, self.marked(getattr(ranks, message)))

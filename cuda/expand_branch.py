@@ -18,7 +18,8 @@ SOURCE, ENTRY = "expand_branch.cu", "expand_branch"
 THREADS = 256  # threads of a CTA, as in expand_branch.cu; each expands CODES_STEP ranks of a row
 LAYERS = 16    # layers of a launch for several
 PIECE = 16     # bytes of a piece of the output
-FIELDS = ("proj_down", "proj_up", "scale", "offset", "first_cta", "down_pieces", "pieces", "row_pieces")  # of expand_branch.cu's Branch
+# The fields of expand_branch.cu's Branch, in their order.
+FIELDS = ("proj_down", "proj_up", "scale", "offset", "first_cta", "down_pieces", "pieces", "row_pieces")
 NO_LAYER = (0, 0, 0, 0, 2**31 - 1, 0, 0, 0)  # the FIELDS of a place of the table without a layer: no launch has so many CTAs
 INSTEAD = "branches in 8 bits are expanded by PyTorch, which is slower"
 _current = threading.local()  # block: the innermost Expanded that this thread has entered

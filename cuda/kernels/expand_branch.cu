@@ -13,7 +13,7 @@ struct Branch {
   const uint4* proj_down;  // (K, R) int8, in pieces
   const uint4* proj_up;    // (N, R) int8, in pieces
   const u16* scale;        // (K + N,) bf16
-  long long offset;        // of the expanded branch (K + N, R), in pieces of 16 bytes
+  long long offset;        // where the expanded branch (K + N, R) begins, in pieces of 16 bytes
   long long first_cta;     // a number that no CTA has, where the table has no further layer
   long long down_pieces;   // K * R / 16
   long long pieces;        // (K + N) * R / 16

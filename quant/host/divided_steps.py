@@ -25,7 +25,7 @@ class DividedSteps:
     def __init__(self, every, family):
         self.every, self.family = every, family
         self.numbers, self.live = itertools.count(1), weakref.WeakValueDictionary()  # in process 0: of the graphs, and {number: Step}
-        self.patches, self.groups = None, 1  # what the next forward has
+        self.patches, self.groups = None, 1  # the LoRAs, and the groups of heads, of the next forward
         self.recordings = {}                 # in the other processes: {number: what `recorded` returns}
 
     # --- Process 0

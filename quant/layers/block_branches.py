@@ -13,7 +13,6 @@ from ...cuda.errors import KernelsUnavailable
 from .linear import SVDQuantLinear
 
 NOTHING = contextlib.nullcontext()
-FACTORS = "weight_proj_down", "weight_proj_up", "weight_proj_scale"
 _plans = weakref.WeakKeyDictionary()  # {block: _Plan}
 
 
@@ -21,7 +20,7 @@ class _Plan(NamedTuple):
     """How a block's branches are expanded while they stay where they are."""
 
     layers: tuple  # weak references to the block's layers that have a branch in 8 bits
-    found: list    # their _branches for which `expand` is
+    found: list    # what _branches returned when `expand` was made
     expand: Optional[Callable]  # expand_branch.ahead_of's; None if each layer expands its own
 
 
@@ -32,7 +31,7 @@ def expanded(block):
         layers = (layer for layer in block.modules() if isinstance(layer, SVDQuantLinear) and layer.spec.branch_bits == 8)
         plan = _plans[block] = _Plan(tuple(map(weakref.ref, layers)), [], None)
     layers = [layer for reference in plan.layers if (layer := reference()) is not None]
-    if not layers or not ops.plain(layers[0]._parameters[FACTORS[0]]):
+    if not layers or not ops.plain(layers[0].codes()[0]):
         return NOTHING
     found = _branches(layers)
     if found != plan.found:
@@ -41,22 +40,17 @@ def expanded(block):
 
 
 def _branches(layers):
-    """[(addresses of FACTORS, the type in which the layer multiplies)]"""
-    found = []
-    for layer in layers:
-        p = layer._parameters
-        addresses = p["weight_proj_down"].data_ptr(), p["weight_proj_up"].data_ptr(), p["weight_proj_scale"].data_ptr()
-        found.append((addresses, p["weight_scale"].dtype))
-    return found
+    """[(addresses of the layer's codes(), the type in which it multiplies)]"""
+    return [(tuple(tensor.data_ptr() for tensor in layer.codes()), layer._parameters["weight_scale"].dtype) for layer in layers]
 
 
 def _expander(layers, found):
     """expand_branch.ahead_of the branches on one GPU and in one type, those of the first one there; None if less than two are."""
     resident, where = [], None
     for layer, (addresses, dtype) in zip(layers, found):
-        factors = [layer._parameters[name] for name in FACTORS]
-        devices = {factor.device for factor in factors}
-        if ops.on_gpu(factors[0]) and len(devices) == 1:
+        codes = layer.codes()
+        devices = {tensor.device for tensor in codes}
+        if ops.on_gpu(codes[0]) and len(devices) == 1:
             where = where or (dtype, *devices)
             if where == (dtype, *devices):
                 resident.append((addresses, (layer.in_features, layer.out_features, layer.spec.rank)))

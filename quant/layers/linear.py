@@ -273,7 +273,8 @@ class SVDQuantLinear(BranchedLinear):
 
     def codes(self):
         """[proj_down, proj_up, their scale] of a branch in 8 bits."""
-        return [self._parameters[f"weight_proj_{part}"] for part in ("down", "up", "scale")]
+        p = self._parameters
+        return [p["weight_proj_down"], p["weight_proj_up"], p["weight_proj_scale"]]
 
     def expander(self, dtype, device):
         """expand_branch.expander for a branch in 8 bits; None without the kernel, when at() expands it by PyTorch."""

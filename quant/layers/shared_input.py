@@ -52,8 +52,8 @@ class CachedLaunch(NamedTuple):
 
     launch: Callable  # shared_input.cached_launch's
     layers: tuple     # weak references to the layers
-    states: list      # of each when the launch was made
-    expanders: list   # of each, SVDQuantLinear.expander's; None with a branch in 16 bits
+    states: list      # state() of each layer when the launch was made
+    expanders: list   # SVDQuantLinear.expander's function for each layer; None with a branch in 16 bits
 
     def is_of(self, layers):
         return (len(layers) == len(self.layers)

@@ -18,7 +18,7 @@ from .ranks import Ranks
 
 START_SECONDS = 600  # that the workers may take until their models are loaded
 EVER = datetime.timedelta(days=3650)  # the workers wait this long for the next task; their end is noticed by the connection
-STEP_SECONDS = 600  # that a step may take; a worker that is stopped, or whose GPU is, never answers
+STEP_SECONDS = 600  # the longest time of a step; a worker that is stopped, or whose GPU is, never answers
 READY, POLL = "ready/{}", 0.1
 
 log = logging.getLogger(__name__)

@@ -132,7 +132,7 @@ class Ranks(Alone):
         group."""
         self.peers.stop()
         if self.device.type == "cuda" and self.graphs:
-            with suppress(RuntimeError):  # of work that another process's end has broken
+            with suppress(RuntimeError):  # the work fails where another process has ended in it
                 torch.cuda.synchronize(self.device)
         for graph in list(self.graphs):
             graph.reset()

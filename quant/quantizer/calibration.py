@@ -375,18 +375,6 @@ def _check_has_run(name, found):
                          "from the MODEL, and put them behind SVDQuant Quantize Model.")
 
 
-def _groups(blocks, last):
-    """[range of the indices of blocks that are replayed together]. last: names of the blocks that end a group, or None: all do."""
-    ends = [index for index, (name, _) in enumerate(blocks, 1) if last is None or name in last or index == len(blocks)]
-    return [range(*pair) for pair in zip([0, *ends], ends)]
-
-
-def _must_part(group, result, ranks):
-    """Whether the blocks of a group have to be replayed on their own: the device has no room for all of them, or a call skips one, and then
-    counts for none of the later ones. result: of this process's replays, (statistics, outputs) or None."""
-    return len(group) > 1 and any(ranks.gathered(result is None or any(len(found) < len(group) for found in result[1])))
-
-
 def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_through, with_gram=False, tokens_per_input=None,
                   loaded=_unchanged, quantized=None, sources=None, ranks=ALONE, owner_of=lambda layer: 0, last=None):
     """Yield (block name, {layer name: InputStats}) for one block after the other. The statistics are released before the next block.
@@ -426,14 +414,14 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
             shared_replay.together(ranks, enter)
             return shared_replay.replay_all(ranks, order, replay, stats, owner_of)
 
-    groups = _groups(blocks, last if quantized is None else None)
+    groups = shared_replay.block_groups(blocks, last if quantized is None else None)
     while groups:
         group = groups.pop(0)
         name, own = blocks[group[-1]][0], {blocks[index][0]: layers_of(*blocks[index]) for index in group}
         read_later = {source for later, _ in blocks[group.stop:] for source in sources.get(later, ())}
         layers = {layer: module for found in own.values() for layer, module in found.items()}
         result = memory.attempt(name, functools.partial(run, group, layers, _unchanged, read_later), otherwise=len(group) > 1)
-        if _must_part(group, result, ranks):
+        if shared_replay.must_part(group, result, ranks):
             groups[:0] = [range(index, index + 1) for index in group]
             result = None  # its statistics would take memory beside those of the first block
             continue

@@ -36,6 +36,18 @@ def running_order(ranks, own):
     return sorted((number, rank) for rank, found in enumerate(ranks.gathered(own)) for number in found)
 
 
+def block_groups(blocks, last):
+    """[range of the indices of blocks that are replayed together]. last: names of the blocks that end a group, or None: all do."""
+    ends = [index for index, (name, _) in enumerate(blocks, 1) if last is None or name in last or index == len(blocks)]
+    return [range(*pair) for pair in zip([0, *ends], ends)]
+
+
+def must_part(group, result, ranks):
+    """Whether the blocks of a group have to be replayed on their own: the device has no room for all of them, or a call skips one, and then
+    counts for none of the later ones. result: of this process's replays, (statistics, outputs) or None."""
+    return len(group) > 1 and any(ranks.gathered(result is None or any(len(found) < len(group) for found in result[1])))
+
+
 def replay_all(ranks, order, replay, stats, owner_of):
     """Replay this process's calls, and add what all calls contribute to the layers of this process.
 

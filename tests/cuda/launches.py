@@ -128,7 +128,7 @@ def expanding(monkeypatch, dtype=torch.bfloat16):
             return kept[-1]
         return allocate
 
-    others, kept = runtime.chain, []  # what a recorded address refers to stays
+    others, kept = runtime.chain, []  # kept: the outputs, so that recorded addresses stay valid
     expand_branch.launcher.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(expand_branch, "_kernel", lambda dtype, layers, device: runtime.Kernel(layers, -1, 0))
