@@ -77,7 +77,7 @@ def discovered(description):
             measure=lambda shapes, usual: {KEY: description}, derive=lambda config: {}, trouble=lambda config: None),
         tensors=lambda config: dict(shapes),
         figures=lambda config: f"{blocks} blocks and {len(layers)} layers, found by calibration",
-        text_width="", pooled=False, encoders="", clip_type="", tokens=tuple(description["tokens"]), examples=(),
+        text_width="", pooled=None, encoders="", clip_type="", tokens=tuple(description["tokens"]), examples=(),
         reads=MappingProxyType({name: tuple(sources) for name, sources in description["blocks"].items()}),
         read_outside=tuple(description["outside"]), packed=MappingProxyType(packed),
         readers=MappingProxyType({name: entry["reads"] for name, entry in layers.items()}))

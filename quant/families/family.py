@@ -112,6 +112,21 @@ class BlockList:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """The conditioning's pooled output, which a forward takes as one row a picture, and which reaches W4A16 layers alone.
+
+    argument: its name in the forward; others: the other arguments with one row a picture; embedders: beginnings of the names of the
+    modules that embed these arguments, whose rows are added up for the other W4A16 layers; unless: keyword arguments with which a forward
+    has other rows.
+    """
+
+    argument: str
+    others: tuple
+    embedders: tuple
+    unless: tuple = ()
+
+
+@dataclass(frozen=True)
 class FusedBlock:
     """A forward for the blocks of one of the host's classes, which computes the same with fewer passes over memory.
 
@@ -300,10 +315,10 @@ class Family:
     tensors(configuration) -> {tensor name in a file: shape} of a 16-bit model, packed layers as the linears that they replace;
     figures(configuration): the sizes that describe a model to users, as text; variants(configuration): the name of the published model
     with this configuration, or None.
-    text_width: configuration key of the conditioning's width; pooled: whether the conditioning needs a pooled output; encoders: the text
-    encoders to name in a message; clip_type: the host's name of the kind of text encoder. cell: pixels a side of one element of the latent;
-    tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a
-    pattern with a rank; largest: (name, tokens, inputs, outputs) of the largest layers of a published model, on which a GPU is measured;
+    text_width: configuration key of the conditioning's width; pooled: the conditioning's pooled output, None if the model takes none;
+    encoders: the text encoders to name in a message; clip_type: the host's name of the kind of text encoder. cell: pixels a side of one
+    element of the latent; tokens: usual numbers of tokens in a layer's input; examples: for a tooltip, a pattern of layers and a pattern
+    with a rank; largest: (name, tokens, inputs, outputs) of the largest layers of a published model, on which a GPU is measured;
     renamed: (pattern of a parameter's name in newer hosts, its replacement in a file, which every host reads); fused: the module in this
     folder whose BLOCKS are {dotted name of a host's class: FusedBlock}, imported when a model is built; None if there is none.
     """
@@ -318,7 +333,7 @@ class Family:
     tensors: Callable[[dict], dict]
     figures: Callable[[dict], str]
     text_width: str
-    pooled: bool
+    pooled: Pooled | None
     encoders: str
     clip_type: str
     tokens: tuple

@@ -12,6 +12,7 @@ from .family import (
     Layer,
     Nunchaku,
     Packing,
+    Pooled,
     Signature,
     all_unsigned,
 )
@@ -238,7 +239,8 @@ FAMILY = Family(
     figures=figures,
     variants=variants,
     text_width="context_in_dim",
-    pooled=True,
+    # A reference latent at a noise level of its own doubles the rows of the noise levels alone.
+    pooled=Pooled("y", ("timestep", "guidance"), ("time_in.", "guidance_in.", "vector_in."), ("ref_latents_method",)),
     encoders="clip_l and t5xxl",
     clip_type="FLUX",
     tokens=(4096, 512, 4608),  # a 1024 x 1024 image, its text, both

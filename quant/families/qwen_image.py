@@ -118,7 +118,7 @@ FAMILY = Family(
     variants=lambda config: {"index_timestep_zero": "Qwen-Image-Edit-2511", "negative_index": "Qwen-Image-Layered"}.get(
         config["default_ref_method"]),
     text_width="joint_attention_dim",
-    pooled=False,
+    pooled=None,
     encoders="Qwen2.5-VL 7B, with CLIPLoader's type qwen_image",
     clip_type="QWEN_IMAGE",
     tokens=(4096, 256, 4352),  # a 1024 x 1024 image, its text, both

@@ -128,7 +128,7 @@ FAMILY = Family(
     figures=lambda config: (f"{config['n_layers']} main blocks, {config['n_refiner_layers']} refiners of the text and "
                             f"{config['n_refiner_layers']} of the image, hidden size {config['dim']}, {config['in_channels']} channels in"),
     text_width="cap_feat_dim",
-    pooled=False,
+    pooled=None,
     encoders="Qwen3 4B, with CLIPLoader's type lumina2",
     clip_type="LUMINA2",
     tokens=(4096, 256, 4352),  # a 1024 x 1024 image, its text, both

@@ -8,7 +8,7 @@ import torch
 
 from ..families.family import OUTSIDE
 from ..parallel.alone import ALONE
-from ..quantizer import calibration, shared_replay
+from ..quantizer import calibration, pooled_rows, shared_replay
 from . import build, resume
 from .patcher import PREFIX
 
@@ -120,7 +120,8 @@ def block_statistics(family, patcher, calls, specs, recipe, memory, packed, done
         yield from calibration.stream_blocks(model, calls, memory, replayed, layers_of, family.pass_through, recipe.needs_gram(),
                                              recipe.tokens, loaded, quantized if recipe.propagate == "quantized" else None,
                                              {OUTSIDE: (blocks[-1][0],)} | family.sources(model), ranks, owner_of,
-                                             last if all(ranks.gathered(whole)) else None)
+                                             last if all(ranks.gathered(whole)) else None,
+                                             pooled_rows.PooledRows.of(family, model, calls, ranks))
 
 
 def make_room(patcher, needed):

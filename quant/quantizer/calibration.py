@@ -376,7 +376,7 @@ def _check_has_run(name, found):
 
 
 def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_through, with_gram=False, tokens_per_input=None,
-                  loaded=_unchanged, quantized=None, sources=None, ranks=ALONE, owner_of=lambda layer: 0, last=None):
+                  loaded=_unchanged, quantized=None, sources=None, ranks=ALONE, owner_of=lambda layer: 0, last=None, rows=None):
     """Yield (block name, {layer name: InputStats}) for one block after the other. The statistics are released before the next block.
 
     calls: from recorded_calls, moved to the device here; memory: Memory; blocks: [(name, module)] in running order, and last the model
@@ -390,6 +390,7 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
     ranks: the processes of the run (parallel.alone); each has its own calls (shared_replay.numbers), and gets the statistics, over all
     calls, of the layers for which owner_of(layer) is its rank. last: names of the blocks that end a group, which is replayed in one forward
     a call unless `quantized`; None: all do. Processes meet at every call, so they share the work on the Gram matrices of one group only.
+    rows: pooled_rows.PooledRows, or None.
     """
     # Every block re-reads them; the originals are released. Each has a few MB.
     calls[:] = to_device(calls, memory.states_on)
@@ -402,8 +403,11 @@ def stream_blocks(diffusion_model, calls, memory, blocks, layers_of, pass_throug
 
         def replay(number, add):
             place = numbers.index(number)
-            with observed(layers, add):
-                return _replay(diffusion_model, calls[place], memory, blocks, pass_through, group, memory.states[place], read_later)
+            # Also where nothing is observed: more rows can change the rounding of a call's own, and a run that goes on from another's
+            # blocks has to end in the same bits.
+            call, own = rows.more(number, calls[place]) if rows else (calls[place], None)
+            with observed(layers, add), rows.own_rows(blocks[group.start:group.stop], own) if rows else nullcontext():
+                return _replay(diffusion_model, call, memory, blocks, pass_through, group, memory.states[place], read_later)
 
         with ExitStack() as stack:
             def enter():

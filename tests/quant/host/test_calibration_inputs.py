@@ -7,6 +7,7 @@ from comfyui_svdquant.quant.families.flux1 import FAMILY
 from comfyui_svdquant.quant.host import calibrate, loader, quantize
 from comfyui_svdquant.quant.host.attachments import SOURCE
 from comfyui_svdquant.quant.quantizer import calibration, presets
+from comfyui_svdquant.quant.quantizer.pooled_rows import FURTHER
 
 from ..comfy_models import LATENT, Progress, prompts, quantized, sample, write_flux
 
@@ -29,7 +30,7 @@ def test_batches_lengths_and_large_seeds(patcher):
     tokens = {record.name: record.tokens for record in records}
     measured = {record.name: record.measured_on for record in records}
     for name in ("double_blocks.0.img_mod.lin", "vector_in.out_layer", "final_layer.adaLN_modulation.1"):
-        assert tokens[name] == 2 * 2 * 2 and measured[name] == "outputs", "one row per call and picture"
+        assert tokens[name] == 2 * 2 * 2 * (1 + FURTHER) and measured[name] == "outputs", "per call and picture its row and the further ones"
     assert tokens["double_blocks.0.txt_attn.qkv"] == 2 * 2 * (12 + 1) and tokens["double_blocks.0.img_attn.qkv"] == 2 * 2 * 2 * 15
 
 
