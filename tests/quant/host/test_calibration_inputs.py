@@ -30,7 +30,7 @@ def test_batches_lengths_and_large_seeds(patcher):
     tokens = {record.name: record.tokens for record in records}
     measured = {record.name: record.measured_on for record in records}
     for name in ("double_blocks.0.img_mod.lin", "vector_in.out_layer", "final_layer.adaLN_modulation.1"):
-        assert tokens[name] == 2 * 2 * 2 * (1 + FURTHER) and measured[name] == "outputs", "per call and picture its row and the further ones"
+        assert tokens[name] == 2 * 2 * 2 * (1 + FURTHER) and measured[name] == "outputs", "for each call and picture, further rows too"
     assert tokens["double_blocks.0.txt_attn.qkv"] == 2 * 2 * (12 + 1) and tokens["double_blocks.0.img_attn.qkv"] == 2 * 2 * 2 * 15
 
 

@@ -52,8 +52,9 @@ def statistics(patcher, calls, rows):
 
 def test_the_further_texts_have_the_mean_and_the_deviation_of_the_prompts(patcher):
     conditioning = prompts(5)
-    rows = rows_of(patcher, calls_of(patcher, conditioning))
-    texts = torch.cat([extras["pooled_output"] for _, extras in conditioning])
+    calls = calls_of(patcher, conditioning)
+    rows = rows_of(patcher, calls)
+    texts = torch.cat([extras["pooled_output"] for _, extras in conditioning]).to(calls[0][1]["y"].dtype).float()
     torch.testing.assert_close(rows.mean, texts.mean(0))
     torch.testing.assert_close(rows.deviation, texts.std(0), msg="each prompt counts once, though it has two calls")
     call = (torch.zeros(2, 16, 8, 8), torch.tensor([0.3, 0.9])), {"context": torch.zeros(2, 5, 128), "y": texts[:2], "guidance": None}
@@ -99,8 +100,9 @@ def test_other_prompts_lose_less(patcher, monkeypatch):
     monkeypatch.setattr(PooledRows, "of", lambda *_: None)
     without = errors()
     for name, error in found.items():
-        limit = 1.02 if name.startswith(("time_in", "guidance_in")) else 0.9  # those two see no pooled text
-        assert error < limit * without[name], f"{name}: {error:.3%}, without further rows {without[name]:.3%}"
+        # Those two see no pooled text, and lose no more than the rounding of 16-bit numbers.
+        limit = without[name] + 0.0005 if name.startswith(("time_in", "guidance_in")) else 0.9 * without[name]
+        assert error < limit, f"{name}: {error:.3%}, without further rows {without[name]:.3%}"
 
 
 @pytest.mark.parametrize("count", [0, 1])
