@@ -33,7 +33,7 @@ class SVDQuantQuantizeModel(io.ComfyNode):
                 io.Model.Input("model", tooltip=f"A {families.TITLES} model in bf16, fp16 or fp8, with any LoRAs to bake in. Models of "
                                                 "other architectures are quantized by what calibration finds in them."),
                 io.Combo.Input("preset", options=list(presets.PRESETS), default="best",
-                               tooltip="best: calibrated on your prompts, with GPTQ. slow: slightly smaller layer errors, takes "
+                               tooltip="best: calibrated on your prompts, with GPTQ. slow: closer to the original still, takes "
                                        "longer. fast: calibrated, without GPTQ. data-free: no calibration, larger errors. naive: "
                                        "plain rounding without SVDQuant, for comparison only."),
                 io.Int.Input("rank", default=presets.DEFAULT_RANK, min=presets.MIN_RANK, max=presets.MAX_RANK,
