@@ -26,7 +26,7 @@ struct Control {  // at the beginning of each process's memory; 0 at first
 };
 static_assert(sizeof(Control) <= 4096, "put.py's CONTROL holds it");
 
-struct Destination {  // what one process gets
+struct Destination {  // where one process receives its part
   u64 address, flag;  // addresses of the first row there, and of the flag that this process sets there
   u64 image;          // 16-byte pieces from an image's rows to the next one's, there
   u64 first_head, first_token, tokens;  // the part of the source that is written

@@ -20,7 +20,7 @@ class _Plan(NamedTuple):
     """How a block's branches are expanded while they stay where they are."""
 
     layers: tuple  # weak references to the block's layers that have a branch in 8 bits
-    found: list    # what _branches returned when `expand` was made
+    found: list    # the result of _branches for which `expand` was made
     expand: Optional[Callable]  # expand_branch.ahead_of's; None if each layer expands its own
 
 

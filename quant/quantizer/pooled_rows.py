@@ -10,6 +10,7 @@ modulations, 0.59 % in the single blocks' and 2.9 % in the pooled text's embedde
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class PooledRows:
 
     pooled: Pooled
     signature: inspect.Signature
-    layer: object
+    layer: Callable
     mean: torch.Tensor
     deviation: torch.Tensor
 
@@ -53,14 +54,14 @@ class PooledRows:
         call's, which seeds them."""
         bound = self.signature.bind(*call[0], **call[1])
         given, name = bound.arguments, self.pooled.argument
-        own = given.get(name)
-        if own is None or any(key in given.get("kwargs", ()) for key in self.pooled.unless):
+        own, others = given.get(name), [other for other in self.pooled.others if given.get(other) is not None]
+        if (own is None or any(key in given.get("kwargs", ()) for key in self.pooled.unless)
+                or any(len(given[other]) != len(own) for other in others)):
             return call, None
         noise = torch.randn(FURTHER * len(own), own.shape[1], generator=torch.Generator().manual_seed(number))
         given[name] = torch.cat((own, (self.mean + self.deviation * noise).to(own)))
-        for other in self.pooled.others:
-            if given.get(other) is not None:
-                given[other] = given[other].repeat(1 + FURTHER, *[1] * (given[other].ndim - 1))
+        for other in others:
+            given[other] = given[other].repeat(1 + FURTHER, *[1] * (given[other].ndim - 1))
         return (bound.args, bound.kwargs), len(own)
 
     @contextmanager

@@ -31,15 +31,16 @@ def rows_of(patcher, calls):
     return PooledRows.of(FAMILY, patcher.model.diffusion_model, calls, ALONE)
 
 
-def of_one_row():
-    """A function of a layer's name: whether the layer sees one row a picture."""
-    return lambda name: (layer := FAMILY.layer(name)) is not None and layer.packing is Packing.W4A16
+def of_one_row(name):
+    """Whether a layer sees one row a picture."""
+    layer = FAMILY.layer(name)
+    return layer is not None and layer.packing is Packing.W4A16
 
 
 def statistics(patcher, calls, rows):
     """{layer: InputStats}"""
     model, found = patcher.model.diffusion_model, {}
-    blocks = [*FAMILY.running_blocks(model), (OUTSIDE, model)]
+    blocks = calibrate.stages(FAMILY, model)
 
     def layers_of(name, block):
         return FAMILY.outer_layers(block) if name == OUTSIDE else FAMILY.block_layers(name, block)
@@ -70,12 +71,11 @@ def test_the_further_texts_have_the_mean_and_the_deviation_of_the_prompts(patche
 
 def test_they_reach_only_the_layers_of_one_row_a_picture(patcher):
     calls = calls_of(patcher, prompts(3), {"samples": torch.zeros(2, 16, 8, 8)})
-    rows, seen = rows_of(patcher, calls), of_one_row()
-    without, found = (statistics(patcher, calls, rows) for rows in (None, rows))
-    assert without.keys() == found.keys() and sum(map(seen, found)) == 8
+    without, found = (statistics(patcher, calls, rows) for rows in (None, rows_of(patcher, calls)))
+    assert without.keys() == found.keys() and sum(map(of_one_row, found)) == 8
     for name, stats in found.items():
-        assert stats.tokens == without[name].tokens * (ROWS if seen(name) else 1), name
-        if not seen(name):
+        assert stats.tokens == without[name].tokens * (ROWS if of_one_row(name) else 1), name
+        if not of_one_row(name):
             error = relative_error(stats.gram(), without[name].gram())
             assert error < 1e-5, f"the picture is the same; relative error of the Gram matrix of {name}: {error:.1e}"
 
@@ -83,7 +83,7 @@ def test_they_reach_only_the_layers_of_one_row_a_picture(patcher):
 def errors_for_other_prompts(patcher, packed):
     """{layer of one row a picture: relative error of its outputs for prompts that no calibration has seen}"""
     model, inputs = patcher.model.diffusion_model, {}
-    layers = {name: layer for name, layer in model.named_modules() if of_one_row()(name)}
+    layers = {name: layer for name, layer in model.named_modules() if of_one_row(name)}
     with calibration.observed(layers, lambda name, x: inputs.setdefault(name, []).append(x.flatten(0, -2).clone())):
         for i, entry in enumerate(prompts(24)[8:]):
             noise = comfy.sample.prepare_noise(LATENT["samples"], i)
@@ -122,9 +122,11 @@ def test_a_call_of_other_rows_stays_as_it_is(patcher):
     assert rows.more(0, reference) == (reference, None)
     unpooled = args, {key: value for key, value in kwargs.items() if key != "y"}
     assert rows.more(0, unpooled) == (unpooled, None)
+    shared = args, kwargs | {"y": torch.cat(2 * [kwargs["y"]])}
+    assert rows.more(0, shared) == (shared, None), "as many pooled texts as noise levels, or none"
 
 
 def test_the_quantized_model_draws(patcher):
     quantized_model, records = quantize.quantize(patcher, presets.make_recipe("best", 16), prompts(2), LATENT, 2, 0, Progress())
-    assert {record.tokens for record in records if of_one_row()(record.name)} == {4 * ROWS}
+    assert {record.tokens for record in records if of_one_row(record.name)} == {4 * ROWS}
     assert torch.isfinite(sample(quantized_model)).all()
