@@ -43,6 +43,7 @@ BITS = {"w4a4": 4, "w4a8": 8}
 # tokens: tokens per input channel of a layer for GPTQ and the refit; propagate: the earlier blocks' outputs on which a block is calibrated
 KNOBS = {"preset": ("data-free", "fast", "best", "slow"), "rank": (16, 32, 64, 128), "prompts": (1, 2, 4, 8, 16),
          "steps": (1, 2, 4, 8, 20), "tokens": (1, 2, 4, 16), "propagate": ("exact", "quantized")}
+MIXED, INT8 = "mixed, 4 of 28 layers", "single_blocks.[2-5].linear1 = int8"  # those that lose most by picture_sources.py
 
 
 def captions(count, seed, taken=()):
@@ -118,13 +119,15 @@ class Studio:
                 "latent_error": latent_error(latents, self.latents).tolist()}
 
     def evaluate(self, quantized_model, by_kernels=False):
-        """{"w4a4", "w4a8": compare(...)} of a 4-bit model."""
-        from comfyui_svdquant.quant.layers.preparation import set_act_bits
+        """{"w4a4", "w4a8": compare(...)} of a 4-bit model. Layers to which the recipe gives 8-bit activations have them in both."""
+        from comfyui_svdquant.quant.layers.linear import SVDQuantLinear
 
+        layers = [layer for layer in quantized_model.packed_layers().values() if isinstance(layer, SVDQuantLinear)]
         found = {}
         with nullcontext() if by_kernels else by_definition():
             for key, bits in BITS.items():
-                set_act_bits(quantized_model.model.diffusion_model, bits)
+                for layer in layers:
+                    layer.act_bits = layer.spec.act_bits or bits
                 found[key] = self.compare(self.draw(quantized_model))
         return found
 
@@ -231,7 +234,7 @@ def knob_jobs(args):
     usual = {"rank": 2 * args.rank, "prompts": args.calibration_prompts, "steps": args.calibration_steps, "tokens": TOKENS_PER_INPUT,
              "preset": "best", "propagate": "exact"}
     changed = [(knob, value) for knob, values in KNOBS.items() for value in values if value != usual[knob]]
-    return [(ours, ("defaults",), {}), in_16_bits(args.rank, ""),
+    return [(ours, ("defaults",), {}), in_16_bits(args.rank, ""), (ours, (MIXED,), {"exceptions": INT8}),
             *((ours, (f"{knob} {value}",), {knob: value}) for knob, value in changed)]
 
 
@@ -291,7 +294,7 @@ def gain(found, name, base, bits=("w4a4", "w4a4")):
 def in_order(found):
     """The rows in the table's order: the noise of bf16, other recipes, this pack's recipes; or the knobs."""
     first = ["bf16", "naive", "SmoothQuant", "SVDQuant", BASE, GPTQ, "ours: data-free", "ours: fast", OURS, "ours",
-             "defaults", "preset", "rank", "prompts", "steps", "tokens", "propagate"]
+             "defaults", "preset", "rank", "prompts", "steps", "tokens", "propagate", "mixed"]
 
     def place(name):
         number = next((int(word) for word in name.split() if word.isdecimal()), 0)
