@@ -114,6 +114,7 @@ def enter_as_main(folder: Path, *options: str) -> bool:
 
     args = comfy.cli_args.args
     control.init(**({"nvml_pressure": not args.disable_nvml_pressure} if hasattr(args, "disable_nvml_pressure") else {}))
+    control.set_log_info()  # until then it logs every allocation, by a Python function that it calls while PyTorch's allocator is locked
     import comfy.memory_management
     import comfy.model_management
     import comfy.model_patcher

@@ -19,7 +19,7 @@ from ..families.discovered import DiscoveredFamily
 from ..layers import layout
 from ..layers.linear import NVFP4Linear
 from ..layers.preparation import of_other_sizes, set_act_bits, warm_up
-from . import build, heap, mapping, model_folder
+from . import allocation_log, build, heap, mapping, model_folder
 from .attachments import CARD, SOURCE
 from .fused_blocks import preparations
 from .model_family import family_of
@@ -99,8 +99,9 @@ def _filled(packed, compute_dtype, act_bits):
     model = _empty_packed(packed, compute_dtype)
     set_act_bits(model, act_bits)
     device, dtype = comfy.model_management.get_torch_device(), model.get_dtype()
-    warm_up(model, device, dtype, of_other_sizes(packed.family.tokens),  # compiles while the file is read
-            preparations(model.diffusion_model, dtype, device, packed.family.tokens))
+    if not allocation_log.forbids_threads():
+        warm_up(model, device, dtype, of_other_sizes(packed.family.tokens),  # compiles while the file is read
+                preparations(model.diffusion_model, dtype, device, packed.family.tokens))
     heap.give_back()  # the memory of the previous model
     if packed.prefix is None:
         build.fill(model, packed.tensors())

@@ -12,7 +12,7 @@ from comfy.patcher_extension import CallbacksMP
 from ..layers.linear import PackedLinear
 from ..layers.preparation import warm_up
 from ..layers.streaming import WeightStream, block_bytes, offload_order, ring_bytes
-from . import lora, mapping, step_graphs
+from . import allocation_log, lora, mapping, step_graphs
 from .model_family import family_of
 from .packed_layers import PREFIX, branch_bytes, packed_layers
 from .patches import padded, patch_of, widened_columns, widest_last
@@ -184,7 +184,8 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             self._warm_up()
 
     def _warm_up(self):
-        warm_up(self.root, self.load_device, self.model.get_dtype(), family_of(self.model).tokens)
+        if not allocation_log.forbids_threads():
+            warm_up(self.root, self.load_device, self.model.get_dtype(), family_of(self.model).tokens)
 
     def _load_list(self, *args, **kwargs):
         # ComfyUI loads the entries with the largest first number first, and offloads the others. It has no public way to set the order, nor

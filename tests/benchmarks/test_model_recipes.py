@@ -96,7 +96,7 @@ def test_no_recipe_calibrates_on_the_pictures_captions(studio):
 def test_each_knob_changes_alone():
     jobs = pictures.knob_jobs(Namespace(rank=32, calibration_prompts=8, calibration_steps=8))
     names = [name for _, names, _ in jobs for name in names]
-    assert len(set(names)) == len(names) == 2 + sum(len(values) - 1 for values in pictures.KNOBS.values())
+    assert len(set(names)) == len(names) == 3 + sum(len(values) - 1 for values in pictures.KNOBS.values())
     in_16_bits = "rank 32 in 16 bits",
     assert all(len(settings) == (names != ("defaults",)) for _, names, settings in jobs if names != in_16_bits)
     assert dict((names, settings) for _, names, settings in jobs)[in_16_bits] == {"rank": 32, "branch_bits": 16}

@@ -1,9 +1,13 @@
 """Models under ComfyUI's Dynamic VRAM, with which the host's own linears and embeddings have no parameters until they are loaded."""
 
+import logging
+import sys
+from types import SimpleNamespace
+
 import comfy.ops
 import pytest
 import torch
-from comfyui_svdquant.quant.host import build, loader, quantize
+from comfyui_svdquant.quant.host import build, loader, patcher, quantize
 from comfyui_svdquant.quant.host.operations import Operations
 from comfyui_svdquant.quant.quantizer import presets
 
@@ -63,3 +67,18 @@ def test_what_is_quantized_is_saved_and_loaded(pair_files, request, tmp_path):
     quantized, _ = quantize.quantize(source, presets.make_recipe("data-free", 16), None, None, 2, 0, Progress())
     path, loaded = saved_and_loaded(quantized, tmp_path / "quantized.safetensors")
     assert torch.equal(sample(loaded), sample(quantized))
+
+
+@pytest.mark.parametrize("module", [loader, patcher])
+@pytest.mark.parametrize(("enabled", "level", "beside"), [(True, logging.DEBUG, False), (True, logging.INFO, True),
+                                                          (False, logging.DEBUG, True)])
+def test_no_thread_compiles_while_allocations_are_logged(pair_files, monkeypatch, caplog, module, enabled, level, beside):
+    model, warmed = loader.load_model(pair_files[1]), []
+    monkeypatch.setattr(module, "warm_up", lambda *_: warmed.append(True))
+    caplog.set_level(level)
+    monkeypatch.setitem(sys.modules, "comfy.memory_management", SimpleNamespace(aimdo_enabled=enabled))
+    if module is loader:
+        loader.load_model(pair_files[1])
+    else:
+        model._warm_up()
+    assert bool(warmed) is beside
