@@ -318,7 +318,7 @@ def cell(found, name, key, measure, base):
 def table(found):
     """The results as Markdown: means over the pictures, and the interval of the difference from DeepCompressor's default at W4A4, or, for
     knobs, from the defaults."""
-    knobs = any(name.rpartition(" ")[0] in KNOBS for name in found)
+    knobs = "defaults" in found
     base = "defaults" if knobs else BASE
     columns = ([("w4a4", "psnr"), ("w4a4", "gain"), ("w4a4", "latent_error"), ("w4a8", "psnr")] if knobs else
                [(key, measure) for key in BITS for measure in ("psnr", "gain", "ssim", "latent_error")])
