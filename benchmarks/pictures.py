@@ -143,13 +143,13 @@ class Studio:
 def by_definition():
     """A context in which 4-bit layers run through cuda/reference.py on any device. The int8 kernels would round scales to multiples of a
     row scale, which this pack's scales are already and others' are not."""
-    from comfyui_svdquant.cuda import ops
+    from comfyui_svdquant.cuda import dispatch
 
-    on_gpu, ops.on_gpu = ops.on_gpu, lambda x: False
+    on_gpu, dispatch.on_gpu = dispatch.on_gpu, lambda x: False
     try:
         yield
     finally:
-        ops.on_gpu = on_gpu
+        dispatch.on_gpu = on_gpu
 
 
 # --- rows: each function returns {name: result} --------------------------------------------------------------------------------

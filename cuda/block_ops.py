@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import kernel_loader, ops, reference, runtime, targets
+from . import dispatch, kernel_loader, ops, reference, runtime, targets
 from .cupy_import import load_cupy
 from .errors import KernelsUnavailable
 
@@ -59,17 +59,17 @@ def qk_norm_rope(streams, pe, heads, parts, eps):
     """
     sources, norms = [stream[0] for stream in streams], [norm for stream in streams for norm in stream[1:]]
     rows = sources if isinstance(sources[0], Tensor) else [x for source in sources for x in source[:parts]]
-    joined = (_rope if ops.plain(rows[0]) else _rope_op)(rows, norms, pe, heads, parts, eps)
+    joined = (_rope if dispatch.plain(rows[0]) else _rope_op)(rows, norms, pe, heads, parts, eps)
     return [x.transpose(1, 2) for x in joined]
 
 
 def _modulated(*args):
-    return (_modulate if ops.plain(args[0]) else _modulate_op)(*args)
+    return (_modulate if dispatch.plain(args[0]) else _modulate_op)(*args)
 
 
 def _modulate(x, y, gate, scale, shift, eps):
     """[z if there is a y, m if there is a scale]"""
-    if ops.on_gpu(x):
+    if dispatch.on_gpu(x):
         try:
             return _modulate_by_kernel(x, y, gate, scale, shift, eps)
         except KernelsUnavailable as error:
@@ -79,7 +79,7 @@ def _modulate(x, y, gate, scale, shift, eps):
 
 def _rope(rows, norms, pe, heads, parts, eps):
     """[(B, L, heads, D)]"""
-    if ops.on_gpu(rows[0]):
+    if dispatch.on_gpu(rows[0]):
         try:
             return _rope_by_kernel(rows, norms, pe, heads, parts, eps)
         except KernelsUnavailable as error:

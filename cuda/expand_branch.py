@@ -10,7 +10,7 @@ import threading
 import torch
 from torch import Tensor
 
-from . import kernel_loader, ops, reference, runtime, self_test, self_test_problems
+from . import dispatch, kernel_loader, reference, runtime, self_test, self_test_problems, targets
 from .errors import KernelsUnavailable
 from .operands import CODES_STEP
 
@@ -32,7 +32,7 @@ def expanded(proj_down, proj_up, scale, dtype):
     proj_up. All on one device; dtype: bf16 or fp16. Nobody may write to the results, which are a block's memory within ahead_of().
     """
     (k, rank), n = proj_down.shape, proj_up.shape[0]
-    if ops.plain(proj_down):
+    if dispatch.plain(proj_down):
         found = _found(tuple(map(runtime.address, (proj_down, proj_up, scale))), dtype)
         if found is not None:
             return _matrix(*found, k, rank), _matrix(found[0], found[1] + k * rank, n, rank)
@@ -71,7 +71,7 @@ def launcher(k, n, rank, dtype, device):
 
 def prepare(dtype, stored, device):
     """Compile, load and test the kernels for layers whose floats are stored in `stored`, in a model in `dtype`."""
-    computed = ops.compute_dtype(dtype, stored, device)  # layers that are computed in fp16 are also held in it
+    computed = targets.compute_dtype(dtype, stored, device)  # layers that are computed in fp16 are also held in it
     for layers in (1, LAYERS):
         _kernel(computed if computed == torch.float16 else stored, layers, device)
 
@@ -199,7 +199,7 @@ def _kernel(dtype, layers, device):
 
 
 def _expand(proj_down, proj_up, scale, dtype):
-    if ops.on_gpu(proj_down):
+    if dispatch.on_gpu(proj_down):
         try:
             launch, allocate = launcher(proj_down.shape[0], *proj_up.shape, dtype, proj_down.device)
             out = allocate()

@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import block_ops, ops
+from . import block_ops, dispatch, ops
 from .errors import KernelsUnavailable
 from .operands import LayerOperands, LoRASizes
 
@@ -23,12 +23,12 @@ def gated_linear(x, operands, residual, gate):
     x: (B, L, K), on a GPU of a type of block_ops.takes; residual: (B, L, N) in x.dtype; gate: (B or 1, 1, N); operands: LayerOperands
     without gelu_from.
     """
-    return (_gated_linear if ops.plain(x) else _gated_op)(x, residual, gate, *operands.flat)
+    return (_gated_linear if dispatch.plain(x) else _gated_op)(x, residual, gate, *operands.flat)
 
 
 def addends(x, residual, gate):
     """(residual, gate) as a kernel reads them, or None if it can't: it has one gate for all tokens, and reads both in place."""
-    fits = (ops.on_gpu(x) and residual.dtype == gate.dtype == x.dtype and residual.device == gate.device == x.device
+    fits = (dispatch.on_gpu(x) and residual.dtype == gate.dtype == x.dtype and residual.device == gate.device == x.device
             and residual.shape == (*x.shape[:-1], gate.shape[-1]) and gate.numel() == gate.shape[-1] and gate.stride(-1) == 1
             and residual.is_contiguous() and not (residual.data_ptr() | gate.data_ptr()) % 16)
     return (residual, gate) if fits else None

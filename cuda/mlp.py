@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import choose, gemm_mma, kernel_loader, ops, quantize_activation, runtime, targets
+from . import choose, dispatch, gemm_mma, kernel_loader, ops, quantize_activation, runtime, targets
 from .activation_layout import RANK_BLOCK, ROWS, padded
 from .errors import KernelsUnavailable
 from .operands import LayerOperands
@@ -44,7 +44,7 @@ def svdquant_mlp(x, first, second):
     first, second: LayerOperands with act_bits 4; the first has gelu_from 0, the tanh-GELU. The codes between the layers equal those of two
     ops.svdquant_linear calls to the bit. Without such kernels the op is these two calls.
     """
-    if ops.plain(x):
+    if dispatch.plain(x):
         return _mlp(x, first, second)
     return _mlp_op(x, first.tensors, second.tensors, first.unsigned_from, second.unsigned_from)
 
@@ -62,7 +62,7 @@ def _(x, first, second, first_unsigned_from, second_unsigned_from):
 
 
 def _mlp(x, first, second):
-    if ops.on_gpu(x):
+    if dispatch.on_gpu(x):
         y = fused(x, first, second)
         if y is not None:
             return y

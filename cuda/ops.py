@@ -21,6 +21,7 @@ from . import (
     autotune,
     awq,
     cupy_import,
+    dispatch,
     gemm_mma,
     gemm_wgmma,
     quantize_activation,
@@ -37,8 +38,6 @@ from .operands import NO_LORA, LayerOperands, LoRASizes
 log = logging.getLogger(__name__)
 
 LARGEST = torch.finfo(torch.float16).max
-PLAIN = Tensor, torch.nn.Parameter
-_dynamo_traces, _dispatch_modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack
 
 
 @torch.compiler.assume_constant_result
@@ -72,27 +71,16 @@ def svdquant_linear(x, operands):
     operands: LayerOperands, on x's device. With act_bits 8 a GPU needs their row_scale, and rounds the group scales to
     integer multiples of it. If gelu_from is a multiple of choose.GELU_COLUMNS, the GEMM applies GELU itself.
     """
-    return _svdquant_linear(x, operands) if plain(x) else _svdquant_op(x, *operands.flat)
+    return _svdquant_linear(x, operands) if dispatch.plain(x) else _svdquant_op(x, *operands.flat)
 
 
 def awq_linear(x, weight, weight_scale, weight_zeros, bias):
     """One W4A16 layer, (..., K) -> (..., N) in x.dtype; arguments as in reference.awq_linear."""
-    return (_awq_linear if plain(x) else _awq_op)(x, weight, weight_scale, weight_zeros, bias)
-
-
-def plain(x):
-    """Whether nothing traces this call, so that it may skip the dispatcher, which costs a third of a layer's time on the host."""
-    # torch.export traces with its own tensor subclass.
-    return type(x) in PLAIN and not _dynamo_traces() and not _dispatch_modes()
-
-
-def on_gpu(x):
-    """Whether x is on a device for which the kernels exist."""
-    return x.is_cuda and not torch.version.hip
+    return (_awq_linear if dispatch.plain(x) else _awq_op)(x, weight, weight_scale, weight_zeros, bias)
 
 
 def _svdquant_linear(x, operands):
-    if on_gpu(x):
+    if dispatch.on_gpu(x):
         try:
             y = by_kernels(x, operands)
             if y is not None:
@@ -103,24 +91,16 @@ def _svdquant_linear(x, operands):
 
 
 def _awq_linear(x, weight, weight_scale, weight_zeros, bias):
-    if on_gpu(x):
+    if dispatch.on_gpu(x):
         try:
             k, n = x.shape[-1], weight.shape[0]
             kernel = chosen(Layer(x.numel() // k, n, k, 0, k, W4A16, x.dtype), x.device)
             if kernel is not None:
-                dtype = compute_dtype(x.dtype, weight_scale.dtype, x.device)
+                dtype = targets.compute_dtype(x.dtype, weight_scale.dtype, x.device)
                 return computed_in(dtype, x, lambda x: awq.linear(kernel.tiles, x, weight, weight_scale, weight_zeros, bias))
         except KernelsUnavailable as error:
             warn_once(str(error))
     return reference.awq_linear(x, weight, weight_scale, weight_zeros, bias)
-
-
-@functools.lru_cache(maxsize=64)
-def compute_dtype(dtype, layers, device):
-    """The 16-bit type in which the kernels on `device` compute a layer, for x in `dtype` and the layer's floats in `layers`: x's type, or
-    the layer's type if x is float32; fp16 if the GPU has no other."""
-    computed = targets.for_device(device).dtypes
-    return computed[0] if len(computed) == 1 else dtype if dtype in computed else layers
 
 
 def computed_in(dtype, x, run):
@@ -222,7 +202,7 @@ def _both(launches, names, constants=()):
 
 def prepare(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from=None, lora=NO_LORA, gated=False, *, device):
     """Compile and load the kernels of a layer with a contiguous x; arguments as in choose.Layer."""
-    layer = Layer(m, n, k, rank, unsigned_from, act_bits, compute_dtype(dtype, dtype, device), gelu_from, lora)
+    layer = Layer(m, n, k, rank, unsigned_from, act_bits, targets.compute_dtype(dtype, dtype, device), gelu_from, lora)
     if act_bits != W4A16:
         _launches(*layer[:-1], k, device, gated)
     elif (kernel := chosen(layer, device)) is not None:
@@ -319,7 +299,7 @@ def cached_launch(x, operands, gated=False, codes=(), expand=None):
     (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, _, lora_up, lora_strength,
      lora) = operands
     dtype, index, (*leading, k), (n, rank) = x.dtype, x.get_device(), x.shape, proj_up.shape
-    if not on_gpu(x) or weight_scale.dtype != dtype or not x.is_contiguous() or x.data_ptr() % 16:
+    if not dispatch.on_gpu(x) or weight_scale.dtype != dtype or not x.is_contiguous() or x.data_ptr() % 16:
         return None
     m = x.numel() // k
     try:
@@ -363,7 +343,7 @@ def _in_steps(x, operands):
     """Compute the layer also for other dtypes, for ranks that one GEMM doesn't take, and for an x that the kernels can't read in place;
     None as in _by_kernels."""
     k, (n, rank) = x.shape[-1], operands.proj_up.shape
-    dtype = compute_dtype(x.dtype, operands.weight_scale.dtype, x.device)
+    dtype = targets.compute_dtype(x.dtype, operands.weight_scale.dtype, x.device)
     layer = Layer(x.numel() // k, n, k, rank, operands.unsigned_from, operands.act_bits, dtype, operands.gelu_from, operands.lora)
     kernels = chosen(layer, x.device)
     if kernels is None:

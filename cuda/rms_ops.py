@@ -11,7 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import block_ops, kernel_loader, ops, reference, runtime
+from . import block_ops, dispatch, kernel_loader, ops, reference, runtime
 from .errors import KernelsUnavailable
 
 MODULATE, SWIGLU = "rms_modulate", "swiglu"  # the kernels' entries, in <entry>.cu
@@ -37,16 +37,16 @@ def gated_residual_norm(x, y, y_weight, gate, weight, scale, eps):
 
 def swiglu(gate, up):
     """silu(gate) * up in gate's dtype, of equal shapes."""
-    return (_swiglu if ops.plain(gate) else _swiglu_op)(gate, up)
+    return (_swiglu if dispatch.plain(gate) else _swiglu_op)(gate, up)
 
 
 def _modulated(*args):
-    return (_modulate if ops.plain(args[0]) else _modulate_op)(*args)
+    return (_modulate if dispatch.plain(args[0]) else _modulate_op)(*args)
 
 
 def _modulate(x, y, y_weight, gate, weight, scale, eps):
     """[z if there is a y, m if there is a weight]"""
-    if ops.on_gpu(x):
+    if dispatch.on_gpu(x):
         try:
             return _modulate_by_kernel(x, y, y_weight, gate, weight, scale, eps)
         except KernelsUnavailable as error:
@@ -55,7 +55,7 @@ def _modulate(x, y, y_weight, gate, weight, scale, eps):
 
 
 def _swiglu(gate, up):
-    if ops.on_gpu(gate) and gate.numel() % PIECE == 0 and gate.numel() // PIECE <= MAX_PIECES:
+    if dispatch.on_gpu(gate) and gate.numel() % PIECE == 0 and gate.numel() // PIECE <= MAX_PIECES:
         try:
             return _swiglu_by_kernel(gate, up)
         except KernelsUnavailable as error:

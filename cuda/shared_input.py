@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import choose, gemm_mma, gemm_wgmma, ops, quantize_activation, runtime, self_test, targets
+from . import choose, dispatch, gemm_mma, gemm_wgmma, ops, quantize_activation, runtime, self_test, targets
 from .activation_layout import RANK_BLOCK, ROWS, padded
 from .errors import KernelsUnavailable
 from .operands import MAX_PART_RANK, MAX_PARTS, NO_LORA, LoRASizes
@@ -33,7 +33,7 @@ _agreed = {}  # {arguments of _launches: the _Launches, whose outputs agreed wit
 def svdquant_linears(x, layers):
     """[ops.svdquant_linear(x, layer) for layer in layers], (..., N) each. layers: LayerOperands with equal values of smooth, on x's
     device."""
-    if ops.plain(x) and ops.on_gpu(x):
+    if dispatch.plain(x) and dispatch.on_gpu(x):
         try:
             outputs = by_kernels(x, layers)
             if outputs is not None:
@@ -78,7 +78,7 @@ def cached_launch(x, layers):
     launch takes a plain() x of the same shape, and (proj_down (K, R), address of proj_up) of each layer, while the layers' other tensors
     are where they were. It returns the outputs, or None for an x of another dtype, device or layout.
     """
-    if not ops.on_gpu(x) or not x.is_contiguous() or any(layer.weight_scale.dtype != x.dtype for layer in layers):
+    if not dispatch.on_gpu(x) or not x.is_contiguous() or any(layer.weight_scale.dtype != x.dtype for layer in layers):
         return None
     *leading, k = x.shape
     dtype, index, tokens = x.dtype, x.get_device(), x.view(-1, k)
@@ -227,7 +227,7 @@ def _gemm(kernels, m, k, size, unsigned_from, dtype, device):
 
 def prepare(m, k, sizes, unsigned_from, act_bits, dtype, device):
     """Compile, load and test the kernels of layers with one contiguous input (m, k); arguments as of _launches."""
-    _launches(m, k, sizes, unsigned_from, act_bits, ops.compute_dtype(dtype, dtype, device), k, device)
+    _launches(m, k, sizes, unsigned_from, act_bits, targets.compute_dtype(dtype, dtype, device), k, device)
 
 
 ops.choices.append(_launches)

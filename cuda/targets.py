@@ -108,6 +108,14 @@ def for_device(device):
     return _for_index(torch.cuda.current_device() if index is None else index)
 
 
+@functools.lru_cache(maxsize=64)
+def compute_dtype(dtype, layers, device):
+    """The 16-bit type in which the kernels on `device` compute a layer, for x in `dtype` and the layer's floats in `layers`: x's type, or
+    the layer's type if x is float32; fp16 if the GPU has no other. Raises KernelsUnavailable as for_capability does."""
+    computed = for_device(device).dtypes
+    return computed[0] if len(computed) == 1 else dtype if dtype in computed else layers
+
+
 @functools.cache
 def multiprocessors(device):
     """How many multiprocessors `device` has."""

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
-from ...cuda import expand_branch, ops
+from ...cuda import dispatch, expand_branch
 from ...cuda.errors import KernelsUnavailable
 from .linear import SVDQuantLinear
 
@@ -31,7 +31,7 @@ def expanded(block):
         layers = (layer for layer in block.modules() if isinstance(layer, SVDQuantLinear) and layer.spec.branch_bits == 8)
         plan = _plans[block] = _Plan(tuple(map(weakref.ref, layers)), [], None)
     layers = [layer for reference in plan.layers if (layer := reference()) is not None]
-    if not layers or not ops.plain(layers[0].codes()[0]):
+    if not layers or not dispatch.plain(layers[0].codes()[0]):
         return NOTHING
     found = _branches(layers)
     if found != plan.found:
@@ -50,7 +50,7 @@ def _expander(layers, found):
     for layer, (addresses, dtype) in zip(layers, found):
         codes = layer.codes()
         devices = {tensor.device for tensor in codes}
-        if ops.on_gpu(codes[0]) and len(devices) == 1:
+        if dispatch.on_gpu(codes[0]) and len(devices) == 1:
             where = where or (dtype, *devices)
             if where == (dtype, *devices):
                 resident.append((addresses, (layer.in_features, layer.out_features, layer.spec.rank)))

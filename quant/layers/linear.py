@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.modules import module as module_hooks
 
-from ...cuda import expand_branch, gated_linear, nvfp4, nvfp4_ops, ops, reference, row_scales
+from ...cuda import dispatch, expand_branch, gated_linear, nvfp4, nvfp4_ops, ops, reference, row_scales
 from ...cuda.errors import KernelsUnavailable
 from ...cuda.int4 import GELU_SHIFT
 from ...cuda.operands import LayerOperands
@@ -190,7 +190,7 @@ class SVDQuantLinear(BranchedLinear):
         branch = self._modules.get("lora_branch")
         if not self.alone() or self.gelu_from is not None or branch is not None and (branch.has_gain or branch.has_terms):
             return None
-        if ops.plain(x) and not self.bias_function and (known := self._launches.get((x.shape, "gated"))) is not None:
+        if dispatch.plain(x) and not self.bias_function and (known := self._launches.get((x.shape, "gated"))) is not None:
             added = gated_linear.addends(x, residual, gate)
             if added is not None and (z := self._launched(x, None, branch, *known, added)) is not None:
                 return z
@@ -211,7 +211,7 @@ class SVDQuantLinear(BranchedLinear):
                     or module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
 
     def forward(self, x):
-        if ops.plain(x) and (known := self._launches.get(x.shape)) is not None:
+        if dispatch.plain(x) and (known := self._launches.get(x.shape)) is not None:
             branch, y = self._modules.get("lora_branch"), None
             if not self.bias_function and (branch is None or not branch.has_gain):
                 others = branch is not None and branch.has_terms
@@ -254,7 +254,7 @@ class SVDQuantLinear(BranchedLinear):
         act_bits, gated = self.bits(x.device), residual is not None
         row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 else None
         args = operands(p, bias, self.spec.unsigned_from, act_bits, row_scale, gelu_from, lora)
-        if ops.plain(x) and bias is p["bias"] and self._resident(p, lora):
+        if dispatch.plain(x) and bias is p["bias"] and self._resident(p, lora):
             launch, known = self._cached_launch(x, args, gated), self._row_scale
             if launch and (row_scale is None or known.value is row_scale):
                 if len(self._launches) >= SHAPES:
@@ -266,7 +266,7 @@ class SVDQuantLinear(BranchedLinear):
 
     def _cached_launch(self, x, args, gated):
         """ops.cached_launch of the layer's operands."""
-        if self.spec.branch_bits == 16 or not ops.on_gpu(x):
+        if self.spec.branch_bits == 16 or not dispatch.on_gpu(x):
             return ops.cached_launch(x, args, gated)
         expand = self.expander(args.proj_up.dtype, x.device)
         return None if expand is None else ops.cached_launch(x, args, gated, self.codes(), expand)

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from ...cuda import expand_branch, mlp, ops
+from ...cuda import expand_branch, mlp, ops, targets
 from ...cuda.choose import W4A16
 from ...cuda.errors import KernelsUnavailable
 from ...cuda.operands import NO_LORA
@@ -24,7 +24,7 @@ def compute_in(model, dtype, device):
     for module in model.modules():
         if isinstance(module, (SVDQuantLinear, AWQLinear)):
             try:
-                if ops.compute_dtype(dtype, module.spec.dtype, device) != torch.float16:
+                if targets.compute_dtype(dtype, module.spec.dtype, device) != torch.float16:
                     continue
             except KernelsUnavailable:  # a GPU that is too old
                 return

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...cuda import expand_branch, ops, shared_input
+from ...cuda import dispatch, expand_branch, ops, shared_input
 from .linear import SHAPES, SVDQuantLinear, operands, version_of
 
 _launches = weakref.WeakKeyDictionary()  # {a group's first layer: {x's shape: CachedLaunch}}
@@ -17,7 +17,7 @@ _digests = weakref.WeakKeyDictionary()  # {layer: (weak reference to its smoothi
 
 def outputs(layers, x):
     """[layer(x) for layer in layers]. If the layers are W4A4 with one smoothing, x is quantized once."""
-    if not ops.plain(x):
+    if not dispatch.plain(x):
         return [layer(x) for layer in layers]
     known = _launches.get(layers[0])
     known = None if known is None else known.get(x.shape)

@@ -14,7 +14,7 @@ import functools
 import torch
 from torch.nn.functional import linear
 
-from ...cuda import ops, reference, targets
+from ...cuda import dispatch, ops, reference, targets
 from ...cuda.errors import KernelsUnavailable
 from ...cuda.int4 import GROUP_SIZE
 from .linear import AWQLinear
@@ -57,7 +57,7 @@ class TokenLinear(AWQLinear):
     def product(self, x, p, bias, gelu_from=None, lora=()):
         dtype = product_dtype(x.dtype, x.device)
         few = dtype != torch.float32 and x.numel() <= KERNEL_ROWS * x.shape[-1]
-        if few and ops.on_gpu(x):
+        if few and dispatch.on_gpu(x):
             y = ops.awq_linear(x.to(dtype), p["weight"], p["weight_scale"], p["weight_zeros"], bias)
         else:
             weight = dequantized(p["weight"], p["weight_scale"], p["weight_zeros"], dtype)

@@ -6,6 +6,7 @@ import ctypes
 import torch
 from comfyui_svdquant.cuda import (
     autotune,
+    dispatch,
     driver,
     expand_branch,
     gemm_mma,
@@ -55,7 +56,7 @@ def recorded(monkeypatch, layers=1):
         patch.setattr(self_test, "passes", lambda *args: True)
         patch.setattr(self_test, "quantize_passes", lambda *args: True)
         patch.setattr(autotune, "wanted", lambda target: False)
-        patch.setattr(ops, "on_gpu", lambda x: x.device.type == "cpu")
+        patch.setattr(dispatch, "on_gpu", lambda x: x.device.type == "cpu")
         yield calls
     for cache in caches:
         cache.cache_clear()
@@ -138,6 +139,6 @@ def expanding(monkeypatch, dtype=torch.bfloat16):
         patch.setattr(driver, "ensure_context", lambda: None)
         patch.setattr(runtime, "_current_device", lambda: -1)
         patch.setattr(runtime, "_raw_stream", lambda index: 0x1234)
-        patch.setattr(ops, "on_gpu", lambda x: x.device.type == "cpu")
+        patch.setattr(dispatch, "on_gpu", lambda x: x.device.type == "cpu")
         yield launches
     expand_branch.launcher.cache_clear()

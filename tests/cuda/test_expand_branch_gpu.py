@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import expand_branch, ops, reference
+from comfyui_svdquant.cuda import dispatch, expand_branch, reference
 from comfyui_svdquant.quant.layers import block_branches, layout, linear
 from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank
 
@@ -118,7 +118,7 @@ def test_float32_inputs_and_the_reference_path(monkeypatch):
     narrow, wide = pair(384, 256, 32, 4)
     x = random_input(70, 256).cuda()
     assert torch.equal(narrow(x), wide(x))
-    monkeypatch.setattr(ops, "on_gpu", lambda x: False)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: False)
     assert torch.equal(narrow(x), wide(x))
 
 

@@ -172,11 +172,11 @@ def test_kernels_are_prepared_in_the_type_that_they_compute_in(monkeypatch, numb
     monkeypatch.setattr(ops.autotune, "wanted", lambda target: False)
     monkeypatch.setattr(ops, "_launches", lambda *layer: asked.append(layer[6]))
     monkeypatch.setattr(ops.awq, "launcher", lambda *args: asked.append(args[-2]))
-    for cache in (ops.compute_dtype, ops.chosen):
+    for cache in (targets.compute_dtype, ops.chosen):
         cache.cache_clear()
     for act_bits in (4, W4A16):
         ops.prepare(70, 192, 256, 32, 256, act_bits, torch.bfloat16, device=torch.device("cuda", 5))
-    for cache in (ops.compute_dtype, ops.chosen):
+    for cache in (targets.compute_dtype, ops.chosen):
         cache.cache_clear()
     assert asked == [computed, computed]
 

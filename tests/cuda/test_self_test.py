@@ -10,6 +10,7 @@ from comfyui_svdquant.cuda import (
     autotune,
     awq,
     compiler,
+    dispatch,
     gemm_mma,
     gemm_wgmma,
     gptq,
@@ -322,7 +323,7 @@ def test_the_layer_runs_by_the_reference(gpu, monkeypatch):
 
     gpu.wrong = {GEMM_WGMMA, GEMM_MMA}
     operands, x = with_row_scale(random_layer(192, 256, 32, dtype=BF16)), random_input(70, 256, BF16)
-    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
     ops._launches.cache_clear()
     assert torch.equal(ops.svdquant_linear(x, operands), reference.svdquant_linear(x, operands))
     ops._launches.cache_clear()

@@ -93,11 +93,11 @@ def test_a_branch_of_loras_has_the_own_ranks_besides(layers, monkeypatch):
 def test_its_scales_stay_as_they_are_in_fp16(layers, monkeypatch):
     """As products in fp16 they would lose bits; the factors that they give are in the layer's type."""
     monkeypatch.setattr(targets, "for_device", lambda device: targets.TARGETS[75])
-    linear.ops.compute_dtype.cache_clear()
+    targets.compute_dtype.cache_clear()
     narrow, _ = layers
     before = narrow.weight_proj_scale.clone()
     preparation.compute_in(torch.nn.Sequential(narrow), torch.bfloat16, torch.device("cuda", 7))
-    linear.ops.compute_dtype.cache_clear()
+    targets.compute_dtype.cache_clear()
     assert narrow.weight_scale.dtype == torch.float16 and torch.equal(narrow.weight_proj_scale, before)
     assert {factor.dtype for factor in narrow.branch("cpu")} == {torch.float16}
     assert narrow.at(tokens())["weight_proj_up"].dtype == torch.float16
@@ -121,11 +121,11 @@ def test_a_warm_up_prepares_the_kernel_once_a_type(layers, monkeypatch):
     assert len(asked) == 1
     for number, dtype in ((89, torch.bfloat16), (75, torch.float16)):
         monkeypatch.setattr(targets, "for_device", lambda device, number=number: targets.TARGETS[number])
-        ops.compute_dtype.cache_clear()
+        targets.compute_dtype.cache_clear()
         expand_branch.prepare(torch.bfloat16, torch.bfloat16, device)
         assert made == [(dtype, 1, device), (dtype, expand_branch.LAYERS, device)]
         made.clear()
-    ops.compute_dtype.cache_clear()
+    targets.compute_dtype.cache_clear()
 
 
 # --- launches ------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_layers_in_the_models_type(module, monkeypatch, number, dtype, held):
         p.data.copy_(torch.ones(p.shape))
     model = torch.nn.Sequential(module, awq, torch.nn.Linear(8, 8, dtype=torch.bfloat16))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    linear.ops.compute_dtype.cache_clear()
+    targets.compute_dtype.cache_clear()
     preparation.compute_in(model, dtype, torch.device("cpu"))
     assert all(p.dtype == before[name].dtype for name, p in model.named_parameters())
     preparation.compute_in(model, dtype, torch.device("cuda", 7))
@@ -92,7 +92,7 @@ def test_layers_in_the_models_type(module, monkeypatch, number, dtype, held):
     stored = linear.AWQLinear(layout.LayerSpec(layout.AWQ, 128, 192, dtype=torch.float16), "cpu")
     preparation.compute_in(stored, dtype, torch.device("cuda", 7))
     assert stored.weight_scale.dtype == torch.float16, "bf16 has less bits"
-    linear.ops.compute_dtype.cache_clear()
+    targets.compute_dtype.cache_clear()
 
 
 def present(module):

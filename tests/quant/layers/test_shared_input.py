@@ -93,7 +93,7 @@ def test_run_one_by_one(layers, x, shared, change, monkeypatch):
     elif change == "16 bits":
         layers[1] = torch.nn.Linear(K, N, dtype=torch.bfloat16)
     elif change == "traced":
-        monkeypatch.setattr(shared_input.ops, "plain", lambda x: False)
+        monkeypatch.setattr(shared_input.dispatch, "plain", lambda x: False)
     wanted = [layer(x) for layer in layers]
     assert all(torch.equal(y, own) for y, own in zip(shared_input.outputs(layers, x), wanted)) and not shared
 
