@@ -249,4 +249,5 @@ def _layer_operands(layer, device, g):
     strength = torch.rand(sum(ranks), generator=g, device=device) if ranks else None
     return LayerOperands(weight, weight_scale, down[:rank].t().contiguous(), normal(n, rank, scale=0.1),
                          torch.ones(k, device=device, dtype=dtype), normal(n), layer.unsigned_from, layer.act_bits, row_scale,
-                         layer.gelu_from, down if ranks else None, lora_up, strength, layer.lora),
+                         layer.gelu_from, lora_down=down if ranks else None, lora_up=lora_up, lora_strength=strength,
+                         lora=layer.lora),

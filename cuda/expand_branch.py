@@ -1,6 +1,6 @@
 """Low-rank branches in 8 bits (branch_bits of quant/layers/layout.py's LayerSpec), expanded to 16 bits by kernels/expand_branch.cu.
 
-A branch takes half the memory, and the kernels of its layer stay as they are. A layer expands its branch before each call, or finds it
+A branch takes half the memory, and the kernels of its layer stay as they are. A layer's op expands the branch in each call, or finds it
 expanded: ahead_of() expands those of a whole block by one launch, since a launch takes longer than a layer's expansion.
 """
 
@@ -8,7 +8,6 @@ import functools
 import threading
 
 import torch
-from torch import Tensor
 
 from . import dispatch, kernel_loader, reference, runtime, self_test, self_test_problems, targets
 from .errors import KernelsUnavailable
@@ -25,30 +24,44 @@ INSTEAD = "branches in 8 bits are expanded by PyTorch, which is slower"
 _current = threading.local()  # block: the innermost Expanded that this thread has entered
 
 
+def in_16_bits(operands):
+    """LayerOperands whose low-rank branch is in 16 bits, in the type of the layer's scales: the operands themselves, or those with the
+    expanded branch."""
+    if operands.proj_scale is None:
+        return operands
+    down, up = expanded(operands.proj_down, operands.proj_up, operands.proj_scale, operands.weight_scale.dtype)
+    return operands._replace(proj_down=down, proj_up=up, proj_scale=None)
+
+
 def expanded(proj_down, proj_up, scale, dtype):
-    """(proj_down (K, R), proj_up (N, R)) in `dtype`: reference.expand_branch of each, to the bit.
+    """(proj_down (K, R), proj_up (N, R)) in `dtype`: reference.expand_branch of each, to the bit. It is called within an op, which a tracer
+    doesn't see.
 
     proj_down: (K, R), proj_up: (N, R), int8, contiguous, R a multiple of CODES_STEP; scale: (K + N,) bf16, of the rows of proj_down and of
     proj_up. All on one device; dtype: bf16 or fp16. Nobody may write to the results, which are a block's memory within ahead_of().
     """
     (k, rank), n = proj_down.shape, proj_up.shape[0]
-    if dispatch.plain(proj_down):
-        found = _found(tuple(map(runtime.address, (proj_down, proj_up, scale))), dtype)
-        if found is not None:
-            return _matrix(*found, k, rank), _matrix(found[0], found[1] + k * rank, n, rank)
-        branch = _expand(proj_down, proj_up, scale, dtype)
-    else:
-        branch = _expand_op(proj_down, proj_up, scale, dtype)
+    found = _found(tuple(map(runtime.address, (proj_down, proj_up, scale))), dtype)
+    if found is not None:
+        return _matrix(*found, k, rank), _matrix(found[0], found[1] + k * rank, n, rank)
+    branch = _expand(proj_down, proj_up, scale, dtype)
     return branch[:k], branch[k:]
 
 
-def expander(k, n, rank, dtype, device):
-    """A function of the addresses of a branch's (proj_down, proj_up, scale), sizes and devices as in expanded(). It returns (a tensor whose
-    memory has the expanded branch, index of the first number there): the rows of proj_down, then those of proj_up. A view takes as long as
-    a launch, and few kernels need one. Raises KernelsUnavailable."""
-    launch, allocate = launcher(k, n, rank, dtype, device)
+def expander(operands):
+    """A function without arguments that expands the branch of LayerOperands in 8 bits while it stays at its addresses; None if the branch
+    is in 16 bits. The operands are on a CUDA device.
 
-    def expand(*codes):
+    The function returns (a tensor whose memory has the expanded branch, index of the first number there): the rows of proj_down, then those
+    of proj_up. A view takes as long as a launch, and few kernels need one. Raises KernelsUnavailable.
+    """
+    if operands.proj_scale is None:
+        return None
+    codes, dtype = (operands.proj_down, operands.proj_up, operands.proj_scale), operands.weight_scale.dtype
+    launch, allocate = launcher(len(codes[0]), *codes[1].shape, dtype, codes[0].device)
+    codes = tuple(map(runtime.address, codes))
+
+    def expand():
         found = _found(codes, dtype)
         if found is None:
             found = allocate(), 0
@@ -208,13 +221,3 @@ def _expand(proj_down, proj_up, scale, dtype):
         except KernelsUnavailable:  # the layer's own call logs the reason
             pass
     return reference.expand_branch(torch.cat((proj_down, proj_up)), scale, dtype)
-
-
-@torch.library.custom_op("svdquant::expand_branch", mutates_args=())
-def _expand_op(proj_down: Tensor, proj_up: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return _expand(proj_down, proj_up, scale, dtype)
-
-
-@_expand_op.register_fake
-def _(proj_down, proj_up, scale, dtype):
-    return proj_down.new_empty(proj_down.shape[0] + proj_up.shape[0], proj_down.shape[1], dtype=dtype)

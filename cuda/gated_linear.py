@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import block_ops, dispatch, ops
+from . import block_ops, dispatch, expand_branch, ops
 from .errors import KernelsUnavailable
 from .operands import LayerOperands, LoRASizes
 
@@ -35,7 +35,7 @@ def addends(x, residual, gate):
 
 
 def _gated_linear(x, residual, gate, *flat):
-    operands = LayerOperands(*flat[:-2], LoRASizes(tuple(flat[-2]), flat[-1]))
+    operands = expand_branch.in_16_bits(LayerOperands(*flat[:-2], LoRASizes(tuple(flat[-2]), flat[-1])))
     added = addends(x, residual, gate)
     if added is not None:
         try:
@@ -50,10 +50,10 @@ def _gated_linear(x, residual, gate, *flat):
 @torch.library.custom_op("svdquant::gated_linear", mutates_args=())
 def _gated_op(x: Tensor, residual: Tensor, gate: Tensor, weight: Tensor, weight_scale: Tensor, proj_down: Tensor, proj_up: Tensor,
               smooth: Tensor, bias: Optional[Tensor], unsigned_from: int, act_bits: int, row_scale: Optional[Tensor],
-              gelu_from: Optional[int], lora_down: Optional[Tensor], lora_up: Optional[Tensor], lora_strength: Optional[Tensor],
-              lora_ranks: Sequence[int], lora_part_rows: int) -> Tensor:
+              gelu_from: Optional[int], proj_scale: Optional[Tensor], lora_down: Optional[Tensor], lora_up: Optional[Tensor],
+              lora_strength: Optional[Tensor], lora_ranks: Sequence[int], lora_part_rows: int) -> Tensor:
     return _gated_linear(x, residual, gate, weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale,
-                         gelu_from, lora_down, lora_up, lora_strength, lora_ranks, lora_part_rows)
+                         gelu_from, proj_scale, lora_down, lora_up, lora_strength, lora_ranks, lora_part_rows)
 
 
 @_gated_op.register_fake

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import choose, dispatch, gemm_mma, kernel_loader, ops, quantize_activation, runtime, targets
+from . import choose, dispatch, expand_branch, gemm_mma, kernel_loader, ops, quantize_activation, runtime, targets
 from .activation_layout import RANK_BLOCK, ROWS, padded
 from .errors import KernelsUnavailable
 from .operands import LayerOperands
@@ -46,22 +46,30 @@ def svdquant_mlp(x, first, second):
     """
     if dispatch.plain(x):
         return _mlp(x, first, second)
-    return _mlp_op(x, first.tensors, second.tensors, first.unsigned_from, second.unsigned_from)
+    return _mlp_op(x, *flat(first, second))
+
+
+def flat(first, second):
+    """The op's arguments after x."""
+    return first.tensors, second.tensors, first.unsigned_from, second.unsigned_from, first.proj_scale, second.proj_scale
 
 
 # The schema is written out because PyTorch 2.5 can't infer a list of Optionals from annotations with collections.abc.
 @torch.library.custom_op("svdquant::mlp", mutates_args=(), schema=(
-    "(Tensor x, Tensor?[] first, Tensor?[] second, SymInt first_unsigned_from, SymInt second_unsigned_from) -> Tensor"))
-def _mlp_op(x, first, second, first_unsigned_from, second_unsigned_from):
-    return _mlp(x, LayerOperands(*first, first_unsigned_from, gelu_from=0), LayerOperands(*second, second_unsigned_from))
+    "(Tensor x, Tensor?[] first, Tensor?[] second, SymInt first_unsigned_from, SymInt second_unsigned_from, "
+    "Tensor? first_proj_scale, Tensor? second_proj_scale) -> Tensor"))
+def _mlp_op(x, first, second, first_unsigned_from, second_unsigned_from, first_proj_scale, second_proj_scale):
+    return _mlp(x, LayerOperands(*first, first_unsigned_from, gelu_from=0, proj_scale=first_proj_scale),
+                LayerOperands(*second, second_unsigned_from, proj_scale=second_proj_scale))
 
 
 @_mlp_op.register_fake
-def _(x, first, second, first_unsigned_from, second_unsigned_from):
+def _(x, first, second, *_others):
     return x.new_empty(*x.shape[:-1], second[0].shape[0])
 
 
 def _mlp(x, first, second):
+    first, second = expand_branch.in_16_bits(first), expand_branch.in_16_bits(second)
     if dispatch.on_gpu(x):
         y = fused(x, first, second)
         if y is not None:
@@ -70,7 +78,8 @@ def _mlp(x, first, second):
 
 
 def fused(x, first, second, kernels=None):
-    """As svdquant_mlp on a GPU, or None if the layers must run one after the other. kernels: MLPKernels that replace choose()'s."""
+    """As svdquant_mlp on a GPU, of layers whose branches are in 16 bits, or None if the layers must run one after the other. kernels:
+    MLPKernels that replace choose()'s."""
     dtype = x.dtype
     if not dtype == first.weight_scale.dtype == second.weight_scale.dtype or not x.is_contiguous() or x.data_ptr() % 16:
         return None

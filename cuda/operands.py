@@ -46,7 +46,8 @@ NO_LORA = LoRASizes()
 class LayerOperands(NamedTuple):
     """A layer's tensors and constants: everything it computes with besides its input x (..., K).
 
-    N outputs, R the rank, G = K / 64 groups. The float tensors are 16-bit and share a dtype.
+    N outputs, R the rank, G = K / 64 groups. The float tensors are 16-bit and share a dtype. With a proj_scale the low-rank branch is in
+    8 bits: proj_down and proj_up are int8 codes, contiguous, and R is a multiple of CODES_STEP. The ops expand it (expand_branch.py).
     """
 
     weight: Tensor                       # (N, K/2) int8, packed 4-bit codes (int4.py)
@@ -59,6 +60,7 @@ class LayerOperands(NamedTuple):
     act_bits: int = 4                    # bits of the activation's codes: 4 or 8
     row_scale: Optional[Tensor] = None   # (N,) float32, from row_scales.row_scale; the kernels need it for act_bits 8
     gelu_from: Optional[int] = None      # first output column to which the layer itself applies GELU; None if there is none
+    proj_scale: Optional[Tensor] = None  # (K + N,) bf16, of the rows of proj_down and of proj_up, if these are codes
     lora_down: Optional[Tensor] = None   # (R + sum of the LoRA's ranks, K); the first R rows are proj_down^T, for one product of all
     lora_up: Optional[Tensor] = None     # (sum of each part's rows times its ranks,)
     lora_strength: Optional[Tensor] = None  # (sum of the LoRA's ranks,) float32
@@ -66,7 +68,7 @@ class LayerOperands(NamedTuple):
 
     @property
     def tensors(self):
-        """The stored tensors: weight, weight_scale, proj_down, proj_up, smooth, bias."""
+        """The stored tensors but proj_scale: weight, weight_scale, proj_down, proj_up, smooth, bias."""
         return self[:6]
 
     @property

@@ -22,6 +22,7 @@ from . import (
     awq,
     cupy_import,
     dispatch,
+    expand_branch,
     gemm_mma,
     gemm_wgmma,
     quantize_activation,
@@ -69,7 +70,8 @@ def svdquant_linear(x, operands):
     """One SVDQuant layer, (..., K) -> (..., N) in x.dtype.
 
     operands: LayerOperands, on x's device. With act_bits 8 a GPU needs their row_scale, and rounds the group scales to
-    integer multiples of it. If gelu_from is a multiple of choose.GELU_COLUMNS, the GEMM applies GELU itself.
+    integer multiples of it. If gelu_from is a multiple of choose.GELU_COLUMNS, the GEMM applies GELU itself. A branch in 8 bits is expanded
+    within the op, so that a traced graph has one node a layer.
     """
     return _svdquant_linear(x, operands) if dispatch.plain(x) else _svdquant_op(x, *operands.flat)
 
@@ -80,6 +82,7 @@ def awq_linear(x, weight, weight_scale, weight_zeros, bias):
 
 
 def _svdquant_linear(x, operands):
+    operands = expand_branch.in_16_bits(operands)
     if dispatch.on_gpu(x):
         try:
             y = by_kernels(x, operands)
@@ -258,9 +261,10 @@ def _measure(device, prepared):
 
 
 def by_kernels(x, operands, added=()):
-    """Compute the layer by two launches, or in steps; None if choose() leaves it to the reference. added: tensors for ADDED, as
-    gated_linear.addends returns them: the launches then add them too, and without such launches the result is None."""
-    (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, lora_down, lora_up,
+    """Compute the layer, whose branch is in 16 bits, by two launches, or in steps; None if choose() leaves it to the reference. added:
+    tensors for ADDED, as gated_linear.addends returns them: the launches then add them too, and without such launches the result is
+    None."""
+    (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, _, lora_down, lora_up,
      lora_strength, lora) = operands
     dtype, (*leading, k), (n, rank) = x.dtype, x.shape, proj_up.shape
     m, stride, source = x.numel() // k, k, x.data_ptr()
@@ -283,27 +287,25 @@ def by_kernels(x, operands, added=()):
     return y
 
 
-def cached_launch(x, operands, gated=False, codes=(), expand=None):
+def cached_launch(x, operands, gated=False):
     """svdquant_linear for one layer and inputs of x's shape, with all look-ups done: launch(x, weight_scale, proj_down, addresses,
     lora_down, lora_strength, added), or None if the layer isn't two launches. The operands are on x's device; with act_bits 8 they have a
     row_scale.
 
-    launch takes a plain() x of the same shape, the layer's current tensors, and the current addresses of the tensors of CONSTANT, and of
-    LORA_CONSTANT if there is a LoRA, which has the LoRASizes of `operands`. gated: it also takes `added`, as by_kernels, for residuals of
-    y's shape. It returns y, or None if anything has changed. Equal addresses
-    also mean equal devices, because the host and all devices share one address space.
-
-    codes: proj_down, proj_up and their scale of a branch in 8 bits, from which each call expands the operands' proj_down and proj_up; their
-    addresses then stand in place of those, with that of the scale at the end. expand: expand_branch.expander of such a layer.
+    launch takes a plain() x of the same shape, the layer's current tensors, and the current addresses of the tensors of CONSTANT, of
+    LORA_CONSTANT if there is a LoRA, which has the LoRASizes of `operands`, and of proj_scale if the branch is in 8 bits. gated: it also
+    takes `added`, as by_kernels, for residuals of y's shape. It returns y, or None if anything has changed. Equal addresses also mean equal
+    devices, because the host and all devices share one address space.
     """
-    (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, _, lora_up, lora_strength,
-     lora) = operands
+    (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, proj_scale, _, lora_up,
+     lora_strength, lora) = operands
     dtype, index, (*leading, k), (n, rank) = x.dtype, x.get_device(), x.shape, proj_up.shape
     if not dispatch.on_gpu(x) or weight_scale.dtype != dtype or not x.is_contiguous() or x.data_ptr() % 16:
         return None
     m = x.numel() // k
     try:
         launches = _launches(m, n, k, rank, unsigned_from, act_bits, dtype, gelu_from, lora, k, x.device, gated)
+        expand = expand_branch.expander(operands)
     except KernelsUnavailable:  # svdquant_linear logs the reason
         return None
     if launches is None:
@@ -311,11 +313,10 @@ def cached_launch(x, operands, gated=False, codes=(), expand=None):
     tensors = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias
     known = tuple(map(runtime.address, tensors if lora_up is None else (*tensors, lora_up, lora_strength)))
     constants = zip(launches.constant, (*known, 0))  # 0: a lora_up that the kernel has and the layer hasn't
-    names = *launches.inputs, *launches.product, *(("proj_down", "proj_up") if codes else ())  # a name's first place counts
+    names = *launches.inputs, *launches.product, *(("proj_down", "proj_up") if expand else ())  # a name's first place counts
     run, allocated = _both(launches, names, constants), runtime.allocator((*leading, n), dtype, x.device)
-    if codes:
-        down, up, scale = map(runtime.address, codes)
-        known = (down, *known[1:CONSTANT.index("proj_up")], up, *known[CONSTANT.index("proj_up") + 1:], scale)
+    if expand:
+        known = *known, runtime.address(proj_scale)
 
     def launch(x, weight_scale, proj_down, addresses, lora_down=None, lora_strength=None, added=()):
         source = x.data_ptr()
@@ -323,12 +324,12 @@ def cached_launch(x, operands, gated=False, codes=(), expand=None):
                 or not x.is_contiguous()):
             return None
         y, factors = allocated(), ()
-        if codes:
-            memory, begin = expand(down, up, scale)
+        if expand:
+            memory, begin = expand()
             first = memory.data_ptr() + begin * dtype.itemsize
             factors = first, first + k * rank * dtype.itemsize
         if launches.product:
-            if codes:
+            if expand:
                 proj_down = memory.as_strided((k, rank), (rank, 1), begin)
             product = quantize_activation.multiplied(x.view(m, k), proj_down, lora_down, lora_strength)
             run(source, y.data_ptr(), *map(runtime.address, (*added, *product)), *factors)
@@ -383,10 +384,10 @@ def warn_once(message):
 @torch.library.custom_op("svdquant::linear", mutates_args=())
 def _svdquant_op(x: Tensor, weight: Tensor, weight_scale: Tensor, proj_down: Tensor, proj_up: Tensor, smooth: Tensor,
                  bias: Optional[Tensor], unsigned_from: int, act_bits: int, row_scale: Optional[Tensor], gelu_from: Optional[int],
-                 lora_down: Optional[Tensor], lora_up: Optional[Tensor], lora_strength: Optional[Tensor], lora_ranks: Sequence[int],
-                 lora_part_rows: int) -> Tensor:
+                 proj_scale: Optional[Tensor], lora_down: Optional[Tensor], lora_up: Optional[Tensor], lora_strength: Optional[Tensor],
+                 lora_ranks: Sequence[int], lora_part_rows: int) -> Tensor:
     return _svdquant_linear(x, LayerOperands(weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale,
-                                             gelu_from, lora_down, lora_up, lora_strength,
+                                             gelu_from, proj_scale, lora_down, lora_up, lora_strength,
                                              LoRASizes(tuple(lora_ranks), lora_part_rows)))
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import choose, dispatch, gemm_mma, gemm_wgmma, ops, quantize_activation, runtime, self_test, targets
+from . import choose, dispatch, expand_branch, gemm_mma, gemm_wgmma, ops, quantize_activation, runtime, self_test, targets
 from .activation_layout import RANK_BLOCK, ROWS, padded
 from .errors import KernelsUnavailable
 from .operands import MAX_PART_RANK, MAX_PARTS, NO_LORA, LoRASizes
@@ -34,6 +34,7 @@ def svdquant_linears(x, layers):
     """[ops.svdquant_linear(x, layer) for layer in layers], (..., N) each. layers: LayerOperands with equal values of smooth, on x's
     device."""
     if dispatch.plain(x) and dispatch.on_gpu(x):
+        layers = list(map(expand_branch.in_16_bits, layers))
         try:
             outputs = by_kernels(x, layers)
             if outputs is not None:
@@ -48,7 +49,8 @@ def one_by_one(x, layers):
 
 
 def by_kernels(x, layers):
-    """As svdquant_linears, or None if the kernels don't take these layers together, or gave other results before."""
+    """As svdquant_linears, for branches in 16 bits, or None if the kernels don't take these layers together, or gave other results
+    before."""
     k, dtype, first, source = x.shape[-1], x.dtype, layers[0], x.data_ptr()
     tokens = x.reshape(-1, k)
     if source % 16 or tokens.data_ptr() != source or tokens.stride(1) != 1 or tokens.stride(0) % 8:
@@ -72,11 +74,11 @@ def _kind(tokens, layers):
 
 
 def cached_launch(x, layers):
-    """svdquant_linears for these layers, without LoRAs, and inputs of x's shape, with all look-ups done: launch(x, branches). None if
+    """svdquant_linears for these layers, without LoRAs, and inputs of x's shape, with all look-ups done: launch(x, proj_downs). None if
     their first call has not been compared yet, or if they don't run together.
 
-    launch takes a plain() x of the same shape, and (proj_down (K, R), address of proj_up) of each layer, while the layers' other tensors
-    are where they were. It returns the outputs, or None for an x of another dtype, device or layout.
+    launch takes a plain() x of the same shape, and each layer's proj_down, while the layers' tensors are where they were. It returns the
+    outputs, or None for an x of another dtype, device or layout.
     """
     if not dispatch.on_gpu(x) or not x.is_contiguous() or any(layer.weight_scale.dtype != x.dtype for layer in layers):
         return None
@@ -85,14 +87,20 @@ def cached_launch(x, layers):
     launches, m = _agreed.get(_kind(tokens, layers)), len(tokens)
     if not launches or launches.lora.ranks:
         return None
-    smooth, own = runtime.address(layers[0].smooth), _own(layers)
+    try:
+        expanders = list(map(expand_branch.expander, layers))
+    except KernelsUnavailable:  # svdquant_linear logs the reason
+        return None
+    ranks, smooth, own = [layer.proj_up.shape[1] for layer in layers], runtime.address(layers[0].smooth), _own(layers)
 
-    def launch(x, branches):
+    def launch(x, proj_downs):
         source = x.data_ptr()
         if x.dtype is not dtype or x.get_device() != index or source % 16 or not x.is_contiguous():
             return None
-        downs, values = [down for down, _ in branches], [*own]
-        values[PROJ_UP::len(OF_LAYER)] = [up for _, up in branches]
+        downs, values = [*proj_downs], [*own]
+        for i, expand in enumerate(expanders):
+            if expand is not None:
+                downs[i], values[PROJ_UP + i * len(OF_LAYER)] = expand_branch.factors(*expand(), k, ranks[i])
         down = torch.cat(downs, dim=1)
         product = quantize_activation.multiplied(x.view(m, k), down) if launches.product else (down,)
         outputs = [allocate() for allocate in launches.allocate]

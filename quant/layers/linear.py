@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.modules import module as module_hooks
 
-from ...cuda import dispatch, expand_branch, gated_linear, nvfp4, nvfp4_ops, ops, reference, row_scales
-from ...cuda.errors import KernelsUnavailable
+from ...cuda import dispatch, gated_linear, nvfp4, nvfp4_ops, ops, reference, row_scales
 from ...cuda.int4 import GELU_SHIFT
 from ...cuda.operands import LayerOperands
 from . import layout
@@ -83,7 +82,7 @@ class PackedLinear(torch.nn.Module):
         lora = branch.operands(x, self.lora_dtype) if self.takes_lora else ()
         if lora and not branch.terms:
             return self.product(x, p, p["bias"], self.activates_from(), lora)
-        return self.added(self.product(x, p, p["bias"], None, lora), x, with_lora=not lora)
+        return self.added(self.product(x, p, p["bias"], None, lora), x, with_lora=len(lora) == 0)
 
     def add_gated(self, x, residual, gate):
         """residual + gate * self(x), (B, L, N), as one op; None if something needs the layer's own output, or if it has no such op.
@@ -197,13 +196,6 @@ class SVDQuantLinear(BranchedLinear):
         p = self.at(x)
         return self._computed(x, p, p["bias"], None, () if branch is None else branch.operands(x, self.lora_dtype), residual, gate)
 
-    def at(self, x):
-        p = super().at(x)
-        if self.spec.branch_bits == 8:
-            p["weight_proj_down"], p["weight_proj_up"] = expand_branch.expanded(
-                p["weight_proj_down"], p["weight_proj_up"], p["weight_proj_scale"], p["weight_scale"].dtype)
-        return p
-
     def alone(self):
         """Whether nobody's hook or forward sees the layer's output."""
         own = self.__dict__
@@ -255,7 +247,7 @@ class SVDQuantLinear(BranchedLinear):
         row_scale = self.row_scale(p["weight_scale"]) if act_bits == 8 else None
         args = operands(p, bias, self.spec.unsigned_from, act_bits, row_scale, gelu_from, lora)
         if dispatch.plain(x) and bias is p["bias"] and self._resident(p, lora):
-            launch, known = self._cached_launch(x, args, gated), self._row_scale
+            launch, known = ops.cached_launch(x, args, gated), self._row_scale
             if launch and (row_scale is None or known.value is row_scale):
                 if len(self._launches) >= SHAPES:
                     self._launches.clear()
@@ -264,31 +256,15 @@ class SVDQuantLinear(BranchedLinear):
                     launch, gelu_from, self.act_bits, None if row_scale is None else known, branch)
         return gated_linear.gated_linear(x, args, residual, gate) if gated else ops.svdquant_linear(x, args)
 
-    def _cached_launch(self, x, args, gated):
-        """ops.cached_launch of the layer's operands."""
-        if self.spec.branch_bits == 16 or not dispatch.on_gpu(x):
-            return ops.cached_launch(x, args, gated)
-        expand = self.expander(args.proj_up.dtype, x.device)
-        return None if expand is None else ops.cached_launch(x, args, gated, self.codes(), expand)
-
     def codes(self):
         """[proj_down, proj_up, their scale] of a branch in 8 bits."""
         p = self._parameters
         return [p["weight_proj_down"], p["weight_proj_up"], p["weight_proj_scale"]]
 
-    def expander(self, dtype, device):
-        """expand_branch.expander for a branch in 8 bits; None without the kernel, when at() expands it by PyTorch."""
-        try:
-            return expand_branch.expander(self.in_features, self.out_features, self.spec.rank, dtype, device)
-        except KernelsUnavailable:
-            return None
-
     def _resident(self, p, lora):
-        """Whether the tensors of a call are the layer's own, rather than copies of them. A branch in 8 bits is always expanded."""
+        """Whether the tensors of a call are the layer's own, rather than copies of them."""
         branch = self.lora_branch
-        expanded = ("weight_proj_down", "weight_proj_up") if self.spec.branch_bits == 8 else ()
-        return (all(self._parameters[name].device == tensor.device if name in expanded else tensor is self._parameters[name]
-                    for name, tensor in p.items())
+        return (all(tensor is self._parameters[name] for name, tensor in p.items())
                 and (not lora or lora[0] is branch.lora_down and lora[1] is branch.lora_up and lora[2] is branch.lora_strength))
 
     @property
@@ -373,9 +349,10 @@ class SVDQuantLinear(BranchedLinear):
 
 
 def operands(p, bias, unsigned_from, act_bits, row_scale=None, gelu_from=None, lora=()):
-    """The LayerOperands of an SVDQuantLinear's parameters `p`, with a LoRA as LoRABranch.operands returns it."""
+    """The LayerOperands of an SVDQuantLinear's parameters `p`, with a LoRA as LoRABranch.operands returns it. A branch in 8 bits stays so:
+    the ops expand it."""
     return LayerOperands(p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], bias,
-                         unsigned_from, act_bits, row_scale, gelu_from, *lora)
+                         unsigned_from, act_bits, row_scale, gelu_from, p.get("weight_proj_scale"), *lora)
 
 
 def untouched(module):

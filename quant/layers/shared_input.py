@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...cuda import dispatch, expand_branch, ops, shared_input
+from ...cuda import dispatch, ops, shared_input
 from .linear import SHAPES, SVDQuantLinear, operands, version_of
 
 _launches = weakref.WeakKeyDictionary()  # {a group's first layer: {x's shape: CachedLaunch}}
@@ -22,7 +22,7 @@ def outputs(layers, x):
     known = _launches.get(layers[0])
     known = None if known is None else known.get(x.shape)
     if known is not None and known.is_of(layers):
-        found = known.launch(x, list(map(branch, layers, known.expanders)))
+        found = known.launch(x, [layer._parameters["weight_proj_down"] for layer in layers])
         if found is not None:
             return found
     if not all(takes_part(layer, x) for layer in layers) or not are_alike(layers, x.device):
@@ -38,13 +38,10 @@ def keep_launch(layers, x, args):
     states, launch = [state(layer) for layer in layers], shared_input.cached_launch(x, args)
     if launch is None or None in states:
         return
-    expanders = [layer.expander(x.dtype, x.device) if layer.spec.branch_bits == 8 else None for layer in layers]
-    if any(expand is None and layer.spec.branch_bits == 8 for layer, expand in zip(layers, expanders)):
-        return
     kept = _launches.setdefault(layers[0], {})
     if len(kept) >= SHAPES:
         kept.clear()
-    kept[x.shape] = CachedLaunch(launch, tuple(map(weakref.ref, layers)), states, expanders)
+    kept[x.shape] = CachedLaunch(launch, tuple(map(weakref.ref, layers)), states)
 
 
 class CachedLaunch(NamedTuple):
@@ -53,7 +50,6 @@ class CachedLaunch(NamedTuple):
     launch: Callable  # shared_input.cached_launch's
     layers: tuple     # weak references to the layers
     states: list      # state() of each layer when the launch was made
-    expanders: list   # SVDQuantLinear.expander's function for each layer; None with a branch in 16 bits
 
     def is_of(self, layers):
         return (len(layers) == len(self.layers)
@@ -72,14 +68,6 @@ def state(layer):
         return None
     return (layer.spec, layer.act_bits, layer.gelu_from, p["weight_scale"].dtype, None if row_scale is None else row_scale.address,
             *[0 if tensor is None else tensor.data_ptr() for tensor in p.values()])
-
-
-def branch(layer, expand):
-    """(proj_down (K, R), address of proj_up) of a layer, in the type in which it multiplies. expand: of CachedLaunch.expanders."""
-    if expand is None:
-        p = layer._parameters
-        return p["weight_proj_down"], p["weight_proj_up"].data_ptr()
-    return expand_branch.factors(*expand(*(tensor.data_ptr() for tensor in layer.codes())), layer.in_features, layer.spec.rank)
 
 
 def _holds(reference, version, parameter):
@@ -128,7 +116,7 @@ def smoothing(layer):
 
 def operands_of(layer, x):
     """The LayerOperands of a layer that takes_part()."""
-    p = layer.at(x) if layer.bias_function or layer.spec.branch_bits == 8 else layer._parameters
+    p = layer.at(x) if layer.bias_function else layer._parameters
     branch, act_bits = layer._modules.get("lora_branch"), layer.bits(x.device)
     row_scale = layer.row_scale(p["weight_scale"]) if act_bits == 8 else None
     lora = () if branch is None else branch.operands(x, layer.lora_dtype)

@@ -27,6 +27,17 @@ def with_lora(layer, ranks, part_rows=0, seed=0):
     return layer._replace(lora_down=down.to(layer.smooth), lora_up=up.to(layer.smooth), lora_strength=strength, lora=lora)
 
 
+def with_codes(layer, seed=0):
+    """(the layer with a random low-rank branch in 8 bits, the layer with that branch expanded), with the same LoRA if it has one."""
+    g, (k, rank), n = torch.Generator().manual_seed(seed + 200), layer.proj_down.shape, layer.proj_up.shape[0]
+    codes, scale = torch.randint(-127, 128, (k + n, rank), generator=g, dtype=torch.int8), torch.rand(k + n, generator=g) / 64 / k**0.5
+    down, up, scale = (tensor.to(layer.weight.device) for tensor in (codes[:k].clone(), codes[k:].clone(), scale.bfloat16()))
+    factors = reference.expand_branch(torch.cat((down, up)), scale, layer.weight_scale.dtype)
+    if layer.lora_down is not None:
+        layer = layer._replace(lora_down=torch.cat((factors[:k].t(), layer.lora_down[rank:])))
+    return layer._replace(proj_down=down, proj_up=up, proj_scale=scale), layer._replace(proj_down=factors[:k], proj_up=factors[k:])
+
+
 def with_row_scale(layer):
     """The layer with 8-bit activations, and with the row_scale that its kernels need."""
     return layer._replace(act_bits=8, row_scale=row_scales.row_scale(layer.weight_scale))

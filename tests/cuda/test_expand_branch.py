@@ -7,6 +7,7 @@ import torch
 from comfyui_svdquant.cuda import expand_branch, reference, runtime
 
 from .launches import expanding
+from .layers import random_layer
 
 BFLOAT, HALF = torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
@@ -28,8 +29,14 @@ def addresses(branches):
     return tuple(tuple(map(runtime.address, codes)) for codes in branches)
 
 
+def operands(size, codes, dtype):
+    k, n, rank = size
+    layer = random_layer(n, -(-k // 64) * 64, rank, dtype=dtype)
+    return layer._replace(proj_down=codes[0], proj_up=codes[1], proj_scale=codes[2])
+
+
 def by_expander(size, codes, dtype):
-    memory, begin = expand_branch.expander(*size, dtype, CPU)(*addresses([codes])[0])
+    memory, begin = expand_branch.expander(operands(size, codes, dtype))()
     k, n, rank = size
     return memory.flatten()[begin:][:(k + n) * rank].view(k + n, rank)
 
@@ -42,6 +49,18 @@ def test_a_branch_alone(monkeypatch, dtype):
             assert torch.equal(torch.cat(expand_branch.expanded(*codes, dtype)), exact(codes, dtype))
             assert torch.equal(by_expander(size, codes, dtype), exact(codes, dtype))
     assert launches == [1] * 2 * len(SIZES)
+
+
+def test_operands_in_16_bits(monkeypatch):
+    """Those in 8 bits get the expanded branch, with all else as it was; others stay the same tuple."""
+    codes, size = branch(*SIZES[1]), SIZES[1]
+    narrow = operands(size, codes, BFLOAT)
+    with expanding(monkeypatch) as launches:
+        wide = expand_branch.in_16_bits(narrow)
+        assert launches == [1] and expand_branch.in_16_bits(wide) is wide and expand_branch.expander(wide) is None
+    assert wide.proj_scale is None and torch.equal(torch.cat((wide.proj_down, wide.proj_up)), exact(codes))
+    kept = [name for name in wide._fields if name not in ("proj_down", "proj_up", "proj_scale")]
+    assert all(getattr(wide, name) is getattr(narrow, name) for name in kept)
 
 
 @pytest.mark.parametrize(("count", "expected"), [(2, [2]), (16, [16]), (17, [16, 1]), (35, [16, 16, 3])])

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import dispatch, expand_branch, reference
+from comfyui_svdquant.cuda import dispatch, expand_branch, gated_linear, mlp, ops, reference
 from comfyui_svdquant.quant.layers import block_branches, layout, linear
 from comfyui_svdquant.quant.layers.lora_branch import Dense, LoRABranch, LowRank
 
-from .layers import check_in_graphs, random_input
+from .layers import check_in_graphs, on_cuda, random_input, random_layer, with_codes, with_lora, with_row_scale
 from .test_gated_linear_gpu import added
 from .test_ops_gpu import module_of
 
@@ -46,6 +46,52 @@ def test_a_launch_for_many_has_the_references_bits(count, dtype):
     assert len(found) == count
     for codes, y in zip(branches, found):
         assert torch.equal(y, reference.expand_branch(torch.cat(codes[:2]), codes[2], dtype))
+
+
+# --- Ops -----------------------------------------------------------------------------------------------------------------
+
+
+def operands_pair(n, k, rank, act_bits=4, lora=(), dtype=BFLOAT, **changes):
+    """(LayerOperands with a branch in 8 bits, those with the expanded branch)"""
+    layer = random_layer(n, k, rank, dtype=dtype, **changes)
+    layer = with_row_scale(layer) if act_bits == 8 else layer
+    return map(on_cuda, with_codes(with_lora(layer, lora) if lora else layer))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT, HALF])
+@pytest.mark.parametrize("lora", [(), (24,)])
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_the_ops_expand_the_branch(act_bits, lora, dtype):
+    """Called directly and through the dispatcher, with an input of the layer's type and of another one."""
+    narrow, wide = operands_pair(384, 256, 32, act_bits, lora, dtype)
+    x, (residual, gate) = random_input(70, 256, dtype).cuda()[None], added(70, 384, dtype)
+    for each in (x, x.float()):
+        expected = ops.svdquant_linear(each, wide)
+        assert torch.equal(ops.svdquant_linear(each, narrow), expected)
+        assert torch.equal(torch.ops.svdquant.linear(each, *narrow.flat), expected)
+    expected = gated_linear.gated_linear(x, wide, residual, gate)
+    assert torch.equal(gated_linear.gated_linear(x, narrow, residual, gate), expected)
+    assert torch.equal(torch.ops.svdquant.gated_linear(x, residual, gate, *narrow.flat), expected)
+    torch.library.opcheck(torch.ops.svdquant.linear.default, (x, *narrow.flat))
+    torch.library.opcheck(torch.ops.svdquant.gated_linear.default, (x, residual, gate, *narrow.flat))
+
+
+def test_the_op_of_an_mlp_expands_both_branches():
+    first, second = operands_pair(512, 256, 32, gelu_from=0), operands_pair(192, 512, 48, unsigned_from=0, seed=1)
+    x, (narrow, wide) = random_input(70, 256, BFLOAT).cuda(), zip(first, second)
+    expected = mlp.svdquant_mlp(x, *wide)
+    assert torch.equal(mlp.svdquant_mlp(x, *narrow), expected)
+    assert torch.equal(torch.ops.svdquant.mlp(x, *mlp.flat(*narrow)), expected)
+    torch.library.opcheck(torch.ops.svdquant.mlp.default, (x, *mlp.flat(*narrow)))
+
+
+def test_an_op_in_graphs():
+    narrow, wide = operands_pair(384, 256, 32, 8)
+    x = random_input(70, 256, BFLOAT).cuda()
+    assert torch.equal(check_in_graphs(lambda x: 2 * ops.svdquant_linear(x, narrow), x), 2 * ops.svdquant_linear(x, wide))
+
+
+# --- Layers --------------------------------------------------------------------------------------------------------------
 
 
 def pair(n, k, rank, act_bits, **changes):
@@ -190,6 +236,17 @@ def test_a_block_has_the_bits_of_the_expanded_one(act_bits, found):
     for _ in range(2):
         assert torch.equal(narrow(x), wide(x))
     assert len(found) >= 12 * 4 and all(each is not None for each in found)
+
+
+def test_ops_find_the_blocks_branches(found):
+    """Also through the dispatcher, as from a compiled part of a block."""
+    narrow, wide = blocks(4)
+    x = random_input(70, 256, BFLOAT).cuda()
+    with block_branches.expanded(narrow):
+        for of_8, of_16 in zip(narrow.layers, wide.layers):
+            operands = linear.operands(of_8._parameters, of_8.bias, of_8.spec.unsigned_from, 4)
+            assert torch.equal(torch.ops.svdquant.linear(x, *operands.flat), of_16(x))
+    assert len(found) == 4 and all(each is not None for each in found)
 
 
 def test_a_block_in_a_cuda_graph(found):

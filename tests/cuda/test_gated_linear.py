@@ -5,7 +5,7 @@ import torch
 from comfyui_svdquant.cuda import gated_linear, ops, reference, targets
 
 from .launches import addresses, aligned, recorded
-from .layers import random_input, random_layer, with_lora, with_row_scale
+from .layers import random_input, random_layer, with_codes, with_lora, with_row_scale
 
 M, N, K = 70, 384, 256
 
@@ -28,6 +28,17 @@ def test_is_the_reference_of_both_passes(tensors, lora, batch):
     z = gated_linear.gated_linear(x, layer, residual, gate)
     assert torch.equal(z, expected) and z.dtype == x.dtype
     torch.library.opcheck(torch.ops.svdquant.gated_linear.default, (x, residual, gate, *layer.flat))
+
+
+@pytest.mark.parametrize("lora", [None, (8,)])
+def test_a_branch_in_8_bits_is_expanded_within_the_op(tensors, lora):
+    x, residual, gate = tensors
+    layer = random_layer(N, K, 32)
+    narrow, wide = with_codes(with_lora(layer, lora) if lora else layer)
+    expected = gated_linear.gated_linear(x, wide, residual, gate)
+    assert torch.equal(gated_linear.gated_linear(x, narrow, residual, gate), expected)
+    assert torch.equal(torch.ops.svdquant.gated_linear(x, residual, gate, *narrow.flat), expected)
+    torch.library.opcheck(torch.ops.svdquant.gated_linear.default, (x, residual, gate, *narrow.flat))
 
 
 @pytest.mark.parametrize("lora", [None, (8,)])

@@ -7,7 +7,7 @@ from comfyui_svdquant.cuda.activation_layout import CodeStorage
 from comfyui_svdquant.cuda.errors import KernelsUnavailable
 
 from .launches import addresses, aligned, recorded, recorder
-from .layers import random_input, random_layer
+from .layers import random_input, random_layer, with_codes
 
 K, HIDDEN, N = 128, 256, 96
 
@@ -22,14 +22,9 @@ def one_by_one(x, first, second):
     return reference.svdquant_linear(reference.svdquant_linear(x, first), second)
 
 
-def flat(first, second):
-    """The op's arguments after x."""
-    return first.tensors, second.tensors, first.unsigned_from, second.unsigned_from
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):
-    torch.library.opcheck(torch.ops.svdquant.mlp.default, (random_input(5, K, torch.bfloat16), *flat(*layers(bias=bias))))
+    torch.library.opcheck(torch.ops.svdquant.mlp.default, (random_input(5, K, torch.bfloat16), *mlp.flat(*layers(bias=bias))))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -37,7 +32,17 @@ def test_the_op_is_the_two_layers(dtype):
     args, x = layers(), random_input(10, K, dtype).view(2, 5, K)
     y = mlp.svdquant_mlp(x, *args)
     assert y.shape == (2, 5, N) and y.dtype == dtype and torch.equal(y, one_by_one(x, *args))
-    assert torch.equal(y, torch.ops.svdquant.mlp(x, *flat(*args)))
+    assert torch.equal(y, torch.ops.svdquant.mlp(x, *mlp.flat(*args)))
+
+
+@pytest.mark.parametrize("which", [(0, 0), (0, 1), (1, 0)], ids=["both", "the first", "the second"])
+def test_branches_in_8_bits_are_expanded_within_the_op(which):
+    x, pairs = random_input(5, K, torch.bfloat16), [with_codes(layer) for layer in layers()]
+    expected = mlp.svdquant_mlp(x, *(wide for _, wide in pairs))
+    args = [pair[i] for pair, i in zip(pairs, which)]
+    assert torch.equal(mlp.svdquant_mlp(x, *args), expected)
+    assert torch.equal(torch.ops.svdquant.mlp(x, *mlp.flat(*args)), expected)
+    torch.library.opcheck(torch.ops.svdquant.mlp.default, (x, *mlp.flat(*args)))
 
 
 def test_one_graph_under_torch_compile():

@@ -238,9 +238,7 @@ def test_in_one_graph_in_a_cuda_graph_and_on_a_stream():
         return mlp.svdquant_mlp(x, *rest) * 2
 
     expected = check_in_graphs(model, x)
-    first, second = rest
-    torch.library.opcheck(torch.ops.svdquant.mlp.default,
-                          (x, first.tensors, second.tensors, first.unsigned_from, second.unsigned_from))
+    torch.library.opcheck(torch.ops.svdquant.mlp.default, (x, *mlp.flat(*rest)))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -9,7 +9,7 @@ from comfyui_svdquant.cuda.choose import W4A16
 from comfyui_svdquant.cuda.operands import NO_LORA, LayerOperands, LoRASizes
 
 from .launches import addresses, aligned, recorded
-from .layers import random_input, random_layer, with_lora, with_row_scale
+from .layers import random_input, random_layer, with_codes, with_lora, with_row_scale
 
 
 def awq_layer():
@@ -20,7 +20,7 @@ def awq_layer():
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):
     layer = random_layer(96, 128, 16, 64, bias)
-    for operands in (layer, with_row_scale(layer)._replace(gelu_from=32), with_lora(layer, (8,))):
+    for operands in (layer, with_row_scale(layer)._replace(gelu_from=32), with_lora(layer, (8,)), with_codes(with_lora(layer, (8,)))[0]):
         torch.library.opcheck(torch.ops.svdquant.linear.default, (random_input(5, 128, torch.bfloat16), *operands.flat))
     weight, scale, zeros, awq_bias = awq_layer()
     torch.library.opcheck(torch.ops.svdquant.awq_linear.default, (random_input(2, 128), weight, scale, zeros, awq_bias if bias else None))
@@ -34,6 +34,17 @@ def test_the_op_is_the_reference():
             expected = reference.svdquant_linear(x, operands)
             assert torch.equal(ops.svdquant_linear(x, operands), expected)
             assert torch.equal(torch.ops.svdquant.linear(x, *operands.flat), expected)
+
+
+@pytest.mark.parametrize("lora", [(), (24,)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_branch_in_8_bits_is_expanded_within_the_op(lora, dtype):
+    layer, x = random_layer(96, 128, 16, dtype=dtype, gelu_from=32), random_input(5, 128, torch.float16)
+    narrow, wide = with_codes(with_lora(layer, lora) if lora else layer)
+    expected = reference.svdquant_linear(x, wide)
+    assert torch.equal(ops.svdquant_linear(x, narrow), expected)
+    assert torch.equal(torch.ops.svdquant.linear(x, *narrow.flat), expected)
+    assert torch.equal(torch.ops.svdquant.linear(x, *wide.flat), expected)
 
 
 def test_a_lora_of_parts():
@@ -64,20 +75,21 @@ def test_one_graph_under_torch_compile():
 
 def test_tracers_see_the_op():
     """torch.export and dispatch modes see the op, not the operations inside it."""
-    layer, x = random_layer(96, 128, 16), random_input(5, 128)
+    layer, x = with_codes(random_layer(96, 128, 16))[0], random_input(5, 128)
 
     class Model(torch.nn.Module):
         def __init__(self):  # PyTorch 2.5 can't export tensors that aren't the module's
             super().__init__()
-            for i, tensor in enumerate(layer.tensors):
+            for i, tensor in enumerate((*layer.tensors, layer.proj_scale)):
                 self.register_buffer(f"tensor{i}", tensor)
 
         def forward(self, x):
-            return ops.svdquant_linear(x, LayerOperands(*self.buffers(), layer.unsigned_from))
+            *tensors, proj_scale = self.buffers()
+            return ops.svdquant_linear(x, LayerOperands(*tensors, layer.unsigned_from, proj_scale=proj_scale))
 
     for strict in (True, False):
         program = torch.export.export(Model(), (x,), strict=strict)
-        assert sum("svdquant.linear" in str(node.target) for node in program.graph.nodes) == 1
+        assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["svdquant.linear.default"]
 
     class Mode(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -87,7 +99,7 @@ def test_tracers_see_the_op():
     seen = []
     with Mode():
         Model()(x)
-    assert "svdquant.linear.default" in seen
+    assert seen == ["svdquant.linear.default"]
 
 
 @pytest.mark.parametrize(("capability", "act_bits", "cupy", "text"), [

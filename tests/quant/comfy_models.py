@@ -1,5 +1,7 @@
 """Helpers for the tests of models in a real ComfyUI: make a small random FLUX, quantize it, sample with it, save it."""
 
+from dataclasses import replace
+
 import comfy.sample
 import torch
 from comfyui_svdquant.quant.checkpoint import native
@@ -58,10 +60,26 @@ def quantized(patcher, preset="fast", rank=16, progress=None, conditioning=None)
                              LATENT, 2, 0, progress or Progress())
 
 
-def save(patcher, path, overwrite=False):
+def stored(patcher):
+    """({name in the file: tensor}, {layer: LayerSpec}) of a quantized model."""
     tensors = {build.stored_name(patcher.model, name): tensor for name, tensor in patcher.model.diffusion_model.state_dict().items()}
-    specs = {name: layer.spec for name, layer in patcher.packed_layers().items()}
-    native.save(str(path), tensors, specs, build.stored_config(patcher.model), patcher.recipe, patcher.source, overwrite)
+    return tensors, {name: layer.spec for name, layer in patcher.packed_layers().items()}
+
+
+def save(patcher, path, overwrite=False):
+    native.save(str(path), *stored(patcher), build.stored_config(patcher.model), patcher.recipe, patcher.source, overwrite)
+    return str(path)
+
+
+def save_expanded(patcher, path):
+    """save() of a model whose branches have 8 bits, with the expanded branches in 16."""
+    tensors, specs = stored(patcher)
+    for name, layer in patcher.packed_layers().items():
+        if layer.spec.branch_bits == 8:
+            specs[name] = replace(layer.spec, branch_bits=16)
+            del tensors[f"{name}.weight_proj_scale"]
+            tensors |= zip((f"{name}.weight_proj_down", f"{name}.weight_proj_up"), layer.branch("cpu"))
+    native.save(str(path), tensors, specs, build.stored_config(patcher.model), patcher.recipe, patcher.source)
     return str(path)
 
 

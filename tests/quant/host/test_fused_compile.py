@@ -1,15 +1,18 @@
 """torch.compile of a newly loaded model whose blocks have fused forwards: no breaks, few nodes, no more graphs than the host's forwards."""
 
 import logging
+from collections import Counter
 
 import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfyui_svdquant.quant.host import fused_blocks, loader
+from comfyui_svdquant.quant.layers.linear import SVDQuantLinear
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 from safetensors.torch import save_file
+from torch._dynamo.backends.common import aot_autograd
 
-from ..comfy_models import quantized, sample, save, write_flux
+from ..comfy_models import quantized, sample, save, save_expanded, write_flux
 from ..family_cases import QWEN_IMAGE, Z_IMAGE
 from ..lora_tensors import generic, load_lora, shapes
 from .test_compile import calls, fresh_dynamo, plain_attention  # noqa: F401
@@ -21,11 +24,18 @@ GATED = 4 * DOUBLE + SINGLE  # layers that are added to the states
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory):
+def files(tmp_path_factory):
+    """{bits of the branches: a model's file}: with the same branches, in 8 bits and expanded."""
     folder = tmp_path_factory.mktemp("models")
     with torch.inference_mode():
         plain = loader.load_model(write_flux(folder / "flux.safetensors", depth=DOUBLE, depth_single=SINGLE))
-        return save(quantized(plain, "data-free")[0], folder / "4bit.safetensors")
+        model = quantized(plain, "data-free")[0]
+        return {8: save(model, folder / "4bit.safetensors"), 16: save_expanded(model, folder / "expanded.safetensors")}
+
+
+@pytest.fixture
+def file(files):
+    return files[8]
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +58,8 @@ FUSED_ALWAYS = pytest.mark.parametrize("fused", [True, pytest.param(False, marks
                                        ids=["fused", "the host's"])
 
 
-def fresh(file):
-    return plain_attention(loader.load_model(file, act_bits=8))
+def fresh(file, act_bits=8):
+    return plain_attention(loader.load_model(file, act_bits=act_bits))
 
 
 def compiled(patcher, backend, keys=("diffusion_model",), options=None):
@@ -73,8 +83,25 @@ def test_a_whole_model_is_one_graph(file, fused):
     assert len(graphs) == 1
     assert calls(graphs, "svdquant.modulate") == fused * NORMS and calls(graphs, "svdquant.gated_linear") == fused * GATED
     assert calls(graphs, "svdquant.qk_norm_rope") == fused * (DOUBLE + SINGLE)
-    assert calls(graphs) <= (395 if fused else 580), "as measured: 377 nodes, and 556 of ComfyUI 0.3.75's forwards"
+    assert calls(graphs) <= (330 if fused else 515), "as measured: 311 nodes, and 490 of ComfyUI 0.3.75's forwards"
     assert torch.equal(latent, sample(fresh(file))), "the same bits as without torch.compile"
+
+
+@pytest.mark.parametrize(("fused", "act_bits"), [(True, 8), (False, 4)], indirect=["fused"], ids=["fused", "the host's"])
+def test_a_branch_in_8_bits_is_a_matter_of_its_layers_op(files, fused, act_bits):
+    """The graphs that aot_autograd makes have the operations of those with branches in 16 bits, one by one."""
+    counts, latents = {}, {}
+    for bits, path in files.items():
+        graphs = Graphs()
+        latents[bits] = sample(compiled(fresh(path, act_bits), aot_autograd(fw_compiler=graphs)))
+        [graph] = graphs
+        counts[bits] = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        torch._dynamo.reset()
+    assert counts[8] == counts[16]
+    layers = sum(isinstance(layer, SVDQuantLinear) for layer in loader.load_model(files[8]).packed_layers().values())
+    found = {name: counts[8][f"svdquant.{name}.default"] for name in ("linear", "gated_linear", "mlp")}
+    assert found["linear"] + found["gated_linear"] + 2 * found["mlp"] == layers and found["gated_linear" if fused else "mlp"]
+    assert torch.equal(latents[8], latents[16])
 
 
 @FUSED_ALWAYS

@@ -1,7 +1,6 @@
 """Models whose low-rank branches are in 8 bits: quantized, saved, loaded, described, converted, and with LoRAs."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +9,14 @@ from comfyui_svdquant.cuda.errors import KernelsUnavailable
 from comfyui_svdquant.quant.checkpoint import inspection, native
 from comfyui_svdquant.quant.checkpoint.convert import convert
 from comfyui_svdquant.quant.checkpoint.header import CheckpointError, read_header
-from comfyui_svdquant.quant.host import build, fused_blocks, loader, quantize, step_graphs
+from comfyui_svdquant.quant.host import fused_blocks, loader, quantize, step_graphs
 from comfyui_svdquant.quant.layers import layout
 from comfyui_svdquant.quant.layers.linear import SVDQuantLinear
 from comfyui_svdquant.quant.quantizer import presets
 from safetensors.torch import load_file, save_file
 
 from ...cuda.launches import expanding
-from ..comfy_models import Progress, sample, save, saved_and_loaded
+from ..comfy_models import Progress, sample, save, save_expanded, saved_and_loaded
 from ..lora_tensors import load_lora
 from .test_step_graphs import draws, lora, recorded_graphs
 
@@ -87,14 +86,7 @@ def test_the_rounding_costs_a_layer_little(models):
 @pytest.fixture(scope="module")
 def expanded_file(models, tmp_path_factory):
     """The same model with the expanded branches in 16 bits."""
-    model, path = models[8][0], tmp_path_factory.mktemp("models") / "expanded.safetensors"
-    tensors = {build.stored_name(model.model, name): tensor for name, tensor in model.model.diffusion_model.state_dict().items()}
-    specs = {name: replace(layer.spec, branch_bits=16) for name, layer in model.packed_layers().items()}
-    for name, layer in w4a4(model).items():
-        del tensors[f"{name}.weight_proj_scale"]
-        tensors |= zip((f"{name}.weight_proj_down", f"{name}.weight_proj_up"), layer.branch("cpu"))
-    native.save(str(path), tensors, specs, build.stored_config(model.model), model.recipe, model.source)
-    return str(path)
+    return save_expanded(models[8][0], tmp_path_factory.mktemp("models") / "expanded.safetensors")
 
 
 def test_it_draws_what_the_expanded_model_draws_with_loras_too(file, expanded_file):

@@ -71,6 +71,22 @@ def test_a_block_expands_by_one_launch(found, kind):
     assert launches.pop() == 1, "outside the block a layer expands its own"
 
 
+@pytest.mark.parametrize("op", ["linear", "gated_linear"])
+def test_an_op_through_the_dispatcher_finds_its_branch(found, op):
+    """As from a compiled part of a block; outside the block it expands its own."""
+    (calls, launches), (narrow, wide) = found, pairs(2)
+    block, x, residual = Block(*narrow), tokens(), torch.zeros(1, 5, N, dtype=torch.bfloat16)
+    args = (x,) if op == "linear" else (x[None], residual, residual[:, :1])
+    with block_branches.expanded(block):
+        for layer in narrow:
+            getattr(torch.ops.svdquant, op)(*args, *linear.operands(layer._parameters, layer.bias, K, 4).flat)
+    check(calls, wide)
+    assert launches == [2]
+    getattr(torch.ops.svdquant, op)(*args, *linear.operands(narrow[0]._parameters, narrow[0].bias, K, 4).flat)
+    check(calls, wide[:1])
+    assert launches == [2, 1]
+
+
 @pytest.mark.parametrize("in_block", [True, False])
 def test_layers_that_share_an_input_find_their_branches(monkeypatch, in_block):
     """In the first call and in cached launches."""

@@ -8,6 +8,7 @@ from comfyui_svdquant.cuda import expand_branch, ops, targets
 from comfyui_svdquant.quant.host import lora
 from comfyui_svdquant.quant.layers import layout, linear, preparation
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch
+from torch._dynamo.backends.common import aot_autograd
 
 from ...cuda.launches import aligned, expanding, memory, recorded
 from . import test_linear
@@ -100,16 +101,30 @@ def test_its_scales_stay_as_they_are_in_fp16(layers, monkeypatch):
     targets.compute_dtype.cache_clear()
     assert narrow.weight_scale.dtype == torch.float16 and torch.equal(narrow.weight_proj_scale, before)
     assert {factor.dtype for factor in narrow.branch("cpu")} == {torch.float16}
-    assert narrow.at(tokens())["weight_proj_up"].dtype == torch.float16
+    given = linear.operands(narrow.at(tokens()), None, K, 4)
+    assert expand_branch.in_16_bits(given).proj_up.dtype == torch.float16
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("act_bits", [4, 8])
-def test_one_graph_under_torch_compile(act_bits):
-    narrow, wide = pair(act_bits)
-    narrow.prepare(torch.device("cpu"))
+def test_one_graph_under_torch_compile(act_bits, kind):
+    """The layer is one op there, as the expanded one."""
+    layers, targets = pair(act_bits), []
+    for layer in layers:
+        layer.set_lora_branch(lora_branch(kind))
+        layer.prepare(torch.device("cpu"))
+
+    def noted(graph, example_inputs):
+        targets.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
     with torch.inference_mode():
-        compiled = torch.compile(narrow, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(tokens()), wide(tokens()))
+        expected = layers[1](tokens())
+        for layer in layers:
+            torch._dynamo.reset()
+            compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=noted))
+            assert torch.equal(compiled(tokens()), expected)
+    assert targets[0] == targets[1] and targets[0].count("svdquant.linear.default") == 1
 
 
 def test_a_warm_up_prepares_the_kernel_once_a_type(layers, monkeypatch):

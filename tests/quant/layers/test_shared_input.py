@@ -67,7 +67,8 @@ def test_share_one_quantization(layers, x, shared, change):
     assert all(torch.equal(y, own) for y, own in zip(shared_input.outputs(layers, x), wanted))
     [found] = shared
     assert [operands.weight is layer.weight for operands, layer in zip(found, layers)] == [True] * 3
-    assert {operands.proj_up.dtype for operands in found} == {torch.bfloat16}
+    assert [operands.proj_up is layer.weight_proj_up for operands, layer in zip(found, layers)] == [True] * 3
+    assert [operands.proj_scale is None for operands in found] == [True, change != "branch in 8 bits", True]
     assert [operands.act_bits for operands in found] == [8 if change == "8 bits" else 4] * 3
     assert (found[1].gelu_from == 0) is (change == "GELU") and (found[2].lora_up is not None) is (change == "LoRA")
 
