@@ -34,41 +34,51 @@ def in_16_bits(operands):
 
 
 def expanded(proj_down, proj_up, scale, dtype):
-    """(proj_down (K, R), proj_up (N, R)) in `dtype`: reference.expand_branch of each, to the bit. It is called within an op, which a tracer
-    doesn't see.
+    """(proj_down (K, R), proj_up (N, R)) in `dtype`: reference.expand_branch of each, to the bit. Arguments as of expand()."""
+    (k, rank), n = proj_down.shape, proj_up.shape[0]
+    memory, begin = expand(proj_down, proj_up, scale, dtype)
+    return matrix(memory, begin, k, rank), matrix(memory, begin + k * rank, n, rank)
+
+
+def expand(proj_down, proj_up, scale, dtype):
+    """(a tensor whose memory has the expanded branch, index of the first number there): the rows of proj_down, then those of proj_up. A
+    view takes as long as a launch, and few kernels need one. It is called within an op, which a tracer doesn't see.
 
     proj_down: (K, R), proj_up: (N, R), int8, contiguous, R a multiple of CODES_STEP; scale: (K + N,) bf16, of the rows of proj_down and of
-    proj_up. All on one device; dtype: bf16 or fp16. Nobody may write to the results, which are a block's memory within ahead_of().
+    proj_up. All on one device; dtype: bf16 or fp16. Nobody may write to the memory, which is a block's within ahead_of().
     """
-    (k, rank), n = proj_down.shape, proj_up.shape[0]
-    found = _found(tuple(map(runtime.address, (proj_down, proj_up, scale))), dtype)
+    codes = proj_down.data_ptr(), proj_up.data_ptr(), scale.data_ptr()
+    found = _found(codes, dtype)
     if found is not None:
-        return _matrix(*found, k, rank), _matrix(found[0], found[1] + k * rank, n, rank)
-    branch = _expand(proj_down, proj_up, scale, dtype)
-    return branch[:k], branch[k:]
+        return found
+    if dispatch.on_gpu(proj_down):
+        try:
+            launch, allocate = launcher(proj_down.shape[0], *proj_up.shape, dtype, proj_down.device)
+            out = allocate()
+            launch(out.data_ptr(), *codes)
+            return out, 0
+        except KernelsUnavailable:  # the layer's own call logs the reason
+            pass
+    return reference.expand_branch(torch.cat((proj_down, proj_up)), scale, dtype), 0
 
 
 def expander(operands):
-    """A function without arguments that expands the branch of LayerOperands in 8 bits while it stays at its addresses; None if the branch
-    is in 16 bits. The operands are on a CUDA device.
-
-    The function returns (a tensor whose memory has the expanded branch, index of the first number there): the rows of proj_down, then those
-    of proj_up. A view takes as long as a launch, and few kernels need one. Raises KernelsUnavailable.
-    """
+    """expand() of the branch of LayerOperands in 8 bits while it stays at its addresses, as a function without arguments; None if the
+    branch is in 16 bits. The operands are on a CUDA device. Raises KernelsUnavailable."""
     if operands.proj_scale is None:
         return None
-    codes, dtype = (operands.proj_down, operands.proj_up, operands.proj_scale), operands.weight_scale.dtype
-    launch, allocate = launcher(len(codes[0]), *codes[1].shape, dtype, codes[0].device)
-    codes = tuple(map(runtime.address, codes))
+    dtype = operands.weight_scale.dtype
+    launch, allocate = launcher(operands.proj_down.shape[0], *operands.proj_up.shape, dtype, operands.proj_down.device)
+    codes = tuple(map(runtime.address, (operands.proj_down, operands.proj_up, operands.proj_scale)))
 
-    def expand():
+    def expand_again():
         found = _found(codes, dtype)
         if found is None:
             found = allocate(), 0
             launch(found[0].data_ptr(), *codes)
         return found
 
-    return expand
+    return expand_again
 
 
 @functools.lru_cache(maxsize=1024)
@@ -150,12 +160,13 @@ def _found(codes, dtype):
     return memory, begin
 
 
-def factors(memory, begin, k, rank):
-    """(proj_down (K, R), address of proj_up) of what a function of expander() returned."""
-    return _matrix(memory, begin, k, rank), memory.data_ptr() + (begin + k * rank) * memory.itemsize
+def addresses(memory, begin, k, rank):
+    """The addresses of proj_down (K, R) and of proj_up in what expand() returned."""
+    down = memory.data_ptr() + begin * memory.itemsize
+    return down, down + k * rank * memory.itemsize
 
 
-def _matrix(memory, begin, rows, rank):
+def matrix(memory, begin, rows, rank):
     """The matrix (rows, rank) whose first number has this index."""
     return memory.as_strided((rows, rank), (rank, 1), begin)
 
@@ -209,15 +220,3 @@ def _kernel(dtype, layers, device):
     if not self_test.kernel_passes(SOURCE, device, check, defines, INSTEAD):
         raise KernelsUnavailable(f"The CUDA kernel {SOURCE} failed its self-test.")
     return kernel
-
-
-def _expand(proj_down, proj_up, scale, dtype):
-    if dispatch.on_gpu(proj_down):
-        try:
-            launch, allocate = launcher(proj_down.shape[0], *proj_up.shape, dtype, proj_down.device)
-            out = allocate()
-            launch(*map(runtime.address, (out, proj_down, proj_up, scale)))
-            return out
-        except KernelsUnavailable:  # the layer's own call logs the reason
-            pass
-    return reference.expand_branch(torch.cat((proj_down, proj_up)), scale, dtype)

@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import block_ops, dispatch, expand_branch, ops
+from . import block_ops, dispatch, ops
 from .errors import KernelsUnavailable
 from .operands import LayerOperands, LoRASizes
 
@@ -35,7 +35,7 @@ def addends(x, residual, gate):
 
 
 def _gated_linear(x, residual, gate, *flat):
-    operands = expand_branch.in_16_bits(LayerOperands(*flat[:-2], LoRASizes(tuple(flat[-2]), flat[-1])))
+    operands = LayerOperands(*flat[:-2], LoRASizes(tuple(flat[-2]), flat[-1]))
     added = addends(x, residual, gate)
     if added is not None:
         try:

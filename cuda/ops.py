@@ -82,7 +82,6 @@ def awq_linear(x, weight, weight_scale, weight_zeros, bias):
 
 
 def _svdquant_linear(x, operands):
-    operands = expand_branch.in_16_bits(operands)
     if dispatch.on_gpu(x):
         try:
             y = by_kernels(x, operands)
@@ -90,7 +89,7 @@ def _svdquant_linear(x, operands):
                 return y
         except KernelsUnavailable as error:
             warn_once(str(error))
-    return reference.svdquant_linear(x, operands)
+    return reference.svdquant_linear(x, expand_branch.in_16_bits(operands))
 
 
 def _awq_linear(x, weight, weight_scale, weight_zeros, bias):
@@ -261,10 +260,9 @@ def _measure(device, prepared):
 
 
 def by_kernels(x, operands, added=()):
-    """Compute the layer, whose branch is in 16 bits, by two launches, or in steps; None if choose() leaves it to the reference. added:
-    tensors for ADDED, as gated_linear.addends returns them: the launches then add them too, and without such launches the result is
-    None."""
-    (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, _, lora_down, lora_up,
+    """Compute the layer by two launches, or in steps; None if choose() leaves it to the reference. added: tensors for ADDED, as
+    gated_linear.addends returns them: the launches then add them too, and without such launches the result is None."""
+    (weight, weight_scale, proj_down, proj_up, smooth, bias, unsigned_from, act_bits, row_scale, gelu_from, proj_scale, lora_down, lora_up,
      lora_strength, lora) = operands
     dtype, (*leading, k), (n, rank) = x.dtype, x.shape, proj_up.shape
     m, stride, source = x.numel() // k, k, x.data_ptr()
@@ -281,9 +279,18 @@ def by_kernels(x, operands, added=()):
     if launches is None:
         return None if added else _in_steps(x, operands)
     y = x.new_empty(*leading, n)  # a size in a tuple takes PyTorch 1.5 times as long
-    constant = proj_down, weight, weight_scale, smooth, row_scale, proj_up, bias, lora_up, lora_strength
-    product = quantize_activation.multiplied(x.reshape(m, k), proj_down, lora_down, lora_strength) if launches.product else ()
-    launches.run(source, y.data_ptr(), *map(runtime.address, (*added, *product, *constant[:len(launches.constant)])))
+    if proj_scale is None:
+        down, up = proj_down.data_ptr(), proj_up.data_ptr()
+    else:
+        branch = expand_branch.expand(proj_down, proj_up, proj_scale, dtype)
+        down, up = expand_branch.addresses(*branch, k, rank)
+    product = ()
+    if launches.product:
+        proj_down = proj_down if proj_scale is None else expand_branch.matrix(*branch, k, rank)
+        product = quantize_activation.multiplied(x.reshape(m, k), proj_down, lora_down, lora_strength)
+    before_up, after_up = (weight, weight_scale, smooth, row_scale), (bias, lora_up, lora_strength)
+    constant = down, *map(runtime.address, before_up), up, *map(runtime.address, after_up)
+    launches.run(source, y.data_ptr(), *map(runtime.address, (*added, *product)), *constant[:len(launches.constant)])
     return y
 
 
@@ -325,12 +332,11 @@ def cached_launch(x, operands, gated=False):
             return None
         y, factors = allocated(), ()
         if expand:
-            memory, begin = expand()
-            first = memory.data_ptr() + begin * dtype.itemsize
-            factors = first, first + k * rank * dtype.itemsize
+            branch = expand()
+            factors = expand_branch.addresses(*branch, k, rank)
         if launches.product:
             if expand:
-                proj_down = memory.as_strided((k, rank), (rank, 1), begin)
+                proj_down = expand_branch.matrix(*branch, k, rank)
             product = quantize_activation.multiplied(x.view(m, k), proj_down, lora_down, lora_strength)
             run(source, y.data_ptr(), *map(runtime.address, (*added, *product)), *factors)
         else:
@@ -342,13 +348,14 @@ def cached_launch(x, operands, gated=False):
 
 def _in_steps(x, operands):
     """Compute the layer also for other dtypes, for ranks that one GEMM doesn't take, and for an x that the kernels can't read in place;
-    None as in _by_kernels."""
+    None as in by_kernels."""
     k, (n, rank) = x.shape[-1], operands.proj_up.shape
     dtype = targets.compute_dtype(x.dtype, operands.weight_scale.dtype, x.device)
     layer = Layer(x.numel() // k, n, k, rank, operands.unsigned_from, operands.act_bits, dtype, operands.gelu_from, operands.lora)
     kernels = chosen(layer, x.device)
     if kernels is None:
         return None
+    operands = expand_branch.in_16_bits(operands)
     if operands.weight_scale.dtype != dtype:
         operands = operands._replace(**{name: t.to(dtype) for name in FLOATS if (t := getattr(operands, name)) is not None})
     return computed_in(dtype, x, lambda x: _steps_in_one_dtype(x, operands, kernels))

@@ -100,7 +100,9 @@ def cached_launch(x, layers):
         downs, values = [*proj_downs], [*own]
         for i, expand in enumerate(expanders):
             if expand is not None:
-                downs[i], values[PROJ_UP + i * len(OF_LAYER)] = expand_branch.factors(*expand(), k, ranks[i])
+                branch = expand()
+                downs[i] = expand_branch.matrix(*branch, k, ranks[i])
+                _, values[PROJ_UP + i * len(OF_LAYER)] = expand_branch.addresses(*branch, k, ranks[i])
         down = torch.cat(downs, dim=1)
         product = quantize_activation.multiplied(x.view(m, k), down) if launches.product else (down,)
         outputs = [allocate() for allocate in launches.allocate]

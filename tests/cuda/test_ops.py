@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from comfyui_svdquant.cuda import int4, ops, reference, targets
+from comfyui_svdquant.cuda import int4, ops, quantize_activation, reference, targets
 from comfyui_svdquant.cuda.choose import W4A16
 from comfyui_svdquant.cuda.operands import NO_LORA, LayerOperands, LoRASizes
 
-from .launches import addresses, aligned, recorded
+from .launches import addresses, aligned, expanding, memory, recorded
 from .layers import random_input, random_layer, with_codes, with_lora, with_row_scale
 
 
@@ -222,6 +222,26 @@ def test_the_kernels_arguments(monkeypatch, rank, lora, act_bits):
         if rank or lora:
             assert call["lora_act"] >= call["act_scale"] + 4 * 48 * (2 if act_bits == 8 else k // 64)
             assert call["lora_act_scale"] >= call["lora_act"] + 2 * 48 * (rank + 32 * len(lora))
+
+
+@pytest.mark.parametrize("rank", [32, 128])
+def test_the_kernels_arguments_with_a_branch_in_8_bits(monkeypatch, rank):
+    """The kernels, and cuBLAS for the larger rank, get the expanded branch, in the first call and in a cached launch."""
+    narrow, wide = with_codes(with_row_scale(random_layer(208, 256, rank)))
+    x, given, multiplied = aligned(random_input(37, 256, torch.bfloat16)), [], quantize_activation.multiplied
+    monkeypatch.setattr(quantize_activation, "multiplied", lambda *args: given.append(args[1]) or multiplied(*args))
+    there = *(addresses(**{name: getattr(narrow, name)})[name] for name in ops.CONSTANT), narrow.proj_scale.data_ptr()
+    with recorded(monkeypatch) as calls, expanding(monkeypatch) as launches:
+        ops.svdquant_linear(x, narrow)
+        launch = ops.cached_launch(x, narrow)
+        for i in range(len(there)):
+            assert launch(x, narrow.weight_scale, narrow.proj_down, (*there[:i], there[i] + 64, *there[i + 1:])) is None
+        assert launches == [1] and launch(x, narrow.weight_scale, narrow.proj_down, there) is not None
+        assert launches == [1, 1] and len(calls) == 2
+        for call in calls:
+            assert torch.equal(memory(call["proj_up"], torch.bfloat16, 208, rank), wide.proj_up)
+            assert rank == 128 or torch.equal(memory(call["proj_down"], torch.bfloat16, 256, rank), wide.proj_down)
+    assert len(given) == (2 if rank == 128 else 0) and all(torch.equal(down, wide.proj_down) for down in given)
 
 
 def test_8_bits_on_a_gpu_need_a_row_scale(monkeypatch):
