@@ -57,7 +57,8 @@ def test_a_graph_has_one_op_a_layer(pair_files, act_bits):
     estimate = sample(quantized)
     kinds = [type(layer).__mro__ for layer in quantized.packed_layers().values()]
     w4a4, w4a16 = (sum(kind in mro for mro in kinds) for kind in (SVDQuantLinear, AWQLinear))
-    assert calls(graphs, "svdquant.linear") + 2 * calls(graphs, "svdquant.mlp") == w4a4 and calls(graphs, "svdquant.awq_linear") == w4a16
+    own = calls(graphs, "svdquant.linear", "svdquant.gated_linear")  # fused blocks, which a GPU has, add some of the layers' outputs
+    assert own + 2 * calls(graphs, "svdquant.mlp") == w4a4 and calls(graphs, "svdquant.awq_linear") == w4a16
     assert len(graphs) == len(plain_graphs) == 1, "no breaks of the graph"
     more = calls(graphs) - calls(plain_graphs)
     assert more <= NODES_A_LAYER * (w4a4 + w4a16), f"{more} nodes more than the 16-bit model's graph"
