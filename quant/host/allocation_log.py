@@ -10,6 +10,7 @@ import sys
 
 
 def forbids_threads():
-    """Whether allocations on the GPU are logged by Dynamic VRAM. Kernels are then compiled by the calls that need them."""
+    """Whether allocations on the GPU are logged by Dynamic VRAM. Kernels are then compiled by the calls that need them, and a quantized
+    block leaves the GPU before the next one begins."""
     memory = sys.modules.get("comfy.memory_management")  # older ComfyUIs have no such module
     return getattr(memory, "aimdo_enabled", False) and logging.getLogger().isEnabledFor(logging.DEBUG)

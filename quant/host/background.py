@@ -6,16 +6,19 @@ from contextlib import ExitStack
 import torch
 
 from ..quantizer.calibration import to_device
+from . import allocation_log
 
 
 class Background:
-    """Moves values to a device, one after the other. As a context it waits for the last one at the end, also after an error.
+    """Moves values to a device, one after the other. As a context it waits for the last one at the end, also after an error. Where
+    allocation_log forbids threads, it moves a value before the caller goes on.
 
     device: where they go; source: the device on which their tensors are made.
     """
 
     def __init__(self, device, source):
         self.device, self.pool, self.moving = torch.device(device), ThreadPoolExecutor(1), None
+        self.beside = not allocation_log.forbids_threads()
         # Copies on a stream of their own don't wait for the work that the main stream gets meanwhile, such as the next blocks' replays.
         self.stream = torch.cuda.Stream(source) if torch.device(source).type == "cuda" else None
 
@@ -33,6 +36,8 @@ class Background:
         self.wait()
         made = torch.cuda.current_stream(self.stream.device).record_event() if self.stream else None
         self.moving = self.pool.submit(self._move, value, then, made, torch.is_inference_mode_enabled())
+        if not self.beside:
+            self.wait()
 
     def wait(self):
         """Wait for the value that is being copied, and raise its error."""

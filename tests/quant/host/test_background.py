@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from comfyui_svdquant.quant.host import allocation_log
 from comfyui_svdquant.quant.host.background import Background
 
 
@@ -21,6 +22,15 @@ def test_values_are_copied_in_order_while_the_caller_goes_on():
         background.move({"b": ({}, [])}, then)
     (first, (tensors, records)), = kept[0].items()
     assert first == "a" and torch.equal(tensors["x"], torch.ones(2)) and records == ["record"] and list(kept[1]) == ["b"]
+
+
+def test_the_caller_waits_where_threads_are_forbidden(monkeypatch):
+    monkeypatch.setattr(allocation_log, "forbids_threads", lambda: True)
+    kept = []
+    with Background("cpu", "cpu") as background:
+        for value in (1, 2):
+            background.move(value, kept.append)
+            assert kept[-1] == value
 
 
 def test_an_error_in_the_thread_reaches_the_caller():
