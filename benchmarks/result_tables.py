@@ -177,9 +177,12 @@ def encoders(results, gpu):
             measured = {tokens: found[encoder, variant, tokens] for tokens in counts if (encoder, variant, tokens) in found}
             if measured:
                 first = next(iter(measured.values()))
+                cosine = min(entry["cosine"] for entry in measured.values())
                 rows.append([title, name, f"{first['megabytes'] / 1e3:.2f} GB", *(f"{measured[tokens]['ms']:.1f}" if tokens in measured
-                             else "" for tokens in counts), f"{first['seconds_to_pack']:.0f} s" if variant == "ours" else ""])
-    return table(["text encoder", "weights", "memory", *(f"{tokens} tokens, ms" for tokens in counts), "to quantize"], rows)
+                             else "" for tokens in counts), "" if variant == "16-bit" else f"{cosine:.4f}",
+                             f"{first['seconds_to_pack']:.0f} s" if variant == "ours" else ""])
+    times = [f"{tokens} tokens, ms" for tokens in counts]
+    return table(["text encoder", "weights", "memory", *times, "cosine to bf16", "to quantize"], rows)
 
 
 def caps(results, gpu):
