@@ -6,8 +6,7 @@ device has the kernels; without them a block's own forward is faster.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Optional
+from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -170,7 +169,7 @@ def vectors_of(vectors, dtype):
 
 @torch.library.custom_op("svdquant::modulate", mutates_args=())
 def _modulate_op(x: Tensor, y: Optional[Tensor], gate: Optional[Tensor], scale: Optional[Tensor], shift: Optional[Tensor],
-                 eps: float) -> list[Tensor]:
+                 eps: float) -> List[Tensor]:
     return _modulate(x, y, gate, scale, shift, eps)
 
 
@@ -234,7 +233,7 @@ def _qkv(of_stream, width):
 
 
 @torch.library.custom_op("svdquant::qk_norm_rope", mutates_args=())
-def _rope_op(rows: Sequence[Tensor], norms: Sequence[Tensor], pe: Tensor, heads: int, parts: int, eps: float) -> list[Tensor]:
+def _rope_op(rows: Sequence[Tensor], norms: Sequence[Tensor], pe: Tensor, heads: int, parts: int, eps: float) -> List[Tensor]:
     return _rope(rows, norms, pe, heads, parts, eps)
 
 

@@ -6,8 +6,7 @@ The GEMM adds it in its epilogue (GATED in kernels/gemm_wgmma.cu and gemm_mma.cu
 it can't, block_ops.gated_residual does so in a pass of its own. Both round the layer's output to 16 bits first, and give the same bits.
 """
 
-from collections.abc import Sequence
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor

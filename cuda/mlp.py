@@ -10,9 +10,10 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Optional, Sequence
 
 import torch
+from torch import Tensor
 
 from . import choose, dispatch, expand_branch, gemm_mma, kernel_loader, ops, quantize_activation, runtime, targets
 from .activation_layout import RANK_BLOCK, ROWS, padded
@@ -54,11 +55,9 @@ def flat(first, second):
     return first.tensors, second.tensors, first.unsigned_from, second.unsigned_from, first.proj_scale, second.proj_scale
 
 
-# The schema is written out because PyTorch 2.5 can't infer a list of Optionals from annotations with collections.abc.
-@torch.library.custom_op("svdquant::mlp", mutates_args=(), schema=(
-    "(Tensor x, Tensor?[] first, Tensor?[] second, SymInt first_unsigned_from, SymInt second_unsigned_from, "
-    "Tensor? first_proj_scale, Tensor? second_proj_scale) -> Tensor"))
-def _mlp_op(x, first, second, first_unsigned_from, second_unsigned_from, first_proj_scale, second_proj_scale):
+@torch.library.custom_op("svdquant::mlp", mutates_args=())
+def _mlp_op(x: Tensor, first: Sequence[Optional[Tensor]], second: Sequence[Optional[Tensor]], first_unsigned_from: int,
+            second_unsigned_from: int, first_proj_scale: Optional[Tensor], second_proj_scale: Optional[Tensor]) -> Tensor:
     return _mlp(x, LayerOperands(*first, first_unsigned_from, gelu_from=0, proj_scale=first_proj_scale),
                 LayerOperands(*second, second_unsigned_from, proj_scale=second_proj_scale))
 

@@ -6,7 +6,7 @@ torch.library custom op, and where there are no kernels the functions run the re
 """
 
 import functools
-from typing import Optional
+from typing import List, Optional
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def _modulate_by_kernel(x, y, y_weight, gate, weight, scale, eps):
 
 @torch.library.custom_op("svdquant::rms_modulate", mutates_args=())
 def _modulate_op(x: Tensor, y: Optional[Tensor], y_weight: Optional[Tensor], gate: Optional[Tensor], weight: Optional[Tensor],
-                 scale: Optional[Tensor], eps: float) -> list[Tensor]:
+                 scale: Optional[Tensor], eps: float) -> List[Tensor]:
     return _modulate(x, y, y_weight, gate, weight, scale, eps)
 
 
