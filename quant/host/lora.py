@@ -68,10 +68,10 @@ def build(key, layer, patches, device, cache, in_place=False):
 
 
 def branch_size(layer, patches, device):
-    """About how many bytes build()'s branch takes beside the layer on `device`: where the two don't share memory, it has the layer's own
-    proj_down a second time, in 16 bits."""
-    shares = device.type in linear.SHARING and layer.spec.branch_bits == 16
-    own = layer.in_features * layer.spec.rank if layer.takes_lora and not shares else 0
+    """About how many bytes build()'s branch takes beside the layer on `device`: where a W4A4 layer and its branch don't share memory, the
+    branch has the layer's own proj_down a second time, in 16 bits."""
+    copies = layer.takes_lora and not (device.type in linear.SHARING and layer.spec.branch_bits == 16)
+    own = layer.in_features * layer.spec.rank if copies else 0
     return nbytes(patches) + own * layer.lora_dtype.itemsize
 
 

@@ -56,7 +56,9 @@ class PackedLinear(torch.nn.Module):
         for p in self._parameters.values():  # they usually are there, and this check takes a tenth of the time of to()
             if p is not None and p.device != device:
                 streamed = None if self.streamed is None else self.streamed.at(self._parameters, x)
-                return streamed or {name: None if p is None else p.to(device, non_blocking=True) for name, p in self._parameters.items()}
+                # Nothing makes the CPU wait for a copy that does not block, and it would read the memory before the numbers are there.
+                return streamed or {name: None if p is None else p.to(device, non_blocking=device.type != "cpu")
+                                    for name, p in self._parameters.items()}
         return dict(self._parameters)
 
     @property

@@ -53,7 +53,7 @@ def test_from_a_clip_to_a_file_and_back(clip, folder, monkeypatch):
     assert SVDQuantLoadTextEncoder.validate_inputs(name, "none", None) is True
     loaded = SVDQuantLoadTextEncoder.execute(name, "flux", "clip_l_0.safetensors").result[0]
     assert all(torch.equal(a, b) for a, b in zip(encode(packed), encode(loaded)))
-    assert loaded.patcher.load_device == torch.device("cpu") and "t5xxl in 4 bits" in texts[-1]
+    assert loaded.patcher.load_device == clip.patcher.load_device and "t5xxl in 4 bits" in texts[-1]
     recipe = text_encoder.open_file(read_header(str(folder / name))).recipe
     assert recipe["preset"] == "data-free" and len(recipe["layers"]) == 15 and all(0 < record["error"] < 0.1 for record in recipe["layers"])
     assert set(recipe["layers"][0]) == {"name", "format", "error"}
@@ -167,8 +167,12 @@ def test_scaled_files_beside_one_in_4_bits_are_refused(clip, folder):
 
 
 def test_files_without_packed_layers_go_to_comfyuis_own_loader(clip):
-    loaded = SVDQuantLoadTextEncoder.execute("t5xxl_0.safetensors", "flux", "clip_l_0.safetensors", device="cpu").result[0]
-    assert type(loaded) is comfy.sd.CLIP and torch.equal(encode(loaded)[0], encode(clip)[0])
+    files = "t5xxl_0.safetensors", "flux", "clip_l_0.safetensors"
+    loaded, on_cpu = (SVDQuantLoadTextEncoder.execute(*files, device=device).result[0] for device in ("default", "cpu"))
+    assert type(loaded) is type(on_cpu) is comfy.sd.CLIP and torch.equal(encode(loaded)[0], encode(clip)[0])
+    assert loaded.patcher.load_device == clip.patcher.load_device and on_cpu.patcher.load_device == torch.device("cpu")
+    # A GPU adds the terms of a product in another order.
+    torch.testing.assert_close(encode(on_cpu)[0], encode(clip)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_the_types_are_comfyuis():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import comfy.sample
 import torch
 from comfyui_svdquant.quant.checkpoint import native
-from comfyui_svdquant.quant.host import build, loader, quantize
+from comfyui_svdquant.quant.host import build, loader, quantize, saving
 from comfyui_svdquant.quant.quantizer import presets
 from safetensors.torch import save_file
 
@@ -60,23 +60,18 @@ def quantized(patcher, preset="fast", rank=16, progress=None, conditioning=None)
                              LATENT, 2, 0, progress or Progress())
 
 
-def stored(patcher):
-    """({name in the file: tensor}, {layer: LayerSpec}) of a quantized model."""
-    tensors = {build.stored_name(patcher.model, name): tensor for name, tensor in patcher.model.diffusion_model.state_dict().items()}
-    return tensors, {name: layer.spec for name, layer in patcher.packed_layers().items()}
-
-
 def save(patcher, path, overwrite=False):
-    native.save(str(path), *stored(patcher), build.stored_config(patcher.model), patcher.recipe, patcher.source, overwrite)
+    """Save a quantized model at `path`, as SVDQuant Save Model does in its folder."""
+    saving.write_model(patcher, str(path), "native", overwrite)
     return str(path)
 
 
 def save_expanded(patcher, path):
     """save() of a model whose branches have 8 bits, with the expanded branches in 16."""
-    tensors, specs = stored(patcher)
+    tensors, specs = saving.stored_tensors(patcher), {}
     for name, layer in patcher.packed_layers().items():
+        specs[name] = replace(layer.spec, branch_bits=16)
         if layer.spec.branch_bits == 8:
-            specs[name] = replace(layer.spec, branch_bits=16)
             del tensors[f"{name}.weight_proj_scale"]
             tensors |= zip((f"{name}.weight_proj_down", f"{name}.weight_proj_up"), layer.branch("cpu"))
     native.save(str(path), tensors, specs, build.stored_config(patcher.model), patcher.recipe, patcher.source)

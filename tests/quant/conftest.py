@@ -52,13 +52,24 @@ def quantized_model(pair_files):
     return load(pair_files[1])
 
 
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """ComfyUI puts models on the CPU, on a machine with a GPU too: for tests whose stand-ins take a GPU's place. A test must ask for it
+    before the fixtures that load its models."""
+    import comfy.model_management as management
+
+    monkeypatch.setattr(management, "cpu_state", management.CPUState.CPU)
+    yield
+    management.unload_all_models()
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
+def device(request):
     """The type of the device on which ComfyUI puts models: a test that uses this fixture runs on the CPU, and on a GPU."""
     import comfy.model_management as management
 
     if request.param == "cpu":
-        monkeypatch.setattr(management, "cpu_state", management.CPUState.CPU)
+        request.getfixturevalue("on_cpu")
     yield request.param
     management.unload_all_models()
 

@@ -32,9 +32,10 @@ class Undeclared:
         return self.title
 
     def model(self):
-        """ComfyUI's BaseModel of these sizes, on the meta device."""
-        host = getattr(comfy.supported_models, self.title)(dict(self.config))
-        host.set_inference_dtype(torch.bfloat16, torch.float32)
+        """ComfyUI's BaseModel of these sizes in bf16, on the meta device. It computes in ComfyUI's choice of a type."""
+        host, device = getattr(comfy.supported_models, self.title)(dict(self.config)), comfy.model_management.get_torch_device()
+        host.set_inference_dtype(torch.bfloat16, comfy.model_management.unet_manual_cast(torch.bfloat16, device,
+                                                                                         host.supported_inference_dtypes))
         return host.get_model({}, "", device=torch.device("meta"))
 
     def load(self, folder):

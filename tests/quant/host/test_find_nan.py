@@ -1,9 +1,11 @@
 """The switch that names the first layer with a NaN or an infinity."""
 
+import comfy.model_management
 import pytest
 import torch
 from comfyui_svdquant.quant.checkpoint import native
-from comfyui_svdquant.quant.host import find_nan, loader
+from comfyui_svdquant.quant.host import build, find_nan, loader
+from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
 from ..comfy_models import sample
 from ..packed_flux import packed_flux
@@ -60,7 +62,18 @@ def test_without_the_switch_nothing_is_checked(broken, switch):
     assert sample(broken(switch)).isnan().any()
 
 
-def test_the_switch_does_not_change_what_a_sound_model_draws(file, monkeypatch):
-    expected = sample(loader.load_model(file))
+def test_the_switch_changes_only_that_layers_run_one_by_one(file, monkeypatch):
+    """A sound model draws the bits of a model whose layers are not fused. On a GPU a fused op rounds less often, which is all that tells
+    the two from the model without the switch: the CPU fuses nothing, and draws the same bits."""
+    whole = sample(loader.load_model(file))
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "fuse", lambda *_: False)
+        hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+        try:
+            one_by_one = sample(loader.load_model(file))
+        finally:
+            hook.remove()
     monkeypatch.setenv(find_nan.SWITCH, "1")
-    assert torch.equal(sample(loader.load_model(file)), expected)
+    found = sample(loader.load_model(file))
+    assert torch.equal(found, one_by_one)
+    assert relative_error(found, whole) <= (0.05 if comfy.model_management.get_torch_device().type == "cuda" else 0)

@@ -68,7 +68,7 @@ def test_an_empty_latent_for_another_model_is_resized_as_the_hosts_samplers_do(k
 
 def test_layers_whose_inputs_do_not_fit_stay_in_16_bits_and_are_named(klein, tmp_path):
     config = build.stored_config(klein[0].model) | {"mlp_ratio": 2.625}  # SwiGLU's output is 672 wide
-    model = build.empty_like(klein[0].model, {}, torch.float32, config)
+    model = build.empty_like(klein[0].model, {}, None, config)  # computes in ComfyUI's choice of a type, as the loaded file will
     g = torch.Generator().manual_seed(0)
     build.fill(model, {build.stored_name(model, name): torch.randn(tensor.shape, generator=g).bfloat16() / tensor.shape[-1] ** 0.5
                        for name, tensor in model.diffusion_model.state_dict().items()})

@@ -20,9 +20,10 @@ APART = 0.045 if torch.cuda.is_available() else 0
 
 @pytest.fixture
 def fused(monkeypatch):
-    """The fc1 weight of every call of the op."""
+    """The fc1 weight of every call of the op. A model runs the op on every GPU, also on one where the layers apart are faster."""
     calls, op = [], packed_mlp.mlp.svdquant_mlp
     monkeypatch.setattr(packed_mlp.mlp, "svdquant_mlp", lambda x, first, second: calls.append(first.weight) or op(x, first, second))
+    monkeypatch.setattr(packed_mlp.mlp, "pays", lambda device: True)
     return calls
 
 
@@ -89,9 +90,8 @@ def test_cancel(quantized_model, fused):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(pair_files, fused, monkeypatch):
-    """The kernels, also on a GPU for which they aren't chosen, read the layers' current tensors. Two runs are equal to the bit."""
-    monkeypatch.setattr(packed_mlp.mlp, "pays", lambda device: True)
+def test_on_a_gpu(pair_files, fused):
+    """The kernels read the layers' current tensors. Two runs are equal to the bit."""
     quantized_model = loaded(loader.load_model(pair_files[1], act_bits=4))
     for mlp in mlps(quantized_model):
         x = random(1, 77, HIDDEN).to(quantized_model.load_device, torch.bfloat16)

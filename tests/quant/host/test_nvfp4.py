@@ -13,7 +13,7 @@ from comfyui_svdquant.quant.quantizer.metrics import relative_error
 from safetensors.torch import save_file
 
 from ..comfy_models import HIDDEN, sample, save
-from ..lora_tensors import FC2, LINEAR1, LINEAR2, MARGIN, ROUNDING, change, generic, layer_of, load_lora, loaded, random, shapes
+from ..lora_tensors import FC2, LINEAR1, LINEAR2, MARGIN, ROUNDING, change, generic, layer_of, load_lora, loaded, output, random, shapes
 from ..nunchaku_nvfp4 import write_nvfp4
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -111,19 +111,19 @@ def test_dora_and_weight_scaling_of_a_bias_without_gelu_shift_correction(quantiz
         ("lora_up.weight", random(n, 4) / 8), ("lora_down.weight", random(4, k) / k**0.5), ("dora_scale", 1 + 0.2 * random(n, 1)))}
     assert change(loaded(load_lora(quantized_model, tensors, 0.7)), name)[0] < ROUNDING
     x = random(8, k)
-    before, bias = layer_of(loaded(quantized_model), name)(x), layer_of(quantized_model, name).bias.float()
+    before, bias = output(loaded(quantized_model), name, x), layer_of(quantized_model, name).bias.float().cpu()
     halved = quantized_model.clone()
     halved.add_patches({f"diffusion_model.{name}.weight": (None,)}, 0.0, 0.5)
-    assert relative_error(layer_of(loaded(halved), name)(x), 0.5 * (before - bias) + bias) < 1e-5
+    assert relative_error(output(loaded(halved), name, x), 0.5 * (before - bias) + bias) < 1e-5
 
 
 @pytest.mark.parametrize("bias", ["diff_b", "bias.set_weight"])
 def test_its_biases_may_be_changed_and_replaced(quantized_model, bias):
     x = random(4, 4 * HIDDEN)
-    before, old = layer_of(loaded(quantized_model), FC2)(x), layer_of(quantized_model, FC2).bias.float().clone()
+    before, old = output(loaded(quantized_model), FC2, x), layer_of(quantized_model, FC2).bias.float().cpu().clone()
     patched = loaded(load_lora(quantized_model, {f"diffusion_model.{FC2}.{bias}": random(HIDDEN)}))
     expected = before + random(HIDDEN) - (old if bias.startswith("bias") else 0)
-    assert relative_error(layer_of(patched, FC2)(x), expected) < 0.005
+    assert relative_error(output(patched, FC2, x), expected) < 0.005
 
 
 def test_it_can_be_merged_into_a_16_bit_model(plain, quantized_model):

@@ -17,7 +17,7 @@ from comfyui_svdquant.quant.host import loader, step_graphs
 from comfyui_svdquant.quant.layers.lora_branch import LoRABranch
 from safetensors.torch import save_file
 
-from ..comfy_models import CONTEXT, POOLED
+from ..comfy_models import CONTEXT, POOLED, save
 from ..family_cases import QWEN_IMAGE, Z_IMAGE
 
 attention = comfy.ldm.flux.layers.attention
@@ -129,8 +129,8 @@ class Graph:
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
-    """Graph in place of CUDA graphs, on the CPU."""
+def stand_ins(on_cpu, monkeypatch):
+    """Graph in place of CUDA graphs, on the CPU, where models that are loaded from now on are."""
     def recorded(step, forward, arguments, tensors):
         step.graph = Graph(forward.args[0], forward, arguments)
         return step.graph.replay(tensors)
@@ -145,7 +145,7 @@ def stand_ins(monkeypatch):
 
 
 @pytest.fixture
-def recording(quantized_model, stand_ins):
+def recording(stand_ins, quantized_model):
     """(a function that runs the loaded model and returns its output, the patcher, a function that returns the Graphs)"""
     draw = draws(quantized_model, "cpu")
     with torch.inference_mode():
@@ -265,11 +265,11 @@ def check_left_out(draw, patcher, graphs, monkeypatch, change):
 
 @pytest.fixture(scope="module", params=(QWEN_IMAGE, Z_IMAGE), ids=str)
 def of_family(request, tmp_path_factory):
-    """(Case, its quantized model)"""
-    case = request.param
-    save_file(case.tensors(), path := tmp_path_factory.mktemp("models") / "16bit.safetensors")
+    """(Case, the file of its quantized model)"""
+    case, folder = request.param, tmp_path_factory.mktemp("models")
+    save_file(case.tensors(), folder / "16bit.safetensors")
     with torch.inference_mode():
-        return case, case.quantized(loader.load_model(str(path)), "data-free")[0]
+        return case, save(case.quantized(loader.load_model(str(folder / "16bit.safetensors")), "data-free")[0], folder / "4bit.safetensors")
 
 
 def draws_of(case, patcher, device="cpu"):
@@ -287,9 +287,9 @@ def draws_of(case, patcher, device="cpu"):
 
 @pytest.mark.parametrize("change", (None, "patch", "control", "rope", "attention"))
 def test_steps_of_a_family_are_recorded(of_family, stand_ins, monkeypatch, change):
-    case, patcher = of_family
-    step_graphs.release(patcher.model.diffusion_model)
-    draw, more = draws_of(case, patcher), {}
+    case, path = of_family
+    patcher, more = loader.load_model(path), {}
+    draw = draws_of(case, patcher)
     with torch.inference_mode():
         plain = draw(transformer_options={})
         for _ in range(4):
@@ -313,8 +313,9 @@ def test_steps_of_a_family_are_recorded(of_family, stand_ins, monkeypatch, chang
 
 @pytest.mark.gpu
 def test_a_familys_graph_draws_the_same_bits(of_family, monkeypatch):
-    case, patcher = of_family
+    case, path = of_family
     monkeypatch.setenv(step_graphs.VARIABLE, "1")
+    patcher = loader.load_model(path)
     draw = draws_of(case, patcher, "cuda")
     with torch.inference_mode():
         exact = without_graphs(draw, monkeypatch)

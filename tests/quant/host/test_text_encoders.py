@@ -6,8 +6,10 @@ import comfy.text_encoders.llama as llama
 import pytest
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
-from comfyui_svdquant.quant.host import clip_loader, clip_modules, clip_quantize, clip_saving
+from comfyui_svdquant.quant.host import clip_loader, clip_modules, clip_quantize, clip_saving, patches
+from comfyui_svdquant.quant.host.lora import branch_size
 from comfyui_svdquant.quant.host.packed_layers import packed_layers
+from comfyui_svdquant.quant.layers import token_linear
 from comfyui_svdquant.quant.layers.packed_embedding import PackedEmbedding
 
 from ..comfy_models import Progress
@@ -29,6 +31,13 @@ def quantized(clip, every=True, exceptions=""):
 
 def relative(a, b):
     return float((a - b).norm() / b.norm())
+
+
+def rounding(clip, kind="t5xxl"):
+    """The largest relative difference of a conditioning to that of the dequantized weights. Both compute in float32, but for the packed
+    linears on a GPU: they multiply in bf16, which adds about a thirtieth of the error of 4 bits (token_linear.py)."""
+    in_bf16 = token_linear.product_dtype(torch.float32, clip.patcher.load_device) == torch.bfloat16
+    return LIMIT.get(kind, 0.25) / 20 if in_bf16 else 1e-4
 
 
 def saved(clip, folder, encoder=None):
@@ -62,13 +71,14 @@ def test_each_kind(kind, tmp_path):
 
     loaded, _ = clip_loader.load([saved(packed, tmp_path)], KINDS[kind].clip_type.lower())
     first, second = (own.cond_stage_model.state_dict() for own in (packed, loaded))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first if "logit_scale" not in name)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first if "logit_scale" not in name)
     again = encode(loaded)
     assert torch.equal(found[0], again[0]) and (found[1] is None or torch.equal(found[1], again[1]))
     assert type(loaded.tokenizer) is type(clip.tokenizer) and type(loaded.cond_stage_model).__name__ == type(clip.cond_stage_model).__name__
 
     dense = encode(with_dequantized(clip, packed))
-    assert relative(found[0], dense[0]) < 1e-4
+    assert relative(found[0], dense[0]) < rounding(packed, kind)
 
 
 # --- the CLIP of FLUX.1: T5-XXL in 4 bits beside CLIP-L in 16 -----------------------------------------------------------
@@ -124,9 +134,19 @@ def test_a_lora_changes_the_conditioning_as_in_16_bits(flux):
     dense = with_dequantized(clip, packed)
     for strength in (1.0, -0.5):
         for found, expected in zip(encode(with_lora(packed, strength)), encode(with_lora(dense, strength))):
-            assert relative(found, expected) < 5e-3, "a LoRA's factors are in bf16"
+            assert relative(found, expected) < 5e-3 + rounding(packed), "a LoRA's factors are in bf16"
     assert relative(encode(with_lora(packed, 1.0))[0], plain[0]) > 0.05
     assert torch.equal(encode(packed)[0], plain[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_loras_size_is_known_on_every_device(flux, device):
+    """It is that of its factors: neither W4A16 layers nor the embedding have a low-rank branch of their own."""
+    patcher = with_lora(flux[1], 1.0).patcher
+    found = {key: (layer, patcher.patches[key]) for key in patcher.patches if (layer := patcher.packed_at(key))}
+    assert {type(layer).__name__ for layer, _ in found.values()} == {"TokenLinear", "PackedEmbedding"}
+    for key, (layer, entries) in found.items():
+        assert branch_size(layer, entries, torch.device(device)) == patches.nbytes(entries), key
 
 
 def test_a_hooks_lora_is_that_of_load_lora(flux):
@@ -136,7 +156,7 @@ def test_a_hooks_lora_is_that_of_load_lora(flux):
     hooks = comfy.hooks.create_hook_lora(lora=lora(), strength_model=1.0, strength_clip=1.0)
     [hooked] = SetClipHooks().apply_hooks(packed, schedule_clip=True, apply_to_conds=False, hooks=hooks)
     [[found, _]] = hooked.encode_from_tokens_scheduled(hooked.tokenize("a red fox on the old wall"), show_pbar=False)
-    assert relative(found, expected) < 1e-4 < relative(found, plain)
+    assert relative(found, expected) < rounding(packed) < relative(found, plain)
     assert torch.equal(encode(packed)[0], plain)
 
 
@@ -154,27 +174,45 @@ def test_prompt_weights_and_clip_skip(flux):
     clip, packed, _ = flux
     dense = with_dequantized(clip, packed)
     text = "a (red fox:1.4) on the (old:0.5) wall"
-    assert relative(encode(packed, text)[0], encode(dense, text)[0]) < 1e-4 < relative(encode(packed, text)[0], encode(packed)[0])
+    weighted, plain = encode(packed, text)[0], encode(packed)[0]
+    assert relative(weighted, encode(dense, text)[0]) < rounding(packed) < relative(weighted, plain)
     skipped = [own.clone() for own in (packed, dense)]
     for own in skipped:
         own.clip_layer(-2)
     found, expected = (encode(own)[0] for own in skipped)
-    assert relative(found, expected) < 1e-4 < relative(found, encode(packed)[0])
+    assert relative(found, expected) < rounding(packed) < relative(found, plain)
     assert type(skipped[0]) is type(packed) and skipped[0].patcher.is_clip and packed.layer_idx is None
 
 
 def test_parts_of_the_model_can_be_offloaded(flux):
-    """With a LoRA, in every split that ComfyUI's budget makes."""
+    """With a LoRA, in every split that ComfyUI's budget makes. ComfyUI encodes on the embedding's device, which is the CPU if that is
+    offloaded, wherever the other layers are."""
     _, packed, _ = flux
     patched = with_lora(packed, 1.0)
     expected = encode(patched)[0]
     patcher = patched.patcher
     for budget in (0, patcher.model_size() // 3):
         patcher.detach()
-        patcher.load("cpu", lowvram_model_memory=budget)
-        assert relative(patched.cond_stage_model.encode_token_weights(patched.tokenize("a red fox on the old wall"))[0], expected) < 5e-3
+        patcher.load(patcher.load_device, lowvram_model_memory=budget)
+        found = patched.cond_stage_model.encode_token_weights(patched.tokenize("a red fox on the old wall"))[0]
+        assert relative(found, expected) < 5e-3 + rounding(packed)
     patcher.detach()
     assert torch.equal(encode(patched)[0], expected)
+
+
+class OnGPU:
+    """A parameter on a GPU, as far as PackedLinear.at knows one."""
+
+    device = torch.device("cuda", 0)
+
+    def to(self, device, non_blocking=False):
+        return device, non_blocking
+
+
+def test_the_cpu_waits_for_parameters_from_a_gpu(flux):
+    layer = next(layer for layer in packed_layers(flux[1].cond_stage_model).values() if isinstance(layer, token_linear.TokenLinear))
+    layer._parameters = {"weight": OnGPU(), "bias": None}
+    assert layer.at(torch.zeros(1)) == {"weight": (torch.device("cpu"), False), "bias": None}
 
 
 def test_comfyuis_own_nodes_do_not_save_it(flux):
@@ -193,7 +231,7 @@ def test_writing_text_reads_the_whole_table(kind, tmp_path):
     packed.load_model()
     x = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(2))
     exact = x[:, -1:] @ transformer.get_input_embeddings().dense("cpu").t()
-    assert relative(transformer.logits(x), exact) < 1e-5
+    assert relative(transformer.logits(x.to(packed.patcher.load_device)).cpu(), exact) < 1e-5
 
 
 # --- sources in other types -------------------------------------------------------------------------------------------
@@ -205,7 +243,7 @@ def test_a_source_in_another_type(tmp_path, dtype):
     clip = load([path], "SD3")
     packed = quantized(clip)
     assert relative(encode(packed)[0], encode(clip)[0]) < 0.25
-    assert relative(encode(packed)[0], encode(with_dequantized(clip, packed))[0]) < 1e-4
+    assert relative(encode(packed)[0], encode(with_dequantized(clip, packed))[0]) < rounding(packed)
 
 
 def test_a_source_in_scaled_fp8(tmp_path):
