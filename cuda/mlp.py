@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from . import choose, dispatch, expand_branch, gemm_mma, kernel_loader, ops, quantize_activation, runtime, targets
+from . import choose, dispatch, expand_branch, gemm_mma, kernel_loader, ops, quantize_activation, runtime, targets, traced
 from .activation_layout import RANK_BLOCK, ROWS, padded
 from .errors import KernelsUnavailable
 from .operands import LayerOperands
@@ -107,7 +107,7 @@ def launch(launches, x, y, first, second):
     launches.run(*map(runtime.address, (*product, x, y, *first.tensors, *second.tensors)))
 
 
-@torch.compiler.assume_constant_result
+@traced.constant
 def pays(device):
     """Whether fusing two layers is faster on `device`. True on the CPU, where both ways give the same result."""
     if device.type != "cuda":

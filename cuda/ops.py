@@ -31,6 +31,7 @@ from . import (
     self_test,
     self_test_problems,
     targets,
+    traced,
 )
 from .choose import W4A16, AWQKernel, Layer, choose
 from .errors import KernelsUnavailable
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 LARGEST = torch.finfo(torch.float16).max
 
 
-@torch.compiler.assume_constant_result
+@traced.constant
 def best_act_bits(device):
     """The activation bits, 4 or 8, that `act_bits` 0 selects on `device`. 4 on the CPU, as in the SVDQuant paper."""
     if device.type != "cuda" or torch.version.hip:

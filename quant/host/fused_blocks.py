@@ -24,7 +24,7 @@ from typing import NamedTuple
 import comfy.ops
 import torch
 
-from ...cuda import block_ops
+from ...cuda import block_ops, traced
 from ..layers import block_branches, shared_input
 from ..layers.linear import PackedLinear, replaced
 
@@ -246,7 +246,7 @@ def norm_eps(norm, x):
     return default_eps(x.dtype, x.device) if eps is None else eps
 
 
-@torch.compiler.assume_constant_result  # on a function of its own: torch.compile looks through lru_cache, and would trace what it wraps
+@traced.constant  # on a function of its own: torch.compile looks through lru_cache, and would trace what it wraps
 def default_eps(dtype, device):
     """PyTorch's own choice for an RMSNorm without eps."""
     return _default_eps(dtype, device)
@@ -280,7 +280,7 @@ class _Operations(comfy.ops.disable_weight_init):
     Linear = _StandIn
 
 
-@torch.compiler.assume_constant_result
+@traced.constant
 def agrees(fused, *arguments):
     """agrees(fused, *sizes, dtype, device): whether `device` has the fused passes for `dtype`, and the forward of the class `fused` agrees
     there with the host's, for blocks of these sizes (FusedBlock.sizes). Tried once a process. The block itself is no argument, so that a
