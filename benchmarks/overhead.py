@@ -72,7 +72,7 @@ def calls():
             name = f"W4A{act_bits} rank {rank}"
             found[f"{name}, layer"] = functools.partial(module, x)
             found[f"{name}, op"] = functools.partial(ops.svdquant_linear, x, own)
-            found[f"{name}, op through the dispatcher"] = functools.partial(torch.ops.svdquant.linear, x, *own.flat)
+            found[f"{name}, op through the dispatcher"] = functools.partial(torch.ops.svdquant.linear, x, *own.flat())
     found["W4A16, layer"] = functools.partial(layer(layout.LayerSpec(layout.AWQ, k, n)), x[:, 0])
     found["bf16, layer"] = functools.partial(torch.nn.Linear(k, n, device="cuda", dtype=torch.bfloat16), x)
     found["an allocation"] = functools.partial(x.new_empty, 1000)

@@ -22,7 +22,7 @@ def gated_linear(x, operands, residual, gate):
     x: (B, L, K), on a GPU of a type of block_ops.takes; residual: (B, L, N) in x.dtype; gate: (B or 1, 1, N); operands: LayerOperands
     without gelu_from.
     """
-    return (_gated_linear if dispatch.plain(x) else _gated_op)(x, residual, gate, *operands.flat)
+    return (_gated_linear if dispatch.plain(x) else _gated_op)(x, residual, gate, *operands.flat())
 
 
 def addends(x, residual, gate):

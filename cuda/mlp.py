@@ -52,7 +52,9 @@ def svdquant_mlp(x, first, second):
 
 def flat(first, second):
     """The op's arguments after x."""
-    return first.tensors, second.tensors, first.unsigned_from, second.unsigned_from, first.proj_scale, second.proj_scale
+    # PyTorch 2.5's torch.compile takes a slice of a named tuple for another one.
+    tensors = (tuple(layer)[:len(LAYER)] for layer in (first, second))
+    return *tensors, first.unsigned_from, second.unsigned_from, first.proj_scale, second.proj_scale
 
 
 @torch.library.custom_op("svdquant::mlp", mutates_args=())

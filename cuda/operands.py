@@ -71,7 +71,7 @@ class LayerOperands(NamedTuple):
         """The stored tensors but proj_scale: weight, weight_scale, proj_down, proj_up, smooth, bias."""
         return self[:6]
 
-    @property
     def flat(self):
-        """All fields, those of LoRASizes one by one."""
-        return *self[:-1], *self.lora
+        """All fields, those of LoRASizes one by one. A method, and by position: PyTorch 2.5's torch.compile can't unpack a property of a
+        named tuple."""
+        return *tuple(self)[:-1], *self[-1]

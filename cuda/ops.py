@@ -74,7 +74,7 @@ def svdquant_linear(x, operands):
     integer multiples of it. If gelu_from is a multiple of choose.GELU_COLUMNS, the GEMM applies GELU itself. A branch in 8 bits is expanded
     within the op, so that a traced graph has one node a layer.
     """
-    return _svdquant_linear(x, operands) if dispatch.plain(x) else _svdquant_op(x, *operands.flat)
+    return _svdquant_linear(x, operands) if dispatch.plain(x) else _svdquant_op(x, *operands.flat())
 
 
 def awq_linear(x, weight, weight_scale, weight_zeros, bias):

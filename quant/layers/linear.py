@@ -9,7 +9,7 @@ from torch.nn.modules import module as module_hooks
 
 from ...cuda import dispatch, gated_linear, nvfp4, nvfp4_ops, ops, reference, row_scales
 from ...cuda.int4 import GELU_SHIFT
-from ...cuda.operands import LayerOperands
+from ...cuda.operands import NO_LORA, LayerOperands
 from . import layout
 from .kept_memory import kept
 
@@ -353,6 +353,7 @@ class SVDQuantLinear(BranchedLinear):
 def operands(p, bias, unsigned_from, act_bits, row_scale=None, gelu_from=None, lora=()):
     """The LayerOperands of an SVDQuantLinear's parameters `p`, with a LoRA as LoRABranch.operands returns it. A branch in 8 bits stays so:
     the ops expand it."""
+    lora = lora or (None, None, None, NO_LORA)  # those of LayerOperands, which PyTorch 2.5's torch.compile can't fill in
     return LayerOperands(p["weight"], p["weight_scale"], p["weight_proj_down"], p["weight_proj_up"], p["weight_smooth_factor"], bias,
                          unsigned_from, act_bits, row_scale, gelu_from, p.get("weight_proj_scale"), *lora)
 

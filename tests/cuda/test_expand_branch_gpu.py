@@ -68,12 +68,12 @@ def test_the_ops_expand_the_branch(act_bits, lora, dtype):
     for each in (x, x.float()):
         expected = ops.svdquant_linear(each, wide)
         assert torch.equal(ops.svdquant_linear(each, narrow), expected)
-        assert torch.equal(torch.ops.svdquant.linear(each, *narrow.flat), expected)
+        assert torch.equal(torch.ops.svdquant.linear(each, *narrow.flat()), expected)
     expected = gated_linear.gated_linear(x, wide, residual, gate)
     assert torch.equal(gated_linear.gated_linear(x, narrow, residual, gate), expected)
-    assert torch.equal(torch.ops.svdquant.gated_linear(x, residual, gate, *narrow.flat), expected)
-    torch.library.opcheck(torch.ops.svdquant.linear.default, (x, *narrow.flat))
-    torch.library.opcheck(torch.ops.svdquant.gated_linear.default, (x, residual, gate, *narrow.flat))
+    assert torch.equal(torch.ops.svdquant.gated_linear(x, residual, gate, *narrow.flat()), expected)
+    torch.library.opcheck(torch.ops.svdquant.linear.default, (x, *narrow.flat()))
+    torch.library.opcheck(torch.ops.svdquant.gated_linear.default, (x, residual, gate, *narrow.flat()))
 
 
 def test_the_op_of_an_mlp_expands_both_branches():
@@ -245,7 +245,7 @@ def test_ops_find_the_blocks_branches(found):
     with block_branches.expanded(narrow):
         for of_8, of_16 in zip(narrow.layers, wide.layers):
             operands = linear.operands(of_8._parameters, of_8.bias, of_8.spec.unsigned_from, 4)
-            assert torch.equal(torch.ops.svdquant.linear(x, *operands.flat), of_16(x))
+            assert torch.equal(torch.ops.svdquant.linear(x, *operands.flat()), of_16(x))
     assert len(found) == 4 and all(each is not None for each in found)
 
 

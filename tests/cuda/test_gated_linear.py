@@ -27,7 +27,7 @@ def test_is_the_reference_of_both_passes(tensors, lora, batch):
     expected, _ = reference.modulate(residual, reference.svdquant_linear(x, layer), gate)
     z = gated_linear.gated_linear(x, layer, residual, gate)
     assert torch.equal(z, expected) and z.dtype == x.dtype
-    torch.library.opcheck(torch.ops.svdquant.gated_linear.default, (x, residual, gate, *layer.flat))
+    torch.library.opcheck(torch.ops.svdquant.gated_linear.default, (x, residual, gate, *layer.flat()))
 
 
 @pytest.mark.parametrize("lora", [None, (8,)])
@@ -37,8 +37,8 @@ def test_a_branch_in_8_bits_is_expanded_within_the_op(tensors, lora):
     narrow, wide = with_codes(with_lora(layer, lora) if lora else layer)
     expected = gated_linear.gated_linear(x, wide, residual, gate)
     assert torch.equal(gated_linear.gated_linear(x, narrow, residual, gate), expected)
-    assert torch.equal(torch.ops.svdquant.gated_linear(x, residual, gate, *narrow.flat), expected)
-    torch.library.opcheck(torch.ops.svdquant.gated_linear.default, (x, residual, gate, *narrow.flat))
+    assert torch.equal(torch.ops.svdquant.gated_linear(x, residual, gate, *narrow.flat()), expected)
+    torch.library.opcheck(torch.ops.svdquant.gated_linear.default, (x, residual, gate, *narrow.flat()))
 
 
 @pytest.mark.parametrize("lora", [None, (8,)])

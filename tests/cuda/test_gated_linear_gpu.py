@@ -81,7 +81,7 @@ def test_the_op_has_the_bits_of_two(m, n, k, rank, unsigned_from, dtype, lora, a
         for states in (residual, torch.cat((residual, residual), dim=-1)[..., :n]):
             expected = block_ops.gated_residual(states, ops.svdquant_linear(x, layer), gate)
             assert torch.equal(gated_linear.gated_linear(x, layer, states, gate), expected)
-            assert torch.equal(gated_linear._gated_op(x, states, gate, *layer.flat), expected)
+            assert torch.equal(gated_linear._gated_op(x, states, gate, *layer.flat()), expected)
 
 
 def test_a_layer_of_8_bits_runs_no_pass_of_its_own(monkeypatch):

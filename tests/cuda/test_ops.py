@@ -21,7 +21,7 @@ def awq_layer():
 def test_opcheck(bias):
     layer = random_layer(96, 128, 16, 64, bias)
     for operands in (layer, with_row_scale(layer)._replace(gelu_from=32), with_lora(layer, (8,)), with_codes(with_lora(layer, (8,)))[0]):
-        torch.library.opcheck(torch.ops.svdquant.linear.default, (random_input(5, 128, torch.bfloat16), *operands.flat))
+        torch.library.opcheck(torch.ops.svdquant.linear.default, (random_input(5, 128, torch.bfloat16), *operands.flat()))
     weight, scale, zeros, awq_bias = awq_layer()
     torch.library.opcheck(torch.ops.svdquant.awq_linear.default, (random_input(2, 128), weight, scale, zeros, awq_bias if bias else None))
 
@@ -33,7 +33,7 @@ def test_the_op_is_the_reference():
             operands = operands._replace(gelu_from=gelu_from)
             expected = reference.svdquant_linear(x, operands)
             assert torch.equal(ops.svdquant_linear(x, operands), expected)
-            assert torch.equal(torch.ops.svdquant.linear(x, *operands.flat), expected)
+            assert torch.equal(torch.ops.svdquant.linear(x, *operands.flat()), expected)
 
 
 @pytest.mark.parametrize("lora", [(), (24,)])
@@ -43,8 +43,8 @@ def test_a_branch_in_8_bits_is_expanded_within_the_op(lora, dtype):
     narrow, wide = with_codes(with_lora(layer, lora) if lora else layer)
     expected = reference.svdquant_linear(x, wide)
     assert torch.equal(ops.svdquant_linear(x, narrow), expected)
-    assert torch.equal(torch.ops.svdquant.linear(x, *narrow.flat), expected)
-    assert torch.equal(torch.ops.svdquant.linear(x, *wide.flat), expected)
+    assert torch.equal(torch.ops.svdquant.linear(x, *narrow.flat()), expected)
+    assert torch.equal(torch.ops.svdquant.linear(x, *wide.flat()), expected)
 
 
 def test_a_lora_of_parts():
@@ -76,6 +76,7 @@ def test_one_graph_under_torch_compile():
 def test_tracers_see_the_op():
     """torch.export and dispatch modes see the op, not the operations inside it."""
     layer, x = with_codes(random_layer(96, 128, 16))[0], random_input(5, 128)
+    unsigned_from = layer.unsigned_from  # PyTorch 2.5 would look for the whole layer's tensors among the module's
 
     class Model(torch.nn.Module):
         def __init__(self):  # PyTorch 2.5 can't export tensors that aren't the module's
@@ -85,7 +86,7 @@ def test_tracers_see_the_op():
 
         def forward(self, x):
             *tensors, proj_scale = self.buffers()
-            return ops.svdquant_linear(x, LayerOperands(*tensors, layer.unsigned_from, proj_scale=proj_scale))
+            return ops.svdquant_linear(x, LayerOperands(*tensors, unsigned_from, proj_scale=proj_scale, lora=NO_LORA))
 
     for strict in (True, False):
         program = torch.export.export(Model(), (x,), strict=strict)

@@ -337,4 +337,4 @@ def test_in_one_graph_and_in_a_cuda_graph(act_bits):
         return torch.nn.functional.gelu(ops.svdquant_linear(x, layer)) * 2
 
     check_in_graphs(model, x)
-    torch.library.opcheck(torch.ops.svdquant.linear.default, (x, *layer.flat))
+    torch.library.opcheck(torch.ops.svdquant.linear.default, (x, *layer.flat()))

@@ -79,10 +79,10 @@ def test_an_op_through_the_dispatcher_finds_its_branch(found, op):
     args = (x,) if op == "linear" else (x[None], residual, residual[:, :1])
     with block_branches.expanded(block):
         for layer in narrow:
-            getattr(torch.ops.svdquant, op)(*args, *linear.operands(layer._parameters, layer.bias, K, 4).flat)
+            getattr(torch.ops.svdquant, op)(*args, *linear.operands(layer._parameters, layer.bias, K, 4).flat())
     check(calls, wide)
     assert launches == [2]
-    getattr(torch.ops.svdquant, op)(*args, *linear.operands(narrow[0]._parameters, narrow[0].bias, K, 4).flat)
+    getattr(torch.ops.svdquant, op)(*args, *linear.operands(narrow[0]._parameters, narrow[0].bias, K, 4).flat())
     check(calls, wide[:1])
     assert launches == [2, 1]
 
