@@ -106,7 +106,8 @@ class Ranks(Alone):
 
     def gathered(self, value):
         found = [None] * self.size
-        with self._alive():
+        # PyTorch 2.5 fills this call's own tensors in a thread of its own, where inference tensors can't be written to.
+        with self._alive(), torch.inference_mode(False):
             dist.all_gather_object(found, value, group=self.objects)
         return found
 
