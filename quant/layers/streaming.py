@@ -158,7 +158,7 @@ class WeightStream:
             for name, p in named.items():
                 view = memory.data[offset:offset + p.nbytes].view(p.dtype).view(p.shape)
                 if not known:
-                    p.data = view.copy_(p)
+                    _move(p, view.copy_(p))
                 parts.append(Part(name, p.dtype, p.shape, p.stride(), offset, view.data_ptr()))
                 offset += aligned(p.nbytes)
         layer.streamed = StreamedLayer(self, memory, parts)
@@ -311,6 +311,15 @@ class WeightStream:
                 return head
             head = 0
         return head if nbytes <= tail - head else None
+
+
+def _move(p, view):
+    """Let the parameter `p` lie in the memory of `view`, an ordinary tensor of its type and shape."""
+    if p.is_inference():  # with an ordinary tensor as its data PyTorch would take it for one, and then miss the count of its writes
+        with torch.inference_mode():
+            p.set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+    else:
+        p.data = view
 
 
 def _block_of(parameters):

@@ -9,7 +9,7 @@ import types
 import comfy.ldm.flux.layers
 import pytest
 import torch
-from comfyui_svdquant.quant.host import several_gpus, step_graphs
+from comfyui_svdquant.quant.host import loader, several_gpus, step_graphs
 from comfyui_svdquant.quant.host.divided_steps import DividedSteps
 from comfyui_svdquant.quant.layers import preparation
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
@@ -18,7 +18,7 @@ from ..comfy_models import sample
 from ..lora_tensors import generic, load_lora, shapes
 from . import stand_in_graphs
 from .stand_in_graphs import Graph
-from .test_several_gpus import model, path, wrapper  # noqa: F401
+from .test_several_gpus import NAME, SHIM, model, path, wrapper  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -97,10 +97,10 @@ def test_a_step_is_recorded_by_all_processes_or_by_none(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_graphs_with_exchanges_draw_the_same_bits_and_a_stopped_worker_ends_them(model, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(several_gpus, "host_options", list)
+def test_graphs_with_exchanges_draw_the_same_bits_and_a_stopped_worker_ends_them(path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(several_gpus, "PROGRAM", [sys.executable, str(SHIM), several_gpus.PROGRAM[-1]])
     monkeypatch.delenv(step_graphs.VARIABLE, raising=False)
-    two = several_gpus.several_gpus(model, 2)
+    two = several_gpus.several_gpus(loader.load_model(path, name=NAME), 2)
     with monkeypatch.context() as patch:
         patch.setenv(step_graphs.VARIABLE, "0")
         one_by_one = sample(two, steps=4)

@@ -26,7 +26,7 @@ from ..packed_flux import packed_flux
 FIRST, HISTORIES, MANY, STEPS = 20, 180, 2000, 8
 BUDGETS = (0.0, 0.2, 0.5, 0.9, 1.0, 1.5)  # parts of the model's size
 STRENGTHS = (1.0, -0.5)
-FLAGS = ("comfy_patched_weights", "prev_comfy_cast_weights", "streamed", "_row_scale")
+FLAGS = ("comfy_patched_weights", "prev_comfy_cast_weights", "streamed")
 
 
 def loras(patcher):
@@ -67,6 +67,12 @@ class World:
         return None if hook is None else comfy.hooks.create_hook_lora(self.loras[hook], 0.5, 0)
 
 
+def row_scale(module):
+    """The numbers of a layer's row scale, or None. A layer that was on a GPU has found them anew."""
+    known = getattr(module, "_row_scale", None)
+    return known and known.value.tolist()
+
+
 def module_states(patcher):
     """What patches, hooks and offloading set on modules, and where the parameters are."""
     found = {}
@@ -74,7 +80,7 @@ def module_states(patcher):
         found[name] = (
             [getattr(module, flag, None) for flag in FLAGS], [bool(getattr(module, f"{part}_function", ())) for part in ("weight", "bias")],
             module.lora_branch if isinstance(module, PackedLinear) else None, sorted(child for child, _ in module.named_children()),
-            len(module._forward_hooks) + len(module._forward_pre_hooks), "forward" in vars(module),
+            len(module._forward_hooks) + len(module._forward_pre_hooks), "forward" in vars(module), row_scale(module),
             {part: (parameter.device, parameter.dtype, parameter.shape) for part, parameter in module.named_parameters(recurse=False)})
     return found
 

@@ -52,11 +52,11 @@ def with_decoded_layers(plain, kind, tensors, nvfp4):
 
 
 def rows(decoded, i, count, x):
-    return decoded(x).chunk(count, -1)[i]
+    return decoded(x.cpu()).chunk(count, -1)[i].to(x.device)
 
 
 def dense(weight, bias, x):
-    return (x.float() @ weight.t() + bias).to(x.dtype)
+    return (x.cpu().float() @ weight.t() + bias).to(x)
 
 
 def test_a_file_draws_what_an_independent_decoder_draws(model):

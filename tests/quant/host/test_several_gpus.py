@@ -35,7 +35,7 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture
-def model(path, monkeypatch):
+def model(on_cpu, path, monkeypatch):
     monkeypatch.setattr(several_gpus, "PROGRAM", [sys.executable, str(SHIM), several_gpus.PROGRAM[1]])
     monkeypatch.setattr(several_gpus, "host_options", lambda: ["--cpu"])
     return loader.load_model(path, name=NAME)

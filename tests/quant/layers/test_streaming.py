@@ -368,6 +368,7 @@ def test_pinning_changes_no_parameter(inference):
         assert stream.pin(layer) and stream.pin(layer) and len(stream.pinned) == 1
     addresses = {name: p.data_ptr() for name, p in layer._parameters.items()}
     assert all(layer._parameters[name] is p and torch.equal(p, value) for name, (p, value) in before.items())
+    assert all(p.is_inference() is inference and torch.equal(p.t(), value.t()) for p, value in before.values() if p.ndim == 2)
     assert layer._row_scale is known and known.is_of(layer.weight_scale)
     assert layer.streamed.memory.nbytes == block_bytes(layer) and ring_bytes([layer, packed(128, 64)]) == 5 * block_bytes(layer)
     stream.unpin(layer)
