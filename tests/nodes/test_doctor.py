@@ -17,11 +17,11 @@ def test_the_node_returns_and_shows_the_page():
     assert SVDQuantDoctor.fingerprint_inputs(False) != SVDQuantDoctor.fingerprint_inputs(False)
 
 
-@pytest.mark.parametrize("benchmark", [False, True])
-def test_the_checks_get_comfyuis_device_and_memory(monkeypatch, benchmark):
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_checks_get_comfyuis_device_and_memory(monkeypatch, timed):
     seen = []
     monkeypatch.setattr(page, "examine", lambda *args: seen.append(args) or "page")
-    assert SVDQuantDoctor.execute(benchmark).result == ("page",)
+    assert SVDQuantDoctor.execute(timed).result == ("page",)
     ((host, measure),) = seen
-    assert measure is benchmark and host.version == comfyui_version.__version__
+    assert measure is timed and host.version == comfyui_version.__version__
     assert host.device == comfy.model_management.get_torch_device() and host.pinned == comfy.model_management.MAX_PINNED_MEMORY

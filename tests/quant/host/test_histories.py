@@ -180,7 +180,8 @@ def histories(world):
         @rule()
         def save(self):
             found = stored_tensors(world.subject)
-            assert found.keys() == world.stored.keys() and all(torch.equal(tensor, world.stored[name]) for name, tensor in found.items())
+            assert found.keys() == world.stored.keys()
+            assert all(torch.equal(tensor.cpu(), world.stored[name].cpu()) for name, tensor in found.items())
 
         @invariant()
         def only_the_patches_of_the_current_clone_are_on_the_model(self):

@@ -65,7 +65,7 @@ def addresses(patcher):
             if not name.endswith("weight_proj_down")}
 
 
-@pytest.mark.usefixtures("shared_memory")
+@pytest.mark.usefixtures("on_cpu", "shared_memory")
 def test_a_change_of_strength_costs_milliseconds(wide_file):
     quantized_model = loader.load_model(wide_file)
     tensors = generic(*shapes(quantized_model).items(), rank=RANK)

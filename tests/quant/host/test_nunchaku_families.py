@@ -52,14 +52,14 @@ def with_decoded_layers(plain, kind, tensors, nvfp4):
 
 
 def rows(decoded, i, count, x):
-    return decoded(x.cpu()).chunk(count, -1)[i].to(x.device)
+    return decoded(x).chunk(count, -1)[i]
 
 
 def dense(weight, bias, x):
-    return (x.cpu().float() @ weight.t() + bias).to(x)
+    return (x.float() @ weight.t() + bias).to(x.dtype)
 
 
-def test_a_file_draws_what_an_independent_decoder_draws(model):
+def test_a_file_draws_what_an_independent_decoder_draws(on_cpu, model):
     """INT4 layers round their inputs to eight bits here, so that the files' four bits are by far the most of the picture's error."""
     kind, options, path, tensors, plain = model
     case, nvfp4 = CASES[kind], options.get("nvfp4", False)
