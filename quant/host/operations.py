@@ -1,5 +1,6 @@
 """The operations class: ComfyUI's own, plus the packed layers."""
 
+import comfy.model_management
 import comfy.ops
 import torch
 
@@ -11,6 +12,12 @@ from ..layers.token_linear import TokenLinear
 from . import malloc_graph
 
 malloc_graph.install()
+
+
+def patched_in(device):
+    """The type in which ComfyUI adds patches to the parameters of a layer that is loaded on `device`: newer versions say it."""
+    named = getattr(comfy.model_management, "lora_compute_dtype", None)
+    return torch.float32 if named is None else named(device)
 
 
 class Operations(comfy.ops.manual_cast):
@@ -34,7 +41,7 @@ class Operations(comfy.ops.manual_cast):
             # An offloaded layer applies patches of its bias here; patches of the packed weight are in self.lora_branch.
             p = super().at(x)
             if self.bias_function:
-                bias = p["bias"].to(torch.float32, copy=True)  # the functions work in place
+                bias = p["bias"].to(patched_in(x.device), copy=True)  # the functions work in place
                 for function in self.bias_function:
                     bias = function(bias)
                 p["bias"] = bias.to(p["bias"].dtype)

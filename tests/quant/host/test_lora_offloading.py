@@ -10,6 +10,7 @@ import comfy.hooks
 import comfy.model_management
 import pytest
 import torch
+from comfyui_svdquant.quant.host import operations
 from comfyui_svdquant.quant.host.saving import stored_tensors
 from comfyui_svdquant.quant.quantizer.metrics import relative_error
 
@@ -65,7 +66,8 @@ def in_effect(patcher):
 
 
 def differences(found, expected):
-    return {key: relative_error(found[key], tensor) if found[key].shape == tensor.shape else 1.0 for key, tensor in expected.items()}
+    return {key: relative_error(found[key].cpu(), tensor.cpu()) if found[key].shape == tensor.shape else 1.0
+            for key, tensor in expected.items()}
 
 
 def put_on(patcher, budget, current):
@@ -133,3 +135,18 @@ def test_img_in_is_widened_while_it_is_offloaded(quantized_model, loras, monkeyp
     monkeypatch.setattr(comfy.model_management, "load_models_gpu",
                         lambda *args, **kwargs: put_on(patcher, int(part * patcher.model_size()), None))
     assert torch.equal(sample(patcher), expected) and relative_error(without, expected) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_offloaded_bias_is_patched_in_comfyuis_type(quantized_model, monkeypatch, dtype):
+    """Newer ComfyUI adds patches in fp16 on most GPUs; the bits are those of a loaded layer only in the same type."""
+    monkeypatch.setattr(comfy.model_management, "lora_compute_dtype", lambda device: dtype, raising=False)
+    layer, seen = layer_of(quantized_model, FC1), []
+    layer.bias_function = [lambda bias: seen.append(bias.dtype) or bias + 1]
+    found = layer.at(torch.zeros(1, device=layer.bias.device))["bias"]
+    assert seen == [dtype] and torch.equal(found, (layer.bias.to(dtype) + 1).to(layer.bias.dtype))
+
+
+def test_comfyui_that_names_no_type_patches_in_float32(monkeypatch):
+    monkeypatch.delattr(comfy.model_management, "lora_compute_dtype", raising=False)
+    assert operations.patched_in(torch.device("cpu")) == torch.float32

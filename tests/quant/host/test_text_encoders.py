@@ -166,7 +166,8 @@ def test_a_lora_is_baked_in(flux, tmp_path):
     expected, without = encode(with_lora(clip, 1.0)), encode(clip)
     found = encode(baked)[0]
     assert relative(found, expected[0]) < 0.3 and relative(found, expected[0]) < 0.7 * relative(found, without[0])
-    assert torch.equal(encode(baked)[1], expected[1]) and not baked.patcher.patches
+    # Newer ComfyUI adds a LoRA in fp16 on a GPU, where baking it in adds it in float32.
+    assert relative(encode(baked)[1], expected[1]) <= (0 if clip.patcher.load_device.type == "cpu" else 5e-3) and not baked.patcher.patches
     assert saved(baked, tmp_path)
 
 
